@@ -1,0 +1,1 @@
+"""genvalues: from a checked inputs file to the values the chart accepts."""
