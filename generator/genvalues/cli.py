@@ -1,0 +1,124 @@
+"""The command genvalues. Commands parse and print; data goes to stdout, talk to stderr.
+
+Exit status: 0 done, 2 the user must change something, 1 anything else; `local` ends as its first failing stage does.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from genvalues.errors import user_errors_end_with_status_2
+
+# Everything else is imported in the command that uses it, so that --help and check start fast.
+
+FILE = click.argument("file", type=click.Path(path_type=Path))
+SET = click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Change one key, e.g. --set lora.r=8.")
+CHART = click.option(
+    "--chart", type=click.Path(path_type=Path), help="The chart's folder; ./chart or the source tree's when left out."
+)
+
+
+class Commands(click.Group):
+    """The commands below, and the group `cluster`, imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "cluster"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "cluster":
+            from genvalues.cluster.cli import cluster
+
+            return cluster
+        return super().get_command(ctx, cmd_name)
+
+
+def version() -> str:
+    from importlib.metadata import version
+
+    return version("llama-lora")
+
+
+def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"genvalues {version()}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, callback=show_version, expose_value=False, is_eager=True, help="Show the version."
+)
+def genvalues() -> None:
+    """From a short inputs file to a LoRA fine-tune of Llama on Trainium: checked values for the chart llama-lora."""
+
+
+@genvalues.command()
+@FILE
+@click.option(
+    "-o", "--output", default="values.yaml", show_default=True, metavar="FILE", help="Where to; - for stdout."
+)
+@SET
+@CHART
+def write(file: Path, output: str, sets: tuple[str, ...], chart: Path | None) -> None:
+    """Check an inputs file and write the chart's values.
+
+    \b
+    Example:
+        genvalues write finetune.yaml -o values.yaml --set training.maxSteps=10
+        helm install llama-lora ./chart -f values.yaml
+    """
+    from genvalues.write import values_text, write_values
+
+    text = values_text(file, sets, chart, version())
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    write_values(Path(output), text, inputs=file)
+    click.echo(f"{file} is right. Wrote {output}.", err=True)
+
+
+@genvalues.command()
+@FILE
+@SET
+@CHART
+def check(file: Path, sets: tuple[str, ...], chart: Path | None) -> None:
+    """Check an inputs file: every mistake at once, with its place and what to write instead.
+
+    \b
+    Example:
+        genvalues check finetune.yaml
+    """
+    from genvalues.write import values_text
+
+    values_text(file, sets, chart, version())
+    click.echo(f"{file} is right.", err=True)
+
+
+@genvalues.command()
+@click.argument("values", type=click.Path(path_type=Path))
+@click.option(
+    "--workspace", required=True, type=click.Path(path_type=Path), help="Folder that takes the volume's place."
+)
+@CHART
+def local(values: Path, workspace: Path, chart: Path | None) -> None:
+    """Run the chart's stages on this computer, as processes, one after the other.
+
+    \b
+    Example:
+        genvalues write finetune.yaml --set instance=cpu && genvalues local values.yaml --workspace ./workspace
+    """
+    from genvalues.local import run
+
+    sys.exit(run(values, workspace, chart))
+
+
+@user_errors_end_with_status_2
+def main() -> None:
+    genvalues()
+
+
+if __name__ == "__main__":
+    main()

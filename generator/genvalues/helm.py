@@ -1,0 +1,47 @@
+"""Helm, by pyhelm3: the one place that calls it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from genvalues.errors import UserError
+
+GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/docs/intro/install/"
+
+
+def find_helm() -> str:
+    """The helm beside this Python (where `make setup` puts it), else the one on PATH."""
+    beside = Path(sys.executable).with_name("helm")
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("helm")
+    if not found:
+        raise UserError("helm is not to be found", fix=GET_HELM)
+    return found
+
+
+def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "default") -> list[dict[str, Any]]:
+    """The chart's objects for these values, hooks included. Needs no cluster."""
+    import pyhelm3
+
+    logging.getLogger("pyhelm3").setLevel(logging.ERROR)  # the error below says the same, once
+
+    async def template() -> list[dict[str, Any]]:
+        client = pyhelm3.Client(executable=find_helm())
+        # An absolute path: Helm could take a relative one for the name of a repository.
+        found = await client.get_chart(chart.resolve())
+        objects = await client.template_resources(found, release, values, namespace=namespace)
+        return [item for item in objects if item]
+
+    try:
+        return asyncio.run(template())
+    except pyhelm3.Error as error:
+        message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
+        raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
+    except (ValueError, subprocess.CalledProcessError) as error:  # no SemVer version, or no version at all
+        raise UserError(f"{find_helm()} does not say its version: {error}", fix=GET_HELM) from None

@@ -1,0 +1,194 @@
+"""What the user writes: the model of an inputs file.
+
+``python -m genvalues.inputs`` writes the JSON schema that checks a file (see check.py) and that an editor can use.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from genvalues.files import write_text
+from genvalues.instances import CPU, NAMES
+
+SCHEMA = Path(__file__).with_name("inputs.schema.json")
+
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
+HUB_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+MODEL_ID = rf"^{HUB_PART}(/{HUB_PART})?(@{REVISION})?$"
+IMAGE = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?(:[0-9]+)?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+LARGE = 1_000_000_000  # an upper bound for what has no natural one
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+
+
+class ModelPath(Block):
+    """A model that is already on a disk."""
+
+    path: Text = Field(description="folder of a Hugging Face snapshot, or a .gguf file")
+
+
+class Columns(Block):
+    """Which column of the dataset holds what; a name left out is the key itself."""
+
+    text: Text | None = Field(None, description="format text: the text")
+    instruction: Text | None = Field(None, description="format instruction: what is asked")
+    input: Text | None = Field(None, description="format instruction: what the question is about, where there is such")
+    output: Text | None = Field(None, description="format instruction: the answer")
+    prompt: Text | None = Field(None, description="format prompt-completion: the prompt")
+    completion: Text | None = Field(None, description="format prompt-completion: what the model shall say")
+    messages: Text | None = Field(None, description="format chat: a list of {role, content}")
+
+
+class Dataset(Block):
+    source: Text = Field(description="hub id, s3:// URI, or a file: .jsonl .json .csv .parquet .txt")
+    config: Text | None = Field(None, description="configuration of a hub dataset that has several")
+    revision: str | None = Field(
+        None, pattern=f"^{REVISION}$", max_length=256, description="branch, tag or commit of a hub dataset"
+    )
+    split: Text | None = Field(None, description="split of a hub dataset; train when left out")
+    format: Literal["text", "instruction", "prompt-completion", "chat"] | None = Field(
+        None, description="what a row is; text for .txt, else instruction, when left out"
+    )
+    columns: Columns = Field(Columns(), description="which column of the dataset holds what")
+    eval_fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows held out for evaluation")
+
+
+class Cpu(Block):
+    processes: int = Field(2, ge=1, le=128, description="training processes on each node")
+
+
+class Lora(Block):
+    r: int = Field(16, ge=1, le=1024, description="rank")
+    alpha: int = Field(16, ge=1, le=65536, description="scaling: the adapter's weights count alpha / r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: (
+        Literal["all-linear"]
+        | Annotated[list[TargetModule], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+    ) = Field(["q_proj", "v_proj"], description="the linear layers that get an adapter, or all-linear")
+
+
+class Training(Block):
+    max_sequence_length: int = Field(2048, ge=8, le=131072, description="tokens in a row")
+    packing: bool = Field(True, description="several examples in a row, which cannot see each other")
+    per_device_batch_size: int = Field(1, ge=1, le=1024, description="rows a data-parallel rank takes at once")
+    gradient_accumulation_steps: int = Field(3, ge=1, le=65536, description="batches to an optimizer step")
+    epochs: float = Field(1, gt=0, le=10000, description="times through the dataset")
+    max_steps: int | None = Field(None, ge=1, le=LARGE, description="optimizer steps, instead of epochs")
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="highest learning rate")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how it falls after warm-up")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which it rises")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
+    save_steps: int = Field(100, ge=1, le=LARGE, description="optimizer steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, le=1000, description="checkpoints kept")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of shuffling, adapter and dropout")
+
+
+class Evaluation(Block):
+    enabled: bool | None = Field(
+        None, description="true when rows are held out (dataset.evalFraction > 0), if left out"
+    )
+    max_rows: int = Field(256, ge=1, le=LARGE, description="held-out rows to measure the loss on")
+    samples: int = Field(4, ge=0, le=1000, description="answers to generate, before and after")
+    max_new_tokens: int = Field(128, ge=1, le=131072, description="length of a generated answer")
+
+
+class FileSystem(Block):
+    """An FSx for Lustre file system that exists already."""
+
+    file_system_id: str = Field(pattern=r"^fs-[0-9a-f]{8,40}$", description="such as fs-0123456789abcdef0")
+    dns_name: str = Field(pattern=DNS_NAME, max_length=253, description="the file system's DNS name")
+    mount_name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="the file system's mount name")
+
+
+class Storage(Block):
+    kind: Literal["fsx", "fsx-static", "generic"] | None = Field(
+        None,
+        description="fsx: a new FSx for Lustre; fsx-static: one that exists; generic: any storage class. "
+        "fsx on Trainium, generic on cpu, when left out",
+    )
+    size: str | None = Field(None, pattern=r"^[1-9][0-9]{0,6}(Mi|Gi|Ti)$", description="such as 1200Gi")
+    storage_class: str | None = Field(
+        None, pattern=rf"^$|{DNS_NAME}", max_length=253, description="of the claim; empty: the cluster's default"
+    )
+    existing_claim: str | None = Field(
+        None, pattern=DNS_NAME, max_length=253, description="a PersistentVolumeClaim to use instead of making one"
+    )
+    static: FileSystem | None = Field(None, description="the file system of kind fsx-static")
+
+
+class HuggingFace(Block):
+    token_secret: str = Field(pattern=DNS_NAME, max_length=253, description="name of the Secret that holds the token")
+    token_key: str = Field(
+        "token", pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="the token's key in that Secret"
+    )
+
+
+class Inputs(Block):
+    """An inputs file of genvalues: one LoRA fine-tune of a Llama."""
+
+    name: str = Field("llama-lora", pattern=DNS_LABEL, max_length=53, description="the run's name")
+    model: Annotated[str, Field(pattern=MODEL_ID, max_length=256)] | ModelPath = Field(
+        description="hub id, id@revision, or {path: /somewhere}"
+    )
+    dataset: Dataset = Field(description="what to train on")
+    instance: str = Field(json_schema_extra={"enum": NAMES}, description="instance type to train on, or cpu")
+    nodes: int = Field(1, ge=1, le=1024, description="nodes to train on")
+    cpu: Cpu | None = Field(None, description="instance cpu only")
+    lora: Lora = Field(Lora(), description="the adapter")
+    training: Training = Field(Training(), description="the run")
+    evaluation: Evaluation = Field(Evaluation(), description="base and tuned model, side by side")
+    storage: Storage = Field(Storage(), description="the volume that holds models, datasets and runs")
+    hugging_face: HuggingFace | None = Field(
+        None, description="where the token for gated models is; null when none is needed"
+    )
+    image: str | None = Field(
+        None, pattern=IMAGE, max_length=512, description="the image of the stages, by tag or digest; needed unless cpu"
+    )
+    mode: Literal["attached", "detached"] | None = Field(
+        None,
+        description="attached: the Helm client waits for the stages; detached: a runner in the cluster does. "
+        "detached on Trainium, attached on cpu, when left out",
+    )
+    chart_values: dict[str, Any] = Field({}, description="merged last into the values, for whatever the chart offers")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.instance == CPU
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of an inputs file."""
+    schema = Inputs.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **without_titles(schema)}
+
+
+def without_titles(schema: Any) -> Any:
+    """Pydantic titles every key with its own name, which says nothing."""
+    if isinstance(schema, list):
+        return [without_titles(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: without_titles(value) for key, value in schema.items() if not (key == "title" and isinstance(value, str))
+    }
+
+
+def schema_text() -> str:
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    write_text(SCHEMA, schema_text())

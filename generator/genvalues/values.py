@@ -1,0 +1,109 @@
+"""Inputs to the chart's values: everything that can be derived, derived once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, split_image
+from genvalues.inputs import Block, Dataset, Inputs, ModelPath, Storage
+from genvalues.instances import HYPERPOD, parallelism, trainium
+
+# The stage evaluate holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again for what works on them.
+EVALUATE_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
+
+
+def values_from(inputs: Inputs) -> dict[str, Any]:
+    """The values for a run, in the order of the chart's values.yaml; the inputs' chartValues merged last."""
+    instance = trainium(inputs.instance)
+    layout = parallelism(inputs.instance, inputs.nodes, inputs.cpu.processes if inputs.cpu else 2)
+    evaluation = plain(inputs.evaluation)
+    if inputs.evaluation.enabled is None:
+        evaluation["enabled"] = inputs.dataset.eval_fraction > 0
+    values = {
+        "name": inputs.name,
+        "instance": inputs.instance,
+        "backend": "neuron" if instance else "cpu",
+        "image": image(inputs.image),
+        "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
+        "model": model(inputs.model),
+        "dataset": dataset(inputs.dataset),
+        "lora": plain(inputs.lora),
+        "training": plain(inputs.training),
+        "evaluation": evaluation,
+        "parallelism": {
+            "nodes": layout.nodes,
+            "processesPerNode": layout.processes_per_node,
+            "tensorParallelSize": layout.tensor_parallel,
+            "dataParallelSize": layout.data_parallel,
+        },
+        "devices": instance.devices if instance else {},
+        "huggingFace": plain(inputs.hugging_face) if inputs.hugging_face else {"tokenSecret": "", "tokenKey": "token"},
+        # HyperPod replaces a broken node by itself, and restarts only the jobs that ask for it.
+        "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
+        "storage": storage(inputs.storage, "fsx" if instance else "generic"),
+    }
+    if instance:
+        resources = {"resources": instance.resources}
+        values["stages"] = {"compile": resources, "train": resources, "evaluate": {"resources": EVALUATE_8B}}
+    return merge(values, inputs.chart_values)
+
+
+def image(reference: str | None) -> dict[str, str]:
+    if reference is None:
+        return {"repository": "llama-lora", "tag": "", "digest": ""}
+    repository, tag, digest = split_image(reference)
+    return {"repository": repository, "tag": tag, "digest": digest}
+
+
+def model(wanted: str | ModelPath) -> dict[str, str]:
+    if isinstance(wanted, ModelPath):
+        return {"id": "", "revision": "", "path": wanted.path}
+    hub_id, _, revision = wanted.partition("@")
+    return {"id": hub_id, "revision": revision, "path": ""}
+
+
+def dataset(wanted: Dataset) -> dict[str, Any]:
+    format_ = row_format(wanted.format, wanted.source)
+    named = {name: column for name, column in plain(wanted.columns).items() if column is not None}
+    columns = {name: named.get(name, name) for name in REQUIRED_COLUMNS[format_]}
+    columns |= {name: named[name] for name in OPTIONAL_COLUMNS.get(format_, []) if name in named}
+    return {
+        "source": wanted.source,
+        "config": wanted.config or "",
+        "revision": wanted.revision or "",
+        "split": wanted.split or "",
+        "format": format_,
+        "columns": columns,
+        "evalFraction": wanted.eval_fraction,
+    }
+
+
+def storage(wanted: Storage, kind: str) -> dict[str, Any]:
+    if wanted.existing_claim:
+        return {"enabled": True, "existingClaim": wanted.existing_claim}
+    kind = wanted.kind or kind
+    values: dict[str, Any] = {
+        "enabled": True,
+        "kind": kind,
+        "size": wanted.size or ("100Gi" if kind == "generic" else "1200Gi"),
+        "storageClass": wanted.storage_class if wanted.storage_class is not None else DEFAULT_CLASS[kind],
+    }
+    if wanted.static:
+        values["static"] = plain(wanted.static)
+    return values
+
+
+DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}
+
+
+def plain(block: Block) -> dict[str, Any]:
+    return block.model_dump(by_alias=True)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, key by key; where both have a key that is not a mapping twice, ``above`` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = merge(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
