@@ -1,0 +1,25 @@
+{{- /* Labels of every object. Arguments: root, component. */}}
+{{- define "llama-lora.labels" -}}
+{{- $root := .root -}}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/name: {{ include "llama-lora.name" $root | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/part-of: llama-lora
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "llama-lora.image" -}}
+{{- $image := .Values.image }}
+{{- if $image.digest }}
+{{- $image.repository }}@{{ $image.digest }}
+{{- else }}
+{{- $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- /* "true" where the stages are hooks of this release, "" where a runner installs them. */}}
+{{- define "llama-lora.attached" -}}
+{{- if eq .Values.pipeline.mode "attached" }}true{{ end }}
+{{- end }}

@@ -1,0 +1,62 @@
+{{- /*
+    A stage that is a Job. Arguments: those of stage.pod, and
+
+    weight           the hook's weight; without one it is an ordinary object of the release
+    hooks            default: post-install,post-upgrade
+    deletePolicy     default: before-hook-creation
+    needsCluster     `genvalues local` leaves it out
+    finalStatuses    exit statuses after which trying again cannot help; default: 2, the user must change something
+    activeDeadlineSeconds      instead of the settings'
+*/}}
+{{- define "stage.job" -}}
+{{- $settings := include "stage.settings" . | fromYaml -}}
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {{ .name }}
+  namespace: {{ .root.Release.Namespace | quote }}
+  labels:
+    {{- include "llama-lora.labels" (dict "root" .root "component" .stage) | nindent 4 }}
+  annotations:
+    llama-lora/stage: {{ .stage }}
+    {{- if .needsCluster }}
+    llama-lora/needs-cluster: "true"
+    {{- end }}
+    {{- if hasKey . "weight" }}
+    helm.sh/hook: {{ .hooks | default "post-install,post-upgrade" }}
+    helm.sh/hook-weight: {{ .weight | quote }}
+    helm.sh/hook-delete-policy: {{ .deletePolicy | default "before-hook-creation" }}
+    helm.sh/hook-output-log-policy: hook-failed       # Helm 3.18 and newer print the log
+    {{- end }}
+spec:
+  backoffLimit: {{ int $settings.backoffLimit }}
+  {{- with .activeDeadlineSeconds | default $settings.activeDeadlineSeconds }}
+  activeDeadlineSeconds: {{ int64 . }}
+  {{- end }}
+  podFailurePolicy:
+    rules:
+      - action: FailJob
+        onExitCodes:
+          containerName: {{ .container | default .stage }}
+          operator: In
+          values: {{ .finalStatuses | default (list 2) | toJson }}
+      - action: Ignore        # a drained or lost node costs no retry
+        onPodConditions:
+          - type: DisruptionTarget
+            status: "True"
+  template:
+    {{- include "stage.pod" (merge (dict "container" .stage) .) | nindent 4 }}
+{{- end }}
+
+{{- /* A stage of the trainer that runs on CPU nodes: its command, the run config, the volume, no rights.
+       Arguments: root, stage, weight, and what differs. */}}
+{{- define "stage.trainer" -}}
+{{- $own := dict
+      "name" (include (printf "llama-lora.%s.name" .stage) .root)
+      "settings" .stage
+      "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
+      "account" (include "llama-lora.stage.account" .root)
+      "config" true
+      "workspace" true }}
+{{- include "stage.job" (mergeOverwrite $own .) }}
+{{- end }}

@@ -1,0 +1,205 @@
+{{- /*
+    The pod of a stage: everything under `template:`.
+
+    root             the chart's context
+    stage            the stage's name; also the component label
+    settings         its key in values.stages
+    container        the container's name
+    command          list
+    account          the service account's name
+    callsApi         mounts the account's token
+    config           mounts the run config
+    workspace        mounts the volume
+    token            sets HF_TOKEN from the Secret
+    trains           compile and train: devices, the nodes that have them, shared memory, time to save
+    runAsRoot        storage-prepare alone
+*/}}
+{{- define "stage.pod" -}}
+{{- $values := .root.Values }}
+{{- $settings := include "stage.settings" . | fromYaml -}}
+metadata:
+  labels:
+    {{- include "llama-lora.labels" (dict "root" .root "component" .stage) | nindent 4 }}
+    {{- with $settings.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- $annotations := mergeOverwrite (ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains)) $settings.podAnnotations }}
+  {{- with $annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ .account }}
+  automountServiceAccountToken: {{ default false .callsApi }}
+  enableServiceLinks: false
+  restartPolicy: {{ ternary "OnFailure" "Never" (default false .trains) }}
+  {{- if .trains }}
+  terminationGracePeriodSeconds: 120      # to save a checkpoint
+  {{- end }}
+  {{- with $values.image.pullSecrets }}
+  imagePullSecrets:
+    {{- range $name, $use := . }}
+    {{- if $use }}
+    - name: {{ $name | quote }}
+    {{- end }}
+    {{- end }}
+  {{- end }}
+  {{- with $settings.priorityClassName }}
+  priorityClassName: {{ . | quote }}
+  {{- end }}
+  {{- with include "stage.nodeSelector" . | fromYaml }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with include "stage.tolerations" . | fromYamlArray }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $settings.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext:
+    {{- if .runAsRoot }}
+    runAsUser: 0
+    runAsGroup: 0
+    {{- else }}
+    runAsNonRoot: true
+    runAsUser: {{ int64 $values.securityContext.runAsUser }}
+    runAsGroup: {{ int64 $values.securityContext.runAsGroup }}
+    fsGroup: {{ int64 $values.securityContext.runAsGroup }}
+    fsGroupChangePolicy: OnRootMismatch
+    {{- end }}
+    seccompProfile:
+      type: RuntimeDefault
+  containers:
+    - name: {{ .container }}
+      image: {{ include "llama-lora.image" .root | quote }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      command: {{ toJson .command }}
+      env:
+        - name: LLAMA_LORA_WORKSPACE
+          value: {{ $values.workspace.mountPath | quote }}
+        - name: HOME
+          value: /tmp
+        - name: HF_HOME
+          value: /tmp/huggingface
+        - name: PYTHONUNBUFFERED
+          value: "1"
+        {{- if and .token $values.huggingFace.tokenSecret }}
+        - name: HF_TOKEN
+          valueFrom:
+            secretKeyRef:
+              name: {{ $values.huggingFace.tokenSecret | quote }}
+              key: {{ $values.huggingFace.tokenKey | quote }}
+        {{- end }}
+        {{- range $name, $value := $settings.extraEnv }}
+        - name: {{ $name }}
+          value: {{ $value | toString | quote }}
+        {{- end }}
+      resources:
+        {{- include "stage.resources" . | nindent 8 }}
+      securityContext:
+        allowPrivilegeEscalation: false
+        readOnlyRootFilesystem: true
+        capabilities:
+          drop: [ALL]
+          {{- if .runAsRoot }}
+          add: [CHOWN]
+          {{- end }}
+      volumeMounts:
+        - name: tmp
+          mountPath: /tmp
+        {{- if .config }}
+        - name: config
+          mountPath: /etc/llama-lora
+          readOnly: true
+        {{- end }}
+        {{- if .workspace }}
+        - name: workspace
+          mountPath: {{ $values.workspace.mountPath | quote }}
+        {{- end }}
+        {{- if .trains }}
+        - name: shm
+          mountPath: /dev/shm
+        {{- end }}
+        {{- range $name, $mount := $settings.extraVolumeMounts }}
+        - name: {{ $name }}
+          {{- toYaml $mount | nindent 10 }}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    {{- if .config }}
+    - name: config
+      configMap:
+        name: {{ include "llama-lora.config.name" .root }}
+    {{- end }}
+    {{- if .workspace }}
+    - name: workspace
+      persistentVolumeClaim:
+        claimName: {{ include "llama-lora.claim.name" .root | quote }}
+    {{- end }}
+    {{- if .trains }}
+    - name: shm               # the container runtime's own has 64 MB
+      emptyDir:
+        medium: Memory
+    {{- end }}
+    {{- range $name, $source := $settings.extraVolumes }}
+    - name: {{ $name }}
+      {{- toYaml $source | nindent 6 }}
+    {{- end }}
+{{- end }}
+
+{{- /* stageDefaults, and over them, key by key, what the stage says for itself. Lists and plain values are replaced.
+       (mergeOverwrite would skip a stage's 0, "" and false.) */}}
+{{- define "stage.settings" -}}
+{{- include "stage.override" (dict "base" .root.Values.stageDefaults "over" (get .root.Values.stages .settings)) }}
+{{- end }}
+
+{{- define "stage.override" -}}
+{{- $result := deepCopy .base }}
+{{- range $key, $value := .over }}
+{{- if and (kindIs "map" $value) (kindIs "map" (get $result $key)) }}
+{{- $value = include "stage.override" (dict "base" (get $result $key) "over" $value) | fromYaml }}
+{{- end }}
+{{- $_ := set $result $key $value }}
+{{- end }}
+{{- toYaml $result }}
+{{- end }}
+
+{{- /* Devices are asked for where the stage trains, and nowhere else. */}}
+{{- define "stage.resources" -}}
+{{- $resources := (include "stage.settings" . | fromYaml).resources }}
+{{- if .trains }}
+{{- range $device, $count := .root.Values.devices }}
+{{- $_ := set $resources.requests $device (int64 $count) }}
+{{- $_ := set $resources.limits $device (int64 $count) }}
+{{- end }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{- define "stage.nodeSelector" -}}
+{{- $selector := dict }}
+{{- if .trains }}
+{{- if ne .root.Values.instance "cpu" }}
+{{- $_ := set $selector "node.kubernetes.io/instance-type" .root.Values.instance }}
+{{- end }}
+{{- if .root.Values.hyperpod.autoResume }}
+{{- $_ := set $selector "sagemaker.amazonaws.com/node-health-status" "Schedulable" }}
+{{- end }}
+{{- end }}
+{{- toYaml (mergeOverwrite $selector (include "stage.settings" . | fromYaml).nodeSelector) }}
+{{- end }}
+
+{{- /* Nodes with devices are often tainted with the device's name. */}}
+{{- define "stage.tolerations" -}}
+{{- $tolerations := (include "stage.settings" . | fromYaml).tolerations }}
+{{- if .trains }}
+{{- range $device, $count := .root.Values.devices }}
+{{- $tolerations = append $tolerations (dict "key" $device "operator" "Exists" "effect" "NoSchedule") }}
+{{- end }}
+{{- end }}
+{{- toYaml $tolerations }}
+{{- end }}

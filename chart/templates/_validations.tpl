@@ -1,0 +1,2 @@
+{{- define "llama-lora.validations" -}}
+{{- end }}

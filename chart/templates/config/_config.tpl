@@ -1,0 +1,52 @@
+{{- /* What a stage reads: the values' own sections. */}}
+{{- define "llama-lora.config.run" -}}
+{{- $config := dict "name" (include "llama-lora.run.name" .) }}
+{{- range $section := list "backend" "model" "dataset" "lora" "training" "evaluation" "parallelism" }}
+{{- $_ := set $config $section (deepCopy (get $.Values $section)) }}
+{{- end }}
+{{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}
+{{- include "llama-lora.config.yaml" $config }}
+{{- end }}
+
+{{- /* What genvalues/cluster reads, besides its arguments. */}}
+{{- define "llama-lora.config.cluster" -}}
+{{- $values := .Values }}
+{{- $secret := $values.huggingFace.tokenSecret }}
+{{- include "llama-lora.config.yaml" (dict
+      "release" .Release.Name
+      "namespace" .Release.Namespace
+      "fullname" (include "llama-lora.fullname" .)
+      "revision" .Release.Revision
+      "claim" (dict
+          "name" (include "llama-lora.claim.name" .)
+          "managed" (and $values.storage.enabled (not $values.storage.existingClaim)))
+      "secret" (ternary (dict "name" $secret "key" $values.huggingFace.tokenKey) nil (ne $secret ""))
+      "job" (dict
+          "nodes" $values.parallelism.nodes
+          "instance" $values.instance
+          "devices" $values.devices
+          "queueName" $values.kueue.queueName)
+      "clusterScopedReads" $values.rbac.clusterScopedReads
+      "train" (dict "unschedulableTimeoutSeconds" $values.pipeline.unschedulableTimeoutSeconds)) }}
+{{- end }}
+
+{{- /* The values of the release that the runner installs: these, attached, with the volume, the service accounts and
+       the roles of this release (so that the runner needs no right to make any). */}}
+{{- define "llama-lora.config.values" -}}
+{{- $values := omit (deepCopy .Values) "global" }}
+{{- $_ := set $values "name" (include "llama-lora.run.name" .) }}
+{{- $_ := set $values "fullnameOverride" "" }}
+{{- $_ := set $values.pipeline "mode" "attached" }}
+{{- $_ := set $values "storage" (omit $values.storage "global") }}
+{{- $_ := set $values.storage "enabled" false }}
+{{- $_ := set $values.storage "existingClaim" (include "llama-lora.claim.name" .) }}
+{{- $_ := set $values.rbac "create" false }}
+{{- $_ := set $values.rbac "namePrefix" (include "llama-lora.rbac.prefix" .) }}
+{{- $_ := set $values.cleanup "enabled" false }}
+{{- include "llama-lora.config.yaml" $values }}
+{{- end }}
+
+{{- /* Readers of YAML 1.1 (PyYAML) take 5e-05 for text, and 5.0e-05 for a number. */}}
+{{- define "llama-lora.config.yaml" -}}
+{{- regexReplaceAll "(?m)(: -?[0-9]+)(e[-+][0-9]+)$" (toYaml .) "${1}.0${2}" }}
+{{- end }}
