@@ -38,7 +38,7 @@ def chart_name(chart: Path) -> str:
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What the chart's schema has against the values: key and reason. As Helm does it: on top of the chart's defaults."""
+    """What the chart's schema has against the values: key and reason. As in Helm, on top of the chart's defaults."""
     import jsonschema
 
     schema = chart / "values.schema.json"

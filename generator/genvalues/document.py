@@ -1,7 +1,7 @@
 """A YAML file that knows where every key stands, so that a mistake can be shown where it was made.
 
-YAML 1.2's core schema: 5e-5 is a number, yes and on are text, 2024-01-01 is text. What has no place in such a file (tags,
-aliases, two keys of one name, NaN) is a mistake, not a surprise.
+YAML 1.2's core schema: 5e-5 is a number, yes and on are text, 2024-01-01 is text. What has no place in such a file
+(tags, aliases, two keys of one name, NaN) is a mistake, not a surprise.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Reader:
 
 
 def read(path: Path, name: str | None = None, sets: Iterable[str] = ()) -> Document:
-    """Read a file and the --set that change it. Mistakes that leave something to check stay in the document; others raise."""
+    """Read a file and the --set that change it. Raises what leaves nothing to check; notes the other mistakes."""
     document = Document(path, name)
 
     def position_of(node: yaml.Node) -> Position:

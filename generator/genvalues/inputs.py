@@ -22,7 +22,11 @@ DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
 HUB_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 MODEL_ID = rf"^{HUB_PART}(/{HUB_PART})?(@{REVISION})?$"
-IMAGE = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?(:[0-9]+)?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+IMAGE_PART = r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+IMAGE = (
+    rf"^{IMAGE_PART}(:[0-9]+)?(/{IMAGE_PART})*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+)
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -8,7 +8,7 @@ from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, spli
 from genvalues.inputs import Block, Dataset, Inputs, ModelPath, Storage
 from genvalues.instances import HYPERPOD, parallelism, trainium
 
-# The stage evaluate holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again for what works on them.
+# The stage evaluate holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
 EVALUATE_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
 
 

@@ -1,0 +1,321 @@
+"""The chart's stages on this computer: rendered by Helm, run as processes, one after the other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genvalues import helm
+from genvalues.chart import find_chart
+from genvalues.document import read
+from genvalues.errors import UserError
+from genvalues.files import write_text
+from genvalues.process import Command, Interrupted, run_together
+from genvalues.values import merge
+
+STAGE = "llama-lora/stage"
+NEEDS_CLUSTER = "llama-lora/needs-cluster"
+TAIL = 20  # lines of a failed stage's log that are shown again at the end
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A hook of the chart: groups of commands to run one after the other, those of a group side by side."""
+
+    name: str
+    groups: tuple[tuple[Command, ...], ...]
+
+
+@dataclass
+class Outcome:
+    stage: str
+    result: str = "not run"
+    seconds: float = 0.0
+
+
+def run(values_file: Path, workspace: Path, chart: Path | None) -> int:
+    """Run all stages; the status is 0 or the first failing stage's."""
+    try:
+        objects = rendered(values_file, chart)
+        with locked(workspace) as lock:
+            stages = stages_of(objects, Local(workspace.resolve(), objects))
+            return run_stages(stages, left_out(objects), workspace.resolve(), lock)
+    except KeyboardInterrupt:  # outside of the stages: nothing runs
+        return 130
+
+
+def rendered(values_file: Path, chart: Path | None) -> list[Object]:
+    document = read(values_file)
+    document.raise_mistakes(document.mistakes)
+    found = find_chart(chart)
+    if found is None:
+        raise UserError("no chart here", fix="Say where it is: --chart DIR.")
+    values = merge(document.value, {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
+    return helm.render(found, str(values.get("name") or "llama-lora"), values)
+
+
+@contextmanager
+def locked(workspace: Path) -> Iterator[int]:
+    """One run at a time: two would write the same files. Held by the stages too, until the last one is gone."""
+    path = workspace / ".local" / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another `genvalues local` (process {file.read().strip() or '?'}) is at work here",
+                where=f"--workspace {workspace}",
+                fix="Wait for its end, stop it, or use another folder.",
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()
+
+
+# --- from the chart's objects to commands
+
+
+def annotation(item: Object, name: str) -> str:
+    return str((item["metadata"].get("annotations") or {}).get(name, ""))
+
+
+def is_stage(item: Object) -> bool:
+    hooks = annotation(item, "helm.sh/hook").replace(" ", "").split(",")
+    return bool(annotation(item, STAGE)) and bool({"post-install", "post-upgrade"}.intersection(hooks))
+
+
+def in_order(objects: Iterable[Object]) -> list[Object]:
+    """By weight, then name: the order in which Helm runs hooks."""
+    weighed = [item for item in objects if is_stage(item) and item["kind"] in ("Job", "PyTorchJob")]
+    return sorted(
+        weighed, key=lambda item: (int(annotation(item, "helm.sh/hook-weight") or 0), item["metadata"]["name"])
+    )
+
+
+def left_out(objects: Iterable[Object]) -> list[str]:
+    """The stages that make sense in a cluster only."""
+    return list(dict.fromkeys(annotation(item, STAGE) for item in in_order(objects) if annotation(item, NEEDS_CLUSTER)))
+
+
+def stages_of(objects: list[Object], local: Local) -> list[Stage]:
+    """The stages that run here, in their order, every command of theirs found."""
+    return [
+        Stage(annotation(item, STAGE), tuple(local.groups(item)))
+        for item in in_order(objects)
+        if not annotation(item, NEEDS_CLUSTER)
+    ]
+
+
+class Local:
+    """What stands for the cluster: folders for volumes, processes for containers."""
+
+    def __init__(self, workspace: Path, objects: list[Object]) -> None:
+        self.workspace = workspace
+        self.hidden = workspace / ".local"
+        self.config_maps = {item["metadata"]["name"]: item for item in objects if item["kind"] == "ConfigMap"}
+
+    def groups(self, item: Object) -> Iterator[tuple[Command, ...]]:
+        """A Job's init containers in turn and then its container; all workers of a PyTorchJob at once."""
+        stage = annotation(item, STAGE)
+        if item["kind"] == "PyTorchJob":
+            worker = item["spec"]["pytorchReplicaSpecs"]["Worker"]
+            replicas, pod = worker["replicas"], worker["template"]["spec"]
+            port = free_port()
+            yield tuple(
+                self.command(
+                    f"worker-{index}", stage, pod, pod["containers"][0], torchrun_settings(item, replicas, port)
+                )
+                for index in range(replicas)
+            )
+            return
+        pod = item["spec"]["template"]["spec"]
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            yield (self.command(container["name"], stage, pod, container, {}),)
+
+    def command(self, name: str, stage: str, pod: Object, container: Object, settings: dict[str, str]) -> Command:
+        folders = self.folders(stage, pod, container)
+        words = [*container.get("command", []), *container.get("args", [])]
+        if not container.get("command"):
+            raise UserError(f"the container {container['name']} of stage {stage} has no command to run here")
+        program, *arguments = (translated(str(word), folders) for word in words)
+        environment = {**os.environ, "PATH": f"{beside_python()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        for variable in container.get("env") or []:
+            # A secret comes from the user's own environment, if it is there, and is never written anywhere.
+            if "value" in variable:
+                environment[variable["name"]] = translated(str(variable["value"]), folders)
+        return Command(name, (find_program(program, stage), *arguments), environment | settings, self.workspace)
+
+    def folders(self, stage: str, pod: Object, container: Object) -> dict[str, Path]:
+        """Where each mounted path of a container is on this computer."""
+        volumes = {volume["name"]: volume for volume in pod.get("volumes") or []}
+        mounts = container.get("volumeMounts") or []
+        folders: dict[str, Path] = {}
+        shared: dict[str, Path] = {}
+        for mount in mounts:
+            volume = volumes[mount["name"]]
+            if "persistentVolumeClaim" in volume:
+                folder = shared[mount["mountPath"]] = self.workspace
+            elif "configMap" in volume:
+                folder = self.hidden / "config"
+            elif "emptyDir" in volume:
+                folder = self.hidden / "tmp" / stage / mount["name"]
+            elif "hostPath" in volume:
+                folder = Path(volume["hostPath"]["path"])
+            else:
+                raise UserError(f"the volume {mount['name']} of stage {stage} is to be had in a cluster only")
+            folders[mount["mountPath"]] = folder / mount.get("subPath", "")
+        for mount in mounts:
+            volume = volumes[mount["name"]]
+            if "emptyDir" in volume:
+                folders[mount["mountPath"]].mkdir(parents=True, exist_ok=True)
+            if "configMap" in volume:
+                # Config maps are shared by the stages, and so are the paths in them: those on the claim.
+                for file, text in self.config_map(volume["configMap"]["name"]).items():
+                    write_text(self.hidden / "config" / file, translated(text, shared))
+        return folders
+
+    def config_map(self, name: str) -> dict[str, str]:
+        if name not in self.config_maps:
+            raise UserError(f"the chart renders no ConfigMap {name}, which a stage mounts")
+        data: dict[str, str] = self.config_maps[name].get("data") or {}
+        return data
+
+
+def translated(text: str, folders: dict[str, Path]) -> str:
+    """Every path under a mounted one, as it is on this computer; the longest fitting mount counts."""
+    if not folders:
+        return text
+    longest_first = sorted((mount.rstrip("/") for mount in folders), key=len, reverse=True)
+    whole_path = rf"(?<![\w./-])({'|'.join(map(re.escape, longest_first))})(?=/|[^\w.-]|$)"
+    by_mount = {mount.rstrip("/"): folder for mount, folder in folders.items()}
+    return re.sub(whole_path, lambda match: str(by_mount[match[1]]), text)
+
+
+def torchrun_settings(item: Object, replicas: int, port: int) -> dict[str, str]:
+    """What the training operator sets for an elastic job, with the rendezvous on this computer."""
+    return {
+        "PET_NNODES": f"{replicas}:{replicas}",
+        "PET_NPROC_PER_NODE": str(item["spec"].get("nprocPerNode", 1)),
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def beside_python() -> Path:
+    return Path(sys.executable).parent
+
+
+def find_program(program: str, stage: str) -> str:
+    """The program beside this Python, where its packages are installed, else on PATH."""
+    found = shutil.which(program, path=str(beside_python())) or shutil.which(program)
+    if not found:
+        raise UserError(
+            f"the stage {stage} needs the command {program}, which is not installed",
+            fix="Run `make setup`, or pip install '.[trainer]'.",
+        )
+    return found
+
+
+# --- running and telling
+
+
+def run_stages(stages: list[Stage], left_out: list[str], workspace: Path, lock: int) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if left_out:
+        console.print(f"Left out, for want of a cluster: {', '.join(left_out)}")
+    outcomes = [Outcome(stage.name) for stage in stages]
+    status = 0
+    for stage, outcome in zip(stages, outcomes, strict=True):
+        header(console, stage.name)
+        log = workspace / ".local" / "logs" / f"{stage.name}.log"
+        began = time.monotonic()
+        try:
+            status, tail = run_stage(stage, log, lock)
+            outcome.result = f"failed with status {status}" if status else "done"
+        except Interrupted as interrupted:
+            status, tail = interrupted.status, []
+            outcome.result = f"stopped by {interrupted}"
+        outcome.seconds = time.monotonic() - began
+        if status:
+            break
+    print_table(console, outcomes)
+    if status:
+        print(f"{outcome.stage}: {outcome.result}. Its log: {log}", file=sys.stderr)
+        for line in tail:
+            print(f"  {line}", file=sys.stderr)
+    return status
+
+
+def run_stage(stage: Stage, log: Path, lock: int) -> tuple[int, Iterable[str]]:
+    """Run one stage, its output to the terminal and to its log; the status, and the last lines."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: deque[str] = deque(maxlen=TAIL)
+    with log.open("w", encoding="utf-8") as file:
+        for group in stage.groups:
+
+            def on_line(name: str, line: str, several: bool = len(group) > 1) -> None:
+                text = f"[{name}] {line}" if several else line
+                tail.append(text)
+                file.write(text + "\n")
+                file.flush()
+                print(text, flush=True)
+
+            status = run_together(group, on_line, hold_open=[lock])
+            if status:
+                return status, tail
+    return 0, tail
+
+
+def header(console: Any, stage: str) -> None:
+    if console.is_terminal:
+        console.rule(f"[bold]{stage}", align="left")
+    else:
+        console.print(f"--- {stage}")
+
+
+def print_table(console: Any, outcomes: list[Outcome]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("result")
+    table.add_column("time", justify="right")
+    for outcome in outcomes:
+        table.add_row(outcome.stage, outcome.result, duration(outcome.seconds) if outcome.result != "not run" else "")
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:02.0f} s" if minutes else f"{rest:.1f} s"
