@@ -1,0 +1,39 @@
+"""What talks to the Kubernetes API, from a pod of the chart or from a laptop: preflight, gate, cleanup, runner.
+
+``api`` is the only module that knows the Kubernetes client; the others decide, and can be read without a cluster.
+
+Exit statuses, the same for every command:
+
+    0    done
+    2    the user must change something
+    1    gate, runner: the stage failed, after its own retries; cleanup: something still runs at the deadline
+    3    the command itself could not do its work (no API server, a defect): worth another try
+    143  asked to stop (SIGTERM); a later one goes on
+
+So a Job's podFailurePolicy fails at once on 1 and 2 for the gate, and on 2 for the others.
+
+What each command asks of the API, for the chart's RBAC, all in the release's namespace unless said otherwise.
+Discovery (GET /apis/...) is open to every service account. tests/generator/cluster holds the code to this table.
+
+    command    resource                           verbs
+    preflight  persistentvolumeclaims             get
+    preflight  persistentvolumeclaims             list       # optional: names the claims there are when one is missing
+    preflight  secrets                            get        # resourceNames: the token's; no rule when there is none
+    preflight  events                             list
+    preflight  resourcequotas                     list
+    preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without them: "not checked"
+    preflight  localqueues.kueue.x-k8s.io         get        # only with kueue.queueName
+    preflight  nodes                              list       # cluster-wide, only with clusterScopedReads
+    preflight  storageclasses.storage.k8s.io      get        # cluster-wide, only with clusterScopedReads
+    gate       pytorchjobs.kubeflow.org           get list patch delete
+    gate       pods                               list watch
+    gate       pods/log                           get
+    gate       events                             list
+    cleanup    jobs.batch                         list patch delete
+    cleanup    pods                               list
+    cleanup    pytorchjobs.kubeflow.org           list delete
+    runner     secrets                            list delete   # Helm's own needs come on top
+    runner     jobs.batch                         list
+
+In detached mode cleanup also runs ``helm uninstall RELEASE-run``, and needs what Helm needs for that.
+"""

@@ -1,0 +1,148 @@
+"""``genvalues cluster``: the commands that the chart's pods run. They parse and print; the work is in their modules."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from genvalues.errors import EXIT_USER_ERROR, UserError, user_errors_end_with_status_2
+
+TRY_AGAIN = 3  # see genvalues.cluster: the command itself could not do its work
+STOPPED = 143
+PREFLIGHT_PATIENCE_SECONDS = 8.0
+
+config_option = click.option(
+    "--config", type=click.Path(path_type=Path), required=True, help="The chart's cluster.yaml."
+)
+
+
+@click.group()
+def cluster() -> None:
+    """What the chart's pods do with the Kubernetes API."""
+
+
+def command(work: Callable[..., int]) -> Callable[..., None]:
+    """Print errors once, end with the status the chart acts on, and at once when asked to stop."""
+
+    @functools.wraps(work)
+    @user_errors_end_with_status_2
+    def wrapper(**options: Any) -> None:
+        from .api import ApiError, NotAllowed
+        from .gate import CannotAsk
+
+        # A container's first process ignores SIGTERM unless it says otherwise, and would cost its pod 30 s.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
+        try:
+            status = work(**options)
+        except NotAllowed as error:
+            click.echo(f"{error}. The chart's RBAC for this command is in genvalues/cluster/__init__.py", err=True)
+            status = EXIT_USER_ERROR
+        except (ApiError, CannotAsk) as error:
+            click.echo(str(error), err=True)
+            status = TRY_AGAIN
+        except UserError:
+            raise
+        except Exception:  # a defect of ours; Python's own status 1 would say that the stage has failed
+            traceback.print_exc()
+            status = TRY_AGAIN
+        sys.exit(status)
+
+    return wrapper
+
+
+@cluster.command("preflight")
+@config_option
+@command
+def preflight_command(config: Path) -> int:
+    """Check everything the pipeline needs from the cluster; all findings at once.
+
+    Example: genvalues cluster preflight --config /etc/llama-lora/cluster.yaml
+    """
+    import time
+
+    from . import api, preflight
+    from .config import load
+
+    settings = load(config)
+    deadline = time.monotonic() + preflight.BUDGET_SECONDS
+    server = api.connect(settings.namespace, patience=PREFLIGHT_PATIENCE_SECONDS, interval=1.0, deadline=deadline)
+    findings = preflight.preflight(server, settings)
+    for finding in findings:
+        click.echo(finding)
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        click.echo(f"{errors} of {len(findings)} findings stop this release; the fixes are above")
+        return EXIT_USER_ERROR
+    return TRY_AGAIN if any(finding.unanswered for finding in findings) else 0
+
+
+@cluster.command("gate")
+@config_option
+@click.option("--run-config", type=click.Path(path_type=Path), required=True, help="The chart's run.yaml.")
+@click.option("--stage", required=True, help="The stage whose PyTorchJob this gate releases.")
+@click.option("--job", required=True, help="This revision's PyTorchJob.")
+@command
+def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
+    """Release a stage's PyTorchJob if it has something to do, follow it, and end as it ends.
+
+    Example: genvalues cluster gate --config /etc/llama-lora/cluster.yaml --run-config /etc/llama-lora/run.yaml
+    --stage train --job llama-lora-train-3
+    """
+    from . import api, gate
+    from .config import load
+
+    settings = load(config)
+    server = api.connect(settings.namespace, say=click.echo)
+    try:
+        gate.gate(server, settings, stage, job, lambda: gate.ask_trainer(stage, run_config), click.echo)
+    except gate.StageFailed as failure:
+        click.echo(gate.describe_failure(stage, failure))
+        return failure.status
+    return 0
+
+
+@cluster.command("cleanup")
+@click.option("--release", required=True)
+@click.option("--namespace", required=True)
+@click.option("--timeout-seconds", type=click.FloatRange(min=1), default=120.0, show_default=True)
+@command
+def cleanup_command(release: str, namespace: str, timeout_seconds: float) -> int:
+    """Stop what still runs of a release, and wait until its pods are gone.
+
+    Example: genvalues cluster cleanup --release llama-lora --namespace default --timeout-seconds 120
+    """
+    from . import api, cleanup
+
+    server = api.connect(namespace, patience=timeout_seconds, say=click.echo)
+    try:
+        cleanup.cleanup(server, release, timeout_seconds, click.echo)
+    except cleanup.StillRunning as problem:
+        click.echo(str(problem), err=True)
+        return 1
+    return 0
+
+
+@cluster.command("runner")
+@config_option
+@click.option("--chart", type=click.Path(path_type=Path), required=True, help="The chart in the image.")
+@click.option("--values", type=click.Path(path_type=Path), required=True, help="The outer release's values.")
+@command
+def runner_command(config: Path, chart: Path, values: Path) -> int:
+    """Run the pipeline as the release RELEASE-run, from inside the cluster.
+
+    Example: genvalues cluster runner --config /etc/llama-lora/cluster.yaml --chart /opt/llama-lora/chart
+    --values /etc/llama-lora/values.yaml
+    """
+    from . import api, runner
+    from .config import load
+
+    settings = load(config)
+    read = runner.read_values(values)
+    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, read, click.echo)

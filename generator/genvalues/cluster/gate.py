@@ -1,0 +1,386 @@
+"""The gate of a stage that runs as a PyTorchJob: releases the job, or an earlier one, or none, and ends as it ends.
+
+Helm waits for Jobs, not for PyTorchJobs. So the chart creates the PyTorchJob suspended, and this runs as a Job after
+it:
+
+ 1. the stage's manifest is up to date: the suspended job is deleted; no Trainium node was ever asked for;
+ 2. an earlier revision's job with the same fingerprint still runs: that one is followed, the new one deleted;
+ 3. else the new one is released and followed.
+
+Killed and started again at any point, it goes on: what was released is marked with the fingerprint it was released for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from genvalues.errors import EXIT_USER_ERROR, UserError
+
+from . import api as kinds
+from .api import Api, Object
+from .config import ClusterConfig
+from .objects import (
+    COMPONENT,
+    FINGERPRINT,
+    INSTANCE,
+    JOB_NAME,
+    QUEUE_NAME,
+    annotations_of,
+    condition,
+    is_finished,
+    is_over,
+    is_suspended,
+    last_seen,
+    moment,
+    name_of,
+    phase_of,
+    unschedulable,
+    why_not_started,
+    workers_of,
+)
+from .workers import Workers
+
+STAGE_FAILED = 1
+
+
+class StageFailed(Exception):
+    """The stage's job ended badly. ``status`` is 2 when the user must change something."""
+
+    def __init__(self, reason: str, *, status: int = STAGE_FAILED) -> None:
+        self.reason = reason
+        self.status = status
+        self.pod = ""
+        self.tail: list[str] = []
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What ``llama-lora fingerprint STAGE`` says."""
+
+    fingerprint: str
+    up_to_date: bool
+    progress: Path
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often the gate looks and how long it waits for others; tests make it short."""
+
+    interval: float = 2.0
+    progress: float = 30.0  # between two progress lines
+    cannot_start: float = 300.0  # an image that is not there may be a registry's bad minute
+    others_end: float = 300.0  # workers after the first has succeeded; they end with a barrier
+    manifest: float = 60.0  # NFS clients may not see a new file for as long
+    pods_gone: float = 600.0  # grace period 120 s, or the five minutes until a lost node is given up
+
+
+@dataclass(frozen=True)
+class Plan:
+    follow: str = ""
+    release: bool = False
+    delete: list[str] = field(default_factory=list)  # never ran, or is over
+    stop: list[str] = field(default_factory=list)  # runs, for another fingerprint
+
+
+def plan(jobs: list[Object], own: str, state: StageState) -> Plan:
+    """What to do with the stage's PyTorchJobs, this revision's (``own``) and earlier ones."""
+    released = [job for job in jobs if FINGERPRINT in annotations_of(job)]
+    waiting = [name_of(job) for job in jobs if FINGERPRINT not in annotations_of(job)]
+    newest_first = sorted(released, key=lambda job: (name_of(job) == own, created(job)), reverse=True)
+    ours = [job for job in newest_first if annotations_of(job)[FINGERPRINT] == state.fingerprint]
+    alive = [name_of(job) for job in ours if not is_finished(job) and not is_being_deleted(job)]
+    # Two trainers on one run directory would overwrite each other's checkpoints. One that is being deleted is here too:
+    # it is waited for.
+    stop = [name_of(job) for job in released if not is_finished(job) and name_of(job) not in alive[:1]]
+    over = [name_of(job) for job in released if is_finished(job)]
+    if state.up_to_date:
+        return Plan(delete=waiting, stop=stop)
+    if alive:
+        return Plan(follow=alive[0], delete=waiting, stop=stop)
+    if own in waiting:
+        return Plan(follow=own, release=True, delete=[name for name in waiting if name != own] + over, stop=stop)
+    ended = [name_of(job) for job in ours if is_finished(job)]
+    if ended:  # a gate that comes after the end reports it
+        return Plan(follow=ended[0], delete=waiting, stop=stop)
+    return Plan(stop=stop)
+
+
+def is_being_deleted(job: Object) -> bool:
+    return "deletionTimestamp" in job["metadata"]
+
+
+def created(job: Object) -> float:
+    return moment(job["metadata"].get("creationTimestamp"))
+
+
+def gate(
+    api: Api,
+    config: ClusterConfig,
+    stage: str,
+    own: str,
+    ask: Callable[[], StageState],
+    say: Callable[[str], None],
+    pace: Pace = Pace(),
+) -> None:
+    """Return when the stage is done; raise StageFailed or UserError when it is not."""
+    state = ask()
+    labels = f"{INSTANCE}={config.release},{COMPONENT}={stage}"
+    decided = plan(api.list(kinds.PYTORCH_JOBS, labels=labels), own, state)
+    for name in decided.stop:
+        say(f"{stage}: stopping {name}, which runs for an earlier configuration")
+        stop(api, name, pace)
+    for name in decided.delete:
+        api.delete(kinds.PYTORCH_JOBS, name)
+    if state.up_to_date:
+        say(f"{stage}: up to date, nothing to run")
+        return
+    if not decided.follow:
+        fix = f"Start it again: helm upgrade {config.release} CHART -n {config.namespace} --reuse-values"
+        raise UserError(f"PyTorchJob {own} of stage {stage} is not there, and no earlier one runs", fix=fix)
+    if decided.release:
+        release(api, own, state.fingerprint, config.job.queue_name)
+    say(f"{stage}: {'released' if decided.release else 'following'} PyTorchJob {decided.follow}")
+    Follower(api, config, stage, decided.follow, ask, say, pace).follow(state)
+    say(f"{stage}: done")
+
+
+def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
+    """Let the job run; with Kueue, let it queue, and Kueue let it run."""
+    patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
+    if queue:
+        patch["metadata"]["labels"] = {QUEUE_NAME: queue}
+    else:
+        patch["spec"] = {"runPolicy": {"suspend": False}}
+    api.patch(kinds.PYTORCH_JOBS, name, patch)
+
+
+def stop(api: Api, name: str, pace: Pace) -> None:
+    """Delete a job that runs, in the foreground (the operator makes no new pods meanwhile), and wait for its pods to go."""
+    api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
+    ends = time.monotonic() + pace.pods_gone
+    while pods := api.list(kinds.PODS, labels=f"{JOB_NAME}={name}"):
+        if time.monotonic() >= ends:
+            names = " ".join(name_of(pod) for pod in pods)
+            fix = f"Look at their nodes; if those are lost: kubectl -n {api.namespace} delete pod --force {names}"
+            raise UserError(f"pods of PyTorchJob {name} are still there after {pace.pods_gone:.0f} s: {names}", fix=fix)
+        time.sleep(pace.interval)
+
+
+class Follower:
+    """Follows one released PyTorchJob to its end."""
+
+    def __init__(
+        self,
+        api: Api,
+        config: ClusterConfig,
+        stage: str,
+        job: str,
+        ask: Callable[[], StageState],
+        say: Callable[[str], None],
+        pace: Pace,
+    ) -> None:
+        self.api = api
+        self.config = config
+        self.stage = stage
+        self.job = job
+        self.ask = ask
+        self.say = say
+        self.pace = pace
+        self.workers = Workers(api, job, pace.interval)
+        self._told: dict[str, str] = {}
+        self._since: dict[str, float] = {}
+        self._progress_at = float("-inf")
+
+    def follow(self, state: StageState) -> None:
+        self._told["progress"] = read_progress(state.progress).get("updated", "")  # of an earlier run
+        self.workers.start()
+        try:
+            while not self.look(state):
+                time.sleep(self.pace.interval)
+        except StageFailed as failure:
+            time.sleep(min(self.pace.interval, 1.0))  # the watch may be a moment behind what the job says
+            self.workers.close()
+            failure.pod, failure.tail = self.workers.tail()
+            if cause := self.workers.first_failure():
+                failure.reason = f"{cause}; {failure.reason}" if str(cause) not in failure.reason else failure.reason
+                failure.status = EXIT_USER_ERROR if cause.code == EXIT_USER_ERROR else failure.status
+            raise
+        self.workers.close(patience=0.0)
+
+    def look(self, state: StageState) -> bool:
+        """One look at the job and its pods: True when the stage is done, StageFailed when it has failed."""
+        job = self.api.get(kinds.PYTORCH_JOBS, self.job)
+        pods = self.api.list(kinds.PODS, labels=f"{JOB_NAME}={self.job}")
+        for pod in pods:
+            self.workers.observe(pod)
+        if job is None:
+            fix = f"helm upgrade {self.config.release} starts it again"
+            raise StageFailed(f"PyTorchJob {self.job} was deleted while it ran; {fix}", status=EXIT_USER_ERROR)
+        self.tell(job, pods, state)
+        if failed := condition(job, "Failed"):
+            raise StageFailed(f"PyTorchJob {self.job}: {failed.get('message') or 'Failed'}")
+        if any(end.code == EXIT_USER_ERROR for end in self.workers.ends):
+            # A restart would end the same way, and Trainium nodes would wait for it.
+            self.end("ended without a retry, because something must be changed first")
+        if condition(job, "Succeeded"):
+            return self.all_succeeded(pods) and self.manifest_is_there(state)
+        self.give_up_what_cannot_start(job, pods)
+        return False
+
+    def tell(self, job: Object, pods: list[Object], state: StageState) -> None:
+        """Say what has changed since the last look."""
+        conditions = [one["type"] for one in job.get("status", {}).get("conditions") or [] if one["status"] == "True"]
+        if is_suspended(job) and "Suspended" not in conditions:
+            conditions.append("Suspended")
+        self.tell_change("job", f"{self.job}: {', '.join(conditions) or 'no condition yet'}")
+        for pod in pods:
+            where = pod["spec"].get("nodeName")
+            self.tell_change(
+                pod["metadata"]["uid"], f"{name_of(pod)}: {phase_of(pod)}{f' on {where}' if where else ''}"
+            )
+        if time.monotonic() - self._progress_at >= self.pace.progress:
+            progress = read_progress(state.progress)
+            updated = progress.get("updated", "")
+            if progress.get("stage") == self.stage and updated != self._told["progress"]:
+                self._told["progress"], self._progress_at = updated, time.monotonic()
+                self.say(f"{self.stage}: {describe_progress(progress)}")
+
+    def tell_change(self, about: str, text: str) -> None:
+        if self._told.get(about) != text:
+            self._told[about] = text
+            self.say(f"{self.stage}: {text}")
+
+    def all_succeeded(self, pods: list[Object]) -> bool:
+        """With an elasticPolicy the job succeeds as soon as one worker has: the others are waited for."""
+        failed = [pod for pod in pods if phase_of(pod) == "Failed"]
+        if failed:
+            raise StageFailed(f"{name_of(failed[0])} failed, though PyTorchJob {self.job} counts as succeeded")
+        running = [name_of(pod) for pod in pods if not is_over(pod)]
+        if not running:
+            return True
+        if self.lasts("running", self.pace.others_end):
+            raise StageFailed(
+                f"{', '.join(running)} still run {self.pace.others_end:.0f} s after another worker's success"
+            )
+        return False
+
+    def manifest_is_there(self, state: StageState) -> bool:
+        now = self.ask()
+        if now.up_to_date and now.fingerprint == state.fingerprint:
+            return True
+        if self.lasts("manifest", self.pace.manifest):
+            raise StageFailed(
+                f"PyTorchJob {self.job} succeeded, but the stage's manifest is not there or is another one's"
+            )
+        return False
+
+    def give_up_what_cannot_start(self, job: Object, pods: list[Object]) -> None:
+        """Workers that cannot start while others already hold nodes cost money; time held suspended does not count."""
+        limit = self.config.train.unschedulable_timeout_seconds
+        if is_suspended(job):
+            self._since.clear()
+            return
+        for pod in pods:
+            if lack := unschedulable(pod):
+                reason = f"{name_of(pod)}: {lack.get('message') or 'Unschedulable'}"
+                self.tell_change(f"lack {name_of(pod)}", f"unschedulable: {reason}")
+                if time.time() - moment(lack.get("lastTransitionTime")) > limit:
+                    self.end(f"unschedulable for more than {limit:.0f} s: {reason}")
+        stuck = next(filter(None, map(why_not_started, pods)), "")
+        if stuck:
+            self.tell_change("stuck", f"cannot start: {stuck}")
+        if self.lasts("stuck", self.pace.cannot_start, stuck != ""):
+            self.end(f"could not start for {self.pace.cannot_start:.0f} s: {stuck}")
+        if self.lasts("missing", limit, len(pods) < workers_of(job)):
+            self.end(f"only {len(pods)} of {workers_of(job)} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
+
+    def end(self, reason: str) -> None:
+        """Delete the job and fail. The next gate waits for the pods to be gone, so this one need not."""
+        self.api.delete(kinds.PYTORCH_JOBS, self.job, propagation="Foreground")
+        raise StageFailed(reason, status=EXIT_USER_ERROR)
+
+    def lasts(self, what: str, seconds: float, holds: bool = True) -> bool:
+        """Whether ``what`` has held at every look for longer than ``seconds``."""
+        if not holds:
+            self._since.pop(what, None)
+            return False
+        return time.monotonic() - self._since.setdefault(what, time.monotonic()) > seconds
+
+    def why_no_pods(self, job: Object) -> str:
+        """The operator's latest complaint, e.g. a Pod Security or quota refusal."""
+        events = self.api.list(kinds.EVENTS, fields=f"involvedObject.uid={job['metadata']['uid']}")
+        complaints = [event for event in events if event.get("type") == "Warning"]
+        latest = max(complaints, key=last_seen, default=None)
+        return f"{latest['reason']}: {latest.get('message', '')}" if latest else "the training operator made no more"
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return progress if isinstance(progress, dict) else {}
+
+
+def describe_progress(progress: dict[str, Any]) -> str:
+    """``step 120 of 1,000, loss 1.234, 5,120 tokens/s, 1 h 02 min left``, as far as it is known."""
+    parts = [f"step {progress.get('step')} of {progress.get('totalSteps')}"]
+    if (loss := progress.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if (rate := progress.get("learningRate")) is not None:
+        parts.append(f"learning rate {rate:.3g}")
+    if (speed := progress.get("tokensPerSecond")) is not None:
+        parts.append(f"{speed:,.0f} tokens/s")
+    if (left := progress.get("etaSeconds")) is not None:
+        hours, minutes = divmod(round(left / 60), 60)
+        parts.append(f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min left")
+    return ", ".join(parts)
+
+
+class CannotAsk(Exception):
+    """``llama-lora fingerprint`` broke down; worth another try."""
+
+
+def ask_trainer(stage: str, run_config: Path) -> StageState:
+    """Ask the trainer, through its command: the only thing that knows what the stage reads and whether it is done."""
+    beside = Path(sys.executable).with_name("llama-lora")
+    command = str(beside) if beside.exists() else shutil.which("llama-lora")
+    if command is None:
+        raise UserError("there is no llama-lora command here", fix="Use the image built from trainer/Dockerfile")
+    asked = [command, "fingerprint", stage, "--config", str(run_config)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    complaint = done.stderr.strip()
+    if done.returncode == EXIT_USER_ERROR:
+        raise UserError(complaint or f"{' '.join(asked)} ended with status 2")
+    if done.returncode != 0:
+        raise CannotAsk(f"{' '.join(asked)} ended with status {done.returncode}\n{complaint}")
+    return read_state(stage, done.stdout)
+
+
+def read_state(stage: str, text: str) -> StageState:
+    try:
+        answer = json.loads(text)
+        fingerprint, up_to_date, progress = answer["fingerprint"], answer["upToDate"], answer["progress"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CannotAsk(f"llama-lora fingerprint {stage} did not answer as agreed: {text.strip()[:200]}") from error
+    if fingerprint is None:
+        fix = "Run the pipeline from the start: helm upgrade; finished stages are skipped"
+        raise UserError(f"stage {stage} cannot run: a stage it reads from is not done", fix=fix)
+    return StageState(fingerprint, up_to_date, Path(progress))
+
+
+def describe_failure(stage: str, failure: StageFailed) -> str:
+    """The last words of the gate's log: stage, reason, tail."""
+    lines = [f"{stage} failed: {failure.reason}"]
+    if failure.tail:
+        lines += [f"last {len(failure.tail)} lines of {failure.pod}:", *(f"  {line}" for line in failure.tail)]
+    return "\n".join(lines)

@@ -1,0 +1,398 @@
+"""Is the cluster ready for this release? Every finding at once, each with its fix, within 30 seconds.
+
+Mounts nothing it checks and needs no Secret to start, so it can say what is missing instead of staying Pending.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from . import api as kinds
+from .api import Api, ApiError, NotAllowed, Object, ServerAway
+from .config import ClusterConfig
+from .objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
+
+Level = Literal["ok", "warning", "error", "not checked"]
+
+BUDGET_SECONDS = 25.0  # of the 30 that the whole pod may take
+CLAIM_SECONDS = 12.0  # a provisioner that is alive has said something by then
+OPERATOR_SECONDS = 10.0  # an operator that is alive marks a new job within one
+OPERATOR = "https://github.com/kubeflow/training-operator"
+INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
+INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+NODE_HEALTH = "sagemaker.amazonaws.com/node-health-status"
+DEVICE_PLUGINS = {
+    "aws.amazon.com/neuron": "helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart",
+    "vpc.amazonaws.com/efa": "helm upgrade --install aws-efa-k8s-device-plugin aws-efa-k8s-device-plugin"
+    " --repo https://aws.github.io/eks-charts -n kube-system",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Level
+    subject: str
+    found: str
+    fix: str = ""  # a command
+    unanswered: bool = False  # the API server was away: worth another try
+
+    def __str__(self) -> str:
+        line = f"{self.level:<11}  {self.subject}: {self.found}"
+        return f"{line}\n{'':<11}  fix: {self.fix}" if self.fix else line
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the checks wait for somebody else; tests make it short."""
+
+    interval: float = 1.0
+    claim: float = CLAIM_SECONDS
+    operator: float = OPERATOR_SECONDS
+
+
+Check = Callable[[Api, ClusterConfig, Pace], list[Finding]]
+
+
+def preflight(api: Api, config: ClusterConfig, pace: Pace = Pace()) -> list[Finding]:
+    """All findings, in the order of the checks, which run side by side."""
+    checks: dict[str, Check] = {
+        "training operator": check_operator,
+        "storage": check_storage,
+        "Hugging Face token": check_secret,
+        "devices": check_devices,
+        "quota": check_quota,
+        "queue": check_queue,
+    }
+    with ThreadPoolExecutor(len(checks)) as pool:
+        found = pool.map(lambda subject: guarded(subject, checks[subject], api, config, pace), checks)
+        return [finding for findings in found for finding in findings]
+
+
+def guarded(subject: str, check: Check, api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """A check that may not look, or gets no answer, is not checked; the others go on."""
+    try:
+        return check(api, config, pace)
+    except NotAllowed as error:
+        return [Finding("not checked", subject, error.message, f"kubectl -n {api.namespace} get rolebindings -o wide")]
+    except ServerAway as error:
+        return [Finding("not checked", subject, error.message, "kubectl get --raw /readyz", unanswered=True)]
+    except ApiError as error:
+        return [Finding("not checked", subject, f"the API server answered {error.status}: {error.message}")]
+
+
+def check_operator(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """The PyTorchJob kind, and somebody who acts on it.
+
+    The operator may live in any namespace, which we may not read. So it is asked: a suspended PyTorchJob, which never
+    gets a pod, is marked by a running operator within a second.
+    """
+    subject = "training operator"
+    served = api.discover("apis/kubeflow.org/v1") or {"resources": []}
+    if not any(resource["name"] == "pytorchjobs" for resource in served["resources"]):
+        return [Finding("error", subject, "the API server does not know the kind PyTorchJob", INSTALL_OPERATOR)]
+    probe = suspended_probe(config)
+    try:
+        api.delete(kinds.PYTORCH_JOBS, name_of(probe))  # what a killed preflight left
+        api.create(kinds.PYTORCH_JOBS, probe)
+        seen = wait_until(lambda: marked(api, name_of(probe)), pace.operator, pace.interval)
+    except ServerAway as error:
+        if "webhook" not in error.message:
+            raise
+        seen = False
+    except NotAllowed as error:
+        return [Finding("not checked", subject, f"the kind PyTorchJob is known; whether it runs: {error.message}")]
+    finally:
+        forget(api, name_of(probe))
+    if seen:
+        return [Finding("ok", subject, "knows PyTorchJob and acts on it")]
+    found = f"the kind PyTorchJob is known, but nobody acted on a test job within {pace.operator:.0f} s"
+    return [Finding("error", subject, found, "kubectl -n kubeflow rollout restart deployment training-operator")]
+
+
+def suspended_probe(config: ClusterConfig) -> Object:
+    container = {"name": "pytorch", "image": "suspended.invalid/never-pulled"}
+    worker = {"replicas": 1, "restartPolicy": "Never", "template": {"spec": {"containers": [container]}}}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {
+            "name": f"{config.fullname}-preflight-{config.revision}",
+            "labels": {INSTANCE: config.release, COMPONENT: "preflight"},
+            "annotations": {STAGE: "preflight"},
+        },
+        "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}},
+    }
+
+
+def marked(api: Api, name: str) -> bool:
+    job = api.get(kinds.PYTORCH_JOBS, name)
+    return bool(job and job.get("status", {}).get("conditions"))
+
+
+def forget(api: Api, name: str) -> None:
+    """Delete the probe; where that fails, cleanup and the next preflight do it."""
+    try:
+        api.delete(kinds.PYTORCH_JOBS, name)
+    except ApiError:
+        return
+
+
+def check_storage(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """The claim, and its storage class while it has no volume.
+
+    A claim that is being provisioned gets a few seconds to settle, not the ten minutes that a new FSx file system
+    takes: the stages that mount it wait for it anyway, and hold no Trainium node while they do.
+    """
+    claim = api.get(kinds.CLAIMS, config.claim.name)
+    if claim is None:
+        return [missing_claim(api, config)]
+    events: list[Object] = []
+    ends = time.monotonic() + pace.claim
+    while not settled(claim, events) and time.monotonic() < ends:
+        time.sleep(pace.interval)
+        claim = api.get(kinds.CLAIMS, config.claim.name)
+        if claim is None:
+            return [missing_claim(api, config)]
+        events = events_of(api, claim)
+    findings = [judge_claim(claim, events, config)]
+    storage_class = claim["spec"].get("storageClassName")
+    if storage_class and phase(claim) == "Pending":
+        findings.append(check_storage_class(api, config, storage_class))
+    return findings
+
+
+def missing_claim(api: Api, config: ClusterConfig) -> Finding:
+    subject = f"claim {config.claim.name}"
+    found = f"there is no such PersistentVolumeClaim in namespace {config.namespace}"
+    if config.claim.managed:
+        fix = f"helm upgrade {config.release} CHART -n {config.namespace} --reuse-values   # makes it again"
+        return Finding("error", subject, found, fix)
+    try:
+        names = sorted(name_of(claim) for claim in api.list(kinds.CLAIMS))
+    except NotAllowed:
+        names = []
+    there = f" (there is: {', '.join(names)})" if names else ""
+    return Finding(
+        "error", subject, found + there, f"kubectl -n {config.namespace} get pvc   # then storage.existingClaim"
+    )
+
+
+def phase(claim: Object) -> str:
+    return str(claim.get("status", {}).get("phase", "Pending"))
+
+
+def settled(claim: Object, events: list[Object]) -> bool:
+    """Nothing to be learned from waiting longer. A failure is not final: the volume may come a second after it."""
+    return phase(claim) != "Pending" or any(
+        event["reason"] in {"WaitForFirstConsumer", "Provisioning"} for event in events
+    )
+
+
+def events_of(api: Api, item: Object) -> list[Object]:
+    """What happened to this very object, the latest first."""
+    meta = item["metadata"]
+    fields = f"involvedObject.name={meta['name']},involvedObject.uid={meta['uid']}"
+    return sorted(api.list(kinds.EVENTS, fields=fields), key=last_seen, reverse=True)
+
+
+def judge_claim(claim: Object, events: list[Object], config: ClusterConfig) -> Finding:
+    subject = f"claim {name_of(claim)}"
+    describe = f"kubectl -n {config.namespace} describe pvc {name_of(claim)}"
+    if claim["metadata"].get("deletionTimestamp"):
+        return Finding("error", subject, "is being deleted", describe)
+    if phase(claim) == "Lost":
+        return Finding("error", subject, f"has lost its volume {claim['spec'].get('volumeName', '')}", describe)
+    if problem := judge_access(claim, config):
+        return problem
+    if phase(claim) == "Bound":
+        size = claim.get("status", {}).get("capacity", {}).get("storage", "")
+        return Finding("ok", subject, f"Bound {size}".rstrip())
+    return judge_pending(subject, claim, events, describe)
+
+
+def judge_access(claim: Object, config: ClusterConfig) -> Finding | None:
+    modes = set(claim["spec"].get("accessModes") or [])
+    if "ReadWriteMany" in modes:
+        return None
+    subject = f"claim {name_of(claim)}"
+    found = f"access mode {', '.join(sorted(modes)) or 'none'}"
+    fix = "genvalues write finetune.yaml -o values.yaml   # with a ReadWriteMany storage, e.g. kind: fsx"
+    if config.job.nodes > 1 or not modes & {"ReadWriteOnce"}:
+        return Finding(
+            "error", subject, f"{found}: {config.job.nodes} nodes and the gate write to it at the same time", fix
+        )
+    if phase(claim) == "Bound":
+        return Finding("warning", subject, f"Bound, {found}: every stage must run on the node that has the volume", fix)
+    return None
+
+
+def judge_pending(subject: str, claim: Object, events: list[Object], describe: str) -> Finding:
+    latest = events[0] if events else None
+    if latest is None:
+        return Finding("warning", subject, "Pending, and nobody has said why yet", describe)
+    reason, message = latest["reason"], " ".join(latest.get("message", "").split())
+    if reason == "WaitForFirstConsumer":
+        return Finding(
+            "ok", subject, "Pending until its first pod, as its storage class wants it (WaitForFirstConsumer)"
+        )
+    # The FSx driver takes about ten minutes, and its calls time out and are repeated meanwhile.
+    if reason == "Provisioning" or (reason == "ProvisioningFailed" and "DeadlineExceeded" in message):
+        found = "Pending: its volume is being created (about 10 minutes for FSx); the next stage waits for it"
+        return Finding("warning", subject, found, f"{describe}   # to follow it; give helm a --timeout above that")
+    if reason == "ExternalProvisioning":
+        storage_class = claim["spec"].get("storageClassName", "")
+        found = f"Pending, and no provisioner has taken it up: {message}"
+        return Finding("error", subject, found, f"kubectl get csidrivers; kubectl get storageclass {storage_class}")
+    return Finding("error", subject, f"Pending: {reason}: {message}", describe)
+
+
+def check_storage_class(api: Api, config: ClusterConfig, name: str) -> Finding:
+    subject = f"storage class {name}"
+    if not config.cluster_scoped_reads:
+        return not_read(subject, f"kubectl get storageclass {name}")
+    found = api.get(kinds.STORAGE_CLASSES, name)
+    if found is None:
+        return Finding(
+            "error", subject, "there is none of this name", "kubectl get storageclass   # then storage.storageClass"
+        )
+    return Finding("ok", subject, f"provisioner {found.get('provisioner')}")
+
+
+def not_read(subject: str, look: str) -> Finding:
+    found = f"cluster-scoped reads are off (clusterScopedReads); look yourself: {look}"
+    return Finding("not checked", subject, found)
+
+
+def check_secret(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """The Secret and its key. Its values are never printed."""
+    wanted = config.secret
+    if wanted is None:
+        return [Finding("ok", "Hugging Face token", "none asked for")]
+    subject = f"secret {wanted.name}"
+    create = f"kubectl -n {config.namespace} create secret generic {wanted.name} --from-literal={wanted.key}=hf_..."
+    secret = api.get(kinds.SECRETS, wanted.name)
+    if secret is None:
+        return [Finding("error", subject, f"there is no such Secret in namespace {config.namespace}", create)]
+    data = secret.get("data") or {}
+    if not data.get(wanted.key):
+        has = f"its keys: {', '.join(sorted(data))}" if data else "it has none"
+        state = "is empty" if wanted.key in data else f"is missing ({has})"
+        again = f"kubectl -n {config.namespace} delete secret {wanted.name}; {create}"
+        return [Finding("error", subject, f"key {wanted.key} {state}", again)]
+    return [Finding("ok", subject, f"has key {wanted.key}")]
+
+
+def check_devices(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    job = config.job
+    if not job.devices:
+        return [Finding("ok", "devices", "none asked for")]
+    if not config.cluster_scoped_reads:
+        return [not_read("devices", f"kubectl get nodes -l {INSTANCE_TYPE}={job.instance} -o yaml")]
+    other = job.instance.removeprefix("ml.") if job.instance.startswith("ml.") else f"ml.{job.instance}"
+    nodes = api.list(kinds.NODES, labels=f"{INSTANCE_TYPE} in ({job.instance},{other})")
+    return judge_nodes([node for node in nodes if labels_of(node)[INSTANCE_TYPE] == job.instance], nodes, config)
+
+
+def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) -> list[Finding]:
+    """``nodes`` are of the wanted instance type; ``near`` may be of its twin, with or without HyperPod's ``ml.``."""
+    job = config.job
+    look = f"kubectl get nodes -L {INSTANCE_TYPE}"
+    subject = f"nodes {job.instance}"
+    if not nodes and near:
+        there = labels_of(near[0])[INSTANCE_TYPE]
+        fix = "genvalues write finetune.yaml -o values.yaml --set instance=" + there
+        return [Finding("error", subject, f"none, but {len(near)} of type {there}", fix)]
+    if not nodes:
+        # Not an error: a group may be scaled to zero, and an unchanged upgrade needs no Trainium at all.
+        found = f"there are none now; train waits {config.train.unschedulable_timeout_seconds:.0f} s for an autoscaler"
+        return [Finding("warning", subject, found, look)]
+    usable = [node for node in nodes if takes_pods(node)]
+    findings = [judge_device(name, count, usable, config) for name, count in sorted(job.devices.items())]
+    if len(usable) < job.nodes:
+        found = f"{len(usable)} of {len(nodes)} are ready and schedulable, {job.nodes} needed"
+        grows = any("karpenter.sh/nodepool" in labels_of(node) for node in nodes)
+        findings.insert(0, Finding("warning" if grows else "error", subject, found, look))
+    return findings
+
+
+def takes_pods(node: Object) -> bool:
+    healthy = labels_of(node).get(NODE_HEALTH, "Schedulable") == "Schedulable"
+    return bool(condition(node, "Ready")) and not node["spec"].get("unschedulable") and healthy
+
+
+def judge_device(resource: str, count: int, nodes: list[Object], config: ClusterConfig) -> Finding:
+    def has(node: Object) -> int:
+        return int((node.get("status", {}).get("allocatable") or {}).get(resource, 0))
+
+    most = max((has(node) for node in nodes), default=0)
+    enough = sum(has(node) >= count for node in nodes)
+    needed = min(config.job.nodes, len(nodes))  # that there are too few nodes is said once, not for each device
+    if enough >= needed and nodes:
+        return Finding("ok", resource, f"{count} on each of {enough} nodes of type {config.job.instance}")
+    if not nodes:
+        return Finding("not checked", resource, f"no node of type {config.job.instance} is ready")
+    if most == 0:
+        found = f"no node of type {config.job.instance} offers it: its device plugin does not run"
+        look = f"kubectl get nodes -l {INSTANCE_TYPE}={config.job.instance} -o yaml"
+        return Finding("error", resource, found, DEVICE_PLUGINS.get(resource, look))
+    found = f"{count} a node needed on {config.job.nodes} nodes; {enough} of {len(nodes)} have that, the most is {most}"
+    fix = f"kubectl describe nodes -l {INSTANCE_TYPE}={config.job.instance}   # then instance, nodes or devices"
+    return Finding("error", resource, found, fix)
+
+
+def check_quota(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """Whether the namespace's quotas leave room for the devices."""
+    if not config.job.devices:
+        return []
+    findings = []
+    for quota in api.list(kinds.QUOTAS):
+        status = quota.get("status", {})
+        for resource, count in config.job.devices.items():
+            key = f"requests.{resource}"
+            if key not in (status.get("hard") or {}):
+                continue
+            hard, used = int(status["hard"][key]), int((status.get("used") or {}).get(key, 0))
+            findings.append(judge_quota(name_of(quota), resource, hard, used, count * config.job.nodes, api.namespace))
+    return findings
+
+
+def judge_quota(quota: str, resource: str, hard: int, used: int, needed: int, namespace: str) -> Finding:
+    subject = f"quota {quota}"
+    look = f"kubectl -n {namespace} describe resourcequota {quota}"
+    if needed > hard:
+        return Finding("error", subject, f"allows {hard} {resource}, {needed} needed", look)
+    if needed > hard - used:
+        return Finding("warning", subject, f"{used} of {hard} {resource} in use now, {needed} needed", look)
+    return Finding("ok", subject, f"{hard - used} {resource} free, {needed} needed")
+
+
+def check_queue(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    name = config.job.queue_name
+    if not name:
+        return []
+    subject = f"queue {name}"
+    group = api.discover("apis/kueue.x-k8s.io")
+    if group is None:
+        return [
+            Finding(
+                "error", subject, "Kueue is not installed", "kubectl get crds | grep kueue   # or kueue.queueName: ''"
+            )
+        ]
+    queues = kinds.Kind(f"apis/{group['preferredVersion']['groupVersion']}", "localqueues")
+    if api.get(queues, name) is None:
+        found = f"there is no such LocalQueue in namespace {config.namespace}"
+        return [Finding("error", subject, found, f"kubectl -n {config.namespace} get localqueues")]
+    return [Finding("ok", subject, "is there")]
+
+
+def wait_until(happens: Callable[[], bool], seconds: float, interval: float) -> bool:
+    ends = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() >= ends:
+            return False
+        time.sleep(interval)
+    return True

@@ -1,0 +1,121 @@
+"""What the worker pods of one PyTorchJob did: how their containers ended, and the last lines they wrote.
+
+Both are followed while the pods run, because the training operator deletes the pods of a failed job at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+from . import api as kinds
+from .api import Api, ApiError, Object
+from .objects import JOB_NAME, End, ends_of, is_over, name_of, started_container
+
+TAIL_LINES = 40
+LINE_LENGTH = 500
+
+
+class Tail(threading.Thread):
+    """The end of one pod's log, across restarts of its container."""
+
+    def __init__(self, api: Api, pod: str, container: str, interval: float) -> None:
+        super().__init__(daemon=True)
+        self.pod = pod
+        self.lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self.over = threading.Event()  # nothing new will come
+        self._api = api
+        self._container = container
+        self._interval = interval
+        self._last_time = ""
+
+    def run(self) -> None:
+        while True:
+            last_look = self.over.is_set()
+            try:
+                for line in self._api.log(self.pod, self._container, tail=TAIL_LINES):
+                    self._keep(line)
+            except ApiError as error:
+                if error.status == 404:
+                    return
+            except kinds.TRANSPORT_ERRORS:
+                pass  # the API server is away; the lines are still there when it is back
+            if last_look:
+                return
+            self.over.wait(self._interval)
+
+    def _keep(self, line: str) -> None:
+        """A line with its time in front. What was seen before the stream broke off comes again and is left out."""
+        written, _, text = line.partition(" ")
+        if written <= self._last_time:
+            return
+        self._last_time = written
+        text = text.rstrip().rsplit("\r", 1)[-1]  # a progress bar draws its line again and again
+        self.lines.append(text[:LINE_LENGTH])
+
+
+class Workers:
+    """Follows the worker pods of ``job`` from start() to close()."""
+
+    def __init__(self, api: Api, job: str, interval: float) -> None:
+        self.ends: list[End] = []
+        self._tails: dict[str, Tail] = {}
+        self._api = api
+        self._job = job
+        self._interval = interval
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self, patience: float = 3.0) -> None:
+        """No more news; the logs of what has ended are read to their end."""
+        self._closed.set()
+        ends = time.monotonic() + patience
+        with self._lock:
+            tails = list(self._tails.values())
+        for tail in tails:
+            tail.over.set()
+        for tail in tails:
+            tail.join(max(0.0, ends - time.monotonic()))
+
+    def observe(self, pod: Object) -> None:
+        """Take in one state of a pod; the order in which states come does not matter."""
+        with self._lock:
+            self.ends += [end for end in ends_of(pod) if end not in self.ends]
+            uid = pod["metadata"]["uid"]
+            if uid not in self._tails and (container := started_container(pod)) and not self._closed.is_set():
+                self._tails[uid] = Tail(self._api, name_of(pod), container, self._interval)
+                self._tails[uid].start()
+            if uid in self._tails and is_over(pod):
+                self._tails[uid].over.set()
+
+    def first_failure(self) -> End | None:
+        """The end that most likely caused the others: a status 2 first, else the earliest that is not success.
+
+        143 is what a worker that was told to stop ends with.
+        """
+        failures = [end for end in self.ends if end.code != 0]
+        return min(failures, key=lambda end: (end.code != 2, end.code == 143, end.finished), default=None)
+
+    def tail(self) -> tuple[str, list[str]]:
+        """The pod whose log explains the failure, and its last lines."""
+        culprit = self.first_failure()
+        with self._lock:
+            tails = list(self._tails.values())
+        of_culprit = [tail for tail in tails if culprit and tail.pod == culprit.pod and tail.lines]
+        for tail in [*of_culprit, *tails]:
+            if tail.lines:
+                return tail.pod, list(tail.lines)
+        return "", []
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            try:
+                for pod in self._api.watch(kinds.PODS, labels=f"{JOB_NAME}={self._job}"):
+                    self.observe(pod)
+            except (ApiError, *kinds.TRANSPORT_ERRORS):
+                pass  # the gate's own requests say so if it lasts
+            self._closed.wait(self._interval)
