@@ -78,8 +78,11 @@ def schema_mistakes(value: Any) -> Iterator[Mistake]:
 def explain(error: ValidationError, schema: dict[str, Any], above: KeyPath = ()) -> Iterator[Mistake]:
     """One error of the validator in words, with what to write instead."""
     key: KeyPath = (*above, *error.path)
-    keyword, wanted, found = error.validator, error.validator_value, error.instance
-    described = purpose(error.schema)
+    keyword = str(error.validator)
+    found: Any = error.instance
+    wanted: Any = error.validator_value
+    rules: Any = error.schema
+    described = purpose(rules)
     if keyword == "anyOf":
         fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
         if len(fitting) == 1:
@@ -91,27 +94,29 @@ def explain(error: ValidationError, schema: dict[str, Any], above: KeyPath = ())
             types = [kind for branch in wanted if (kind := type_words(resolve(branch, schema)))]
             yield Mistake(key, f"must be {either(types)}, not {shown(found, key)}", described)
     elif keyword == "additionalProperties":
-        properties = error.schema["properties"]
+        properties = rules["properties"]
         for name in found:
             if name not in properties:
-                yield Mistake((*key, name), "unknown key", did_you_mean(name, key, properties, schema))
+                needed = [key for key in rules.get("required", []) if key not in found]
+                yield Mistake((*key, name), "unknown key", did_you_mean(name, key, properties, needed, schema))
     elif keyword == "required":
         for name in wanted:
             if name not in found:
-                yield Mistake(
-                    (*key, name), "missing", purpose(error.schema["properties"][name]) or f"Write {name}: ..."
-                )
+                yield Mistake((*key, name), "missing", purpose(rules["properties"][name]) or f"Write {name}: ...")
     elif keyword == "type":
-        yield Mistake(key, f"must be {type_words(error.schema)}, not {shown(found, key)}", described)
+        yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
     elif keyword in ("enum", "const"):
         choices = wanted if keyword == "enum" else [wanted]
-        close = difflib.get_close_matches(str(found), choices, 1)
+        beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
+        close = difflib.get_close_matches(str(found), choices, 1) or beginning
         guess = f"Did you mean {close[0]}? " if close else ""
-        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({', '.join(choices)})")
+        listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
+        also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
+        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
     elif keyword == "pattern":
         yield Mistake(key, pattern_words(key, found), described)
     elif keyword in BOUNDS:
-        yield Mistake(key, f"must be {BOUNDS[str(keyword)]} {number(wanted)}, not {shown(found, key)}", described)
+        yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
     elif keyword == "uniqueItems":
         twice = sorted({str(item) for item in found if found.count(item) > 1})
         yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
@@ -208,8 +213,10 @@ def number(value: Any) -> str:
     return one_line(text, 40)
 
 
-def did_you_mean(name: str, inside: KeyPath, properties: dict[str, Any], schema: dict[str, Any]) -> str:
-    """The closest key here, else the same name in another block; and the keys there are."""
+def did_you_mean(
+    name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
+) -> str:
+    """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
     plain = re.sub(r"[-_ ]", "", name).lower()
     here = {key.lower(): key for key in properties}
     guess = ""
@@ -219,7 +226,10 @@ def did_you_mean(name: str, inside: KeyPath, properties: dict[str, Any], schema:
         guess = dotted((*inside, ALSO_CALLED[plain]))
     elif elsewhere := keys_named(ALSO_CALLED.get(plain, plain).lower(), schema):
         guess = elsewhere
-    elif close := difflib.get_close_matches(plain, here, 1, cutoff=0.7):
+    elif close := [
+        *difflib.get_close_matches(plain, [key.lower() for key in needed], 1, cutoff=0.7),
+        *difflib.get_close_matches(plain, here, 1, cutoff=0.7),
+    ]:
         guess = dotted((*inside, here[close[0]]))
     return f"{f'Did you mean {guess}? ' if guess else ''}(keys: {', '.join(properties)})"
 
@@ -257,8 +267,6 @@ def rule_mistakes(document: Document) -> Iterator[Mistake]:
 
 def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterator[Mistake]:
     if on_cpu:
-        if (get(value, "storage.kind", str) or "").startswith("fsx") and get(value, "mode", str) != "detached":
-            pass  # a CPU run in a cluster may well keep its files on FSx
         return
     if "image" not in value or value["image"] is None:
         yield Mistake(("image",), "missing", f"{instance} needs the image that you built, by tag or digest.")

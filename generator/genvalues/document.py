@@ -93,9 +93,9 @@ class Document:
 
     def set(self, assignment: str, order: int) -> None:
         """Take one --set key=value, the value in YAML, the key with dots (``\\.`` for a dot in a name)."""
-        dotted, separator, text = assignment.partition("=")
-        key: KeyPath = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", dotted.strip()))
-        shown = f"{dotted}=..." if key in SECRET_KEYS else assignment
+        name, separator, text = assignment.partition("=")
+        key: KeyPath = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", name.strip()))
+        shown = f"{name}=..." if key in SECRET_KEYS else assignment
         position = Position(order, 0, 0, f"--set {one_line(shown)}")
         if not separator or not all(key):
             self.mistakes.append(Mistake((), "not of the form key=value", "Write --set lora.r=8.", position))
@@ -157,17 +157,18 @@ class Reader:
         if isinstance(node, yaml.MappingNode) and node.tag == PREFIX + "map":
             return dict(self.items(node, key))
         if isinstance(node, yaml.SequenceNode) and node.tag == PREFIX + "seq":
-            for index, item in enumerate(node.value):
-                self.positions[(*key, index)] = self.position_of(item)
-            return [self.plain(item, (*key, index)) for index, item in enumerate(node.value)]
+            return [self.item(item, (*key, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, key)
         return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not used here", "Remove it.", node)
 
+    def item(self, node: yaml.Node, key: KeyPath) -> Any:
+        self.positions[key] = self.position_of(node)
+        return self.plain(node, key)
+
     def items(self, node: yaml.MappingNode, key: KeyPath) -> Iterator[tuple[str, Any]]:
         seen: dict[str, Position] = {}
         for key_node, value_node in node.value:
-            place = self.position_of(key_node)
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != PREFIX + "str":
                 shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
                 self.mistake(key, f"a key must be text, not{one_line(shown) or ' a list or mapping'}", "", key_node)
@@ -176,13 +177,12 @@ class Reader:
             if "\n" in name or not name.strip() or has_surrogate(name):
                 self.mistake(key, "a key must be one line of text", "", key_node)
                 continue
+            inner = (*key, name)
             if name in seen:
-                fix = "Keep one of the two."
-                self.mistake((*key, name), f"written twice, first in line {seen[name].line}", fix, key_node)
+                self.mistake(inner, f"written twice, first in line {seen[name].line}", "Keep one of the two.", key_node)
                 continue
-            seen[name] = place
-            self.positions[(*key, name)] = place
-            yield name, self.plain(value_node, (*key, name))
+            seen[name] = self.positions[inner] = self.position_of(key_node)
+            yield name, self.plain(value_node, inner)
 
     def scalar(self, node: yaml.ScalarNode, key: KeyPath) -> Any:
         text = node.value
@@ -203,11 +203,7 @@ class Reader:
             return self.mistake(key, f"a number of {len(text)} digits is too large", "", node)
         if kind == "int":
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        number = float(
-            text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").lstrip(".")
-            if "n" in text.lower()
-            else text
-        )
+        number = float(text.replace(".", "") if "n" in text.lower() else text)  # Python's inf and nan have no dot
         if not math.isfinite(number):
             return self.mistake(key, f"{one_line(text)} is not a finite number", "", node)
         return number
@@ -221,7 +217,7 @@ def read(path: Path, name: str | None = None, sets: Iterable[str] = ()) -> Docum
     document = Document(path, name)
 
     def position_of(node: yaml.Node) -> Position:
-        line, column = node.start_mark.line + 1, node.start_mark.column + 1
+        line, column = place(node.start_mark)
         return Position(0, line, column, f"{document.name}:{line}:{column}")
 
     try:
@@ -274,12 +270,8 @@ def compose(text: str) -> yaml.Node | None:
         for event in yaml.parse(text, Loader=CoreSchemaLoader):
             if isinstance(event, yaml.AliasEvent):
                 mark = event.start_mark
-                raise UnreadableYAML(
-                    f"the alias *{one_line(event.anchor)} is not read here",
-                    "Write its value out.",
-                    mark.line + 1,
-                    mark.column + 1,
-                )
+                what = f"the alias *{one_line(event.anchor or '')} is not read here"
+                raise UnreadableYAML(what, "Write its value out.", *place(mark))
         node: yaml.Node | None = yaml.compose(text, Loader=CoreSchemaLoader)
         return node
     except yaml.reader.ReaderError as error:
@@ -289,15 +281,23 @@ def compose(text: str) -> yaml.Node | None:
         raise UnreadableYAML(f"the character U+{code:04X} is not allowed in YAML", "Remove it.", line, column) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        what, fix = f"not valid YAML: {one_line(error.problem or error.context or '')}", ""
+        line, column = place(mark)
+        what, fix = (
+            f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}",
+            "",
+        )
         if "'\\t'" in what:
             what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
         raise UnreadableYAML(what, fix, line, column) from None
     except RecursionError:
         raise UnreadableYAML("nested too deeply") from None
-    except (ValueError, OverflowError, IndexError) as error:  # PyYAML on escapes such as "\UFFFFFFFF"
-        raise UnreadableYAML(f"not valid YAML: {one_line(str(error))}") from None
+    except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
+        raise UnreadableYAML("not valid YAML: an escape in it stands for no character") from None
+
+
+def place(mark: Any) -> tuple[int, int]:
+    """Line and column as editors count them."""
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
 
 
 def dump(value: Any) -> str:

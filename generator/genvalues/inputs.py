@@ -46,67 +46,71 @@ class ModelPath(Block):
 class Columns(Block):
     """Which column of the dataset holds what; a name left out is the key itself."""
 
-    text: Text | None = Field(None, description="format text: the text")
-    instruction: Text | None = Field(None, description="format instruction: what is asked")
-    input: Text | None = Field(None, description="format instruction: what the question is about, where there is such")
-    output: Text | None = Field(None, description="format instruction: the answer")
-    prompt: Text | None = Field(None, description="format prompt-completion: the prompt")
-    completion: Text | None = Field(None, description="format prompt-completion: what the model shall say")
-    messages: Text | None = Field(None, description="format chat: a list of {role, content}")
+    text: Text | None = Field(default=None, description="format text: the text")
+    instruction: Text | None = Field(default=None, description="format instruction: what is asked")
+    input: Text | None = Field(
+        default=None, description="format instruction: what the question is about, where there is such"
+    )
+    output: Text | None = Field(default=None, description="format instruction: the answer")
+    prompt: Text | None = Field(default=None, description="format prompt-completion: the prompt")
+    completion: Text | None = Field(default=None, description="format prompt-completion: what the model shall say")
+    messages: Text | None = Field(default=None, description="format chat: a list of {role, content}")
 
 
 class Dataset(Block):
     source: Text = Field(description="hub id, s3:// URI, or a file: .jsonl .json .csv .parquet .txt")
-    config: Text | None = Field(None, description="configuration of a hub dataset that has several")
+    config: Text | None = Field(default=None, description="configuration of a hub dataset that has several")
     revision: str | None = Field(
-        None, pattern=f"^{REVISION}$", max_length=256, description="branch, tag or commit of a hub dataset"
+        default=None, pattern=f"^{REVISION}$", max_length=256, description="branch, tag or commit of a hub dataset"
     )
-    split: Text | None = Field(None, description="split of a hub dataset; train when left out")
+    split: Text | None = Field(default=None, description="split of a hub dataset; train when left out")
     format: Literal["text", "instruction", "prompt-completion", "chat"] | None = Field(
-        None, description="what a row is; text for .txt, else instruction, when left out"
+        default=None, description="what a row is; text for .txt, else instruction, when left out"
     )
-    columns: Columns = Field(Columns(), description="which column of the dataset holds what")
-    eval_fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows held out for evaluation")
+    columns: Columns = Field(default=Columns(), description="which column of the dataset holds what")
+    eval_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of the rows held out for evaluation")
 
 
 class Cpu(Block):
-    processes: int = Field(2, ge=1, le=128, description="training processes on each node")
+    processes: int = Field(default=2, ge=1, le=128, description="training processes on each node")
 
 
 class Lora(Block):
-    r: int = Field(16, ge=1, le=1024, description="rank")
-    alpha: int = Field(16, ge=1, le=65536, description="scaling: the adapter's weights count alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    r: int = Field(default=16, ge=1, le=1024, description="rank")
+    alpha: int = Field(default=16, ge=1, le=65536, description="scaling: the adapter's weights count alpha / r")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: (
         Literal["all-linear"]
         | Annotated[list[TargetModule], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
-    ) = Field(["q_proj", "v_proj"], description="the linear layers that get an adapter, or all-linear")
+    ) = Field(default=["q_proj", "v_proj"], description="the linear layers that get an adapter, or all-linear")
 
 
 class Training(Block):
-    max_sequence_length: int = Field(2048, ge=8, le=131072, description="tokens in a row")
-    packing: bool = Field(True, description="several examples in a row, which cannot see each other")
-    per_device_batch_size: int = Field(1, ge=1, le=1024, description="rows a data-parallel rank takes at once")
-    gradient_accumulation_steps: int = Field(3, ge=1, le=65536, description="batches to an optimizer step")
-    epochs: float = Field(1, gt=0, le=10000, description="times through the dataset")
-    max_steps: int | None = Field(None, ge=1, le=LARGE, description="optimizer steps, instead of epochs")
-    learning_rate: float = Field(5e-5, gt=0, le=1, description="highest learning rate")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how it falls after warm-up")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which it rises")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
-    save_steps: int = Field(100, ge=1, le=LARGE, description="optimizer steps between checkpoints")
-    save_total_limit: int = Field(2, ge=1, le=1000, description="checkpoints kept")
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="of shuffling, adapter and dropout")
+    max_sequence_length: int = Field(default=2048, ge=8, le=131072, description="tokens in a row")
+    packing: bool = Field(default=True, description="several examples in a row, which cannot see each other")
+    per_device_batch_size: int = Field(default=1, ge=1, le=1024, description="rows a data-parallel rank takes at once")
+    gradient_accumulation_steps: int = Field(default=3, ge=1, le=65536, description="batches to an optimizer step")
+    epochs: float = Field(default=1, gt=0, le=10000, description="times through the dataset")
+    max_steps: int | None = Field(default=None, ge=1, le=LARGE, description="optimizer steps, instead of epochs")
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="highest learning rate")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="how it falls after warm-up"
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which it rises")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
+    save_steps: int = Field(default=100, ge=1, le=LARGE, description="optimizer steps between checkpoints")
+    save_total_limit: int = Field(default=2, ge=1, le=1000, description="checkpoints kept")
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of shuffling, adapter and dropout")
 
 
 class Evaluation(Block):
     enabled: bool | None = Field(
-        None, description="true when rows are held out (dataset.evalFraction > 0), if left out"
+        default=None, description="true when rows are held out (dataset.evalFraction > 0), if left out"
     )
-    max_rows: int = Field(256, ge=1, le=LARGE, description="held-out rows to measure the loss on")
-    samples: int = Field(4, ge=0, le=1000, description="answers to generate, before and after")
-    max_new_tokens: int = Field(128, ge=1, le=131072, description="length of a generated answer")
+    max_rows: int = Field(default=256, ge=1, le=LARGE, description="held-out rows to measure the loss on")
+    samples: int = Field(default=4, ge=0, le=1000, description="answers to generate, before and after")
+    max_new_tokens: int = Field(default=128, ge=1, le=131072, description="length of a generated answer")
 
 
 class FileSystem(Block):
@@ -119,18 +123,24 @@ class FileSystem(Block):
 
 class Storage(Block):
     kind: Literal["fsx", "fsx-static", "generic"] | None = Field(
-        None,
+        default=None,
         description="fsx: a new FSx for Lustre; fsx-static: one that exists; generic: any storage class. "
         "fsx on Trainium, generic on cpu, when left out",
     )
-    size: str | None = Field(None, pattern=r"^[1-9][0-9]{0,6}(Mi|Gi|Ti)$", description="such as 1200Gi")
+    size: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,6}(Mi|Gi|Ti)$", description="such as 1200Gi")
     storage_class: str | None = Field(
-        None, pattern=rf"^$|{DNS_NAME}", max_length=253, description="of the claim; empty: the cluster's default"
+        default=None,
+        pattern=rf"^$|{DNS_NAME}",
+        max_length=253,
+        description="of the claim; empty: the cluster's default",
     )
     existing_claim: str | None = Field(
-        None, pattern=DNS_NAME, max_length=253, description="a PersistentVolumeClaim to use instead of making one"
+        default=None,
+        pattern=DNS_NAME,
+        max_length=253,
+        description="a PersistentVolumeClaim to use instead of making one",
     )
-    static: FileSystem | None = Field(None, description="the file system of kind fsx-static")
+    static: FileSystem | None = Field(default=None, description="the file system of kind fsx-static")
 
 
 class HuggingFace(Block):
@@ -143,30 +153,37 @@ class HuggingFace(Block):
 class Inputs(Block):
     """An inputs file of genvalues: one LoRA fine-tune of a Llama."""
 
-    name: str = Field("llama-lora", pattern=DNS_LABEL, max_length=53, description="the run's name")
+    name: str = Field(
+        default="llama-lora", pattern=DNS_LABEL, max_length=53, description="the run's name: a-z, 0-9 and hyphens"
+    )
     model: Annotated[str, Field(pattern=MODEL_ID, max_length=256)] | ModelPath = Field(
         description="hub id, id@revision, or {path: /somewhere}"
     )
     dataset: Dataset = Field(description="what to train on")
-    instance: str = Field(json_schema_extra={"enum": NAMES}, description="instance type to train on, or cpu")
-    nodes: int = Field(1, ge=1, le=1024, description="nodes to train on")
-    cpu: Cpu | None = Field(None, description="instance cpu only")
-    lora: Lora = Field(Lora(), description="the adapter")
-    training: Training = Field(Training(), description="the run")
-    evaluation: Evaluation = Field(Evaluation(), description="base and tuned model, side by side")
-    storage: Storage = Field(Storage(), description="the volume that holds models, datasets and runs")
+    instance: str = Field(json_schema_extra={"enum": [*NAMES]}, description="instance type to train on, or cpu")
+    nodes: int = Field(default=1, ge=1, le=1024, description="nodes to train on")
+    cpu: Cpu | None = Field(default=None, description="instance cpu only")
+    lora: Lora = Field(default=Lora(), description="the adapter")
+    training: Training = Field(default=Training(), description="the run")
+    evaluation: Evaluation = Field(default=Evaluation(), description="base and tuned model, side by side")
+    storage: Storage = Field(default=Storage(), description="the volume that holds models, datasets and runs")
     hugging_face: HuggingFace | None = Field(
-        None, description="where the token for gated models is; null when none is needed"
+        default=None, description="where the token for gated models is; null when none is needed"
     )
     image: str | None = Field(
-        None, pattern=IMAGE, max_length=512, description="the image of the stages, by tag or digest; needed unless cpu"
+        default=None,
+        pattern=IMAGE,
+        max_length=512,
+        description="the image of the stages, by tag or digest; needed unless cpu",
     )
     mode: Literal["attached", "detached"] | None = Field(
-        None,
+        default=None,
         description="attached: the Helm client waits for the stages; detached: a runner in the cluster does. "
         "detached on Trainium, attached on cpu, when left out",
     )
-    chart_values: dict[str, Any] = Field({}, description="merged last into the values, for whatever the chart offers")
+    chart_values: dict[str, Any] = Field(
+        default={}, description="merged last into the values, for whatever the chart offers"
+    )
 
     @property
     def on_cpu(self) -> bool:

@@ -1,8 +1,9 @@
 """Running processes so that none outlives us: the one place that does.
 
-Each command runs under a small supervisor (this file again, run as a script). It adopts what its command leaves behind,
-torchrun's workers for example, which have sessions of their own that no signal to a process group reaches. When it is told
-to stop, when its command ends or when whoever started it is gone, be it by SIGKILL, it ends everything below it.
+Each command runs under a small supervisor (this file again, run as a script). It adopts what its command leaves
+behind, torchrun's workers for example, which have sessions of their own that no signal to a process group reaches.
+When it is told to stop, when its command ends or when whoever started it is gone, be it by SIGKILL, it ends
+everything below it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def run_together(
 ) -> int:
     """Run commands side by side, each line of their output to ``on_line(name, line)``, and return how they ended.
 
-    The first that fails stops the others. Status 2 of any is the status of all, else the first failure's. File descriptors
-    ``hold_open`` stay open until the last process is gone. Raises Interrupted after a Ctrl-C, SIGTERM or hang-up.
+    The first that fails stops the others. Status 2 of any is the status of all, else the first failure's. The file
+    descriptors ``hold_open`` stay open until the last process is gone. Raises Interrupted after a Ctrl-C, SIGTERM or
+    hang-up.
     """
     running: dict[int, tuple[Command, subprocess.Popen[bytes], bytearray]] = {}
     failures: list[int] = []
@@ -167,7 +169,7 @@ def supervise(parent: int, arguments: list[str]) -> int:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # wakes select
         try:
             # preexec_fn is safe here: there is one thread. The signal is for when we are killed ourselves.
-            child = subprocess.Popen(arguments, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+            child = subprocess.Popen(arguments, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # noqa: PLW1509
         except OSError as error:
             print(f"{arguments[0]}: {error.strerror}", flush=True)
             return 127
