@@ -1,2 +1,137 @@
+{{- /*
+    What the schema cannot say, because it spans keys. All mistakes at once, each with its key and its fix.
+    (`helm lint` renders without failing here, so the chart's bare defaults, which lack a model and a dataset, lint.)
+*/}}
 {{- define "llama-lora.validations" -}}
+{{- $mistakes := list }}
+{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "names" "secrets" "volumes" }}
+{{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
+{{- if $found }}
+{{- $mistakes = concat $mistakes (splitList "\n" $found) }}
+{{- end }}
+{{- end }}
+{{- if $mistakes }}
+{{- fail (printf "these values cannot work:\n\n  %s\n" (join "\n  " $mistakes)) }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.model" -}}
+{{- $model := .Values.model }}
+{{- if and $model.id $model.path }}
+model.id and model.path are both set. Keep one: model.id for the Hugging Face Hub, model.path for files.
+{{- else if not (or $model.id $model.path) }}
+model.id is empty. Set it, e.g. --set model.id=meta-llama/Meta-Llama-3.1-8B, or model.path.
+{{- end }}
+{{- if and $model.path $model.revision }}
+model.revision is set, but a model.path has no revisions. Remove model.revision.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.dataset" -}}
+{{- $dataset := .Values.dataset }}
+{{- if not $dataset.source }}
+dataset.source is empty. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
+{{- end }}
+{{- if not $dataset.format }}
+dataset.format is empty. Set it to text, instruction, prompt-completion or chat.
+{{- end }}
+{{- if and .Values.evaluation.enabled (not $dataset.evalFraction) }}
+evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise dataset.evalFraction, or set evaluation.enabled to false.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.parallelism" -}}
+{{- $layout := .Values.parallelism }}
+{{- $processes := mul $layout.nodes $layout.processesPerNode }}
+{{- $copies := mul $layout.tensorParallelSize $layout.dataParallelSize }}
+{{- if ne $processes $copies }}
+parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}.
+{{- if mod $processes $layout.tensorParallelSize }} Make parallelism.tensorParallelSize a divisor of {{ $processes }}.
+{{- else }} Set parallelism.dataParallelSize to {{ div $processes $layout.tensorParallelSize }}.
+{{- end }}
+{{- end }}
+{{- if and (eq .Values.backend "cpu") (gt (int $layout.tensorParallelSize) 1) }}
+parallelism.tensorParallelSize is {{ $layout.tensorParallelSize }}, but backend cpu is data parallel only. Set it to 1, or backend to neuron.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.devices" -}}
+{{- if eq .Values.backend "neuron" }}
+{{- if not (hasKey .Values.devices "aws.amazon.com/neuron") }}
+devices has no aws.amazon.com/neuron, which backend neuron needs. Set devices to those of one node, for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
+{{- end }}
+{{- if eq .Values.instance "cpu" }}
+instance is cpu, but backend is neuron. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to cpu.
+{{- end }}
+{{- end }}
+{{- range $device := list "aws.amazon.com/neurondevice" "aws.amazon.com/neuroncore" }}
+{{- if hasKey $.Values.devices $device }}
+devices.{{ $device }} is not what the Neuron device plugin offers whole nodes by. Use aws.amazon.com/neuron.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.storage" -}}
+{{- $storage := .Values.storage }}
+{{- if not $storage.existingClaim }}
+{{- if not $storage.enabled }}
+storage.enabled is false and storage.existingClaim is empty. Name the claim to use in storage.existingClaim, or set storage.enabled to true.
+{{- else }}
+{{- $gibibytes := trimSuffix "Gi" $storage.size | int }}
+{{- if and (eq $storage.kind "fsx") (ne $storage.size "1200Gi") (or (not (hasSuffix "Gi" $storage.size)) (mod $gibibytes 2400)) }}
+storage.size {{ $storage.size }} is no size of FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.
+{{- end }}
+{{- if eq $storage.kind "fsx-static" }}
+{{- range $key := list "fileSystemId" "dnsName" "mountName" }}
+{{- if not (get $storage.static $key) }}
+storage.static.{{ $key }} is empty, which storage.kind fsx-static needs. `aws fsx describe-file-systems` says it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and (eq $storage.kind "fsx") $storage.fsx.createStorageClass }}
+{{- if not $storage.fsx.subnetId }}
+storage.fsx.subnetId is empty, which storage.fsx.createStorageClass needs. Give the subnet of the Trainium nodes.
+{{- end }}
+{{- if not $storage.fsx.securityGroupIds }}
+storage.fsx.securityGroupIds is empty, which storage.fsx.createStorageClass needs. Give security groups that allow ports 988 and 1018-1023.
+{{- end }}
+{{- else if and (eq $storage.kind "fsx") (not $storage.storageClass) }}
+storage.storageClass is empty, which storage.kind fsx needs. Name the class of the FSx CSI driver (often fsx-sc), or set storage.fsx.createStorageClass to true.
+{{- end }}
+{{- if and (gt (int .Values.parallelism.nodes) 1) (not (has "ReadWriteMany" $storage.accessModes)) }}
+storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) need. Add it, with a storage class that offers it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.names" -}}
+{{- if and (not (include "llama-lora.attached" .)) (gt (len .Release.Name) 49) }}
+pipeline.mode detached needs a release name of at most 49 characters, because the runner installs {{ include "llama-lora.run.release" . }}. Choose a shorter one, or set pipeline.mode to attached.
+{{- end }}
+{{- if and (not .Values.rbac.create) (not .Values.rbac.namePrefix) }}
+rbac.namePrefix is empty, which rbac.create false needs. Set it to what the existing service accounts' names begin with.
+{{- end }}
+{{- end }}
+
+{{- /* A value is readable by everybody who can read the release. */}}
+{{- define "llama-lora.validations.secrets" -}}
+{{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
+{{- range $name, $value := $settings.extraEnv }}
+{{- if regexMatch "(?i)(^|_)(token|secret|password|credentials?|api_?key|access_?key)(_|$)" $name }}
+{{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret, and values are no place for one. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; give access to AWS by serviceAccount.annotations.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.volumes" -}}
+{{- range $stage, $own := .Values.stages }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- range $name, $mount := $settings.extraVolumeMounts }}
+{{- if not (hasKey $settings.extraVolumes $name) }}
+stages.{{ $stage }}: extraVolumeMounts.{{ $name }} mounts no volume. Add {{ $name }} to extraVolumes.
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
