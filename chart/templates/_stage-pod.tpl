@@ -19,10 +19,7 @@
 {{- $settings := include "stage.settings" . | fromYaml -}}
 metadata:
   labels:
-    {{- include "llama-lora.labels" (dict "root" .root "component" .stage) | nindent 4 }}
-    {{- with $settings.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- merge (include "llama-lora.labels" (dict "root" .root "component" .stage) | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
   {{- $annotations := mergeOverwrite (ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains)) $settings.podAnnotations }}
   {{- with $annotations }}
   annotations:
@@ -80,22 +77,16 @@ spec:
       env:
         - name: LLAMA_LORA_WORKSPACE
           value: {{ $values.workspace.mountPath | quote }}
-        - name: HOME
-          value: /tmp
-        - name: HF_HOME
-          value: /tmp/huggingface
-        - name: PYTHONUNBUFFERED
-          value: "1"
+        {{- range $name, $value := merge (dict) $settings.extraEnv (dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1") }}
+        - name: {{ $name }}
+          value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
+        {{- end }}
         {{- if and .token $values.huggingFace.tokenSecret }}
         - name: HF_TOKEN
           valueFrom:
             secretKeyRef:
               name: {{ $values.huggingFace.tokenSecret | quote }}
               key: {{ $values.huggingFace.tokenKey | quote }}
-        {{- end }}
-        {{- range $name, $value := $settings.extraEnv }}
-        - name: {{ $name }}
-          value: {{ $value | toString | quote }}
         {{- end }}
       resources:
         {{- include "stage.resources" . | nindent 8 }}

@@ -4,7 +4,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $mistakes := list }}
-{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "names" "secrets" "volumes" }}
+{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $mistakes = concat $mistakes (splitList "\n" $found) }}
@@ -125,13 +125,21 @@ rbac.namePrefix is empty, which rbac.create false needs. Set it to what the exis
 {{- end }}
 {{- end }}
 
-{{- define "llama-lora.validations.volumes" -}}
+{{- define "llama-lora.validations.stages" -}}
 {{- range $stage, $own := .Values.stages }}
 {{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
 {{- range $name, $mount := $settings.extraVolumeMounts }}
 {{- if not (hasKey $settings.extraVolumes $name) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }} mounts no volume. Add {{ $name }} to extraVolumes.
 {{- end }}
+{{- end }}
+{{- range $name := list "tmp" "config" "workspace" "shm" }}
+{{- if hasKey $settings.extraVolumes $name }}
+stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of a volume of the chart's own. Choose another.
+{{- end }}
+{{- end }}
+{{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
+stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
 {{- end }}
 {{- end }}
 {{- end }}
