@@ -1,0 +1,95 @@
+"""Where an accelerator plugs in: everything that differs between CPU and Trainium is behind ``Backend``.
+
+Shared by all: the stages, the data, the plan of steps, the loss, merging and evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from genvalues.errors import UserError
+from llama_lora.config import Lora, RunConfig, Training
+from llama_lora.paths import Paths
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a worker needs to train. ``dry_run`` is the number of steps of a dry run, or None for the real training."""
+
+    model: Path
+    dataset: Path
+    lora: Lora
+    training: Training
+    fingerprint: str
+    paths: Paths
+    dry_run: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training or dry run went, over all workers. Losses are nats per trained token.
+
+    ``seconds_per_step`` is the median; ``peak_memory_bytes`` the peak resident memory of the largest worker.
+    """
+
+    steps: int
+    total_steps: int
+    seconds_per_step: float | None
+    peak_memory_bytes: int
+    first_loss: float | None
+    last_loss: float | None
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A consolidated LoRA adapter: PEFT's tensor names and its adapter_config.json."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+
+
+class Backend(Protocol):
+    """One accelerator: model loading and trainer (``train``), checkpoint format, compile wrapper."""
+
+    def check(self, config: RunConfig, model: Path, dataset: Path) -> None:
+        """Raise UserErrors for everything that would make training fail, before any worker starts."""
+
+    def compile_command(self, command: Sequence[str]) -> list[str]:
+        """What the compile stage starts instead of ``command``, the train stage's own workers."""
+
+    def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
+        """Run in every worker under torchrun: train to the end, resuming from the newest complete checkpoint.
+
+        When every worker's files are durable, rank 0 calls ``finish``; no worker returns before that.
+        A dry run neither resumes nor saves.
+        """
+
+    def read_adapter(self, checkpoint: Path) -> Adapter:
+        """The adapter in a sharded checkpoint. Raises UserError naming a shard that is missing or does not belong."""
+
+
+def of_checkpoint(checkpoint: Path) -> Backend:
+    """The backend that has written a checkpoint, by what is in the folder. Raises UserError for anything else."""
+    if (checkpoint / "checkpoint.json").is_file() or any(checkpoint.glob("*.distcp")):
+        return get("cpu")
+    raise UserError("is no checkpoint", where=str(checkpoint), fix="Give a folder checkpoints/*/step-N.")
+
+
+def get(name: str) -> Backend:
+    """The backend of a run config. Raises UserError for one this version does not have."""
+    if name == "cpu":
+        from llama_lora.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    raise UserError(
+        f"this image has no backend {name!r}",
+        where="backend",
+        fix="Only cpu is there in this version: set instance: cpu.",
+    )

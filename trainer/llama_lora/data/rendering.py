@@ -1,0 +1,246 @@
+"""A row -> text segments, each with loss or without -> token ids and labels.
+
+Only an answer and the end-of-sequence token that closes it carry loss (format text: everything). Segments are
+tokenized one by one, as a prompt is at generation time, so no token ever spans the border of a prompt and its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from genvalues.errors import UserError
+from llama_lora.data.sources import Row
+
+IGNORED = -100  # the label that carries no loss, in torch and transformers alike
+
+# Llama 3.1's own default date. Templates that write today's date would otherwise train every day another prompt.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+
+# Used where the tokenizer has no chat template; {input} only where the row has one.
+PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n"
+PROMPT_TEMPLATE_INPUT = "### Context\n{input}\n\n"
+PROMPT_TEMPLATE_ANSWER = "### Answer\n"
+TURN_TEMPLATE = "### {role}\n"  # chat rows without a chat template
+
+REQUIRED_COLUMNS = {
+    "text": ["text"],
+    "instruction": ["instruction", "output"],
+    "prompt-completion": ["prompt", "completion"],
+    "chat": ["messages"],
+}
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered example; ``ends`` appends the end-of-sequence token to it."""
+
+    text: str
+    trained: bool
+    ends: bool = False
+
+
+class Dropped(Exception):
+    """The row gives nothing to learn; the message is the reason, counted in the report."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row: ``input_ids`` and ``labels`` of the same length; labels are IGNORED where no loss is."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+class Renderer:
+    """Renders and tokenizes rows of one format with one tokenizer."""
+
+    def __init__(self, tokenizer: Any, format: str, columns: dict[str, str]) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sequence token, so the model could not learn to stop",
+                where="model",
+                fix="Set eos_token in its tokenizer_config.json.",
+            )
+        self.tokenizer = tokenizer
+        self.format = format
+        self.columns = columns
+        self._segments: Callable[[Row], list[Segment]] = {
+            "text": self._text,
+            "instruction": self._instruction,
+            "prompt-completion": self._prompt_completion,
+            "chat": self._chat,
+        }[format]
+        self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
+        self._special = set(tokenizer.all_special_ids)
+
+    def template(self) -> str:
+        """In words, how rows are rendered: for the report."""
+        if self.uses_chat_template:
+            return "the tokenizer's chat template"
+        if self.format == "instruction":
+            return PROMPT_TEMPLATE + PROMPT_TEMPLATE_INPUT + PROMPT_TEMPLATE_ANSWER + "{output}"
+        return TURN_TEMPLATE + "{content}" if self.format == "chat" else "as written"
+
+    def date(self) -> str | None:
+        """The fixed date the chat template writes, or None where it writes none."""
+        if not self.uses_chat_template:
+            return None
+        messages = [{"role": "user", "content": "?"}]
+        another = self._apply_template(messages, date=datetime(1999, 12, 31))
+        return TEMPLATE_DATE.strftime("%d %b %Y") if self._apply_template(messages) != another else None
+
+    def example(self, row: Row, max_length: int) -> tuple[Example, bool]:
+        """The row's tokens, cut at ``max_length``, and whether they were cut.
+
+        Raises Dropped where nothing in it carries loss, UserError where a column is missing or no text.
+        """
+        ids: list[int] = [] if self.uses_chat_template else self._beginning()
+        labels = [IGNORED] * len(ids)
+        for text, trained, ends in self._segments(row):
+            piece = self.tokenizer(text, add_special_tokens=False).input_ids
+            if ends:
+                piece = [*piece, self.tokenizer.eos_token_id]
+            ids += piece
+            labels += piece if trained else [IGNORED] * len(piece)
+        labels[:1] = [IGNORED]  # nothing stands before the first token to predict it from
+        example = Example(ids[:max_length], labels[:max_length])
+        if not example.trained_tokens:
+            raise Dropped("prompt fills maxSequenceLength" if len(ids) > max_length else "nothing to learn in it")
+        return example, len(ids) > max_length
+
+    def _text(self, row: Row) -> list[Segment]:
+        return [Segment(self._column(row, "text"), trained=True, ends=True)]
+
+    def _prompt_completion(self, row: Row) -> list[Segment]:
+        return [
+            Segment(self._column(row, "prompt"), trained=False),
+            Segment(self._column(row, "completion"), trained=True, ends=True),
+        ]
+
+    def _instruction(self, row: Row) -> list[Segment]:
+        instruction, answer = self._column(row, "instruction"), self._column(row, "output")
+        context = self._column(row, "input", required=False)
+        if self.uses_chat_template:
+            question = f"{instruction}\n\n{context}" if context else instruction
+            return self._conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        prompt = PROMPT_TEMPLATE.format(instruction=instruction)
+        prompt += PROMPT_TEMPLATE_INPUT.format(input=context) if context else ""
+        return [Segment(prompt + PROMPT_TEMPLATE_ANSWER, trained=False), Segment(answer, trained=True, ends=True)]
+
+    def _chat(self, row: Row) -> list[Segment]:
+        messages = self._messages(row)
+        if self.uses_chat_template:
+            return self._conversation(messages)
+        segments = []
+        for message in messages:
+            answer = message["role"] == "assistant"
+            segments.append(Segment(TURN_TEMPLATE.format(role=message["role"].capitalize()), trained=False))
+            segments.append(Segment(message["content"], trained=answer, ends=answer))
+            segments.append(Segment("\n\n", trained=False))
+        return segments
+
+    def _conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
+        """Segments of a chat-templated conversation: each assistant turn up to its end token carries loss."""
+        whole = self._apply_template(messages)
+        segments: list[Segment] = []
+        done = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._apply_template(messages[:index], add_generation_prompt=True)
+            through = self._apply_template(messages[: index + 1])
+            # Some templates rewrite earlier turns (drop their reasoning): what would be trained is never generated.
+            if not (whole.startswith(prompt) and whole.startswith(through) and through.startswith(prompt)):
+                raise Dropped("the chat template rewrites earlier turns")
+            segments.append(Segment(whole[done : len(prompt)], trained=False))
+            segments += self._answer(whole[len(prompt) : len(through)])
+            done = len(through)
+        segments.append(Segment(whole[done:], trained=False))
+        return segments
+
+    def _answer(self, turn: str) -> list[Segment]:
+        """An assistant turn as the template wrote it: trained through its last special token, which tells to stop."""
+        encoded = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [
+            end
+            for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            if token in self._special
+        ]
+        if not ends:  # a template that closes no turn: the model would never learn to stop
+            return [Segment(turn, trained=True, ends=True)]
+        return [Segment(turn[: ends[-1]], trained=True), Segment(turn[ends[-1] :], trained=False)]
+
+    def _apply_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False, date: datetime = TEMPLATE_DATE
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=date.strftime("%d %b %Y"),  # what Llama 3's templates ask for
+                strftime_now=date.strftime,  # what others call
+            )
+        except TemplateError as error:
+            raise Dropped(f"the chat template refuses it: {error}") from None
+        return text
+
+    def _messages(self, row: Row) -> list[dict[str, str]]:
+        name = self.columns.get("messages", "messages")
+        messages = row.values.get(name)
+        if messages is None:
+            self._missing(row, name, "messages")
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        ):
+            raise UserError(
+                f"column {name} is no list of messages",
+                where=row.place,
+                fix='Write [{"role": "user", "content": "..."}, ...].',
+            )
+        if not any(message["role"] == "assistant" for message in messages):
+            raise Dropped("no assistant turn")
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+    def _column(self, row: Row, key: str, *, required: bool = True) -> str:
+        """The text of the column the user calls ``key``. Empty and null are dropped where the row needs it."""
+        name = self.columns.get(key, key)
+        value = row.values.get(name)
+        if value is None:
+            if required and name not in row.values:
+                self._missing(row, name, key)
+            value = ""
+        if isinstance(value, (list, dict)):
+            raise UserError(
+                f"column {name} holds a {type(value).__name__}, not text",
+                where=row.place,
+                fix="Use format chat for lists of messages.",
+            )
+        text = str(value)
+        if required and not text.strip():
+            raise Dropped(f"empty {key}")
+        return text
+
+    def _missing(self, row: Row, name: str, key: str) -> None:
+        raise UserError(
+            f"has no column {name}",
+            where=row.place,
+            fix=f"Set dataset.columns.{key} to one of: {', '.join(map(str, row.values))}.",
+        )
+
+    def _beginning(self) -> list[int]:
+        """What the tokenizer itself puts before a text: the beginning-of-sequence token, or nothing."""
+        bare = self.tokenizer("a", add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer("a").input_ids
+        return ids[: ids.index(bare[0])]

@@ -1,0 +1,80 @@
+"""Which rows each step takes and at what learning rate: a function of the run config, the row count and the workers.
+
+The order of rows does not depend on how many workers share a step, so 1 and 2 processes with the same global batch
+train on the same rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from dataclasses import dataclass
+
+from llama_lora.config import Training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rows`` rows, shuffled anew each epoch, in steps of ``global_batch`` rows over ``workers`` workers."""
+
+    rows: int
+    workers: int
+    training: Training
+
+    @property
+    def global_batch(self) -> int:
+        """Rows a step: per device x accumulation x workers."""
+        return self.training.per_device_batch_size * self.training.gradient_accumulation_steps * self.workers
+
+    @property
+    def total_rows(self) -> int:
+        return max(1, round(self.rows * self.training.epochs))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps; the last one may be short of rows."""
+        return self.training.max_steps or math.ceil(self.total_rows / self.global_batch)
+
+    def step_rows(self, step: int) -> list[int | None]:
+        """The row numbers of a step (from 0), always ``global_batch`` of them: None fills up the last step of all.
+
+        Shapes stay the same that way, which on Trainium saves compiling a graph for a ragged batch.
+        """
+        first = step * self.global_batch
+        last = first + self.global_batch
+        # With maxSteps the epochs don't bound the run: rows come round again as often as needed.
+        end = last if self.training.max_steps is not None else self.total_rows
+        return [self._row(position) if position < end else None for position in range(first, last)]
+
+    def worker_rows(self, step: int, worker: int) -> list[list[int | None]]:
+        """One worker's micro-batches in a step: gradient_accumulation_steps lists of per_device_batch_size rows."""
+        rows, size = self.step_rows(step), self.training.per_device_batch_size
+        starts = range(worker * size, self.global_batch, size * self.workers)
+        return [rows[start : start + size] for start in starts]
+
+    def learning_rate(self, step: int) -> float:
+        """Of step ``step``: linear warm-up, then as in transformers' get_scheduler (linear, cosine to 0, constant)."""
+        peak, warmup = self.training.learning_rate, math.ceil(self.total_steps * self.training.warmup_ratio)
+        if step < warmup:
+            return peak * step / warmup
+        if self.training.lr_scheduler == "constant":
+            return peak
+        progress = (step - warmup) / max(1, self.total_steps - warmup)
+        if self.training.lr_scheduler == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (1 - progress)
+
+    def step_after(self, rows_done: int) -> int:
+        """The step a checkpoint goes on with: the position in the rows is what counts, so other workers may go on."""
+        return rows_done // self.global_batch
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, self.rows)
+        return row_order(self.rows, self.training.seed, epoch)[index]
+
+
+@functools.lru_cache(maxsize=2)
+def row_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the rows in an epoch."""
+    return random.Random(f"{seed} {epoch}").sample(range(rows), rows)

@@ -1,0 +1,1 @@
+"""The stages, one module each: its ``STAGE`` says what it reads, its one public function does the work."""

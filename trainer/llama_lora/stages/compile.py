@@ -1,0 +1,62 @@
+"""Before the long run, a few steps of it: on Trainium to compile its graphs, on the CPU as a dry run.
+
+The CPU compiles nothing and says so. What it proves is that batch, memory and loss are sane; what it measures is the
+time a step takes, for the estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from llama_lora import backends
+from llama_lora.backends import Backend, TrainingResult
+from llama_lora.launch import run_workers, worker_command
+from llama_lora.runlog import duration
+from llama_lora.stage import Declaration, Stage
+from llama_lora.stages.train import training_job
+
+STEPS = 10  # AWS: "about 10"; every graph of a run is seen by then
+
+
+def compile(stage: Stage) -> None:
+    """Run the train stage's own workers for a few steps in a scratch place, and keep what they measured."""
+    tokenized = stage.upstream("tokenize").facts
+    model, dataset = stage.paths.workspace / tokenized["model"], stage.paths.workspace / tokenized["dataset"]
+    backend = backends.get(stage.config.backend)
+    backend.check(stage.config, model, dataset)
+    print("a dry run of the first training steps on the CPU; nothing is compiled", flush=True)
+    run_workers(backend.compile_command(worker_command(stage.name, stage.paths)), stage.config)
+
+
+def compile_worker(stage: Stage, backend: Backend) -> None:
+    """In every worker: the first steps of the training, saving nothing."""
+
+    def finish(result: TrainingResult) -> None:
+        assert result.seconds_per_step is not None
+        stage.facts = {name: value for name, value in asdict(result).items() if name != "checkpoint"}
+        stage.finish([])
+        print(
+            f"dry run: {result.steps} steps, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
+            f"{result.seconds_per_step:.2f} s a step, {result.peak_memory_bytes / 2**30:.1f} GiB a worker; "
+            f"{result.total_steps} steps will take about {duration(result.total_steps * result.seconds_per_step)}",
+            flush=True,
+        )
+
+    backend.train(training_job(stage, dry_run=STEPS), finish)
+
+
+STAGE = Declaration(
+    name="compile",
+    version=1,
+    summary="A few training steps in a scratch place: compiles the graphs on Trainium, a dry run on the CPU.",
+    after=["tokenize"],
+    reads=lambda config: {
+        "backend": config.backend,
+        "lora": config.lora.as_keys(),
+        "training": config.training.model_dump(
+            include={"max_sequence_length", "per_device_batch_size", "gradient_accumulation_steps"}
+        ),
+    },
+    run=compile,
+    worker=compile_worker,
+)

@@ -1,0 +1,48 @@
+"""Sharded checkpoint -> a PEFT adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from genvalues import files
+from genvalues.errors import UserError
+from llama_lora import backends
+from llama_lora.adapter import write_adapter
+from llama_lora.stage import Declaration, Stage
+
+
+def consolidate(stage: Stage) -> None:
+    """The checkpoint that train has named in its manifest -> adapter/."""
+    checkpoint = stage.paths.workspace / stage.upstream("train").facts["checkpoint"]
+    adapter = backends.get(stage.config.backend).read_adapter(checkpoint)
+    with stage.output(stage.paths.adapter) as folder:
+        write_adapter(folder, adapter.tensors, adapter.config)
+    print(f"{len(adapter.tensors)} tensors of {checkpoint.name} -> {stage.paths.adapter}", flush=True)
+
+
+def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:
+    """The same for any checkpoint folder, outside a run. Refuses to overwrite."""
+    refuse_to_overwrite(output)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is no folder", where="--checkpoint", fix="Give a folder checkpoints/*/step-N.")
+    adapter = backends.of_checkpoint(checkpoint).read_adapter(checkpoint)
+    with files.whole_folder(output) as folder:
+        write_adapter(folder, adapter.tensors, adapter.config)
+    print(f"{len(adapter.tensors)} tensors of {checkpoint} -> {output}")
+
+
+def refuse_to_overwrite(output: Path) -> None:
+    """Raise UserError if the folder is there already and not empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already", where="--output", fix="Give a new folder, or remove that one.")
+
+
+STAGE = Declaration(
+    name="consolidate",
+    version=1,
+    summary="Checkpoint shards -> a PEFT adapter (safetensors).",
+    after=["train"],
+    reads=lambda config: {},
+    run=consolidate,
+    tool=consolidate_checkpoint,
+)

@@ -1,0 +1,176 @@
+"""Take the model into the workspace and turn the dataset into packed token rows, with a report of what became of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genvalues import files
+from genvalues.errors import UserError
+from llama_lora.config import RunConfig, Training
+from llama_lora.data.packing import PackedRow, join, pack
+from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
+from llama_lora.data.sources import read_rows
+from llama_lora.resolve import Sources
+from llama_lora.snapshot import take_snapshot
+from llama_lora.stage import Declaration, Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 3  # rows shown in the report with their loss mask
+
+
+def tokenize(stage: Stage) -> None:
+    """Model snapshot, then rows -> examples -> eval split -> packed rows -> report."""
+    assert stage.sources is not None and stage.fingerprint is not None
+    model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models)
+    dataset = stage.paths.datasets / stage.fingerprint[:16]
+    if not dataset.exists():  # else another run has made it; it was renamed into place, so it is whole
+        with files.whole_folder(dataset) as folder:
+            write_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
+    report = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
+    stage.facts = {
+        "model": str(model.relative_to(stage.paths.workspace)),
+        "dataset": str(dataset.relative_to(stage.paths.workspace)),
+    }
+    stage.finish([model, dataset])
+    _say(report, dataset)
+
+
+STAGE = Declaration(
+    name="tokenize",
+    version=1,
+    summary="Model snapshot, tokenized and packed rows, eval split, data report.",
+    reads_sources=True,
+    reads=lambda config: {
+        "dataset": config.dataset.model_dump(include={"config", "split", "format", "columns", "eval_fraction"}),
+        "training": config.training.model_dump(include={"max_sequence_length", "packing", "seed"}),
+    },
+    run=tokenize,
+)
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises UserError where there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"transformers cannot load its tokenizer: {error}", where=str(model)) from None
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held out): a seeded draw of round(fraction x rows) examples, before anything is packed."""
+    held_out = set(random.Random(seed).sample(range(len(examples)), round(fraction * len(examples))))
+    return (
+        [example for index, example in enumerate(examples) if index not in held_out],
+        [example for index, example in enumerate(examples) if index in held_out],
+    )
+
+
+def rows_of(examples: Sequence[Example], training: Training) -> list[PackedRow]:
+    """The training rows: packed, or one example each."""
+    if training.packing:
+        return pack(examples, training.max_sequence_length)
+    return [join([example]) for example in examples]
+
+
+def write_dataset(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Fill ``folder`` with train/, eval/ (Arrow) and report.json. Raises UserError if nothing is left to train on."""
+    renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns)
+    examples, report = _examples(config, sources, renderer)
+    train, held_out = split(examples, config.dataset.eval_fraction, config.training.seed)
+    if not train:
+        raise UserError("no row is left to train on", where="dataset", fix=f"Dropped: {report['dropped']}.")
+    if config.evaluation.enabled and not held_out:
+        raise UserError(
+            f"no row is held out of {len(examples)}, so there is nothing to evaluate on",
+            where="dataset.evalFraction",
+            fix=f"Raise it to {1 / len(examples):.2g} or more, or set evaluation.enabled: false in the values.",
+        )
+    rows = rows_of(train, config.training)
+    report["train"] = _counts(train, rows, config.training.max_sequence_length)
+    report["eval"] = {"examples": len(held_out), "tokens": sum(len(example.input_ids) for example in held_out)}
+    report["shown"] = [_shown(example, tokenizer) for example in train[:SHOWN]]
+    _store(rows, folder / "train")
+    _store([join([example]) for example in held_out], folder / "eval")
+    files.write_json(folder / "report.json", report)
+
+
+def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[list[Example], dict[str, Any]]:
+    """Every row that gives something to learn, and the report's part on what became of the rows."""
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for row in read_rows(config.dataset, sources.dataset):
+        try:
+            example, cut = renderer.example(row, config.training.max_sequence_length)
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+            continue
+        examples.append(example)
+        truncated += cut
+    return examples, {
+        "source": config.dataset.source,
+        "revision": sources.dataset.revision,
+        "rendered_with": renderer.template(),
+        "date_in_template": renderer.date(),
+        "rows_read": len(examples) + sum(dropped.values()),
+        "kept": len(examples),
+        "dropped": dict(dropped),
+        "truncated": truncated,
+    }
+
+
+def _counts(examples: Sequence[Example], rows: Sequence[PackedRow], max_length: int) -> dict[str, Any]:
+    tokens = sum(len(example.input_ids) for example in examples)
+    trained = sum(example.trained_tokens for example in examples)
+    return {
+        "examples": len(examples),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "mask_share": round(1 - trained / tokens, 4),
+        "rows": len(rows),
+        "packing_efficiency": round(tokens / (len(rows) * max_length), 4),
+        "longest_example": max(len(example.input_ids) for example in examples),
+    }
+
+
+def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """An example as text, cut where the loss mask changes."""
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if not pieces or pieces[-1][0] != (label != IGNORED):
+            pieces.append((label != IGNORED, []))
+        pieces[-1][1].append(token)
+    return [{"trained": trained, "text": tokenizer.decode(ids)} for trained, ids in pieces]
+
+
+def _store(rows: Sequence[PackedRow], folder: Path) -> None:
+    """Rows as an Arrow dataset with columns input_ids, labels and lengths (int32 lists)."""
+    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+
+    disable_progress_bars()
+    ids = Sequence(Value("int32"))
+    columns = {name: [getattr(row, name) for row in rows] for name in ("input_ids", "labels", "lengths")}
+    Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, ids))).save_to_disk(folder)
+
+
+def _say(report: dict[str, Any], dataset: Path) -> None:
+    train = report["train"]
+    print(f"rows: {report['rows_read']} read, {report['kept']} kept, {report['eval']['examples']} of them held out")
+    for reason, count in report["dropped"].items():
+        print(f"rows dropped: {count}, {reason}")
+    if report["truncated"]:
+        print(f"rows cut at maxSequenceLength: {report['truncated']}")
+    print(
+        f"train: {train['tokens']} tokens, {train['trained_tokens']} of them trained on, in {train['rows']} rows "
+        f"({train['packing_efficiency']:.1%} full)"
+    )
+    print(f"report: {dataset / 'report.json'}", flush=True)

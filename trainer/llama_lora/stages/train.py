@@ -1,0 +1,60 @@
+"""Train the adapter on every node's workers; resume from the newest complete checkpoint of the same configuration."""
+
+from __future__ import annotations
+
+from llama_lora import backends
+from llama_lora.backends import Backend, TrainingJob, TrainingResult
+from llama_lora.launch import run_workers, worker_command
+from llama_lora.stage import Declaration, Stage
+
+
+def train(stage: Stage) -> None:
+    """Check everything, then start this node's workers."""
+    tokenized = stage.upstream("tokenize").facts
+    backend = backends.get(stage.config.backend)
+    backend.check(
+        stage.config, stage.paths.workspace / tokenized["model"], stage.paths.workspace / tokenized["dataset"]
+    )
+    run_workers(worker_command(stage.name, stage.paths), stage.config)
+
+
+def train_worker(stage: Stage, backend: Backend) -> None:
+    """In every worker: train to the end. The manifest is written when every worker's files are durable."""
+
+    def finish(result: TrainingResult) -> None:
+        assert result.checkpoint is not None, "the last step saves"
+        stage.facts = {"checkpoint": str(result.checkpoint.relative_to(stage.paths.workspace)), "steps": result.steps}
+        stage.finish([result.checkpoint])
+
+    backend.train(training_job(stage), finish)
+
+
+def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
+    """What the workers train, from the config and what tokenize has left."""
+    tokenized = stage.upstream("tokenize").facts
+    assert stage.fingerprint is not None
+    return TrainingJob(
+        model=stage.paths.workspace / tokenized["model"],
+        dataset=stage.paths.workspace / tokenized["dataset"],
+        lora=stage.config.lora,
+        training=stage.config.training,
+        fingerprint=stage.fingerprint,
+        paths=stage.paths,
+        dry_run=dry_run,
+    )
+
+
+STAGE = Declaration(
+    name="train",
+    version=1,
+    summary="LoRA training on all workers: sharded checkpoints, progress, metrics.",
+    after=["tokenize"],
+    needs=["compile"],
+    reads=lambda config: {
+        "backend": config.backend,
+        "lora": config.lora.as_keys(),
+        "training": config.training.model_dump(exclude={"save_steps", "save_total_limit"}),
+    },
+    run=train,
+    worker=train_worker,
+)

@@ -1,0 +1,41 @@
+"""A worker of a distributed stage, as torchrun starts it: python -m llama_lora.worker STAGE CONFIG WORKSPACE."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from genvalues.errors import user_errors_end_with_status_2
+from llama_lora import backends
+from llama_lora import config as run_config
+from llama_lora import quiet as quiet
+from llama_lora.paths import Paths
+from llama_lora.stage import Stage, declaration
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@user_errors_end_with_status_2
+def main(stage_name: str, config_file: str, workspace: str) -> None:
+    """Train as the stage says."""
+    die_with_the_launcher()
+    config = run_config.load(Path(config_file))
+    stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
+    work = declaration(stage_name).worker
+    assert work is not None, f"{stage_name} has no workers"
+    work(stage, backends.get(config.backend))
+
+
+def die_with_the_launcher() -> None:
+    """A launcher that is killed outright must not leave workers behind that write into the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1 and os.getpid() != 1:  # it is gone already
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
