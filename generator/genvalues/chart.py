@@ -48,7 +48,13 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
     validator = jsonschema.Draft7Validator(json.loads(schema.read_text(encoding="utf-8")))
     for error in validator.iter_errors(without_null(merge(defaults, values))):
         cause = jsonschema.exceptions.best_match([error])
-        yield tuple(cause.absolute_path), one_line(cause.message, 200)
+        key = tuple(cause.absolute_path)
+        if cause.validator == "additionalProperties" and (known := cause.schema.get("properties")):
+            for name in cause.instance:
+                if name not in known:
+                    yield (*key, name), f"unknown key (keys: {', '.join(known)})"
+        else:
+            yield key, one_line(cause.message, 200)
 
 
 def without_null(value: Any) -> Any:

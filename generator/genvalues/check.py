@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -332,7 +333,7 @@ def path_rules(value: dict[str, Any], on_cpu: bool, folder: Path) -> Iterator[Mi
     """Paths are read by the stages: in pods, which don't see this computer, or here."""
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
     for key, path in paths(value):
-        there = PurePosixPath(path)
+        there = PurePosixPath(posixpath.normpath(path))
         on_volume = PurePosixPath(mount) in there.parents
         if not on_cpu and not on_volume:
             yield Mistake(

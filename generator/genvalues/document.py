@@ -20,6 +20,7 @@ from genvalues.errors import UserError, UserErrors
 KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
+DEPTH = 50  # levels of keys and lists; those we know are 7 deep
 DIGITS = 300  # of a number: more is no number that anybody means
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}")  # what a Hugging Face token looks like
 SECRET_KEYS = {("huggingFace",), ("huggingFace", "tokenSecret"), ("huggingFace", "tokenKey")}  # where one gets pasted
@@ -267,7 +268,11 @@ def decode(path: Path, name: str) -> str:
 def compose(text: str) -> yaml.Node | None:
     """The nodes of one YAML document, None for an empty one."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=CoreSchemaLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise UnreadableYAML(f"more than {DEPTH} levels deep", "", *place(event.start_mark))
             if isinstance(event, yaml.AliasEvent):
                 mark = event.start_mark
                 what = f"the alias *{one_line(event.anchor or '')} is not read here"
@@ -289,8 +294,6 @@ def compose(text: str) -> yaml.Node | None:
         if "'\\t'" in what:
             what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
         raise UnreadableYAML(what, fix, line, column) from None
-    except RecursionError:
-        raise UnreadableYAML("nested too deeply") from None
     except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
         raise UnreadableYAML("not valid YAML: an escape in it stands for no character") from None
 

@@ -1,0 +1,332 @@
+"""What a user who made mistakes is told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from genvalues import cli
+
+RIGHT = """\
+name: llama-lora
+model: meta-llama/Meta-Llama-3.1-8B
+dataset:
+  source: databricks/databricks-dolly-15k
+  format: instruction
+  columns: {instruction: instruction, input: context, output: response}
+  evalFraction: 0.02
+instance: ml.trn1.32xlarge
+nodes: 1
+lora: {r: 16, alpha: 16, dropout: 0.05, targetModules: [q_proj, v_proj]}
+training:
+  maxSequenceLength: 2048
+  packing: true
+  learningRate: 5e-5
+  maxSteps: null
+evaluation: {maxRows: 256, samples: 4, maxNewTokens: 128}
+storage: {kind: fsx, size: 1200Gi, storageClass: fsx-sc}
+huggingFace: {tokenSecret: hf-token, tokenKey: token}
+image: 123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0
+mode: detached
+chartValues: {kueue: {queueName: trainium}}
+"""
+
+MANY_MISTAKES = """\
+name: Llama_LoRA
+modle: meta-llama/Meta-Llama-3.1-8B
+dataset:
+  source: ./data.jsonl
+  format: text
+  columns: {prompt: question}
+  evalFraction: 1
+instance: ml.trn1.32xlarge
+nodes: two
+cpu: {processes: 2}
+lora:
+  rank: 16
+  alpha: 16
+  alpha: 32
+  dropout: 1.5
+  targetModules: [gate_proj, k, v_proj, v_proj]
+training:
+  learning_rate: 5e-5
+  packing: on
+  learningRate: .nan
+  epochs: 0
+  lrScheduler: linearr
+epochs: 3
+storage: {kind: fsx, size: 1300Gi}
+huggingFace: {tokenSecret: hf_abcdefghijklmnopqrstuvwxyz}
+image: llama-lora:latest
+"""
+
+TOP = (
+    "(keys: name, model, dataset, instance, nodes, cpu, lora, training, evaluation, storage, huggingFace, image, mode, "
+    "chartValues)"
+)
+TRAINING = (
+    "(keys: maxSequenceLength, packing, perDeviceBatchSize, gradientAccumulationSteps, epochs, maxSteps, learningRate, "
+    "lrScheduler, warmupRatio, weightDecay, maxGradNorm, saveSteps, saveTotalLimit, seed)"
+)
+WHAT_IS_SAID = f"""\
+finetune.yaml:1:1 name: the text "Llama_LoRA" is not of the right form. (the run's name: a-z, 0-9 and hyphens)
+finetune.yaml:1:1 model: missing. (hub id, id@revision, or {{path: /somewhere}})
+finetune.yaml:2:1 modle: unknown key. Did you mean model? {TOP}
+finetune.yaml:4:3 dataset.source: ./data.jsonl is on this computer, which the pods on ml.trn1.32xlarge cannot see. \
+Use a hub id, s3://, or an absolute path under /workspace, the volume.
+finetune.yaml:6:13 dataset.columns.prompt: format text has no such column. (columns: text)
+finetune.yaml:7:3 dataset.evalFraction: must be less than 1, not 1. (share of the rows held out for evaluation)
+finetune.yaml:9:1 nodes: must be a whole number, not the text "two". (nodes to train on)
+finetune.yaml:10:1 cpu: is for instance cpu only, not for ml.trn1.32xlarge. Remove it.
+finetune.yaml:12:3 lora.rank: unknown key. Did you mean lora.r? (keys: r, alpha, dropout, targetModules)
+finetune.yaml:14:3 lora.alpha: written twice, first in line 13. Keep one of the two.
+finetune.yaml:15:3 lora.dropout: must be less than 1, not 1.5. (dropout on the adapter's input)
+finetune.yaml:16:3 lora.targetModules: names v_proj twice. Keep one.
+finetune.yaml:16:3 lora.targetModules: gate_proj without up_proj: on Trainium the two are one layer. \
+Add up_proj or remove gate_proj.
+finetune.yaml:16:30 lora.targetModules[1]: the text "k" is not one of its values. \
+Did you mean k_proj? (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)
+finetune.yaml:18:3 training.learning_rate: unknown key. Did you mean training.learningRate? {TRAINING}
+finetune.yaml:19:3 training.packing: must be true or false, not the text "on". \
+(several examples in a row, which cannot see each other)
+finetune.yaml:20:17 training.learningRate: .nan is not a finite number
+finetune.yaml:21:3 training.epochs: must be more than 0, not 0. (times through the dataset)
+finetune.yaml:22:3 training.lrScheduler: the text "linearr" is not one of its values. \
+Did you mean linear? (linear, cosine, constant)
+finetune.yaml:23:1 epochs: unknown key. Did you mean training.epochs? {TOP}
+finetune.yaml:24:22 storage.size: FSx for Lustre is not made in 1300Gi. Use 2400Gi (1200Gi or a multiple of 2400Gi).
+finetune.yaml:25:15 huggingFace.tokenSecret: is not a name that Kubernetes allows; the token itself must never be \
+written here. (name of the Secret that holds the token)
+finetune.yaml:26:1 image: :latest is another image tomorrow. Name a version's tag, or the digest.
+--set training.maxSteps=x: must be a whole number or null, not the text "x". (optimizer steps, instead of epochs)
+--set lora.foo: not of the form key=value. Write --set lora.r=8.
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def genvalues(*arguments: str) -> int:
+    """The command's status; anything but an exit is a traceback, and fails the test."""
+    before = sys.argv
+    sys.argv = ["genvalues", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("finetune.yaml").write_text(MANY_MISTAKES)
+    status = genvalues("write", "finetune.yaml", "--set", "training.maxSteps=x", "--set", "lora.foo")
+    assert status == 2
+    assert capsys.readouterr().err == WHAT_IS_SAID
+    assert not Path("values.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "f.yaml: the file is empty. Write at least model, dataset and instance."),
+        (b"# nothing\n", "f.yaml: the file is empty. Write at least model, dataset and instance."),
+        (b"- a\n- b\n", "f.yaml:1:1: the file must hold keys and values, not a list. Write key: value lines."),
+        (b"word", "f.yaml:1:1: the file must hold keys and values, not a single value. Write key: value lines."),
+        (b"a:\n\tb: 1\n", "f.yaml:2:1: a tab, which YAML does not allow here. Indent with spaces."),
+        (b"a: [1, 2\nb: 3\n", "f.yaml:2:2: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
+        (b"a: caf\xe9\n", "f.yaml:1:7: not UTF-8 text. Save the file as UTF-8."),
+        (b"a: 1\n---\nb: 1\n", "f.yaml:2:1: not valid YAML: expected a single document in the stream"),
+        (b"a: &x 1\nb: *x\n", "f.yaml:2:4: the alias *x is not read here. Write its value out."),
+        (b"a: \x07\n", "f.yaml:1:4: the character U+0007 is not allowed in YAML. Remove it."),
+        (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:1: not valid YAML: an escape in it stands for no character"),
+        (b"a: " + b"[" * 20000 + b"]" * 20000, "f.yaml:1:53: more than 50 levels deep"),
+        (b"a: 1\n" * 100000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
+    ],
+)
+def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
+    content: bytes, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_bytes(content)
+    assert genvalues("check", "f.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lora: {r: 1e400}", "f.yaml:22:11 lora.r: 1e400 is not a finite number"),
+        ("lora: {r: .inf}", "f.yaml:22:11 lora.r: .inf is not a finite number"),
+        (f"lora: {{r: {'9' * 5000}}}", "f.yaml:22:11 lora.r: a number of 5000 digits is too large"),
+        ("lora: {r: 2024-01-01}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "2024-01-01". (rank)'),
+        (
+            'lora: {r: "\\ud800"}',
+            "f.yaml:22:11 lora.r: holds half of a character (a lone surrogate). Remove the escape.",
+        ),
+        ("lora: {r: !!set {1}}", "f.yaml:22:11 lora.r: the tag !!set is not used here. Remove it."),
+        ("lora: {1: 2}", "f.yaml:22:8 lora: a key must be text, not 1"),
+        ("lora:", "f.yaml:22:1 lora: must be keys and values, not null"),
+    ],
+)
+def test_a_value_that_yaml_makes_strange_is_told_in_its_place(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(
+        "\n".join(kept for kept in [*RIGHT.splitlines(), "", line] if not kept.startswith("lora: {r: 16"))
+    )
+    assert genvalues("check", "f.yaml") == 2
+    assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (genvalues("check", "."), genvalues("check", "absent.yaml")) == (2, 2)
+    assert capsys.readouterr().err == ".: this is a folder. Name the file in it.\nabsent.yaml: no such file\n"
+
+
+TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm123456"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"huggingFace: {{tokenSecret: {TOKEN}}}",
+        f"huggingFace: {{tokenSecret: hf-token, tokenKey: '{TOKEN} '}}",
+        f"huggingFace: {TOKEN}",
+        f"huggingFace: {{{TOKEN}: 1}}",
+        f"token: {TOKEN}",
+        f"name: {TOKEN}",
+        f"chartValues: {{stages: {{train: {{extraEnv: {{HF_TOKEN: {TOKEN}}}}}}}}}",
+        f"name: [{TOKEN}",
+        f"name: *{TOKEN}",
+        f"--set huggingFace.tokenSecret={TOKEN}",
+        "--set huggingFace.tokenSecret=api_org_QwErTyUiOp",
+        f"--set name={TOKEN}",
+        f"--set {TOKEN}",
+    ],
+)
+def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    is_set = line.startswith("--set ")
+    key = line.partition(":")[0]
+    kept = [other for other in RIGHT.splitlines() if is_set or not other.startswith(f"{key}:")]
+    Path("f.yaml").write_text("\n".join([*kept, "" if is_set else line, ""]))
+    assert genvalues("write", "f.yaml", *(line.split(" ", 1) if is_set else [])) == 2
+    out, err = capsys.readouterr()
+    assert err
+    assert "QwErTy" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"image": None},
+            "f.yaml:1:1 image: missing. ml.trn1.32xlarge needs the image that you built, by tag or digest.",
+        ),
+        ({"image": "repo/llama-lora"}, "names neither tag nor digest"),
+        ({"image": "localhost:5000/llama-lora"}, "names neither tag nor digest"),
+        ({"image": "repo/llama-lora@sha256:..."}, "is not an image reference"),
+        ({"instance": "trn1.2xlarge", "nodes": "2"}, "trn1.2xlarge has no EFA and cannot be one of 2 nodes"),
+        ({"instance": "p5.48xlarge"}, "(cpu, trn1.2xlarge, trn1.32xlarge,"),
+        ({"model": "{path: ./llama}"}, "./llama is on this computer"),
+        ({"model": "{path: /home/me/llama}"}, "/home/me/llama is on this computer"),
+        ({"model": "{path: /workspace/../etc/llama}"}, "is on this computer"),
+        ({"model": "./llama"}, "is not a hub id; a folder or file is written {path: ...}"),
+        ({"model": "a/b/c"}, "is not a hub id"),
+        ({"storage": "{existingClaim: mine, size: 1200Gi}"}, "storage.size: means nothing beside existingClaim"),
+        ({"storage": "{kind: fsx-static}"}, "fsx-static needs {fileSystemId, dnsName, mountName}"),
+        ({"storage": "{size: 100Gi}"}, "Use 1200Gi (1200Gi or a multiple of 2400Gi)"),
+        ({"chartValues": "{stages: {trian: {}}}"}, "chartValues.stages"),
+    ],
+)
+def test_rules_that_span_keys(changes: dict[str, str | None], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [line for line in RIGHT.splitlines() if line.partition(":")[0] not in changes]
+    Path("f.yaml").write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in changes.items() if value), ""]))
+    assert genvalues("check", "f.yaml") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(
+        "model: gpt2\ninstance: cpu\ndataset: {source: /data/a.txt, format: chat, revision: main, evalFraction: 0}\n"
+        "evaluation: {enabled: true}\n"
+    )
+    assert genvalues("check", "f.yaml") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "f.yaml:3:32 dataset.format: a .txt file has no columns for chat. Write format: text.",
+        "f.yaml:3:46 dataset.revision: is for hub datasets, and this one is a file. Remove it.",
+        "f.yaml:4:14 evaluation.enabled: there are no held-out rows to evaluate on. "
+        "Raise dataset.evalFraction above 0.",
+    ]
+
+
+def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text("model: gpt2\ninstance: cpu\ndataset: {source: rows.jsonl}\n")
+    assert genvalues("check", "f.yaml") == 2
+    assert f"no such file or folder: {Path.cwd() / 'rows.jsonl'}" in capsys.readouterr().err
+
+
+def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(RIGHT)
+    assert [genvalues("write", "f.yaml", "-o", place) for place in ("f.yaml", ".", "/proc/values.yaml")] == [2, 2, 2]
+    assert Path("f.yaml").read_text() == RIGHT
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+WORDS = "null yes 0x1F 1e999 -1 [] {} 2024-01-01 &a *a !!int !x <<: ---".split(" ")  # noqa: SIM905
+NASTY = st.sampled_from([*"\t\n[]{}:|>'\"%@#~?é\0\x85\ufeff\ud7ff", ": ", "- ", *WORDS])
+MUTATION = st.tuples(
+    st.sampled_from(["insert", "delete", "replace", "value", "repeat line", "drop line", "indent"]),
+    st.integers(0, len(RIGHT) - 1),
+    NASTY | st.text(max_size=8).filter(lambda text: "/" not in text),
+)
+
+
+def mutated(text: str, kind: str, at: int, with_what: str) -> str:
+    at = min(at, max(len(text) - 1, 0))
+    lines = text.splitlines(keepends=True)
+    line = text.count("\n", 0, at)
+    if kind == "insert":
+        return text[:at] + with_what + text[at:]
+    if kind == "delete":
+        return text[:at] + text[at + 1 + len(with_what) :]
+    if kind == "replace":
+        return text[:at] + with_what + text[at + 1 :]
+    if line >= len(lines):
+        return text
+    if kind == "value":
+        lines[line] = lines[line].partition(":")[0] + ": " + with_what + "\n"
+    elif kind == "repeat line":
+        lines.insert(line, lines[line])
+    elif kind == "drop line":
+        del lines[line]
+    else:
+        lines[line] = " " + lines[line]
+    return "".join(lines)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
+def test_no_file_makes_a_traceback_or_a_half_written_output(
+    mutations: list[tuple[str, int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RIGHT
+    for mutation in mutations:
+        text = mutated(text, *mutation)
+    Path("f.yaml").write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    Path("values.yaml").unlink(missing_ok=True)
+    status = genvalues("write", "f.yaml")
+    err = capsys.readouterr().err
+    assert status in (0, 2), err
+    assert Path("values.yaml").exists() == (status == 0)
+    assert err.strip()
+    assert sorted(path.name for path in Path().iterdir() if path.name != ".hypothesis") == (
+        ["f.yaml", "values.yaml"] if status == 0 else ["f.yaml"]
+    )

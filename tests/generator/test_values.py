@@ -1,0 +1,311 @@
+"""What is derived from an inputs file, and that the chart takes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from genvalues import chart, inputs, instances
+from genvalues.cli import version
+from genvalues.document import dump
+from genvalues.inputs import Inputs
+from genvalues.values import values_from
+from genvalues.write import values_text
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "chart"
+ENVIRONMENTS = sorted(path.name.removesuffix(".values.yaml") for path in (ROOT / "values").glob("*.values.yaml"))
+
+ISSUE = """\
+name: llama-lora
+model: meta-llama/Meta-Llama-3.1-8B     # hub id, id@revision, or {path: /somewhere}
+dataset:
+  source: databricks/databricks-dolly-15k
+  format: instruction
+  columns: {instruction: instruction, input: context, output: response}
+  evalFraction: 0.02
+instance: ml.trn1.32xlarge
+nodes: 1
+lora: {r: 16, alpha: 16, dropout: 0.05, targetModules: [q_proj, v_proj]}
+training: {maxSequenceLength: 2048, packing: true, perDeviceBatchSize: 1, gradientAccumulationSteps: 3, epochs: 1, maxSteps: null, learningRate: 5.0e-5, lrScheduler: linear, warmupRatio: 0.03, weightDecay: 0.0, maxGradNorm: 1.0, saveSteps: 100, saveTotalLimit: 2, seed: 42}
+evaluation: {maxRows: 256, samples: 4, maxNewTokens: 128}
+storage: {kind: fsx, size: 1200Gi, storageClass: fsx-sc}
+huggingFace: {tokenSecret: hf-token, tokenKey: token}
+image: 123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora@sha256:%s
+mode: detached
+chartValues: {}
+""" % ("0" * 64)  # noqa: E501
+
+
+def values_of(tmp_path: Path, text: str, *sets: str) -> dict[str, Any]:
+    file = tmp_path / "finetune.yaml"
+    file.write_text(text)
+    values: dict[str, Any] = yaml.safe_load(values_text(file, sets, CHART, "1.2.3"))
+    return values
+
+
+def test_the_committed_schema_is_the_models() -> None:
+    assert inputs.SCHEMA.read_text() == inputs.schema_text(), "run: make schema"
+
+
+def test_every_key_of_the_inputs_is_described_and_every_number_has_its_range() -> None:
+    schema = inputs.json_schema()
+    for block in [schema, *schema["$defs"].values()]:
+        for name, key in block["properties"].items():
+            assert key.get("description"), name
+            for branch in [key, *key.get("anyOf", [])]:
+                if branch.get("type") in ("integer", "number"):
+                    assert {"minimum", "exclusiveMinimum"} & branch.keys(), name
+                    assert {"maximum", "exclusiveMaximum"} & branch.keys(), name
+
+
+def test_the_example_gives_tensor_parallel_8_data_parallel_4_on_32_processes(tmp_path: Path) -> None:
+    values = values_of(tmp_path, ISSUE)
+    assert values["parallelism"] == {
+        "nodes": 1,
+        "processesPerNode": 32,
+        "tensorParallelSize": 8,
+        "dataParallelSize": 4,
+    }
+    assert values["devices"] == {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
+    assert (values["backend"], values["pipeline"]) == ("neuron", {"mode": "detached"})
+    assert values["model"] == {"id": "meta-llama/Meta-Llama-3.1-8B", "revision": "", "path": ""}
+    assert values["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
+    assert values["image"]["digest"] == f"sha256:{'0' * 64}"
+    assert values["hyperpod"]["autoResume"] is True
+
+
+def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> None:
+    keys = ("model", "dataset", "instance", "image", "huggingFace")
+    short = yaml.safe_dump({key: value for key, value in yaml.safe_load(ISSUE).items() if key in keys})
+    assert values_of(tmp_path, short) == values_of(tmp_path, ISSUE)
+
+
+def test_the_inputs_defaults_are_the_charts() -> None:
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    derived = values_from(Inputs.model_validate({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"}))
+    for section in ("lora", "training", "evaluation", "huggingFace", "parallelism", "hyperpod", "devices"):
+        assert derived[section] == defaults[section]
+
+
+def test_cpu_needs_three_keys_and_runs_attached(tmp_path: Path) -> None:
+    values = values_of(
+        tmp_path, "model: gpt2@main\ndataset: {source: a/b}\ninstance: cpu\nnodes: 2\ncpu: {processes: 3}\n"
+    )
+    assert (values["backend"], values["devices"], values["pipeline"]) == ("cpu", {}, {"mode": "attached"})
+    assert values["model"] == {"id": "gpt2", "revision": "main", "path": ""}
+    assert values["huggingFace"]["tokenSecret"] == ""
+    assert values["storage"]["kind"] == "generic"
+    assert list(values["parallelism"].values()) == [2, 3, 1, 6]
+
+
+@pytest.mark.parametrize("name", instances.TRAINIUM)
+@pytest.mark.parametrize("nodes", [1, 2, 5])
+def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> None:
+    layout = instances.parallelism(name, nodes, 2)
+    instance = instances.TRAINIUM[name]
+    assert layout.processes_per_node == instance.cores
+    assert layout.tensor_parallel * layout.data_parallel == nodes * layout.processes_per_node
+    assert instance.cores % layout.tensor_parallel == 0  # a tensor-parallel group stays within a node
+    assert instance.request_cpu < instance.vcpu
+    assert instance.request_memory_gib < instance.memory_gib * 0.9
+    assert instances.parallelism(f"ml.{name}", nodes, 2) == layout
+
+
+def test_relative_paths_on_the_cpu_are_seen_from_the_inputs_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "llama").mkdir()
+    text = "model: {path: llama}\ndataset: {source: ./rows.jsonl}\ninstance: cpu\n"
+    values = values_of(tmp_path, text)
+    assert values["model"]["path"] == str(tmp_path / "llama")
+    assert values["dataset"]["source"] == str(tmp_path / "rows.jsonl")
+
+
+def test_a_txt_file_is_text_and_no_held_out_rows_is_no_evaluation(tmp_path: Path) -> None:
+    values = values_of(tmp_path, "model: gpt2\ndataset: {source: /data/a.txt, evalFraction: 0}\ninstance: cpu\n")
+    assert (values["dataset"]["format"], values["dataset"]["columns"]) == ("text", {"text": "text"})
+    assert values["evaluation"]["enabled"] is False
+
+
+def test_set_changes_keys_and_chart_values_come_last(tmp_path: Path) -> None:
+    values = values_of(
+        tmp_path,
+        ISSUE,
+        "training.maxSteps=7",
+        "lora={r: 8, targetModules: all-linear}",
+        "chartValues.training.seed=9",
+        "chartValues.stages.train.nodeSelector.example\\.com/pool=gold",
+        "chartValues.kueue.queueName='5'",
+    )
+    assert (values["training"]["maxSteps"], values["training"]["seed"]) == (7, 9)
+    assert (values["lora"]["r"], values["lora"]["alpha"], values["lora"]["targetModules"]) == (8, 16, "all-linear")
+    assert values["stages"]["train"]["nodeSelector"] == {"example.com/pool": "gold"}
+    assert values["stages"]["train"]["resources"]
+    assert values["kueue"] == {"queueName": "5"}
+
+
+def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
+    file = tmp_path / "finetune.yaml"
+    file.write_text(ISSUE)
+    first, second = (values_text(file, ["lora.r=8"], CHART, "1.2.3") for _ in range(2))
+    assert first == second
+    assert first.startswith("# Written by genvalues 1.2.3 from finetune.yaml: ")
+    assert "#   --set lora.r=8\n" in first
+    assert str(tmp_path) not in first
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_the_committed_values_of_each_environment_are_current(environment: str) -> None:
+    committed = (ROOT / "values" / f"{environment}.values.yaml").read_text()
+    written = values_text(ROOT / "values" / f"{environment}.yaml", [], CHART, version())
+    assert committed == written, "run: make values"
+    assert str(ROOT) not in committed
+    assert "/home/" not in committed
+
+
+def test_there_are_values_for_the_verified_instances() -> None:
+    assert {"cpu", "trn1", "trn1-2node", "trn1n", "trn2"} <= set(ENVIRONMENTS)
+
+
+@given(
+    text=st.text(max_size=12)
+    | st.from_regex(r"\A[-+0-9._eExoinfaNyYsO:#~]{1,8}\Z")
+    | st.sampled_from(["1e5", "0o17", "1_000", "yes", "null", "1:30", "=", "<<", "2024-01-01"])
+)
+def test_text_stays_text_in_every_reader(text: str) -> None:
+    """PyYAML reads YAML 1.1 here; Helm, and editors, read 1.2's numbers."""
+    from genvalues.document import CoreSchemaLoader
+
+    if any(not (character.isprintable() or character in "\n\t") for character in text):
+        return
+    assert yaml.safe_load(dump({"a": text})) == {"a": text}
+    assert yaml.load(dump({"a": text}), Loader=CoreSchemaLoader) == {"a": text}
+
+
+# --- round trip: whatever is right for us is right for the chart
+
+NAME = st.from_regex(r"\A[a-z]([-a-z0-9]{0,20}[a-z0-9])?\Z")
+HUB_ID = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}\Z")
+WORD = st.from_regex(r"\A[A-Za-z0-9_ .-]{1,12}\Z").filter(lambda text: bool(text.strip()))
+
+
+def numbers(block: str) -> dict[str, st.SearchStrategy[Any]]:
+    """For each number of a block, all values that its schema allows."""
+    found: dict[str, st.SearchStrategy[Any]] = {}
+    for name, key in inputs.json_schema()["$defs"][block]["properties"].items():
+        for branch in [key, *key.get("anyOf", [])]:
+            low = branch.get("minimum", branch.get("exclusiveMinimum"))
+            high = branch.get("maximum", branch.get("exclusiveMaximum"))
+            if branch.get("type") == "integer":
+                found[name] = st.integers(low, high)
+            elif branch.get("type") == "number":
+                found[name] = st.floats(
+                    low, high, exclude_min="minimum" not in branch, exclude_max="maximum" not in branch
+                ).filter(lambda number: not math.isclose(number, 0, abs_tol=1e-12) or number == 0)
+    return found
+
+
+@st.composite
+def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
+    instance = draw(st.sampled_from(instances.NAMES))
+    format_, columns = draw(
+        st.sampled_from(
+            [
+                ("text", ["text"]),
+                ("instruction", ["instruction", "input", "output"]),
+                ("prompt-completion", ["prompt", "completion"]),
+                ("chat", ["messages"]),
+            ]
+        )
+    )
+    all_optional = {
+        "name": NAME,
+        "nodes": st.just(1) if instance.endswith("2xlarge") and "32" not in instance else st.integers(1, 64),
+        "lora": st.fixed_dictionaries({}, optional=numbers("Lora") | {"targetModules": st.just("all-linear")}),
+        "training": st.fixed_dictionaries(
+            {},
+            optional=numbers("Training")
+            | {"packing": st.booleans(), "lrScheduler": st.sampled_from(["linear", "cosine", "constant"])},
+        ),
+        "evaluation": st.fixed_dictionaries({}, optional=numbers("Evaluation")),
+        "huggingFace": st.none() | st.fixed_dictionaries({"tokenSecret": NAME}, optional={"tokenKey": NAME}),
+        "mode": st.sampled_from(["attached", "detached", None]),
+        "storage": st.sampled_from(
+            [
+                {},
+                {"existingClaim": "mine"},
+                {"kind": "fsx", "size": "4800Gi", "storageClass": "a.b"},
+                {"kind": "generic", "size": "3Ti", "storageClass": ""},
+                {
+                    "kind": "fsx-static",
+                    "static": {
+                        "fileSystemId": "fs-0123456789abcdef0",
+                        "dnsName": "fs-0.fsx.us-west-2.amazonaws.com",
+                        "mountName": "fsx",
+                    },
+                },
+            ]
+        ),
+    }
+    if instance == "cpu":
+        all_optional["cpu"] = st.fixed_dictionaries({}, optional={"processes": st.integers(1, 128)})
+    return {
+        "model": draw(HUB_ID | HUB_ID.map(lambda name: f"{name}@1e5") | st.just({"path": "/workspace/models/llama"})),
+        "dataset": draw(
+            st.fixed_dictionaries(
+                {
+                    "source": HUB_ID.filter(lambda name: not name.endswith((".json", ".csv", ".txt"))),
+                    "format": st.just(format_),
+                },
+                optional={
+                    "columns": st.fixed_dictionaries({}, optional=dict.fromkeys(columns, WORD)),
+                    "evalFraction": numbers("Dataset")["evalFraction"],
+                    "revision": st.just("v1"),
+                },
+            )
+        ),
+        "instance": instance,
+        "image": draw(
+            st.sampled_from(
+                ["repo:5000/llama-lora:1.10", f"a/b@sha256:{'a' * 64}", f"llama-lora:0.1@sha256:{'0' * 64}"]
+            )
+        ),
+        **draw(st.fixed_dictionaries({}, optional=all_optional)),
+    }
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(wanted=right_inputs())
+def test_what_genvalues_accepts_the_chart_accepts(wanted: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "finetune.yaml"
+    file.write_text(dump(wanted))
+    values = yaml.safe_load(values_text(file, [], None, "1.2.3"))  # raises what the chart's schema refuses
+    assert not list(chart.refusals(CHART, values))
+    layout = values["parallelism"]
+    assert layout["nodes"] * layout["processesPerNode"] == layout["tensorParallelSize"] * layout["dataParallelSize"]
+
+
+def test_what_the_chart_refuses_is_told_by_its_chart_values_key(tmp_path: Path) -> None:
+    with pytest.raises(
+        Exception, match=r"finetune.yaml:17:32 chartValues.stages.train.backofLimit: unknown key .*backoffLimit"
+    ):
+        values_of(tmp_path, ISSUE.replace("chartValues: {}", "chartValues: {stages: {train: {backofLimit: 1}}}"))
+    with pytest.raises(Exception, match=r"--set chartValues.kueue=5: 5 is not of type"):
+        values_of(tmp_path, ISSUE, "chartValues.kueue=5")
+
+
+def test_the_charts_schema_is_there_to_be_asked() -> None:
+    jsonschema.Draft7Validator.check_schema(json.loads((CHART / "values.schema.json").read_text()))
