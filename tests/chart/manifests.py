@@ -1,0 +1,151 @@
+"""What the chart renders, as plain objects: rendering with either Helm, and finding one's way in the result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from helm_binaries import helm_binary
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "chart"
+HELMS = [3, 4]
+CI_FILES = sorted(CHART.glob("ci/*-values.yaml"))
+VALUES_FILES = CI_FILES + sorted(ROOT.glob("values/*.values.yaml"))
+
+Object = dict[str, Any]
+Values = dict[str, Any]
+
+# The least that renders.
+MINIMAL: Values = {"model": {"id": "org/model"}, "dataset": {"source": "org/rows", "format": "text"}}
+
+
+class Refused(Exception):
+    """Helm renders nothing for these values; the message is its own."""
+
+
+def run_helm(major: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [str(helm_binary(major)), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def render(
+    values: Path | Values,
+    *,
+    helm: int = 4,
+    release: str = "llama",
+    namespace: str = "research",
+    upgrade: bool = False,
+    chart: Path = CHART,
+) -> list[Object]:
+    """The objects in Helm's order. Rendered once for the same arguments; not to be changed."""
+    text = values.read_text() if isinstance(values, Path) else json.dumps(values)
+    return _render(text, helm, release, namespace, upgrade, chart)
+
+
+@cache
+def _render(values: str, helm: int, release: str, namespace: str, upgrade: bool, chart: Path) -> list[Object]:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(values)
+        file.flush()
+        arguments = ["template", release, chart, "--namespace", namespace, "--values", file.name]
+        done = run_helm(helm, *arguments, *(["--is-upgrade"] if upgrade else []))
+    if done.returncode != 0:
+        raise Refused(done.stderr)
+    return [item for item in yaml.load_all(done.stdout, Loader=UniqueKeyLoader) if item]
+
+
+class UniqueKeyLoader(yaml.CSafeLoader):
+    """A key that a template writes twice is a mistake, whichever of both a reader would take."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        assert not twice, f"{twice} written twice{node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
+def merged(*layers: Values) -> Values:
+    """Values over values, as Helm merges several -f."""
+    result: Values = {}
+    for layer in layers:
+        for key, value in layer.items():
+            under = result.get(key)
+            result[key] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return result
+
+
+class Pod(NamedTuple):
+    """A pod template and the object that makes it."""
+
+    owner: Object
+    template: Object
+
+    @property
+    def stage(self) -> str:
+        return str(annotation(self.owner, "llama-lora/stage"))
+
+    @property
+    def spec(self) -> Object:
+        return self.template["spec"]
+
+    @property
+    def containers(self) -> list[Object]:
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return {entry["name"]: entry.get("value") for container in self.containers for entry in container["env"]}
+
+    @property
+    def trains(self) -> bool:
+        return self.owner["kind"] == "PyTorchJob"
+
+
+def pods(objects: list[Object]) -> Iterator[Pod]:
+    for item in objects:
+        if item["kind"] == "Job":
+            yield Pod(item, item["spec"]["template"])
+        elif item["kind"] == "PyTorchJob":
+            for replica in item["spec"]["pytorchReplicaSpecs"].values():
+                yield Pod(item, replica["template"])
+        else:
+            assert "template" not in item.get("spec", {}), f"{item['kind']} makes pods that no test here knows"
+
+
+def pod(objects: list[Object], stage: str) -> Pod:
+    [found] = [pod for pod in pods(objects) if pod.stage == stage]
+    return found
+
+
+def one(objects: list[Object], kind: str, name: str | None = None) -> Object:
+    [found] = [item for item in objects if item["kind"] == kind and name in (None, item["metadata"]["name"])]
+    return found
+
+
+def annotation(item: Object, key: str) -> str | None:
+    return item["metadata"].get("annotations", {}).get(key)
+
+
+def hooks(item: Object) -> set[str]:
+    return set(filter(None, (annotation(item, "helm.sh/hook") or "").split(",")))
+
+
+def weight(item: Object) -> int:
+    return int(annotation(item, "helm.sh/hook-weight") or 0)
+
+
+def stages(objects: list[Object]) -> list[Object]:
+    """What Helm runs after an install, in its order."""
+    return sorted((item for item in objects if "post-install" in hooks(item)), key=weight)
+
+
+def config(objects: list[Object], key: str) -> Any:
+    [found] = [item for item in objects if item["kind"] == "ConfigMap"]
+    return yaml.safe_load(found["data"][key])

@@ -1,0 +1,320 @@
+"""The order of the stages, and what starts which."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from chart.manifests import (
+    CHART,
+    MINIMAL,
+    Object,
+    annotation,
+    config,
+    hooks,
+    merged,
+    one,
+    pod,
+    pods,
+    render,
+    stages,
+    weight,
+)
+
+WEIGHTS = {
+    "preflight": 0,
+    "storage-prepare": 5,
+    "tokenize": 10,
+    "compile": 20,
+    "compile-gate": 21,
+    "train": 30,
+    "train-gate": 31,
+    "consolidate": 40,
+    "merge": 50,
+    "evaluate": 60,
+}
+OPTIONAL = {"storage-prepare", "evaluate"}
+NEEDS_CLUSTER = {"preflight", "storage-prepare", "compile-gate", "train-gate", "cleanup", "runner"}
+TRAINER = {"tokenize", "compile", "train", "consolidate", "merge", "evaluate"}
+DEVICES = {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
+TRAINIUM = merged(
+    MINIMAL,
+    {
+        "instance": "ml.trn1.32xlarge",
+        "backend": "neuron",
+        "devices": DEVICES,
+        "parallelism": {"nodes": 2, "processesPerNode": 32, "tensorParallelSize": 8, "dataParallelSize": 8},
+    },
+)
+
+
+def is_detached(objects: list[Object]) -> bool:
+    return any(annotation(item, "llama-lora/stage") == "runner" for item in objects)
+
+
+def test_stages_are_hooks_in_strict_order_of_the_design(objects: list[Object]) -> None:
+    if is_detached(objects):
+        return  # the release that the runner installs has the stages
+    found = [(annotation(item, "llama-lora/stage"), weight(item)) for item in stages(objects)]
+    weights = [weight for _, weight in found]
+    assert all(before < after for before, after in zip(weights, weights[1:], strict=False)), found
+    assert dict(found).items() <= WEIGHTS.items()
+    assert WEIGHTS.keys() - dict(found).keys() <= OPTIONAL
+    assert all(hooks(item) == {"post-install", "post-upgrade"} for item in stages(objects))
+
+
+def test_a_pytorchjob_is_suspended_until_the_gate_at_the_next_weight(objects: list[Object]) -> None:
+    jobs = [item for item in objects if item["kind"] == "PyTorchJob"]
+    assert [annotation(job, "llama-lora/stage") for job in jobs] == ([] if is_detached(objects) else ["compile", "train"])
+    for job in jobs:
+        stage = annotation(job, "llama-lora/stage")
+        gate = pod(objects, f"{stage}-gate")
+        assert job["spec"]["runPolicy"]["suspend"] is True
+        assert weight(gate.owner) == weight(job) + 1
+        command = gate.containers[0]["command"]
+        assert command[:3] == ["genvalues", "cluster", "gate"]
+        assert command[command.index("--stage") + 1] == stage
+        assert command[command.index("--job") + 1] == job["metadata"]["name"]
+
+
+def test_a_later_helm_command_never_deletes_a_pytorchjob_or_meets_its_name(tmp_path: Path) -> None:
+    def jobs(objects: list[Object]) -> dict[str, Object]:
+        return {str(annotation(item, "llama-lora/stage")): item for item in objects if item["kind"] == "PyTorchJob"}
+
+    first = jobs(render(MINIMAL))
+    later_objects = render(MINIMAL, chart=chart_at_revision(1234, tmp_path))
+    later = jobs(later_objects)
+    for stage in ("compile", "train"):
+        assert first[stage]["metadata"]["name"] == f"llama-{stage}-1"
+        assert later[stage]["metadata"]["name"] == f"llama-{stage}-1234"
+        assert later[stage]["spec"]["elasticPolicy"]["rdzvHost"] == f"llama-{stage}-1234-worker-0"
+        assert f"llama-{stage}-1234" in pod(later_objects, f"{stage}-gate").containers[0]["command"]
+        assert annotation(first[stage], "helm.sh/hook-delete-policy") == "hook-failed"
+
+
+def chart_at_revision(revision: int, folder: Path) -> Path:
+    """`helm template` knows no revision but 1."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart)
+    for template in chart.rglob("*.*"):
+        if template.suffix in {".tpl", ".yaml", ".txt"}:
+            template.write_text(template.read_text().replace(".Release.Revision", str(revision)))
+    return chart
+
+
+def test_an_upgrade_renders_what_an_install_does(values_file: Path, helm: int) -> None:
+    assert render(values_file, helm=helm, upgrade=True) == render(values_file, helm=helm)
+
+
+def test_stage_jobs_are_replaced_and_show_their_log_when_they_fail(objects: list[Object]) -> None:
+    for job in stages(objects):
+        if job["kind"] == "Job":
+            assert annotation(job, "helm.sh/hook-delete-policy") == "before-hook-creation"
+            assert annotation(job, "helm.sh/hook-output-log-policy") == "hook-failed"
+
+
+def test_no_stage_hook_has_what_hangs_or_disarms_helm(objects: list[Object]) -> None:
+    for item in objects:
+        assert "ttlSecondsAfterFinished" not in item.get("spec", {}), "hangs Helm 4"
+        if hooks(item):
+            assert item["kind"] != "PersistentVolumeClaim", "deleted on reinstall"
+
+
+def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> None:
+    for job in (item for item in objects if item["kind"] == "PyTorchJob"):
+        spec = job["spec"]
+        assert list(spec["pytorchReplicaSpecs"]) == ["Worker"], "a Master brings an init container that is refused"
+        nodes = spec["pytorchReplicaSpecs"]["Worker"]["replicas"]
+        assert spec["elasticPolicy"] == {
+            "rdzvBackend": "c10d",
+            "rdzvHost": f"{job['metadata']['name']}-worker-0",
+            "minReplicas": nodes,
+            "maxReplicas": nodes,
+        }
+        assert spec["nprocPerNode"] == str(config(objects, "run.yaml")["parallelism"]["processesPerNode"])
+        assert nodes == config(objects, "cluster.yaml")["job"]["nodes"]
+        assert spec["runPolicy"]["cleanPodPolicy"] == "None", "the first worker's end would kill the others"
+        assert spec["pytorchReplicaSpecs"]["Worker"]["restartPolicy"] == "OnFailure"
+        [container] = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch", "the operator looks for a container of this name"
+
+
+def test_status_2_is_final_and_a_lost_node_costs_no_retry(objects: list[Object]) -> None:
+    for job in (item for item in objects if item["kind"] == "Job"):
+        final, lost = job["spec"]["podFailurePolicy"]["rules"]
+        [container] = job["spec"]["template"]["spec"]["containers"]
+        assert final["action"] == "FailJob"
+        assert final["onExitCodes"]["containerName"] == container["name"]
+        assert final["onExitCodes"]["operator"] == "In"
+        follows = container["command"][:2] == ["genvalues", "cluster"] and container["command"][2] != "preflight"
+        assert final["onExitCodes"]["values"] == ([1, 2] if follows else [2])
+        assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy needs it"
+        assert "backoffLimit" in job["spec"]
+
+
+def test_neuron_and_efa_only_in_compile_and_train(objects: list[Object]) -> None:
+    devices = config(objects, "cluster.yaml")["job"]["devices"]
+    for each in pods(objects):
+        for container in each.containers:
+            for bound in ("requests", "limits"):
+                asked = {name: count for name, count in container["resources"][bound].items() if "/" in name}
+                assert asked == (devices if each.trains else {}), f"{each.stage} {bound}"
+        if not each.trains:
+            assert "node.kubernetes.io/instance-type" not in each.spec.get("nodeSelector", {})
+
+
+def test_compile_and_train_have_the_same_topology(helm: int) -> None:
+    objects = render(TRAINIUM, helm=helm)
+    compile_, train = ({**pod(objects, stage).owner["spec"]} for stage in ("compile", "train"))
+    for spec in (compile_, train):
+        assert spec.pop("elasticPolicy")["maxReplicas"] == 2
+        [container] = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"].items() >= DEVICES.items()
+    assert compile_["nprocPerNode"] == train["nprocPerNode"] == "32"
+
+
+def test_training_pods_are_given_time_memory_and_peace(objects: list[Object], values_file: Path) -> None:
+    for each in pods(objects):
+        shared = [volume["name"] for volume in each.spec["volumes"] if volume.get("emptyDir", {}).get("medium")]
+        do_not_disrupt = each.template["metadata"].get("annotations", {}).get("karpenter.sh/do-not-disrupt")
+        if each.trains:
+            assert each.spec["terminationGracePeriodSeconds"] == 120
+            [mount] = [mount for mount in each.containers[0]["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+            assert shared == [mount["name"]]
+            overridden = values_file.name == "everything-values.yaml" and each.stage == "train"
+            assert do_not_disrupt == ("false" if overridden else "true")
+        else:
+            assert "terminationGracePeriodSeconds" not in each.spec
+            assert not shared
+            assert do_not_disrupt is None
+
+
+def test_training_nodes_are_selected_and_their_taints_tolerated() -> None:
+    spec = pod(render(TRAINIUM), "train").spec
+    assert spec["nodeSelector"] == {"node.kubernetes.io/instance-type": "ml.trn1.32xlarge"}
+    assert spec["tolerations"] == [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in DEVICES]
+    assert "nodeSelector" not in pod(render(MINIMAL), "train").spec
+
+
+def test_hyperpod_auto_resume_is_what_hyperpod_reads() -> None:
+    objects = render(merged(TRAINIUM, {"hyperpod": {"autoResume": True, "maxRetries": 3}}))
+    for stage in ("compile", "train"):
+        each = pod(objects, stage)
+        assert annotation(each.owner, "sagemaker.amazonaws.com/enable-job-auto-resume") == "true"
+        assert annotation(each.owner, "sagemaker.amazonaws.com/job-max-retry-count") == "3"
+        assert each.spec["nodeSelector"]["sagemaker.amazonaws.com/node-health-status"] == "Schedulable"
+    assert "sagemaker" not in str(render(TRAINIUM))
+
+
+def test_kueues_queue_is_told_to_the_gate_and_not_yet_labelled() -> None:
+    objects = render(merged(TRAINIUM, {"kueue": {"queueName": "research", "priorityClass": "high"}}))
+    assert config(objects, "cluster.yaml")["job"]["queueName"] == "research"
+    for stage in ("compile", "train"):
+        labels = pod(objects, stage).owner["metadata"]["labels"]
+        assert "kueue.x-k8s.io/queue-name" not in labels
+        assert labels["kueue.x-k8s.io/priority-class"] == "high"
+
+
+def test_commands_are_those_of_the_contract(objects: list[Object]) -> None:
+    for each in pods(objects):
+        [container] = each.containers
+        assert annotation(each.owner, "llama-lora/needs-cluster") == ("true" if each.stage in NEEDS_CLUSTER else None)
+        assert each.owner["metadata"]["labels"]["app.kubernetes.io/component"] == each.stage
+        if each.stage in TRAINER:
+            assert container["command"] == ["llama-lora", each.stage, "--config", "/etc/llama-lora/run.yaml"]
+        elif each.stage != "storage-prepare":
+            assert container["command"][:2] == ["genvalues", "cluster"]
+        assert container["name"] == ("pytorch" if each.trains else each.stage)
+
+
+def test_every_stage_finds_the_workspace_and_may_write_to_tmp_only(objects: list[Object]) -> None:
+    mount_path = render_mount_path(objects)
+    for each in pods(objects):
+        [container] = each.containers
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert mounts.keys() <= {volume["name"] for volume in each.spec["volumes"]}
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert mounts["tmp"]["mountPath"] == "/tmp"
+        assert each.environment["LLAMA_LORA_WORKSPACE"] == mount_path
+        assert each.environment["HOME"] == "/tmp"
+        assert each.environment["HF_HOME"] == "/tmp/huggingface"
+        assert each.environment["PYTHONUNBUFFERED"] == "1"
+        names = [entry["name"] for entry in container["env"]]
+        assert len(names) == len(set(names))
+        mounts_workspace = each.stage in TRAINER | {"storage-prepare", "compile-gate", "train-gate"}
+        assert ("workspace" in mounts) == mounts_workspace, each.stage
+        assert ("config" in mounts) == (each.stage not in {"storage-prepare", "cleanup"}), each.stage
+        if mounts_workspace:
+            assert mounts["workspace"]["mountPath"] == mount_path
+
+
+def render_mount_path(objects: list[Object]) -> str:
+    return str(next(pods(objects)).environment["LLAMA_LORA_WORKSPACE"])
+
+
+def test_preflight_starts_where_claim_and_secret_are_missing(objects: list[Object]) -> None:
+    for each in pods(objects):
+        if each.stage in {"preflight", "cleanup", "runner"}:
+            used = str([volume for volume in each.spec["volumes"] if volume["name"] in {"tmp", "config", "workspace"}])
+            assert "persistentVolumeClaim" not in used
+            assert "secretKeyRef" not in str(each.spec)
+
+
+def test_cleanup_runs_before_install_delete_and_rollback_and_ends_by_itself(objects: list[Object]) -> None:
+    cleanup = pod(objects, "cleanup")
+    assert hooks(cleanup.owner) == {"pre-install", "pre-delete", "pre-rollback"}
+    command = cleanup.containers[0]["command"]
+    assert command[:3] == ["genvalues", "cluster", "cleanup"]
+    assert int(command[command.index("--timeout-seconds") + 1]) < cleanup.owner["spec"]["activeDeadlineSeconds"]
+    assert [volume["name"] for volume in cleanup.spec["volumes"] if volume["name"] in {"config", "workspace"}] == []
+    account = cleanup.spec["serviceAccountName"]
+    rbac = [item for item in objects if item["metadata"]["name"] == account and item["kind"] != "Job"]
+    if rbac:
+        assert sorted(item["kind"] for item in rbac) == ["Role", "RoleBinding", "ServiceAccount"]
+        for item in rbac:
+            assert hooks(item) == hooks(cleanup.owner), "an earlier revision may lack it"
+            assert weight(item) == -20 < weight(cleanup.owner)
+            assert annotation(item, "helm.sh/hook-delete-policy") == "before-hook-creation,hook-succeeded"
+
+
+def test_uninstall_with_an_image_that_cannot_be_pulled_ends_within_150_seconds() -> None:
+    assert pod(render(MINIMAL), "cleanup").owner["spec"]["activeDeadlineSeconds"] <= 130
+
+
+def test_preflight_does_not_wait_for_an_image_as_long_as_training_takes() -> None:
+    assert pod(render(MINIMAL), "preflight").owner["spec"]["activeDeadlineSeconds"] <= 600
+
+
+def test_evaluate_and_storage_prepare_can_be_turned_off() -> None:
+    off = {"evaluation": {"enabled": False}, "storage": {"prepare": {"enabled": False}}}
+    found = {annotation(item, "llama-lora/stage") for item in stages(render(merged(MINIMAL, off)))}
+    assert found == WEIGHTS.keys() - OPTIONAL
+
+
+def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
+    detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}})
+    objects = render(detached, helm=helm)
+    assert sorted(each.stage for each in pods(objects)) == ["cleanup", "runner"]
+    runner = pod(objects, "runner")
+    assert not hooks(runner.owner), "helm install would wait for it"
+    assert runner.owner["metadata"]["name"] == "llama-runner-1"
+    assert one(objects, "PersistentVolumeClaim")["metadata"]["name"] == "llama-workspace"
+    accounts = {item["metadata"]["name"] for item in objects if item["kind"] == "ServiceAccount"}
+    assert accounts == {f"llama-{name}" for name in ("stage", "tokenize", "preflight", "gate", "cleanup", "runner")}
+
+
+def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(helm: int) -> None:
+    detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}, "fullnameOverride": "other"})
+    outer = render(detached, helm=helm)
+    inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
+    attached = render(merged(detached, {"pipeline": {"mode": "attached"}}), helm=helm)
+
+    assert {item["kind"] for item in inner} == {"ConfigMap", "Job", "PyTorchJob"}
+    assert [annotation(item, "llama-lora/stage") for item in stages(inner)] == list(WEIGHTS)
+    accounts = {item["metadata"]["name"] for item in outer if item["kind"] == "ServiceAccount"}
+    assert {each.spec["serviceAccountName"] for each in pods(inner)} <= accounts
+    assert config(inner, "run.yaml") == config(attached, "run.yaml")
+    assert config(inner, "cluster.yaml")["claim"] == {"name": "llama-workspace", "managed": False}
+    names = [{(item["kind"], item["metadata"]["name"]) for item in objects} for objects in (outer, inner)]
+    assert not names[0] & names[1]

@@ -1,0 +1,209 @@
+"""Pod Security, secrets, tokens and rights: by rule, over every values file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import genvalues.cluster
+from chart.manifests import MINIMAL, Object, Pod, annotation, merged, one, pod, pods, render
+
+CALLS_THE_API = {"preflight", "compile-gate", "train-gate", "cleanup", "runner"}
+RUNS_AS_ROOT = "storage-prepare"
+
+
+def restricted(pod: Pod) -> Iterator[str]:
+    """What Pod Security `restricted` has against a pod: https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
+    spec = pod.spec
+    of_pod = spec.get("securityContext", {})
+    for shared in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(shared):
+            yield shared
+    if of_pod.get("sysctls"):
+        yield "sysctls"
+    if spec.get("ephemeralContainers"):
+        yield "ephemeralContainers"
+    kinds = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    for volume in spec.get("volumes", []):
+        if other := volume.keys() - {"name"} - kinds:
+            yield f"volume {volume['name']}: {other}"
+    for container in pod.containers:
+        own = container.get("securityContext", {})
+        effective = {**of_pod, **own}
+        name = container["name"]
+        if own.get("privileged"):
+            yield f"{name}: privileged"
+        if own.get("allowPrivilegeEscalation") is not False:
+            yield f"{name}: allowPrivilegeEscalation is not false"
+        capabilities = own.get("capabilities", {})
+        if "ALL" not in capabilities.get("drop", []):
+            yield f"{name}: keeps capabilities"
+        if added := set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
+            yield f"{name}: adds {added}"
+        if effective.get("runAsNonRoot") is not True:
+            yield f"{name}: runAsNonRoot is not true"
+        if effective.get("runAsUser") == 0:
+            yield f"{name}: runs as user 0"
+        if effective.get("seccompProfile", {}).get("type") not in {"RuntimeDefault", "Localhost"}:
+            yield f"{name}: no seccomp profile"
+        if own.get("procMount", "Default") != "Default":
+            yield f"{name}: procMount"
+        for options in (of_pod, own):
+            for word in ("seLinuxOptions", "windowsOptions", "appArmorProfile"):
+                if options.get(word):
+                    yield f"{name}: {word}"
+        for port in container.get("ports", []):
+            if port.get("hostPort"):
+                yield f"{name}: hostPort"
+
+
+def test_every_pod_passes_pod_security_restricted(objects: list[Object]) -> None:
+    for each in pods(objects):
+        if each.stage != RUNS_AS_ROOT:
+            assert list(restricted(each)) == [], each.stage
+
+
+def test_storage_prepare_is_root_that_can_change_an_owner_and_nothing_else(objects: list[Object]) -> None:
+    for each in pods(objects):
+        if each.stage == RUNS_AS_ROOT:
+            assert set(restricted(each)) == {
+                "storage-prepare: adds {'CHOWN'}",
+                "storage-prepare: runAsNonRoot is not true",
+                "storage-prepare: runs as user 0",
+            }
+            user = next(other for other in pods(objects) if other.stage == "tokenize").spec["securityContext"]
+            workspace = each.environment["LLAMA_LORA_WORKSPACE"]
+            assert each.containers[0]["command"] == ["chown", f"{user['runAsUser']}:{user['runAsGroup']}", workspace]
+
+
+def test_no_secret_value_anywhere(objects: list[Object]) -> None:
+    assert not [item for item in objects if item["kind"] == "Secret"]
+    assert not re.search(r"hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{16}|-----BEGIN", str(objects))
+    for each in pods(objects):
+        assert not [volume for volume in each.spec["volumes"] if "secret" in volume]
+        for container in each.containers:
+            assert "envFrom" not in container
+            for entry in container["env"]:
+                if re.search(r"TOKEN(?!IZERS)|SECRET|PASSWORD|KEY", entry["name"]):
+                    assert entry.keys() == {"name", "valueFrom"} and entry["valueFrom"].keys() == {"secretKeyRef"}
+
+
+def test_the_token_goes_to_tokenize_alone(helm: int) -> None:
+    objects = render(merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated", "tokenKey": "hf"}}), helm=helm)
+    for each in pods(objects):
+        references = [entry for container in each.containers for entry in container["env"] if "valueFrom" in entry]
+        token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "gated", "key": "hf"}}}
+        assert references == ([token] if each.stage == "tokenize" else []), each.stage
+    assert "HF_TOKEN" not in str(render(MINIMAL, helm=helm))
+
+
+def test_service_account_tokens_only_where_the_api_is_called(objects: list[Object]) -> None:
+    for each in pods(objects):
+        assert each.spec["automountServiceAccountToken"] is (each.stage in CALLS_THE_API), each.stage
+        assert each.spec["enableServiceLinks"] is False
+    for account in (item for item in objects if item["kind"] == "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+
+
+def test_a_cloud_role_goes_to_tokenize_alone() -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/reads"}
+    objects = render(merged(MINIMAL, {"serviceAccount": {"annotations": role}}))
+    having = {
+        item["metadata"]["name"] for item in objects if annotation(item, "eks.amazonaws.com/role-arn") is not None
+    }
+    assert having == {"llama-tokenize"}
+    assert [each.stage for each in pods(objects) if each.spec["serviceAccountName"] in having] == ["tokenize"]
+
+
+def test_every_container_has_requests_and_limits(objects: list[Object]) -> None:
+    for each in pods(objects):
+        for container in each.containers:
+            for bound in ("requests", "limits"):
+                assert container["resources"][bound].keys() >= {"cpu", "memory"}, f"{each.stage} {bound}"
+
+
+def test_every_account_that_a_pod_uses_is_made_with_its_role(objects: list[Object], values_file: Any) -> None:
+    made = {item["metadata"]["name"] for item in objects if item["kind"] == "ServiceAccount"}
+    if "create: false" in values_file.read_text():
+        assert not made
+        assert not [item for item in objects if "Role" in item["kind"]]
+        return
+    for each in pods(objects):
+        account = each.spec["serviceAccountName"]
+        assert account in made
+        has_role = any(item["kind"] == "Role" and item["metadata"]["name"] == account for item in objects)
+        assert has_role is (each.stage in CALLS_THE_API), f"{each.stage}: {account}"
+    for binding in (item for item in objects if item["kind"].endswith("RoleBinding")):
+        assert one(objects, binding["roleRef"]["kind"], binding["roleRef"]["name"])
+        [subject] = binding["subjects"]
+        assert subject["name"] in made
+        assert subject["namespace"] == "research"
+
+
+def rights(objects: list[Object], kind: str, name: str) -> set[tuple[str, str]]:
+    """(verb, resource) pairs, the resource as kubectl names it."""
+    pairs = set()
+    for rule in one(objects, kind, name)["rules"]:
+        assert "*" not in str(rule)
+        [group] = rule["apiGroups"]
+        for resource in rule["resources"]:
+            pairs |= {(verb, f"{resource}.{group}".rstrip(".")) for verb in rule["verbs"]}
+    return pairs
+
+
+def asked_for(command: str) -> set[tuple[str, str]]:
+    """What genvalues/cluster says that a command asks of the API: the table in its documentation."""
+    pairs = set()
+    for line in str(genvalues.cluster.__doc__).splitlines():
+        words = line.partition("#")[0].split()
+        if words[:1] == [command] and len(words) > 2:
+            pairs |= {(verb, words[1]) for verb in words[2:]}
+    assert pairs
+    return pairs
+
+
+def test_roles_are_what_the_commands_ask_for_and_nothing_more(helm: int) -> None:
+    values = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}, "kueue": {"queueName": "research"}})
+    objects = render(values, helm=helm)
+    in_cluster = rights(objects, "ClusterRole", "research.llama-preflight")
+    resource_names = {"nodes", "storageclasses.storage.k8s.io"}
+    # Helm's names for groups beyond the first dot differ between the table and rules only where there is no group.
+    assert {resource for _, resource in in_cluster} == resource_names
+    assert rights(objects, "Role", "llama-preflight") | in_cluster == asked_for("preflight")
+    assert rights(objects, "Role", "llama-gate") == asked_for("gate")
+    assert rights(objects, "Role", "llama-cleanup") == asked_for("cleanup")
+
+
+def test_without_cluster_scoped_reads_there_is_no_cluster_role() -> None:
+    objects = render(merged(MINIMAL, {"rbac": {"clusterScopedReads": False}}))
+    assert not [item for item in objects if item["kind"].startswith("Cluster")]
+    assert "clusterScopedReads: false" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
+
+
+def test_secrets_are_read_by_name_and_only_helms_records_otherwise() -> None:
+    def rules_about_secrets(values: dict[str, Any]) -> dict[str, list[Object]]:
+        roles = (item for item in render(values) if item["kind"] in {"Role", "ClusterRole"})
+        found = {role["metadata"]["name"]: [r for r in role["rules"] if "secrets" in r["resources"]] for role in roles}
+        return {name: rules for name, rules in found.items() if rules}
+
+    assert rules_about_secrets(MINIMAL) == {}
+    gated = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}})
+    assert rules_about_secrets(gated) == {
+        "llama-preflight": [
+            {"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["gated"], "verbs": ["get"]}
+        ]
+    }
+    detached = merged(MINIMAL, {"pipeline": {"mode": "detached"}})
+    assert rules_about_secrets(detached).keys() == {"llama-runner", "llama-cleanup"}
+
+
+def test_the_image_is_taken_by_digest_where_one_is_given() -> None:
+    digest = "sha256:" + "0" * 64
+    assert image({}) == "llama-lora:0.1.0"
+    assert image({"tag": "v2"}) == "llama-lora:v2"
+    assert image({"tag": "v2", "digest": digest}) == f"llama-lora@{digest}"
+
+
+def image(settings: dict[str, str]) -> str:
+    return str(pod(render(merged(MINIMAL, {"image": settings})), "train").containers[0]["image"])
