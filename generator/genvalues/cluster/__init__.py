@@ -6,11 +6,11 @@ Exit statuses, the same for every command:
 
     0    done
     2    the user must change something
-    1    gate, runner: the stage failed, after its own retries; cleanup: something still runs at the deadline
+    1    gate, runner: a stage failed, after its own retries; cleanup: something still runs at the deadline
     3    the command itself could not do its work (no API server, a defect): worth another try
     143  asked to stop (SIGTERM); a later one goes on
 
-So a Job's podFailurePolicy fails at once on 1 and 2 for the gate, and on 2 for the others.
+So a Job's podFailurePolicy fails at once on 1 and 2.
 
 What each command asks of the API, for the chart's RBAC, all in the release's namespace unless said otherwise.
 Discovery (GET /apis/...) is open to every service account. tests/generator/cluster holds the code to this table.

@@ -244,7 +244,7 @@ def connect(namespace: str, **options: Any) -> Api:
         if not os.environ.get("KUBECONFIG") and os.environ.get("KUBERNETES_SERVICE_HOST"):
             config.load_incluster_config(client_configuration=settings)
         else:
-            config.load_kube_config(client_configuration=settings)
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     except config.ConfigException as error:
         fix = "Set KUBECONFIG, or try: kubectl config current-context"
         raise UserError(f"no cluster to talk to: {error}", fix=fix) from error

@@ -132,7 +132,12 @@ def cleanup_command(release: str, namespace: str, timeout_seconds: float) -> int
 @cluster.command("runner")
 @config_option
 @click.option("--chart", type=click.Path(path_type=Path), required=True, help="The chart in the image.")
-@click.option("--values", type=click.Path(path_type=Path), required=True, help="The outer release's values.")
+@click.option(
+    "--values",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The inner release's values, as the chart renders them.",
+)
 @command
 def runner_command(config: Path, chart: Path, values: Path) -> int:
     """Run the pipeline as the release RELEASE-run, from inside the cluster.
@@ -144,5 +149,4 @@ def runner_command(config: Path, chart: Path, values: Path) -> int:
     from .config import load
 
     settings = load(config)
-    read = runner.read_values(values)
-    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, read, click.echo)
+    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, values, click.echo)

@@ -80,6 +80,7 @@ class Pace:
     cannot_start: float = 300.0  # an image that is not there may be a registry's bad minute
     others_end: float = 300.0  # workers after the first has succeeded; they end with a barrier
     manifest: float = 60.0  # NFS clients may not see a new file for as long
+    last_words: float = 3.0  # until the logs of what has ended are read
     pods_gone: float = 600.0  # grace period 120 s, or the five minutes until a lost node is given up
 
 
@@ -146,10 +147,12 @@ def gate(
     if not decided.follow:
         fix = f"Start it again: helm upgrade {config.release} CHART -n {config.namespace} --reuse-values"
         raise UserError(f"PyTorchJob {own} of stage {stage} is not there, and no earlier one runs", fix=fix)
+    follower = Follower(api, config, stage, decided.follow, ask, say, pace)
+    follower.start(state)  # before the release: nothing of what its pods say is missed
     if decided.release:
         release(api, own, state.fingerprint, config.job.queue_name)
     say(f"{stage}: {'released' if decided.release else 'following'} PyTorchJob {decided.follow}")
-    Follower(api, config, stage, decided.follow, ask, say, pace).follow(state)
+    follower.follow(state)
     say(f"{stage}: done")
 
 
@@ -164,7 +167,8 @@ def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
 
 
 def stop(api: Api, name: str, pace: Pace) -> None:
-    """Delete a job that runs, in the foreground (the operator makes no new pods meanwhile), and wait for its pods to go."""
+    """Delete a job that runs, and wait until its pods are gone."""
+    # Foreground: the job stays, and makes no new pods, until the old ones have ended.
     api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
     ends = time.monotonic() + pace.pods_gone
     while pods := api.list(kinds.PODS, labels=f"{JOB_NAME}={name}"):
@@ -200,21 +204,24 @@ class Follower:
         self._since: dict[str, float] = {}
         self._progress_at = float("-inf")
 
-    def follow(self, state: StageState) -> None:
+    def start(self, state: StageState) -> None:
         self._told["progress"] = read_progress(state.progress).get("updated", "")  # of an earlier run
         self.workers.start()
+
+    def follow(self, state: StageState) -> None:
+        """Return when the stage is done."""
         try:
             while not self.look(state):
                 time.sleep(self.pace.interval)
         except StageFailed as failure:
             time.sleep(min(self.pace.interval, 1.0))  # the watch may be a moment behind what the job says
-            self.workers.close()
+            self.workers.close(self.pace.last_words)
             failure.pod, failure.tail = self.workers.tail()
             if cause := self.workers.first_failure():
                 failure.reason = f"{cause}; {failure.reason}" if str(cause) not in failure.reason else failure.reason
                 failure.status = EXIT_USER_ERROR if cause.code == EXIT_USER_ERROR else failure.status
             raise
-        self.workers.close(patience=0.0)
+        self.workers.close(0.0)
 
     def look(self, state: StageState) -> bool:
         """One look at the job and its pods: True when the stage is done, StageFailed when it has failed."""

@@ -138,4 +138,4 @@ def moment(text: str | None) -> float:
 def last_seen(event: Object) -> float:
     series: dict[str, Any] = event.get("series") or {}
     times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
-    return max(moment(time) for time in (*times, event["metadata"].get("creationTimestamp")))
+    return max(map(moment, times)) or moment(event["metadata"].get("creationTimestamp"))

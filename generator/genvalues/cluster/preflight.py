@@ -186,17 +186,21 @@ def phase(claim: Object) -> str:
 
 
 def settled(claim: Object, events: list[Object]) -> bool:
-    """Nothing to be learned from waiting longer. A failure is not final: the volume may come a second after it."""
-    return phase(claim) != "Pending" or any(
-        event["reason"] in {"WaitForFirstConsumer", "Provisioning"} for event in events
-    )
+    """Nothing to be learned from waiting longer. A failure is not final: the volume may come a second after it; nor is
+    a provisioner's start: it may fail a second after it."""
+    return phase(claim) != "Pending" or any(event["reason"] == "WaitForFirstConsumer" for event in events)
 
 
 def events_of(api: Api, item: Object) -> list[Object]:
     """What happened to this very object, the latest first."""
     meta = item["metadata"]
     fields = f"involvedObject.name={meta['name']},involvedObject.uid={meta['uid']}"
-    return sorted(api.list(kinds.EVENTS, fields=fields), key=last_seen, reverse=True)
+    return sorted(api.list(kinds.EVENTS, fields=fields), key=when_and_what, reverse=True)
+
+
+def when_and_what(event: Object) -> tuple[float, bool]:
+    """Times have whole seconds: of a start and its failure in the same one, the failure is the later."""
+    return last_seen(event), event["reason"] == "ProvisioningFailed"
 
 
 def judge_claim(claim: Object, events: list[Object], config: ClusterConfig) -> Finding:
@@ -231,7 +235,10 @@ def judge_access(claim: Object, config: ClusterConfig) -> Finding | None:
 
 
 def judge_pending(subject: str, claim: Object, events: list[Object], describe: str) -> Finding:
-    latest = events[0] if events else None
+    # "ExternalProvisioning" comes again and again, from Kubernetes itself, until somebody takes the claim up.
+    latest = next(
+        (event for event in events if event["reason"] != "ExternalProvisioning"), events[0] if events else None
+    )
     if latest is None:
         return Finding("warning", subject, "Pending, and nobody has said why yet", describe)
     reason, message = latest["reason"], " ".join(latest.get("message", "").split())

@@ -6,14 +6,11 @@ for the stage that still runs, clears the record of the Helm client that died, a
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -28,47 +25,33 @@ from .objects import INSTANCE, condition, is_finished, labels_of, name_of
 PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
 # Helm's --timeout is per hook, and each stage has its own deadline: this one is never to be the first.
 HELM_TIMEOUT = "720h"
-STAGE_FAILED = 1
+STAGE_FAILED, TRY_AGAIN = 1, 3  # see genvalues.cluster
 
 
-def inner_release(config: ClusterConfig) -> str:
-    return f"{config.release}-run"
-
-
-def inner_values(values: dict[str, Any], config: ClusterConfig) -> dict[str, Any]:
-    """The same run, attached, on the claim that the outer release made; no object has the outer one's name."""
-    inner = copy.deepcopy(values)
-    inner["name"] = inner.get("name") or config.release  # else the run's folder would be named after the inner release
-    if inner.get("fullnameOverride"):
-        inner["fullnameOverride"] += "-run"
-    inner.setdefault("pipeline", {})["mode"] = "attached"
-    inner.setdefault("storage", {}).update(enabled=False, existingClaim=config.claim.name)
-    return inner
-
-
-def read_values(path: Path) -> dict[str, Any]:
+def check_values(path: Path) -> None:
+    """The chart renders them for the inner release; detached ones would install a runner that installs a runner."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"is not YAML: {' '.join(str(error).split())}", where=str(path)) from error
-    if not isinstance(values, dict):
-        raise UserError("must be a mapping: the chart's values", where=str(path))
-    return values
+    mode = values["pipeline"].get("mode") if isinstance(values, dict) and "pipeline" in values else None
+    if mode != "attached":
+        raise UserError(f"pipeline.mode is {mode}", where=str(path), fix="The inner release's is attached")
 
 
-def helm(arguments: list[str], text: str) -> int:
-    """Helm, with ``text`` as its input and our own output; stopped when we are.
+def helm(arguments: list[str]) -> int:
+    """Helm, with our own output; stopped when we are.
 
     Not pyhelm3: it holds the output back until the end, which is hours away, and stops only the shell around Helm.
     """
     command = shutil.which("helm")
     if command is None:
         raise UserError("there is no helm command here", fix="Use the image built from trainer/Dockerfile")
-    with subprocess.Popen([command, *arguments], stdin=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([command, *arguments]) as process:
         try:
-            process.communicate(text)
+            process.wait()
         finally:
             if process.poll() is None:
                 process.terminate()  # Helm marks the release as failed and leaves the stage's Job running
@@ -80,24 +63,27 @@ def run(
     api: Api,
     config: ClusterConfig,
     chart: Path,
-    values: dict[str, Any],
+    values: Path,
     say: Callable[[str], None],
     *,
     interval: float = 5.0,
-    run_helm: Callable[[list[str], str], int] = helm,
+    run_helm: Callable[[list[str]], int] = helm,
 ) -> int:
     """Run the pipeline to its end; its exit status."""
-    release = inner_release(config)
+    check_values(values)
+    release = f"{config.release}-run"
     wait_for_living_stages(api, release, say, interval)
     clear_pending(api, release, say)
+    failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
     arguments = ["upgrade", "--install", release, str(chart), "--namespace", config.namespace]
-    status = run_helm(
-        [*arguments, "--values", "-", "--timeout", HELM_TIMEOUT], json.dumps(inner_values(values, config))
-    )
+    status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT])
     if status == 0:
         say("pipeline: done")
         return 0
-    failed = [job for job in stage_jobs(api, release) if condition(job, "Failed")]
+    failed = [job for job in failed_stages(api, release) if job["metadata"]["uid"] not in failed_before]
+    if not failed:
+        say(f"pipeline: helm ended with status {status}, and no stage has failed")
+        return TRY_AGAIN
     for job in failed:
         say(f"pipeline: {name_of(job)} failed: {(condition(job, 'Failed') or {}).get('message', '')}")
     return EXIT_USER_ERROR if any(map(ended_by_user_error, failed)) else STAGE_FAILED
@@ -105,6 +91,10 @@ def run(
 
 def stage_jobs(api: Api, release: str) -> list[Object]:
     return [job for job in api.list(kinds.JOBS, labels=f"{INSTANCE}={release}") if is_stage(job)]
+
+
+def failed_stages(api: Api, release: str) -> list[Object]:
+    return [job for job in stage_jobs(api, release) if condition(job, "Failed")]
 
 
 def wait_for_living_stages(api: Api, release: str, say: Callable[[str], None], interval: float) -> None:
@@ -126,5 +116,7 @@ def clear_pending(api: Api, release: str, say: Callable[[str], None]) -> None:
 
 
 def ended_by_user_error(job: Object) -> bool:
-    """The stage's podFailurePolicy fails its Job at once on exit status 2."""
-    return (condition(job, "Failed") or {}).get("reason") == "PodFailurePolicy"
+    """The stage's podFailurePolicy fails its Job at once, and names the status in the condition."""
+    failed = condition(job, "Failed") or {}
+    matched = f"exit code {EXIT_USER_ERROR} " in failed.get("message", "")
+    return failed.get("reason") == "PodFailurePolicy" and matched

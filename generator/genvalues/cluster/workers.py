@@ -70,7 +70,7 @@ class Workers:
     def start(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def close(self, patience: float = 3.0) -> None:
+    def close(self, patience: float) -> None:
         """No more news; the logs of what has ended are read to their end."""
         self._closed.set()
         ends = time.monotonic() + patience

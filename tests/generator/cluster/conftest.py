@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
+from genvalues.cluster.api import Api, connect
+from genvalues.cluster.config import ClusterConfig
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    with serving(tmp_path) as (server, kubeconfig):
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        yield server
+
+
+@pytest.fixture
+def api(fake: FakeApi) -> Api:
+    return connect(NAMESPACE, patience=5.0, interval=0.02)
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    """cluster.yaml as the chart renders it for one trn1.32xlarge."""
+    return {
+        "release": "demo",
+        "namespace": NAMESPACE,
+        "fullname": "demo-llama-lora",
+        "revision": 3,
+        "claim": {"name": "demo-workspace", "managed": True},
+        "secret": {"name": "hf-token", "key": "token"},
+        "job": {
+            "nodes": 2,
+            "instance": "ml.trn1.32xlarge",
+            "devices": {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8},
+            "queueName": "",
+        },
+        "clusterScopedReads": True,
+        "train": {"unschedulableTimeoutSeconds": 1800},
+    }
+
+
+@pytest.fixture
+def config(values: dict[str, Any]) -> ClusterConfig:
+    return ClusterConfig.model_validate(values)
+
+
+@pytest.fixture
+def config_file(values: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+class Trainer:
+    """A stand-in for ``llama-lora fingerprint``: what it answers lies in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.answer = folder / "answer.json"
+        self.progress = folder / "progress.json"
+        self.status = folder / "status"
+        self.says("f1", up_to_date=False)
+        self.ends_with(0)
+        command = folder / "llama-lora"
+        command.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncat {self.answer}\nexit $(cat {self.status})\n')
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+
+    def says(self, fingerprint: str | None, *, up_to_date: bool) -> None:
+        answer = {"stage": "train", "fingerprint": fingerprint, "upToDate": up_to_date, "manifest": "/m.json"}
+        partial = self.answer.with_suffix(".partial")
+        partial.write_text(json.dumps({**answer, "progress": str(self.progress)}))
+        partial.replace(self.answer)
+
+    def ends_with(self, status: int) -> None:
+        self.status.write_text(str(status))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the command beside it is preferred
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return Trainer(folder)

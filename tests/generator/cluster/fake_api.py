@@ -1,0 +1,329 @@
+"""A Kubernetes API server for tests: HTTP, objects in a dict, what the real client sends and gets. No controllers:
+the tests play the operator, the kubelet and the scheduler by changing objects."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+Object = dict[str, Any]
+NAMESPACE = "team-a"
+GROUPS = {
+    "pytorchjobs": "kubeflow.org/v1",
+    "jobs": "batch/v1",
+    "storageclasses": "storage.k8s.io/v1",
+    "localqueues": "kueue.x-k8s.io/v1beta1",
+}
+CLUSTER_SCOPED = {"nodes", "storageclasses"}
+PATH = re.compile(
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1(?:beta1)?)(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log))?"
+)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class FakeApi:
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str], Object] = {}  # by plural and name
+        self.logs: dict[str, list[str]] = {}  # by pod: lines, to which tests append
+        self.crds = {"pytorchjobs"}  # those of GROUPS' custom kinds that are served
+        self.forbidden: set[tuple[str, str]] = set()  # verb, resource
+        self.requests: list[tuple[str, str]] = []  # verb, resource as in an RBAC rule
+        self.paths: list[str] = []
+        self.away = False
+        self.after: list[tuple[str, str, Callable[[Object], None]]] = []  # verb, plural, what the cluster does then
+        self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: what watches see
+        self.failing_creations = ""  # message of a webhook that does not answer
+        self._versions = itertools.count(1)
+        self._lock = threading.RLock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 65536  # headers and body in one packet, else each answer waits 40 ms for an acknowledgement
+
+            def log_message(self, *_: Any) -> None: ...
+
+            def handle_any(self) -> None:
+                if fake.away:
+                    self.close_connection = True
+                    with suppress(OSError):
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                length = int(self.headers.get("Content-Length") or 0)
+                fake.answer(self, json.loads(self.rfile.read(length)) if length else None)
+
+            do_GET = do_POST = do_PATCH = do_DELETE = handle_any
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    # What tests do to the cluster.
+
+    def add(self, plural: str, item: Object) -> Object:
+        with self._lock:
+            item = copy.deepcopy(item)
+            meta = item.setdefault("metadata", {})
+            meta.setdefault("creationTimestamp", now())
+            meta["uid"] = f"uid-{next(self._versions)}"
+            self.objects[plural, meta["name"]] = item
+            self._changed("ADDED", plural, item)
+            return item
+
+    def get(self, plural: str, name: str) -> Object | None:
+        with self._lock:
+            return copy.deepcopy(self.objects.get((plural, name)))
+
+    def names(self, plural: str) -> list[str]:
+        with self._lock:
+            return sorted(name for kind, name in self.objects if kind == plural)
+
+    def merge(self, plural: str, name: str, patch: Object) -> Object:
+        with self._lock:
+            item = merged(self.objects[plural, name], patch)
+            self.objects[plural, name] = item
+            self._changed("MODIFIED", plural, item)
+            return item
+
+    def remove(self, plural: str, name: str) -> None:
+        with self._lock:
+            item = self.objects.pop((plural, name), None)
+            if item:
+                self._changed("DELETED", plural, item)
+
+    def set_condition(self, plural: str, name: str, kind: str, message: str = "", reason: str = "") -> None:
+        """Add a True condition; Succeeded and Failed flip Running to False, as the operator does."""
+        with self._lock:
+            conditions = self.objects[plural, name].get("status", {}).get("conditions", [])
+            for one in conditions:
+                if one["type"] == "Running" and kind in {"Succeeded", "Failed"}:
+                    one["status"] = "False"
+            added = {"type": kind, "status": "True", "message": message, "reason": reason, "lastTransitionTime": now()}
+            self.merge(plural, name, {"status": {"conditions": [*conditions, added]}})
+
+    def _changed(self, change: str, plural: str, item: Object) -> None:
+        item["metadata"]["resourceVersion"] = str(next(self._versions))
+        self.changes.append((change, plural, copy.deepcopy(item)))
+
+    # What the server does.
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: Object | None) -> None:
+        url = urlsplit(handler.path)
+        query = dict(parse_qsl(url.query))
+        self.paths.append(url.path)
+        if document := self._discovery(url.path):
+            return reply(handler, 200, document)
+        found = PATH.fullmatch(url.path)
+        plural, name, sub = (found["plural"], found["name"], found["sub"]) if found else ("", None, None)
+        if not found or (plural in {"pytorchjobs", "localqueues"} and plural not in self.crds):
+            return reply(handler, 404, "404 page not found\n")
+        verbs = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
+        verb = "watch" if query.get("watch") else verbs[handler.command]
+        group = found["group"]
+        resource = (f"{plural}.{group}" if group else plural) + (f"/{sub}" if sub else "")
+        self.requests.append((verb, resource))
+        if (found["namespace"] is None) != (plural in CLUSTER_SCOPED):
+            return refuse(handler, 403, f"cannot {verb} {resource} at the cluster scope")
+        if (verb, resource) in self.forbidden:
+            return refuse(handler, 403, f'User "sa" cannot {verb} resource "{resource}" in namespace "{NAMESPACE}"')
+        if verb == "watch":
+            return self._watch(handler, plural, query)
+        if verb == "list":
+            with self._lock:
+                items = [item for (kind, _), item in self.objects.items() if kind == plural and matches(item, query)]
+                version = str(next(self._versions))
+                return reply(handler, 200, {"items": items, "metadata": {"resourceVersion": version}})
+        return self._one(handler, verb, plural, name or "", sub, body, query)
+
+    def _one(
+        self,
+        handler: BaseHTTPRequestHandler,
+        verb: str,
+        plural: str,
+        name: str,
+        sub: str | None,
+        body: Object | None,
+        query: dict[str, str],
+    ) -> None:
+        if verb == "create":
+            assert body is not None
+            if self.failing_creations:
+                return refuse(handler, 500, self.failing_creations)
+            if (plural, body["metadata"]["name"]) in self.objects:
+                return refuse(handler, 409, "already exists")
+            item = self.add(plural, body)
+        elif (plural, name) not in self.objects:
+            return refuse(handler, 404, f'{plural} "{name}" not found')
+        elif sub == "log":
+            return self._log(handler, name, query)
+        elif verb == "patch":
+            assert handler.headers["Content-Type"] == "application/merge-patch+json"
+            item = self.merge(plural, name, body or {})
+        elif verb == "delete":
+            item = self._delete(plural, name, (body or {}).get("propagationPolicy", ""))
+        else:
+            item = self.objects[plural, name]
+        reply(handler, 200, item)
+        for when, kind, act in list(self.after):
+            if (when, kind) == (verb, plural):
+                act(item)
+        return None
+
+    def _delete(self, plural: str, name: str, propagation: str) -> Object:
+        """In the foreground the object stays, marked, until nothing it owns is there; else all go."""
+        with self._lock:
+            item = self.objects[plural, name]
+            owned = self.owned_by(item)
+            if propagation == "Foreground" and owned:
+                return self.merge(plural, name, {"metadata": {"deletionTimestamp": now()}})
+            self.remove(plural, name)
+            if propagation != "Orphan":
+                for pod in owned:
+                    self.remove("pods", pod)
+            return item
+
+    def owned_by(self, item: Object) -> list[str]:
+        with self._lock:
+            uid = item["metadata"]["uid"]
+            return [
+                name
+                for (plural, name), pod in self.objects.items()
+                if plural == "pods" and any(owner["uid"] == uid for owner in pod["metadata"].get("ownerReferences", []))
+            ]
+
+    def _discovery(self, path: str) -> Object | None:
+        if path == "/apis/kubeflow.org/v1" and "pytorchjobs" in self.crds:
+            return {"resources": [{"name": "pytorchjobs"}, {"name": "pytorchjobs/status"}]}
+        if path == "/apis/kueue.x-k8s.io" and "localqueues" in self.crds:
+            return {"preferredVersion": {"groupVersion": "kueue.x-k8s.io/v1beta1"}}
+        return None
+
+    def _watch(self, handler: BaseHTTPRequestHandler, plural: str, query: dict[str, str]) -> None:
+        seen = 0
+        since = int(query["resourceVersion"])
+        with streaming(handler) as send:
+            while not self.away:
+                for change, kind, item in self.changes[seen:]:
+                    seen += 1
+                    if kind == plural and int(item["metadata"]["resourceVersion"]) > since and matches(item, query):
+                        send(json.dumps({"type": change, "object": item}))
+                time.sleep(0.005)
+
+    def _log(self, handler: BaseHTTPRequestHandler, pod: str, query: dict[str, str]) -> None:
+        """Like a kubelet's: the lines so far, then what comes, until the container has ended or the pod is gone."""
+        assert query["follow"] == query["timestamps"] == "true"
+        lines = self.logs.setdefault(pod, [])
+        sent = max(0, len(lines) - int(query["tailLines"]))
+        with streaming(handler) as send:
+            while not self.away:
+                item = self.get("pods", pod)
+                statuses = (item or {}).get("status", {}).get("containerStatuses", [])
+                running = any("running" in status["state"] for status in statuses)
+                while sent < len(lines):
+                    send(f"2025-01-01T00:00:00.{sent:09d}Z {lines[sent]}")
+                    sent += 1
+                if not running:
+                    return
+                time.sleep(0.005)
+
+
+@contextmanager
+def streaming(handler: BaseHTTPRequestHandler) -> Iterator[Callable[[str], None]]:
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+
+    def send(line: str) -> None:
+        piece = f"{line}\n".encode()
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.flush()
+
+    with suppress(OSError):  # the client has gone
+        yield send
+        handler.wfile.write(b"0\r\n\r\n")
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, answer: Object | str) -> None:
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    with suppress(OSError):
+        handler.send_response(status)
+        handler.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
+        handler.send_header("Content-Length", str(len(text.encode())))
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+
+
+def refuse(handler: BaseHTTPRequestHandler, status: int, message: str) -> None:
+    reply(handler, status, {"kind": "Status", "code": status, "message": message})
+
+
+def merged(item: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    result = dict(item) if isinstance(item, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+def matches(item: Object, query: dict[str, str]) -> bool:
+    labels = item["metadata"].get("labels", {})
+    wanted = re.findall(r"([^,=\s]+) in \(([^)]*)\)|([^,=\s]+)=([^,]*)", query.get("labelSelector", ""))
+    for key_in, values, key, value in wanted:
+        if (labels.get(key_in) not in values.split(",")) if key_in else (labels.get(key) != value):
+            return False
+    for field in filter(None, query.get("fieldSelector", "").split(",")):
+        path, _, value = field.partition("=")
+        found: Any = item
+        for part in path.split("."):
+            found = found.get(part, {})
+        if found != value:
+            return False
+    return True
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
+    """The server, and a kubeconfig for it."""
+    fake = FakeApi()
+    thread = threading.Thread(target=fake.server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    kubeconfig = folder / "kubeconfig"
+    kubeconfig.write_text(
+        json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "fake",
+                "clusters": [{"name": "fake", "cluster": {"server": fake.url}}],
+                "users": [{"name": "fake", "user": {"token": "fake"}}],
+                "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
+            }
+        )
+    )
+    try:
+        yield fake, kubeconfig
+    finally:
+        fake.away = True
+        fake.server.shutdown()
+        fake.server.server_close()

@@ -1,0 +1,93 @@
+"""Objects as the chart, the operator and the kubelet make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from generator.cluster.fake_api import FakeApi, now
+
+Object = dict[str, Any]
+
+
+def pytorch_job(
+    name: str, stage: str = "train", *, workers: int = 2, release: str = "demo", fingerprint: str = ""
+) -> Object:
+    """Suspended as the chart makes it, or released by a gate for ``fingerprint``."""
+    annotations = {"llama-lora/stage": stage} | ({"llama-lora/fingerprint": fingerprint} if fingerprint else {})
+    return {
+        "metadata": {"name": name, "labels": labels(release, stage), "annotations": annotations},
+        "spec": {
+            "runPolicy": {"suspend": not fingerprint, "backoffLimit": 3},
+            "pytorchReplicaSpecs": {"Worker": {"replicas": workers, "restartPolicy": "OnFailure"}},
+        },
+    }
+
+
+def labels(release: str, component: str) -> dict[str, str]:
+    return {"app.kubernetes.io/instance": release, "app.kubernetes.io/component": component}
+
+
+def job(name: str, stage: str, *, release: str = "demo") -> Object:
+    return {
+        "metadata": {"name": name, "labels": labels(release, stage), "annotations": {"llama-lora/stage": stage}},
+        "spec": {"activeDeadlineSeconds": 3600},
+        "status": {"active": 1},
+    }
+
+
+def pod(name: str, owner: Object, kind: str, *, phase: str = "Running", container: str = "pytorch") -> Object:
+    state: Object = (
+        {"running": {"startedAt": now()}} if phase == "Running" else {"waiting": {"reason": "ContainerCreating"}}
+    )
+    meta = {"name": name, "labels": dict(owner["metadata"]["labels"])}
+    meta["ownerReferences"] = [{"kind": kind, "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"]}]
+    if kind == "PyTorchJob":
+        meta["labels"]["training.kubeflow.org/job-name"] = owner["metadata"]["name"]
+    return {
+        "metadata": meta,
+        "spec": {"nodeName": "node-1"},
+        "status": {"phase": phase, "containerStatuses": [{"name": container, "state": state, "restartCount": 0}]},
+    }
+
+
+class Operator:
+    """What the training operator and the kubelets do with one PyTorchJob, at the test's word."""
+
+    def __init__(self, fake: FakeApi, name: str) -> None:
+        self.fake = fake
+        self.name = name
+
+    def worker(self, index: int) -> str:
+        return f"{self.name}-worker-{index}"
+
+    def start(self, workers: int = 2) -> None:
+        owner = self.fake.get("pytorchjobs", self.name)
+        assert owner
+        for index in range(workers):
+            self.fake.add("pods", pod(self.worker(index), owner, "PyTorchJob"))
+        self.fake.set_condition("pytorchjobs", self.name, "Running", "PyTorchJob is running.")
+
+    def write(self, index: int, *lines: str) -> None:
+        self.fake.logs.setdefault(self.worker(index), []).extend(lines)
+
+    def end_worker(self, index: int, code: int, reason: str = "") -> None:
+        over = {"exitCode": code, "reason": reason or ("Error" if code else "Completed"), "finishedAt": now()}
+        status = {"name": "pytorch", "state": {"terminated": over}, "restartCount": 0}
+        phase = "Failed" if code else "Succeeded"
+        self.fake.merge("pods", self.worker(index), {"status": {"phase": phase, "containerStatuses": [status]}})
+
+    def restart_worker(self, index: int, code: int) -> None:
+        """The kubelet's restart in place: the container runs again, its last end is in lastState."""
+        last = {"terminated": {"exitCode": code, "reason": "Error", "finishedAt": now()}}
+        status = {"name": "pytorch", "state": {"running": {"startedAt": now()}}, "lastState": last, "restartCount": 1}
+        self.fake.merge("pods", self.worker(index), {"status": {"containerStatuses": [status]}})
+
+    def succeed(self) -> None:
+        self.fake.set_condition("pytorchjobs", self.name, "Succeeded", "PyTorchJob is successfully completed.")
+
+    def fail(self, message: str = "1 Worker replica(s) failed.") -> None:
+        """As seen: with the condition, the pods are deleted at once, and so are their logs."""
+        self.fake.set_condition("pytorchjobs", self.name, "Failed", message)
+        for name in self.fake.names("pods"):
+            if name.startswith(f"{self.name}-worker-"):
+                self.fake.remove("pods", name)

@@ -1,0 +1,163 @@
+"""cleanup against a fake cluster: nothing of the release runs afterwards, and nothing else was touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import FakeApi
+from generator.cluster.objects import job, pod, pytorch_job
+from generator.cluster.waiting import PATIENCE, beside, until
+from genvalues.cluster.api import Api
+from genvalues.cluster.cleanup import StillRunning, cleanup
+
+Object = dict[str, Any]
+
+
+def clean(api: Api, release: str = "demo", timeout: float = 5.0, **options: Any) -> list[str]:
+    said: list[str] = []
+    cleanup(api, release, timeout, said.append, interval=0.02, **options)
+    return said
+
+
+def add_job(fake: FakeApi, name: str, stage: str, **options: Any) -> Object:
+    """A running Job with its pod."""
+    added = fake.add("jobs", job(name, stage, **options))
+    fake.add("pods", pod(f"{name}-x1", added, "Job", container=stage))
+    return added
+
+
+def job_controller(fake: FakeApi) -> None:
+    """Fails a Job whose deadline is 1, and stops a suspended one, as the controller does: its pods first."""
+
+    def act(changed: Object) -> None:
+        name = changed["metadata"]["name"]
+        if changed["spec"].get("activeDeadlineSeconds") == 1 or changed["spec"].get("suspend"):
+            for owned in fake.owned_by(changed):
+                fake.remove("pods", owned)
+        if changed["spec"].get("activeDeadlineSeconds") == 1:
+            fake.set_condition("jobs", name, "Failed", reason="DeadlineExceeded")
+
+    fake.after.append(("patch", "jobs", act))
+
+
+def test_a_running_hook_job_is_never_deleted_before_it_has_failed(fake: FakeApi, api: Api) -> None:
+    job_controller(fake)
+    states: list[bool] = []
+
+    def was_finished(deleted: Object) -> None:
+        states.append(any(one["type"] == "Failed" for one in deleted.get("status", {}).get("conditions", [])))
+
+    fake.after.append(("delete", "jobs", was_finished))
+    add_job(fake, "demo-tokenize", "tokenize")
+    add_job(fake, "demo-train-gate", "train-gate")
+    clean(api)
+    assert (fake.names("jobs"), fake.names("pods"), states) == ([], [], [True, True])
+
+
+def test_pytorch_jobs_are_deleted_and_their_pods_waited_for(fake: FakeApi, api: Api) -> None:
+    training = fake.add("pytorchjobs", pytorch_job("demo-train-3", fingerprint="f1"))
+    for index in (0, 1):
+        fake.add("pods", pod(f"demo-train-3-worker-{index}", training, "PyTorchJob"))
+    running = beside(clean, api)
+    until(lambda: "deletionTimestamp" in fake.get("pytorchjobs", "demo-train-3")["metadata"])  # type: ignore[index]
+    fake.remove("pods", "demo-train-3-worker-0")
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 12)
+    assert not running.done(), "a Trainium node is still paid for"
+    fake.remove("pods", "demo-train-3-worker-1")
+    fake.remove("pytorchjobs", "demo-train-3")
+    running.result(PATIENCE)
+
+
+def test_a_stage_that_a_live_helm_client_starts_meanwhile_is_stopped_too(fake: FakeApi, api: Api) -> None:
+    job_controller(fake)
+
+    def next_stage(deleted: Object) -> None:
+        if deleted["metadata"]["name"] == "demo-tokenize":
+            add_job(fake, "demo-merge", "merge")
+
+    fake.after.append(("delete", "jobs", next_stage))
+    add_job(fake, "demo-tokenize", "tokenize")
+    clean(api)
+    assert fake.names("jobs") == []
+
+
+def test_its_own_job_other_releases_and_what_is_no_stage_are_not_touched(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-cleanup", "cleanup")
+    add_job(fake, "other-tokenize", "tokenize", release="other")
+    fake.add("pytorchjobs", pytorch_job("other-train-1", release="other", fingerprint="f1"))
+    theirs = job("their-own-job", "anything")
+    del theirs["metadata"]["annotations"]
+    fake.add("jobs", theirs)
+    before = (fake.names("jobs"), fake.names("pods"), fake.names("pytorchjobs"))
+    clean(api)
+    assert (fake.names("jobs"), fake.names("pods"), fake.names("pytorchjobs")) == before
+    assert not {verb for verb, _ in fake.requests} & {"patch", "delete"}
+
+
+def test_finished_jobs_and_a_suspended_leftover_are_deleted(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-tokenize", "tokenize")
+    fake.set_condition("jobs", "demo-tokenize", "Complete")
+    fake.add("pytorchjobs", pytorch_job("demo-train-1"))  # after `uninstall --no-hooks` it would block the next install
+    fake.add("pytorchjobs", pytorch_job("demo-preflight-1", "preflight"))  # a killed preflight's probe
+    clean(api)
+    assert (fake.names("jobs"), fake.names("pytorchjobs"), fake.names("pods")) == ([], [], [])
+
+
+def test_works_where_the_training_operator_is_not_installed(fake: FakeApi, api: Api) -> None:
+    job_controller(fake)
+    fake.crds = set()
+    add_job(fake, "demo-tokenize", "tokenize")
+    clean(api)
+    assert fake.names("jobs") == []
+
+
+def test_what_does_not_end_is_named_at_the_deadline(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-tokenize", "tokenize")  # nobody fails it
+    with pytest.raises(StillRunning, match="kubectl -n team-a describe job/demo-tokenize pod/demo-tokenize-x1"):
+        clean(api, timeout=0.3)
+    assert ("delete", "jobs.batch") not in fake.requests
+
+
+def test_an_api_server_away_in_the_middle_is_waited_for(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-tokenize", "tokenize")
+    running = beside(clean, api)
+    until(lambda: ("patch", "jobs.batch") in fake.requests)
+    fake.away = True
+    fake.remove("pods", "demo-tokenize-x1")
+    fake.set_condition("jobs", "demo-tokenize", "Failed")
+    with pytest.raises(TimeoutError):
+        running.result(0.3)
+    fake.away = False
+    running.result(PATIENCE)
+    assert fake.names("jobs") == []
+
+
+def test_detached_the_runner_stops_first_then_the_stages_then_the_inner_release_goes(fake: FakeApi, api: Api) -> None:
+    job_controller(fake)
+    add_job(fake, "demo-runner-1", "runner")
+    add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
+    training = fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f1"))
+    order: list[str] = []
+
+    def note(changed: Object) -> None:
+        order.append(changed["metadata"]["name"])
+        assert "demo-runner-1-x1" not in fake.names("pods"), "the runner would start the next stage"
+
+    fake.after += [("patch", "jobs", note), ("delete", "pytorchjobs", note)]
+    clean(api, run_helm=lambda arguments, seconds: order.append(" ".join(arguments)))
+    assert order == [
+        "demo-runner-1",
+        "demo-run-tokenize",
+        training["metadata"]["name"],
+        "uninstall demo-run --namespace team-a --no-hooks --ignore-not-found",
+    ]
+    assert fake.names("jobs") == []
+
+
+def test_a_release_that_only_looks_like_the_inner_one_is_left_alone(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
+    clean(api, run_helm=lambda *_: pytest.fail("nothing to uninstall"))
+    assert fake.names("jobs") == ["demo-run-tokenize"]

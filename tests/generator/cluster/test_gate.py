@@ -1,0 +1,495 @@
+"""The gate against a fake cluster: which PyTorchJob runs, and how the gate ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.cluster.conftest import Trainer
+from generator.cluster.fake_api import FakeApi, now
+from generator.cluster.objects import Operator, pod, pytorch_job
+from generator.cluster.waiting import PATIENCE, beside, until
+from genvalues.cluster.api import Api, connect
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.gate import Pace, StageFailed, ask_trainer, describe_failure, describe_progress, gate
+from genvalues.errors import UserError
+
+OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
+QUICK = Pace(interval=0.03, progress=0.0, cannot_start=0.2, others_end=0.3, last_words=0.3, manifest=0.2, pods_gone=0.5)
+
+
+class Gate:
+    """A gate that runs beside the test, and what it said."""
+
+    def __init__(self, api: Api, config: ClusterConfig, *, pace: Pace = QUICK, stage: str = "train") -> None:
+        self.said: list[str] = []
+        ask = lambda: ask_trainer(stage, Path("/etc/llama-lora/run.yaml"))  # noqa: E731
+        self.future: Future[None] = beside(gate, api, config, stage, OWN, ask, self.said.append, pace)
+
+    def succeeds(self) -> None:
+        self.future.result(PATIENCE)
+
+    def fails(self, kind: type[Exception] = StageFailed) -> Any:
+        with pytest.raises(kind) as failure:
+            self.future.result(PATIENCE)
+        return failure.value
+
+
+def is_released(fake: FakeApi, name: str = OWN) -> bool:
+    job = fake.get("pytorchjobs", name)
+    return bool(job and not job["spec"]["runPolicy"]["suspend"])
+
+
+def released_and_running(fake: FakeApi, api: Api, config: ClusterConfig, **options: Any) -> tuple[Gate, Operator]:
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config, **options)
+    until(lambda: is_released(fake), "the release")
+    until(lambda: ("watch", "pods") in fake.requests, "the watch")
+    operator = Operator(fake, OWN)
+    operator.start()
+    until(lambda: sum(path.endswith("/log") for path in fake.paths) >= 2, "both logs")
+    return running, operator
+
+
+def test_an_up_to_date_stage_deletes_its_suspended_job_and_asks_for_no_node(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    trainer.says("f1", up_to_date=True)
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    Gate(api, config).succeeds()
+    assert fake.names("pytorchjobs") == []
+    assert ("patch", "pytorchjobs.kubeflow.org") not in fake.requests
+
+
+def test_the_gate_succeeds_when_every_worker_has_and_the_manifest_is_there(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    job = fake.get("pytorchjobs", OWN)
+    assert job and job["metadata"]["annotations"]["llama-lora/fingerprint"] == "f1"
+    operator.end_worker(0, 0)
+    operator.succeed()  # as the operator does after the first worker
+    until(lambda: any("Succeeded" in line for line in running.said))
+    assert not running.future.done()
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(1, 0)
+    running.succeeds()
+    assert running.said[-1] == "train: done"
+
+
+def test_workers_that_still_run_long_after_the_first_success_fail_the_stage(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.end_worker(0, 0)
+    trainer.says("f1", up_to_date=True)
+    operator.succeed()
+    assert operator.worker(1) in running.fails().reason
+
+
+def test_a_succeeded_job_with_a_failed_worker_fails_the_stage(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    operator.end_worker(1, 1)
+    operator.succeed()
+    assert operator.worker(1) in running.fails().reason
+
+
+def test_a_succeeded_job_without_the_manifest_fails_the_stage(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    for index in (0, 1):
+        operator.end_worker(index, 0)
+    operator.succeed()
+    assert "manifest" in running.fails().reason
+
+
+def test_a_manifest_of_another_fingerprint_is_not_success(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    trainer.says("f2", up_to_date=True)
+    for index in (0, 1):
+        operator.end_worker(index, 0)
+    operator.succeed()
+    assert "manifest" in running.fails().reason
+
+
+def test_a_failed_job_is_reported_with_stage_reason_and_log_tail_last_though_its_pods_are_gone(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.write(0, "step 1", "step 2")
+    operator.write(1, "step 1", "RuntimeError: NaN loss")
+    operator.end_worker(1, 1)
+    operator.fail("PyTorchJob is failed because 1 Worker replica(s) failed.")
+    failure = running.fails()
+    assert failure.status == 1
+    assert describe_failure("train", failure).splitlines() == [
+        f"train failed: {operator.worker(1)} ended with status 1; PyTorchJob {OWN}: "
+        "PyTorchJob is failed because 1 Worker replica(s) failed.",
+        f"last 2 lines of {operator.worker(1)}:",
+        "  step 1",
+        "  RuntimeError: NaN loss",
+    ]
+
+
+def test_the_tail_keeps_what_a_container_wrote_before_its_restart(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.write(0, "Traceback", "ValueError: bad shard")
+    operator.restart_worker(0, 1)
+    operator.write(0, "starting")
+    operator.fail("backoffLimit")
+    failure = running.fails()
+    assert failure.tail == ["Traceback", "ValueError: bad shard", "starting"]
+    assert "ended with status 1" in failure.reason
+
+
+def test_out_of_memory_is_named(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.end_worker(1, 137, "OOMKilled")
+    operator.fail()
+    assert f"{operator.worker(1)} ended with status 137 (OOMKilled)" in running.fails().reason
+
+
+def test_the_worker_that_failed_by_itself_is_blamed_not_those_told_to_stop(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.write(0, "stopping")
+    operator.write(1, "the cause")
+    operator.end_worker(0, 143)
+    operator.end_worker(1, 1)
+    operator.fail()
+    failure = running.fails()
+    assert (failure.pod, failure.tail) == (operator.worker(1), ["the cause"])
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_worker_that_ends_with_status_2_ends_the_job_at_once_with_status_2(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, restarted: bool
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.write(1, "training.maxSequenceLength: too long")
+    operator.restart_worker(1, 2) if restarted else operator.end_worker(1, 2)
+    failure = running.fails()
+    assert failure.status == 2
+    assert failure.tail == ["training.maxSequenceLength: too long"]
+    job = fake.get("pytorchjobs", OWN)
+    assert job is None or "deletionTimestamp" in job["metadata"]
+
+
+def test_status_2_is_seen_though_the_operator_deletes_the_pods_at_once(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    slow = Pace(interval=0.5, progress=0.0)  # all of it happens between two looks
+    running, operator = released_and_running(fake, api, config, pace=slow)
+    operator.end_worker(0, 2)
+    operator.fail()
+    assert running.fails().status == 2
+
+
+def test_an_earlier_job_with_the_same_fingerprint_is_followed_and_the_new_one_deleted(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    uids = {name: fake.get("pods", name)["metadata"]["uid"] for name in fake.names("pods")}  # type: ignore[index]
+    running = Gate(api, config)
+    until(lambda: fake.names("pytorchjobs") == [EARLIER])
+    until(lambda: any("following" in line for line in running.said))
+    assert uids == {name: fake.get("pods", name)["metadata"]["uid"] for name in fake.names("pods")}  # type: ignore[index]
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    operator.end_worker(1, 0)
+    operator.succeed()
+    running.succeeds()
+
+
+def test_an_earlier_job_with_another_fingerprint_is_stopped_and_gone_before_the_new_one_is_released(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f0"))
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    running = Gate(api, config, pace=Pace(interval=0.03))
+    until(lambda: "deletionTimestamp" in (fake.get("pytorchjobs", EARLIER) or {"metadata": {}})["metadata"])
+    fake.remove("pods", operator.worker(0))
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 4)
+    assert not is_released(fake), "two trainers on one run directory"
+    fake.remove("pods", operator.worker(1))
+    fake.remove("pytorchjobs", EARLIER)
+    until(lambda: is_released(fake))
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+def test_pods_that_do_not_go_keep_the_new_job_from_being_released(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f0"))
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    Operator(fake, EARLIER).start()
+    failure = Gate(api, config).fails(UserError)
+    assert "delete pod --force" in str(failure)
+    assert not is_released(fake)
+
+
+def test_a_job_that_is_being_deleted_is_waited_for_never_followed(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    fake.merge("pytorchjobs", EARLIER, {"metadata": {"deletionTimestamp": now()}})
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config, pace=Pace(interval=0.03))
+    until(lambda: any("stopping" in line for line in running.said))
+    assert not is_released(fake)
+    for index in (0, 1):
+        fake.remove("pods", operator.worker(index))
+    fake.remove("pytorchjobs", EARLIER)
+    until(lambda: is_released(fake))
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+def test_jobs_that_earlier_revisions_left_are_deleted_at_release_and_other_stages_and_releases_are_not(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    others = ["demo-llama-lora-compile-3", "other-train-1"]
+    fake.add("pytorchjobs", pytorch_job(others[0], "compile"))
+    fake.add("pytorchjobs", pytorch_job(others[1], release="other", fingerprint="f0"))
+    fake.add("pytorchjobs", pytorch_job("demo-llama-lora-train-1"))  # never released
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    fake.set_condition("pytorchjobs", EARLIER, "Failed")
+    running, operator = released_and_running(fake, api, config)
+    assert fake.names("pytorchjobs") == [*others[:1], OWN, others[1]]
+    operator.fail()
+    running.fails()
+
+
+def test_a_gate_that_starts_again_follows_what_it_released(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    operator = Operator(fake, OWN)
+    operator.start()
+    running = Gate(api, config)
+    until(lambda: any("following" in line for line in running.said))
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    operator.end_worker(1, 0)
+    operator.succeed()
+    running.succeeds()
+    assert ("delete", "pytorchjobs.kubeflow.org") not in fake.requests
+
+
+def test_a_gate_that_starts_after_the_failure_reports_it(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    Operator(fake, OWN).fail("out of retries")
+    assert "out of retries" in Gate(api, config).fails().reason
+
+
+def test_a_job_that_is_not_there_says_what_to_do(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    assert "helm upgrade" in str(Gate(api, config).fails(UserError))
+
+
+def test_a_job_deleted_by_somebody_while_it_runs_ends_the_gate(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, _ = released_and_running(fake, api, config)
+    fake.remove("pytorchjobs", OWN)
+    failure = running.fails()
+    assert failure.status == 2 and "deleted" in failure.reason
+
+
+def test_with_kueue_the_queue_label_is_added_and_kueue_unsuspends(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    queued = config.model_copy(update={"job": config.job.model_copy(update={"queue_name": "trn"})})
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, queued)
+    job = until(lambda: (job := fake.get("pytorchjobs", OWN)) and "trn" in job["metadata"]["labels"].values() and job)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "trn"
+    assert job["spec"]["runPolicy"]["suspend"] is True
+    fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": False}}})
+    operator = Operator(fake, OWN)
+    operator.start()
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    operator.end_worker(1, 0)
+    operator.succeed()
+    running.succeeds()
+
+
+def no_time(config: ClusterConfig, seconds: float = 0.2) -> ClusterConfig:
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"unschedulable_timeout_seconds": seconds})}
+    )
+
+
+def add_unschedulable(fake: FakeApi, since: str) -> None:
+    owner = fake.get("pytorchjobs", OWN)
+    assert owner
+    message = "0/3 nodes are available: 3 Insufficient aws.amazon.com/neuron."
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    for index in (0, 1):
+        waiting = pod(f"{OWN}-worker-{index}", owner, "PyTorchJob", phase="Pending")
+        del waiting["status"]["containerStatuses"], waiting["spec"]["nodeName"]
+        waiting["status"]["conditions"] = [scheduled | {"lastTransitionTime": since}]
+        fake.add("pods", waiting)
+
+
+def test_pods_unschedulable_for_too_long_fail_with_the_schedulers_reason(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config)  # 1800 s
+    until(lambda: is_released(fake))
+    add_unschedulable(fake, "2025-01-01T00:00:00Z")
+    failure = running.fails()
+    assert failure.status == 2
+    assert "Insufficient aws.amazon.com/neuron" in failure.reason
+    job = fake.get("pytorchjobs", OWN)
+    assert job and "deletionTimestamp" in job["metadata"], "an autoscaler would go on adding nodes for it"
+
+
+def test_unschedulable_within_the_timeout_is_said_and_waited_for(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config)
+    until(lambda: is_released(fake))
+    add_unschedulable(fake, now())
+    until(lambda: any("Insufficient" in line for line in running.said))
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 6)
+    assert not running.future.done()
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+def test_time_held_suspended_does_not_count(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": True}}})  # by somebody else
+    running = Gate(api, no_time(config, 0.1))
+    until(lambda: any("Suspended" in line for line in running.said))
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 20)  # 10 looks, 0.3 s
+    assert not running.future.done()
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+def test_pods_that_are_never_made_fail_with_the_operators_reason(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    own = fake.add("pytorchjobs", pytorch_job(OWN))
+    about = {"uid": own["metadata"]["uid"], "name": OWN}
+    message = 'pods "x" is forbidden: violates PodSecurity "restricted:latest"'
+    event = {"reason": "FailedCreatePod", "type": "Warning", "message": message, "lastTimestamp": now()}
+    fake.add("events", {"metadata": {"name": "e1"}, "involvedObject": about, **event})
+    failure = Gate(api, no_time(config)).fails()
+    assert "violates PodSecurity" in failure.reason and failure.status == 2
+
+
+def test_an_image_that_cannot_be_pulled_fails_the_stage_though_nodes_were_found(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "x"'}
+    status = {"phase": "Pending", "containerStatuses": [{"name": "pytorch", "state": {"waiting": waiting}}]}
+    fake.merge("pods", operator.worker(0), {"status": status})
+    failure = running.fails()
+    assert "ImagePullBackOff" in failure.reason and failure.status == 2
+
+
+def test_the_gate_lives_through_an_api_server_that_is_away(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    fake.away = True
+    operator.write(0, "written meanwhile")
+    time.sleep(0.4)
+    assert not running.future.done()
+    fake.away = False
+    operator.write(0, "written after")
+    until(lambda: sum(path.endswith("/log") for path in fake.paths) >= 4)
+    operator.end_worker(0, 1)
+    operator.fail()
+    assert running.fails().tail == ["written meanwhile", "written after"]
+
+
+def test_an_api_server_that_stays_away_is_worth_another_try_not_a_failed_stage(
+    fake: FakeApi, config: ClusterConfig, trainer: Trainer
+) -> None:
+    from genvalues.cluster.api import ServerAway
+
+    impatient = connect(config.namespace, patience=0.2, interval=0.02)
+    running, _ = released_and_running(fake, impatient, config)
+    fake.away = True
+    running.fails(ServerAway)
+
+
+def test_progress_conditions_and_pods_are_said_once_each_time_they_change(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    stale = {"stage": "train", "step": 9, "totalSteps": 9, "updated": "2025-01-01T00:00:00Z"}
+    trainer.progress.write_text(json.dumps(stale))
+    running, operator = released_and_running(fake, api, config)
+    fresh = stale | {"step": 120, "totalSteps": 1000, "loss": 1.25, "updated": "2025-01-01T01:00:00Z"}
+    trainer.progress.write_text(json.dumps(fresh))
+    line = until(lambda: next((line for line in running.said if "step 120 of 1000" in line), ""))
+    assert "loss 1.25" in line
+    operator.fail()
+    running.fails()
+    assert not any("step 9 " in line for line in running.said)
+    assert len(set(running.said)) == len(running.said)
+    assert f"train: {operator.worker(0)}: Running on node-1" in running.said
+
+
+def test_progress_of_unknown_numbers_is_still_a_line() -> None:
+    progress = {"step": 5, "totalSteps": 10, "loss": None, "tokensPerSecond": 5120.4, "etaSeconds": 3720}
+    assert describe_progress(progress) == "step 5 of 10, 5,120 tokens/s, 1 h 02 min left"
+
+
+def test_a_stage_whose_upstream_is_not_done_is_the_users_to_run_in_order(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    trainer.says(None, up_to_date=False)
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    assert "not done" in str(Gate(api, config).fails(UserError))
+    assert not is_released(fake)
+
+
+def test_a_trainer_that_breaks_down_or_talks_nonsense_is_worth_another_try(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    from genvalues.cluster.gate import CannotAsk
+
+    trainer.answer.write_text("Killed")
+    Gate(api, config).fails(CannotAsk)
+    trainer.ends_with(1)
+    Gate(api, config).fails(CannotAsk)
+    trainer.ends_with(2)
+    Gate(api, config).fails(UserError)

@@ -1,0 +1,334 @@
+"""preflight against a fake cluster: every finding at once, each with its fix, and none of a Secret's values."""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import NAMESPACE, FakeApi, now
+from genvalues.cluster.api import Api, connect
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.preflight import Finding, Pace, preflight
+
+Object = dict[str, Any]
+QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)
+TOKEN = base64.b64encode(b"hf_secret_value").decode()
+INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+
+
+def mark_probe(fake: FakeApi) -> None:
+    """A running operator."""
+    fake.after.append(
+        ("create", "pytorchjobs", lambda item: fake.set_condition("pytorchjobs", item["metadata"]["name"], "Suspended"))
+    )
+
+
+def node(
+    name: str, *, instance: str = "ml.trn1.32xlarge", neuron: int = 16, efa: int = 8, ready: str = "True"
+) -> Object:
+    allocatable = {"cpu": "119", "aws.amazon.com/neuron": str(neuron), "vpc.amazonaws.com/efa": str(efa)}
+    return {
+        "metadata": {"name": name, "labels": {INSTANCE_TYPE: instance}},
+        "spec": {},
+        "status": {"allocatable": allocatable, "conditions": [{"type": "Ready", "status": ready}]},
+    }
+
+
+def claim(
+    phase: str = "Bound", *, storage_class: str = "fsx-sc", modes: tuple[str, ...] = ("ReadWriteMany",)
+) -> Object:
+    return {
+        "metadata": {"name": "demo-workspace"},
+        "spec": {"accessModes": list(modes), "storageClassName": storage_class},
+        "status": {"phase": phase, "capacity": {"storage": "1200Gi"}},
+    }
+
+
+def add_event(fake: FakeApi, about: Object, reason: str, message: str, *, at: str = "") -> None:
+    meta = about["metadata"]
+    involved = {"name": meta["name"], "uid": meta["uid"]}
+    event = {"reason": reason, "message": message, "lastTimestamp": at or now(), "involvedObject": involved}
+    fake.add("events", {"metadata": {"name": f"event-{len(fake.objects)}"}, **event})
+
+
+@pytest.fixture
+def ready(fake: FakeApi) -> FakeApi:
+    """A cluster with all that the release needs."""
+    mark_probe(fake)
+    fake.add("persistentvolumeclaims", claim())
+    fake.add("secrets", {"metadata": {"name": "hf-token"}, "data": {"token": TOKEN}})
+    for name in ("node-1", "node-2"):
+        fake.add("nodes", node(name))
+    fake.add("storageclasses", {"metadata": {"name": "fsx-sc"}, "provisioner": "fsx.csi.aws.com"})
+    return fake
+
+
+def check(api: Api, config: ClusterConfig) -> list[Finding]:
+    return preflight(api, config, QUICK)
+
+
+def problems(api: Api, config: ClusterConfig) -> list[Finding]:
+    return [finding for finding in check(api, config) if finding.level != "ok"]
+
+
+def one_problem(api: Api, config: ClusterConfig) -> Finding:
+    found = problems(api, config)
+    assert len(found) == 1, [str(finding) for finding in found]
+    return found[0]
+
+
+def again(fake: FakeApi, plural: str, item: Object) -> Object:
+    fake.remove(plural, item["metadata"]["name"])
+    return fake.add(plural, item)
+
+
+def test_a_cluster_with_everything_has_no_problem(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    findings = check(api, config)
+    assert {finding.level for finding in findings} == {"ok"}
+    assert len(findings) == 5
+    assert ready.names("pytorchjobs") == [], "the probe is gone"
+
+
+def test_all_that_is_missing_is_found_at_once_each_with_its_fix_quickly(
+    fake: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    fake.crds = set()
+    fake.add("nodes", node("node-1", neuron=0, efa=0))
+    started = time.monotonic()
+    errors = [finding for finding in check(api, config) if finding.level == "error"]
+    assert time.monotonic() - started < 5
+    assert [finding.subject for finding in errors] == [
+        "training operator",
+        "claim demo-workspace",
+        "secret hf-token",
+        "nodes ml.trn1.32xlarge",
+        "aws.amazon.com/neuron",
+        "vpc.amazonaws.com/efa",
+    ]
+    assert all(finding.fix for finding in errors)
+    assert "device plugin does not run" in errors[4].found
+
+
+def test_an_operator_that_does_not_run_is_an_error_though_its_crd_is_there(
+    ready: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    ready.after.clear()
+    finding = one_problem(api, config)
+    assert (finding.level, finding.subject) == ("error", "training operator")
+    assert "nobody acted" in finding.found
+    assert ready.names("pytorchjobs") == []
+
+
+def test_an_operator_whose_webhook_does_not_answer_is_an_error(ready: FakeApi, config: ClusterConfig) -> None:
+    ready.failing_creations = 'failed calling webhook "validator.pytorchjob": connection refused'
+    impatient = connect(NAMESPACE, patience=0.1, interval=0.02)
+    assert (one_problem(impatient, config).level, one_problem(impatient, config).subject) == (
+        "error",
+        "training operator",
+    )
+
+
+def test_the_probe_never_asks_for_a_pod(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    probes: list[Object] = []
+    ready.after.append(("create", "pytorchjobs", probes.append))
+    check(api, config)
+    assert [probe["spec"]["runPolicy"]["suspend"] for probe in probes] == [True]
+
+
+def test_a_wrong_claim_name_names_the_claims_there_are(ready: FakeApi, api: Api, values: Object) -> None:
+    values["claim"] = {"name": "wrokspace", "managed": False}
+    finding = one_problem(api, ClusterConfig.model_validate(values))
+    assert finding.level == "error"
+    assert "(there is: demo-workspace)" in finding.found
+
+
+def test_a_claim_that_waits_for_its_first_consumer_is_fine(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, "WaitForFirstConsumer", "waiting for first consumer to be created before binding")
+    assert problems(api, config) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("Provisioning", "External provisioner is provisioning volume for claim"),
+        ("ProvisioningFailed", "rpc error: code = DeadlineExceeded desc = context deadline exceeded"),
+    ],
+)
+def test_an_fsx_claim_that_is_being_created_is_no_error_and_not_waited_for(
+    ready: FakeApi, api: Api, config: ClusterConfig, reason: str, message: str
+) -> None:
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, "ExternalProvisioning", "Waiting for a volume", at="2025-01-01T00:00:00Z")
+    add_event(ready, pending, reason, message)
+    finding = one_problem(api, config)
+    assert finding.level == "warning"
+    assert "10 minutes" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("ProvisioningFailed", 'storageclass.storage.k8s.io "fsx-sc" not found'),
+        ("FailedBinding", "no persistent volumes available for this claim and no storage class is set"),
+        ("ExternalProvisioning", "Waiting for a volume to be created by the external provisioner 'fsx.csi.aws.com'"),
+    ],
+)
+def test_a_claim_that_stays_pending_says_why_and_what_to_do(
+    ready: FakeApi, api: Api, config: ClusterConfig, reason: str, message: str
+) -> None:
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, reason, message)
+    finding = one_problem(api, config)
+    assert finding.level == "error"
+    assert message in finding.found and finding.fix.startswith("kubectl")
+
+
+def test_events_of_an_earlier_claim_of_the_same_name_do_not_count(
+    ready: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    add_event(ready, ready.objects["persistentvolumeclaims", "demo-workspace"], "ProvisioningFailed", "old")
+    again(ready, "persistentvolumeclaims", claim("Pending"))
+    assert one_problem(api, config).level == "warning"
+
+
+def test_a_claim_that_gets_its_volume_meanwhile_is_fine(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, "FailedBinding", "no persistent volumes available")
+
+    def bind(_: Object) -> None:
+        if sum(path.endswith("/demo-workspace") for path in ready.paths) == 3:
+            ready.merge("persistentvolumeclaims", "demo-workspace", {"status": {"phase": "Bound"}})
+
+    ready.after.append(("get", "persistentvolumeclaims", bind))
+    assert problems(api, config) == []
+
+
+def test_a_storage_class_that_does_not_exist_is_an_error(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    ready.remove("storageclasses", "fsx-sc")
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, "ProvisioningFailed", 'storageclass.storage.k8s.io "fsx-sc" not found')
+    assert [(finding.level, finding.subject) for finding in problems(api, config)] == [
+        ("error", "claim demo-workspace"),
+        ("error", "storage class fsx-sc"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "modes", "level"),
+    [(2, "ReadWriteOnce", "error"), (1, "ReadWriteOnce", "warning"), (1, "ReadWriteOncePod", "error")],
+)
+def test_a_claim_that_not_every_pod_can_mount_is_found(
+    ready: FakeApi, api: Api, values: Object, nodes: int, modes: str, level: str
+) -> None:
+    values["job"]["nodes"] = nodes
+    again(ready, "persistentvolumeclaims", claim(modes=(modes,)))
+    assert one_problem(api, ClusterConfig.model_validate(values)).level == level
+
+
+def test_a_secret_without_the_key_names_its_keys_and_no_value(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    again(ready, "secrets", {"metadata": {"name": "hf-token"}, "data": {"HF_TOKEN": TOKEN}})
+    finding = one_problem(api, config)
+    assert "HF_TOKEN" in finding.found
+    everything = "\n".join(map(str, check(api, config)))
+    assert TOKEN not in everything and "hf_secret_value" not in everything
+
+
+def test_no_secret_configured_needs_no_secret_and_no_right_to_read_one(
+    ready: FakeApi, api: Api, values: Object
+) -> None:
+    values["secret"] = None
+    assert problems(api, ClusterConfig.model_validate(values)) == []
+    assert ("get", "secrets") not in ready.requests
+
+
+def test_without_cluster_scoped_reads_nodes_are_not_checked_and_not_asked_for(
+    ready: FakeApi, api: Api, values: Object
+) -> None:
+    values["clusterScopedReads"] = False
+    pending = again(ready, "persistentvolumeclaims", claim("Pending"))
+    add_event(ready, pending, "WaitForFirstConsumer", "waiting")
+    found = problems(api, ClusterConfig.model_validate(values))
+    assert [(finding.level, finding.subject) for finding in found] == [
+        ("not checked", "storage class fsx-sc"),
+        ("not checked", "devices"),
+    ]
+    assert not {resource for _, resource in ready.requests} & {"nodes", "storageclasses.storage.k8s.io"}
+
+
+def test_no_node_of_the_type_is_a_warning_because_an_unchanged_upgrade_needs_none(
+    ready: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    for name in ("node-1", "node-2"):
+        ready.remove("nodes", name)
+    assert one_problem(api, config).level == "warning"
+
+
+def test_an_instance_type_without_hyperpods_prefix_is_found(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    for name in ("node-1", "node-2"):
+        again(ready, "nodes", node(name, instance="trn1.32xlarge"))
+    finding = one_problem(api, config)
+    assert finding.level == "error"
+    assert "instance=trn1.32xlarge" in finding.fix
+
+
+def test_too_few_nodes_that_can_take_pods_is_an_error(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    ready.merge("nodes", "node-2", {"spec": {"unschedulable": True}})
+    finding = one_problem(api, config)
+    assert (finding.level, finding.found) == ("error", "1 of 2 are ready and schedulable, 2 needed")
+    ready.merge("nodes", "node-2", {"metadata": {"labels": {"karpenter.sh/nodepool": "trn"}}})
+    assert one_problem(api, config).level == "warning", "an autoscaler adds them"
+
+
+def test_a_node_that_hyperpod_takes_out_is_not_counted(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    health = {"sagemaker.amazonaws.com/node-health-status": "UnschedulablePendingReplacement"}
+    ready.merge("nodes", "node-2", {"metadata": {"labels": health}})
+    assert "1 of 2" in one_problem(api, config).found
+
+
+def test_too_few_devices_on_a_node_say_how_many_there_are(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    again(ready, "nodes", node("node-2", neuron=15))
+    finding = one_problem(api, config)
+    assert (finding.level, finding.subject) == ("error", "aws.amazon.com/neuron")
+    assert "1 of 2 have that" in finding.found
+
+
+@pytest.mark.parametrize(("hard", "used", "level"), [("16", "0", "error"), ("48", "32", "warning")])
+def test_a_quota_that_leaves_no_room_is_found(
+    ready: FakeApi, api: Api, config: ClusterConfig, hard: str, used: str, level: str
+) -> None:
+    key = "requests.aws.amazon.com/neuron"
+    ready.add("resourcequotas", {"metadata": {"name": "trn"}, "status": {"hard": {key: hard}, "used": {key: used}}})
+    assert one_problem(api, config).level == level
+
+
+def test_a_kueue_queue_that_is_not_there_is_an_error(ready: FakeApi, api: Api, values: Object) -> None:
+    values["job"]["queueName"] = "trn"
+    config = ClusterConfig.model_validate(values)
+    assert "not installed" in one_problem(api, config).found
+    ready.crds.add("localqueues")
+    assert "no such LocalQueue" in one_problem(api, config).found
+    ready.add("localqueues", {"metadata": {"name": "trn"}})
+    assert problems(api, config) == []
+
+
+def test_what_may_not_be_read_is_not_checked_and_the_rest_is(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
+    ready.forbidden |= {("get", "secrets"), ("create", "pytorchjobs.kubeflow.org")}
+    assert [(finding.level, finding.subject) for finding in problems(api, config)] == [
+        ("not checked", "training operator"),
+        ("not checked", "Hugging Face token"),
+    ]
+
+
+def test_an_api_server_that_is_away_ends_within_the_deadline_and_is_worth_another_try(
+    ready: FakeApi, config: ClusterConfig
+) -> None:
+    ready.away = True
+    started = time.monotonic()
+    hurried = connect(NAMESPACE, patience=60.0, interval=0.05, deadline=time.monotonic() + 0.5)
+    findings = check(hurried, config)
+    assert time.monotonic() - started < 3
+    assert all(finding.unanswered for finding in findings)
