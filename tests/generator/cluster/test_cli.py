@@ -20,7 +20,7 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import Operator, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
-from genvalues.cluster import gate
+from genvalues.cluster import cleanup, gate
 from genvalues.cluster.cli import cluster
 
 PYTHON = sys.executable  # the trainer's stand-in changes what sys.executable says
@@ -103,7 +103,8 @@ def test_sigterm_ends_the_gate_at_once_and_leaves_the_job_running(
     fake: FakeApi, config_file: Path, trainer: Trainer
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN))
-    code = "from genvalues.cluster.cli import cluster; cluster()"
+    stand_in = f"import sys; sys.executable = {sys.executable!r}"
+    code = f"{stand_in}; from genvalues.cluster.cli import cluster; cluster()"
     with subprocess.Popen([PYTHON, "-c", code, *gate_arguments(config_file)]) as process:
         until(lambda: not (fake.get("pytorchjobs", OWN) or {})["spec"]["runPolicy"]["suspend"])
         process.send_signal(signal.SIGTERM)
@@ -118,20 +119,43 @@ def test_cleanup_ends_with_status_1_when_something_still_runs(fake: FakeApi) -> 
     assert "job/demo-tokenize" in result.stderr
 
 
-def test_the_runner_runs_helm_and_passes_its_outcome_on(
-    fake: FakeApi, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in that notes what it is asked, and sleeps if there is a file ``sleep`` beside it."""
     folder = tmp_path / "helm-bin"
     folder.mkdir()
     command = folder / "helm"
-    command.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\n')
+    trap = f"trap 'echo stopped > {folder}/stopped; exit 1' TERM"
+    sleep = f"while [ -e {folder}/sleep ]; do sleep 0.05; done"
+    command.write_text(f'#!/bin/sh\n{trap}\necho "$@" > {folder}/asked\n{sleep}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def runner_arguments(config_file: Path, tmp_path: Path) -> list[str]:
     values = tmp_path / "values.yaml"
     values.write_text("pipeline: {mode: attached}\n")
-    result = invoke("runner", "--config", str(config_file), "--chart", "/chart", "--values", str(values))
-    assert result.exit_code == 0
-    assert (folder / "asked").read_text().startswith("upgrade --install demo-run /chart --namespace team-a")
+    return ["runner", "--config", str(config_file), "--chart", "/chart", "--values", str(values)]
+
+
+def test_the_runner_runs_helm_and_passes_its_outcome_on(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
+    labels = {"owner": "helm", "name": "demo-run", "status": "pending-install"}
+    fake.add("secrets", {"metadata": {"name": "sh.helm.release.v1.demo-run.v1", "labels": labels}})
+    assert invoke(*runner_arguments).exit_code == 0
+    assert (helm / "asked").read_text().startswith("upgrade --install demo-run /chart --namespace team-a")
+    assert set(fake.requests) == documented_rights("runner")
+
+
+def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
+    (helm / "sleep").touch()
+    code = "from genvalues.cluster.cli import cluster; cluster()"
+    with subprocess.Popen([PYTHON, "-c", code, *runner_arguments]) as process:
+        until((helm / "asked").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(3) == 143
+    assert (helm / "stopped").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +233,8 @@ def test_the_gate_asks_for_no_more_than_its_documented_rights(
     assert set(fake.requests) == documented_rights("gate")
 
 
-def test_cleanup_asks_for_no_more_than_its_documented_rights(fake: FakeApi) -> None:
+def test_cleanup_asks_for_no_more_than_its_documented_rights(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cleanup.cleanup.__kwdefaults__, "interval", 0.02)
     fake.add("jobs", job("demo-tokenize", "tokenize"))
     fake.add("pytorchjobs", pytorch_job(OWN))
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
