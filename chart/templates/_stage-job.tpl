@@ -40,6 +40,7 @@ spec:
           containerName: {{ .container | default .stage }}
           operator: In
           values: {{ .finalStatuses | default (list 2) | toJson }}
+        onPodConditions: []   # the API description of Kubernetes 1.28, which Helm checks, demands the key
       - action: Ignore        # a drained or lost node costs no retry
         onPodConditions:
           - type: DisruptionTarget

@@ -19,9 +19,10 @@
 {{- $settings := include "stage.settings" . | fromYaml -}}
 metadata:
   labels:
-    {{- merge (include "llama-lora.labels" (dict "root" .root "component" .stage) | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
-  {{- $annotations := mergeOverwrite (ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains)) $settings.podAnnotations }}
-  {{- with $annotations }}
+    {{- $labels := include "llama-lora.labels" (dict "root" .root "component" .stage) | fromYaml }}
+    {{- include "stage.override" (dict "base" $settings.podLabels "over" $labels) | nindent 4 }}
+  {{- $annotations := ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains) }}
+  {{- with include "stage.override" (dict "base" $annotations "over" $settings.podAnnotations) | fromYaml }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -77,8 +78,9 @@ spec:
       env:
         - name: LLAMA_LORA_WORKSPACE
           value: {{ $values.workspace.mountPath | quote }}
-        {{- range $name, $value := merge (dict) $settings.extraEnv (dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1") }}
-        - name: {{ $name }}
+        {{- $environment := dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1" }}
+        {{- range $name, $value := include "stage.override" (dict "base" $environment "over" $settings.extraEnv) | fromYaml }}
+        - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
         {{- end }}
         {{- if and .token $values.huggingFace.tokenSecret }}
@@ -115,7 +117,7 @@ spec:
           mountPath: /dev/shm
         {{- end }}
         {{- range $name, $mount := $settings.extraVolumeMounts }}
-        - name: {{ $name }}
+        - name: {{ $name | quote }}
           {{- toYaml $mount | nindent 10 }}
         {{- end }}
   volumes:
@@ -137,7 +139,7 @@ spec:
         medium: Memory
     {{- end }}
     {{- range $name, $source := $settings.extraVolumes }}
-    - name: {{ $name }}
+    - name: {{ $name | quote }}
       {{- toYaml $source | nindent 6 }}
     {{- end }}
 {{- end }}
@@ -162,10 +164,14 @@ spec:
 {{- /* Devices are asked for where the stage trains, and nowhere else. */}}
 {{- define "stage.resources" -}}
 {{- $resources := (include "stage.settings" . | fromYaml).resources }}
-{{- if .trains }}
-{{- range $device, $count := .root.Values.devices }}
-{{- $_ := set $resources.requests $device (int64 $count) }}
-{{- $_ := set $resources.limits $device (int64 $count) }}
+{{- range $bound, $quantities := $resources }}
+{{- range $resource, $quantity := $quantities }}
+{{- $_ := set $quantities $resource (toString $quantity) }}     {{- /* a PyTorchJob takes no 1.5, only "1.5" */}}
+{{- end }}
+{{- if $.trains }}
+{{- range $device, $count := $.root.Values.devices }}
+{{- $_ := set $quantities $device (int64 $count) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- toYaml $resources }}
@@ -181,7 +187,7 @@ spec:
 {{- $_ := set $selector "sagemaker.amazonaws.com/node-health-status" "Schedulable" }}
 {{- end }}
 {{- end }}
-{{- toYaml (mergeOverwrite $selector (include "stage.settings" . | fromYaml).nodeSelector) }}
+{{- include "stage.override" (dict "base" $selector "over" (include "stage.settings" . | fromYaml).nodeSelector) }}
 {{- end }}
 
 {{- /* Nodes with devices are often tainted with the device's name. */}}

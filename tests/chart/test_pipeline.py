@@ -146,6 +146,7 @@ def test_status_2_is_final_and_a_lost_node_costs_no_retry(objects: list[Object])
         assert final["action"] == "FailJob"
         assert final["onExitCodes"]["containerName"] == container["name"]
         assert final["onExitCodes"]["operator"] == "In"
+        assert final["onPodConditions"] == [], "older Kubernetes demands the key"
         follows = container["command"][:2] == ["genvalues", "cluster"] and container["command"][2] != "preflight"
         assert final["onExitCodes"]["values"] == ([1, 2] if follows else [2])
         assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}

@@ -1,0 +1,167 @@
+"""What the chart tells the programs: the ConfigMap, the environment, the notes, the settings of each stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
+from genvalues.cluster.config import load as load_cluster_config
+
+SECTIONS = ["backend", "model", "dataset", "lora", "training", "evaluation", "parallelism"]
+SETTINGS: Values = {
+    "resources": {"requests": {"cpu": "3"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
+    "nodeSelector": {"pool": "a"},
+    "tolerations": [{"key": "dedicated", "operator": "Exists"}],
+    "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+    "priorityClassName": "urgent",
+    "extraEnv": {"OMP_NUM_THREADS": 4, "LARGE": 12345678, "TEXT": "a: b # c", "OFF": False},
+    "extraVolumes": {"on": {"emptyDir": {}}},
+    "extraVolumeMounts": {"on": {"mountPath": "/scratch"}},
+    "podLabels": {"cost-center": "", "app.kubernetes.io/component": "mine"},
+    "podAnnotations": {"note": "true"},
+    "backoffLimit": 0,
+    "activeDeadlineSeconds": 3600,
+}
+KEY_OF_STAGE = {"storage-prepare": "storagePrepare", "compile-gate": "gate", "train-gate": "gate"}
+
+
+def test_the_cluster_config_is_what_genvalues_cluster_reads(objects: list[Object], tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(one(objects, "ConfigMap")["data"]["cluster.yaml"])
+    read = load_cluster_config(file)
+    assert (read.release, read.namespace, read.revision) == ("llama", "research", 1)
+    for job in (item for item in objects if item["kind"] == "PyTorchJob"):
+        assert job["metadata"]["name"].startswith(read.fullname)
+
+
+def test_the_run_config_is_what_the_trainer_reads(objects: list[Object], tmp_path: Path) -> None:
+    trainer = pytest.importorskip("llama_lora.config", reason="a plain `pip install .` has no trainer")
+    file = tmp_path / "run.yaml"
+    file.write_text(one(objects, "ConfigMap")["data"]["run.yaml"])
+    assert trainer.load(file).name
+
+
+def test_the_run_config_is_the_values_own_sections(values_file: Path, helm: int) -> None:
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    values = merged(defaults, yaml.safe_load(values_file.read_text()))
+    run = config(render(values_file, helm=helm), "run.yaml")
+    assert run.pop("name") == (values["name"] or "llama")
+    assert run == {section: values[section] for section in SECTIONS}
+
+
+@pytest.mark.parametrize("learning_rate", [1e-7, 5e-5, 1.5e-6, 0.001, 1])
+def test_small_numbers_stay_numbers_for_every_yaml_reader(learning_rate: float, helm: int) -> None:
+    values = {"training": {"learningRate": learning_rate, "maxSteps": 1_000_000_000, "seed": 4294967295}}
+    training = config(render(merged(MINIMAL, values), helm=helm), "run.yaml")["training"]
+    assert training["learningRate"] == learning_rate and not isinstance(training["learningRate"], str)
+    assert training["maxSteps"] == 1_000_000_000 and isinstance(training["maxSteps"], int)
+    assert training["seed"] == 4294967295 and isinstance(training["seed"], int)
+
+
+def test_text_that_looks_like_a_number_stays_text(helm: int) -> None:
+    dataset = {"revision": "1e5", "config": "2024", "split": "true", "columns": {"text": "1e-5"}}
+    run = config(render(merged(MINIMAL, {"dataset": dataset}), helm=helm), "run.yaml")
+    assert run["dataset"].items() >= dataset.items()
+
+
+def test_a_run_is_named_after_its_release_unless_it_is_named(helm: int) -> None:
+    assert config(render(MINIMAL, helm=helm), "run.yaml")["name"] == "llama"
+    assert config(render(merged(MINIMAL, {"name": "mine"}), helm=helm), "run.yaml")["name"] == "mine"
+
+
+@pytest.mark.parametrize("where", ["stageDefaults", "stages"])
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
+    keys = yaml.safe_load((CHART / "values.yaml").read_text())["stages"]
+    own_resources = {key for key, stage in keys.items() if "resources" in stage}
+    values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
+    objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}), helm=helm)
+    seen = set()
+    for each in pods(objects):
+        key = KEY_OF_STAGE.get(each.stage, each.stage)
+        seen.add(key)
+        metadata, spec, [container] = each.template["metadata"], each.spec, each.containers
+        assert spec["nodeSelector"] == SETTINGS["nodeSelector"]
+        assert spec["tolerations"] == SETTINGS["tolerations"]
+        assert spec["affinity"] == SETTINGS["affinity"]
+        assert spec["priorityClassName"] == "urgent"
+        wanted = {"OMP_NUM_THREADS": "4", "LARGE": "12345678", "TEXT": "a: b # c", "OFF": "false"}
+        assert each.environment.items() >= wanted.items()
+        assert {"name": "on", "emptyDir": {}} in spec["volumes"]
+        assert {"name": "on", "mountPath": "/scratch"} in container["volumeMounts"]
+        assert metadata["labels"]["cost-center"] == ""
+        assert metadata["labels"]["app.kubernetes.io/component"] == each.stage, "what the gate finds its pods by"
+        assert metadata["annotations"]["note"] == "true"
+        if where == "stages" or key not in own_resources:
+            assert container["resources"]["limits"] == {"cpu": "2.5", "memory": "7Gi"}
+            assert container["resources"]["requests"]["cpu"] == "3"
+        of_job = each.owner["spec"].get("runPolicy", each.owner["spec"])
+        assert of_job["backoffLimit"] == 0, "a 0 is not nothing"
+        has_own_deadline = each.stage == "cleanup" or (where == "stageDefaults" and "activeDeadlineSeconds" in keys[key])
+        if not has_own_deadline:
+            assert of_job["activeDeadlineSeconds"] == 3600
+    assert seen == (keys.keys() - {"runner"} if mode == "attached" else {"cleanup", "runner"})
+
+
+def test_a_stages_own_settings_win_key_by_key(helm: int) -> None:
+    values = {
+        "stageDefaults": {"nodeSelector": {"pool": "a", "zone": "b"}, "tolerations": [{"operator": "Exists"}]},
+        "stages": {"merge": {"nodeSelector": {"pool": "c"}, "tolerations": [], "backoffLimit": 0}},
+    }
+    objects = render(merged(MINIMAL, values), helm=helm)
+    merge, evaluate = pod(objects, "merge"), pod(objects, "evaluate")
+    assert merge.spec["nodeSelector"] == {"pool": "c", "zone": "b"}
+    assert "tolerations" not in merge.spec
+    assert merge.owner["spec"]["backoffLimit"] == 0
+    assert evaluate.spec["nodeSelector"] == {"pool": "a", "zone": "b"}
+    assert evaluate.spec["tolerations"] == [{"operator": "Exists"}]
+    assert evaluate.owner["spec"]["backoffLimit"] == 3
+
+
+def test_pull_secrets_that_are_on_reach_every_pod(helm: int) -> None:
+    objects = render(merged(MINIMAL, {"image": {"pullSecrets": {"a": True, "b": False}}}), helm=helm)
+    assert {str(each.spec["imagePullSecrets"]) for each in pods(objects)} == {str([{"name": "a"}])}
+    off = render(merged(MINIMAL, {"image": {"pullSecrets": {"a": False}}}), helm=helm)
+    assert {each.spec.get("imagePullSecrets") for each in pods(off)} == {None}
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_the_notes_say_how_to_follow_where_the_result_is_and_how_to_uninstall(
+    mode: str, helm: int, tmp_path: Path
+) -> None:
+    text = notes(merged(MINIMAL, {"pipeline": {"mode": mode}}), helm, tmp_path)
+    for promised in [
+        "org/model on org/rows",
+        "kubectl -n research logs -f job/llama-" + ("train-gate" if mode == "attached" else "runner-1"),
+        "claim llama-workspace, below runs/llama:",
+        "merged/",
+        "adapter/",
+        "report.html",
+        "helm -n research uninstall llama --timeout",
+        "helm -n research uninstall llama --no-hooks",
+        "preflight, storage-prepare, tokenize, compile, train, consolidate, merge, evaluate",
+    ]:
+        assert promised in text, text
+    assert ("--timeout 48h" in text) == (mode == "attached"), "Helm waits 5 minutes for a stage, if not told otherwise"
+    assert ("llama-run" in text) == (mode == "detached")
+
+
+def notes(values: Values, helm: int, folder: Path) -> str:
+    """`helm template` renders the notes and drops them: here as the data of a ConfigMap."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart)
+    text = (chart / "templates/NOTES.txt").read_text()
+    (chart / "templates/_notes.tpl").write_text('{{- define "notes" }}' + text + "{{ end }}")
+    (chart / "templates/zz-notes.yaml").write_text(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: notes\n"
+        'data:\n  notes: {{ include "notes" . | toJson }}\n'
+    )
+    return str(one(render(values, helm=helm, chart=chart), "ConfigMap", "notes")["data"]["notes"])
+
+
+def test_every_stage_object_says_which_stage_it_is(objects: list[Object]) -> None:
+    for each in pods(objects):
+        assert annotation(each.owner, "llama-lora/stage")

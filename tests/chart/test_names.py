@@ -1,0 +1,108 @@
+"""Names: every object's own, never longer than Kubernetes allows, never another release's."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from chart.manifests import MINIMAL, Object, Values, config, merged, pods, render
+
+RELEASES = [
+    *("llama", "llama-train", "llama-run", "llama-lora", "train", "a"),
+    *("123", "1e5", "true", "a.b", "a-b", "0.0"),
+    *("x" * 40, "x" * 41, "x" * 52 + "a", "x" * 52 + "b", "x" * 30 + ".y", "x" * 30 + "-y"),
+]
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+CLUSTER_SCOPED = {"ClusterRole", "ClusterRoleBinding", "PersistentVolume", "StorageClass"}
+STATIC: Values = {
+    "storage": {
+        "kind": "fsx-static",
+        "static": {"fileSystemId": "fs-01234567", "dnsName": "a.b", "mountName": "fsx"},
+    }
+}
+OWN_CLASS: Values = {
+    "storage": {
+        "fsx": {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
+    }
+}
+
+
+def identities(objects: list[Object]) -> list[tuple[str, str | None, str]]:
+    return [(item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"]) for item in objects]
+
+
+def test_no_two_objects_of_a_release_share_a_name(objects: list[Object]) -> None:
+    assert [identity for identity, count in Counter(identities(objects)).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_no_two_releases_share_an_object(mode: str) -> None:
+    releases = [release for release in RELEASES if mode == "attached" or len(release) <= 49]
+    values = merged(MINIMAL, STATIC, {"pipeline": {"mode": mode}})
+    found = Counter(
+        identity for release in releases for identity in identities(render(values, release=release, namespace="research"))
+    )
+    assert [identity for identity, count in found.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("storage", [STATIC, OWN_CLASS], ids=["static", "own-class"])
+def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storage: Values) -> None:
+    places = [("a", "b-c"), ("a-b", "c"), ("other", "b-c")]
+    cluster_scoped: Counter[tuple[str, str]] = Counter()
+    for namespace, release in places:
+        for item in render(merged(MINIMAL, storage), release=release, namespace=namespace):
+            if item["kind"] in CLUSTER_SCOPED:
+                assert "namespace" not in item["metadata"]
+                assert item["metadata"]["name"].startswith(f"{namespace}.")
+                cluster_scoped[item["kind"], item["metadata"]["name"]] += 1
+            else:
+                assert item["metadata"]["namespace"] == namespace
+    assert len(cluster_scoped) == 3 * len(places)
+    assert set(cluster_scoped.values()) == {1}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: int) -> None:
+    objects = render(merged(MINIMAL, {"parallelism": {"nodes": 99, "dataParallelSize": 198}}), helm=helm, release=release)
+    for item in objects:
+        name = item["metadata"]["name"]
+        assert isinstance(name, str) and DNS_NAME.fullmatch(name) and len(name) <= 253
+        if item["kind"] == "Job":
+            assert DNS_LABEL.fullmatch(name), "it is a label of the Job's pods"
+        if item["kind"] == "PyTorchJob":
+            later = re.sub(r"-1$", "-9999", name)
+            assert SERVICE.fullmatch(f"{later}-worker-98"), "a worker's pod, host name and Service"
+        for metadata in [item["metadata"], *(each.template["metadata"] for each in pods([item]))]:
+            for label, value in metadata["labels"].items():
+                assert isinstance(value, str) and LABEL_VALUE.fullmatch(value), f"{label}: {value!r}"
+            for value in metadata.get("annotations", {}).values():
+                assert isinstance(value, str)
+    assert config(objects, "cluster.yaml")["release"] == release
+
+
+def test_the_chart_renders_into_namespaces_that_look_like_numbers(helm: int) -> None:
+    for item in render(MINIMAL, helm=helm, namespace="1e3"):
+        assert item["kind"] in CLUSTER_SCOPED or item["metadata"]["namespace"] == "1e3"
+
+
+def test_standard_labels_are_on_every_object_and_pod(objects: list[Object]) -> None:
+    for item in objects:
+        for metadata in [item["metadata"], *(each.template["metadata"] for each in pods([item]))]:
+            labels = metadata["labels"]
+            assert labels["app.kubernetes.io/instance"] == "llama"
+            assert labels["app.kubernetes.io/managed-by"] == "Helm"
+            assert labels["app.kubernetes.io/part-of"] == "llama-lora"
+            assert labels.keys() >= {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/component"}
+
+
+def test_overrides_rename_everything_but_the_volume() -> None:
+    renamed = render(merged(MINIMAL, {"fullnameOverride": "other"}))
+    for item in renamed:
+        if item["kind"] == "PersistentVolumeClaim":
+            assert item["metadata"]["name"] == "llama-workspace", "results would be left behind"
+        else:
+            assert re.match(r"(research\.)?other-", item["metadata"]["name"])

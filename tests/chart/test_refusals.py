@@ -1,0 +1,200 @@
+"""What cannot work is refused before anything is installed, by both Helms, with the key and the fix."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from chart.manifests import CHART, MINIMAL, Refused, Values, merged, render
+
+# By the schema: values, and the key that the message must name.
+MISFITS: dict[str, tuple[Values, str]] = {
+    "unknown section": ({"trainning": {}}, "trainning"),
+    "unknown key": ({"lora": {"rank": 8}}, "rank"),
+    "unknown stage": ({"stages": {"rehearse": {}}}, "rehearse"),
+    "unknown key of a stage": ({"stages": {"train": {"replicas": 2}}}, "replicas"),
+    "section removed": ({"training": None}, "training"),
+    "default removed": ({"stageDefaults": {"resources": {"limits": None}}}, "limits"),
+    "text for a number": ({"training": {"learningRate": "5e-5 or so"}}, "learningRate"),
+    "number for text": ({"model": {"revision": 20241001}}, "revision"),
+    "text for a truth value": ({"training": {"packing": "False"}}, "packing"),
+    "fraction of a step": ({"training": {"saveSteps": 1.5}}, "saveSteps"),
+    "learning rate 0": ({"training": {"learningRate": 0}}, "learningRate"),
+    "maxSteps 0": ({"training": {"maxSteps": 0}}, "maxSteps"),
+    "no LoRA rank": ({"lora": {"r": 0}}, "lora.r"),
+    "dropout 1": ({"lora": {"dropout": 1}}, "dropout"),
+    "unknown module": ({"lora": {"targetModules": ["attention"]}}, "targetModules"),
+    "no modules": ({"lora": {"targetModules": []}}, "targetModules"),
+    "everything held out": ({"dataset": {"evalFraction": 1}}, "evalFraction"),
+    "unknown format": ({"dataset": {"format": "alpaca"}}, "format"),
+    "unknown column": ({"dataset": {"columns": {"question": "q"}}}, "question"),
+    "unknown backend": ({"backend": "cuda"}, "backend"),
+    "unknown mode": ({"pipeline": {"mode": "background"}}, "mode"),
+    "no instance type": ({"instance": "trn1"}, "instance"),
+    "tag in the repository": ({"image": {"repository": "llama-lora:v1"}}, "repository"),
+    "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
+    "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
+    "a token where its Secret is named": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
+    "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
+    "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
+    "half a device": ({"devices": {"aws.amazon.com/neuron": 0.5}}, "devices"),
+    "devices of a stage that does not train": (
+        {"stages": {"merge": {"resources": {"limits": {"aws.amazon.com/neuron": 16}}}}},
+        "aws.amazon.com/neuron",
+    ),
+    "no quantity": ({"stageDefaults": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),
+    "a folder of the node": ({"stages": {"train": {"extraVolumes": {"dev": {"hostPath": {"path": "/dev"}}}}}}, "hostPath"),
+    "root": ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
+    "dots in the compile cache's path": ({"workspace": {"mountPath": "/mnt/v1.0"}}, "mountPath"),
+    "unknown kind of storage": ({"storage": {"kind": "efs"}}, "kind"),
+    "unknown key of storage": ({"storage": {"claim": "x"}}, "claim"),
+    "unknown key of FSx": ({"storage": {"fsx": {"throughput": 1}}}, "throughput"),
+    "no size": ({"storage": {"size": "big"}}, "size"),
+    "no access mode": ({"storage": {"accessModes": []}}, "accessModes"),
+    "full name too long for worker pods": ({"fullnameOverride": "x" * 41}, "fullnameOverride"),
+    "full name that no Service can have": ({"fullnameOverride": "1st"}, "fullnameOverride"),
+    "run name that leaves its folder": ({"name": "../other"}, "name"),
+}
+
+# By the templates: values, and the whole message.
+NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
+CONTRADICTIONS: dict[str, tuple[Values, str]] = {
+    "no model": ({"model": {"id": ""}}, "model.id is empty. Set it, e.g. --set model.id="),
+    "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
+    "revision of a path": (
+        {"model": {"id": "", "path": "/a", "revision": "main"}},
+        "model.revision is set, but a model.path has no revisions. Remove model.revision.",
+    ),
+    "no dataset": ({"dataset": {"source": ""}}, "dataset.source is empty. Set it, e.g. --set dataset.source="),
+    "no format": ({"dataset": {"format": ""}}, "dataset.format is empty. Set it to text, instruction,"),
+    "nothing to evaluate on": (
+        {"dataset": {"evalFraction": 0}},
+        "evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise dataset.evalFraction, or",
+    ),
+    "processes that do not fit the copies": (
+        {"parallelism": {"nodes": 2, "processesPerNode": 4, "tensorParallelSize": 1, "dataParallelSize": 4}},
+        "parallelism.nodes * parallelism.processesPerNode = 8 processes, but parallelism.tensorParallelSize * "
+        "parallelism.dataParallelSize = 4. Set parallelism.dataParallelSize to 8.",
+    ),
+    "tensor parallelism that does not divide": (
+        merged(NEURON, {"parallelism": {"processesPerNode": 32, "tensorParallelSize": 5, "dataParallelSize": 6}}),
+        "parallelism.dataParallelSize = 30. Make parallelism.tensorParallelSize a divisor of 32.",
+    ),
+    "tensor parallelism on CPUs": (
+        {"parallelism": {"tensorParallelSize": 2, "dataParallelSize": 1}},
+        "parallelism.tensorParallelSize is 2, but backend cpu is data parallel only. Set it to 1, or backend to neuron.",
+    ),
+    "Neuron without devices": (
+        merged(NEURON, {"devices": None}, {"devices": {"vpc.amazonaws.com/efa": 8}}),
+        "devices has no aws.amazon.com/neuron, which backend neuron needs. Set devices to those of one node",
+    ),
+    "Neuron on CPUs": (
+        merged(NEURON, {"instance": "cpu"}),
+        "instance is cpu, but backend is neuron. Set instance to the nodes' type",
+    ),
+    "the resource that the seed asks for": (
+        merged(NEURON, {"devices": {"aws.amazon.com/neurondevice": 16}}),
+        "devices.aws.amazon.com/neurondevice is not what the Neuron device plugin offers whole nodes by. Use",
+    ),
+    "no volume": (
+        {"storage": {"enabled": False}},
+        "storage.enabled is false and storage.existingClaim is empty. Name the claim to use in storage.existingClaim",
+    ),
+    "a size that FSx does not have": (
+        {"storage": {"size": "3600Gi"}},
+        "storage.size 3600Gi is no size of FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.",
+    ),
+    "an FSx size in Ti": ({"storage": {"size": "3Ti"}}, "storage.size 3Ti is no size of FSx for Lustre."),
+    "FSx without a class": ({"storage": {"storageClass": ""}}, "storage.storageClass is empty, which storage.kind fsx"),
+    "static without a file system": (
+        {"storage": {"kind": "fsx-static", "static": {"dnsName": "a.b", "mountName": "fsx"}}},
+        "storage.static.fileSystemId is empty, which storage.kind fsx-static needs.",
+    ),
+    "a class without a subnet": (
+        {"storage": {"fsx": {"createStorageClass": True, "securityGroupIds": ["sg-01234567"]}}},
+        "storage.fsx.subnetId is empty, which storage.fsx.createStorageClass needs.",
+    ),
+    "a class without security groups": (
+        {"storage": {"fsx": {"createStorageClass": True, "subnetId": "subnet-01234567"}}},
+        "storage.fsx.securityGroupIds is empty, which storage.fsx.createStorageClass needs.",
+    ),
+    "a volume of one node for two": (
+        {
+            "parallelism": {"nodes": 2, "dataParallelSize": 4},
+            "storage": {"kind": "generic", "accessModes": ["ReadWriteOnce"]},
+        },
+        "storage.accessModes lacks ReadWriteMany, which 2 nodes (parallelism.nodes) need. Add it",
+    ),
+    "rights made by nobody": (
+        {"rbac": {"create": False}},
+        "rbac.namePrefix is empty, which rbac.create false needs. Set it to",
+    ),
+    "a token in the values": (
+        {"stages": {"tokenize": {"extraEnv": {"HF_TOKEN": "hf_x"}}}},
+        "stages.tokenize.extraEnv.HF_TOKEN looks like a secret, and values are no place for one. Put a Hugging Face",
+    ),
+    "a key for all stages": (
+        {"stageDefaults": {"extraEnv": {"AWS_SECRET_ACCESS_KEY": "x"}}},
+        "stageDefaults.extraEnv.AWS_SECRET_ACCESS_KEY looks like a secret",
+    ),
+    "a mount without a volume": (
+        {"stages": {"merge": {"extraVolumeMounts": {"scratch": {"mountPath": "/scratch"}}}}},
+        "stages.merge: extraVolumeMounts.scratch mounts no volume. Add scratch to extraVolumes.",
+    ),
+    "a volume named as the chart's own": (
+        {"stages": {"merge": {"extraVolumes": {"tmp": {"emptyDir": {}}}}}},
+        "stages.merge: extraVolumes.tmp has the name of a volume of the chart's own. Choose another.",
+    ),
+    "another workspace by the environment": (
+        {"stages": {"merge": {"extraEnv": {"LLAMA_LORA_WORKSPACE": "/elsewhere"}}}},
+        "stages.merge: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.",
+    ),
+}
+
+
+def refusal(values: Values, helm: int, release: str = "llama") -> str:
+    with pytest.raises(Refused) as refused:
+        render(merged(MINIMAL, values), helm=helm, release=release)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("values", "key"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_the_schema_is_refused_by_its_key(values: Values, key: str, helm: int) -> None:
+    message = refusal(values, helm)
+    assert "the schema" in message
+    findings = [line for line in message.splitlines() if line.startswith("- ")]
+    assert findings and all(key in line.replace("/", ".") or key in line for line in findings), message
+
+
+@pytest.mark.parametrize(("values", "words"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_keys_that_contradict_each_other_are_refused_with_the_fix(values: Values, words: str, helm: int) -> None:
+    assert words in refusal(values, helm)
+
+
+def test_all_contradictions_are_told_at_once(helm: int) -> None:
+    values: Values = {"model": {"id": ""}, "dataset": {"format": ""}, "storage": {"enabled": False}}
+    message = refusal(values, helm)
+    for key in ("model.id", "dataset.format", "storage.existingClaim"):
+        assert key in message
+
+
+def test_a_release_name_too_long_for_the_runners_is_refused(helm: int) -> None:
+    message = refusal({"pipeline": {"mode": "detached"}}, helm, release="r" * 50)
+    assert "pipeline.mode detached needs a release name of at most 49 characters" in message
+    assert render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}), helm=helm, release="r" * 49)
+
+
+def test_every_message_names_a_key_and_a_fix_and_is_tested() -> None:
+    text = (CHART / "templates/_validations.tpl").read_text()
+    text = re.sub(r"\n\{\{- (?:else )?(?:if mod .*? )?\}\}(?= )", "", re.sub(r"\n\{\{- if mod .*?\}\}(?= )", "", text))
+    text = re.sub(r"\{\{- /\*.*?\*/\}\}", "", text, flags=re.DOTALL)
+    messages = [line for line in text.splitlines() if line and not line.startswith("{{-")]
+    assert len(messages) >= len(CONTRADICTIONS) - 4
+    for message in messages:
+        verbs = r"\b(Set|Keep|Remove|Make|Use|Name|Give|Add|Choose|Raise|Put)\b|describe-file-systems"
+        assert re.search(verbs, message.partition(".")[2]), f"no fix: {message}"
+    # A message is tested when its words, up to the first value in it, are in a case above.
+    tested = " ".join(words for _, words in CONTRADICTIONS.values()) + "pipeline.mode detached needs a release name"
+    for message in messages:
+        words = [part for part in re.split(r"\{\{.*?\}\}", message) if part.strip()]
+        assert any(part.strip()[:30] in tested for part in words), f"not tested: {message}"
