@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import site
 import socket
 import sys
 import time
@@ -159,6 +160,7 @@ class Local:
             raise UserError(f"the container {container['name']} of stage {stage} has no command to run here")
         program, *arguments = (translated(str(word), folders) for word in words)
         environment = {**os.environ, "PATH": f"{beside_python()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        environment.setdefault("PYTHONUSERBASE", site.getuserbase())  # packages of `pip install --user`, HOME or not
         for variable in container.get("env") or []:
             # A secret comes from the user's own environment, if it is there, and is never written anywhere.
             if "value" in variable:

@@ -1,0 +1,80 @@
+"""The command itself: quick to start, data on stdout, talk on stderr."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ["boto3", "botocore", "kubernetes", "pyhelm3", "torch", "transformers", "datasets"]
+
+
+def genvalues(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "genvalues.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], [*HEAVY, "pydantic", "jsonschema"]),
+        (["--version"], [*HEAVY, "pydantic", "jsonschema"]),
+        (["check", "finetune.yaml"], HEAVY),
+    ],
+)
+def test_nothing_is_imported_that_a_command_does_not_use(
+    arguments: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "finetune.yaml").write_text("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    script = (
+        "import sys\nfrom genvalues.cli import main\n"
+        f"sys.argv = ['genvalues', *{arguments}]\n"
+        "try:\n    main()\nfinally:\n"
+        f"    print('imported:', *(name for name in {absent} if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_the_version_is_the_distributions() -> None:
+    from importlib.metadata import version
+
+    assert genvalues("--version").stdout == f"genvalues {version('llama-lora')}\n"
+
+
+def test_every_command_is_listed_with_its_help() -> None:
+    done = genvalues("--help")
+    assert done.returncode == 0, done.stderr
+    for command in ("check", "cluster", "local", "write"):
+        assert f"\n  {command} " in done.stdout
+    assert "Example:" in genvalues("write", "--help").stdout
+
+
+def test_values_go_to_stdout_and_talk_to_stderr(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    on_stdout = genvalues("write", "f.yaml", "-o", "-", cwd=tmp_path)
+    assert (on_stdout.returncode, on_stdout.stderr) == (0, "")
+    to_file = genvalues("write", "f.yaml", cwd=tmp_path)
+    assert (to_file.returncode, to_file.stdout) == (0, "")
+    assert to_file.stderr == "f.yaml is right. Wrote values.yaml.\n"
+    assert (tmp_path / "values.yaml").read_text() == on_stdout.stdout
+    checked = genvalues("check", "f.yaml", cwd=tmp_path)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "f.yaml is right.\n")
+
+
+def test_a_wrong_command_line_ends_with_status_2() -> None:
+    assert [genvalues(*wrong).returncode for wrong in (["write"], ["nothing"], ["local", "x"])] == [2, 2, 2]
+
+
+def test_the_chart_beside_is_used_only_if_it_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\nchartValues: {nonsense: 1}\n")
+    (tmp_path / "chart").mkdir()
+    (tmp_path / "chart" / "Chart.yaml").write_text("name: other\n")
+    done = genvalues("check", "f.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "f.yaml:4:15 chartValues.nonsense: unknown key" in done.stderr
+    done = genvalues("check", "f.yaml", "--chart", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "--chart nowhere: is not a chart: it has no Chart.yaml\n")
