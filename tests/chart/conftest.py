@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from chart.manifests import HELMS, VALUES_FILES, Object, render
 
 

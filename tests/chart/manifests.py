@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
 from helm_binaries import helm_binary
 
 ROOT = Path(__file__).parents[2]

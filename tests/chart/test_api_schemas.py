@@ -12,6 +12,7 @@ import kubernetes_validate
 import kubernetes_validate.utils
 import pytest
 import yaml
+
 from chart.manifests import CHART, MINIMAL, Object, merged, one, pods, render
 
 OLDEST = "1.28"  # Chart.yaml: kubeVersion

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
 from genvalues.cluster.config import load as load_cluster_config
 
@@ -100,7 +101,9 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
             assert container["resources"]["requests"]["cpu"] == "3"
         of_job = each.owner["spec"].get("runPolicy", each.owner["spec"])
         assert of_job["backoffLimit"] == 0, "a 0 is not nothing"
-        has_own_deadline = each.stage == "cleanup" or (where == "stageDefaults" and "activeDeadlineSeconds" in keys[key])
+        has_own_deadline = each.stage == "cleanup" or (
+            where == "stageDefaults" and "activeDeadlineSeconds" in keys[key]
+        )
         if not has_own_deadline:
             assert of_job["activeDeadlineSeconds"] == 3600
     assert seen == (keys.keys() - {"runner"} if mode == "attached" else {"cleanup", "runner"})
@@ -156,8 +159,7 @@ def notes(values: Values, helm: int, folder: Path) -> str:
     text = (chart / "templates/NOTES.txt").read_text()
     (chart / "templates/_notes.tpl").write_text('{{- define "notes" }}' + text + "{{ end }}")
     (chart / "templates/zz-notes.yaml").write_text(
-        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: notes\n"
-        'data:\n  notes: {{ include "notes" . | toJson }}\n'
+        'apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: notes\ndata:\n  notes: {{ include "notes" . | toJson }}\n'
     )
     return str(one(render(values, helm=helm, chart=chart), "ConfigMap", "notes")["data"]["notes"])
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+
 from chart.manifests import MINIMAL, Object, Values, config, merged, pods, render
 
 RELEASES = [
@@ -25,9 +26,7 @@ STATIC: Values = {
     }
 }
 OWN_CLASS: Values = {
-    "storage": {
-        "fsx": {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
-    }
+    "storage": {"fsx": {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}}
 }
 
 
@@ -44,7 +43,9 @@ def test_no_two_releases_share_an_object(mode: str) -> None:
     releases = [release for release in RELEASES if mode == "attached" or len(release) <= 49]
     values = merged(MINIMAL, STATIC, {"pipeline": {"mode": mode}})
     found = Counter(
-        identity for release in releases for identity in identities(render(values, release=release, namespace="research"))
+        identity
+        for release in releases
+        for identity in identities(render(values, release=release, namespace="research"))
     )
     assert [identity for identity, count in found.items() if count > 1] == []
 
@@ -67,7 +68,9 @@ def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storag
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: int) -> None:
-    objects = render(merged(MINIMAL, {"parallelism": {"nodes": 99, "dataParallelSize": 198}}), helm=helm, release=release)
+    objects = render(
+        merged(MINIMAL, {"parallelism": {"nodes": 99, "dataParallelSize": 198}}), helm=helm, release=release
+    )
     for item in objects:
         name = item["metadata"]["name"]
         assert isinstance(name, str) and DNS_NAME.fullmatch(name) and len(name) <= 253

@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+
 from chart.manifests import CHART, CI_FILES, MINIMAL, ROOT, Refused, render, run_helm
 
 DRAFT_07 = {
@@ -55,7 +56,7 @@ def test_both_helms_render_the_same(values_file: Path) -> None:
 
 def test_the_lock_at_the_top_is_the_charts_own() -> None:
     assert (ROOT / "Chart.lock").is_symlink()
-    assert os.readlink(ROOT / "Chart.lock") == "chart/Chart.lock"
+    assert str((ROOT / "Chart.lock").readlink()) == "chart/Chart.lock"
     locked = yaml.safe_load((ROOT / "Chart.lock").read_text())
     assert locked["dependencies"] == [{"name": "storage", "repository": "", "version": "0.1.0"}]
 
@@ -142,7 +143,9 @@ def test_values_yaml_explains_each_section() -> None:
     lines = (CHART / "values.yaml").read_text().splitlines()
     for number, line in enumerate(lines):
         if line and not line.startswith((" ", "#")):
-            assert lines[number - 1].startswith("#") or "#" in line, f"values.yaml:{number + 1}: {line} is not explained"
+            assert lines[number - 1].startswith("#") or "#" in line, (
+                f"values.yaml:{number + 1}: {line} is not explained"
+            )
 
 
 def test_the_minimal_values_render(helm: int) -> None:

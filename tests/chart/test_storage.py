@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from chart.manifests import MINIMAL, Object, Values, annotation, config, hooks, merged, one, pods, render
 
 KINDS = {"PersistentVolumeClaim", "PersistentVolume", "StorageClass"}
@@ -37,7 +38,11 @@ def test_fsx_is_a_claim_of_a_class_that_exists(helm: int) -> None:
 
 
 def test_fsx_with_a_class_of_the_releases_own(helm: int) -> None:
-    fsx = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-0123456a", "sg-0123456b"]}
+    fsx = {
+        "createStorageClass": True,
+        "subnetId": "subnet-01234567",
+        "securityGroupIds": ["sg-0123456a", "sg-0123456b"],
+    }
     made = {item["kind"]: item for item in storage({"fsx": fsx}, helm)}
     assert made.keys() == {"StorageClass", "PersistentVolumeClaim"}
     storage_class = made["StorageClass"]
@@ -53,7 +58,11 @@ def test_fsx_with_a_class_of_the_releases_own(helm: int) -> None:
 
 
 def test_fsx_static_binds_this_claim_to_that_file_system(helm: int) -> None:
-    static = {"fileSystemId": "fs-01234567", "dnsName": "fs-01234567.fsx.eu-west-1.amazonaws.com", "mountName": "12345678"}
+    static = {
+        "fileSystemId": "fs-01234567",
+        "dnsName": "fs-01234567.fsx.eu-west-1.amazonaws.com",
+        "mountName": "12345678",
+    }
     made = {item["kind"]: item for item in storage({"kind": "fsx-static", "static": static}, helm)}
     assert made.keys() == {"PersistentVolume", "PersistentVolumeClaim"}
     volume, claim = made["PersistentVolume"], made["PersistentVolumeClaim"]
