@@ -2,7 +2,7 @@
     Every name, one helper. Nothing else spells a name.
 
     The longest name is that of a PyTorchJob's worker pod, which is also its host name (at most 63 characters):
-        FULLNAME-compile-REVISION-worker-NN      40 + 9 + 4 + 10
+        FULLNAME-compile-REVISION-worker-1023      38 + 9 + 4 + 12
 */}}
 
 {{- /* The release's name. A name that is too long, has dots, or begins with a digit (the training operator makes a
@@ -11,10 +11,10 @@
 {{- define "llama-lora.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride }}
-{{- else if regexMatch "^[a-z][-a-z0-9]{0,39}$" .Release.Name }}
+{{- else if regexMatch "^[a-z][-a-z0-9]{0,37}$" .Release.Name }}
 {{- .Release.Name }}
 {{- else }}
-{{- printf "r-%s" .Release.Name | replace "." "-" | trunc 31 | trimSuffix "-" }}-{{ sha256sum .Release.Name | trunc 8 }}
+{{- printf "r-%s" .Release.Name | replace "." "-" | trunc 29 | trimSuffix "-" }}-{{ sha256sum .Release.Name | trunc 8 }}
 {{- end }}
 {{- end }}
 

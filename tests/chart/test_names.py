@@ -12,7 +12,7 @@ from chart.manifests import MINIMAL, Object, Values, config, merged, pods, rende
 RELEASES = [
     *("llama", "llama-train", "llama-run", "llama-lora", "train", "a"),
     *("123", "1e5", "true", "a.b", "a-b", "0.0"),
-    *("x" * 40, "x" * 41, "x" * 52 + "a", "x" * 52 + "b", "x" * 30 + ".y", "x" * 30 + "-y"),
+    *("x" * 38, "x" * 39, "x" * 52 + "a", "x" * 52 + "b", "x" * 30 + ".y", "x" * 30 + "-y"),
 ]
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -69,7 +69,7 @@ def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storag
 @pytest.mark.parametrize("release", RELEASES)
 def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: int) -> None:
     objects = render(
-        merged(MINIMAL, {"parallelism": {"nodes": 99, "dataParallelSize": 198}}), helm=helm, release=release
+        merged(MINIMAL, {"parallelism": {"nodes": 1024, "dataParallelSize": 2048}}), helm=helm, release=release
     )
     for item in objects:
         name = item["metadata"]["name"]
@@ -78,7 +78,7 @@ def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: i
             assert DNS_LABEL.fullmatch(name), "it is a label of the Job's pods"
         if item["kind"] == "PyTorchJob":
             later = re.sub(r"-1$", "-9999", name)
-            assert SERVICE.fullmatch(f"{later}-worker-98"), "a worker's pod, host name and Service"
+            assert SERVICE.fullmatch(f"{later}-worker-1023"), "a worker's pod, host name and Service"
         for metadata in [item["metadata"], *(each.template["metadata"] for each in pods([item]))]:
             for label, value in metadata["labels"].items():
                 assert isinstance(value, str) and LABEL_VALUE.fullmatch(value), f"{label}: {value!r}"

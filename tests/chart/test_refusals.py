@@ -55,7 +55,7 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "unknown key of FSx": ({"storage": {"fsx": {"throughput": 1}}}, "throughput"),
     "no size": ({"storage": {"size": "big"}}, "size"),
     "no access mode": ({"storage": {"accessModes": []}}, "accessModes"),
-    "full name too long for worker pods": ({"fullnameOverride": "x" * 41}, "fullnameOverride"),
+    "full name too long for worker pods": ({"fullnameOverride": "x" * 39}, "fullnameOverride"),
     "full name that no Service can have": ({"fullnameOverride": "1st"}, "fullnameOverride"),
     "run name that leaves its folder": ({"name": "../other"}, "name"),
 }
