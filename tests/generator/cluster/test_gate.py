@@ -200,6 +200,21 @@ def test_status_2_is_seen_though_the_operator_deletes_the_pods_at_once(
     assert running.fails().status == 2
 
 
+def test_pods_are_watched_again_after_the_api_server_was_away(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    slow = Pace(interval=0.5, progress=0.0, last_words=0.3)
+    running, operator = released_and_running(fake, api, config, pace=slow)
+    fake.away = True
+    time.sleep(0.1)
+    watches = fake.requests.count(("watch", "pods"))
+    fake.away = False
+    until(lambda: fake.requests.count(("watch", "pods")) > watches)
+    operator.end_worker(0, 2)
+    operator.fail()
+    assert running.fails().status == 2
+
+
 def test_an_earlier_job_with_the_same_fingerprint_is_followed_and_the_new_one_deleted(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
