@@ -45,10 +45,11 @@ evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise 
 {{- $processes := mul $layout.nodes $layout.processesPerNode }}
 {{- $copies := mul $layout.tensorParallelSize $layout.dataParallelSize }}
 {{- if ne $processes $copies }}
-parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}.
-{{- if mod $processes $layout.tensorParallelSize }} Make parallelism.tensorParallelSize a divisor of {{ $processes }}.
-{{- else }} Set parallelism.dataParallelSize to {{ div $processes $layout.tensorParallelSize }}.
+{{- $fix := printf "Set parallelism.dataParallelSize to %d" (div $processes $layout.tensorParallelSize) }}
+{{- if mod $processes $layout.tensorParallelSize }}
+{{- $fix = printf "Make parallelism.tensorParallelSize a divisor of %d" $processes }}
 {{- end }}
+parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}. {{ $fix }}.
 {{- end }}
 {{- if and (eq .Values.backend "cpu") (gt (int $layout.tensorParallelSize) 1) }}
 parallelism.tensorParallelSize is {{ $layout.tensorParallelSize }}, but backend cpu is data parallel only. Set it to 1, or backend to neuron.
