@@ -30,9 +30,10 @@ spec:
   serviceAccountName: {{ .account }}
   automountServiceAccountToken: {{ default false .callsApi }}
   enableServiceLinks: false
-  restartPolicy: {{ ternary "OnFailure" "Never" (default false .trains) }}
   {{- if .trains }}
   terminationGracePeriodSeconds: 120      # to save a checkpoint
+  {{- else }}
+  restartPolicy: Never      # what a podFailurePolicy needs; of a PyTorchJob it is the replica's
   {{- end }}
   {{- with $values.image.pullSecrets }}
   imagePullSecrets:

@@ -137,7 +137,8 @@ def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> No
         assert nodes == config(objects, "cluster.yaml")["job"]["nodes"]
         assert spec["runPolicy"]["cleanPodPolicy"] == "None", "the first worker's end would kill the others"
         assert spec["pytorchReplicaSpecs"]["Worker"]["restartPolicy"] == "OnFailure"
-        [container] = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        assert "restartPolicy" not in spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"], "the operator warns"
+        [container] = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
         assert container["name"] == "pytorch", "the operator looks for a container of this name"
 
 
