@@ -236,9 +236,8 @@ def judge_access(claim: Object, config: ClusterConfig) -> Finding | None:
 
 def judge_pending(subject: str, claim: Object, events: list[Object], describe: str) -> Finding:
     # "ExternalProvisioning" comes again and again, from Kubernetes itself, until somebody takes the claim up.
-    latest = next(
-        (event for event in events if event["reason"] != "ExternalProvisioning"), events[0] if events else None
-    )
+    telling = [event for event in events if event["reason"] != "ExternalProvisioning"]
+    latest = next(iter(telling or events), None)
     if latest is None:
         return Finding("warning", subject, "Pending, and nobody has said why yet", describe)
     reason, message = latest["reason"], " ".join(latest.get("message", "").split())

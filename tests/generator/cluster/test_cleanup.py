@@ -16,9 +16,9 @@ from genvalues.cluster.cleanup import StillRunning, cleanup
 Object = dict[str, Any]
 
 
-def clean(api: Api, release: str = "demo", timeout: float = 5.0, **options: Any) -> list[str]:
+def clean(api: Api, release: str = "demo", timeout: float = 5.0, interval: float = 0.02, **options: Any) -> list[str]:
     said: list[str] = []
-    cleanup(api, release, timeout, said.append, interval=0.02, **options)
+    cleanup(api, release, timeout, said.append, interval=interval, **options)
     return said
 
 
@@ -79,12 +79,13 @@ def test_a_stage_that_a_live_helm_client_starts_meanwhile_is_stopped_too(fake: F
 
     def next_stage(deleted: Object) -> None:
         if deleted["metadata"]["name"] == "demo-tokenize":
-            add_job(fake, "demo-merge", "merge")
+            threading.Timer(0.2, add_job, (fake, "demo-merge", "merge")).start()
 
     fake.after.append(("delete", "jobs", next_stage))
     add_job(fake, "demo-tokenize", "tokenize")
-    clean(api)
-    assert fake.names("jobs") == []
+    clean(api, interval=0.1)
+    assert ("jobs", "demo-merge") not in fake.objects
+    assert any(change == "ADDED" and item["metadata"]["name"] == "demo-merge" for change, _, item in fake.changes)
 
 
 def test_its_own_job_other_releases_and_what_is_no_stage_are_not_touched(fake: FakeApi, api: Api) -> None:

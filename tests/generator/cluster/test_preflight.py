@@ -158,12 +158,12 @@ def test_a_claim_that_waits_for_its_first_consumer_is_fine(ready: FakeApi, api: 
         ("ProvisioningFailed", "rpc error: code = DeadlineExceeded desc = context deadline exceeded"),
     ],
 )
-def test_an_fsx_claim_that_is_being_created_is_no_error_and_not_waited_for(
+def test_an_fsx_claim_that_is_being_created_is_no_error(
     ready: FakeApi, api: Api, config: ClusterConfig, reason: str, message: str
 ) -> None:
     pending = again(ready, "persistentvolumeclaims", claim("Pending"))
-    add_event(ready, pending, "ExternalProvisioning", "Waiting for a volume", at="2025-01-01T00:00:00Z")
-    add_event(ready, pending, reason, message)
+    add_event(ready, pending, reason, message, at="2025-01-01T00:00:00Z")
+    add_event(ready, pending, "ExternalProvisioning", "Waiting for a volume")  # which is said again and again
     finding = one_problem(api, config)
     assert finding.level == "warning"
     assert "10 minutes" in finding.found
@@ -237,9 +237,7 @@ def test_a_secret_without_the_key_names_its_keys_and_no_value(ready: FakeApi, ap
     assert TOKEN not in everything and "hf_secret_value" not in everything
 
 
-def test_no_secret_configured_needs_no_secret_and_no_right_to_read_one(
-    ready: FakeApi, api: Api, values: Object
-) -> None:
+def test_no_secret_configured_needs_no_right_to_read_one(ready: FakeApi, api: Api, values: Object) -> None:
     values["secret"] = None
     assert problems(api, ClusterConfig.model_validate(values)) == []
     assert ("get", "secrets") not in ready.requests
