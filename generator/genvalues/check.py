@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
+import pydantic
 from jsonschema.exceptions import ValidationError
 
 from genvalues.document import SECRET_KEYS, TOKEN, Document, KeyPath, Mistake, dotted, one_line
@@ -55,7 +56,13 @@ def check(document: Document) -> Inputs:
     """The inputs, or every mistake in them."""
     mistakes = [*document.mistakes, *schema_mistakes(document.value), *rule_mistakes(document), *tokens(document.value)]
     document.raise_mistakes(first_of_each_place(mistakes, document))
-    return Inputs.model_validate(document.value)
+    try:
+        return Inputs.model_validate(document.value)
+    except pydantic.ValidationError as error:  # in JSON schema, as Python reads it, $ lets a last line break through
+        document.raise_mistakes(
+            Mistake(key := tuple(problem["loc"]), pattern_words(key, problem["input"])) for problem in error.errors()
+        )
+        raise
 
 
 def first_of_each_place(mistakes: list[Mistake], document: Document) -> Iterator[Mistake]:

@@ -289,6 +289,15 @@ def test_one_failing_worker_stops_the_others_and_status_2_counts_most(laptop: La
     assert laptop.sleeping() == []
 
 
+def test_status_2_of_any_worker_is_the_stages_whoever_ended_first(laptop: Laptop) -> None:
+    waits = "touch /workspace/waits; trap 'exit 2' TERM; while true; do sleep 0.05; done"
+    fails = "while ! [ -e /workspace/waits ]; do sleep 0.05; done; sleep 0.2; exit 1"
+    laptop.chart(
+        pytorchjob("train", 1, f"if mkdir /workspace/one 2>/dev/null; then {waits}; else {fails}; fi", workers=2)
+    )
+    assert laptop.run()[0] == 2
+
+
 ORPHANS = (
     "SLEEP & setsid SLEEP & (setsid sh -c 'trap \"\" TERM; SLEEP; SLEEP' &) ; "  # one that SIGTERM does not end
     "SLEEP; SLEEP"
@@ -341,6 +350,18 @@ def test_a_workspace_has_one_run_at_a_time_and_the_next_one_when_that_is_gone(la
     (laptop.workspace / "done").touch()
     time.sleep(1)  # for the supervisor to follow
     assert laptop.run()[0] == 0
+
+
+@needs_proc
+def test_a_workspace_is_taken_until_the_last_process_of_a_killed_run_is_gone(laptop: Laptop) -> None:
+    laptop.chart(job("stubborn", 1, "trap '' TERM; while true; do SLEEP; done"))
+    process = laptop.start()
+    laptop.wait_for_sleeping(1)
+    process.kill()
+    process.wait()
+    status, _, err = laptop.run()
+    assert (status, "is at work here" in err) == (2, True)
+    laptop.wait_for_sleeping(0)
 
 
 def test_helms_own_words_tell_why_a_chart_does_not_render(laptop: Laptop) -> None:
