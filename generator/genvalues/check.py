@@ -59,9 +59,10 @@ def check(document: Document) -> Inputs:
     try:
         return Inputs.model_validate(document.value)
     except pydantic.ValidationError as error:  # in JSON schema, as Python reads it, $ lets a last line break through
-        document.raise_mistakes(
-            Mistake(key := tuple(problem["loc"]), pattern_words(key, problem["input"])) for problem in error.errors()
-        )
+        keys = [problem["loc"] for problem in error.errors()]
+        # A place in the model may be deeper than in the file: ("model", "ModelPath")
+        keys = [next(key[:end] for end in range(len(key), -1, -1) if key[:end] in document.positions) for key in keys]
+        document.raise_mistakes(Mistake(key, pattern_words(key, get(document.value, dotted(key), str))) for key in keys)
         raise
 
 
