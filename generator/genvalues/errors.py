@@ -15,7 +15,7 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """Something the user must change. ``where`` is a file:line:column and key, a file, or a flag; ``fix`` says what to write."""
+    """Something the user must change. ``where`` is a place in a file, a file, or a flag; ``fix`` says what to write."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what = what.rstrip(".")

@@ -54,8 +54,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.chmod(0o777 & ~current_umask())
     try:
         yield partial
-        for item in [*partial.rglob("*"), partial]:
-            sync(item)
+        settle(partial)
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)) / path.name
             path.rename(replaced)
@@ -67,6 +66,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def settle(folder: Path) -> None:
+    """Before a folder gets its name: everything in it on the disk, and readable for the users the umask lets read.
+
+    safetensors writes its files with mode 0600, whatever the umask.
+    """
+    for item in [*folder.rglob("*"), folder]:
+        if item.is_file():
+            item.chmod(0o666 & ~current_umask())
+        sync(item)
 
 
 def sync(path: Path) -> None:

@@ -46,8 +46,7 @@ def _resumable_folder(target: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own notes
-    for item in [*folder.rglob("*"), folder]:
-        files.sync(item)
+    files.settle(folder)
     folder.rename(target)
 
 

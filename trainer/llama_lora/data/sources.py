@@ -49,7 +49,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _object(line, f"{path}:{number}")
+                yield _object(line.rstrip("\n"), f"{path}:{number}")
 
 
 def _object(text: str, place: str) -> Row:

@@ -1,0 +1,86 @@
+"""Real text that every machine has: questions and answers from the Python standard library's own docstrings."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import json
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+
+from genvalues import files
+
+# Importing these opens a browser, prints a poem, or wants a display.
+NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3", "test", "__main__"}
+SHORTEST_ANSWER = 20  # characters: below, a docstring says nothing
+
+
+def question_rows() -> list[dict[str, str]]:
+    """{"question", "answer"} rows, deduplicated by answer, in a stable order."""
+    answers: dict[str, str] = {}
+    for module in standard_modules():
+        for name, docstring in documented(module):
+            if len(docstring) >= SHORTEST_ANSWER:
+                answers.setdefault(docstring, name)
+    return [{"question": f"What does `{name}` do in Python?", "answer": answer} for answer, name in answers.items()]
+
+
+def standard_modules() -> Iterator[ModuleType]:
+    """The standard library's public modules and submodules, by name, without those this machine cannot import."""
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith("_") or name in NOT_IMPORTED:
+            continue
+        module = import_quietly(name)
+        if module is None:
+            continue
+        yield module
+        for found in sorted(pkgutil.iter_modules(getattr(module, "__path__", [])), key=lambda found: found.name):
+            if not found.name.startswith("_") and found.name not in NOT_IMPORTED:
+                submodule = import_quietly(f"{name}.{found.name}")
+                if submodule is not None:
+                    yield submodule
+
+
+def import_quietly(name: str) -> ModuleType | None:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module(name)
+        except (ImportError, AttributeError, OSError, SystemExit):
+            return None  # not built here, or for another system
+
+
+def documented(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """(dotted name, docstring) of what the module itself defines: functions, classes, and their methods."""
+    for name, member in sorted(vars(module).items()):
+        if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
+            continue
+        if not (inspect.isroutine(member) or inspect.isclass(member)):
+            continue
+        yield from docstring_of(f"{module.__name__}.{name}", member)
+        if inspect.isclass(member):
+            for method_name, method in sorted(vars(member).items()):
+                if not method_name.startswith("_") and inspect.isroutine(method):
+                    yield from docstring_of(f"{module.__name__}.{name}.{method_name}", method)
+
+
+def docstring_of(name: str, member: object) -> Iterator[tuple[str, str]]:
+    docstring = getattr(member, "__doc__", None)
+    if isinstance(docstring, str):
+        yield name, re.sub(r" at 0x[0-9a-f]+", "", inspect.cleandoc(docstring))  # addresses change from run to run
+
+
+def write_rows(path: Path) -> int:
+    """Write the rows as JSON lines; the number of them. The file is left as it is when nothing changes."""
+    rows = question_rows()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        files.write_text(path, text)
+    return len(rows)

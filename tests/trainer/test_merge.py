@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from genvalues import files
+from trainer.conftest import Run, llama_lora_here, make_model
+
+
+def make_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """A random adapter, by peft itself."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"], **settings}
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": "all-linear", "r": 3}])
+def test_the_merge_is_bit_identical_to_pefts(
+    tmp_path: Path, dtype: str, adapter_dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = make_model(tmp_path / "base", dtype=dtype, max_shard_size="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 1, "one shard would prove less"
+    adapter = make_adapter(base, tmp_path / "adapter", adapter_dtype, **settings)
+    llama_lora_here("merge", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
+
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)), adapter
+    ).merge_and_unload()
+    expected, merged, before = theirs.state_dict(), weights_of(tmp_path / "merged"), weights_of(base)
+    assert merged.keys() == expected.keys()
+    assert all(
+        torch.equal(merged[name], expected[name]) and merged[name].dtype == expected[name].dtype for name in merged
+    )
+    assert any(not torch.equal(merged[name], before[name]) for name in merged)
+
+
+def test_the_runs_merged_model_loads_in_plain_transformers_and_generates(whole_run: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole_run.paths.merged)
+    tokenizer = AutoTokenizer.from_pretrained(whole_run.paths.merged)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    assert model.generate(**ids, max_new_tokens=3, pad_token_id=0).shape[1] > ids.input_ids.shape[1]
+    assert model.generation_config.max_length == 77, "the generation config came with it"
+
+
+def test_only_targeted_tensors_change_and_every_other_file_is_copied(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", max_shard_size="40KB")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    llama_lora_here("merge", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
+    before, after = weights_of(base), weights_of(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.{p}.weight" for i in (0, 1) for p in ("q_proj", "v_proj")}
+    others = {path.name for path in base.iterdir() if path.suffix != ".safetensors"}
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"} <= others
+    for name in others:
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+
+
+def spoil_config(**settings: Any) -> Any:
+    def spoil(base: Path, adapter: Path) -> None:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+    return spoil
+
+
+def spoil_tensors(change: Any) -> Any:
+    def spoil(base: Path, adapter: Path) -> None:
+        file = adapter / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return spoil
+
+
+def zero_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.repeat(2, 1) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def lose_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj.lora_B" not in name}
+
+
+def cut_short(base: Path, adapter: Path) -> None:
+    shard = next(base.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+def lose_shard(base: Path, adapter: Path) -> None:
+    max(base.glob("*.safetensors")).unlink()
+
+
+MISTAKES = {
+    "touches nothing": (spoil_tensors(zero_b), "the adapter changes nothing: every lora_B is zero"),
+    "empty": (spoil_tensors(lambda tensors: {}), "the adapter holds no LoRA factors"),
+    "other layers": (spoil_tensors(rename), "the base model has no model.layers.7.self_attn."),
+    "other shape": (spoil_tensors(widen), "is [32, 32] in the base model, [64, 32] in the adapter"),
+    "half a pair": (spoil_tensors(lose_b), "v_proj.lora_A.weight without its lora_B"),
+    "embedding": (
+        spoil_tensors(lambda tensors: tensors | {"base_model.model.model.norm.weight": torch.zeros(3)}),
+        "holds more than LoRA factors: base_model.model.model.norm.weight",
+    ),
+    "DoRA": (spoil_config(use_dora=True), "use_dora is set. Only plain LoRA can be merged."),
+    "bias": (spoil_config(bias="all"), "bias is 'all'. Only 'none' can be merged."),
+    "another method": (spoil_config(peft_type="IA3"), "peft_type is IA3. Only LORA can be merged."),
+    "no config": (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "no weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+    "torn weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
+    "torn shard": (cut_short, "is cut short. Copy it again"),
+    "missing shard": (lose_shard, "is missing, but the index names it"),
+    "no adapter": (lambda base, adapter: shutil.rmtree(adapter), "--adapter: "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path: Path, mistake: str) -> None:
+    base = make_model(tmp_path / "base", max_shard_size="40KB")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    spoil, message = MISTAKES[mistake]
+    spoil(base, adapter)
+    output = tmp_path / "merged"
+    said = llama_lora_here("merge", "--base", str(base), "--adapter", str(adapter), "--output", str(output), status=2)
+    assert message in said
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+def test_a_run_whose_adapter_changes_nothing_ends_before_it_writes(finished_run: Run) -> None:
+    weights = finished_run.paths.adapter / "adapter_model.safetensors"
+    before = files.sha256(finished_run.paths.merged / "model.safetensors")
+    save_file(zero_b(load_file(weights)), weights, metadata={"format": "pt"})
+    finished_run.paths.manifest("merge").unlink()
+    assert "the adapter changes nothing" in finished_run("merge", status=2)
+    assert files.sha256(finished_run.paths.merged / "model.safetensors") == before
+    assert not finished_run.paths.manifest("merge").exists()

@@ -1,0 +1,145 @@
+"""What a row becomes, token by token. The tokenizer makes every byte a token, so a string shows them all."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from genvalues.errors import UserError
+from llama_lora.data.rendering import IGNORED, TEMPLATE_DATE, Dropped, Renderer
+from llama_lora.data.sources import Row
+from trainer.conftest import byte_tokenizer
+
+
+def shown(tokenizer: Any, format: str, values: dict[str, Any], max_length: int = 1000, **columns: str) -> str:
+    """The row's tokens as text, the trained ones in [brackets]."""
+    example, _ = Renderer(tokenizer, format, columns).example(Row("rows.jsonl:1", values), max_length)
+    assert len(example.input_ids) == len(example.labels)
+    text, trained = "", False
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        assert label in (IGNORED, token)
+        if (label != IGNORED) != trained:
+            trained = not trained
+            text += "[" if trained else "]"
+        text += tokenizer.decode([token])
+    return text + ("]" if trained else "")
+
+
+def test_only_the_answer_and_its_end_token_carry_loss(tokenizer: Any) -> None:
+    assert (
+        shown(tokenizer, "instruction", {"instruction": "Add 1 and 1.", "output": "2"})
+        == "<|start|>user\nAdd 1 and 1.<|end|>\n<|start|>assistant\n[2<|end|>]\n"
+    )
+
+
+def test_the_input_column_joins_the_question(tokenizer: Any) -> None:
+    row = {"instruction": "Shorten.", "context": "A long text.", "response": "Text."}
+    assert (
+        shown(tokenizer, "instruction", row, input="context", output="response")
+        == "<|start|>user\nShorten.\n\nA long text.<|end|>\n<|start|>assistant\n[Text.<|end|>]\n"
+    )
+
+
+def test_every_assistant_turn_carries_loss_and_no_other(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Bye."},
+    ]
+    assert shown(tokenizer, "chat", {"messages": messages}) == (
+        "<|start|>system\nBe brief.<|end|>\n<|start|>user\nHi<|end|>\n<|start|>assistant\n[Yes?<|end|>]\n"
+        "<|start|>user\nBye<|end|>\n<|start|>assistant\n[Bye.<|end|>]\n"
+    )
+
+
+def test_text_carries_loss_on_everything_but_the_first_token(tokenizer: Any) -> None:
+    assert shown(tokenizer, "text", {"text": "One day"}) == "<|bos|>[One day<|end|>]"
+
+
+def test_prompt_and_completion_are_joined_as_written(tokenizer: Any) -> None:
+    assert shown(tokenizer, "prompt-completion", {"prompt": "1+1=", "completion": "2"}) == "<|bos|>1+1=[2<|end|>]"
+
+
+def test_without_a_chat_template_the_stated_prompt_template_is_used_with_real_newlines() -> None:
+    plain = byte_tokenizer(chat_template=None)
+    assert (
+        shown(plain, "instruction", {"instruction": "Add.", "input": "1 1", "output": "2"})
+        == "<|bos|>### Instruction\nAdd.\n\n### Context\n1 1\n\n### Answer\n[2<|end|>]"
+    )
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    assert shown(plain, "chat", {"messages": messages}) == "<|bos|>### User\nHi\n\n### Assistant\n[Yes?<|end|>]\n\n"
+
+
+def test_a_template_that_closes_no_turn_gets_the_end_token() -> None:
+    bare = byte_tokenizer("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+                          "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    assert shown(bare, "instruction", {"instruction": "Hi", "output": "Yes?"}) == "user: Hiassistant: [Yes?<|end|>]"
+
+
+def test_a_template_that_rewrites_earlier_turns_drops_the_row() -> None:
+    forgetful = byte_tokenizer(
+        "{% for message in messages %}{% if loop.last or message['role'] == 'user' %}{{ message['content'] }}<|end|>"
+        "{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"turn {n}"} for n in range(4)]
+    with pytest.raises(Dropped, match="rewrites earlier turns"):
+        shown(forgetful, "chat", {"messages": turns})
+
+
+def test_a_date_in_the_template_is_fixed_and_recorded() -> None:
+    today = byte_tokenizer(
+        "{{ strftime_now('%Y') }} {% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}"
+    )
+    renderer = Renderer(today, "instruction", {})
+    assert renderer.date() == "26 Jul 2024"
+    assert shown(today, "instruction", {"instruction": "Hi", "output": "Yo"}) == "2024 Hi<|end|>[Yo<|end|>]"
+    assert TEMPLATE_DATE.year != datetime.now().year
+    assert Renderer(byte_tokenizer(), "instruction", {}).date() is None
+
+
+def test_a_row_is_cut_at_the_maximum_length_and_said_to_be(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer, "prompt-completion", {})
+    example, cut = renderer.example(Row("x", {"prompt": "abc", "completion": "defgh"}), 6)
+    assert (tokenizer.decode(example.input_ids), cut) == ("<|bos|>abcde", True)
+    assert renderer.example(Row("x", {"prompt": "a", "completion": "b"}), 6)[1] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"instruction": "Hi", "output": ""}, "empty output"),
+        ({"instruction": "Hi", "output": None}, "empty output"),
+        ({"instruction": " ", "output": "Yes"}, "empty instruction"),
+        ({"instruction": "x" * 200, "output": "Yes"}, "prompt fills maxSequenceLength"),
+    ],
+)
+def test_a_row_without_anything_to_learn_is_dropped_with_its_reason(
+    tokenizer: Any, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(Dropped, match=reason):
+        shown(tokenizer, "instruction", values, max_length=100)
+
+
+def test_a_missing_column_is_named_with_its_place_and_the_columns_there_are(tokenizer: Any) -> None:
+    with pytest.raises(UserError) as error:
+        shown(tokenizer, "instruction", {"question": "Hi", "answer": "Yes"})
+    assert str(error.value) == (
+        "rows.jsonl:1: has no column instruction. Set dataset.columns.instruction to one of: question, answer."
+    )
+
+
+@pytest.mark.parametrize("messages", ["Hi", [{"role": "user"}], [["user", "Hi"]]])
+def test_messages_of_another_shape_are_refused(tokenizer: Any, messages: Any) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: column messages is no list of messages"):
+        shown(tokenizer, "chat", {"messages": messages})
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="could not learn to stop"):
+        Renderer(endless, "text", {})

@@ -1,0 +1,193 @@
+"""Fingerprints, manifests and skipping: what `helm upgrade` relies on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genvalues import files
+from genvalues.errors import UserError
+from llama_lora import stage
+from trainer.conftest import Run
+
+ORDER = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
+
+
+def fingerprints(run: Run) -> dict[str, str | None]:
+    config = run.load()
+    return {name: stage.Stage(name, config, run.paths).fingerprint for name in ORDER}
+
+
+def changed(before: dict[str, str | None], after: dict[str, str | None]) -> list[str]:
+    return [name for name in ORDER if before[name] != after[name]]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "reruns"),
+    [
+        ("training", {"learningRate": 2e-2}, ["train", "consolidate", "merge", "evaluate"]),
+        ("training", {"maxSteps": 7}, ["train", "consolidate", "merge", "evaluate"]),
+        ("training", {"seed": 7}, ORDER),
+        ("training", {"maxSequenceLength": 64}, ORDER),
+        ("lora", {"r": 8}, ORDER[1:]),
+        ("dataset", {"evalFraction": 0.2}, ORDER),
+        ("evaluation", {"samples": 1}, ["evaluate"]),
+        ("training", {"saveSteps": 1, "saveTotalLimit": 1}, []),
+        ("parallelism", {"processesPerNode": 2, "dataParallelSize": 2}, []),
+    ],
+)
+def test_a_change_reruns_what_reads_it_and_what_follows(
+    new_run: Callable[..., Run], section: str, change: dict[str, Any], reruns: list[str]
+) -> None:
+    run = new_run()
+    before = fingerprints(run)
+    assert None not in before.values()
+    run.config[section] = {**run.config[section], **change}
+    assert changed(before, fingerprints(run)) == reruns
+
+
+def test_the_content_of_a_source_counts_and_not_its_place(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    before = fingerprints(run)
+    rows = Path(run.config["dataset"]["source"])
+    moved = rows.rename(rows.with_name("moved.jsonl"))
+    run.config["dataset"]["source"] = str(moved)
+    assert changed(before, fingerprints(run)) == []
+    moved.write_text(moved.read_text() + '{"q": "More?", "a": "More."}\n')
+    assert changed(before, fingerprints(run)) == ORDER
+
+
+def test_an_unchanged_file_is_not_read_again(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run()
+    run("tokenize")
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail(f"read {path}"))
+    assert fingerprints(run)["tokenize"] == run.manifest("tokenize")["fingerprint"]
+
+
+def test_a_source_that_is_gone_is_still_the_one_that_was_taken(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run("tokenize")
+    Path(run.config["dataset"]["source"]).unlink()
+    assert "skipped" in run("tokenize")
+
+
+def test_a_second_run_skips_every_stage_in_seconds_and_writes_nothing(finished_run: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.workspace.rglob("*") if path.is_file()}
+    for name in ORDER:
+        began = time.monotonic()
+        assert "nothing changed, skipped" in finished_run(name, COLUMNS="80")  # as a process, as a pod does
+        assert time.monotonic() - began < 5, "torch was imported, or something was read again"
+    assert {path: path.stat().st_mtime_ns for path in finished_run.workspace.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_learning_rate_reruns_train_and_what_follows(finished_run: Run) -> None:
+    finished_run.config["training"]["learningRate"] = 3e-3
+    assert ["skipped" in finished_run(name) for name in ORDER] == [True, True, False, False, False, False]
+
+
+def test_going_back_to_the_former_learning_rate_trains_no_step_again(finished_run: Run) -> None:
+    finished_run.config["training"]["learningRate"] = 3e-3
+    finished_run("train")
+    finished_run.config["training"]["learningRate"] = 1e-2
+    assert "resuming from" in (said := finished_run("train")) and "step 6/6" not in said
+
+
+def test_a_missing_output_is_made_again(finished_run: Run) -> None:
+    report = finished_run.paths.report
+    text = report.read_text()
+    report.write_text("")
+    assert json.loads(finished_run("fingerprint", "evaluate"))["upToDate"] is False
+    files.write_text(report, text)
+    assert json.loads(finished_run("fingerprint", "evaluate"))["upToDate"] is True
+
+
+@pytest.mark.parametrize("name", ORDER[1:])
+def test_a_stage_whose_upstream_is_not_done_ends_with_status_2(new_run: Callable[..., Run], name: str) -> None:
+    run = new_run()
+    said = run(name, status=2)
+    assert "whose manifest is missing. Run `llama-lora" in said
+    assert not run.paths.manifest(name).exists()
+
+
+def test_fingerprint_answers_what_the_gate_asks(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    answer = json.loads(run("fingerprint", "train"))
+    assert answer == {
+        "stage": "train",
+        "fingerprint": fingerprints(run)["train"],
+        "upToDate": False,
+        "manifest": str(run.paths.manifest("train")),
+        "progress": str(run.paths.progress),
+    }
+    run.config["model"] = {"id": "meta-llama/Meta-Llama-3.1-8B"}  # not resolved yet, and not asked for
+    assert json.loads(run("fingerprint", "train"))["fingerprint"] is None
+
+
+def test_a_stage_killed_while_it_writes_leaves_nothing_that_looks_finished(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run("tokenize")
+    tokenize = stage.Stage("tokenize", run.load(), run.paths)
+    merged = run.paths.merged
+    with pytest.raises(KeyboardInterrupt), tokenize.output(merged) as folder:
+        (folder / "half.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert not merged.exists() and tokenize.manifest is None
+    leftover = merged.parent / f".{merged.name}{files.PARTIAL}killed"  # as SIGKILL leaves it
+    leftover.mkdir()
+    with tokenize.output(merged) as folder:
+        (folder / "whole.safetensors").write_text("whole")
+    assert sorted(path.name for path in merged.iterdir()) == ["whole.safetensors"]
+    assert not leftover.exists()
+
+
+def test_manifests_name_every_output_with_its_digest(whole_run: Run) -> None:
+    for name in ORDER:
+        manifest = whole_run.manifest(name)
+        assert manifest["outputs"] or name == "compile"
+        for output, recorded in manifest["outputs"].items():
+            file = whole_run.workspace / output
+            assert recorded == {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        assert {"torch", "transformers", "peft"} <= set(manifest["versions"])
+
+
+def test_outputs_can_be_read_by_whom_the_umask_lets_read(whole_run: Run) -> None:
+    for path in whole_run.workspace.rglob("*"):
+        assert path.stat().st_mode & 0o666 == 0o666 & ~files.current_umask(), path
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    files.write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(file, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(file, "\ud800")
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_config_with_mistakes_is_refused_with_all_of_them(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.config["lora"] = {"rank": 8, "alpha": -1, "dropout": 0.0, "targetModules": ["q_proj"]}
+    said = run("tokenize", status=2)
+    assert (
+        "lora.r: Field required" in said and "lora.rank: Extra inputs" in said and "lora.alpha: Input should be" in said
+    )
+
+
+def test_a_backend_that_is_not_there_is_refused(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run("tokenize")
+    run.config["backend"] = "neuron"
+    assert "backend: this image has no backend 'neuron'" in run("compile", status=2)
+
+
+def test_user_errors_name_place_and_fix() -> None:
+    assert str(UserError("unknown key.", where="a.yaml:1:2 lora.rank", fix="Did you mean lora.r?")) == (
+        "a.yaml:1:2 lora.rank: unknown key. Did you mean lora.r?"
+    )

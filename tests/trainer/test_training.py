@@ -1,0 +1,277 @@
+"""The training loop for real, on a tiny Llama: any number of workers, killed and resumed, gives the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genvalues import files
+from trainer.conftest import TWO_PROCESSES, Run
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    checkpoint = run.workspace / run.manifest("train")["facts"]["checkpoint"]
+    lines = (checkpoint.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(run: Run) -> list[float]:
+    return [step["loss"] for step in metrics(run)]
+
+
+def adapter_digest(run: Run) -> str:
+    run("consolidate")
+    return files.sha256(run.paths.adapter / "adapter_model.safetensors")
+
+
+def prepared(run: Run) -> Run:
+    run("tokenize")
+    run("compile")
+    return run
+
+
+def train_command(run: Run) -> list[str]:
+    llama_lora = str(Path(sys.executable).with_name("llama-lora"))
+    return [llama_lora, "train", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_training_lowers_the_loss_and_reports_every_step(whole_run: Run) -> None:
+    steps = metrics(whole_run)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.02
+    assert [step["learning_rate"] for step in steps] == pytest.approx([0, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
+    progress = json.loads(whole_run.paths.progress.read_text())
+    assert (progress["step"], progress["totalSteps"], progress["etaSeconds"]) == (6, 6, 0)
+    folder = whole_run.workspace / Path(whole_run.manifest("train")["facts"]["checkpoint"]).parent
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_one_and_two_processes_with_the_same_global_batch_have_the_same_losses(
+    new_run: Callable[..., Run], whole_run: Run
+) -> None:
+    one = prepared(new_run(training={"gradientAccumulationSteps": 4}))
+    one("train")
+    assert whole_run.config["parallelism"]["processesPerNode"] == 2
+    assert losses(one) == pytest.approx(losses(whole_run), abs=1e-4)
+
+
+def test_the_losses_are_those_of_a_plain_loop_with_transformers_and_peft(whole_run: Run) -> None:
+    """Divided by the trained tokens of the whole step, though the micro-batches have unequal numbers of them."""
+    import torch
+    from datasets import load_from_disk
+
+    from llama_lora.backends.cpu import load_lora_model
+    from llama_lora.plan import Plan
+
+    config = whole_run.load()
+    facts = whole_run.manifest("tokenize")["facts"]
+    rows = load_from_disk(str(whole_run.workspace / facts["dataset"] / "train"))
+    model = load_lora_model(whole_run.workspace / facts["model"], config.lora, config.training.seed).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, weight_decay=config.training.weight_decay)
+    plan, expected, token_counts = Plan(len(rows), 2, config.training), [], set()
+    for step in range(6):
+        total, tokens = torch.zeros(()), 0
+        for index in plan.step_rows(step):
+            row, begin = rows[index], 0
+            token_counts.add(sum(label != -100 for label in row["labels"]))
+            for length in row["lengths"]:  # each packed example on its own
+                ids = torch.tensor([row["input_ids"][begin : begin + length]])
+                labels = torch.tensor([row["labels"][begin : begin + length]])
+                logits = model(input_ids=ids).logits
+                total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+                tokens += int((labels != -100).sum())
+                begin += length
+        (total / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, config.training.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = plan.learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((total / tokens).item())
+    assert len(token_counts) > 1, "rows with equal token counts would prove nothing"
+    assert losses(whole_run) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(new_run: Callable[..., Run]) -> None:
+    """With dropout on, and by SIGKILL at a step that no checkpoint has."""
+    settings: dict[str, Any] = {
+        "lora": {"dropout": 0.1},
+        "training": {"maxSteps": 30, "saveSteps": 4},
+        "parallelism": TWO_PROCESSES,
+    }
+    undisturbed = prepared(new_run("undisturbed", **settings))
+    undisturbed("train")
+    killed = undisturbed.copy(undisturbed.folder.parent / "killed")
+    checkpoints = killed.paths.checkpoints(killed.manifest("train")["fingerprint"])
+    shutil.rmtree(checkpoints)
+    killed.paths.manifest("train").unlink()
+
+    trainer = subprocess.Popen(train_command(killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: any(checkpoints.glob("step-*")))
+    children = worker_pids(trainer.pid)
+    assert len(children) == 2
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in children), seconds=10)
+    assert not killed.paths.manifest("train").exists()
+    (checkpoints / f".step-000008{files.PARTIAL}killed").mkdir()  # as a kill in the middle of a save leaves it
+
+    said = killed("train")
+    assert re.search(r"resuming from .*step-0000(04|08|12|16|20|24)", said)
+    assert losses(killed) == losses(undisturbed)
+    assert adapter_digest(killed) == adapter_digest(undisturbed)
+    assert not list(checkpoints.glob(f".*{files.PARTIAL}*"))
+
+
+def worker_pids(launcher: int) -> list[int]:
+    """The workers that a launcher has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher:
+                found.append(int(entry.name))
+        except (OSError, IndexError):
+            continue
+    return [pid for pid in found if "llama_lora.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_a_terminated_launcher_takes_its_workers_with_it(new_run: Callable[..., Run]) -> None:
+    run = prepared(new_run(training={"maxSteps": 5000}, parallelism=TWO_PROCESSES))
+    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(run.paths.progress.exists)
+    workers = worker_pids(trainer.pid)
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(timeout=60) == 128 + signal.SIGTERM
+    assert workers and not any(is_alive(pid) for pid in workers)
+
+
+def test_two_nodes_train_as_one(new_run: Callable[..., Run], whole_run: Run) -> None:
+    """Two launchers that meet by torchrun's own variables, as the training operator sets them."""
+    run = whole_run.copy(new_run().folder / "two-nodes")
+    shutil.rmtree(run.paths.checkpoints(run.manifest("train")["fingerprint"]))
+    run.paths.manifest("train").unlink()
+    run.config["parallelism"] = {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2}
+    environment = {
+        **os.environ,
+        "PET_NNODES": "2:2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+    nodes = [subprocess.Popen(train_command(run), env=environment) for _ in range(2)]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert losses(run) == losses(whole_run)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def test_a_worker_that_wants_a_change_ends_the_stage_with_status_2_and_one_message(new_run: Callable[..., Run]) -> None:
+    run = prepared(new_run(training={"lrScheduler": "constant", "warmupRatio": 0.0}))
+    run.config["training"]["learningRate"] = 1e30
+    said = run("train", status=2)
+    assert said.count("training.learningRate: the loss of step") == 1 and "Lower it" in said
+    assert not run.paths.manifest("train").exists()
+
+
+def test_a_worker_that_dies_is_retried(new_run: Callable[..., Run]) -> None:
+    """Status 1, not 2: the user need not change anything."""
+    run = prepared(new_run(training={"maxSteps": 5000}))
+    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(run.paths.progress.exists)
+    os.kill(worker_pids(trainer.pid)[0], signal.SIGKILL)
+    assert trainer.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        (
+            "lora",
+            {"targetModules": ["q_proj", "query"]},
+            "lora.targetModules: the model has no linear layer 'query'. "
+            "It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+        ),
+        (
+            "training",
+            {"maxSequenceLength": 1024},
+            "training.maxSequenceLength: 1024 is more than the 512 positions the model knows. Set it to 512 or less.",
+        ),
+        ("parallelism", {"tensorParallelSize": 2, "dataParallelSize": 1}, "parallelism.tensorParallelSize: is for"),
+    ],
+)
+def test_mistakes_are_found_before_a_worker_starts(
+    new_run: Callable[..., Run], section: str, change: dict[str, Any], message: str
+) -> None:
+    run = new_run(**{section: change})
+    run("tokenize")
+    said = run("compile", status=2)
+    assert message in said and "training:" not in said
+
+
+def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: Callable[..., Run]) -> None:
+    facts = whole_run.manifest("compile")["facts"]
+    assert facts["steps"] == 6 and facts["total_steps"] == 6
+    assert facts["seconds_per_step"] > 0 and facts["peak_memory_bytes"] > 100 << 20
+    run = new_run()
+    run("tokenize")
+    said = run("compile")
+    assert "nothing is compiled" in said and "steps will take about" in said
+    assert sorted(path.name for path in run.paths.run.iterdir()) == ["resolved.json", "run.yaml", "stages"]
+
+
+def test_only_the_newest_checkpoints_are_kept(whole_run: Run) -> None:
+    folder = whole_run.paths.checkpoints(whole_run.manifest("train")["fingerprint"])
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004", "step-000006"]
+    shards = sorted(path.name for path in (folder / "step-000006").glob("*.distcp"))
+    assert shards == ["__0_0.distcp", "__1_0.distcp"], "each worker writes a shard of its own"
+
+
+def test_a_checkpoint_of_another_configuration_is_not_resumed(new_run: Callable[..., Run]) -> None:
+    run = prepared(new_run())
+    run("train")
+    run.config["training"]["learningRate"] = 3e-3
+    assert "resuming" not in run("train")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
+    finished_run.paths.manifest("train").unlink()
+    shard = next(
+        finished_run.paths.checkpoints(finished_run.manifest("merge")["fingerprint"]).parent.glob(
+            "*/step-000006/__0_0.distcp"
+        )
+    )
+    shard.write_bytes(shard.read_bytes()[::-1])
+    assert f"{shard}: this shard is not the one saved at step 6" in finished_run("train", status=2)
