@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def settle(folder: Path) -> None:
     """
     for item in [*folder.rglob("*"), folder]:
         if item.is_file():
-            item.chmod(0o666 & ~current_umask())
+            item.chmod(stat.S_IMODE(item.stat().st_mode) | 0o666 & ~current_umask())
         sync(item)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from genvalues import helm
 from genvalues.chart import find_chart
@@ -27,6 +27,7 @@ from genvalues.values import merge
 
 STAGE = "llama-lora/stage"
 NEEDS_CLUSTER = "llama-lora/needs-cluster"
+ENDING = 30.0  # seconds given to the stages of a run that was killed, to notice it and end
 TAIL = 20  # lines of a failed stage's log that are shown again at the end
 
 Object = dict[str, Any]
@@ -78,19 +79,40 @@ def locked(workspace: Path) -> Iterator[int]:
     except OSError as error:
         raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + ENDING
+        while not taken(file):
             file.seek(0)
-            raise UserError(
-                f"another `genvalues local` (process {file.read().strip() or '?'}) is at work here",
-                where=f"--workspace {workspace}",
-                fix="Wait for its end, stop it, or use another folder.",
-            ) from None
+            holder = file.read().strip()
+            # A killed one's stages notice it and end; until the last has, they write.
+            if process_exists(holder) or time.monotonic() > deadline:
+                raise UserError(
+                    f"another `genvalues local` (process {holder or '?'}) is at work here",
+                    where=f"--workspace {workspace}",
+                    fix="Wait for its end, stop it, or use another folder.",
+                )
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield file.fileno()
+
+
+def taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def process_exists(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 # --- from the chart's objects to commands

