@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -75,3 +76,23 @@ def test_ci_and_readme_name_the_same_commands() -> None:
     readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for command in ("make test", "make demo"):
         assert command in readme and re.search(f"^{command}$", ci, re.MULTILINE)
+
+
+def test_a_plain_install_brings_the_cards_packages_and_what_a_terminal_and_the_cluster_need() -> None:
+    plain = {
+        re.split(r"[<>=!~ ;\[]", wanted)[0].lower()
+        for wanted in importlib.metadata.requires("llama-lora") or []
+        if "extra ==" not in wanted
+    }
+    assert plain == {"pyhelm3", "pydantic", "pyyaml", "jsonschema", "boto3", "click", "rich", "kubernetes"}
+
+
+def test_without_the_trainers_packages_its_command_says_what_to_install() -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a);"
+        "from llama_lora.cli import main; main(['tokenize', '--config', 'run.yaml', '--workspace', '.'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "torch is not installed. Install what the stages need: pip install 'llama-lora[trainer]'.\n"

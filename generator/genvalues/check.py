@@ -84,6 +84,12 @@ def schema_mistakes(value: Any) -> Iterator[Mistake]:
         yield from explain(error, schema)
 
 
+def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
+    """What a list may hold, where the schema names it all."""
+    items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
+    return list(items.get("enum", []))
+
+
 def explain(error: ValidationError, schema: dict[str, Any], above: KeyPath = ()) -> Iterator[Mistake]:
     """One error of the validator in words, with what to write instead."""
     key: KeyPath = (*above, *error.path)
@@ -92,7 +98,9 @@ def explain(error: ValidationError, schema: dict[str, Any], above: KeyPath = ())
     wanted: Any = error.validator_value
     rules: Any = error.schema
     described = purpose(rules)
-    if keyword == "anyOf":
+    if keyword == "anyOf" and any(found in items_of(branch, schema) for branch in wanted):
+        yield Mistake(key, f"must be a list, not {shown(found, key)}", f"Write [{found}].")
+    elif keyword == "anyOf":
         fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
         if len(fitting) == 1:
             index = wanted.index(fitting[0])

@@ -144,7 +144,9 @@ class Storage(Block):
 
 
 class HuggingFace(Block):
-    token_secret: str = Field(pattern=DNS_NAME, max_length=253, description="name of the Secret that holds the token")
+    token_secret: str = Field(
+        "hf-token", pattern=DNS_NAME, max_length=253, description="name of the Secret that holds the token"
+    )
     token_key: str = Field(
         "token", pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="the token's key in that Secret"
     )
@@ -168,7 +170,9 @@ class Inputs(Block):
     evaluation: Evaluation = Field(default=Evaluation(), description="base and tuned model, side by side")
     storage: Storage = Field(default=Storage(), description="the volume that holds models, datasets and runs")
     hugging_face: HuggingFace | None = Field(
-        default=None, description="where the token for gated models is; null when none is needed"
+        default=None,
+        description="where the token for gated models is; null when none is needed. "
+        "{tokenSecret: hf-token, tokenKey: token} on Trainium, null on cpu, when left out",
     )
     image: str | None = Field(
         default=None,

@@ -37,7 +37,7 @@ def values_from(inputs: Inputs) -> dict[str, Any]:
             "dataParallelSize": layout.data_parallel,
         },
         "devices": instance.devices if instance else {},
-        "huggingFace": plain(inputs.hugging_face) if inputs.hugging_face else {"tokenSecret": "", "tokenKey": "token"},
+        "huggingFace": hugging_face(inputs),
         # HyperPod replaces a broken node by itself, and restarts only the jobs that ask for it.
         "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
@@ -53,6 +53,14 @@ def image(reference: str | None) -> dict[str, str]:
         return {"repository": "llama-lora", "tag": "", "digest": ""}
     repository, tag, digest = split_image(reference)
     return {"repository": repository, "tag": tag, "digest": digest}
+
+
+def hugging_face(inputs: Inputs) -> dict[str, str]:
+    """The Secret of the token: as written; the usual one on Trainium, where models are gated as a rule; else none."""
+    if inputs.hugging_face is not None:
+        return plain(inputs.hugging_face)
+    left_out = "hugging_face" not in inputs.model_fields_set
+    return {"tokenSecret": "hf-token" if left_out and not inputs.on_cpu else "", "tokenKey": "token"}
 
 
 def model(wanted: str | ModelPath) -> dict[str, str]:

@@ -242,6 +242,7 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"model": "./llama"}, "is not a hub id; a folder or file is written {path: ...}"),
         ({"model": "a/b/c"}, "is not a hub id"),
         ({"model": '"a/b\\n"'}, 'model: the text "a/b?" is not a hub id'),
+        ({"lora": "{targetModules: q_proj}"}, 'must be a list, not the text "q_proj". Write [q_proj].'),
         ({"name": '"llama\\n"'}, 'name: the text "llama?" is not of the right form'),
         ({"huggingFace": '{tokenSecret: "api-org-token\\n"}'}, "the token itself must never be written here"),
         ({"storage": "{existingClaim: mine, size: 1200Gi}"}, "storage.size: means nothing beside existingClaim"),

@@ -84,9 +84,10 @@ def test_the_example_gives_tensor_parallel_8_data_parallel_4_on_32_processes(tmp
 
 
 def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> None:
-    keys = ("model", "dataset", "instance", "image", "huggingFace")
+    keys = ("model", "dataset", "instance", "image")
     short = yaml.safe_dump({key: value for key, value in yaml.safe_load(ISSUE).items() if key in keys})
     assert values_of(tmp_path, short) == values_of(tmp_path, ISSUE)
+    assert values_of(tmp_path, short + "huggingFace: null\n")["huggingFace"]["tokenSecret"] == ""
 
 
 def test_the_inputs_defaults_are_the_charts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import click
 
 from genvalues.errors import UserError, user_errors_end_with_status_2
 from llama_lora import config as run_config
-from llama_lora import quiet as quiet
+from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora import stage
 from llama_lora.paths import Paths
 
@@ -66,6 +67,9 @@ def stage_command(declared: stage.Declaration) -> click.Command:
 
     @user_errors_end_with_status_2
     def command(config_file: Path | None, workspace: Path | None, **alone: Path | None) -> None:
+        if importlib.util.find_spec("torch") is None:
+            needed = "pip install 'llama-lora[trainer]'"
+            raise UserError("torch is not installed", fix=f"Install what the stages need: {needed}.")
         given = [name for name in tool_options if alone[name] is not None]
         if not given:
             stage.run(declared.name, *load(config_file, workspace))

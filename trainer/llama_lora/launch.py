@@ -35,9 +35,9 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     if "PET_RDZV_ENDPOINT" not in os.environ:
         os.environ["PET_STANDALONE"] = "1"
         os.environ.setdefault("PET_LOCAL_ADDR", "localhost")
-    # Threads that share the cores, rather than torchrun's 1 a worker, which leaves cores idle.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.parallelism.processes_per_node)))
+    # The workers share this process's threads (see environment.py); torchrun's 1 a worker would leave cores idle.
+    threads = int(os.environ["OMP_NUM_THREADS"]) // int(os.environ["PET_NPROC_PER_NODE"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker says itself why it ends
     arguments = get_args_parser().parse_args(["--no-python", *command])
     if arguments.standalone:

@@ -11,7 +11,7 @@ from pathlib import Path
 from genvalues.errors import user_errors_end_with_status_2
 from llama_lora import backends
 from llama_lora import config as run_config
-from llama_lora import quiet as quiet
+from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora.paths import Paths
 from llama_lora.stage import Stage, declaration
 

@@ -87,7 +87,7 @@ class CpuBackend:
         step = 0 if job.dry_run else plan.step_after(saved.restore())
         last_step = min(job.dry_run or plan.total_steps, plan.total_steps)
         log = RunLog(job.paths, job.fingerprint, plan.total_steps, step) if rank == 0 and not job.dry_run else None
-        if rank == 0:
+        if rank == 0 and step < last_step:
             print(f"training: steps {step + 1} to {last_step} of {plan.total_steps}, {workers} workers", flush=True)
 
         losses, seconds = [], []

@@ -1,0 +1,34 @@
+"""What the libraries read from the environment, set before they are imported: quiet logs, and threads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores this process may use: a container's CPU limit (cgroup v2 or v1), not the 128 of the node around it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            quota, _, period = Path(quota_file).read_text(encoding="ascii").strip().partition(" ")
+            if period_file:
+                period = Path(period_file).read_text(encoding="ascii")
+            limit = int(quota) // int(period)
+        except (OSError, ValueError):  # not this version of cgroups, or "max": no limit
+            continue
+        if quota != "-1":
+            cores = min(cores, max(1, limit))
+    return cores
+
+
+os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "module name tiny@1a2b is not a valid identifier", a load
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning after every fork
+for library in ("torch", "transformers", "peft"):
+    warnings.filterwarnings("ignore", module=library)
