@@ -137,6 +137,13 @@ class Run:
             if stage == last:
                 return
 
+    @property
+    def rows(self) -> int:
+        """The rows that are trained on."""
+        from datasets import load_from_disk
+
+        return len(load_from_disk(str(self.workspace / self.manifest("tokenize")["facts"]["dataset"] / "train")))
+
     def manifest(self, stage: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(self.paths.manifest(stage).read_text(encoding="utf-8"))
         return manifest

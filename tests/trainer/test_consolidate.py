@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from genvalues import files
 from trainer.conftest import Run, llama_lora_here
 
 
@@ -46,9 +47,11 @@ def test_a_missing_file_is_refused_by_name_and_nothing_is_written(finished_run: 
         said = llama_lora_here("consolidate", "--checkpoint", str(checkpoint), "--output", str(output), status=2)
         assert f"{checkpoint / name}: this shard is missing" in said
     else:
+        before = files.sha256(finished_run.paths.adapter / "adapter_model.safetensors")
         finished_run.paths.manifest("consolidate").unlink()
         said = finished_run("consolidate", status=2)  # train's output is not whole, so train is not done
         assert "consolidate needs train" in said
+        assert files.sha256(finished_run.paths.adapter / "adapter_model.safetensors") == before
     assert not output.exists()
 
 
@@ -63,8 +66,6 @@ def test_a_shard_of_another_step_is_refused_by_name(finished_run: Run) -> None:
 
 
 def test_an_adapter_config_of_another_rank_is_refused(finished_run: Run) -> None:
-    from genvalues import files
-
     checkpoint = checkpoint_of(finished_run)
     config, record = checkpoint / "adapter_config.json", checkpoint / "checkpoint.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 8'))

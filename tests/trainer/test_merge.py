@@ -140,6 +140,7 @@ MISTAKES = {
     ),
     "DoRA": (spoil_config(use_dora=True), "use_dora is set. Only plain LoRA can be merged."),
     "bias": (spoil_config(bias="all"), "bias is 'all'. Only 'none' can be merged."),
+    "no rank": (spoil_config(r=None), "r is None. Write the number"),
     "another method": (spoil_config(peft_type="IA3"), "peft_type is IA3. Only LORA can be merged."),
     "no config": (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "has no adapter_model"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_lora.data.batches import batch
-from llama_lora.data.packing import join, pack
+from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Example
 from llama_lora.losses import loss_sum
 
@@ -18,20 +19,31 @@ MAX_LENGTH = 32
 
 
 def example(number: int, length: int) -> Example:
-    return Example([number] * length, [IGNORED] + [number] * (length - 1))
+    return of([number] * length)
+
+
+def of(ids: list[int]) -> Example:
+    """An example that is trained on all but its first token."""
+    return Example(array("i", ids), array("i", [IGNORED, *ids[1:]]))
+
+
+def row(*examples: Example) -> dict[str, Any]:
+    """A row as it is read from the store."""
+    packed = PackedRow(examples)
+    return {name: list(getattr(packed, name)) for name in ("input_ids", "labels", "lengths")}
 
 
 @given(st.lists(st.integers(2, MAX_LENGTH), max_size=60))
 def test_every_example_is_in_exactly_one_row_whole_and_no_row_is_too_long(lengths: list[int]) -> None:
     rows = pack([example(number, length) for number, length in enumerate(lengths)], MAX_LENGTH)
     found: Counter[int] = Counter()
-    for row in rows:
-        assert len(row.input_ids) == len(row.labels) == sum(row.lengths) <= MAX_LENGTH
+    for packed in rows:
+        assert len(packed.input_ids) == len(packed.labels) == sum(packed.lengths) <= MAX_LENGTH
         position = 0
-        for length in row.lengths:
-            ids = row.input_ids[position : position + length]
+        for length in packed.lengths:
+            ids = packed.input_ids[position : position + length].tolist()
             assert len(set(ids)) == 1 and lengths[ids[0]] == length
-            assert row.labels[position : position + length] == [IGNORED, *ids[1:]]
+            assert packed.labels[position : position + length].tolist() == [IGNORED, *ids[1:]]
             found[ids[0]] += 1
             position += length
     assert found == Counter(range(len(lengths)))
@@ -40,13 +52,12 @@ def test_every_example_is_in_exactly_one_row_whole_and_no_row_is_too_long(length
 @given(st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=60))
 def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
     """So packing is never worse than twice the fewest rows possible."""
-    rows = sorted(sum(row.lengths) for row in pack([example(1, length) for length in lengths], MAX_LENGTH))
+    rows = sorted(sum(packed.lengths) for packed in pack([example(1, length) for length in lengths], MAX_LENGTH))
     assert len(rows) < 2 or rows[0] + rows[1] > MAX_LENGTH
 
 
 def test_the_mask_shows_a_token_its_own_example_up_to_itself_and_padding_nothing() -> None:
-    rows = [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED] * 5, "lengths": [3, 2]}]
-    packed = batch(rows, pad_id=0, length=6)
+    packed = batch([row(example(1, 3), example(2, 2)), row(example(3, 6))])
     assert packed.attention_mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -55,7 +66,7 @@ def test_the_mask_shows_a_token_its_own_example_up_to_itself_and_padding_nothing
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert packed.labels[0, 5] == IGNORED
 
 
@@ -66,52 +77,44 @@ def model(tiny_model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").eval()
 
 
-def only(position: int, examples: list[Example]) -> Example:
-    """The example at ``position`` in a row with the others, where it alone carries loss."""
-    silent = [e if i == position else Example(e.input_ids, [IGNORED] * len(e.labels)) for i, e in enumerate(examples)]
-    return join(silent).__dict__
+def only(position: int, examples: list[Example]) -> dict[str, Any]:
+    """The examples as a row in which the one at ``position`` alone carries loss."""
+    silent = array("i", [IGNORED])
+    return row(*(e if i == position else Example(e.input_ids, silent * len(e.labels)) for i, e in enumerate(examples)))
+
+
+def loss(model: Any, *rows: dict[str, Any]) -> float:
+    with torch.no_grad():
+        return loss_sum(model, batch(rows)).item()
+
+
+EXAMPLES = [of(list(range(10, 30))), of(list(range(40, 52))), of(list(range(60, 75)))]
 
 
 def test_changing_one_packed_example_leaves_the_losses_of_the_others_equal(model: Any) -> None:
-    texts = [list(range(10, 30)), list(range(40, 52)), list(range(60, 75))]
-    before = [Example(ids, [IGNORED, *ids[1:]]) for ids in texts]
-    changed = [before[0], Example([200] * 12, [IGNORED] + [200] * 11), before[2]]
-    with torch.no_grad():
-        for position in (0, 2):
-            was = loss_sum(model, batch([only(position, before)], pad_id=0)).item()
-            assert loss_sum(model, batch([only(position, changed)], pad_id=0)).item() == was
-        assert loss_sum(model, batch([only(1, before)], pad_id=0)) != loss_sum(
-            model, batch([only(1, changed)], pad_id=0)
-        )
+    changed = [EXAMPLES[0], of([200] * 12), EXAMPLES[2]]
+    for position in (0, 2):
+        assert loss(model, only(position, changed)) == loss(model, only(position, EXAMPLES))
+    assert loss(model, only(1, changed)) != loss(model, only(1, EXAMPLES))
 
 
 def test_a_packed_example_has_the_loss_it_has_alone(model: Any) -> None:
-    texts = [list(range(10, 30)), list(range(40, 52))]
-    examples = [Example(ids, [IGNORED, *ids[1:]]) for ids in texts]
-    with torch.no_grad():
-        for position in range(2):
-            packed = loss_sum(model, batch([only(position, examples)], pad_id=0)).item()
-            alone = loss_sum(model, batch([join([examples[position]]).__dict__], pad_id=0)).item()
-            assert packed == pytest.approx(alone, rel=1e-5)
+    for position, alone in enumerate(EXAMPLES):
+        assert loss(model, only(position, EXAMPLES)) == pytest.approx(loss(model, row(alone)), rel=1e-5)
 
 
 def test_padding_changes_no_loss(model: Any) -> None:
-    row = join([Example(list(range(10, 30)), [IGNORED, *range(11, 30)])]).__dict__
-    with torch.no_grad():
-        tight = loss_sum(model, batch([row], pad_id=0)).item()
-        assert loss_sum(model, batch([row], pad_id=7, length=64)).item() == pytest.approx(tight, rel=1e-5)
+    short, long = row(EXAMPLES[1]), row(EXAMPLES[0])
+    assert loss(model, short, long) == pytest.approx(loss(model, short) + loss(model, long), rel=1e-5)
 
 
 def test_the_loss_is_that_of_transformers(model: Any) -> None:
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
-    row = {"input_ids": ids[0].tolist(), "labels": [IGNORED, *ids[0, 1:].tolist()], "lengths": [20]}
     with torch.no_grad():
-        assert loss_sum(model, batch([row], pad_id=0)).item() / 19 == pytest.approx(
-            model(input_ids=ids, labels=ids).loss.item(), rel=1e-5
-        )
+        theirs = model(input_ids=ids, labels=ids).loss.item()
+    assert loss(model, row(of(ids[0].tolist()))) / 19 == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_batch_without_any_label_still_has_a_gradient(model: Any) -> None:
     empty = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3, "lengths": [3]}
-    loss = loss_sum(model, batch([empty], pad_id=0))
-    assert loss.item() == 0.0 and loss.requires_grad
+    assert (nothing := loss_sum(model, batch([empty]))).item() == 0.0 and nothing.requires_grad

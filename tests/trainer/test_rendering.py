@@ -132,7 +132,7 @@ def test_a_missing_column_is_named_with_its_place_and_the_columns_there_are(toke
     )
 
 
-@pytest.mark.parametrize("messages", ["Hi", [{"role": "user"}], [["user", "Hi"]]])
+@pytest.mark.parametrize("messages", ["Hi", [{"content": "Hi"}], [["user", "Hi"]]])
 def test_messages_of_another_shape_are_refused(tokenizer: Any, messages: Any) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl:1: column messages is no list of messages"):
         shown(tokenizer, "chat", {"messages": messages})
@@ -143,3 +143,68 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     endless.eos_token = None
     with pytest.raises(UserError, match="could not learn to stop"):
         Renderer(endless, "text", {})
+
+
+QUESTION = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([QUESTION], "no assistant turn"),
+        ([QUESTION, {"role": "assistant", "content": ""}], "has an empty assistant turn"),
+        ([QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "has tool calls"),
+        ([QUESTION, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}], "has tool calls"),
+        (
+            [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}],
+            "has a message without plain text",
+        ),
+        ([{"role": "assistant", "content": "Hello"}, QUESTION], "begins with an assistant turn"),
+        ([QUESTION, {"role": "assistant", "content": "cut \ud83d"}], "is not valid Unicode"),
+    ],
+)
+def test_a_conversation_that_cannot_be_trained_is_dropped_with_its_reason(
+    tokenizer: Any, messages: list[dict[str, Any]], reason: str
+) -> None:
+    with pytest.raises(Dropped, match=reason):
+        shown(tokenizer, "chat", {"messages": messages})
+
+
+# What Llama 3.1's own template does, without its tools: a header with dates before the system prompt, content trimmed.
+LLAMA_3_1 = (
+    "{{ '<|bos|>' }}{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ '<|start|>system\n\nCutting Knowledge Date: December 2023\nToday Date: ' + date_string }}"
+    "{{ '\n\n' + system + '<|end|>' }}"
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
+)
+
+
+def test_llama_3_1s_template_has_its_date_fixed_its_begin_token_once_and_its_answers_masked_right() -> None:
+    llama = byte_tokenizer(LLAMA_3_1)
+    turns = [{"role": "system", "content": " Be brief. "}, QUESTION, {"role": "assistant", "content": " Yes? \n"}]
+    assert shown(llama, "chat", {"messages": turns}) == (
+        "<|bos|><|start|>system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe brief.<|end|>"
+        "<|start|>user\n\nHi<|end|><|start|>assistant\n\n[Yes?<|end|>]"
+    )
+    assert Renderer(llama, "chat", {}).date() == "26 Jul 2024"
+
+
+def test_a_template_that_wants_more_than_a_question_has_no_date() -> None:
+    strict = byte_tokenizer("{% if messages | length < 2 %}{{ raise_exception('two at least') }}{% endif %}")
+    assert Renderer(strict, "chat", {}).date() is None
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_every_text_is_refused() -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    sentencepiece = Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1, "\n": 2, "<e>": 3}, merges=[]))
+    sentencepiece.normalizer = normalizers.Prepend("\u2581")
+    sentencepiece.decoder = decoders.Replace("\u2581", " ")
+    llama_2 = PreTrainedTokenizerFast(tokenizer_object=sentencepiece, eos_token="<e>")
+    with pytest.raises(UserError, match="marks the beginning of every text"):
+        Renderer(llama_2, "instruction", {})
+    assert Renderer(llama_2, "text", {})

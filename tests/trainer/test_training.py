@@ -140,6 +140,7 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(new_run: Callable[
     wait_for(lambda: not any(is_alive(pid) for pid in children), seconds=10)
     assert not killed.paths.manifest("train").exists()
     (checkpoints / f".step-000008{files.PARTIAL}killed").mkdir()  # as a kill in the middle of a save leaves it
+    (checkpoints / f".metrics.jsonl{files.PARTIAL}killed").touch()
 
     said = killed("train")
     assert re.search(r"resuming from .*step-0000(04|08|12|16|20|24)", said)
@@ -160,6 +161,20 @@ def worker_pids(launcher: int) -> list[int]:
     return [pid for pid in found if "llama_lora.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+def test_a_worker_ends_when_its_launcher_is_gone_and_works_under_process_1() -> None:
+    """In a pod the launcher is process 1, as is whoever adopts orphans."""
+    code = "from llama_lora.worker import die_with_the_launcher as d; d(); print('works')"
+
+    def start(launcher: int) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "LLAMA_LORA_LAUNCHER": str(launcher)}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert (start(os.getpid()).returncode, start(os.getpid()).stdout) == (0, "works\n")
+    assert (start(1).returncode, start(1).stdout) == (1, "") or os.getpid() == 1
+
+
 def test_a_terminated_launcher_takes_its_workers_with_it(new_run: Callable[..., Run]) -> None:
     run = prepared(new_run(training={"maxSteps": 5000}, parallelism=TWO_PROCESSES))
     trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -168,6 +183,29 @@ def test_a_terminated_launcher_takes_its_workers_with_it(new_run: Callable[..., 
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(timeout=60) == 128 + signal.SIGTERM
     assert workers and not any(is_alive(pid) for pid in workers)
+
+
+def test_other_workers_go_on_where_the_first_stopped_and_their_result_is_the_one_that_counts(
+    new_run: Callable[..., Run],
+) -> None:
+    """Twice the workers take half the steps: their last checkpoint has a lower number than the first ones' last."""
+    run = prepared(new_run(training={"maxSteps": None, "epochs": 20, "gradientAccumulationSteps": 1, "saveSteps": 4}))
+    checkpoints = run.paths.checkpoints(json.loads(run("fingerprint", "train"))["fingerprint"])
+    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    wait_for(lambda: any(int(path.name[-6:]) > 60 for path in checkpoints.glob("step-*")))
+    trainer.kill()
+    trainer.wait()
+    assert not run.paths.manifest("train").exists(), "too fast to be killed"
+    killed_at = max(json.loads(path.read_text())["rows_done"] for path in checkpoints.glob("*/checkpoint.json"))
+
+    run.config["parallelism"] = TWO_PROCESSES
+    run("train")
+    facts = run.manifest("train")["facts"]
+    record = json.loads((run.workspace / facts["checkpoint"] / "checkpoint.json").read_text())
+    assert record["rows_done"] >= 20 * run.rows and record["workers"] == 2
+    assert facts["steps"] == int(facts["checkpoint"][-6:]) < 20 * run.rows
+    done = [step["rows_done"] for step in metrics(run)]
+    assert done == sorted(set(done)) and killed_at in done, "the loss curve has every row once"
 
 
 def test_two_nodes_train_as_one(new_run: Callable[..., Run], whole_run: Run) -> None:
@@ -199,7 +237,8 @@ def free_port() -> int:
 
 
 def test_a_worker_that_wants_a_change_ends_the_stage_with_status_2_and_one_message(new_run: Callable[..., Run]) -> None:
-    run = prepared(new_run(training={"lrScheduler": "constant", "warmupRatio": 0.0}))
+    settings = {"lrScheduler": "constant", "warmupRatio": 0.0}
+    run = prepared(new_run(training=settings, parallelism=TWO_PROCESSES))
     run.config["training"]["learningRate"] = 1e30
     said = run("train", status=2)
     assert said.count("training.learningRate: the loss of step") == 1 and "Lower it" in said

@@ -88,6 +88,9 @@ def check_kind(config: Mapping[str, Any], folder: Path) -> None:
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{key} is {config[key]!r}", where=where, fix=f"Only {value!r} can be merged.")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise UserError(f"{key} is {config.get(key)!r}", where=where, fix="Write the number it was trained with.")
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias"):
         if config.get(key):
             raise UserError(f"{key} is set", where=where, fix="Only plain LoRA can be merged.")

@@ -33,7 +33,16 @@ def load(config_file: Path | None, workspace: Path | None) -> tuple[run_config.R
     if workspace is None:
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
-    return config, Paths(workspace.absolute(), config.name)
+    paths = Paths(workspace.absolute(), config.name)
+    try:
+        paths.run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written: {error.strerror}",
+            where=f"--workspace {workspace}",
+            fix="Give a folder you may write to.",
+        ) from None
+    return config, paths
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 from genvalues.errors import UserError, UserErrors
@@ -49,6 +49,12 @@ class Lora(Section):
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"]
+
+    @field_validator("target_modules")
+    @classmethod
+    def in_order(cls, modules: list[str] | str) -> list[str] | str:
+        """Their order means nothing, so it must not change a fingerprint."""
+        return sorted(set(modules)) if isinstance(modules, list) else modules
 
 
 class Training(Section):

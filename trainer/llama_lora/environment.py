@@ -26,6 +26,16 @@ def available_cores() -> int:
     return cores
 
 
+def share_threads(workers: int) -> None:
+    """Give each of ``workers`` processes its share of the cores (torchrun's own 1 leaves cores idle).
+
+    A number the user has set is left alone: it is a worker's, as torchrun has it.
+    """
+    if not THREADS_ARE_THE_USERS:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // workers))
+
+
+THREADS_ARE_THE_USERS = "OMP_NUM_THREADS" in os.environ
 os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "module name tiny@1a2b is not a valid identifier", a load
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -47,7 +47,7 @@ def score(model: Any, rows: Sequence[dict[str, Any]]) -> Score:
     total = 0.0
     with torch.no_grad():
         for group in grouped(rows):
-            total += loss_sum(model, batch(group, pad_id=0)).item()
+            total += loss_sum(model, batch(group)).item()
     loss = total / sum(label != IGNORED for row in rows for label in row["labels"])
     return Score(loss, math.exp(min(loss, 700)))  # e^710 is more than a float holds
 

@@ -1,6 +1,7 @@
 """Start the workers of this node under torchrun, and tell how they ended.
 
-torchrun exits with 1 whatever its workers return; here a worker's status 2 (the user must change something) stays 2.
+torchrun exits with 1 whatever its workers return; here a worker's status 2 (the user must change something) stays 2,
+and its message is told once, not by every worker.
 """
 
 from __future__ import annotations
@@ -8,11 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from genvalues.errors import EXIT_USER_ERROR
+from genvalues.errors import EXIT_USER_ERROR, UserError, UserErrors
+from llama_lora import environment
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
+
+LAUNCHER = "LLAMA_LORA_LAUNCHER"  # tells a worker the process id of its launcher
+MESSAGES = "LLAMA_LORA_MESSAGES"  # and the folder for the message of a UserError
 
 
 def worker_command(stage: str, paths: Paths) -> list[str]:
@@ -21,10 +28,11 @@ def worker_command(stage: str, paths: Paths) -> list[str]:
 
 
 def run_workers(command: Sequence[str], config: RunConfig) -> None:
-    """Run ``command`` in every worker of this node and wait; end this process with status 2 or 1 if one fails.
+    """Run ``command`` in every worker of this node and wait for them.
 
     Rendezvous comes from torchrun's own PET_* variables, which the training operator sets; without them: this machine
-    alone, with parallelism.processesPerNode workers.
+    alone, with parallelism.processesPerNode workers. Raises UserErrors where a worker ended with status 2; ends this
+    process with status 1 where one ended otherwise, and as a signal asks.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,21 +40,21 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     from torch.distributed.run import config_from_args, get_args_parser
 
     os.environ.setdefault("PET_NPROC_PER_NODE", str(config.parallelism.processes_per_node))
-    if "PET_RDZV_ENDPOINT" not in os.environ:
-        os.environ["PET_STANDALONE"] = "1"
-        os.environ.setdefault("PET_LOCAL_ADDR", "localhost")
-    # The workers share this process's threads (see environment.py); torchrun's 1 a worker would leave cores idle.
-    threads = int(os.environ["OMP_NUM_THREADS"]) // int(os.environ["PET_NPROC_PER_NODE"])
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker says itself why it ends
     arguments = get_args_parser().parse_args(["--no-python", *command])
-    if arguments.standalone:
+    if "PET_RDZV_ENDPOINT" not in os.environ:
         arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "localhost:0"
+        arguments.local_addr = arguments.local_addr or "localhost"
     launch_config, entrypoint, entrypoint_arguments = config_from_args(arguments)
-    try:
-        elastic_launch(launch_config, entrypoint)(*entrypoint_arguments)
-    except ChildFailedError as error:
-        statuses = {failure.exitcode for failure in error.failures.values()}
-        sys.exit(EXIT_USER_ERROR if EXIT_USER_ERROR in statuses else 1)
-    except SignalException as error:
-        sys.exit(128 + int(error.sigval))
+    environment.share_threads(launch_config.nproc_per_node)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker says itself why it ends
+    with tempfile.TemporaryDirectory() as messages:
+        os.environ[LAUNCHER], os.environ[MESSAGES] = str(os.getpid()), messages
+        try:
+            elastic_launch(launch_config, entrypoint)(*entrypoint_arguments)
+        except ChildFailedError as error:
+            if EXIT_USER_ERROR not in {failure.exitcode for failure in error.failures.values()}:
+                sys.exit(1)
+            told = {file.read_text(encoding="utf-8") for file in Path(messages).iterdir()}
+            raise UserErrors([UserError(message) for message in sorted(told)]) from None
+        except SignalException as error:
+            sys.exit(128 + int(error.sigval))

@@ -39,7 +39,7 @@ class Plan:
     def step_rows(self, step: int) -> list[int | None]:
         """The row numbers of a step (from 0), always ``global_batch`` of them: None fills up the last step of all.
 
-        Shapes stay the same that way, which on Trainium saves compiling a graph for a ragged batch.
+        So a backend that compiles a graph for each shape can keep one: an empty row has no label.
         """
         first = step * self.global_batch
         last = first + self.global_batch

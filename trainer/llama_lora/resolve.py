@@ -9,16 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from genvalues import files
 from genvalues.errors import UserError
+from llama_lora import hub
 from llama_lora.config import Dataset, Model, RunConfig
 from llama_lora.paths import Paths
 
+# Of a model's folder or repository. Weights in other formats (Meta's own consolidated.pth among them) would double the
+# download and are never read. As fnmatch and the hub's client have it, * takes slashes too.
+NOT_TAKEN = [
+    *("original/*", "onnx/*", ".git*", ".cache/*", "*.md"),
+    *("*.pth", "*.pt", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+]
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -116,10 +126,16 @@ def _local(place: str, kept: dict[str, Any] | None, asked: dict[str, str]) -> di
 
 
 def _content(path: Path) -> dict[str, Path]:
-    """Files by their name in ``path``; a file's own name does not count."""
+    """The files that count, by their name in ``path``; a file's own name does not."""
     if path.is_file():
         return {"": path}
-    return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return taken_files(path)
+
+
+def taken_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder that are taken into the workspace, by their relative names."""
+    named = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file for name, file in named.items() if not any(fnmatch(name, pattern) for pattern in NOT_TAKEN)}
 
 
 def _ask_model(model: Model) -> dict[str, Any]:
@@ -132,7 +148,8 @@ def _ask_model(model: Model) -> dict[str, Any]:
         )
     from huggingface_hub import HfApi
 
-    commit = _ask_hub("model.id", model.id, lambda: HfApi().model_info(model.id, revision=model.revision or None).sha)
+    with hub.told("model.id", model.id):
+        commit = HfApi().model_info(model.id, revision=model.revision or None).sha
     return {"asked": asked, "name": model.id.replace("/", "--"), "revision": commit, "state": {}}
 
 
@@ -149,53 +166,47 @@ def _ask_dataset(dataset: Dataset) -> dict[str, Any]:
         )
     from huggingface_hub import HfApi
 
-    commit = _ask_hub(
-        "dataset.source",
-        dataset.source,
-        lambda: HfApi().dataset_info(dataset.source, revision=dataset.revision or None).sha,
-    )
+    with hub.told("dataset.source", dataset.source, dataset=True):
+        commit = HfApi().dataset_info(dataset.source, revision=dataset.revision or None).sha
     return {"asked": asked, "name": name, "revision": commit, "state": {}}
 
 
-def _ask_hub(key: str, name: str, ask: Any) -> str:
-    """The commit the hub answers. Network trouble is let through: it is retried, the user can't change it."""
-    from huggingface_hub import errors
-
-    try:
-        return str(ask())
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{name} is gated and this token has no access",
-            where=key,
-            fix=f"Accept its licence at https://huggingface.co/{name}, with the account huggingFace.tokenSecret is of.",
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{name} has no such revision", where=key, fix="Write a branch, tag or commit it has."
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"the Hugging Face Hub knows no {name}, or it is private and the token may not see it",
-            where=key,
-            fix="Check the id; for a private one set huggingFace.tokenSecret.",
-        ) from None
-
-
 def _ask_s3(uri: str) -> str:
-    import boto3
-    from botocore.exceptions import ClientError, NoCredentialsError
-
     bucket, key = s3_parts(uri)
+    with s3_told(uri):
+        return s3_client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
+
+
+def s3_client() -> Any:
+    """S3, by the credentials boto3 finds: in a pod, those of the service account's role."""
+    import boto3
+
+    return boto3.client("s3")
+
+
+@contextmanager
+def s3_told(uri: str) -> Iterator[None]:
+    """Around a call to S3: its refusals become UserErrors. Throttling and network trouble are let through: retried."""
+    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError
+
     try:
-        return str(boto3.client("s3").head_object(Bucket=bucket, Key=key)["ETag"]).strip('"')
+        yield
     except NoCredentialsError:
         raise UserError(
             f"no AWS credentials to read {uri}",
             where="dataset.source",
             fix="Give tokenize's service account a role that may read it.",
         ) from None
+    except ParamValidationError:
+        raise UserError(f"{uri} is no S3 address", where="dataset.source", fix="Write s3://BUCKET/KEY.") from None
     except ClientError as error:
         code = error.response["Error"]["Code"]
+        if code in ("412", "PreconditionFailed"):
+            raise UserError(
+                f"{uri} has been replaced since this run first read it",
+                where="dataset.source",
+                fix="Remove the run's resolved.json to take the new one, or put the old one back.",
+            ) from None
         if code in ("404", "NoSuchKey", "NoSuchBucket", "403", "AccessDenied"):
             raise UserError(
                 f"S3 answers {code} for {uri}",

@@ -28,6 +28,7 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     trained_tokens: int
+    rows_done: int  # since the beginning of the training
 
 
 def check_loss(metrics: StepMetrics) -> None:
@@ -43,7 +44,7 @@ def check_loss(metrics: StepMetrics) -> None:
 class RunLog:
     """Writes the steps of one training. Only the worker of rank 0 has one."""
 
-    def __init__(self, paths: Paths, fingerprint: str, total_steps: int, first_step: int) -> None:
+    def __init__(self, paths: Paths, fingerprint: str, total_steps: int, first_step: int, rows_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.paths = paths
@@ -51,7 +52,12 @@ class RunLog:
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=50)
         self._last_line = 0.0
         metrics = paths.metrics(fingerprint)
-        kept = read_metrics(metrics)[:first_step]  # steps after the checkpoint are done, and recorded, again
+        paths.progress.unlink(missing_ok=True)  # another training's
+        for file in (metrics, paths.progress):
+            for leftover in file.parent.glob(f".{file.name}{files.PARTIAL}*"):  # a kill's
+                leftover.unlink()
+        # Steps after the checkpoint are done, and recorded, again.
+        kept = [step for step in read_metrics(metrics) if step["rows_done"] <= rows_done]
         files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(paths.tensorboard(fingerprint)), purge_step=first_step + 1)

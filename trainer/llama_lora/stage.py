@@ -148,12 +148,15 @@ class Stage:
             self.upstream(name)
 
     @contextlib.contextmanager
-    def output(self, path: Path) -> Iterator[Path]:
-        """A folder beside ``path`` to fill; renamed into place, and the manifest written, when the block ends well."""
+    def output(self, path: Path, *, beside: Sequence[Path] = ()) -> Iterator[Path]:
+        """A folder beside ``path`` to fill; renamed into place, and the manifest written, when the block ends well.
+
+        ``beside`` names files that the block writes elsewhere; they are outputs too.
+        """
         self.paths.manifest(self.name).unlink(missing_ok=True)  # what stood there is about to go
         with files.whole_folder(path) as partial:
             yield partial
-        self.finish([path])
+        self.finish([path, *beside])
 
     def finish(self, outputs: Sequence[Path]) -> None:
         """Write the manifest over what is in ``outputs`` (files, or folders with all that is in them)."""

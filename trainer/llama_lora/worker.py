@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from genvalues.errors import user_errors_end_with_status_2
-from llama_lora import backends
+from genvalues.errors import EXIT_USER_ERROR, UserError
+from llama_lora import backends, launch
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora.paths import Paths
@@ -18,22 +18,25 @@ from llama_lora.stage import Stage, declaration
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@user_errors_end_with_status_2
 def main(stage_name: str, config_file: str, workspace: str) -> None:
-    """Train as the stage says."""
+    """Do what the stage has its workers do. A UserError is left for the launcher, which tells it once for all."""
     die_with_the_launcher()
-    config = run_config.load(Path(config_file))
-    stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
-    work = declaration(stage_name).worker
-    assert work is not None, f"{stage_name} has no workers"
-    work(stage, backends.get(config.backend))
+    try:
+        config = run_config.load(Path(config_file))
+        stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
+        work = declaration(stage_name).worker
+        assert work is not None, f"{stage_name} has no workers"
+        work(stage, backends.get(config.backend))
+    except UserError as error:
+        Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
+        sys.exit(EXIT_USER_ERROR)
 
 
 def die_with_the_launcher() -> None:
     """A launcher that is killed outright must not leave workers behind that write into the run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1 and os.getpid() != 1:  # it is gone already
+        if os.getppid() != int(os.environ[launch.LAUNCHER]):  # it is gone already
             sys.exit(1)
 
 

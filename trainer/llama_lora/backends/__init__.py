@@ -23,6 +23,7 @@ class TrainingJob:
     """What a worker needs to train. ``dry_run`` is the number of steps of a dry run, or None for the real training."""
 
     model: Path
+    base_name: str | None  # the hub's name of the model, where it has one
     dataset: Path
     lora: Lora
     training: Training
@@ -58,8 +59,8 @@ class Adapter:
 class Backend(Protocol):
     """One accelerator: model loading and trainer (``train``), checkpoint format, compile wrapper."""
 
-    def check(self, config: RunConfig, model: Path, dataset: Path) -> None:
-        """Raise UserErrors for everything that would make training fail, before any worker starts."""
+    def check(self, config: RunConfig, model: Path) -> None:
+        """Raise UserErrors for settings this model cannot be trained with, before any worker starts."""
 
     def compile_command(self, command: Sequence[str]) -> list[str]:
         """What the compile stage starts instead of ``command``, the train stage's own workers."""

@@ -92,9 +92,12 @@ def check(checkpoint: Path) -> Record:
 
 
 def complete(folder: Path, fingerprint: str) -> list[Path]:
-    """The complete checkpoints of a training, oldest first."""
+    """The complete checkpoints of a training, oldest first.
+
+    By the rows they have consumed: a step is another number of rows once other workers go on.
+    """
     found = [
-        (record.step, path)
+        (record.rows_done, path)
         for path in folder.glob("step-*")
         if (record := _record(path)) and record.fingerprint == fingerprint
     ]
@@ -103,7 +106,7 @@ def complete(folder: Path, fingerprint: str) -> list[Path]:
 
 def prune(folder: Path, fingerprint: str, limit: int) -> None:
     """Delete the oldest complete checkpoints beyond ``limit``, and what a killed save has left."""
-    for leftover in folder.glob(f".*{files.PARTIAL}*"):
+    for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
         shutil.rmtree(leftover)
     for path in complete(folder, fingerprint)[:-limit]:
         shutil.rmtree(path)

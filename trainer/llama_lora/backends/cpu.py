@@ -30,8 +30,8 @@ ADAM_EPSILON = 1e-8
 class CpuBackend:
     """See ``backends.Backend``."""
 
-    def check(self, config: RunConfig, model: Path, dataset: Path) -> None:
-        """Target modules, parallelism and sequence length against the model and the rows."""
+    def check(self, config: RunConfig, model: Path) -> None:
+        """Target modules, parallelism and sequence length against the model."""
         mistakes = []
         if config.parallelism.tensor_parallel_size != 1:
             mistakes.append(
@@ -84,9 +84,12 @@ class CpuBackend:
             parameters.values(), betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=job.training.weight_decay
         )
         saved = Checkpoints(job, model, parameters, optimizer)
-        step = 0 if job.dry_run else plan.step_after(saved.restore())
+        rows_done = 0 if job.dry_run else saved.restore()
+        step = plan.step_after(rows_done)
         last_step = min(job.dry_run or plan.total_steps, plan.total_steps)
-        log = RunLog(job.paths, job.fingerprint, plan.total_steps, step) if rank == 0 and not job.dry_run else None
+        log = None
+        if rank == 0 and not job.dry_run:
+            log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
         if rank == 0 and step < last_step:
             print(f"training: steps {step + 1} to {last_step} of {plan.total_steps}, {workers} workers", flush=True)
 
@@ -101,7 +104,7 @@ class CpuBackend:
             for micro_batch in plan.worker_rows(step, rank):
                 examples = [rows[row] for row in micro_batch if row is not None]
                 if examples:  # the last step may be short of rows
-                    micro_loss = loss_sum(model, batch(examples, pad_id=0)) / trained_tokens
+                    micro_loss = loss_sum(model, batch(examples)) / trained_tokens
                     micro_loss.backward()
                     loss += micro_loss.detach()
             sum_over_workers(parameters.values(), loss)
@@ -114,6 +117,7 @@ class CpuBackend:
                 grad_norm=norm.item(),
                 tokens=sum(len(row["input_ids"]) for row in step_rows),
                 trained_tokens=trained_tokens,
+                rows_done=(step + 1) * plan.global_batch,
             )
             check_loss(metrics)  # before the step: what is saved is never spoilt
             for group in optimizer.param_groups:
@@ -126,7 +130,7 @@ class CpuBackend:
             if log:
                 log.step(metrics)
             if not job.dry_run and (step % job.training.save_steps == 0 or step == last_step):
-                saved.save(step, step * plan.global_batch)
+                saved.save(step, metrics.rows_done)
 
         peak_memory = largest_over_workers(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # KiB on Linux
         if rank == 0:
@@ -164,7 +168,7 @@ class Checkpoints:
         self.folder = job.paths.checkpoints(job.fingerprint)
 
     def newest(self) -> Path | None:
-        """The complete checkpoint with the most steps that carries the job's fingerprint."""
+        """The complete checkpoint of the job that is furthest in the rows."""
         found = checkpoints.complete(self.folder, self.job.fingerprint)
         return found[-1] if found and not self.job.dry_run else None
 
@@ -185,7 +189,7 @@ class Checkpoints:
             "rows_done": rows_done,
             "workers": dist.get_world_size(),
         }
-        checkpoints.save(self.folder, self._state(), adapter_config(self.model), record)
+        checkpoints.save(self.folder, self._state(), adapter_config(self.model, self.job.base_name), record)
         if dist.get_rank() == 0:
             checkpoints.prune(self.folder, self.job.fingerprint, self.job.training.save_total_limit)
 
@@ -241,11 +245,11 @@ def describe_model(path: Path) -> tuple[list[str], int]:
     return sorted(linear), config.max_position_embeddings
 
 
-def adapter_config(model: Any) -> dict[str, Any]:
+def adapter_config(model: Any, base_name: str | None) -> dict[str, Any]:
     """PEFT's adapter_config.json of a model, with what would differ from run to run put in order."""
     config: dict[str, Any] = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
-    # The base model's path is of this workspace; where the adapter is used, it is the user's to say.
-    return {**config, "base_model_name_or_path": None, "inference_mode": True}
+    # The hub's name of the base model, not this workspace's: with it AutoPeftModel finds the base model by itself.
+    return {**config, "base_model_name_or_path": base_name, "inference_mode": True}
 
 
 def sum_over_workers(parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor) -> None:

@@ -19,14 +19,14 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor
 
 
-def batch(rows: Sequence[dict[str, Any]], pad_id: int, length: int | None = None) -> Batch:
-    """Rows of {input_ids, labels, lengths} as one batch, padded to ``length`` or else to the longest of them.
+def batch(rows: Sequence[dict[str, Any]]) -> Batch:
+    """Rows of {input_ids, labels, lengths} as one batch, padded (with token 0) to the longest of them.
 
     A token sees its own example up to itself. Padding is an example of its own: it sees itself (a row of the mask
     without any True would give NaN), carries no loss, and nothing sees it.
     """
-    length = length or max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
+    length = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.zeros((len(rows), length), dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)
     position_ids = torch.zeros((len(rows), length), dtype=torch.long)
     example = torch.zeros((len(rows), length), dtype=torch.long)

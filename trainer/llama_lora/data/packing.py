@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from llama_lora.data.rendering import IGNORED, Example
+from llama_lora.data.rendering import Example
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Examples behind one another. ``lengths`` are theirs; the attention mask and positions follow from them."""
+    """Examples behind one another. The attention mask and the positions follow from ``lengths``."""
 
-    input_ids: list[int]
-    labels: list[int]
-    lengths: list[int]
+    examples: tuple[Example, ...]
 
     @property
-    def trained_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+    def input_ids(self) -> array[int]:
+        return array("i", chain.from_iterable(example.input_ids for example in self.examples))
+
+    @property
+    def labels(self) -> array[int]:
+        return array("i", chain.from_iterable(example.labels for example in self.examples))
+
+    @property
+    def lengths(self) -> array[int]:
+        return array("i", (len(example.input_ids) for example in self.examples))
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[PackedRow]:
@@ -41,13 +49,4 @@ def pack(examples: Sequence[Example], max_length: int) -> list[PackedRow]:
             free, row = room.pop(fits)
         rows[row].append(index)
         bisect.insort(room, (free - length, row))
-    return [join([examples[index] for index in sorted(row)]) for row in rows]
-
-
-def join(examples: Sequence[Example]) -> PackedRow:
-    """Examples behind one another as one row."""
-    return PackedRow(
-        input_ids=[token for example in examples for token in example.input_ids],
-        labels=[label for example in examples for label in example.labels],
-        lengths=[len(example.input_ids) for example in examples],
-    )
+    return [PackedRow(tuple(examples[index] for index in sorted(row))) for row in rows]

@@ -6,6 +6,7 @@ tokenized one by one, as a prompt is at generation time, so no token ever spans 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,13 +26,6 @@ PROMPT_TEMPLATE_INPUT = "### Context\n{input}\n\n"
 PROMPT_TEMPLATE_ANSWER = "### Answer\n"
 TURN_TEMPLATE = "### {role}\n"  # chat rows without a chat template
 
-REQUIRED_COLUMNS = {
-    "text": ["text"],
-    "instruction": ["instruction", "output"],
-    "prompt-completion": ["prompt", "completion"],
-    "chat": ["messages"],
-}
-
 
 class Segment(NamedTuple):
     """A piece of a rendered example; ``ends`` appends the end-of-sequence token to it."""
@@ -47,10 +41,13 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row: ``input_ids`` and ``labels`` of the same length; labels are IGNORED where no loss is."""
+    """One tokenized row: ``input_ids`` and ``labels`` of the same length; labels are IGNORED where no loss is.
 
-    input_ids: list[int]
-    labels: list[int]
+    Arrays of int32 rather than lists: a million tokens are 8 MB, not 36.
+    """
+
+    input_ids: array[int]
+    labels: array[int]
 
     @property
     def trained_tokens(self) -> int:
@@ -78,6 +75,13 @@ class Renderer:
         }[format]
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
         self._special = set(tokenizer.all_special_ids)
+        if format != "text" and self._marks_beginnings():
+            raise UserError(
+                "this model's tokenizer (SentencePiece, as of Llama 2) marks the beginning of every text, so that a "
+                "prompt and its answer cannot be tokenized apart",
+                where="model",
+                fix="Use format text, or a model with a byte-level tokenizer, such as Llama 3.",
+            )
 
     def template(self) -> str:
         """In words, how rows are rendered: for the report."""
@@ -92,8 +96,11 @@ class Renderer:
         if not self.uses_chat_template:
             return None
         messages = [{"role": "user", "content": "?"}]
-        another = self._apply_template(messages, date=datetime(1999, 12, 31))
-        return TEMPLATE_DATE.strftime("%d %b %Y") if self._apply_template(messages) != another else None
+        try:
+            another = self._apply_template(messages, date=datetime(1999, 12, 31))
+            return TEMPLATE_DATE.strftime("%d %b %Y") if self._apply_template(messages) != another else None
+        except Dropped:  # a template that wants more than a question
+            return None
 
     def example(self, row: Row, max_length: int) -> tuple[Example, bool]:
         """The row's tokens, cut at ``max_length``, and whether they were cut.
@@ -109,7 +116,7 @@ class Renderer:
             ids += piece
             labels += piece if trained else [IGNORED] * len(piece)
         labels[:1] = [IGNORED]  # nothing stands before the first token to predict it from
-        example = Example(ids[:max_length], labels[:max_length])
+        example = Example(array("i", ids[:max_length]), array("i", labels[:max_length]))
         if not example.trained_tokens:
             raise Dropped("prompt fills maxSequenceLength" if len(ids) > max_length else "nothing to learn in it")
         return example, len(ids) > max_length
@@ -153,6 +160,8 @@ class Renderer:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if index == 0:
+                raise Dropped("begins with an assistant turn")
             prompt = self._apply_template(messages[:index], add_generation_prompt=True)
             through = self._apply_template(messages[: index + 1])
             # Some templates rewrite earlier turns (drop their reasoning): what would be trained is never generated.
@@ -199,16 +208,22 @@ class Renderer:
         if messages is None:
             self._missing(row, name, "messages")
         if not isinstance(messages, list) or not all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
+            isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
         ):
             raise UserError(
                 f"column {name} is no list of messages",
                 where=row.place,
                 fix='Write [{"role": "user", "content": "..."}, ...].',
             )
+        for message in messages:
+            # Only the text of a message is rendered: a call of a tool would be trained as an answer of nothing.
+            if message.get("tool_calls") or message["role"] in ("tool", "function"):
+                raise Dropped("has tool calls")
+            if not isinstance(message.get("content"), str):
+                raise Dropped("has a message without plain text")
+            if message["role"] == "assistant" and not message["content"].strip():
+                raise Dropped("has an empty assistant turn")
+            _check_unicode(message["content"])
         if not any(message["role"] == "assistant" for message in messages):
             raise Dropped("no assistant turn")
         return [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -230,6 +245,7 @@ class Renderer:
         text = str(value)
         if required and not text.strip():
             raise Dropped(f"empty {key}")
+        _check_unicode(text)
         return text
 
     def _missing(self, row: Row, name: str, key: str) -> None:
@@ -244,3 +260,17 @@ class Renderer:
         bare = self.tokenizer("a", add_special_tokens=False).input_ids
         ids: list[int] = self.tokenizer("a").input_ids
         return ids[: ids.index(bare[0])]
+
+    def _marks_beginnings(self) -> bool:
+        """Whether a text is tokenized otherwise at the beginning than after other text."""
+        alone = self.tokenizer("a", add_special_tokens=False).input_ids
+        after_newline = self.tokenizer("\na", add_special_tokens=False).input_ids
+        return bool(after_newline[-len(alone) :] != alone)
+
+
+def _check_unicode(text: str) -> None:
+    """Half a surrogate pair, as cutting JSON text leaves it, is no character: a tokenizer cannot encode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Dropped("is not valid Unicode") from None

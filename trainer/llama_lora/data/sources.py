@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from genvalues.errors import UserError
+from llama_lora import hub
 from llama_lora.config import Dataset
-from llama_lora.resolve import Source, is_file, is_s3, s3_parts
+from llama_lora.resolve import Source, is_file, is_s3, s3_client, s3_parts, s3_told
 
 
 class Row(NamedTuple):
@@ -29,7 +31,7 @@ def read_rows(dataset: Dataset, source: Source) -> Iterator[Row]:
     if is_file(dataset.source):
         yield from read_file(Path(dataset.source))
     elif is_s3(dataset.source):
-        yield from _read_s3(dataset.source)
+        yield from _read_s3(dataset.source, source.revision)
     else:
         yield from _read_hub(dataset, source.revision)
 
@@ -118,30 +120,42 @@ def _text(path: Path) -> Iterator[Row]:
                 yield Row(f"{path}:{number}", {"text": line.rstrip("\n")})
 
 
-def _read_s3(uri: str) -> Iterator[Row]:
-    import boto3
-
+def _read_s3(uri: str, etag: str) -> Iterator[Row]:
+    """The object as it was when it was pinned; S3 refuses another one of the same name."""
     bucket, key = s3_parts(uri)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / Path(key).name
-        boto3.client("s3").download_file(bucket, key, str(file))
-        for row in read_file(file):
-            yield Row(row.place.replace(str(file), uri), row.values)
+        path = Path(folder) / Path(key).name
+        with s3_told(uri), path.open("wb") as file:
+            shutil.copyfileobj(s3_client().get_object(Bucket=bucket, Key=key, IfMatch=etag)["Body"], file)
+        for row in read_file(path):
+            yield Row(row.place.replace(str(path), uri), row.values)
 
 
 def _read_hub(dataset: Dataset, commit: str) -> Iterator[Row]:
-    from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+    from datasets import exceptions, get_dataset_config_names, get_dataset_split_names, load_dataset
 
-    configs = get_dataset_config_names(dataset.source, revision=commit)
-    config = dataset.config or ("default" if "default" in configs else configs[0] if len(configs) == 1 else "")
-    if config not in configs:
-        wrong = f"has no config {dataset.config!r}" if dataset.config else "has several configs"
-        raise UserError(f"{dataset.source} {wrong}", where="dataset.config", fix=f"Write one of: {', '.join(configs)}.")
-    splits = get_dataset_split_names(dataset.source, config, revision=commit)
-    split = dataset.split or "train"
-    if split.split("[")[0] not in splits:
+    name = dataset.source
+    try:
+        with hub.told("dataset.source", name, dataset=True):
+            config = _one_of("config", name, dataset.config, get_dataset_config_names(name, revision=commit))
+            splits = get_dataset_split_names(name, config, revision=commit)
+            split = _one_of("split", name, dataset.split or "train", splits)
+            rows = load_dataset(name, config, split=split, revision=commit)
+    except (exceptions.DatasetNotFoundError, exceptions.DataFilesNotFoundError) as error:
         raise UserError(
-            f"{dataset.source} has no split {split!r}", where="dataset.split", fix=f"Write one of: {', '.join(splits)}."
-        )
-    for number, values in enumerate(load_dataset(dataset.source, config, split=split, revision=commit), start=1):
-        yield Row(f"{dataset.source} {split} row {number}", values)
+            f"{name} cannot be read: {error}",
+            where="dataset.source",
+            fix=f"See https://huggingface.co/datasets/{name}: it may be gated, or hold no data files.",
+        ) from None
+    for number, values in enumerate(rows, start=1):
+        yield Row(f"{name} {split} row {number}", values)
+
+
+def _one_of(key: str, name: str, wanted: str, there: Sequence[str]) -> str:
+    """The wanted config or split, or the only or default one where none is wanted."""
+    if not wanted and ("default" in there or len(there) == 1):
+        return "default" if "default" in there else there[0]
+    if wanted not in there:
+        wrong = f"has no {key} {wanted!r}" if wanted else f"has several {key}s"
+        raise UserError(f"{name} {wrong}", where=f"dataset.{key}", fix=f"Write one of: {', '.join(there)}.")
+    return wanted

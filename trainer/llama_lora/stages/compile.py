@@ -21,9 +21,8 @@ STEPS = 10  # AWS: "about 10"; every graph of a run is seen by then
 def compile(stage: Stage) -> None:
     """Run the train stage's own workers for a few steps in a scratch place, and keep what they measured."""
     tokenized = stage.upstream("tokenize").facts
-    model, dataset = stage.paths.workspace / tokenized["model"], stage.paths.workspace / tokenized["dataset"]
     backend = backends.get(stage.config.backend)
-    backend.check(stage.config, model, dataset)
+    backend.check(stage.config, stage.paths.workspace / tokenized["model"])
     print("a dry run of the first training steps on the CPU; nothing is compiled", flush=True)
     run_workers(backend.compile_command(worker_command(stage.name, stage.paths)), stage.config)
 

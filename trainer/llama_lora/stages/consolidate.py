@@ -32,8 +32,13 @@ def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:
 
 
 def refuse_to_overwrite(output: Path) -> None:
-    """Raise UserError if the folder is there already and not empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    """Raise UserError if the folder is there already and not empty, or cannot be made."""
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise UserError(f"{output} cannot be made: {error.strerror}", where="--output", fix="Give another.") from None
+    if taken:
         raise UserError(f"{output} is there already", where="--output", fix="Give a new folder, or remove that one.")
 
 

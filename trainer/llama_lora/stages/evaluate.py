@@ -45,12 +45,11 @@ def evaluate(stage: Stage) -> None:
     ]
     result = {name: asdict(score) for name, score in scores.items()} | {"rows": len(rows)}
     page = report.page(stage, result, samples)
-    with files.whole_folder(stage.paths.evaluation) as folder:
+    stage.facts = result
+    with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
         files.write_json(folder / "eval.json", result)
         files.write_json(folder / "samples.json", samples)
-    files.write_text(stage.paths.report, page)
-    stage.facts = result
-    stage.finish([stage.paths.evaluation, stage.paths.report])
+        files.write_text(stage.paths.report, page)
     print(f"report: {stage.paths.report}", flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from genvalues import files
 from genvalues.errors import UserError
 from llama_lora.config import RunConfig, Training
-from llama_lora.data.packing import PackedRow, join, pack
+from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
 from llama_lora.data.sources import read_rows
 from llama_lora.resolve import Sources
+from llama_lora.shared import making
 from llama_lora.snapshot import take_snapshot
 from llama_lora.stage import Declaration, Stage
 
@@ -30,9 +32,10 @@ def tokenize(stage: Stage) -> None:
     assert stage.sources is not None and stage.fingerprint is not None
     model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models)
     dataset = stage.paths.datasets / stage.fingerprint[:16]
-    if not dataset.exists():  # else another run has made it; it was renamed into place, so it is whole
-        with files.whole_folder(dataset) as folder:
-            write_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
+    with making(dataset) as missing:  # another run may have made it
+        if missing:
+            with files.whole_folder(dataset) as folder:
+                write_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
     report = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
     stage.facts = {
         "model": str(model.relative_to(stage.paths.workspace)),
@@ -49,6 +52,7 @@ STAGE = Declaration(
     reads_sources=True,
     reads=lambda config: {
         "dataset": config.dataset.model_dump(include={"config", "split", "format", "columns", "eval_fraction"}),
+        "kind": Path(config.dataset.source).suffix,  # the same bytes are other rows as .txt than as .jsonl
         "training": config.training.model_dump(include={"max_sequence_length", "packing", "seed"}),
     },
     run=tokenize,
@@ -66,19 +70,20 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a seeded draw of round(fraction x rows) examples, before anything is packed."""
-    held_out = set(random.Random(seed).sample(range(len(examples)), round(fraction * len(examples))))
-    return (
-        [example for index, example in enumerate(examples) if index not in held_out],
-        [example for index, example in enumerate(examples) if index in held_out],
-    )
+    """(train, held out): a seeded draw of round(fraction x rows) examples, before anything is packed.
+
+    The held-out ones stay in the order they were drawn in, so that the first few of them are a fair sample too.
+    """
+    drawn = random.Random(seed).sample(range(len(examples)), round(fraction * len(examples)))
+    held_out = set(drawn)
+    return [example for index, example in enumerate(examples) if index not in held_out], [examples[i] for i in drawn]
 
 
 def rows_of(examples: Sequence[Example], training: Training) -> list[PackedRow]:
     """The training rows: packed, or one example each."""
     if training.packing:
         return pack(examples, training.max_sequence_length)
-    return [join([example]) for example in examples]
+    return [PackedRow((example,)) for example in examples]
 
 
 def write_dataset(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -99,7 +104,7 @@ def write_dataset(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
     report["eval"] = {"examples": len(held_out), "tokens": sum(len(example.input_ids) for example in held_out)}
     report["shown"] = [_shown(example, tokenizer) for example in train[:SHOWN]]
     _store(rows, folder / "train")
-    _store([join([example]) for example in held_out], folder / "eval")
+    _store([PackedRow((example,)) for example in held_out], folder / "eval")
     files.write_json(folder / "report.json", report)
 
 
@@ -108,7 +113,9 @@ def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     truncated = 0
+    found: set[str] = set()
     for row in read_rows(config.dataset, sources.dataset):
+        found.update(row.values)
         try:
             example, cut = renderer.example(row, config.training.max_sequence_length)
         except Dropped as reason:
@@ -116,6 +123,13 @@ def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[
             continue
         examples.append(example)
         truncated += cut
+    for key, column in config.dataset.columns.items():
+        if found and column not in found:  # one that rows may lack, misspelt: every row would silently be without it
+            raise UserError(
+                f"no row has a column {column}",
+                where=f"dataset.columns.{key}",
+                fix=f"Write one of: {', '.join(sorted(found))}.",
+            )
     return examples, {
         "source": config.dataset.source,
         "revision": sources.dataset.revision,
@@ -153,13 +167,26 @@ def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[st
 
 
 def _store(rows: Sequence[PackedRow], folder: Path) -> None:
-    """Rows as an Arrow dataset with columns input_ids, labels and lengths (int32 lists)."""
-    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+    """Rows as an Arrow dataset with columns input_ids, labels and lengths (int32 lists), a column at a time."""
+    import pyarrow
+    from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-    ids = Sequence(Value("int32"))
-    columns = {name: [getattr(row, name) for row in rows] for name in ("input_ids", "labels", "lengths")}
-    Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, ids))).save_to_disk(folder)
+    columns = {}
+    for name in ("input_ids", "labels", "lengths"):
+        values, offsets = array("i"), array("i", [0])
+        for row in rows:
+            values.extend(getattr(row, name))
+            offsets.append(len(values))
+        columns[name] = pyarrow.ListArray.from_arrays(_int32(offsets), _int32(values))
+    Dataset(pyarrow.table(columns)).save_to_disk(folder)
+
+
+def _int32(numbers: array[int]) -> Any:
+    """An Arrow array over the memory of ``numbers``."""
+    import pyarrow
+
+    return pyarrow.Array.from_buffers(pyarrow.int32(), len(numbers), [None, pyarrow.py_buffer(numbers)])
 
 
 def _say(report: dict[str, Any], dataset: Path) -> None:

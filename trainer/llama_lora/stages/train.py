@@ -12,9 +12,7 @@ def train(stage: Stage) -> None:
     """Check everything, then start this node's workers."""
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
-    backend.check(
-        stage.config, stage.paths.workspace / tokenized["model"], stage.paths.workspace / tokenized["dataset"]
-    )
+    backend.check(stage.config, stage.paths.workspace / tokenized["model"])
     run_workers(worker_command(stage.name, stage.paths), stage.config)
 
 
@@ -35,6 +33,7 @@ def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
     assert stage.fingerprint is not None
     return TrainingJob(
         model=stage.paths.workspace / tokenized["model"],
+        base_name=stage.config.model.id or None,
         dataset=stage.paths.workspace / tokenized["dataset"],
         lora=stage.config.lora,
         training=stage.config.training,

@@ -1,0 +1,50 @@
+"""What the Hugging Face Hub answers, as what the user has to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from genvalues.errors import UserError
+
+UNAUTHORIZED, FORBIDDEN = 401, 403
+
+
+@contextmanager
+def told(key: str, name: str, *, dataset: bool = False) -> Iterator[None]:
+    """Around a call to the Hub: its refusals become UserErrors that name ``key``.
+
+    Gated repositories answer for their metadata and refuse their files. Network trouble is let through: it is retried.
+    """
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name} is gated, and this token's account has not been given access",
+            where=key,
+            fix=f"Accept its terms at {page}, with the account huggingFace.tokenSecret is of.",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name} has no such revision", where=key, fix=f"Write one of {page}/tree/main.") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(
+            f"the Hugging Face Hub knows no {name}, or it is private and the token may not see it",
+            where=key,
+            fix="Check the id; for a private one set huggingFace.tokenSecret.",
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status == UNAUTHORIZED:
+            raise UserError(
+                "the Hugging Face Hub does not accept the token", where="huggingFace.tokenSecret", fix="Make a new one."
+            ) from None
+        if status == FORBIDDEN:
+            raise UserError(
+                f"the token may not read {name}",
+                where="huggingFace.tokenSecret",
+                fix="Give it read access to gated repositories, or use a classic read token.",
+            ) from None
+        raise
