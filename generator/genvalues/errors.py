@@ -39,11 +39,15 @@ class UserErrors(UserError):
         return "\n".join(str(error) for error in self.errors)
 
 
+class Unavailable(Exception):
+    """Something outside that may answer later: told in one line, and ended with status 1, so that it is tried again."""
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def user_errors_end_with_status_2(command: Command) -> Command:
-    """Decorate a command: a UserError becomes its message on stderr and exit status 2, without a traceback."""
+    """Decorate a command: a UserError becomes its message on stderr and exit status 2, Unavailable status 1."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -52,5 +56,8 @@ def user_errors_end_with_status_2(command: Command) -> Command:
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
+        except Unavailable as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
 
     return wrapper  # type: ignore[return-value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from genvalues.errors import UserError
+from genvalues.errors import Unavailable, UserError
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
 
@@ -14,8 +14,9 @@ UNAUTHORIZED, FORBIDDEN = 401, 403
 def told(key: str, name: str, *, dataset: bool = False) -> Iterator[None]:
     """Around a call to the Hub: its refusals become UserErrors that name ``key``.
 
-    Gated repositories answer for their metadata and refuse their files. Network trouble is let through: it is retried.
+    Gated repositories answer for their metadata and refuse their files. Raises Unavailable where it cannot be reached.
     """
+    import requests
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
@@ -35,16 +36,20 @@ def told(key: str, name: str, *, dataset: bool = False) -> Iterator[None]:
             where=key,
             fix="Check the id; for a private one set huggingFace.tokenSecret.",
         ) from None
+    except (requests.ConnectionError, requests.Timeout, errors.OfflineModeIsEnabled):
+        raise Unavailable(f"The Hugging Face Hub cannot be reached for {name}.") from None
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == UNAUTHORIZED:
+        # snapshot_download wraps what it met first into "not in the local cache either".
+        met = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        response = met.response if isinstance(met, errors.HfHubHTTPError) else None
+        if response is not None and response.status_code == UNAUTHORIZED:
             raise UserError(
                 "the Hugging Face Hub does not accept the token", where="huggingFace.tokenSecret", fix="Make a new one."
             ) from None
-        if status == FORBIDDEN:
+        if response is not None and response.status_code == FORBIDDEN:
             raise UserError(
                 f"the token may not read {name}",
                 where="huggingFace.tokenSecret",
                 fix="Give it read access to gated repositories, or use a classic read token.",
             ) from None
-        raise
+        raise Unavailable(f"The Hugging Face Hub fails for {name}: {met or error}") from None

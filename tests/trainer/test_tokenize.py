@@ -1,0 +1,80 @@
+"""The data report, and the choices of the split."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_lora.data.rendering import IGNORED, Example
+from llama_lora.stages.tokenize import split
+from trainer.conftest import Run
+
+
+def report_of(run: Run) -> dict[str, Any]:
+    dataset = run.workspace / run.manifest("tokenize")["facts"]["dataset"]
+    report: dict[str, Any] = json.loads((dataset / "report.json").read_text())
+    return report
+
+
+def test_the_report_counts_what_became_of_every_row(new_run: Callable[..., Run]) -> None:
+    run = new_run(dataset={"evalFraction": 0.25}, training={"maxSequenceLength": 60})
+    rows = [
+        {"q": "Short?", "a": "Yes."},
+        {"q": "Long?", "a": "Very long indeed. " * 9},  # cut
+        {"q": "Empty?", "a": ""},
+        {"q": "Q" * 80, "a": "Never seen."},
+        {"q": "Also?", "a": "Also."},
+        {"q": "And?", "a": "And."},
+    ]
+    Path(run.config["dataset"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = run("tokenize")
+    report = report_of(run)
+    assert (report["rows_read"], report["kept"], report["truncated"]) == (6, 4, 1)
+    assert report["dropped"] == {"empty output": 1, "prompt fills maxSequenceLength": 1}
+    assert report["eval"]["examples"] == 1 and report["train"]["examples"] == 3
+    train = report["train"]
+    assert train["mask_share"] == round(1 - train["trained_tokens"] / train["tokens"], 4)
+    assert train["packing_efficiency"] == round(train["tokens"] / (train["rows"] * 60), 4)
+    assert (report["rendered_with"], report["date_in_template"]) == ("the tokenizer's chat template", None)
+    assert len(report["shown"]) == 3
+    for pieces in report["shown"]:
+        assert [piece["trained"] for piece in pieces[:2]] == [False, True]
+        assert pieces[0]["text"].endswith("assistant\n")
+    assert "rows dropped: 1, empty output" in said and "rows cut at maxSequenceLength: 1" in said
+
+
+def test_a_misspelt_optional_column_is_told(new_run: Callable[..., Run]) -> None:
+    run = new_run(dataset={"columns": {"instruction": "q", "output": "a", "input": "contxt"}})
+    assert "dataset.columns.input: no row has a column contxt. Write one of: a, q." in run("tokenize", status=2)
+    assert not list(run.workspace.glob("datasets/*/"))
+
+
+def test_nothing_held_out_while_evaluation_is_wanted_is_told_before_training(new_run: Callable[..., Run]) -> None:
+    run = new_run(dataset={"evalFraction": 0.0})
+    assert "dataset.evalFraction: no row is held out of 40" in run("tokenize", status=2)
+    run.config["evaluation"]["enabled"] = False
+    run("tokenize")
+
+
+def test_no_row_left_is_told_with_the_reasons(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    Path(run.config["dataset"]["source"]).write_text('{"q": "x", "a": ""}\n')
+    assert "dataset: no row is left to train on. Dropped: {'empty output': 1}." in run("tokenize", status=2)
+
+
+def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -> None:
+    run = new_run(training={"packing": False})
+    run("tokenize")
+    assert run.rows == report_of(run)["train"]["examples"] == 36
+
+
+def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file() -> None:
+    examples = [Example(array("i", [n, n]), array("i", [IGNORED, n])) for n in range(1000)]
+    train, held_out = split(examples, 0.1, seed=42)
+    numbers = [example.input_ids[0] for example in held_out]
+    assert len(held_out) == 100 and len(train) == 900 and numbers != sorted(numbers)
+    assert not {example.input_ids[0] for example in train} & set(numbers)
+    assert 300 < sum(numbers[:25]) / 25 < 700
