@@ -198,7 +198,7 @@ def test_other_workers_go_on_where_the_first_stopped_and_their_result_is_the_one
     assert not run.paths.manifest("train").exists(), "too fast to be killed"
     killed_at = max(json.loads(path.read_text())["rows_done"] for path in checkpoints.glob("*/checkpoint.json"))
 
-    run.config["parallelism"] = TWO_PROCESSES
+    run.config["parallelism"] |= TWO_PROCESSES
     run("train")
     facts = run.manifest("train")["facts"]
     record = json.loads((run.workspace / facts["checkpoint"] / "checkpoint.json").read_text())

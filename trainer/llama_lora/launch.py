@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from genvalues.errors import EXIT_USER_ERROR, UserError, UserErrors
+from genvalues.errors import UserError, UserErrors
 from llama_lora import environment
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
@@ -51,10 +51,10 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
         os.environ[LAUNCHER], os.environ[MESSAGES] = str(os.getpid()), messages
         try:
             elastic_launch(launch_config, entrypoint)(*entrypoint_arguments)
-        except ChildFailedError as error:
-            if EXIT_USER_ERROR not in {failure.exitcode for failure in error.failures.values()}:
-                sys.exit(1)
+        except ChildFailedError:
             told = {file.read_text(encoding="utf-8") for file in Path(messages).iterdir()}
-            raise UserErrors([UserError(message) for message in sorted(told)]) from None
+            if told:
+                raise UserErrors([UserError(message) for message in sorted(told)]) from None
+            sys.exit(1)
         except SignalException as error:
             sys.exit(128 + int(error.sigval))

@@ -29,7 +29,8 @@ def main(stage_name: str, config_file: str, workspace: str) -> None:
         work(stage, backends.get(config.backend))
     except UserError as error:
         Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
-        sys.exit(EXIT_USER_ERROR)
+        sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)  # an orderly exit aborts where gloo's threads still wait for the other workers
 
 
 def die_with_the_launcher() -> None:
