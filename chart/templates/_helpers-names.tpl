@@ -28,6 +28,13 @@
 {{ .Values.name | default .Release.Name }}
 {{- end }}
 
+{{- /* The label of everything that works in this run's folder, in whatever release. A label's value has at most 63
+       characters, so the hash stands for what is cut off, and for the volume. */}}
+{{- define "llama-lora.run.label" -}}
+{{- $run := include "llama-lora.run.name" . }}
+{{- $run | trunc 46 }}-{{ printf "%s/%s" (include "llama-lora.claim.name" .) $run | sha256sum | trunc 16 }}
+{{- end }}
+
 {{- define "llama-lora.config.name" -}}
 {{ include "llama-lora.fullname" . }}-config
 {{- end }}
@@ -85,6 +92,10 @@
 
 {{- define "llama-lora.cleanup.name" -}}
 {{ include "llama-lora.fullname" . }}-cleanup
+{{- end }}
+
+{{- define "llama-lora.cleanup-before-install.name" -}}
+{{ include "llama-lora.fullname" . }}-cleanup-before-install
 {{- end }}
 
 {{- /* With the revision: a Job cannot be changed, so an upgrade makes a new one. */}}

@@ -10,6 +10,12 @@ app.kubernetes.io/part-of: llama-lora
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{- /* Labels of a stage's object and pods: those, and the run. Arguments: root, stage. */}}
+{{- define "stage.labels" -}}
+{{ include "llama-lora.labels" (dict "root" .root "component" .stage) }}
+llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
+{{- end }}
+
 {{- define "llama-lora.image" -}}
 {{- $image := .Values.image }}
 {{- if $image.digest }}

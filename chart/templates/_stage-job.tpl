@@ -16,7 +16,7 @@ metadata:
   name: {{ .name }}
   namespace: {{ .root.Release.Namespace | quote }}
   labels:
-    {{- include "llama-lora.labels" (dict "root" .root "component" .stage) | nindent 4 }}
+    {{- include "stage.labels" . | nindent 4 }}
   annotations:
     llama-lora/stage: {{ .stage }}
     {{- if .needsCluster }}

@@ -19,7 +19,7 @@
 {{- $settings := include "stage.settings" . | fromYaml -}}
 metadata:
   labels:
-    {{- $labels := include "llama-lora.labels" (dict "root" .root "component" .stage) | fromYaml }}
+    {{- $labels := include "stage.labels" . | fromYaml }}
     {{- include "stage.override" (dict "base" $settings.podLabels "over" $labels) | nindent 4 }}
   {{- $annotations := ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains) }}
   {{- with include "stage.override" (dict "base" $annotations "over" $settings.podAnnotations) | fromYaml }}
@@ -143,6 +143,11 @@ spec:
     - name: {{ $name | quote }}
       {{- toYaml $source | nindent 6 }}
     {{- end }}
+{{- end }}
+
+{{- /* Where the pod above mounts the chart's own volumes, the workspace apart. */}}
+{{- define "stage.mountPaths" -}}
+{{ list "/tmp" "/etc/llama-lora" "/dev/shm" | toJson }}
 {{- end }}
 
 {{- /* stageDefaults, and over them, key by key, what the stage says for itself. Lists and plain values are replaced.

@@ -19,7 +19,7 @@ metadata:
   name: {{ $name }}
   namespace: {{ .root.Release.Namespace | quote }}
   labels:
-    {{- include "llama-lora.labels" (dict "root" .root "component" .stage) | nindent 4 }}
+    {{- include "stage.labels" . | nindent 4 }}
     {{- with $values.kueue.priorityClass }}
     kueue.x-k8s.io/priority-class: {{ . | quote }}
     {{- end }}

@@ -4,7 +4,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $mistakes := list }}
-{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "names" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "workspace" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $mistakes = concat $mistakes (splitList "\n" $found) }}
@@ -31,6 +31,9 @@ model.revision is set, but a model.path has no revisions. Remove model.revision.
 {{- $dataset := .Values.dataset }}
 {{- if not $dataset.source }}
 dataset.source is empty. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
+{{- end }}
+{{- if and (regexMatch "\\.(jsonl|json|csv|parquet|txt)$" $dataset.source) (not (regexMatch "^(/|s3://)" $dataset.source)) }}
+dataset.source {{ $dataset.source }} is a relative path, and pods cannot see this computer's files. Put the file on the volume and give its absolute path there, e.g. {{ .Values.workspace.mountPath }}/{{ base $dataset.source }}.
 {{- end }}
 {{- if not $dataset.format }}
 dataset.format is empty. Set it to text, instruction, prompt-completion or chat.
@@ -106,6 +109,13 @@ storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} n
 {{- end }}
 {{- end }}
 
+{{- define "llama-lora.validations.workspace" -}}
+{{- $path := .Values.workspace.mountPath }}
+{{- if or (has $path (include "stage.mountPaths" . | fromJsonArray)) (hasPrefix "/etc/llama-lora/" $path) }}
+workspace.mountPath {{ $path }} is where the chart mounts something else. Use another path, e.g. /workspace.
+{{- end }}
+{{- end }}
+
 {{- define "llama-lora.validations.names" -}}
 {{- if and (not (include "llama-lora.attached" .)) (gt (len .Release.Name) 49) }}
 pipeline.mode detached needs a release name of at most 49 characters, because the runner installs {{ include "llama-lora.run.release" . }}. Choose a shorter one, or set pipeline.mode to attached.
@@ -115,21 +125,42 @@ rbac.namePrefix is empty, which rbac.create false needs. Set it to what the exis
 {{- end }}
 {{- end }}
 
-{{- /* A value is readable by everybody who can read the release. */}}
+{{- /* A value is readable by everybody who can read the release. No message shows it. */}}
 {{- define "llama-lora.validations.secrets" -}}
+{{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
 {{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
 {{- range $name, $value := $settings.extraEnv }}
-{{- if regexMatch "(?i)(^|_)(token|secret|password|credentials?|api_?key|access_?key)(_|$)" $name }}
+{{- if regexMatch "(?i)(^|_)(token|secret|passw(or)?d|credentials?|(api|access)?key)(_|$)" $name }}
 {{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret, and values are no place for one. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; give access to AWS by serviceAccount.annotations.
 {{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
 
+{{- /* Anything, anywhere in the values, that begins like a Hugging Face token, an AWS access key or a private key. */}}
+{{- define "llama-lora.validations.tokens" -}}
+{{- if kindIs "map" .value }}
+{{- range $name, $value := .value }}
+{{- include "llama-lora.validations.tokens" (dict "key" (printf "%s.%s" $.key $name) "value" $value) }}
+{{- end }}
+{{- else if kindIs "slice" .value }}
+{{- range $value := .value }}
+{{- include "llama-lora.validations.tokens" (dict "key" $.key "value" $value) }}
+{{- end }}
+{{- else if regexMatch "\\bhf_[A-Za-z0-9]{20,}|\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|-----BEGIN " (toString .value) }}
+{{ trimPrefix "." .key }} holds what looks like a token or a key, and values are no place for one. Remove it. Put a Hugging Face token in a Secret and name that in huggingFace.tokenSecret.
+{{- end }}
+{{- end }}
+
 {{- define "llama-lora.validations.stages" -}}
 {{- range $stage, $own := .Values.stages }}
 {{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- $taken := append (include "stage.mountPaths" $ | fromJsonArray) $.Values.workspace.mountPath }}
 {{- range $name, $mount := $settings.extraVolumeMounts }}
+{{- if or (has (clean $mount.mountPath) $taken) (hasPrefix "/etc/llama-lora/" $mount.mountPath) }}
+stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} is taken by another volume. Choose another path.
+{{- end }}
+{{- $taken = append $taken (clean $mount.mountPath) }}
 {{- if not (hasKey $settings.extraVolumes $name) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }} mounts no volume. Add {{ $name }} to extraVolumes.
 {{- end }}
@@ -139,8 +170,21 @@ stages.{{ $stage }}: extraVolumeMounts.{{ $name }} mounts no volume. Add {{ $nam
 stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of a volume of the chart's own. Choose another.
 {{- end }}
 {{- end }}
+{{- range $resource, $request := $settings.resources.requests }}
+{{- $limit := get $settings.resources.limits $resource }}
+{{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
+stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
+{{- end }}
+{{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* A Kubernetes quantity as a plain number: 1.5Gi is 1610612736. */}}
+{{- define "llama-lora.quantity" -}}
+{{- $factors := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 }}
+{{- $unit := regexFind "[A-Za-z]*$" (toString .) }}
+{{- mulf (trimSuffix $unit (toString .) | float64) (get $factors $unit) }}
 {{- end }}

@@ -13,7 +13,7 @@ from genvalues.cluster.config import load as load_cluster_config
 
 SECTIONS = ["backend", "model", "dataset", "lora", "training", "evaluation", "parallelism"]
 SETTINGS: Values = {
-    "resources": {"requests": {"cpu": "3"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
+    "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
     "nodeSelector": {"pool": "a"},
     "tolerations": [{"key": "dedicated", "operator": "Exists"}],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
@@ -98,7 +98,7 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
         assert metadata["annotations"]["note"] == "true"
         if where == "stages" or key not in own_resources:
             assert container["resources"]["limits"] == {"cpu": "2.5", "memory": "7Gi"}
-            assert container["resources"]["requests"]["cpu"] == "3"
+            assert container["resources"]["requests"]["cpu"] == "2"
         of_job = each.owner["spec"].get("runPolicy", each.owner["spec"])
         assert of_job["backoffLimit"] == 0, "a 0 is not nothing"
         has_own_deadline = each.stage == "cleanup" or (

@@ -9,6 +9,7 @@ from chart.manifests import (
     CHART,
     MINIMAL,
     Object,
+    Pod,
     annotation,
     config,
     hooks,
@@ -266,24 +267,50 @@ def test_preflight_starts_where_claim_and_secret_are_missing(objects: list[Objec
 
 
 def test_cleanup_runs_before_install_delete_and_rollback_and_ends_by_itself(objects: list[Object]) -> None:
-    cleanup = pod(objects, "cleanup")
-    assert hooks(cleanup.owner) == {"pre-install", "pre-delete", "pre-rollback"}
-    command = cleanup.containers[0]["command"]
-    assert command[:3] == ["genvalues", "cluster", "cleanup"]
-    assert int(command[command.index("--timeout-seconds") + 1]) < cleanup.owner["spec"]["activeDeadlineSeconds"]
-    assert [volume["name"] for volume in cleanup.spec["volumes"] if volume["name"] in {"config", "workspace"}] == []
-    account = cleanup.spec["serviceAccountName"]
-    rbac = [item for item in objects if item["metadata"]["name"] == account and item["kind"] != "Job"]
-    if rbac:
-        assert sorted(item["kind"] for item in rbac) == ["Role", "RoleBinding", "ServiceAccount"]
+    cleanups = [each for each in pods(objects) if each.stage == "cleanup"]
+    stop_before = sorted(sorted(hooks(each.owner)) for each in cleanups)
+    # What a runner installs has none of its own: the outer release's stops both.
+    assert stop_before == [["pre-delete", "pre-rollback"], ["pre-install"]] or (not cleanups and is_inner(objects))
+    for cleanup in cleanups:
+        command = cleanup.containers[0]["command"]
+        assert command[:3] == ["genvalues", "cluster", "cleanup"]
+        assert command[command.index("--own-job") + 1] == cleanup.owner["metadata"]["name"]
+        assert [v["name"] for v in cleanup.spec["volumes"] if v["name"] in {"config", "workspace"}] == []
+        account = cleanup.spec["serviceAccountName"]
+        rbac = [item for item in objects if item["metadata"]["name"] == account and item["kind"] != "Job"]
+        if rbac:
+            assert sorted(item["kind"] for item in rbac) == ["Role", "RoleBinding", "ServiceAccount"]
         for item in rbac:
-            assert hooks(item) == hooks(cleanup.owner), "an earlier revision may lack it"
+            assert hooks(item) == {"pre-install", "pre-delete", "pre-rollback"}, "an earlier revision may lack it"
             assert weight(item) == -20 < weight(cleanup.owner)
             assert annotation(item, "helm.sh/hook-delete-policy") == "before-hook-creation,hook-succeeded"
 
 
+def is_inner(objects: list[Object]) -> bool:
+    return not any(item["kind"] in ("ServiceAccount", "PersistentVolumeClaim") for item in objects)
+
+
+def cleanup_before(hook: str) -> Pod:
+    [found] = [each for each in pods(render(MINIMAL)) if each.stage == "cleanup" and hook in hooks(each.owner)]
+    return found
+
+
 def test_uninstall_with_an_image_that_cannot_be_pulled_ends_within_150_seconds() -> None:
-    assert pod(render(MINIMAL), "cleanup").owner["spec"]["activeDeadlineSeconds"] <= 130
+    assert cleanup_before("pre-delete").owner["spec"]["activeDeadlineSeconds"] <= 130
+
+
+def test_the_first_install_gives_a_large_image_time_to_arrive() -> None:
+    assert cleanup_before("pre-install").owner["spec"]["activeDeadlineSeconds"] >= 600
+
+
+def test_cleanup_waits_longer_than_a_training_pod_may_take_to_end_and_its_job_longer_still() -> None:
+    for hook in ("pre-install", "pre-delete"):
+        cleanup = cleanup_before(hook)
+        command = cleanup.containers[0]["command"]
+        own = int(command[command.index("--timeout-seconds") + 1])
+        of_job = int(command[command.index("--own-job") + 2])
+        assert pod(render(MINIMAL), "train").spec["terminationGracePeriodSeconds"] < own
+        assert cleanup.owner["spec"]["activeDeadlineSeconds"] + own < of_job
 
 
 def test_preflight_does_not_wait_for_an_image_as_long_as_training_takes() -> None:
@@ -299,7 +326,7 @@ def test_evaluate_and_storage_prepare_can_be_turned_off() -> None:
 def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
     detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}})
     objects = render(detached, helm=helm)
-    assert sorted(each.stage for each in pods(objects)) == ["cleanup", "runner"]
+    assert sorted(each.stage for each in pods(objects)) == ["cleanup", "cleanup", "runner"]
     runner = pod(objects, "runner")
     assert not hooks(runner.owner), "helm install would wait for it"
     assert runner.owner["metadata"]["name"] == "llama-runner-1"

@@ -141,6 +141,34 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"stageDefaults": {"extraEnv": {"AWS_SECRET_ACCESS_KEY": "x"}}},
         "stageDefaults.extraEnv.AWS_SECRET_ACCESS_KEY looks like a secret",
     ),
+    "a relative file": (
+        {"dataset": {"source": "data/rows.jsonl"}},
+        "dataset.source data/rows.jsonl is a relative path, and pods cannot see this computer's files. Put the file",
+    ),
+    "a workspace over the config": (
+        {"workspace": {"mountPath": "/etc/llama-lora"}},
+        "workspace.mountPath /etc/llama-lora is where the chart mounts something else. Use another path",
+    ),
+    "a token where it does not look like one": (
+        {"dataset": {"config": f"hf_{'x' * 30}"}},
+        "dataset.config holds what looks like a token or a key, and values are no place for one. Remove it.",
+    ),
+    "an access key under an innocent name": (
+        {"stages": {"tokenize": {"extraEnv": {"WHO": f"AKIA{'Q' * 16}"}}}},
+        "stages.tokenize.extraEnv.WHO holds what looks like a token or a key",
+    ),
+    "a mount over the chart's own": (
+        {
+            "stages": {
+                "merge": {"extraVolumes": {"a": {"emptyDir": {}}}, "extraVolumeMounts": {"a": {"mountPath": "/tmp"}}}
+            }
+        },
+        "stages.merge: extraVolumeMounts.a.mountPath /tmp is taken by another volume. Choose another path.",
+    ),
+    "more asked for than allowed": (
+        {"stages": {"merge": {"resources": {"requests": {"memory": "9000Mi"}, "limits": {"memory": "8Gi"}}}}},
+        "stages.merge: resources.requests.memory 9000Mi is more than resources.limits.memory 8Gi. Raise the limit",
+    ),
     "a mount without a volume": (
         {"stages": {"merge": {"extraVolumeMounts": {"scratch": {"mountPath": "/scratch"}}}}},
         "stages.merge: extraVolumeMounts.scratch mounts no volume. Add scratch to extraVolumes.",

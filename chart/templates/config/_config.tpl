@@ -17,6 +17,8 @@
       "namespace" .Release.Namespace
       "fullname" (include "llama-lora.fullname" .)
       "revision" .Release.Revision
+      "run" (include "llama-lora.run.label" .)
+      "chart" (dict "version" .Chart.Version "appVersion" .Chart.AppVersion)
       "claim" (dict
           "name" (include "llama-lora.claim.name" .)
           "managed" (and $values.storage.enabled (not $values.storage.existingClaim)))

@@ -32,8 +32,20 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     cleanup    jobs.batch                         list patch delete
     cleanup    pods                               list
     cleanup    pytorchjobs.kubeflow.org           list delete
-    runner     secrets                            list delete   # Helm's own needs come on top
-    runner     jobs.batch                         list
+    runner     secrets                            list delete
+    runner     jobs.batch                         list patch
+    runner     pods                               list
 
-In detached mode cleanup also runs ``helm uninstall RELEASE-run``, and needs what Helm needs for that.
+What Helm asks on top, in detached mode: for the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 watches every
+hook), and for cleanup's ``helm uninstall RELEASE-run --no-hooks``.
+
+    command    resource                           verbs
+    upgrade    secrets                            get list create update delete
+    upgrade    configmaps                         get create patch delete
+    upgrade    jobs.batch                         get list watch create patch delete
+    upgrade    pytorchjobs.kubeflow.org           get list watch create patch delete
+    upgrade    pods                               get list
+    upgrade    pods/log                           get
+    uninstall  secrets                            get list update delete
+    uninstall  configmaps                         get delete
 """

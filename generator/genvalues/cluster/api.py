@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import urllib3
 from kubernetes import client, config, dynamic
+from kubernetes.utils.quantity import parse_quantity
 
 from genvalues.errors import UserError
 
@@ -223,6 +224,11 @@ class Api:
         except client.ApiException as error:
             message = message_of(error)
             raise (NotAllowed if error.status in {401, 403} else ApiError)(error.status or 0, message) from error
+
+
+def whole_number(quantity: Any) -> int:
+    """A count that the API spells as a quantity: 16, or 1k."""
+    return int(parse_quantity(quantity))
 
 
 def selectors(labels: str = "", fields: str = "") -> Query:

@@ -13,7 +13,18 @@ from collections.abc import Callable
 
 from . import api as kinds
 from .api import Api, Object
-from .objects import COMPONENT, INSTANCE, STAGE, annotations_of, component_of, is_finished, is_over, labels_of, name_of
+from .objects import (
+    COMPONENT,
+    INSTANCE,
+    RUN,
+    STAGE,
+    annotations_of,
+    component_of,
+    is_finished,
+    is_over,
+    labels_of,
+    name_of,
+)
 
 # A live Helm client creates the next stage's Job a moment after the last one's end: nothing must be there this often.
 QUIET_LOOKS = 3
@@ -48,68 +59,84 @@ def cleanup(
     timeout: float,
     say: Callable[[str], None],
     *,
+    run: str = "",
     interval: float = 1.0,
     run_helm: Callable[[list[str], float], None] = helm,
 ) -> None:
     """Return when nothing of ``release`` runs; raise StillRunning, with what does, at the deadline."""
     ends = time.monotonic() + timeout
-    runners = [job for job in jobs_of(api, release) if component_of(job) == "runner"]
-    # A detached release runs its stages as another release (the runner's), which is ours to take down only then.
-    releases = [release, f"{release}-run"] if runners else [release]
-    for runner in runners:
-        if not is_finished(runner):
-            say(f"stopping the runner {name_of(runner)}")  # before the stages: it would start the next one
-            api.patch(kinds.JOBS, name_of(runner), {"spec": {"suspend": True}})
-    wait_for(lambda: running_pods(api, release, "runner"), ends, interval)
+    runners = runners_of(api, release)
+    stop_runners(api, runners, say)  # before the stages: they would start the next one
+    wait_for(lambda: running_pods(api, f"{INSTANCE}={release},{COMPONENT}=runner"), ends, interval)
+    # A detached release runs its stages as another release (the runner's). Without a runner, which an upgrade to mode
+    # attached takes away, only what works in this run's folder is known to be ours.
+    inner = f"{release}-run"
+    selectors = [f"{INSTANCE}={release}"]
+    if runners:
+        selectors.append(f"{INSTANCE}={inner}")
+    elif run:
+        selectors.append(f"{INSTANCE}={inner},{RUN}={run}")
     quiet = 0
     while quiet < QUIET_LOOKS:
-        left = [what for each in releases for what in stop_stages(api, each, say)]
+        left = [what for selector in selectors for what in stop_stages(api, selector, say)]
         quiet = 0 if left else quiet + 1
         if left and time.monotonic() >= ends:
             raise StillRunning(describe(left, api.namespace))
         time.sleep(interval)
     if runners:
-        inner = ["uninstall", releases[-1], "--namespace", api.namespace, "--no-hooks", "--ignore-not-found"]
-        say(f"helm {' '.join(inner)}")
-        run_helm(inner, max(1.0, ends - time.monotonic()))
+        arguments = ["uninstall", inner, "--namespace", api.namespace, "--no-hooks", "--ignore-not-found"]
+        say(f"helm {' '.join(arguments)}")
+        run_helm(arguments, max(1.0, ends - time.monotonic()))
         for runner in runners:
             api.delete(kinds.JOBS, name_of(runner))  # last: it tells a cleanup that is started again what to take down
     say(f"nothing of {release} runs")
 
 
-def jobs_of(api: Api, release: str) -> list[Object]:
-    """The release's hook Jobs and its runner; never a cleanup, which may be the one that asks."""
+def runners_of(api: Api, release: str) -> list[Object]:
     jobs = api.list(kinds.JOBS, labels=f"{INSTANCE}={release}")
-    return [job for job in jobs if component_of(job) == "runner" or is_stage(job)]
+    return [job for job in jobs if component_of(job) == "runner"]
+
+
+def stop_runners(api: Api, runners: list[Object], say: Callable[[str], None]) -> None:
+    """Suspended, not deleted: a command that is started again still finds them."""
+    for runner in runners:
+        if not is_finished(runner):
+            say(f"stopping the runner {name_of(runner)}")
+            api.patch(kinds.JOBS, name_of(runner), {"spec": {"suspend": True}})
 
 
 def is_stage(item: Object) -> bool:
+    """Never a cleanup, which may be the one that asks."""
     return STAGE in annotations_of(item) and component_of(item) not in {"cleanup", "runner"}
 
 
-def stop_stages(api: Api, release: str, say: Callable[[str], None]) -> list[str]:
-    """Take every stage of ``release`` one step nearer to its end; what is still there, as kubectl names it."""
+def stop_stages(api: Api, selector: str, say: Callable[[str], None]) -> list[str]:
+    """Take every selected stage one step nearer to its end; what is still there, as kubectl names it."""
     left = []
-    for job in filter(is_stage, jobs_of(api, release)):
+    for job in filter(is_stage, api.list(kinds.JOBS, labels=selector)):
         left.append(f"job/{name_of(job)}")
         if is_finished(job) or job["spec"].get("suspend"):  # a suspended Job has no pods, and no deadline
             api.delete(kinds.JOBS, name_of(job))
-        elif job["spec"].get("activeDeadlineSeconds") != 1:
-            # Never deleted while it runs: Helm 3 takes that for success and goes on to the next stage, Helm 4 hangs.
-            say(f"stopping {left[-1]}")
-            api.patch(kinds.JOBS, name_of(job), {"spec": {"activeDeadlineSeconds": 1}})
-    for job in filter(is_stage, api.list(kinds.PYTORCH_JOBS, labels=f"{INSTANCE}={release}")):
+        else:
+            fail_job(api, job, say)
+    for job in filter(is_stage, api.list(kinds.PYTORCH_JOBS, labels=selector)):
         left.append(f"pytorchjob/{name_of(job)}")
         if not job["metadata"].get("deletionTimestamp"):
             say(f"deleting {left[-1]}")
             # Foreground: the operator makes no new pods while the old ones end.
             api.delete(kinds.PYTORCH_JOBS, name_of(job), propagation="Foreground")
-    return left + running_pods(api, release)
+    return left + running_pods(api, selector)
 
 
-def running_pods(api: Api, release: str, component: str = "") -> list[str]:
-    """The release's pods that have not ended, of Jobs and PyTorchJobs; a cleanup's own apart."""
-    selector = f"{INSTANCE}={release}" + (f",{COMPONENT}={component}" if component else "")
+def fail_job(api: Api, job: Object, say: Callable[[str], None]) -> None:
+    """A running Job is never deleted: Helm 3 takes that for success and goes on to the next stage, Helm 4 hangs."""
+    if job["spec"].get("activeDeadlineSeconds") != 1:
+        say(f"stopping job/{name_of(job)}")
+        api.patch(kinds.JOBS, name_of(job), {"spec": {"activeDeadlineSeconds": 1}})
+
+
+def running_pods(api: Api, selector: str) -> list[str]:
+    """Selected pods that have not ended, of Jobs and PyTorchJobs; a cleanup's own apart."""
     return [
         f"pod/{name_of(pod)}"
         for pod in api.list(kinds.PODS, labels=selector)

@@ -101,7 +101,7 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     settings = load(config)
     server = api.connect(settings.namespace, say=click.echo)
     try:
-        gate.gate(server, settings, stage, job, lambda: gate.ask_trainer(stage, run_config), click.echo)
+        gate.gate(server, settings, stage, job, lambda of: gate.ask_trainer(of, run_config), click.echo)
     except gate.StageFailed as failure:
         click.echo(gate.describe_failure(stage, failure))
         return failure.status
@@ -111,18 +111,30 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
 @cluster.command("cleanup")
 @click.option("--release", required=True)
 @click.option("--namespace", required=True)
-@click.option("--timeout-seconds", type=click.FloatRange(min=1), default=120.0, show_default=True)
+@click.option("--run", default="", help="The run's label: of RELEASE-run, stages that have it are stopped too.")
+@click.option("--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True)
+@click.option(
+    "--own-job",
+    type=(str, int),
+    default=None,
+    metavar="NAME SECONDS",
+    help="The Job that this runs in, and the deadline it gets now that its pod has started.",
+)
 @command
-def cleanup_command(release: str, namespace: str, timeout_seconds: float) -> int:
+def cleanup_command(
+    release: str, namespace: str, run: str, timeout_seconds: float, own_job: tuple[str, int] | None
+) -> int:
     """Stop what still runs of a release, and wait until its pods are gone.
 
-    Example: genvalues cluster cleanup --release llama-lora --namespace default --timeout-seconds 120
+    Example: genvalues cluster cleanup --release llama-lora --namespace default
     """
     from . import api, cleanup
 
     server = api.connect(namespace, patience=timeout_seconds, say=click.echo)
+    if own_job:
+        server.patch(api.JOBS, own_job[0], {"spec": {"activeDeadlineSeconds": own_job[1]}})
     try:
-        cleanup.cleanup(server, release, timeout_seconds, click.echo)
+        cleanup.cleanup(server, release, timeout_seconds, click.echo, run=run)
     except cleanup.StillRunning as problem:
         click.echo(str(problem), err=True)
         return 1
@@ -138,15 +150,16 @@ def cleanup_command(release: str, namespace: str, timeout_seconds: float) -> int
     required=True,
     help="The inner release's values, as the chart renders them.",
 )
+@click.option("--own-job", required=True, help="The Job that this runs in; older runners are stopped.")
 @command
-def runner_command(config: Path, chart: Path, values: Path) -> int:
+def runner_command(config: Path, chart: Path, values: Path, own_job: str) -> int:
     """Run the pipeline as the release RELEASE-run, from inside the cluster.
 
     Example: genvalues cluster runner --config /etc/llama-lora/cluster.yaml --chart /opt/llama-lora/chart
-    --values /etc/llama-lora/values.yaml
+    --values /etc/llama-lora/values.yaml --own-job llama-lora-runner-1
     """
     from . import api, runner
     from .config import load
 
     settings = load(config)
-    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, values, click.echo)
+    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, values, own_job, click.echo)

@@ -36,11 +36,18 @@ class Train(Section):
     unschedulable_timeout_seconds: float = Field(default=1800, gt=0)
 
 
+class Chart(Section):
+    version: str
+    app_version: str
+
+
 class ClusterConfig(Section):
     release: str = Field(min_length=1)
     namespace: str = Field(min_length=1)
     fullname: str = Field(min_length=1)
     revision: int
+    run: str = Field(min_length=1)  # the value of the label RUN
+    chart: Chart
     claim: Claim
     secret: TokenSecret | None = None
     job: Job

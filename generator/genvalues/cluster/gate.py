@@ -4,8 +4,9 @@ Helm waits for Jobs, not for PyTorchJobs. So the chart creates the PyTorchJob su
 it:
 
  1. the stage's manifest is up to date: the suspended job is deleted; no Trainium node was ever asked for;
- 2. an earlier revision's job with the same fingerprint still runs: that one is followed, the new one deleted;
- 3. else the new one is released and followed.
+ 2. a job with the same fingerprint still runs, of an earlier revision or another release: that one is followed, the new
+    one deleted;
+ 3. else the new one is released and followed, when nothing else writes in the run's folder or holds its nodes any more.
 
 Killed and started again at any point, it goes on: what was released is marked with the fingerprint it was released for.
 """
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from genvalues.errors import EXIT_USER_ERROR, UserError
 
@@ -28,16 +29,20 @@ from . import api as kinds
 from .api import Api, Object
 from .config import ClusterConfig
 from .objects import (
-    COMPONENT,
     FINGERPRINT,
     INSTANCE,
     JOB_NAME,
     QUEUE_NAME,
+    RUN,
     annotations_of,
+    component_of,
     condition,
+    created,
+    family_of,
     is_finished,
     is_over,
     is_suspended,
+    labels_of,
     last_seen,
     moment,
     name_of,
@@ -66,7 +71,7 @@ class StageFailed(Exception):
 class StageState:
     """What ``llama-lora fingerprint STAGE`` says."""
 
-    fingerprint: str
+    fingerprint: str | None  # None: a stage it reads from is not done
     up_to_date: bool
     progress: Path
 
@@ -84,43 +89,76 @@ class Pace:
     pods_gone: float = 600.0  # grace period 120 s, or the five minutes until a lost node is given up
 
 
+Ask = Callable[[str], StageState]  # of a stage
+
+
 @dataclass(frozen=True)
 class Plan:
     follow: str = ""
     release: bool = False
-    delete: list[str] = field(default_factory=list)  # never ran, or is over
-    stop: list[str] = field(default_factory=list)  # runs, for another fingerprint
+    delete: list[str] = field(default_factory=list)  # never ran
+    stop: list[str] = field(default_factory=list)  # ran or runs: its pods must be gone before anything else starts
 
 
-def plan(jobs: list[Object], own: str, state: StageState) -> Plan:
-    """What to do with the stage's PyTorchJobs, this revision's (``own``) and earlier ones."""
+def plan(jobs: list[Object], own: str, release: str, state: StageState) -> Plan:
+    """What to do with the PyTorchJobs of this stage and run: this revision's (``own``), earlier ones, others'."""
+    ours = [job for job in jobs if is_ours(job, release)]
+    waiting = [name_of(job) for job in ours if FINGERPRINT not in annotations_of(job)]  # another's has its own gate
     released = [job for job in jobs if FINGERPRINT in annotations_of(job)]
-    waiting = [name_of(job) for job in jobs if FINGERPRINT not in annotations_of(job)]
     newest_first = sorted(released, key=lambda job: (name_of(job) == own, created(job)), reverse=True)
-    ours = [job for job in newest_first if annotations_of(job)[FINGERPRINT] == state.fingerprint]
-    alive = [name_of(job) for job in ours if not is_finished(job) and not is_being_deleted(job)]
-    # Two trainers on one run directory would overwrite each other's checkpoints. One that is being deleted is here too:
-    # it is waited for.
-    stop = [name_of(job) for job in released if not is_finished(job) and name_of(job) not in alive[:1]]
-    over = [name_of(job) for job in released if is_finished(job)]
+    same = [job for job in newest_first if annotations_of(job)[FINGERPRINT] == state.fingerprint]
+    alive = [name_of(job) for job in same if is_alive(job)]
+    # Two trainers on one run directory would overwrite each other's checkpoints.
+    stop = names_to_stop([job for job in released if name_of(job) not in alive[:1]], release)
     if state.up_to_date:
         return Plan(delete=waiting, stop=stop)
     if alive:
         return Plan(follow=alive[0], delete=waiting, stop=stop)
     if own in waiting:
-        return Plan(follow=own, release=True, delete=[name for name in waiting if name != own] + over, stop=stop)
-    ended = [name_of(job) for job in ours if is_finished(job)]
+        over = [name_of(job) for job in released if is_finished(job) and is_ours(job, release)]
+        return Plan(follow=own, release=True, delete=[name for name in waiting if name != own], stop=stop + over)
+    ended = [name_of(job) for job in same if is_finished(job) and is_ours(job, release)]
     if ended:  # a gate that comes after the end reports it
         return Plan(follow=ended[0], delete=waiting, stop=stop)
     return Plan(stop=stop)
 
 
+def in_the_way(jobs: list[Object], stage: str, release: str, ask: Ask) -> list[str]:
+    """Jobs of the run's other stages that run for another configuration: they hold the nodes that ``stage`` needs.
+
+    A stage whose fingerprint is not known yet has an upstream that has changed since its job was released, so that job
+    is another configuration's too. Little is lost where that is wrong: it resumes from its checkpoints.
+    """
+    released = [job for job in jobs if FINGERPRINT in annotations_of(job) and not is_finished(job)]
+    others = [job for job in released if component_of(job) != stage]
+    current = {other: ask(other).fingerprint for other in sorted({component_of(job) for job in others})}
+    outdated = [job for job in others if annotations_of(job)[FINGERPRINT] != current[component_of(job)]]
+    return names_to_stop(outdated, release)
+
+
+def names_to_stop(jobs: list[Object], release: str) -> list[str]:
+    """Those that have not ended. One that is being deleted is here too: it is waited for."""
+    for job in jobs:
+        if is_alive(job) and not is_ours(job, release):
+            owner = labels_of(job).get(INSTANCE)
+            raise UserError(
+                f"PyTorchJob {name_of(job)} of release {owner} works in this run's folder with another configuration",
+                where="name",
+                fix=f"Set another name: in this release's values, or first: helm uninstall {owner}",
+            )
+    return [name_of(job) for job in jobs if not is_finished(job)]
+
+
+def is_ours(job: Object, release: str) -> bool:
+    return family_of(labels_of(job).get(INSTANCE, "")) == family_of(release)
+
+
+def is_alive(job: Object) -> bool:
+    return not is_finished(job) and not is_being_deleted(job)
+
+
 def is_being_deleted(job: Object) -> bool:
     return "deletionTimestamp" in job["metadata"]
-
-
-def created(job: Object) -> float:
-    return moment(job["metadata"].get("creationTimestamp"))
 
 
 def gate(
@@ -128,19 +166,26 @@ def gate(
     config: ClusterConfig,
     stage: str,
     own: str,
-    ask: Callable[[], StageState],
+    ask: Ask,
     say: Callable[[str], None],
     pace: Pace = Pace(),
 ) -> None:
     """Return when the stage is done; raise StageFailed or UserError when it is not."""
-    state = ask()
-    labels = f"{INSTANCE}={config.release},{COMPONENT}={stage}"
-    decided = plan(api.list(kinds.PYTORCH_JOBS, labels=labels), own, state)
-    for name in decided.stop:
-        say(f"{stage}: stopping {name}, which runs for an earlier configuration")
-        stop(api, name, pace)
+    state = ask(stage)
+    if state.fingerprint is None:
+        fix = "Run the pipeline from the start: helm upgrade; finished stages are skipped"
+        raise UserError(f"stage {stage} cannot run: a stage it reads from is not done", fix=fix)
+    jobs = api.list(kinds.PYTORCH_JOBS, labels=f"{RUN}={config.run}")  # of whatever release
+    decided = plan([job for job in jobs if component_of(job) == stage], own, config.release, state)
+    stop = decided.stop + (in_the_way(jobs, stage, config.release, ask) if decided.release else [])
+    for name in stop:
+        say(f"{stage}: making way: PyTorchJob {name}, which is over or runs for another configuration")
+        # Foreground: the job stays, and makes no new pods, until the old ones have ended.
+        api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
     for name in decided.delete:
         api.delete(kinds.PYTORCH_JOBS, name)
+    if stop or decided.release:
+        wait_for_pods(api, config.run, stage, stop, decided.follow, pace)
     if state.up_to_date:
         say(f"{stage}: up to date, nothing to run")
         return
@@ -166,16 +211,22 @@ def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
     api.patch(kinds.PYTORCH_JOBS, name, patch)
 
 
-def stop(api: Api, name: str, pace: Pace) -> None:
-    """Delete a job that runs, and wait until its pods are gone."""
-    # Foreground: the job stays, and makes no new pods, until the old ones have ended.
-    api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
+def wait_for_pods(api: Api, run: str, stage: str, stopped: list[str], follow: str, pace: Pace) -> None:
+    """Until no pod of this stage and run works any more, but those of the job to follow, nor one of a stopped job.
+
+    Of this stage whatever its job, because that may be gone already: a worker may take 120 s to save and end.
+    """
+
+    def is_waited_for(pod: Object) -> bool:
+        job = labels_of(pod).get(JOB_NAME, follow)
+        return job != follow and not is_over(pod) and (job in stopped or component_of(pod) == stage)
+
     ends = time.monotonic() + pace.pods_gone
-    while pods := api.list(kinds.PODS, labels=f"{JOB_NAME}={name}"):
+    while pods := [name_of(pod) for pod in api.list(kinds.PODS, labels=f"{RUN}={run}") if is_waited_for(pod)]:
         if time.monotonic() >= ends:
-            names = " ".join(name_of(pod) for pod in pods)
+            names = " ".join(pods)
             fix = f"Look at their nodes; if those are lost: kubectl -n {api.namespace} delete pod --force {names}"
-            raise UserError(f"pods of PyTorchJob {name} are still there after {pace.pods_gone:.0f} s: {names}", fix=fix)
+            raise UserError(f"pods of an earlier PyTorchJob still run after {pace.pods_gone:.0f} s: {names}", fix=fix)
         time.sleep(pace.interval)
 
 
@@ -188,7 +239,7 @@ class Follower:
         config: ClusterConfig,
         stage: str,
         job: str,
-        ask: Callable[[], StageState],
+        ask: Ask,
         say: Callable[[str], None],
         pace: Pace,
     ) -> None:
@@ -270,18 +321,17 @@ class Follower:
         """With an elasticPolicy the job succeeds as soon as one worker has: the others are waited for."""
         failed = [pod for pod in pods if phase_of(pod) == "Failed"]
         if failed:
-            raise StageFailed(f"{name_of(failed[0])} failed, though PyTorchJob {self.job} counts as succeeded")
+            self.end(f"{name_of(failed[0])} failed, though PyTorchJob {self.job} counts as succeeded", STAGE_FAILED)
         running = [name_of(pod) for pod in pods if not is_over(pod)]
         if not running:
             return True
         if self.lasts("running", self.pace.others_end):
-            raise StageFailed(
-                f"{', '.join(running)} still run {self.pace.others_end:.0f} s after another worker's success"
-            )
+            names = ", ".join(running)
+            self.end(f"{names} still run {self.pace.others_end:.0f} s after another worker's success", STAGE_FAILED)
         return False
 
     def manifest_is_there(self, state: StageState) -> bool:
-        now = self.ask()
+        now = self.ask(self.stage)
         if now.up_to_date and now.fingerprint == state.fingerprint:
             return True
         if self.lasts("manifest", self.pace.manifest):
@@ -310,10 +360,10 @@ class Follower:
         if self.lasts("missing", limit, len(pods) < workers_of(job)):
             self.end(f"only {len(pods)} of {workers_of(job)} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         """Delete the job and fail. The next gate waits for the pods to be gone, so this one need not."""
         self.api.delete(kinds.PYTORCH_JOBS, self.job, propagation="Foreground")
-        raise StageFailed(reason, status=EXIT_USER_ERROR)
+        raise StageFailed(reason, status=status)
 
     def lasts(self, what: str, seconds: float, holds: bool = True) -> bool:
         """Whether ``what`` has held at every look for longer than ``seconds``."""
@@ -379,9 +429,6 @@ def read_state(stage: str, text: str) -> StageState:
         fingerprint, up_to_date, progress = answer["fingerprint"], answer["upToDate"], answer["progress"]
     except (ValueError, KeyError, TypeError) as error:
         raise CannotAsk(f"llama-lora fingerprint {stage} did not answer as agreed: {text.strip()[:200]}") from error
-    if fingerprint is None:
-        fix = "Run the pipeline from the start: helm upgrade; finished stages are skipped"
-        raise UserError(f"stage {stage} cannot run: a stage it reads from is not done", fix=fix)
     return StageState(fingerprint, up_to_date, Path(progress))
 
 

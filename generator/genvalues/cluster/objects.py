@@ -12,6 +12,7 @@ STAGE = "llama-lora/stage"  # annotation on every stage object
 FINGERPRINT = "llama-lora/fingerprint"  # annotation on a PyTorchJob that a gate has released
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
+RUN = "llama-lora/run"  # label on every stage object and pod: the same for all that work in one run's folder
 JOB_NAME = "training.kubeflow.org/job-name"  # the operator's label on a PyTorchJob's pods
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
 
@@ -42,6 +43,11 @@ class End:
         return f"{self.pod} ended with status {self.code}{why}"
 
 
+def family_of(release: str) -> str:
+    """A detached release and the one that its runner installs belong together; so does an attached one of that name."""
+    return release.removesuffix("-run")
+
+
 def name_of(item: Object) -> str:
     return str(item["metadata"]["name"])
 
@@ -52,6 +58,10 @@ def labels_of(item: Object) -> dict[str, str]:
 
 def annotations_of(item: Object) -> dict[str, str]:
     return item["metadata"].get("annotations") or {}
+
+
+def owners_of(item: Object) -> list[str]:
+    return [owner["name"] for owner in item["metadata"].get("ownerReferences") or []]
 
 
 def component_of(item: Object) -> str:
@@ -133,6 +143,10 @@ def moment(text: str | None) -> float:
     if not text:
         return 0.0
     return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc).timestamp()
+
+
+def created(item: Object) -> float:
+    return moment(item["metadata"].get("creationTimestamp"))
 
 
 def last_seen(event: Object) -> float:

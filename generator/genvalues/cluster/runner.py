@@ -1,7 +1,9 @@
 """Detached mode: the Helm client that runs in the cluster, so that nobody's laptop has to stay open.
 
-Installs the chart of the image as the release RELEASE-run in attached mode. Started again (its pod was lost), it waits
-for the stage that still runs, clears the record of the Helm client that died, and goes on: finished stages are skipped.
+Installs the chart of the image as the release RELEASE-run in attached mode. Started again (its pod was lost, or
+``helm upgrade`` made a new one), it stops older runners, ends a gate and waits for any other stage that still runs,
+clears the record of the Helm client that died, and goes on: finished stages are skipped, and the new gate follows the
+training that runs, or stops it when its configuration has changed.
 """
 
 from __future__ import annotations
@@ -18,9 +20,20 @@ from genvalues.errors import EXIT_USER_ERROR, UserError
 
 from . import api as kinds
 from .api import Api, Object
-from .cleanup import is_stage
+from .cleanup import fail_job, is_stage, runners_of, stop_runners
 from .config import ClusterConfig
-from .objects import INSTANCE, condition, is_finished, labels_of, name_of
+from .objects import (
+    COMPONENT,
+    INSTANCE,
+    component_of,
+    condition,
+    created,
+    is_finished,
+    is_over,
+    labels_of,
+    name_of,
+    owners_of,
+)
 
 PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
 # Helm's --timeout is per hook, and each stage has its own deadline: this one is never to be the first.
@@ -39,6 +52,28 @@ def check_values(path: Path) -> None:
     mode = values["pipeline"].get("mode") if isinstance(values, dict) and "pipeline" in values else None
     if mode != "attached":
         raise UserError(f"pipeline.mode is {mode}", where=str(path), fix="The inner release's is attached")
+
+
+def check_chart(path: Path, config: ClusterConfig) -> None:
+    """The image's chart is the one that was installed.
+
+    Told by its versions only: no template can see the templates, so a Helm client cannot write a digest of them into
+    the release.
+    """
+    where = path / "Chart.yaml"
+    try:
+        chart = yaml.safe_load(where.read_text(encoding="utf-8"))
+    except OSError as error:
+        fix = "Use the image built from trainer/Dockerfile"
+        raise UserError(f"cannot be read: {error.strerror}", where=str(where), fix=fix) from error
+    installed = config.chart
+    if (chart["version"], chart["appVersion"]) != (installed.version, installed.app_version):
+        raise UserError(
+            f"the image's chart is {chart['version']} (appVersion {chart['appVersion']}), "
+            f"the installed one {installed.version} (appVersion {installed.app_version})",
+            where=str(where),
+            fix="Set image.tag or image.digest to the image built with this chart, or install the image's chart",
+        )
 
 
 def helm(arguments: list[str]) -> int:
@@ -64,6 +99,7 @@ def run(
     config: ClusterConfig,
     chart: Path,
     values: Path,
+    own_job: str,
     say: Callable[[str], None],
     *,
     interval: float = 5.0,
@@ -71,7 +107,9 @@ def run(
 ) -> int:
     """Run the pipeline to its end; its exit status."""
     check_values(values)
+    check_chart(chart, config)
     release = f"{config.release}-run"
+    stop_older_runners(api, config.release, own_job, say, interval)
     wait_for_living_stages(api, release, say, interval)
     clear_pending(api, release, say)
     failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
@@ -98,12 +136,36 @@ def failed_stages(api: Api, release: str) -> list[Object]:
 
 
 def wait_for_living_stages(api: Api, release: str, say: Callable[[str], None], interval: float) -> None:
-    """Helm would delete a running stage's Job to make it anew, or start the next stage beside it."""
+    """Helm would delete a running stage's Job to make it anew, or start the next stage beside it.
+
+    A gate is ended instead: the PyTorchJob that it follows, for hours, goes on without it.
+    """
     told: list[str] = []
-    while living := [name_of(job) for job in stage_jobs(api, release) if not is_finished(job)]:
-        if living != told:
-            say(f"pipeline: waiting for {', '.join(living)}, which an earlier runner started")
-            told = living
+    while living := [job for job in stage_jobs(api, release) if not is_finished(job)]:
+        for job in living:
+            if component_of(job).endswith("-gate"):
+                fail_job(api, job, say)
+        names = [name_of(job) for job in living]
+        if names != told:
+            say(f"pipeline: waiting for {', '.join(names)}, which an earlier runner started")
+            told = names
+        time.sleep(interval)
+
+
+def stop_older_runners(api: Api, release: str, own_job: str, say: Callable[[str], None], interval: float) -> None:
+    """Two would install the same release. ``helm upgrade`` deletes the older one, but makes this one first."""
+
+    def of_others() -> list[str]:
+        pods = api.list(kinds.PODS, labels=f"{INSTANCE}={release},{COMPONENT}=runner")
+        others = [pod for pod in pods if own_job not in owners_of(pod)]
+        return [name_of(pod) for pod in others if not is_over(pod)]
+
+    runners = runners_of(api, release)
+    mine = [created(job) for job in runners if name_of(job) == own_job]
+    stop_runners(api, [job for job in runners if mine and created(job) < mine[0]], say)
+    if waited_for := of_others():
+        say(f"pipeline: waiting for {', '.join(waited_for)} to end")
+    while of_others():
         time.sleep(interval)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
+from generator.cluster.objects import RUN
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
 
@@ -34,6 +35,8 @@ def values() -> dict[str, Any]:
         "namespace": NAMESPACE,
         "fullname": "demo-llama-lora",
         "revision": 3,
+        "run": RUN,
+        "chart": {"version": "0.1.0", "appVersion": "0.1.0"},
         "claim": {"name": "demo-workspace", "managed": True},
         "secret": {"name": "hf-token", "key": "token"},
         "job": {
@@ -59,24 +62,33 @@ def config_file(values: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def chart(tmp_path: Path) -> Path:
+    """The chart of the image."""
+    folder = tmp_path / "chart"
+    folder.mkdir()
+    (folder / "Chart.yaml").write_text("name: llama-lora\nversion: 0.1.0\nappVersion: 0.1.0\n")
+    return folder
+
+
 class Trainer:
-    """A stand-in for ``llama-lora fingerprint``: what it answers lies in a file."""
+    """A stand-in for ``llama-lora fingerprint``: what it answers about a stage lies in a file."""
 
     def __init__(self, folder: Path) -> None:
-        self.answer = folder / "answer.json"
+        self.answer = folder / "train.json"
         self.progress = folder / "progress.json"
         self.status = folder / "status"
         self.says("f1", up_to_date=False)
         self.ends_with(0)
         command = folder / "llama-lora"
-        command.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncat {self.answer}\nexit $(cat {self.status})\n')
+        command.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncat {folder}/$2.json\nexit $(cat {self.status})\n')
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
 
-    def says(self, fingerprint: str | None, *, up_to_date: bool) -> None:
-        answer = {"stage": "train", "fingerprint": fingerprint, "upToDate": up_to_date, "manifest": "/m.json"}
-        partial = self.answer.with_suffix(".partial")
+    def says(self, fingerprint: str | None, *, up_to_date: bool, of: str = "train") -> None:
+        answer = {"stage": of, "fingerprint": fingerprint, "upToDate": up_to_date, "manifest": "/m.json"}
+        partial = self.answer.with_name("partial")
         partial.write_text(json.dumps({**answer, "progress": str(self.progress)}))
-        partial.replace(self.answer)
+        partial.replace(self.answer.with_name(f"{of}.json"))
 
     def ends_with(self, status: int) -> None:
         self.status.write_text(str(status))

@@ -48,6 +48,7 @@ class FakeApi:
         self.away = False
         self.after: list[tuple[str, str, Callable[[Object], None]]] = []  # verb, plural, what the cluster does then
         self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: what watches see
+        self.graceful = False  # a deleted job's pods are marked, and end when the test removes them
         self.failing_creations = ""  # message of a webhook that does not answer
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
@@ -195,7 +196,10 @@ class FakeApi:
             self.remove(plural, name)
             if propagation != "Orphan":
                 for pod in owned:
-                    self.remove("pods", pod)
+                    if self.graceful:
+                        self.merge("pods", pod, {"metadata": {"deletionTimestamp": now()}})
+                    else:
+                        self.remove("pods", pod)
             return item
 
     def owned_by(self, item: Object) -> list[str]:

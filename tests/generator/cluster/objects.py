@@ -7,15 +7,22 @@ from typing import Any
 from generator.cluster.fake_api import FakeApi, now
 
 Object = dict[str, Any]
+RUN = "mine-0123456789abcdef"  # the label of the run that the tests' release works on
 
 
 def pytorch_job(
-    name: str, stage: str = "train", *, workers: int = 2, release: str = "demo", fingerprint: str = ""
+    name: str,
+    stage: str = "train",
+    *,
+    workers: int = 2,
+    release: str = "demo",
+    run: str = RUN,
+    fingerprint: str = "",
 ) -> Object:
     """Suspended as the chart makes it, or released by a gate for ``fingerprint``."""
     annotations = {"llama-lora/stage": stage} | ({"llama-lora/fingerprint": fingerprint} if fingerprint else {})
     return {
-        "metadata": {"name": name, "labels": labels(release, stage), "annotations": annotations},
+        "metadata": {"name": name, "labels": labels(release, stage, run), "annotations": annotations},
         "spec": {
             "runPolicy": {"suspend": not fingerprint, "backoffLimit": 3},
             "pytorchReplicaSpecs": {"Worker": {"replicas": workers, "restartPolicy": "OnFailure"}},
@@ -23,13 +30,17 @@ def pytorch_job(
     }
 
 
-def labels(release: str, component: str) -> dict[str, str]:
-    return {"app.kubernetes.io/instance": release, "app.kubernetes.io/component": component}
-
-
-def job(name: str, stage: str, *, release: str = "demo") -> Object:
+def labels(release: str, component: str, run: str) -> dict[str, str]:
     return {
-        "metadata": {"name": name, "labels": labels(release, stage), "annotations": {"llama-lora/stage": stage}},
+        "app.kubernetes.io/instance": release,
+        "app.kubernetes.io/component": component,
+        "llama-lora/run": run,
+    }
+
+
+def job(name: str, stage: str, *, release: str = "demo", run: str = RUN) -> Object:
+    return {
+        "metadata": {"name": name, "labels": labels(release, stage, run), "annotations": {"llama-lora/stage": stage}},
         "spec": {"activeDeadlineSeconds": 3600},
         "status": {"active": 1},
     }

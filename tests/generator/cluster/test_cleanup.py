@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from generator.cluster.fake_api import FakeApi
-from generator.cluster.objects import job, pod, pytorch_job
+from generator.cluster.objects import RUN, job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import StillRunning, cleanup
@@ -161,7 +161,16 @@ def test_detached_the_runner_stops_first_then_the_stages_then_the_inner_release_
     assert fake.names("jobs") == []
 
 
-def test_a_release_that_only_looks_like_the_inner_one_is_left_alone(fake: FakeApi, api: Api) -> None:
+def test_stages_that_a_runner_left_when_the_release_was_made_attached_are_stopped(fake: FakeApi, api: Api) -> None:
+    job_controller(fake)
     add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
-    clean(api, run_helm=lambda *_: pytest.fail("nothing to uninstall"))
+    fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f1"))
+    clean(api, run=RUN)
+    assert (fake.names("jobs"), fake.names("pytorchjobs"), fake.names("pods")) == ([], [], [])
+
+
+@pytest.mark.parametrize("run", ["", RUN])
+def test_a_release_that_only_looks_like_the_inner_one_is_left_alone(fake: FakeApi, api: Api, run: str) -> None:
+    add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run", run="another-run")
+    clean(api, run=run, run_helm=lambda *_: pytest.fail("nothing to uninstall"))
     assert fake.names("jobs") == ["demo-run-tokenize"]

@@ -119,6 +119,13 @@ def test_cleanup_ends_with_status_1_when_something_still_runs(fake: FakeApi) -> 
     assert "job/demo-tokenize" in result.stderr
 
 
+def test_cleanup_gives_its_own_job_the_time_that_the_work_may_take(fake: FakeApi) -> None:
+    fake.add("jobs", job("demo-cleanup", "cleanup"))
+    arguments = ["cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5"]
+    assert invoke(*arguments, "--own-job", "demo-cleanup", "330").exit_code == 0
+    assert fake.objects["jobs", "demo-cleanup"]["spec"]["activeDeadlineSeconds"] == 330
+
+
 @pytest.fixture
 def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in that notes what it is asked, and sleeps if there is a file ``sleep`` beside it."""
@@ -134,17 +141,23 @@ def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def runner_arguments(config_file: Path, tmp_path: Path) -> list[str]:
+def runner_arguments(config_file: Path, chart: Path, tmp_path: Path) -> list[str]:
     values = tmp_path / "values.yaml"
     values.write_text("pipeline: {mode: attached}\n")
-    return ["runner", "--config", str(config_file), "--chart", "/chart", "--values", str(values)]
+    places = ["--config", str(config_file), "--chart", str(chart), "--values", str(values)]
+    return ["runner", *places, "--own-job", "demo-runner-3"]
 
 
-def test_the_runner_runs_helm_and_passes_its_outcome_on(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
+def test_the_runner_runs_helm_and_passes_its_outcome_on(
+    fake: FakeApi, runner_arguments: list[str], chart: Path, helm: Path
+) -> None:
+    gate_job = job("demo-run-train-gate", "train-gate", release="demo-run")
+    fake.add("jobs", gate_job)
+    fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     labels = {"owner": "helm", "name": "demo-run", "status": "pending-install"}
     fake.add("secrets", {"metadata": {"name": "sh.helm.release.v1.demo-run.v1", "labels": labels}})
     assert invoke(*runner_arguments).exit_code == 0
-    assert (helm / "asked").read_text().startswith("upgrade --install demo-run /chart --namespace team-a")
+    assert (helm / "asked").read_text().startswith(f"upgrade --install demo-run {chart} --namespace team-a")
     assert set(fake.requests) == documented_rights("runner")
 
 

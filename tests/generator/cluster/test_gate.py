@@ -14,7 +14,7 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi, now
 from generator.cluster.objects import Operator, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
-from genvalues.cluster.api import Api, connect
+from genvalues.cluster.api import PYTORCH_JOBS, Api, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.gate import Pace, StageFailed, ask_trainer, describe_failure, describe_progress, gate
 from genvalues.errors import UserError
@@ -28,8 +28,9 @@ class Gate:
 
     def __init__(self, api: Api, config: ClusterConfig, *, pace: Pace = QUICK, stage: str = "train") -> None:
         self.said: list[str] = []
-        ask = lambda: ask_trainer(stage, Path("/etc/llama-lora/run.yaml"))  # noqa: E731
-        self.future: Future[None] = beside(gate, api, config, stage, OWN, ask, self.said.append, pace)
+        own = OWN.replace("train", stage)
+        ask = lambda of: ask_trainer(of, Path("/etc/llama-lora/run.yaml"))  # noqa: E731
+        self.future: Future[None] = beside(gate, api, config, stage, own, ask, self.said.append, pace)
 
     def succeeds(self) -> None:
         self.future.result(PATIENCE)
@@ -43,6 +44,18 @@ class Gate:
 def is_released(fake: FakeApi, name: str = OWN) -> bool:
     job = fake.get("pytorchjobs", name)
     return bool(job and not job["spec"]["runPolicy"]["suspend"])
+
+
+def is_going(fake: FakeApi, name: str) -> bool:
+    """Its deletion has been asked for."""
+    job = fake.get("pytorchjobs", name)
+    return job is None or "deletionTimestamp" in job["metadata"]
+
+
+def nothing_happens(fake: FakeApi) -> None:
+    """Several looks of the gate."""
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 4)
 
 
 def released_and_running(fake: FakeApi, api: Api, config: ClusterConfig, **options: Any) -> tuple[Gate, Operator]:
@@ -89,7 +102,9 @@ def test_workers_that_still_run_long_after_the_first_success_fail_the_stage(
     operator.end_worker(0, 0)
     trainer.says("f1", up_to_date=True)
     operator.succeed()
-    assert operator.worker(1) in running.fails().reason
+    failure = running.fails()
+    assert failure.status == 1 and operator.worker(1) in failure.reason
+    assert is_going(fake, OWN), "the worker that still runs holds a Trainium node"
 
 
 def test_a_succeeded_job_with_a_failed_worker_fails_the_stage(
@@ -100,7 +115,9 @@ def test_a_succeeded_job_with_a_failed_worker_fails_the_stage(
     operator.end_worker(0, 0)
     operator.end_worker(1, 1)
     operator.succeed()
-    assert operator.worker(1) in running.fails().reason
+    failure = running.fails()
+    assert failure.status == 1 and operator.worker(1) in failure.reason
+    assert is_going(fake, OWN), "a third worker may still run"
 
 
 def test_a_succeeded_job_without_the_manifest_fails_the_stage(
@@ -186,8 +203,7 @@ def test_a_worker_that_ends_with_status_2_ends_the_job_at_once_with_status_2(
     failure = running.fails()
     assert failure.status == 2
     assert failure.tail == ["training.maxSequenceLength: too long"]
-    job = fake.get("pytorchjobs", OWN)
-    assert job is None or "deletionTimestamp" in job["metadata"]
+    assert is_going(fake, OWN)
 
 
 def test_status_2_is_seen_though_the_operator_deletes_the_pods_at_once(
@@ -242,10 +258,9 @@ def test_an_earlier_job_with_another_fingerprint_is_stopped_and_gone_before_the_
     operator = Operator(fake, EARLIER)
     operator.start()
     running = Gate(api, config, pace=Pace(interval=0.03))
-    until(lambda: "deletionTimestamp" in (fake.get("pytorchjobs", EARLIER) or {"metadata": {}})["metadata"])
+    until(lambda: is_going(fake, EARLIER))
     fake.remove("pods", operator.worker(0))
-    seen = len(fake.requests)
-    until(lambda: len(fake.requests) > seen + 4)
+    nothing_happens(fake)
     assert not is_released(fake), "two trainers on one run directory"
     fake.remove("pods", operator.worker(1))
     fake.remove("pytorchjobs", EARLIER)
@@ -274,7 +289,7 @@ def test_a_job_that_is_being_deleted_is_waited_for_never_followed(
     fake.merge("pytorchjobs", EARLIER, {"metadata": {"deletionTimestamp": now()}})
     fake.add("pytorchjobs", pytorch_job(OWN))
     running = Gate(api, config, pace=Pace(interval=0.03))
-    until(lambda: any("stopping" in line for line in running.said))
+    until(lambda: any("making way" in line for line in running.said))
     assert not is_released(fake)
     for index in (0, 1):
         fake.remove("pods", operator.worker(index))
@@ -289,13 +304,145 @@ def test_jobs_that_earlier_revisions_left_are_deleted_at_release_and_other_stage
 ) -> None:
     others = ["demo-llama-lora-compile-3", "other-train-1"]
     fake.add("pytorchjobs", pytorch_job(others[0], "compile"))
-    fake.add("pytorchjobs", pytorch_job(others[1], release="other", fingerprint="f0"))
+    fake.add("pytorchjobs", pytorch_job(others[1], release="other", run="another-run", fingerprint="f0"))
     fake.add("pytorchjobs", pytorch_job("demo-llama-lora-train-1"))  # never released
     fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
     fake.set_condition("pytorchjobs", EARLIER, "Failed")
     running, operator = released_and_running(fake, api, config)
     assert fake.names("pytorchjobs") == [*others[:1], OWN, others[1]]
     operator.fail()
+    running.fails()
+
+
+@pytest.mark.parametrize("fingerprint", ["f0", "f1"])
+def test_a_job_that_is_over_has_no_pod_left_before_the_new_one_is_released(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, fingerprint: str
+) -> None:
+    fake.graceful = True  # its workers save a checkpoint, for up to 120 s
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint=fingerprint))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    fake.set_condition("pytorchjobs", EARLIER, "Failed")
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config, pace=Pace(interval=0.03))
+    until(lambda: is_going(fake, EARLIER))
+    nothing_happens(fake)
+    assert not is_released(fake), "two trainers on one run directory"
+    for index in (0, 1):
+        fake.remove("pods", operator.worker(index))
+    until(lambda: is_released(fake))
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+def test_pods_of_a_job_that_somebody_deleted_are_waited_for(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.graceful = True
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    api.delete(PYTORCH_JOBS, EARLIER)  # in the background, as kubectl does
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config, pace=Pace(interval=0.03))
+    nothing_happens(fake)
+    assert fake.names("pytorchjobs") == [OWN] and not is_released(fake)
+    operator.end_worker(0, 143)
+    fake.remove("pods", operator.worker(1))
+    until(lambda: is_released(fake))
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+@pytest.mark.parametrize("release", ["demo-run", "other"])
+def test_a_job_of_the_same_run_and_fingerprint_is_followed_whatever_its_release(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, release: str
+) -> None:
+    theirs = f"{release}-train-1"
+    fake.add("pytorchjobs", pytorch_job(theirs, release=release, fingerprint="f1"))
+    operator = Operator(fake, theirs)
+    operator.start()
+    fake.add("pytorchjobs", pytorch_job(f"{release}-train-2", release=release))  # waits for its own gate
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running = Gate(api, config)
+    until(lambda: any(f"following PyTorchJob {theirs}" in line for line in running.said))
+    assert OWN not in fake.names("pytorchjobs"), "two trainers on one run directory"
+    assert (f"{release}-train-2" in fake.names("pytorchjobs")) == (release == "other")
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    operator.end_worker(1, 0)
+    operator.succeed()
+    running.succeeds()
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("demo", "demo-run"), ("demo-run", "demo")])
+def test_another_configurations_job_of_the_release_in_the_other_mode_is_stopped(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, mine: str, theirs: str
+) -> None:
+    fake.add("pytorchjobs", pytorch_job("theirs-train-1", release=theirs, fingerprint="f0"))
+    operator = Operator(fake, "theirs-train-1")
+    operator.start()
+    fake.add("pytorchjobs", pytorch_job(OWN, release=mine))
+    running = Gate(api, config.model_copy(update={"release": mine}), pace=Pace(interval=0.03))
+    until(lambda: is_going(fake, "theirs-train-1"))
+    nothing_happens(fake)
+    assert not is_released(fake)
+    for index in (0, 1):
+        fake.remove("pods", operator.worker(index))
+    until(lambda: is_released(fake))
+    Operator(fake, OWN).fail()
+    running.fails()
+
+
+@pytest.mark.parametrize("stage", ["compile", "train"])
+def test_a_foreign_release_that_trains_the_same_run_otherwise_is_named_with_the_fix_and_left_alone(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, stage: str
+) -> None:
+    trainer.says("c1", up_to_date=False, of="compile")
+    fake.add("pytorchjobs", pytorch_job("other-train-1", release="other", fingerprint="f0"))
+    Operator(fake, "other-train-1").start()
+    own = OWN.replace("train", stage)
+    fake.add("pytorchjobs", pytorch_job(own, stage))
+    message = str(Gate(api, config, stage=stage).fails(UserError))
+    assert "release other" in message and "another name:" in message and "helm uninstall other" in message
+    assert not is_released(fake, own)
+    assert not is_going(fake, "other-train-1")
+
+
+@pytest.mark.parametrize("now_known_as", ["f2", None], ids=["changed", "not known yet"])
+def test_a_train_job_of_an_earlier_configuration_is_gone_before_compile_is_released(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, now_known_as: str | None
+) -> None:
+    trainer.says("c2", up_to_date=False, of="compile")
+    trainer.says(now_known_as, up_to_date=False)
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    own = OWN.replace("train", "compile")
+    fake.add("pytorchjobs", pytorch_job(own, "compile"))
+    running = Gate(api, config, stage="compile", pace=Pace(interval=0.03))
+    until(lambda: is_going(fake, EARLIER))
+    nothing_happens(fake)
+    assert not is_released(fake, own), "compile would wait for the nodes that train holds"
+    for index in (0, 1):
+        fake.remove("pods", operator.worker(index))
+    until(lambda: is_released(fake, own))
+    Operator(fake, own).fail()
+    running.fails()
+
+
+def test_a_train_job_of_the_current_configuration_runs_on_beside_compile(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    trainer.says("c1", up_to_date=False, of="compile")
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    Operator(fake, EARLIER).start()
+    own = OWN.replace("train", "compile")
+    fake.add("pytorchjobs", pytorch_job(own, "compile"))
+    running = Gate(api, config, stage="compile")
+    until(lambda: is_released(fake, own))
+    assert not is_going(fake, EARLIER)
+    Operator(fake, own).fail()
     running.fails()
 
 
@@ -385,8 +532,7 @@ def test_pods_unschedulable_for_too_long_fail_with_the_schedulers_reason(
     failure = running.fails()
     assert failure.status == 2
     assert "Insufficient aws.amazon.com/neuron" in failure.reason
-    job = fake.get("pytorchjobs", OWN)
-    assert job and "deletionTimestamp" in job["metadata"], "an autoscaler would go on adding nodes for it"
+    assert is_going(fake, OWN), "an autoscaler would go on adding nodes for it"
 
 
 def test_unschedulable_within_the_timeout_is_said_and_waited_for(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from generator.cluster.fake_api import FakeApi
-from generator.cluster.objects import job
+from generator.cluster.objects import job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.runner import run
 from genvalues.errors import UserError
 
-CHART = Path("/opt/llama-lora/chart")
+OWN = "demo-runner-2"
 
 
 @pytest.fixture
@@ -40,12 +41,12 @@ class Helm:
 
 
 def test_installs_the_inner_release_attached(
-    fake: FakeApi, api: Api, config: ClusterConfig, inner_values: Path
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     helm = Helm(fake)
-    assert run(api, config, CHART, inner_values, print, interval=0.02, run_helm=helm) == 0
+    assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm) == 0
     assert helm.asked == [
-        f"upgrade --install demo-run {CHART} --namespace team-a --values {inner_values} --timeout 720h"
+        f"upgrade --install demo-run {chart} --namespace team-a --values {inner_values} --timeout 720h"
     ]
 
 
@@ -58,45 +59,110 @@ def test_installs_the_inner_release_attached(
     ],
 )
 def test_the_outcome_of_the_failed_stage_is_the_runners_status(
-    fake: FakeApi, api: Api, config: ClusterConfig, inner_values: Path, message: str, reason: str, status: int
+    fake: FakeApi,
+    api: Api,
+    config: ClusterConfig,
+    chart: Path,
+    inner_values: Path,
+    message: str,
+    reason: str,
+    status: int,
 ) -> None:
     said: list[str] = []
     helm = Helm(fake, 1, fails="tokenize", message=message, reason=reason)
-    assert run(api, config, CHART, inner_values, said.append, interval=0.02, run_helm=helm) == status
+    assert run(api, config, chart, inner_values, OWN, said.append, interval=0.02, run_helm=helm) == status
     assert any("demo-run-tokenize failed" in line for line in said)
 
 
 def test_helm_failing_by_itself_is_worth_another_try_whatever_failed_before(
-    fake: FakeApi, api: Api, config: ClusterConfig, inner_values: Path
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     fake.add("jobs", job("demo-run-merge", "merge", release="demo-run"))
     fake.set_condition("jobs", "demo-run-merge", "Failed", "of an earlier run")
-    assert run(api, config, CHART, inner_values, print, interval=0.02, run_helm=Helm(fake, 1)) == 3
+    assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=Helm(fake, 1)) == 3
 
 
 def test_a_restarted_runner_waits_for_the_living_stage_then_clears_the_pending_record(
-    fake: FakeApi, api: Api, config: ClusterConfig, inner_values: Path
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
-    fake.add("jobs", job("demo-run-train-gate", "train-gate", release="demo-run"))
+    fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
     records = ((1, "superseded", "demo-run"), (2, "pending-upgrade", "demo-run"), (1, "pending-install", "x"))
     for version, status, release in records:
         labels = {"owner": "helm", "name": release, "status": status}
         fake.add("secrets", {"metadata": {"name": f"sh.helm.release.v1.{release}.v{version}", "labels": labels}})
     helm = Helm(fake)
-    running = beside(run, api, config, CHART, inner_values, print, interval=0.02, run_helm=helm)
+    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
     until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
     assert not helm.asked
     assert len(fake.names("secrets")) == 3
-    fake.set_condition("jobs", "demo-run-train-gate", "Complete")
+    fake.set_condition("jobs", "demo-run-tokenize", "Complete")
     assert running.result(PATIENCE) == 0
     assert len(helm.asked) == 1
     assert fake.names("secrets") == ["sh.helm.release.v1.demo-run.v1", "sh.helm.release.v1.x.v1"]
-    assert fake.names("jobs") == ["demo-run-train-gate"]
+    assert fake.names("jobs") == ["demo-run-tokenize"]
 
 
 def test_values_that_would_install_another_runner_are_refused(
-    fake: FakeApi, api: Api, config: ClusterConfig, inner_values: Path
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     inner_values.write_text("pipeline: {mode: detached}\n")
     with pytest.raises(UserError, match=r"pipeline\.mode is detached"):
-        run(api, config, CHART, inner_values, print, run_helm=Helm(fake))
+        run(api, config, chart, inner_values, OWN, print, run_helm=Helm(fake))
+
+
+def test_a_living_gate_is_ended_so_that_the_new_one_decides_about_the_training(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    """Not waited for: that would be the whole training, also of a configuration that nobody wants any more."""
+    fake.add("jobs", job("demo-run-train-gate", "train-gate", release="demo-run"))
+    fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f0"))
+    helm = Helm(fake)
+    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    until(lambda: fake.objects["jobs", "demo-run-train-gate"]["spec"]["activeDeadlineSeconds"] == 1)
+    assert not helm.asked
+    fake.set_condition("jobs", "demo-run-train-gate", "Failed", reason="DeadlineExceeded")
+    assert running.result(PATIENCE) == 0
+    assert fake.names("pytorchjobs") == ["demo-run-train-1"]
+    assert ("delete", "jobs.batch") not in fake.requests, "Helm 3 would take it for success"
+
+
+def test_older_runners_are_stopped_and_gone_before_helm_runs(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    for number, name in enumerate(["demo-runner-1", OWN, "demo-runner-3"]):
+        runner = job(name, "runner")
+        runner["metadata"]["creationTimestamp"] = f"2025-01-01T00:00:0{number}Z"
+        fake.add("pods", pod(f"{name}-x1", fake.add("jobs", runner), "Job", container="runner"))
+    fake.remove("pods", "demo-runner-3-x1")
+    helm = Helm(fake)
+    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    until(lambda: fake.objects["jobs", "demo-runner-1"]["spec"].get("suspend"))
+    seen = len(fake.requests)
+    until(lambda: len(fake.requests) > seen + 4)
+    assert not helm.asked
+    fake.remove("pods", "demo-runner-1-x1")
+    assert running.result(PATIENCE) == 0
+    assert [fake.objects["jobs", name]["spec"].get("suspend", False) for name in fake.names("jobs")] == [
+        True,
+        False,
+        False,  # a newer one stops this one, not the other way round
+    ]
+
+
+@pytest.mark.parametrize("key", ["version", "appVersion"])
+def test_a_chart_in_the_image_that_is_not_the_installed_one_is_refused(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path, key: str
+) -> None:
+    versions = {"version": "0.1.0", "appVersion": "0.1.0", key: "0.2.0"}
+    (chart / "Chart.yaml").write_text(json.dumps(versions))
+    helm = Helm(fake)
+    with pytest.raises(UserError, match=r"Chart\.yaml: the image's chart is .*0\.2\.0.* installed one .* image\.tag"):
+        run(api, config, chart, inner_values, OWN, print, run_helm=helm)
+    assert not helm.asked
+
+
+def test_an_image_without_the_chart_says_which_image_to_use(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    with pytest.raises(UserError, match=r"cannot be read.*trainer/Dockerfile"):
+        run(api, config, chart / "elsewhere", inner_values, OWN, print, run_helm=Helm(fake))
