@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from genvalues.document import KeyPath, dotted, one_line
 from genvalues.errors import UserError
-from genvalues.values import merge
+from genvalues.nested import merge, without_null
+from genvalues.wording import KeyPath, dotted, one_line
 
 NAME = "llama-lora"
+NAME_OURS = f"Name the folder of the chart {NAME}."
 BESIDE_THE_SOURCES = Path(__file__).parents[2] / "chart"
 
 
 def find_chart(wanted: Path | None) -> Path | None:
     """The chart that was asked for, else ./chart if it is ours, else the one of the source tree, else none."""
     if wanted is not None:
-        if not (wanted / "Chart.yaml").is_file():
-            raise UserError("is not a chart: it has no Chart.yaml", where=f"--chart {wanted}")
+        if not os.path.isfile(wanted / "Chart.yaml"):  # noqa: PTH113 - which never raises
+            raise UserError("is not a chart: it has no Chart.yaml", where=f"--chart {wanted}", fix=NAME_OURS)
         return wanted
     for candidate in (Path("chart"), BESIDE_THE_SOURCES):
         if chart_name(candidate) == NAME:
@@ -37,16 +39,34 @@ def chart_name(chart: Path) -> str:
     return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
 
 
+def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file of the chart that holds keys and values."""
+    try:
+        found = parse((chart / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UserError(f"cannot be read: {reason}", where=str(chart / name), fix=NAME_OURS) from None
+    if not isinstance(found, dict):
+        raise UserError("holds no keys and values", where=str(chart / name), fix=NAME_OURS)
+    return found
+
+
+def on_top_of_defaults(chart: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What the templates see, as Helm makes it of the chart's defaults and these values."""
+    return dict(without_null(merge(part(chart, "values.yaml", yaml.safe_load), values)))
+
+
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What the chart's schema has against the values: key and reason. As in Helm, on top of the chart's defaults."""
+    """What the chart's schema has against values that are on top of its defaults: key and reason."""
     import jsonschema
 
-    schema = chart / "values.schema.json"
-    if not schema.is_file():
-        return
-    defaults = yaml.safe_load((chart / "values.yaml").read_text(encoding="utf-8")) or {}
-    validator = jsonschema.Draft7Validator(json.loads(schema.read_text(encoding="utf-8")))
-    for error in validator.iter_errors(without_null(merge(defaults, values))):
+    schema = part(chart, "values.schema.json", json.loads)
+    try:
+        jsonschema.Draft7Validator.check_schema(schema)
+    except jsonschema.SchemaError as wrong:
+        where = str(chart / "values.schema.json")
+        raise UserError(f"is no JSON schema: {one_line(wrong.message)}", where=where, fix=NAME_OURS) from None
+    for error in jsonschema.Draft7Validator(schema).iter_errors(values):
         cause = jsonschema.exceptions.best_match([error])
         key = tuple(cause.absolute_path)
         if cause.validator == "additionalProperties" and (known := cause.schema.get("properties")):
@@ -55,13 +75,6 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                     yield (*key, name), f"unknown key (keys: {', '.join(known)})"
         else:
             yield key, one_line(cause.message, 200)
-
-
-def without_null(value: Any) -> Any:
-    """Helm takes a null in values for: no such key."""
-    if not isinstance(value, dict):
-        return value
-    return {key: without_null(inner) for key, inner in value.items() if inner is not None}
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:

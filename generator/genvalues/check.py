@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-import difflib
-import json
+import os
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jsonschema
 import pydantic
-from jsonschema.exceptions import ValidationError
 
-from genvalues.document import SECRET_KEYS, TOKEN, Document, KeyPath, Mistake, dotted, one_line
-from genvalues.inputs import SCHEMA, Inputs
-from genvalues.instances import CPU, HYPERPOD, NAMES, trainium
+from genvalues.chart import written_in_chart_values
+from genvalues.contradictions import Contradiction, contradictions
+from genvalues.document import Document, Mistake
+from genvalues.explain import pattern_words, schema_mistakes, shown
+from genvalues.inputs import Inputs
+from genvalues.instances import CPU, HYPERPOD, NAMES, refusal
+from genvalues.nested import get, merge, without_null
+from genvalues.wording import SECRET_KEYS, TOKEN, KeyPath, dotted, one_line
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+FILES = f"(files end with {' '.join(FILE_SUFFIXES)})"
+# Ends of files that no stage reads, which a hub id could have and hardly any has.
+OTHER_SUFFIXES = (
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"),
+    *(
+        ".tsv",
+        ".ndjson",
+        ".jsonlines",
+        ".arrow",
+        ".feather",
+        ".orc",
+        ".avro",
+        ".pq",
+        ".xls",
+        ".xlsx",
+        ".npy",
+        ".npz",
+        ".h5",
+    ),
+    *(".xml", ".html", ".yaml", ".yml", ".md", ".pdf", ".log", ".db", ".sqlite", ".pkl"),
+)
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+LONGEST_NAME = 255  # bytes of a file's or folder's name, on every file system in use here
 REQUIRED_COLUMNS = {
     "text": ["text"],
     "instruction": ["instruction", "output"],
@@ -27,29 +52,6 @@ REQUIRED_COLUMNS = {
 }
 OPTIONAL_COLUMNS = {"instruction": ["input"]}
 DEFAULT_MOUNT = "/workspace"
-ALSO_CALLED = {  # names from other tools for ours
-    "rank": "r",
-    "lorar": "r",
-    "loraalpha": "alpha",
-    "loradropout": "dropout",
-    "lr": "learningRate",
-    "lrschedulertype": "lrScheduler",
-    "scheduler": "lrScheduler",
-    "batchsize": "perDeviceBatchSize",
-    "perdevicetrainbatchsize": "perDeviceBatchSize",
-    "maxlength": "maxSequenceLength",
-    "maxseqlength": "maxSequenceLength",
-    "modulestosave": "targetModules",
-    "numtrainepochs": "epochs",
-    "instancetype": "instance",
-    "modelid": "model",
-    "modelname": "model",
-    "numnodes": "nodes",
-    "nodecount": "nodes",
-    "steps": "maxSteps",
-    "token": "tokenSecret",
-    "values": "chartValues",
-}
 
 
 def check(document: Document) -> Inputs:
@@ -74,196 +76,6 @@ def first_of_each_place(mistakes: list[Mistake], document: Document) -> Iterator
             yield mistake
 
 
-# --- by the schema
-
-
-def schema_mistakes(value: Any) -> Iterator[Mistake]:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    validator = jsonschema.Draft202012Validator(schema)
-    for error in validator.iter_errors(value):
-        yield from explain(error, schema)
-
-
-def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
-    """What a list may hold, where the schema names it all."""
-    items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
-    return list(items.get("enum", []))
-
-
-def explain(error: ValidationError, schema: dict[str, Any], above: KeyPath = ()) -> Iterator[Mistake]:
-    """One error of the validator in words, with what to write instead."""
-    key: KeyPath = (*above, *error.path)
-    keyword = str(error.validator)
-    found: Any = error.instance
-    wanted: Any = error.validator_value
-    rules: Any = error.schema
-    described = purpose(rules)
-    if keyword == "anyOf" and any(found in items_of(branch, schema) for branch in wanted):
-        yield Mistake(key, f"must be a list, not {shown(found, key)}", f"Write [{found}].")
-    elif keyword == "anyOf":
-        fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
-        if len(fitting) == 1:
-            index = wanted.index(fitting[0])
-            for inner in error.context or []:
-                if inner.relative_schema_path[0] == index:
-                    yield from explain(inner, schema, key[: len(key)])
-        else:
-            types = [kind for branch in wanted if (kind := type_words(resolve(branch, schema)))]
-            yield Mistake(key, f"must be {either(types)}, not {shown(found, key)}", described)
-    elif keyword == "additionalProperties":
-        properties = rules["properties"]
-        for name in found:
-            if name not in properties:
-                needed = [key for key in rules.get("required", []) if key not in found]
-                yield Mistake((*key, name), "unknown key", did_you_mean(name, key, properties, needed, schema))
-    elif keyword == "required":
-        for name in wanted:
-            if name not in found:
-                yield Mistake((*key, name), "missing", purpose(rules["properties"][name]) or f"Write {name}: ...")
-    elif keyword == "type":
-        yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
-    elif keyword in ("enum", "const"):
-        choices = wanted if keyword == "enum" else [wanted]
-        beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
-        close = difflib.get_close_matches(str(found), choices, 1) or beginning
-        guess = f"Did you mean {close[0]}? " if close else ""
-        listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
-        also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
-        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
-    elif keyword == "pattern":
-        yield Mistake(key, pattern_words(key, found), described)
-    elif keyword in BOUNDS:
-        yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
-    elif keyword == "uniqueItems":
-        twice = sorted({str(item) for item in found if found.count(item) > 1})
-        yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
-    elif keyword in ("minLength", "minItems"):
-        yield Mistake(key, "must not be empty", described)
-    elif keyword == "maxLength":
-        yield Mistake(key, f"longer than {wanted} characters", described)
-    else:
-        yield Mistake(key, one_line(error.message, 200), described)
-
-
-BOUNDS = {
-    "minimum": "at least",
-    "maximum": "at most",
-    "exclusiveMinimum": "more than",
-    "exclusiveMaximum": "less than",
-}
-TYPES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "text",
-    "boolean": "true or false",
-    "null": "null",
-    "array": "a list",
-    "object": "keys and values",
-}
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "string": (str,),
-    "array": (list,),
-    "object": (dict,),
-}
-
-
-def resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    reference = schema.get("$ref")
-    return root["$defs"][reference.rpartition("/")[2]] if reference else schema
-
-
-def type_fits(value: Any, schema: dict[str, Any]) -> bool:
-    if "const" in schema:
-        return isinstance(value, str)
-    return not isinstance(value, bool) and isinstance(value, PYTHON_TYPES.get(schema.get("type", ""), ()))
-
-
-def type_words(schema: dict[str, Any]) -> str:
-    if "const" in schema:
-        return str(schema["const"])
-    if "enum" in schema:
-        return either(list(schema["enum"]))
-    return TYPES.get(schema.get("type", ""), "")
-
-
-def either(words: list[str]) -> str:
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def purpose(schema: Any) -> str:
-    """What a key is for, as a sentence."""
-    description = schema.get("description", "") if isinstance(schema, dict) else ""
-    return f"({description.rstrip('.')})" if description else ""
-
-
-def pattern_words(key: KeyPath, found: Any) -> str:
-    if key == ("model",):
-        return f"{shown(found, key)} is not a hub id; a folder or file is written {{path: ...}}"
-    if key == ("image",):
-        return (
-            f"{shown(found, key)} is not an image reference (registry/name:tag or registry/name@sha256:64 hex digits)"
-        )
-    if key in SECRET_KEYS:
-        return "is not a name that Kubernetes allows; the token itself must never be written here"
-    return f"{shown(found, key)} is not of the right form"
-
-
-def shown(value: Any, key: KeyPath) -> str:
-    """The offending value, as short as it can be recognised; never one where a token may stand."""
-    if key in SECRET_KEYS and value is not None:
-        return "what is there"
-    if isinstance(value, dict):
-        return "keys and values"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, str):
-        return f"the text {json.dumps(one_line(value, 60), ensure_ascii=False)}"
-    return number(value)
-
-
-def number(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return one_line(text, 40)
-
-
-def did_you_mean(
-    name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
-) -> str:
-    """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
-    plain = re.sub(r"[-_ ]", "", name).lower()
-    here = {key.lower(): key for key in properties}
-    guess = ""
-    if plain in here:
-        guess = dotted((*inside, here[plain]))
-    elif ALSO_CALLED.get(plain) in properties:
-        guess = dotted((*inside, ALSO_CALLED[plain]))
-    elif elsewhere := keys_named(ALSO_CALLED.get(plain, plain).lower(), schema):
-        guess = elsewhere
-    elif close := [
-        *difflib.get_close_matches(plain, [key.lower() for key in needed], 1, cutoff=0.7),
-        *difflib.get_close_matches(plain, here, 1, cutoff=0.7),
-    ]:
-        guess = dotted((*inside, here[close[0]]))
-    return f"{f'Did you mean {guess}? ' if guess else ''}(keys: {', '.join(properties)})"
-
-
-def keys_named(name: str, schema: dict[str, Any]) -> str:
-    """The path of the key with that name in the whole inputs file, if there is one."""
-    for block, block_schema in schema["properties"].items():
-        if block.lower() == name:
-            return block
-        references = [block_schema, *block_schema.get("anyOf", [])]
-        for reference in references:
-            for key in resolve(reference, schema).get("properties", {}):
-                if key.lower() == name:
-                    return f"{block}.{key}"
-    return ""
-
-
 # --- by the rules that span keys
 
 
@@ -277,9 +89,12 @@ def rule_mistakes(document: Document) -> Iterator[Mistake]:
     if instance:
         yield from instance_rules(value, instance, on_cpu)
         yield from path_rules(value, on_cpu, document.path.parent)
+    yield from model_rules(value)
     yield from dataset_rules(value)
     yield from image_rules(value)
     yield from storage_rules(value)
+    for found in contradictions(values_so_far(value)):
+        yield placed(found, document)
 
 
 def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterator[Mistake]:
@@ -289,27 +104,28 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
         yield Mistake(("image",), "missing", f"{instance} needs the image that you built, by tag or digest.")
     if value.get("cpu") is not None:
         yield Mistake(("cpu",), f"is for instance cpu only, not for {instance}", "Remove it.")
-    nodes = get(value, "nodes", int) or 1
-    hardware = trainium(instance)
-    if nodes > 1 and hardware and not hardware.efa:
-        larger = [
-            f"{HYPERPOD if instance.startswith(HYPERPOD) else ''}{name}" for name in ("trn1.32xlarge", "trn2.48xlarge")
-        ]
-        yield Mistake(
-            ("nodes",),
-            f"{instance} has no EFA and cannot be one of {nodes} nodes",
-            f"Use nodes: 1, or {' or '.join(larger)}.",
-        )
+    if refused := refusal(instance, get(value, "nodes", int) or 1):
+        key, reason = refused
+        prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
+        larger = f"{prefix}trn1.32xlarge or {prefix}trn2.48xlarge"
+        yield Mistake((key,), reason, f"Use nodes: 1, or {larger}." if key == "nodes" else f"Use {larger}.")
     targets = get(value, "lora.targetModules", list) or []
     together = {"gate_proj", "up_proj"}
-    if len(together.intersection(map(str, targets))) == 1:
-        (there,) = together.intersection(targets)
+    named = together.intersection(target for target in targets if isinstance(target, str))
+    if len(named) == 1:
+        (there,) = named
         (absent,) = together - {there}
         yield Mistake(
             ("lora", "targetModules"),
             f"{there} without {absent}: on Trainium the two are one layer",
             f"Add {absent} or remove {there}.",
         )
+
+
+def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:
+    model = get(value, "model", str) or ""
+    if model.lower().endswith(MODEL_SUFFIXES):
+        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "A file or folder is written {path: ...}.")
 
 
 def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
@@ -325,30 +141,34 @@ def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(
                 ("dataset", "columns", name), f"format {format_} has no such column", f"(columns: {', '.join(allowed)})"
             )
-    if source.startswith("s3://") and not re.match(r"^s3://[a-z0-9][a-z0-9.-]+/\S+$", source):
-        yield Mistake(("dataset", "source"), "is not s3://bucket/key", "")
-    if is_file(source) or source.startswith("s3://"):
+    on_s3 = source.startswith("s3://")
+    if on_s3 and not (re.match(r"^s3://[a-z0-9][a-z0-9.-]+/[^\s?#]+$", source) and source.endswith(FILE_SUFFIXES)):
+        yield Mistake(
+            ("dataset", "source"),
+            f"{shown(source, ())} names no file in S3",
+            f"Write s3://bucket/key of a file. {FILES}",
+        )
+    if is_file(source) or on_s3:
         for name in ("config", "revision", "split"):
             if get(value, f"dataset.{name}", str):
                 yield Mistake(("dataset", name), "is for hub datasets, and this one is a file", "Remove it.")
+    elif source.lower().endswith(FILE_SUFFIXES + OTHER_SUFFIXES):
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} is a kind of file that is not read", FILES)
     elif source and not re.match(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", source):
-        yield Mistake(
-            ("dataset", "source"),
-            f"{shown(source, ())} is neither a hub id nor s3://... nor a file",
-            f"(files end with {' '.join(FILE_SUFFIXES)})",
-        )
-    if get(value, "evaluation.enabled", bool) and get(value, "dataset.evalFraction", float) == 0:
-        yield Mistake(
-            ("evaluation", "enabled"),
-            "there are no held-out rows to evaluate on",
-            "Raise dataset.evalFraction above 0.",
-        )
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} is neither a hub id nor s3://... nor a file", FILES)
 
 
 def path_rules(value: dict[str, Any], on_cpu: bool, folder: Path) -> Iterator[Mistake]:
     """Paths are read by the stages: in pods, which don't see this computer, or here."""
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
     for key, path in paths(value):
+        if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
+            yield Mistake(
+                key,
+                f"{shown(path, ())} is no path: it has a NUL in it, or a name of more than {LONGEST_NAME} bytes",
+                "Write the path of the file or folder.",
+            )
+            continue
         there = PurePosixPath(posixpath.normpath(path))
         on_volume = PurePosixPath(mount) in there.parents
         if not on_cpu and not on_volume:
@@ -359,8 +179,12 @@ def path_rules(value: dict[str, Any], on_cpu: bool, folder: Path) -> Iterator[Mi
             )
         elif on_cpu and not there.is_absolute():
             here = absolute(path, folder)
-            if "\0" in path or not here.exists():
-                yield Mistake(key, f"no such file or folder: {one_line(str(here), 200)}", "")
+            if not os.path.exists(here):  # noqa: PTH110 - which never raises
+                yield Mistake(
+                    key,
+                    f"no such file or folder: {one_line(str(here), 200)}",
+                    "Write its path as seen from the inputs file's folder, or an absolute one.",
+                )
             elif PurePosixPath(mount) in PurePosixPath(here).parents:
                 yield Mistake(
                     key,
@@ -396,18 +220,24 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(
             ("storage", "static"), f"is for kind fsx-static, not {one_line(str(kind))}", "Remove it or change kind."
         )
-    size = get(value, "storage.size", str) or ""
-    match = re.match(r"^([1-9][0-9]{0,6})(Mi|Gi|Ti)$", size)
-    if kind == "fsx" and match:
-        gib = int(match[1]) * {"Mi": 1 / 1024, "Gi": 1, "Ti": 1024}[match[2]]
-        if gib != 1200 and gib % 2400:
-            larger = max(2400, -(-int(gib) // 2400) * 2400)
-            fitting = "1200Gi" if gib < 1200 else f"{larger}Gi"
-            yield Mistake(
-                ("storage", "size"),
-                f"FSx for Lustre is not made in {size}",
-                f"Use {fitting} (1200Gi or a multiple of 2400Gi).",
-            )
+
+
+def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
+    """What can be said of the values before everything is right: sections of one form in inputs and values."""
+    sections = {name: value[name] for name in ("dataset", "evaluation", "storage") if isinstance(value.get(name), dict)}
+    kind = "generic" if get(value, "instance", str) == CPU else "fsx"
+    below = merge({"storage": {"kind": kind}}, without_null(sections))
+    return dict(without_null(merge(below, get(value, "chartValues", dict) or {})))
+
+
+def placed(found: Contradiction, document: Document) -> Mistake:
+    """Where the user wrote it: under chartValues, which come last, or in the inputs' own key."""
+    chart_values = get(document.value, "chartValues", dict) or {}
+    for key in found.keys:
+        if written_in_chart_values(key, chart_values):
+            return Mistake(("chartValues", *key), found.what, found.fix)
+    key = next((key for key in found.keys if key in document.positions), found.keys[0])
+    return Mistake(key, found.what, found.fix)
 
 
 def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
@@ -420,24 +250,11 @@ def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
             yield from tokens(inner, (*key, index))
     elif isinstance(value, str) and TOKEN.search(value) and key not in SECRET_KEYS:
         yield Mistake(
-            key, "looks like a Hugging Face token", "Put it in a Secret and name that in huggingFace.tokenSecret."
+            key, "looks like a token", "Put a Hugging Face token in a Secret and name that in huggingFace.tokenSecret."
         )
 
 
 # --- what the rules and the values share
-
-
-def get(value: Any, dotted_key: str, kind: type) -> Any:
-    """The value at a key when it is of that kind, else None."""
-    for part in dotted_key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return None
-        value = value[part]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, bool):
-        return None
-    return value if isinstance(value, kind) else None
 
 
 def is_file(source: str) -> bool:
@@ -455,7 +272,7 @@ def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 def absolute(path: str, folder: Path) -> Path:
     """As seen from the inputs file's folder."""
-    return (folder / Path(path)).resolve()
+    return Path(os.path.realpath(folder / path))
 
 
 def row_format(format_: str | None, source: str) -> str:

@@ -16,43 +16,10 @@ from typing import Any
 import yaml
 
 from genvalues.errors import UserError, UserErrors
+from genvalues.wording import KeyPath, dotted, may_hold_a_secret, one_line, redacted
+from genvalues.yamltext import CORE_SCHEMA, PREFIX, UnreadableYAML, compose, decode, place
 
-KeyPath = tuple[str | int, ...]
-
-MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
-DEPTH = 50  # levels of keys and lists; those we know are 7 deep
 DIGITS = 300  # of a number: more is no number that anybody means
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}")  # what a Hugging Face token looks like
-SECRET_KEYS = {("huggingFace",), ("huggingFace", "tokenSecret"), ("huggingFace", "tokenKey")}  # where one gets pasted
-
-CORE_SCHEMA = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-}
-PREFIX = "tag:yaml.org,2002:"
-
-
-class CoreSchemaLoader(yaml.SafeLoader):
-    """PyYAML with YAML 1.2's idea of what is a number and what is text."""
-
-
-class UnambiguousDumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or 1.2 would take for something else than text; writes no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-CoreSchemaLoader.yaml_implicit_resolvers = {}
-for _name in ("null", "bool", "int", "float"):  # in this order: an integer is not a float
-    _pattern, _first = CORE_SCHEMA[_name]
-    CoreSchemaLoader.add_implicit_resolver(PREFIX + _name, re.compile(f"^(?:{_pattern})\\Z"), _first)
-    UnambiguousDumper.add_implicit_resolver(PREFIX + _name, re.compile(f"^(?:{_pattern})\\Z"), _first)
 
 
 @dataclass(frozen=True, order=True)
@@ -96,7 +63,7 @@ class Document:
         """Take one --set key=value, the value in YAML, the key with dots (``\\.`` for a dot in a name)."""
         name, separator, text = assignment.partition("=")
         key: KeyPath = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", name.strip()))
-        shown = f"{name}=..." if key in SECRET_KEYS else assignment
+        shown = f"{name}=..." if may_hold_a_secret(key) else assignment
         position = Position(order, 0, 0, f"--set {one_line(shown)}")
         if not separator or not all(key):
             self.mistakes.append(Mistake((), "not of the form key=value", "Write --set lora.r=8.", position))
@@ -134,14 +101,6 @@ class Document:
         ordered = sorted(unique, key=lambda mistake: mistake.position or self.position(mistake.key))
         if ordered:
             raise UserErrors([self.error(mistake) for mistake in ordered])
-
-
-class UnreadableYAML(Exception):
-    """Text that is not YAML, from ``line`` and ``column`` on."""
-
-    def __init__(self, what: str, fix: str = "", line: int = 1, column: int = 1) -> None:
-        super().__init__(what)
-        self.what, self.fix, self.line, self.column = what, fix, line, column
 
 
 class Reader:
@@ -224,8 +183,7 @@ def read(path: Path, name: str | None = None, sets: Iterable[str] = ()) -> Docum
     try:
         node = compose(decode(path, document.name))
     except UnreadableYAML as error:
-        where = f"{document.name}:{error.line}:{error.column}"
-        raise UserError(redacted(error.what), where=where, fix=redacted(error.fix)) from None
+        raise error.at(document.name) from None
     if node is None:
         raise UserError("the file is empty", where=document.name, fix="Write at least model, dataset and instance.")
     if not isinstance(node, yaml.MappingNode):
@@ -242,90 +200,6 @@ def read(path: Path, name: str | None = None, sets: Iterable[str] = ()) -> Docum
     for order, assignment in enumerate(sets, 1):
         document.set(assignment, order)
     return document
-
-
-def decode(path: Path, name: str) -> str:
-    try:
-        if path.is_dir():
-            raise UserError("this is a folder", where=name, fix="Name the file in it.")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError("no such file", where=name) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"cannot be read: {reason}", where=name) from None
-    if len(data) > MAX_BYTES:
-        raise UserError(f"larger than {MAX_BYTES >> 10} KiB", where=name, fix="This is not the file you mean.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        raise UnreadableYAML("not UTF-8 text", "Save the file as UTF-8.", line, column) from None
-
-
-def compose(text: str) -> yaml.Node | None:
-    """The nodes of one YAML document, None for an empty one."""
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=CoreSchemaLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH:
-                raise UnreadableYAML(f"more than {DEPTH} levels deep", "", *place(event.start_mark))
-            if isinstance(event, yaml.AliasEvent):
-                mark = event.start_mark
-                what = f"the alias *{one_line(event.anchor or '')} is not read here"
-                raise UnreadableYAML(what, "Write its value out.", *place(mark))
-        node: yaml.Node | None = yaml.compose(text, Loader=CoreSchemaLoader)
-        return node
-    except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        code = error.character if isinstance(error.character, int) else ord(error.character[:1] or "\0")
-        raise UnreadableYAML(f"the character U+{code:04X} is not allowed in YAML", "Remove it.", line, column) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = place(mark)
-        what, fix = (
-            f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}",
-            "",
-        )
-        if "'\\t'" in what:
-            what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
-        raise UnreadableYAML(what, fix, line, column) from None
-    except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
-        raise UnreadableYAML("not valid YAML: an escape in it stands for no character") from None
-
-
-def place(mark: Any) -> tuple[int, int]:
-    """Line and column as editors count them."""
-    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
-
-
-def dump(value: Any) -> str:
-    """Plain data as YAML that every reader reads alike; the same data gives the same bytes."""
-    text: str = yaml.dump(value, Dumper=UnambiguousDumper, sort_keys=False, allow_unicode=True, width=100)
-    return text
-
-
-def dotted(key: KeyPath) -> str:
-    """lora.targetModules[1], as one says it."""
-    text = ""
-    for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{one_line(part)}" if text else one_line(part)
-    return text
-
-
-def one_line(text: str, width: int = 80) -> str:
-    """Text from a file, fit to be printed in an error."""
-    shown = "".join(character if character.isprintable() else "?" for character in text)
-    return shown if len(shown) <= width else shown[: width - 3] + "..."
-
-
-def redacted(text: str) -> str:
-    """Nothing that looks like a token gets printed."""
-    return TOKEN.sub("hf_...", text)
 
 
 def has_surrogate(text: str) -> bool:

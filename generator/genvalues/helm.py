@@ -31,8 +31,12 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
 
     logging.getLogger("pyhelm3").setLevel(logging.ERROR)  # the error below says the same, once
 
-    async def template() -> list[dict[str, Any]]:
+    try:
         client = pyhelm3.Client(executable=find_helm())
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:  # no SemVer version, or no version at all
+        raise UserError(f"{find_helm()} does not say its version: {error}", fix=GET_HELM) from None
+
+    async def template() -> list[dict[str, Any]]:
         # An absolute path: Helm could take a relative one for the name of a repository.
         found = await client.get_chart(chart.resolve())
         objects = await client.template_resources(found, release, values, namespace=namespace)
@@ -43,5 +47,5 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     except pyhelm3.Error as error:
         message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
-    except (ValueError, subprocess.CalledProcessError) as error:  # no SemVer version, or no version at all
-        raise UserError(f"{find_helm()} does not say its version: {error}", fix=GET_HELM) from None
+    except ValueError as error:  # a Chart.yaml that Helm takes and pyhelm3 does not, or values that hold themselves
+        raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart)) from None

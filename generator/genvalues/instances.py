@@ -50,7 +50,8 @@ class Parallelism:
     data_parallel: int
 
 
-# The AWS instance pages; trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
+# Every Trainium type, those too that refusal() says no to, after the AWS instance pages.
+# trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
 TRAINIUM = {
     "trn1.2xlarge": Instance(1, 2, 0, 8, 32, request_cpu=6, request_memory_gib=26),
     "trn1.32xlarge": Instance(16, 32, 8, 128, 512, request_cpu=112, request_memory_gib=440),
@@ -65,6 +66,24 @@ NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
 def trainium(name: str) -> Instance | None:
     """The Trainium instance of that name, with or without HyperPod's prefix; None for cpu."""
     return TRAINIUM.get(name.removeprefix(HYPERPOD))
+
+
+def is_process_group(size: int) -> bool:
+    """Whether Neuron can make a group of so many processes, one a core (FIELD-NOTES: the core counts it may use)."""
+    return size in (1, 2, 8, 16) or size % 32 == 0
+
+
+def refusal(name: str, nodes: int) -> tuple[str, str] | None:
+    """Why so many nodes of an instance cannot be trained on: the key to change, and the reason; None if they can."""
+    instance = trainium(name)
+    if instance is None:
+        return None
+    if not is_process_group(instance.cores):
+        groups = "1, 2, 8, 16 or a multiple of 32"
+        return "instance", f"{name} has {instance.cores} cores, and Neuron has process groups of {groups} only"
+    if nodes > 1 and not instance.efa:
+        return "nodes", f"{name} has no EFA and cannot be one of {nodes} nodes"
+    return None
 
 
 def parallelism(name: str, nodes: int, cpu_processes: int) -> Parallelism:

@@ -17,18 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from genvalues import helm
-from genvalues.chart import find_chart
-from genvalues.document import read
+from genvalues.chart import NAME, find_chart
 from genvalues.errors import UserError
 from genvalues.files import write_text
+from genvalues.nested import merge
 from genvalues.process import Command, Interrupted, run_together
-from genvalues.values import merge
+from genvalues.yamltext import UnreadableYAML, decode, dump, load_as_helm
 
 STAGE = "llama-lora/stage"
 NEEDS_CLUSTER = "llama-lora/needs-cluster"
 ENDING = 30.0  # seconds given to the stages of a run that was killed, to notice it and end
+RELEASE = "llama-lora"  # the chart needs a name; runs have theirs in values.name
 TAIL = 20  # lines of a failed stage's log that are shown again at the end
+# What a stage must not find in the user's own environment: what torchrun and the training operator set for a worker,
+TORCHRUN = re.compile(
+    r"PET_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+# and, as in a cluster, a token, unless the stage's container takes one from a Secret.
+TOKENS = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH"}
 
 Object = dict[str, Any]
 
@@ -60,13 +69,26 @@ def run(values_file: Path, workspace: Path, chart: Path | None) -> int:
 
 
 def rendered(values_file: Path, chart: Path | None) -> list[Object]:
-    document = read(values_file)
-    document.raise_mistakes(document.mistakes)
     found = find_chart(chart)
     if found is None:
         raise UserError("no chart here", fix="Say where it is: --chart DIR.")
-    values = merge(document.value, {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
-    return helm.render(found, str(values.get("name") or "llama-lora"), values)
+    values = merge(read_values(values_file), {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
+    objects = helm.render(found, RELEASE, values)
+    if len(left_out(objects)) == len({annotation(item, STAGE) for item in in_order(objects)}):
+        raise UserError("has no stage that runs here", where=str(found), fix=f"Name the folder of the chart {NAME}.")
+    return objects
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """A values file as Helm reads it."""
+    try:
+        values = load_as_helm(decode(path, str(path)))
+    except UnreadableYAML as error:
+        raise error.at(str(path)) from None
+    if not isinstance(values, dict):
+        fix = "`genvalues write` writes such a file."
+        raise UserError("holds no keys and values", where=str(path), fix=fix)
+    return values
 
 
 @contextmanager
@@ -181,10 +203,10 @@ class Local:
         if not container.get("command"):
             raise UserError(f"the container {container['name']} of stage {stage} has no command to run here")
         program, *arguments = (translated(str(word), folders) for word in words)
-        environment = {**os.environ, "PATH": f"{beside_python()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        environment = own_environment(container)
+        environment["PATH"] = f"{beside_python()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         environment.setdefault("PYTHONUSERBASE", site.getuserbase())  # packages of `pip install --user`, HOME or not
         for variable in container.get("env") or []:
-            # A secret comes from the user's own environment, if it is there, and is never written anywhere.
             if "value" in variable:
                 environment[variable["name"]] = translated(str(variable["value"]), folders)
         return Command(name, (find_program(program, stage), *arguments), environment | settings, self.workspace)
@@ -215,7 +237,7 @@ class Local:
             if "configMap" in volume:
                 # Config maps are shared by the stages, and so are the paths in them: those on the claim.
                 for file, text in self.config_map(volume["configMap"]["name"]).items():
-                    write_text(self.hidden / "config" / file, translated(text, shared))
+                    write_text(self.hidden / "config" / file, translated_file(file, text, shared))
         return folders
 
     def config_map(self, name: str) -> dict[str, str]:
@@ -233,6 +255,35 @@ def translated(text: str, folders: dict[str, Path]) -> str:
     whole_path = rf"(?<![\w./-])({'|'.join(map(re.escape, longest_first))})(?=/|[^\w.-]|$)"
     by_mount = {mount.rstrip("/"): folder for mount, folder in folders.items()}
     return re.sub(whole_path, lambda match: str(by_mount[match[1]]), text)
+
+
+def translated_file(name: str, text: str, folders: dict[str, Path]) -> str:
+    """A file of a config map. In YAML, text by text: a folder's name may hold what YAML takes for its own."""
+    if not name.endswith((".yaml", ".yml")):
+        return translated(text, folders)
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: inside(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [inside(inner) for inner in value]
+        return translated(value, folders) if isinstance(value, str) else value
+
+    try:
+        return dump(inside(yaml.safe_load(text)))
+    except yaml.YAMLError as error:
+        raise UserError(f"the chart's {name} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def own_environment(container: Object) -> dict[str, str]:
+    """The user's environment as far as a container may see it. A secret is never written anywhere."""
+    from_secrets = {
+        variable["name"]
+        for variable in container.get("env") or []
+        if "secretKeyRef" in (variable.get("valueFrom") or {})
+    }
+    held_back = set() if from_secrets & TOKENS else TOKENS
+    return {name: value for name, value in os.environ.items() if name not in held_back and not TORCHRUN.fullmatch(name)}
 
 
 def torchrun_settings(item: Object, replicas: int, port: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, split_image
 from genvalues.inputs import Block, Dataset, Inputs, ModelPath, Storage
 from genvalues.instances import HYPERPOD, parallelism, trainium
+from genvalues.nested import merge
 
 # The stage evaluate holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
 EVALUATE_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
@@ -106,12 +107,3 @@ DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}
 
 def plain(block: Block) -> dict[str, Any]:
     return block.model_dump(by_alias=True)
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, key by key; where both have a key that is not a mapping twice, ``above`` wins."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = merge(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
-    return merged

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from genvalues.chart import find_chart, refusal_error, refusals, written_in_chart_values
-from genvalues.check import absolute, check, paths
-from genvalues.document import Document, Mistake, dump, one_line, read, redacted
+from genvalues.chart import find_chart, on_top_of_defaults, refusal_error, refusals, written_in_chart_values
+from genvalues.check import absolute, check, paths, placed
+from genvalues.contradictions import contradictions
+from genvalues.document import Document, Mistake, read
 from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
 from genvalues.inputs import Inputs, ModelPath
+from genvalues.nested import get
 from genvalues.values import values_from
+from genvalues.wording import one_line, redacted
+from genvalues.yamltext import dump
 
 
 def values_text(file: Path, sets: Sequence[str], chart: Path | None, version: str) -> str:
@@ -21,8 +26,7 @@ def values_text(file: Path, sets: Sequence[str], chart: Path | None, version: st
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
     values = values_from(inputs)
-    if found := find_chart(chart):
-        check_against(found, values, document)
+    check_against(find_chart(chart), values, document)
     lines = [
         f"# Written by genvalues {version} from {one_line(file.name)}: change that file and write again, not this one.",
         *(f"#   --set {redacted(one_line(assignment))}" for assignment in sets),
@@ -42,11 +46,16 @@ def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
     return inputs
 
 
-def check_against(chart: Path, values: dict[str, object], document: Document) -> None:
-    """The chart's own schema has the last word, before Helm speaks it."""
-    mistakes, mismatches = [], []
-    for key, reason in refusals(chart, values):
-        if written_in_chart_values(key, document.value.get("chartValues")):
+def check_against(chart: Path | None, values: dict[str, Any], document: Document) -> None:
+    """What the chart's templates refuse, and its schema where the chart is at hand: before Helm says it."""
+    if chart is None:
+        document.raise_mistakes(placed(found, document) for found in contradictions(values))
+        return
+    complete = on_top_of_defaults(chart, values)
+    mistakes = [placed(found, document) for found in contradictions(complete)]
+    mismatches = []
+    for key, reason in refusals(chart, complete):
+        if written_in_chart_values(key, get(document.value, "chartValues", dict) or {}):
             mistakes.append(Mistake(("chartValues", *key), reason, f"(the schema of {chart} says so)"))
         else:
             mismatches.append(refusal_error(key, reason, chart))
@@ -57,11 +66,11 @@ def check_against(chart: Path, values: dict[str, object], document: Document) ->
 
 def write_values(output: Path, text: str, inputs: Path) -> None:
     """Whole or not at all, and never over the inputs."""
-    if output.is_dir():
-        raise UserError("this is a folder", where=f"-o {output}", fix=f"Write -o {output / 'values.yaml'}.")
-    if output.exists() and output.samefile(inputs):
-        raise UserError("that is the inputs file itself", where=f"-o {output}", fix="Write -o values.yaml.")
     try:
+        if output.is_dir():
+            raise UserError("this is a folder", where=f"-o {output}", fix=f"Write -o {output / 'values.yaml'}.")
+        if output.exists() and output.samefile(inputs):
+            raise UserError("that is the inputs file itself", where=f"-o {output}", fix="Write -o values.yaml.")
         write_text(output, text)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}") from None

@@ -77,4 +77,5 @@ def test_the_chart_beside_is_used_only_if_it_is_ours(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "f.yaml:4:15 chartValues.nonsense: unknown key" in done.stderr
     done = genvalues("check", "f.yaml", "--chart", "nowhere", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "--chart nowhere: is not a chart: it has no Chart.yaml\n")
+    told = "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart llama-lora.\n"
+    assert (done.returncode, done.stderr) == (2, told)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -173,7 +174,11 @@ def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
         ),
         ("lora: {r: !!set {1}}", "f.yaml:22:11 lora.r: the tag !!set is not used here. Remove it."),
         ("lora: {1: 2}", "f.yaml:22:8 lora: a key must be text, not 1"),
-        ("lora:", "f.yaml:22:1 lora: must be keys and values, not null"),
+        (
+            "lora:",
+            "f.yaml:22:1 lora: must be keys and values, not null. "
+            "(the adapter; keys: r, alpha, dropout, targetModules)",
+        ),
     ],
 )
 def test_a_value_that_yaml_makes_strange_is_told_in_its_place(
@@ -335,3 +340,40 @@ def test_no_file_makes_a_traceback_or_a_half_written_output(
     assert sorted(path.name for path in Path().iterdir() if path.name != ".hypothesis") == (
         ["f.yaml", "values.yaml"] if status == 0 else ["f.yaml"]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": "{targetModules: [up_proj, [gate_proj]]}"}, "lora.targetModules[1]: "),
+        ({"dataset": "{source: s3://bucket/folder/}"}, "dataset.source: "),
+        ({"dataset": "{source: rows.csv.gz}"}, "dataset.source: "),
+        ({"storage": "{size: 75Ti}"}, "storage.size: "),
+        ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),
+        ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
+        ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
+        ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
+        ({"instance": "trn2.3xlarge"}, "Neuron has process groups of 1, 2, 8, 16 or a multiple of 32 only"),
+    ],
+)
+def test_what_chart_or_trainer_would_refuse_later_is_told_now_with_a_fix(
+    changes: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = yaml.safe_load(RIGHT)
+    right |= {key: yaml.safe_load(value) for key, value in changes.items()}
+    Path("f.yaml").write_text(yaml.safe_dump(right))
+    assert genvalues("write", "f.yaml") == 2
+    told = capsys.readouterr().err
+    assert said in told and all(". " in line for line in told.splitlines()), "no fix"
+    assert not Path("values.yaml").exists()
+
+
+@pytest.mark.parametrize("path", ['"x\\0y"', "x" * 1000, '"a\\0.jsonl"'])
+@pytest.mark.parametrize("key", ["model", "dataset"])
+def test_a_path_that_no_file_system_takes_is_told(key: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = {"model": "gpt2", "dataset": "{source: a/b}", "instance": "cpu"}
+    inputs[key] = f"{{path: {path}}}" if key == "model" else f"{{source: {path}}}"
+    Path("f.yaml").write_text("".join(f"{name}: {value}\n" for name, value in inputs.items()))
+    status = genvalues("check", "f.yaml")
+    assert status == 2 or (key == "dataset" and "0" not in path)
+    assert "Traceback" not in capsys.readouterr().err

@@ -100,7 +100,7 @@ class Laptop:
                 "local",
                 "values.yaml",
                 "--workspace",
-                "workspace",
+                self.workspace.name,
                 "--chart",
                 "chart",
             ],
@@ -219,12 +219,38 @@ def test_mounted_paths_are_the_workspaces_folders(laptop: Laptop) -> None:
     place = laptop.workspace
     assert out.splitlines()[1:5] == [
         f"{place}/a b|{place}/.local/tmp/paths/tmp|"
-        f"--dir={place}/cache:/workspaces/other:s3://b/workspace/c|attached my-run",
+        f"--dir={place}/cache:/workspaces/other:s3://b/workspace/c|attached llama-lora",
         f"source: {place}/rows.jsonl",
         "elsewhere: /tmp/rows.jsonl",  # the config is shared by stages: no one stage's scratch folder
         str(place),
     ]
     assert (place / ".local/tmp/paths/tmp/here").exists()
+
+
+def test_a_workspace_may_be_called_what_yaml_takes_for_its_own(laptop: Laptop) -> None:
+    laptop.workspace = laptop.folder / "a #b: c"
+    laptop.chart(job("paths", 1, "cat '/etc/llama-lora/run.yaml'"))
+    status, out, err = laptop.run()
+    assert status == 0, err
+    config = yaml.safe_load("\n".join(line for line in out.splitlines() if line.startswith(("source:", "elsewhere:"))))
+    assert config["source"] == f"{laptop.workspace}/rows.jsonl"
+
+
+def test_a_token_reaches_only_a_stage_that_has_its_secret_and_another_torchruns_settings_none(laptop: Laptop) -> None:
+    env = [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "token"}}}]
+    script = 'echo "$0 ${#HF_TOKEN} letters, rank ${RANK:-none}, ${PET_NNODES:-none}"'
+    laptop.chart(job("download", 1, script, env=env), job("evaluate", 2, script))
+    _, out, _ = laptop.run(HF_TOKEN="12345", RANK="7", PET_NNODES="4:4")
+    assert [line.split(" ", 1)[1] for line in out.splitlines() if "letters" in line] == [
+        "5 letters, rank none, none",
+        "0 letters, rank none, none",
+    ]
+
+
+def test_a_chart_in_which_nothing_runs_here_is_told(laptop: Laptop) -> None:
+    laptop.chart()
+    status, out, err = laptop.run()
+    assert (status, out) == (2, "") and "has no stage that runs here" in err
 
 
 def test_a_token_comes_from_the_users_environment_and_is_written_nowhere(laptop: Laptop) -> None:
@@ -390,7 +416,7 @@ def test_no_helm_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
         helm.render(tmp_path, "x", {})
 
 
-@pytest.mark.parametrize("content", ["", "- a\n", "a: [", "a: &x 1\nb: *x\n", None])
+@pytest.mark.parametrize("content", ["", "- a\n", "a: [", None])
 def test_values_that_cannot_be_read_are_told_in_a_line(laptop: Laptop, content: str | None) -> None:
     laptop.chart()
     (laptop.folder / "values.yaml").unlink()

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genvalues import chart, inputs, instances
+from genvalues import chart, helm, inputs, instances
 from genvalues.cli import version
-from genvalues.document import dump
 from genvalues.inputs import Inputs
 from genvalues.values import values_from
 from genvalues.write import values_text
+from genvalues.yamltext import dump
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "chart"
@@ -186,7 +186,7 @@ def test_there_are_values_for_the_verified_instances() -> None:
 )
 def test_text_stays_text_in_every_reader(text: str) -> None:
     """PyYAML reads YAML 1.1 here; Helm, and editors, read 1.2's numbers."""
-    from genvalues.document import CoreSchemaLoader
+    from genvalues.yamltext import CoreSchemaLoader
 
     if any(not (character.isprintable() or character in "\n\t") for character in text):
         return
@@ -219,7 +219,7 @@ def numbers(block: str) -> dict[str, st.SearchStrategy[Any]]:
 
 @st.composite
 def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
-    instance = draw(st.sampled_from(instances.NAMES))
+    instance = draw(st.sampled_from([name for name in instances.NAMES if instances.refusal(name, 1) is None]))
     format_, columns = draw(
         st.sampled_from(
             [
@@ -294,7 +294,7 @@ def test_what_genvalues_accepts_the_chart_accepts(wanted: dict[str, Any], tmp_pa
     file = tmp_path / "finetune.yaml"
     file.write_text(dump(wanted))
     values = yaml.safe_load(values_text(file, [], None, "1.2.3"))  # raises what the chart's schema refuses
-    assert not list(chart.refusals(CHART, values))
+    assert not list(chart.refusals(CHART, chart.on_top_of_defaults(CHART, values)))
     layout = values["parallelism"]
     assert layout["nodes"] * layout["processesPerNode"] == layout["tensorParallelSize"] * layout["dataParallelSize"]
 
@@ -310,3 +310,23 @@ def test_what_the_chart_refuses_is_told_by_its_chart_values_key(tmp_path: Path) 
 
 def test_the_charts_schema_is_there_to_be_asked() -> None:
     jsonschema.Draft7Validator.check_schema(json.loads((CHART / "values.schema.json").read_text()))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wanted=right_inputs())
+def test_what_genvalues_accepts_helm_renders(wanted: dict[str, Any], tmp_path: Path) -> None:
+    """Schema and templates: the chart's `fail`s have nothing against it either."""
+    file = tmp_path / "finetune.yaml"
+    file.write_text(dump(wanted))
+    values = yaml.safe_load(values_text(file, [], None, "1.2.3"))
+    assert helm.render(CHART, "llama", values)
+
+
+@pytest.mark.parametrize("name", instances.TRAINIUM)
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_no_process_group_is_one_that_neuron_cannot_make(name: str, nodes: int) -> None:
+    """FIELD-NOTES: a process group has 1, 2, 8, 16 or a multiple of 32 members."""
+    layout = instances.parallelism(name, nodes, 0)
+    fits = all(size in (1, 2, 8, 16) or size % 32 == 0 for size in (layout.processes_per_node, layout.tensor_parallel))
+    assert fits or instances.refusal(name, nodes) is not None
+    assert (instances.refusal("trn2.3xlarge", 1) or ("",))[0] == "instance"

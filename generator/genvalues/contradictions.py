@@ -1,0 +1,172 @@
+"""What the chart's templates refuse (chart/templates/_validations.tpl), told before Helm does.
+
+Not all of it: what the inputs can get wrong, what chartValues can make of what was derived, and secrets, which must not
+even be written. The rest, such as mounts that collide, is Helm's to say.
+Values may be incomplete: a key that is left out, or of the wrong type, is in no contradiction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from genvalues.nested import get
+from genvalues.wording import SECRET_NAME, KeyPath, one_line
+
+Values = dict[str, Any]
+SECRETS_FIX = (
+    "Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; "
+    "give access to AWS by chartValues.serviceAccount.annotations."
+)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """What cannot work together: the keys that take part, the likeliest to be wrong first."""
+
+    keys: tuple[KeyPath, ...]
+    what: str
+    fix: str
+
+
+def contradictions(values: Values) -> Iterator[Contradiction]:
+    for rule in (model, dataset, parallelism, devices, storage, access_modes, secrets):
+        yield from rule(values)
+
+
+def at(*keys: str) -> tuple[KeyPath, ...]:
+    return tuple(tuple(key.split(".")) for key in keys)
+
+
+def model(values: Values) -> Iterator[Contradiction]:
+    hub_id, path = get(values, "model.id", str), get(values, "model.path", str)
+    if hub_id and path:
+        yield Contradiction(at("model.path", "model.id"), "model.id and model.path are both set", "Keep one.")
+    elif hub_id == path == "":
+        yield Contradiction(at("model.id", "model.path"), "there is no model", "Write a hub id, or a path.")
+    if path and get(values, "model.revision", str):
+        yield Contradiction(at("model.revision", "model.path"), "a model.path has no revisions", "Remove it.")
+
+
+def dataset(values: Values) -> Iterator[Contradiction]:
+    for key in ("dataset.source", "dataset.format"):
+        if get(values, key, str) == "":
+            yield Contradiction(at(key), "is empty", "Remove it here: the inputs say it.")
+    if get(values, "evaluation.enabled", bool) and get(values, "dataset.evalFraction", float) == 0:
+        yield Contradiction(
+            at("evaluation.enabled", "dataset.evalFraction"),
+            "there are no held-out rows to evaluate on",
+            "Raise dataset.evalFraction above 0.",
+        )
+
+
+def parallelism(values: Values) -> Iterator[Contradiction]:
+    names = ("nodes", "processesPerNode", "tensorParallelSize", "dataParallelSize")
+    nodes, per_node, tensor, data = (get(values, f"parallelism.{name}", int) for name in names)
+    if all((nodes, per_node, tensor, data)) and nodes * per_node != tensor * data:
+        yield Contradiction(
+            at(*(f"parallelism.{name}" for name in names)),
+            f"nodes {nodes} * processesPerNode {per_node} is not tensorParallelSize {tensor} * dataParallelSize {data}",
+            "Leave parallelism out: instance and nodes give it.",
+        )
+    if get(values, "backend", str) == "cpu" and (tensor or 1) > 1:
+        yield Contradiction(
+            at("parallelism.tensorParallelSize", "backend"), "backend cpu is data parallel only", "Write 1."
+        )
+
+
+def devices(values: Values) -> Iterator[Contradiction]:
+    asked = get(values, "devices", dict)
+    if get(values, "backend", str) == "neuron" and get(values, "instance", str) == "cpu":
+        yield Contradiction(
+            at("backend", "instance"), "neuron needs a Trainium instance", "Change the inputs' instance."
+        )
+    elif get(values, "backend", str) == "neuron" and asked is not None and "aws.amazon.com/neuron" not in asked:
+        yield Contradiction(
+            at("backend", "devices"), "neuron needs aws.amazon.com/neuron in devices", "Remove it here."
+        )
+    for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
+        if name in (asked or {}):
+            yield Contradiction(
+                (("devices", name),),
+                "the Neuron device plugin does not offer whole nodes by it",
+                "Use aws.amazon.com/neuron.",
+            )
+
+
+def storage(values: Values) -> Iterator[Contradiction]:
+    """The kinds' own rules, where the release makes a claim."""
+    kind = get(values, "storage.kind", str)
+    if get(values, "storage.existingClaim", str):
+        return
+    if get(values, "storage.enabled", bool) is False:
+        yield Contradiction(at("storage.enabled"), "without a claim to use", "Write storage: {existingClaim: NAME}.")
+        return
+    if kind == "fsx" and (fitting := fsx_size(get(values, "storage.size", str) or "")):
+        yield Contradiction(
+            at("storage.size"),
+            f"FSx for Lustre is not made in {one_line(values['storage']['size'])}",
+            f"Use {fitting} (1200Gi or a multiple of 2400Gi).",
+        )
+    if kind == "fsx-static":
+        for name in ("fileSystemId", "dnsName", "mountName"):
+            if get(values, f"storage.static.{name}", str) == "":
+                yield Contradiction(
+                    at(f"storage.static.{name}", "storage.kind"),
+                    f"fsx-static needs static.{name}",
+                    "`aws fsx describe-file-systems` says it.",
+                )
+    creates = get(values, "storage.fsx.createStorageClass", bool)
+    if kind == "fsx" and creates:
+        for name, empty in (("subnetId", ""), ("securityGroupIds", [])):
+            if get(values, f"storage.fsx.{name}", type(empty)) == empty:
+                yield Contradiction(
+                    at("storage.fsx.createStorageClass", f"storage.fsx.{name}"),
+                    f"needs storage.fsx.{name}",
+                    f"Write chartValues.storage.fsx.{name}, of the Trainium nodes.",
+                )
+    elif kind == "fsx" and get(values, "storage.storageClass", str) == "":
+        yield Contradiction(
+            at("storage.storageClass"),
+            "FSx has no default storage class",
+            "Name the class of the FSx CSI driver (often fsx-sc).",
+        )
+
+
+def fsx_size(size: str) -> str:
+    """The size to write instead; nothing where this one fits, or is none."""
+    match = re.match(r"^([1-9][0-9]{0,6})(Mi|Gi|Ti)$", size)
+    if not match:
+        return ""
+    mebibytes = int(match[1]) * {"Mi": 1, "Gi": 1 << 10, "Ti": 1 << 20}[match[2]]
+    fitting = 1200 if mebibytes <= 1200 << 10 else -(-mebibytes // (2400 << 10)) * 2400
+    return "" if size == f"{fitting}Gi" else f"{fitting}Gi"
+
+
+def access_modes(values: Values) -> Iterator[Contradiction]:
+    modes, nodes = get(values, "storage.accessModes", list), get(values, "parallelism.nodes", int) or 1
+    if (
+        not get(values, "storage.existingClaim", str)
+        and modes is not None
+        and nodes > 1
+        and "ReadWriteMany" not in modes
+    ):
+        yield Contradiction(
+            at("storage.accessModes", "parallelism.nodes"),
+            f"{nodes} nodes need ReadWriteMany",
+            "Write [ReadWriteMany].",
+        )
+
+
+def secrets(values: Values) -> Iterator[Contradiction]:
+    """A value is readable by everybody who can read the release."""
+    stages = get(values, "stages", dict) or {}
+    blocks: list[tuple[KeyPath, Any]] = [(("stages", stage), block) for stage, block in stages.items()]
+    for key, block in [(("stageDefaults",), values.get("stageDefaults")), *blocks]:
+        for name in get(block, "extraEnv", dict) or {}:
+            if SECRET_NAME.search(name):
+                yield Contradiction(
+                    ((*key, "extraEnv", name),), "looks like a secret, and values are no place for one", SECRETS_FIX
+                )

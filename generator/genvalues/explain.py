@@ -1,0 +1,248 @@
+"""What the JSON schema of an inputs file refuses, in words: what is wrong, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jsonschema
+from jsonschema.exceptions import ValidationError
+
+from genvalues.document import Mistake
+from genvalues.inputs import SCHEMA
+from genvalues.instances import HYPERPOD
+from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
+
+ALSO_CALLED = {  # names from other tools for ours
+    "rank": "r",
+    "lorar": "r",
+    "loraalpha": "alpha",
+    "loradropout": "dropout",
+    "lr": "learningRate",
+    "lrschedulertype": "lrScheduler",
+    "scheduler": "lrScheduler",
+    "batchsize": "perDeviceBatchSize",
+    "perdevicetrainbatchsize": "perDeviceBatchSize",
+    "maxlength": "maxSequenceLength",
+    "maxseqlength": "maxSequenceLength",
+    "modulestosave": "targetModules",
+    "numtrainepochs": "epochs",
+    "instancetype": "instance",
+    "modelid": "model",
+    "modelname": "model",
+    "numnodes": "nodes",
+    "nodecount": "nodes",
+    "steps": "maxSteps",
+    "token": "tokenSecret",
+    "values": "chartValues",
+}
+
+
+def schema_mistakes(value: Any) -> Iterator[Mistake]:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    validator = jsonschema.Draft202012Validator(schema)
+    for error in telling(validator.iter_errors(value)):
+        yield from explain(error, schema)
+
+
+def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
+    """Where a value is none of those that are allowed, or of the wrong type, no other rule says more about it."""
+    found = list(errors)
+    rank = {"enum": 0, "const": 0, "type": 1}
+    best: dict[KeyPath, int] = {}
+    for error in found:
+        place = tuple(error.absolute_path)
+        best[place] = min(rank.get(str(error.validator), 2), best.get(place, 2))
+    return [error for error in found if rank.get(str(error.validator), 2) == best[tuple(error.absolute_path)]]
+
+
+def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
+    """What a list may hold, where the schema names it all."""
+    items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
+    return list(items.get("enum", []))
+
+
+def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]:
+    """One error of the validator in words, with what to write instead."""
+    key: KeyPath = tuple(error.absolute_path)
+    keyword = str(error.validator)
+    found: Any = error.instance
+    wanted: Any = error.validator_value
+    rules: Any = error.schema
+    described = purpose(key, schema)
+    if keyword == "anyOf" and any(found in items_of(branch, schema) for branch in wanted):
+        yield Mistake(key, f"must be a list, not {shown(found, key)}", f"Write [{found}].")
+    elif keyword == "anyOf":
+        fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
+        if len(fitting) == 1:
+            index = wanted.index(fitting[0])
+            for inner in telling(inner for inner in error.context or [] if inner.relative_schema_path[0] == index):
+                yield from explain(inner, schema)
+        else:
+            types = [kind for branch in wanted if (kind := type_words(resolve(branch, schema)))]
+            yield Mistake(key, f"must be {either(types)}, not {shown(found, key)}", described)
+    elif keyword == "additionalProperties":
+        properties = rules["properties"]
+        for name in found:
+            if name not in properties:
+                needed = [key for key in rules.get("required", []) if key not in found]
+                yield Mistake((*key, name), "unknown key", did_you_mean(name, key, properties, needed, schema))
+    elif keyword == "required":
+        for name in wanted:
+            if name not in found:
+                yield Mistake((*key, name), "missing", purpose((*key, name), schema))
+    elif keyword == "type":
+        yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
+    elif keyword in ("enum", "const"):
+        choices = wanted if keyword == "enum" else [wanted]
+        beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
+        close = difflib.get_close_matches(str(found), choices, 1) or beginning
+        guess = f"Did you mean {close[0]}? " if close else ""
+        listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
+        also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
+        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
+    elif keyword == "pattern":
+        yield Mistake(key, pattern_words(key, found), described)
+    elif keyword in BOUNDS:
+        yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
+    elif keyword == "uniqueItems":
+        twice = sorted({str(item) for item in found if found.count(item) > 1})
+        yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
+    elif keyword in ("minLength", "minItems"):
+        yield Mistake(key, "must not be empty", described)
+    elif keyword == "maxLength":
+        yield Mistake(key, f"longer than {wanted} characters", described)
+    else:
+        yield Mistake(key, one_line(error.message, 200), described)
+
+
+BOUNDS = {
+    "minimum": "at least",
+    "maximum": "at most",
+    "exclusiveMinimum": "more than",
+    "exclusiveMaximum": "less than",
+}
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "keys and values",
+}
+PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return root["$defs"][reference.rpartition("/")[2]] if reference else schema
+
+
+def type_fits(value: Any, schema: dict[str, Any]) -> bool:
+    if "const" in schema:
+        return isinstance(value, str)
+    return not isinstance(value, bool) and isinstance(value, PYTHON_TYPES.get(schema.get("type", ""), ()))
+
+
+def type_words(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return either(list(schema["enum"]))
+    return TYPES.get(schema.get("type", ""), "")
+
+
+def either(words: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
+    """What a key is for, as a sentence, and which keys are in it: those of the schema, or of the nearest key around."""
+    described, nodes = "", [schema]
+    for part in key:
+        properties = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
+        items = [node["items"] for node in nodes if "items" in node] if isinstance(part, int) else []
+        branches = [branch for node in properties + items for branch in (node, *node.get("anyOf", []))]
+        described = next((node["description"] for node in properties if "description" in node), described)
+        nodes = [resolve(branch, schema) for branch in branches]
+    kinds = [node for node in nodes if node.get("type", "null") != "null"]
+    blocks = [node["properties"] for node in kinds if key and "properties" in node]
+    inside = blocks[0] if len(blocks) == len(kinds) == 1 else []
+    words = [described.rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
+    return f"({'; '.join(filter(None, words))})" if any(words) else ""
+
+
+def pattern_words(key: KeyPath, found: Any) -> str:
+    if key == ("model",):
+        return f"{shown(found, key)} is not a hub id; a folder or file is written {{path: ...}}"
+    if key == ("image",):
+        return (
+            f"{shown(found, key)} is not an image reference (registry/name:tag or registry/name@sha256:64 hex digits)"
+        )
+    if key in SECRET_KEYS:
+        return "is not a name that Kubernetes allows; the token itself must never be written here"
+    return f"{shown(found, key)} is not of the right form"
+
+
+def shown(value: Any, key: KeyPath) -> str:
+    """The offending value, as short as it can be recognised; never one where a token may stand."""
+    if key in SECRET_KEYS and value is not None:
+        return "what is there"
+    if isinstance(value, dict):
+        return "keys and values"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f"the text {json.dumps(one_line(value, 60), ensure_ascii=False)}"
+    return number(value)
+
+
+def number(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return one_line(text, 40)
+
+
+def did_you_mean(
+    name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
+) -> str:
+    """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
+    plain = re.sub(r"[-_ ]", "", name).lower()
+    here = {key.lower(): key for key in properties}
+    guess = ""
+    if plain in here:
+        guess = dotted((*inside, here[plain]))
+    elif ALSO_CALLED.get(plain) in properties:
+        guess = dotted((*inside, ALSO_CALLED[plain]))
+    elif elsewhere := keys_named(ALSO_CALLED.get(plain, plain).lower(), schema):
+        guess = elsewhere
+    elif close := [
+        *difflib.get_close_matches(plain, [key.lower() for key in needed], 1, cutoff=0.7),
+        *difflib.get_close_matches(plain, here, 1, cutoff=0.7),
+    ]:
+        guess = dotted((*inside, here[close[0]]))
+    return f"{f'Did you mean {guess}? ' if guess else ''}(keys: {', '.join(properties)})"
+
+
+def keys_named(name: str, schema: dict[str, Any]) -> str:
+    """The path of the key with that name in the whole inputs file, if there is one."""
+    for block, block_schema in schema["properties"].items():
+        if block.lower() == name:
+            return block
+        references = [block_schema, *block_schema.get("anyOf", [])]
+        for reference in references:
+            for key in resolve(reference, schema).get("properties", {}):
+                if key.lower() == name:
+                    return f"{block}.{key}"
+    return ""

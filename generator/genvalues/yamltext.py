@@ -1,0 +1,162 @@
+"""YAML text, read and written: which text is a number, where an error stands, what every reader reads alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genvalues.errors import UserError
+from genvalues.wording import one_line, redacted
+
+MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
+DEPTH = 50  # levels of keys and lists; those we know are 7 deep
+PREFIX = "tag:yaml.org,2002:"
+
+FLOAT = (
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    list("-+.0123456789"),
+)
+CORE_SCHEMA = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": FLOAT,
+}
+# What Helm's reader (Go's) makes of plain text, seen with Helm 3.17 and 4.3: YAML 1.1 but for dates and for 1:30.
+HELM_SCHEMA = {
+    "null": CORE_SCHEMA["null"],
+    "bool": (r"(?i:true|false|yes|no|on|off|y|n)", list("tTfFyYnNoO")),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)|0o?[0-7]+|0x[0-9a-fA-F]+|0b[01]+", list("-+0123456789")),
+    "float": FLOAT,
+    "merge": (r"<<", ["<"]),
+}
+
+
+class CoreSchemaLoader(yaml.SafeLoader):
+    """PyYAML with YAML 1.2's idea of what is a number and what is text."""
+
+
+class HelmLoader(yaml.SafeLoader):
+    """PyYAML with Helm's idea of what is a number and what is text."""
+
+    bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
+
+
+class UnambiguousDumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or 1.2 would take for something else than text; writes no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def resolve_by(schema: dict[str, tuple[str, list[str]]], reader: Any) -> None:
+    for kind, (pattern, first) in schema.items():  # in this order: an integer is not a float
+        reader.add_implicit_resolver(PREFIX + kind, re.compile(f"^(?:{pattern})\\Z"), first)
+
+
+CoreSchemaLoader.yaml_implicit_resolvers = {}
+HelmLoader.yaml_implicit_resolvers = {}
+resolve_by(CORE_SCHEMA, CoreSchemaLoader)
+resolve_by(CORE_SCHEMA, UnambiguousDumper)
+resolve_by(HELM_SCHEMA, HelmLoader)
+
+
+class UnreadableYAML(Exception):
+    """Text that is not YAML, from ``line`` and ``column`` on."""
+
+    def __init__(self, what: str, fix: str = "", line: int = 1, column: int = 1) -> None:
+        super().__init__(what)
+        self.what, self.fix, self.line, self.column = what, fix, line, column
+
+    def at(self, name: str) -> UserError:
+        """As an error of the file of that name."""
+        return UserError(redacted(self.what), where=f"{name}:{self.line}:{self.column}", fix=redacted(self.fix))
+
+
+def decode(path: Path, name: str) -> str:
+    try:
+        if path.is_dir():
+            raise UserError("this is a folder", where=name, fix="Name the file in it.")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError("no such file", where=name) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"cannot be read: {reason}", where=name) from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"larger than {MAX_BYTES >> 10} KiB", where=name, fix="This is not the file you mean.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise UnreadableYAML("not UTF-8 text", "Save the file as UTF-8.", line, column) from None
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of one YAML document, None for an empty one."""
+    with errors_placed(text):
+        check_shape(text, aliases=False)
+        node: yaml.Node | None = yaml.compose(text, Loader=CoreSchemaLoader)
+        return node
+
+
+def load_as_helm(text: str) -> Any:
+    """The data of a YAML document as Helm reads it: aliases, merge keys and all."""
+    with errors_placed(text):
+        check_shape(text, aliases=True)
+        return yaml.load(text, Loader=HelmLoader)
+
+
+def check_shape(text: str, *, aliases: bool) -> None:
+    """Whether the document is as deep as ours are, before anything recurses into it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=CoreSchemaLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise UnreadableYAML(f"more than {DEPTH} levels deep", "", *place(event.start_mark))
+        if isinstance(event, yaml.AliasEvent) and not aliases:
+            mark = event.start_mark
+            what = f"the alias *{one_line(event.anchor or '')} is not read here"
+            raise UnreadableYAML(what, "Write its value out.", *place(mark))
+
+
+@contextmanager
+def errors_placed(text: str) -> Iterator[None]:
+    """PyYAML's errors as one kind, with the place."""
+    try:
+        yield
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        code = error.character if isinstance(error.character, int) else ord(error.character[:1] or "\0")
+        raise UnreadableYAML(f"the character U+{code:04X} is not allowed in YAML", "Remove it.", line, column) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = place(mark)
+        what, fix = (
+            f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}",
+            "",
+        )
+        if "'\\t'" in what:
+            what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
+        raise UnreadableYAML(what, fix, line, column) from None
+    except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
+        raise UnreadableYAML("not valid YAML: an escape in it stands for no character") from None
+
+
+def place(mark: Any) -> tuple[int, int]:
+    """Line and column as editors count them."""
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
+
+
+def dump(value: Any) -> str:
+    """Plain data as YAML that every reader reads alike; the same data gives the same bytes."""
+    text: str = yaml.dump(value, Dumper=UnambiguousDumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
