@@ -20,7 +20,7 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import Operator, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
-from genvalues.cluster import cleanup, gate
+from genvalues.cluster import cleanup, gate, runner
 from genvalues.cluster.cli import cluster
 
 PYTHON = sys.executable  # the trainer's stand-in changes what sys.executable says
@@ -119,7 +119,10 @@ def test_cleanup_ends_with_status_1_when_something_still_runs(fake: FakeApi) -> 
     assert "job/demo-tokenize" in result.stderr
 
 
-def test_cleanup_gives_its_own_job_the_time_that_the_work_may_take(fake: FakeApi) -> None:
+def test_cleanup_gives_its_own_job_the_time_that_the_work_may_take(
+    fake: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cleanup.cleanup.__kwdefaults__, "interval", 0.02)
     fake.add("jobs", job("demo-cleanup", "cleanup"))
     arguments = ["cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5"]
     assert invoke(*arguments, "--own-job", "demo-cleanup", "330").exit_code == 0
@@ -149,8 +152,9 @@ def runner_arguments(config_file: Path, chart: Path, tmp_path: Path) -> list[str
 
 
 def test_the_runner_runs_helm_and_passes_its_outcome_on(
-    fake: FakeApi, runner_arguments: list[str], chart: Path, helm: Path
+    fake: FakeApi, runner_arguments: list[str], chart: Path, helm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(runner.run.__kwdefaults__, "interval", 0.02)
     gate_job = job("demo-run-train-gate", "train-gate", release="demo-run")
     fake.add("jobs", gate_job)
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))

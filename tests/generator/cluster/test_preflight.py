@@ -303,6 +303,15 @@ def test_a_quota_that_leaves_no_room_is_found(
     assert one_problem(api, config).level == level
 
 
+@pytest.mark.parametrize(("hard", "used"), [("1k", "968"), ("1Ki", "0"), ("2e3", "1"), ("40000m", "0")])
+def test_quotas_are_read_as_kubernetes_spells_them(
+    ready: FakeApi, api: Api, config: ClusterConfig, hard: str, used: str
+) -> None:
+    key = "requests.aws.amazon.com/neuron"
+    ready.add("resourcequotas", {"metadata": {"name": "trn"}, "status": {"hard": {key: hard}, "used": {key: used}}})
+    assert problems(api, config) == []
+
+
 def test_a_kueue_queue_that_is_not_there_is_an_error(ready: FakeApi, api: Api, values: Object) -> None:
     values["job"]["queueName"] = "trn"
     config = ClusterConfig.model_validate(values)
