@@ -74,7 +74,7 @@ def rendered(values_file: Path, chart: Path | None) -> list[Object]:
         raise UserError("no chart here", fix="Say where it is: --chart DIR.")
     values = merge(read_values(values_file), {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
     objects = helm.render(found, RELEASE, values)
-    if len(left_out(objects)) == len({annotation(item, STAGE) for item in in_order(objects)}):
+    if all(annotation(item, NEEDS_CLUSTER) for item in in_order(objects)):
         raise UserError("has no stage that runs here", where=str(found), fix=f"Name the folder of the chart {NAME}.")
     return objects
 
