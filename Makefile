@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
 
-.PHONY: setup demo test schema values bench clean
+.PHONY: setup demo test schema values docs bench clean
 
 setup: $(READY)
 
@@ -32,6 +32,9 @@ schema: $(READY)
 values: $(READY)
 	for environment in $(ENVIRONMENTS); do \
 	  .venv/bin/genvalues write values/$$environment.yaml -o values/$$environment.values.yaml || exit; done
+
+docs: $(READY)
+	.venv/bin/python docs/generate_values.py
 
 bench: $(READY)
 	.venv/bin/python tests/bench/bench_merge.py
