@@ -193,6 +193,63 @@ def test_fingerprint_answers_what_the_gate_asks(new_run: Callable[..., Run]) -> 
     assert json.loads(run("fingerprint", "train"))["fingerprint"] is None
 
 
+def test_verify_says_in_a_line_what_it_checked_and_writes_nothing(whole_run: Run) -> None:
+    def found() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in whole_run.workspace.rglob("*")}
+
+    before = found()
+    for name in ORDER:
+        outputs = whole_run.manifest(name)["outputs"]
+        megabytes = sum(output["bytes"] for output in outputs.values()) / 1e6
+        said = whole_run("verify", name)
+        assert said == f"{name}: {len(outputs)} files, {megabytes:.3g} MB, all as written\n"
+    assert found() == before
+
+
+def test_verify_reads_a_volume_that_cannot_be_written(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    assert "runs/run/stages/merge.json: the manifest of merge is missing. Run" in run("verify", "merge", status=2)
+    assert not run.workspace.exists()
+
+
+def test_verify_needs_the_current_configs_manifest(finished_run: Run) -> None:
+    finished_run.config["lora"]["r"] = 8
+    said = finished_run("verify", "merge", status=2)
+    assert said.startswith(f"{finished_run.paths.manifest('merge')}: the manifest of merge belongs to another config")
+    assert "Run the stage first: `helm upgrade`, or `llama-lora merge --config ...`." in said
+    finished_run.paths.manifest("merge").write_text("{")
+    assert "the manifest of merge is missing" in finished_run("verify", "merge", status=2)
+
+
+def test_verify_tells_every_file_that_is_not_as_written_and_its_fix_mends_it(finished_run: Run) -> None:
+    merged = finished_run.paths.merged
+    (merged / "config.json").unlink()
+    (merged / "tokenizer.json").write_bytes(b"{}")
+    weights = merged / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    missing, other_bytes, other_size = sorted(finished_run("verify", "merge", status=2).splitlines())
+    again = "ake it again: `helm upgrade`, or `llama-lora merge --config ...`."
+    assert missing == f"{merged}/config.json: is missing. M{again}"
+    assert other_bytes.startswith(f"{weights}: has its size, but not the bytes that were written (SHA-256). Delete it")
+    assert other_size.startswith(f"{merged}/tokenizer.json: has 2 bytes, ")
+    assert other_bytes.endswith(f"Delete it and m{again}") and other_size.endswith(f"Delete it and m{again}")
+
+    weights.unlink()
+    finished_run("merge")
+    assert "all as written" in finished_run("verify", "merge")
+
+
+def test_verify_tells_a_file_that_cannot_be_read(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "sha256", refused)
+    assert "cannot be read: Permission denied. Delete" in finished_run("verify", "merge", status=2)
+
+
 def test_a_stage_killed_while_it_writes_leaves_nothing_that_looks_finished(new_run: Callable[..., Run]) -> None:
     run = new_run()
     merge = stage.Stage("merge", run.load(), run.paths)

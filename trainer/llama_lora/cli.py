@@ -1,4 +1,4 @@
-"""The `llama-lora` command: a command per stage, and `fingerprint`. Commands parse and print; work is elsewhere."""
+"""The `llama-lora` command: a command per stage, `fingerprint`, `verify`. Commands parse and print; work is elsewhere."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ def load(config_file: Path | None, workspace: Path | None) -> tuple[run_config.R
     if workspace is None:
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
-    paths = Paths(workspace.absolute(), config.name)
+    return config, Paths(workspace.absolute(), config.name)
+
+
+def make_run_folder(paths: Paths) -> None:
+    """Raises UserError where the workspace is not to be written to."""
     try:
         paths.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot be written: {error.strerror}",
-            where=f"--workspace {workspace}",
+            where=f"--workspace {paths.workspace}",
             fix="Give a folder you may write to.",
         ) from None
-    return config, paths
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +73,16 @@ def fingerprint(name: str, config_file: Path | None, workspace: Path | None) -> 
     click.echo(json.dumps(answer))
 
 
+@main.command()
+@click.argument("name", metavar="STAGE", type=click.Choice(stage.names()))
+@config_option
+@workspace_option
+@user_errors_end_with_status_2
+def verify(name: str, config_file: Path | None, workspace: Path | None) -> None:
+    """Check what STAGE wrote: every file there, with the size and SHA-256 that its manifest names. Writes nothing."""
+    click.echo(stage.verify(name, *load(config_file, workspace)))
+
+
 def stage_command(declared: stage.Declaration) -> click.Command:
     """A stage's command: in a run with --config, or alone with the options its tool has (all of them)."""
     tool_options = list(inspect.signature(declared.tool).parameters) if declared.tool else []
@@ -81,7 +94,9 @@ def stage_command(declared: stage.Declaration) -> click.Command:
             raise UserError("torch is not installed", fix=f"Install what the stages need: {needed}.")
         given = [name for name in tool_options if alone[name] is not None]
         if not given:
-            stage.run(declared.name, *load(config_file, workspace))
+            config, paths = load(config_file, workspace)
+            make_run_folder(paths)
+            stage.run(declared.name, config, paths)
             return
         if config_file is not None or given != tool_options:
             together = " ".join(f"--{name} DIR" for name in tool_options)

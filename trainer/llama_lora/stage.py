@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from genvalues import files
-from genvalues.errors import UserError
+from genvalues.errors import UserError, UserErrors
 from llama_lora import resolve, stages
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
 
 if TYPE_CHECKING:
     from llama_lora.backends import Backend
+
+MISSING = "is missing"
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,32 @@ def run(name: str, config: RunConfig, paths: Paths) -> None:
     stage._declaration.run(stage)
 
 
+def verify(name: str, config: RunConfig, paths: Paths) -> str:
+    """Read all that a stage wrote, and compare it with its manifest; what was compared, in a line. Writes nothing.
+
+    Raises UserErrors, one for each file that is not as written. ``is_done`` looks at sizes alone, to be quick: a file
+    with other bytes of the same number has to go before the stage makes it again.
+    """
+    stage = Stage(name, config, paths)
+    manifest = stage.manifest
+    again = f"`helm upgrade`, or `llama-lora {name} --config ...`"
+    if manifest is None or manifest.fingerprint != stage.fingerprint:
+        found = "belongs to another configuration" if manifest else "is missing"
+        raise UserError(
+            f"the manifest of {name} {found}", where=str(paths.manifest(name)), fix=f"Run the stage first: {again}."
+        )
+    mistakes = []
+    for output, written in manifest.outputs.items():
+        file = paths.workspace / output
+        if difference := _difference(file, written["bytes"], written["sha256"]):
+            fix = "Make it again" if difference == MISSING else "Delete it and make it again"
+            mistakes.append(UserError(difference, where=str(file), fix=f"{fix}: {again}."))
+    if mistakes:
+        raise UserErrors(mistakes)
+    megabytes = sum(written["bytes"] for written in manifest.outputs.values()) / 1e6
+    return f"{name}: {len(manifest.outputs)} files, {megabytes:.3g} MB, all as written"
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries an output depends on, for the record."""
     versions = {}
@@ -213,6 +241,19 @@ def now() -> str:
 
 def _files_in(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _difference(file: Path, size: int, sha256: str) -> str:
+    """What is wrong with a file, or nothing."""
+    found = _size(file)
+    if found is None:
+        return MISSING
+    if found != size:
+        return f"has {found} bytes, {size} were written"
+    try:
+        return "" if files.sha256(file) == sha256 else "has its size, but not the bytes that were written (SHA-256)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _size(path: Path) -> int | None:
