@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from chart.manifests import CHART, MINIMAL, Refused, Values, merged, render
+from chart.manifests import CHART, MINIMAL, Refused, Values, merged, pods, render
 
 # By the schema: values, and the key that the message must name.
 MISFITS: dict[str, tuple[Values, str]] = {
@@ -49,6 +49,7 @@ MISFITS: dict[str, tuple[Values, str]] = {
         "hostPath",
     ),
     "root": ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
+    "a cleanup that gives up before a train pod has saved": ({"cleanup": {"timeoutSeconds": 110}}, "timeoutSeconds"),
     "dots in the compile cache's path": ({"workspace": {"mountPath": "/mnt/v1.0"}}, "mountPath"),
     "unknown kind of storage": ({"storage": {"kind": "efs"}}, "kind"),
     "unknown key of storage": ({"storage": {"claim": "x"}}, "claim"),
@@ -230,3 +231,81 @@ def test_every_message_has_a_fix_and_a_test() -> None:
         assert re.search(verbs, message.partition(". ")[2]), f"no fix: {message}"
         literal = [part.strip()[:30] for part in re.split(r"\{\{.*?\}\}", message) if part.strip(" .")]
         assert any(part in tested for part in literal), f"not tested: {message}"
+
+
+# Put together here, so that whoever looks for tokens in this repository finds none.
+TOKENS = {
+    "Hugging Face": "hf_" + "aB3" * 12,
+    "AWS": "AK" + "IA" + "ABCDEFGH12345678",
+    "AWS, for a session": "AS" + "IA" + "ABCDEFGH12345678",
+    "private key": "-----BE" + "GIN OPENSSH PRIVATE KEY-----\nabc",
+}
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_what_looks_like_a_token_is_refused_wherever_it_stands_and_never_shown(token: str, helm: int) -> None:
+    stages = {"train": {"extraEnv": {"OPTIONS": f"--auth={token}"}}, "merge": {"podAnnotations": {"note": token}}}
+    values: Values = {
+        "model": {"id": "", "path": f"/workspace/{token}"},
+        "dataset": {"source": f"s3://bucket/{token}/rows.jsonl", "config": token, "columns": {"text": token}},
+        "storage": {"mountOptions": ["flock", token]},
+        "stageDefaults": {"extraEnv": {"WHO": token}},
+        "stages": stages,
+    }
+    message = refusal(values, helm)
+    for key in [
+        *("model.path", "dataset.source", "dataset.config", "dataset.columns.text", "storage.mountOptions"),
+        *("stageDefaults.extraEnv.WHO", "stages.train.extraEnv.OPTIONS", "stages.merge.podAnnotations.note"),
+    ]:
+        assert f"  {key} holds what looks like a token or a key" in message
+    assert token.splitlines()[0] not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "aws_secret_access_key", "AWS_ACCESS_KEY_ID", "APIKEY", "SSH_KEY", "DB_PASSWD"]
+)
+def test_an_environment_variable_named_like_a_secret_is_refused(name: str, helm: int) -> None:
+    message = refusal({"stages": {"train": {"extraEnv": {name: "x"}}}}, helm)
+    assert f"stages.train.extraEnv.{name} looks like a secret" in message
+
+
+def test_what_only_resembles_a_secret_is_taken(helm: int) -> None:
+    variables = {"TOKENIZERS_PARALLELISM": False, "MONKEY": "hf_transfer", "WHO": "AKIA"}
+    values: Values = {"model": {"id": "hf_org/shelf_" + "a" * 40}, "stageDefaults": {"extraEnv": variables}}
+    assert render(merged(MINIMAL, values), helm=helm)
+
+
+def test_no_volume_may_be_mounted_where_the_chart_or_another_one_is(helm: int) -> None:
+    own = {mount["mountPath"] for each in pods(render(MINIMAL)) for mount in each.containers[0]["volumeMounts"]}
+    assert len(own) == 4
+    for path in [*own - {"/workspace"}, "/etc/llama-lora/work"]:
+        assert f"workspace.mountPath {path} is where the chart" in refusal({"workspace": {"mountPath": path}}, helm)
+    volumes = {name: {"emptyDir": {}} for name in "abcdefgh"}
+    paths = ["/mine", *sorted(own), "/tmp/", "/etc/llama-lora/x", "//mine"]
+    mounts = {name: {"mountPath": path} for name, path in zip(volumes, paths, strict=True)}
+    message = refusal({"stages": {"merge": {"extraVolumes": volumes, "extraVolumeMounts": mounts}}}, helm)
+    for name, path in list(zip(volumes, paths, strict=True))[1:]:
+        assert f"extraVolumeMounts.{name}.mountPath {path} is taken" in message
+    assert "/mine is taken" not in message.replace("//mine", "")
+
+
+def of_merge(resource: str, request: object, limit: object) -> Values:
+    return {"stages": {"merge": {"resources": {"requests": {resource: request}, "limits": {resource: limit}}}}}
+
+
+OVER = [("cpu", 2, "1500m"), ("cpu", "1501m", 1.5), ("memory", "1Gi", "1G"), ("memory", "2Ti", "2047Gi")]
+WITHIN = [("cpu", "1500m", 1.5), ("cpu", 2, "2"), ("memory", "1G", "1Gi"), ("memory", "1024Mi", "1Gi")]
+
+
+def test_requests_are_compared_with_limits_as_kubernetes_counts(helm: int) -> None:
+    for resource, request, limit in OVER:
+        message = refusal(of_merge(resource, request, limit), helm)
+        assert f"stages.merge: resources.requests.{resource} {request} is more than resources.limits" in message
+    for resource, request, limit in WITHIN:
+        assert render(merged(MINIMAL, of_merge(resource, request, limit)), helm=helm)
+
+
+@pytest.mark.parametrize("source", ["/elsewhere/rows.jsonl", "s3://bucket/rows.csv", "org/rows", "rows", "org/json"])
+def test_sources_that_pods_can_reach_are_taken(source: str, helm: int) -> None:
+    """`genvalues local` uses absolute paths that are on no volume."""
+    assert render(merged(MINIMAL, {"dataset": {"source": source}}), helm=helm)
