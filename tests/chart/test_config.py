@@ -34,6 +34,11 @@ def test_the_cluster_config_is_what_genvalues_cluster_reads(objects: list[Object
     file.write_text(one(objects, "ConfigMap")["data"]["cluster.yaml"])
     read = load_cluster_config(file)
     assert (read.release, read.namespace, read.revision) == ("llama", "research", 1)
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (read.chart.version, read.chart.app_version) == (chart["version"], chart["appVersion"])
+    for each in pods(objects):
+        for metadata in (each.owner["metadata"], each.template["metadata"]):
+            assert metadata["labels"]["llama-lora/run"] == read.run, "what gate and cleanup find jobs and pods by"
     for job in (item for item in objects if item["kind"] == "PyTorchJob"):
         assert job["metadata"]["name"].startswith(read.fullname)
 

@@ -102,6 +102,28 @@ def test_standard_labels_are_on_every_object_and_pod(objects: list[Object]) -> N
             assert labels.keys() >= {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/component"}
 
 
+def run_label(values: Values, release: str) -> str:
+    return str(config(render(merged(MINIMAL, values), release=release), "cluster.yaml")["run"])
+
+
+def test_releases_that_work_in_one_runs_folder_share_its_label_and_no_others_do() -> None:
+    shared: Values = {"storage": {"existingClaim": "shared"}, "name": "mine"}
+    assert run_label(shared, "a") == run_label(shared, "b")
+    outer = render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}))
+    inner = render(config(outer, "values.yaml"), release="llama-run")
+    assert config(inner, "cluster.yaml")["run"] == config(outer, "cluster.yaml")["run"] == run_label({}, "llama")
+    others: list[Values] = [
+        {"name": "mine"},  # on the release's own volume
+        {"storage": {"existingClaim": "other"}, "name": "mine"},
+        {"storage": {"existingClaim": "shared"}, "name": "mine2"},
+        {"storage": {"existingClaim": "shared"}, "name": "m" * 62 + "1"},
+        {"storage": {"existingClaim": "shared"}, "name": "m" * 62 + "2"},
+    ]
+    labels = {run_label(values, "a") for values in [shared, *others]}
+    assert len(labels) == 1 + len(others)
+    assert all(LABEL_VALUE.fullmatch(label) for label in labels)
+
+
 def test_overrides_rename_everything_but_the_volume() -> None:
     renamed = render(merged(MINIMAL, {"fullnameOverride": "other"}))
     for item in renamed:

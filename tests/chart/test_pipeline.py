@@ -275,6 +275,7 @@ def test_cleanup_runs_before_install_delete_and_rollback_and_ends_by_itself(obje
         command = cleanup.containers[0]["command"]
         assert command[:3] == ["genvalues", "cluster", "cleanup"]
         assert command[command.index("--own-job") + 1] == cleanup.owner["metadata"]["name"]
+        assert command[command.index("--run") + 1] == config(objects, "cluster.yaml")["run"]
         assert [v["name"] for v in cleanup.spec["volumes"] if v["name"] in {"config", "workspace"}] == []
         account = cleanup.spec["serviceAccountName"]
         rbac = [item for item in objects if item["metadata"]["name"] == account and item["kind"] != "Job"]
@@ -328,6 +329,8 @@ def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
     objects = render(detached, helm=helm)
     assert sorted(each.stage for each in pods(objects)) == ["cleanup", "cleanup", "runner"]
     runner = pod(objects, "runner")
+    command = runner.containers[0]["command"]
+    assert command[command.index("--own-job") + 1] == runner.owner["metadata"]["name"]
     assert not hooks(runner.owner), "helm install would wait for it"
     assert runner.owner["metadata"]["name"] == "llama-runner-1"
     assert one(objects, "PersistentVolumeClaim")["metadata"]["name"] == "llama-workspace"

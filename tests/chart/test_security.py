@@ -78,6 +78,7 @@ def test_storage_prepare_is_root_that_can_change_an_owner_and_nothing_else(objec
 
 
 def test_no_secret_value_anywhere(objects: list[Object]) -> None:
+    """Values that look like one never come as far as an object: test_refusals."""
     assert not [item for item in objects if item["kind"] == "Secret"]
     assert not re.search(r"hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{16}|-----BEGIN", str(objects))
     for each in pods(objects):
@@ -171,6 +172,13 @@ def test_roles_are_what_the_commands_ask_for_and_nothing_more(helm: int) -> None
     assert rights(objects, "Role", "llama-preflight") | in_cluster == asked_for("preflight")
     assert rights(objects, "Role", "llama-gate") == asked_for("gate")
     assert rights(objects, "Role", "llama-cleanup") == asked_for("cleanup")
+
+
+def test_detached_roles_are_what_the_commands_and_their_helm_ask_for_and_nothing_more(helm: int) -> None:
+    objects = render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}), helm=helm)
+    assert rights(objects, "Role", "llama-runner") == asked_for("runner") | asked_for("upgrade")
+    assert rights(objects, "Role", "llama-cleanup") == asked_for("cleanup") | asked_for("uninstall")
+    assert ("watch", "pytorchjobs.kubeflow.org") in asked_for("upgrade"), "Helm 4 watches every hook"
 
 
 def test_without_cluster_scoped_reads_there_is_no_cluster_role() -> None:
