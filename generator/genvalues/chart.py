@@ -78,7 +78,12 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
-    """Whether the user wrote that key of the values, or one above it, under chartValues."""
+    """Whether the user wrote that key of the values, or one above it, under chartValues.
+
+    The values as a whole (no key) are the user's only where a null takes something away from them.
+    """
+    if not key:
+        return any(value is None for value in chart_values.values())
     for part in key:
         if not isinstance(chart_values, dict) or part not in chart_values:
             return not isinstance(chart_values, dict)

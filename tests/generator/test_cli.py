@@ -79,3 +79,28 @@ def test_the_chart_beside_is_used_only_if_it_is_ours(tmp_path: Path) -> None:
     done = genvalues("check", "f.yaml", "--chart", "nowhere", cwd=tmp_path)
     told = "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart llama-lora.\n"
     assert (done.returncode, done.stderr) == (2, told)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"values.schema.json": "{}"}, "c/values.yaml: cannot be read: No such file or directory."),
+        ({"values.yaml": "a: 1"}, "c/values.schema.json: cannot be read: No such file or directory."),
+        ({"values.yaml": "a: [", "values.schema.json": "{}"}, "c/values.yaml: cannot be read: while parsing"),
+        ({"values.yaml": "- a", "values.schema.json": "{}"}, "c/values.yaml: holds no keys and values."),
+        ({"values.yaml": "a: 1", "values.schema.json": "{"}, "c/values.schema.json: cannot be read: Expecting"),
+        ({"values.yaml": "a: 1", "values.schema.json": '{"type": 5}'}, "c/values.schema.json: is no JSON schema: 5 is"),
+        (
+            {"values.yaml": "a: 1", "values.schema.json": '{"required": ["b"]}'},
+            "c: values: 'b' is a required property.",
+        ),
+    ],
+)
+def test_a_chart_that_is_not_whole_is_told_in_a_line(files: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    (tmp_path / "c").mkdir()
+    for name, text in {"Chart.yaml": "name: llama-lora\n", **files}.items():
+        (tmp_path / "c" / name).write_text(text)
+    done = genvalues("check", "f.yaml", "--chart", "c", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line[: len(said)]) == (2, said)
