@@ -14,7 +14,7 @@ import pydantic
 from genvalues.chart import written_in_chart_values
 from genvalues.contradictions import Contradiction, contradictions
 from genvalues.document import Document, Mistake
-from genvalues.explain import pattern_words, schema_mistakes, shown
+from genvalues.explain import form_mistake, inputs_schema, schema_mistakes, shown
 from genvalues.inputs import Inputs
 from genvalues.instances import CPU, HYPERPOD, NAMES, refusal
 from genvalues.nested import get, merge, without_null
@@ -64,7 +64,8 @@ def check(document: Document) -> Inputs:
         keys = [problem["loc"] for problem in error.errors()]
         # A place in the model may be deeper than in the file: ("model", "ModelPath")
         keys = [next(key[:end] for end in range(len(key), -1, -1) if key[:end] in document.positions) for key in keys]
-        document.raise_mistakes(Mistake(key, pattern_words(key, get(document.value, dotted(key), str))) for key in keys)
+        schema = inputs_schema()
+        document.raise_mistakes(form_mistake(key, get(document.value, dotted(key), str), schema) for key in keys)
         raise
 
 

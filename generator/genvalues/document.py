@@ -20,6 +20,8 @@ from genvalues.wording import KeyPath, dotted, may_hold_a_secret, one_line, reda
 from genvalues.yamltext import CORE_SCHEMA, PREFIX, UnreadableYAML, compose, decode, place
 
 DIGITS = 300  # of a number: more is no number that anybody means
+NUMBER_FIX = "Write a number such as 16 or 5e-5."
+KEY_FIX = "Write key: value, the key a name."
 
 
 @dataclass(frozen=True, order=True)
@@ -131,11 +133,13 @@ class Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != PREFIX + "str":
                 shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
-                self.mistake(key, f"a key must be text, not{one_line(shown) or ' a list or mapping'}", "", key_node)
+                self.mistake(
+                    key, f"a key must be text, not{one_line(shown) or ' a list or mapping'}", KEY_FIX, key_node
+                )
                 continue
             name = key_node.value
             if "\n" in name or not name.strip() or has_surrogate(name):
-                self.mistake(key, "a key must be one line of text", "", key_node)
+                self.mistake(key, "a key must be one line of text", KEY_FIX, key_node)
                 continue
             inner = (*key, name)
             if name in seen:
@@ -154,18 +158,19 @@ class Reader:
         if kind not in CORE_SCHEMA:
             return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not used here", "Remove it.", node)
         if not re.match(f"^(?:{CORE_SCHEMA[kind][0]})\\Z", text):
-            return self.mistake(key, f"{one_line(text)} is not of the type that its tag !!{kind} says", "", node)
+            what = f"{one_line(text)} is not of the type that its tag !!{kind} says"
+            return self.mistake(key, what, "Remove the tag.", node)
         if kind == "null":
             return None
         if kind == "bool":
             return text.lower() == "true"
         if len(text) > DIGITS:
-            return self.mistake(key, f"a number of {len(text)} digits is too large", "", node)
+            return self.mistake(key, f"a number of {len(text)} digits is too large", NUMBER_FIX, node)
         if kind == "int":
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         number = float(text.replace(".", "") if "n" in text.lower() else text)  # Python's inf and nan have no dot
         if not math.isfinite(number):
-            return self.mistake(key, f"{one_line(text)} is not a finite number", "", node)
+            return self.mistake(key, f"{one_line(text)} is not a finite number", NUMBER_FIX, node)
         return number
 
     def mistake(self, key: KeyPath, what: str, fix: str, node: yaml.Node) -> None:

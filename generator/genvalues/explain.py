@@ -42,10 +42,14 @@ ALSO_CALLED = {  # names from other tools for ours
 
 
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    schema = inputs_schema()
     validator = jsonschema.Draft202012Validator(schema)
     for error in telling(validator.iter_errors(value)):
         yield from explain(error, schema)
+
+
+def inputs_schema() -> dict[str, Any]:
+    return dict(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
@@ -105,7 +109,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
         yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
     elif keyword == "pattern":
-        yield Mistake(key, pattern_words(key, found), described)
+        yield form_mistake(key, found, schema)
     elif keyword in BOUNDS:
         yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
     elif keyword == "uniqueItems":
@@ -180,6 +184,11 @@ def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
     inside = blocks[0] if len(blocks) == len(kinds) == 1 else []
     words = [described.rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
     return f"({'; '.join(filter(None, words))})" if any(words) else ""
+
+
+def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
+    """A text that does not look as its key wants it."""
+    return Mistake(key, pattern_words(key, found), purpose(key, schema))
 
 
 def pattern_words(key: KeyPath, found: Any) -> str:

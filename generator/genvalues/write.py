@@ -18,6 +18,8 @@ from genvalues.values import values_from
 from genvalues.wording import one_line, redacted
 from genvalues.yamltext import dump
 
+NOT_WRITABLE = "Name a file in a folder that is there and that you may write to."
+
 
 def values_text(file: Path, sets: Sequence[str], chart: Path | None, version: str) -> str:
     """The values file for an inputs file; raises every mistake in it."""
@@ -73,4 +75,4 @@ def write_values(output: Path, text: str, inputs: Path) -> None:
             raise UserError("that is the inputs file itself", where=f"-o {output}", fix="Write -o values.yaml.")
         write_text(output, text)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}") from None
+        raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}", fix=NOT_WRITABLE) from None

@@ -14,6 +14,8 @@ from genvalues.errors import UserError
 from genvalues.wording import one_line, redacted
 
 MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
+NOT_READABLE = "Name a file that you may read."
+SYNTAX_FIX = "Write key: value lines, and text with : # [ { or % in it in single quotes."
 DEPTH = 50  # levels of keys and lists; those we know are 7 deep
 PREFIX = "tag:yaml.org,2002:"
 
@@ -85,10 +87,10 @@ def decode(path: Path, name: str) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise UserError("no such file", where=name) from None
+        raise UserError("no such file", where=name, fix="Name a file that is there.") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"cannot be read: {reason}", where=name) from None
+        raise UserError(f"cannot be read: {reason}", where=name, fix=NOT_READABLE) from None
     if len(data) > MAX_BYTES:
         raise UserError(f"larger than {MAX_BYTES >> 10} KiB", where=name, fix="This is not the file you mean.")
     try:
@@ -120,7 +122,7 @@ def check_shape(text: str, *, aliases: bool) -> None:
     for event in yaml.parse(text, Loader=CoreSchemaLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH:
-            raise UnreadableYAML(f"more than {DEPTH} levels deep", "", *place(event.start_mark))
+            raise UnreadableYAML(f"more than {DEPTH} levels deep", "Write it flatter.", *place(event.start_mark))
         if isinstance(event, yaml.AliasEvent) and not aliases:
             mark = event.start_mark
             what = f"the alias *{one_line(event.anchor or '')} is not read here"
@@ -140,15 +142,13 @@ def errors_placed(text: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = place(mark)
-        what, fix = (
-            f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}",
-            "",
-        )
+        what = f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}"
+        fix = SYNTAX_FIX
         if "'\\t'" in what:
             what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
         raise UnreadableYAML(what, fix, line, column) from None
     except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
-        raise UnreadableYAML("not valid YAML: an escape in it stands for no character") from None
+        raise UnreadableYAML("not valid YAML: an escape in it stands for no character", "Remove the escape.") from None
 
 
 def place(mark: Any) -> tuple[int, int]:
