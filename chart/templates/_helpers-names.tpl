@@ -90,6 +90,11 @@
 {{ include "llama-lora.fullname" . }}-evaluate
 {{- end }}
 
+{{- /* The pod of `helm test`. */}}
+{{- define "llama-lora.verify.name" -}}
+{{ include "llama-lora.fullname" . }}-verify
+{{- end }}
+
 {{- define "llama-lora.cleanup.name" -}}
 {{ include "llama-lora.fullname" . }}-cleanup
 {{- end }}

@@ -1,5 +1,5 @@
 {{- /*
-    The pod of a stage: everything under `template:`.
+    The pod of a stage: everything under `template:` (of a Pod: all but what names it).
 
     root             the chart's context
     stage            the stage's name; also the component label
@@ -10,6 +10,7 @@
     callsApi         mounts the account's token
     config           mounts the run config
     workspace        mounts the volume
+    readOnly         to read it alone
     token            sets HF_TOKEN from the Secret
     trains           compile and train: devices, the nodes that have them, shared memory, time to save
     runAsRoot        storage-prepare alone
@@ -112,6 +113,9 @@ spec:
         {{- if .workspace }}
         - name: workspace
           mountPath: {{ $values.workspace.mountPath | quote }}
+          {{- if .readOnly }}
+          readOnly: true
+          {{- end }}
         {{- end }}
         {{- if .trains }}
         - name: shm

@@ -83,7 +83,7 @@ def merged(*layers: Values) -> Values:
 
 
 class Pod(NamedTuple):
-    """A pod template and the object that makes it."""
+    """A pod template and the object that makes it; of `helm test` both are the pod itself."""
 
     owner: Object
     template: Object
@@ -113,6 +113,8 @@ def pods(objects: list[Object]) -> Iterator[Pod]:
     for item in objects:
         if item["kind"] == "Job":
             yield Pod(item, item["spec"]["template"])
+        elif item["kind"] == "Pod":
+            yield Pod(item, item)
         elif item["kind"] == "PyTorchJob":
             for replica in item["spec"]["pytorchReplicaSpecs"].values():
                 yield Pod(item, replica["template"])
