@@ -22,6 +22,7 @@
       "claim" (dict
           "name" (include "llama-lora.claim.name" .)
           "managed" (and $values.storage.enabled (not $values.storage.existingClaim)))
+      "storagePrepare" $values.storage.prepare.enabled
       "secret" (ternary (dict "name" $secret "key" $values.huggingFace.tokenKey) nil (ne $secret ""))
       "job" (dict
           "nodes" $values.parallelism.nodes

@@ -19,6 +19,7 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     preflight  persistentvolumeclaims             get
     preflight  persistentvolumeclaims             list       # optional: names the claims there are when one is missing
     preflight  secrets                            get        # resourceNames: the token's; no rule when there is none
+    preflight  namespaces                         get        # resourceNames: its own; only with storage.prepare
     preflight  events                             list
     preflight  resourcequotas                     list
     preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without them: "not checked"

@@ -49,6 +49,7 @@ class ClusterConfig(Section):
     run: str = Field(min_length=1)  # the value of the label RUN
     chart: Chart
     claim: Claim
+    storage_prepare: bool  # whether the release has that stage, whose pod runs as root
     secret: TokenSecret | None = None
     job: Job
     cluster_scoped_reads: bool

@@ -24,6 +24,7 @@ OPERATOR_SECONDS = 10.0  # an operator that is alive marks a new job within one
 OPERATOR = "https://github.com/kubeflow/training-operator"
 INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+ENFORCED = "pod-security.kubernetes.io/enforce"
 NODE_HEALTH = "sagemaker.amazonaws.com/node-health-status"
 DEVICE_PLUGINS = {
     "aws.amazon.com/neuron": "helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart",
@@ -62,6 +63,7 @@ def preflight(api: Api, config: ClusterConfig, pace: Pace = Pace()) -> list[Find
     checks: dict[str, Check] = {
         "training operator": check_operator,
         "storage": check_storage,
+        "pod security": check_pod_security,
         "Hugging Face token": check_secret,
         "devices": check_devices,
         "quota": check_quota,
@@ -271,6 +273,26 @@ def check_storage_class(api: Api, config: ClusterConfig, name: str) -> Finding:
 def not_read(subject: str, look: str) -> Finding:
     found = f"cluster-scoped reads are off (clusterScopedReads); look yourself: {look}"
     return Finding("not checked", subject, found)
+
+
+def check_pod_security(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+    """Whether the namespace lets storage-prepare's pod be made: one as root, which `restricted` alone refuses.
+
+    A refused pod is an event of a Job that waits for it until its deadline, 40 minutes later.
+    """
+    if not config.storage_prepare:
+        return []
+    subject = f"namespace {config.namespace}"
+    namespace = api.get(kinds.NAMESPACES, config.namespace)
+    level = labels_of(namespace).get(ENFORCED) if namespace else None
+    if level == "restricted":
+        found = "enforces Pod Security restricted, which refuses the pod of storage-prepare: it runs as root"
+        relabel = f"kubectl label namespace {config.namespace} {ENFORCED}=baseline --overwrite"
+        turn_off = "where the volume's root folder is the stages' user's already, storage.prepare.enabled: false"
+        return [Finding("error", subject, found, f"{relabel}   # or, {turn_off}")]
+    if level:
+        return [Finding("ok", subject, f"enforces Pod Security {level}, which lets storage-prepare run as root")]
+    return [Finding("ok", subject, "no label of it enforces Pod Security")]
 
 
 def check_secret(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:

@@ -38,6 +38,7 @@ def values() -> dict[str, Any]:
         "run": RUN,
         "chart": {"version": "0.1.0", "appVersion": "0.1.0"},
         "claim": {"name": "demo-workspace", "managed": True},
+        "storagePrepare": True,
         "secret": {"name": "hf-token", "key": "token"},
         "job": {
             "nodes": 2,

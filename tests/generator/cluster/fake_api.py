@@ -26,7 +26,7 @@ GROUPS = {
     "storageclasses": "storage.k8s.io/v1",
     "localqueues": "kueue.x-k8s.io/v1beta1",
 }
-CLUSTER_SCOPED = {"nodes", "storageclasses"}
+CLUSTER_SCOPED = {"nodes", "namespaces", "storageclasses"}
 PATH = re.compile(
     r"/(?:api/v1|apis/(?P<group>[^/]+)/v1(?:beta1)?)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log))?"

@@ -53,7 +53,7 @@ def test_preflight_prints_every_finding_and_ends_with_status_2_on_an_error(fake:
     assert re.search(r"^error +training operator: .*\n +fix: kubectl apply", result.output, re.M)
     assert re.search(r"^error +claim demo-workspace: ", result.output, re.M)
     assert re.search(r"^error +secret hf-token: ", result.output, re.M)
-    assert result.output.endswith("3 of 4 findings stop this release; the fixes are above\n")
+    assert result.output.endswith("3 of 5 findings stop this release; the fixes are above\n")
 
 
 def test_the_gate_asks_the_trainer_with_the_run_config_and_passes_the_outcome_on(

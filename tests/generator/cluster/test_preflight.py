@@ -16,6 +16,7 @@ from genvalues.cluster.preflight import Finding, Pace, preflight
 Object = dict[str, Any]
 QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)
 TOKEN = base64.b64encode(b"hf_secret_value").decode()
+ENFORCED = "pod-security.kubernetes.io/enforce"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 
 
@@ -47,6 +48,11 @@ def claim(
     }
 
 
+def namespace(level: str) -> Object:
+    """One that enforces a level of Pod Security, or none."""
+    return {"metadata": {"name": NAMESPACE, "labels": {ENFORCED: level} if level else {}}}
+
+
 def add_event(fake: FakeApi, about: Object, reason: str, message: str, *, at: str = "") -> None:
     meta = about["metadata"]
     involved = {"name": meta["name"], "uid": meta["uid"]}
@@ -60,6 +66,7 @@ def ready(fake: FakeApi) -> FakeApi:
     mark_probe(fake)
     fake.add("persistentvolumeclaims", claim())
     fake.add("secrets", {"metadata": {"name": "hf-token"}, "data": {"token": TOKEN}})
+    fake.add("namespaces", namespace("baseline"))
     for name in ("node-1", "node-2"):
         fake.add("nodes", node(name))
     fake.add("storageclasses", {"metadata": {"name": "fsx-sc"}, "provisioner": "fsx.csi.aws.com"})
@@ -88,7 +95,7 @@ def again(fake: FakeApi, plural: str, item: Object) -> Object:
 def test_a_cluster_with_everything_has_no_problem(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
     findings = check(api, config)
     assert {finding.level for finding in findings} == {"ok"}
-    assert len(findings) == 5
+    assert len(findings) == 6
     assert ready.names("pytorchjobs") == [], "the probe is gone"
 
 
@@ -207,6 +214,34 @@ def test_a_claim_that_gets_its_volume_meanwhile_is_fine(ready: FakeApi, api: Api
     assert problems(api, config) == []
 
 
+def test_a_namespace_that_refuses_storage_prepares_pod_is_an_error_with_both_ways_out(
+    ready: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    again(ready, "namespaces", namespace("restricted"))
+    finding = one_problem(api, config)
+    assert (finding.level, finding.subject) == ("error", f"namespace {NAMESPACE}")
+    assert finding.fix.startswith(f"kubectl label namespace {NAMESPACE} {ENFORCED}=baseline --overwrite ")
+    assert "storage.prepare.enabled: false" in finding.fix
+
+
+@pytest.mark.parametrize(("level", "said"), [("baseline", "baseline"), ("privileged", "privileged"), ("", "no label")])
+def test_a_namespace_that_lets_storage_prepare_run_is_said_to(
+    ready: FakeApi, api: Api, config: ClusterConfig, level: str, said: str
+) -> None:
+    again(ready, "namespaces", namespace(level))
+    [finding] = [one for one in check(api, config) if one.subject.startswith("namespace")]
+    assert finding.level == "ok" and said in finding.found
+
+
+def test_without_storage_prepare_the_namespace_may_enforce_what_it_likes_and_is_not_read(
+    ready: FakeApi, api: Api, values: Object
+) -> None:
+    values["storagePrepare"] = False
+    again(ready, "namespaces", namespace("restricted"))
+    assert problems(api, ClusterConfig.model_validate(values)) == []
+    assert ("get", "namespaces") not in ready.requests
+
+
 def test_a_storage_class_that_does_not_exist_is_an_error(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
     ready.remove("storageclasses", "fsx-sc")
     pending = again(ready, "persistentvolumeclaims", claim("Pending"))
@@ -323,9 +358,10 @@ def test_a_kueue_queue_that_is_not_there_is_an_error(ready: FakeApi, api: Api, v
 
 
 def test_what_may_not_be_read_is_not_checked_and_the_rest_is(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
-    ready.forbidden |= {("get", "secrets"), ("create", "pytorchjobs.kubeflow.org")}
+    ready.forbidden |= {("get", "secrets"), ("get", "namespaces"), ("create", "pytorchjobs.kubeflow.org")}
     assert [(finding.level, finding.subject) for finding in problems(api, config)] == [
         ("not checked", "training operator"),
+        ("not checked", "pod security"),
         ("not checked", "Hugging Face token"),
     ]
 
