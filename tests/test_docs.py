@@ -1,0 +1,60 @@
+"""What the pages name exists: their links, and the labels that their commands select by."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from chart.manifests import MINIMAL, config, merged, pods, render
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        other = page.parent / file if file else page
+        assert other.is_file(), target
+        assert not anchor or anchor in headings(other), target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name}" in readme
+
+
+@pytest.mark.parametrize("name", ["operations.md", "gitops.md"])
+def test_commands_select_by_labels_that_there_are(name: str) -> None:
+    attached, detached = (render(merged(MINIMAL, {"pipeline": {"mode": mode}})) for mode in ("attached", "detached"))
+    inner = render(config(detached, "values.yaml"), release="llama-run")
+    labels = [item["metadata"]["labels"] for objects in (attached, detached, inner) for item in objects]
+    labels += [pod.template["metadata"]["labels"] for objects in (attached, detached, inner) for pod in pods(objects)]
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:\$COMPONENT|app\.kubernetes\.io/component)=([a-z-]+)", text))
+    assert "runner" in named
+    assert named <= {label["app.kubernetes.io/component"] for label in labels}
+    assert {label["app.kubernetes.io/instance"] for label in labels} == {"llama", "llama-run"}
+    assert {label["app.kubernetes.io/part-of"] for label in labels} == {"llama-lora"}
+
+
+def test_the_commands_of_operations_md_use_only_what_its_first_lines_set() -> None:
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    set_there = set(re.findall(r"(?:^ {4}|\s)([A-Z]+)=", text))
+    used = set(re.findall(r"\$([A-Z]+)", text))
+    assert used <= set_there
+    for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE):
+        for line in block.splitlines():
+            assert line.count("'") % 2 == 0 and line.count('"') % 2 == 0, line
