@@ -79,18 +79,52 @@ def test_a_fresh_clone_renders_and_builds_its_dependencies_with_no_network(helm:
     assert (clone / "charts/storage/Chart.yaml").is_file()
 
 
-def test_the_package_has_the_subchart_and_would_have_helm_tests(helm: int, tmp_path: Path) -> None:
-    copy = tmp_path / "chart"
-    shutil.copytree(CHART, copy)
-    (copy / "templates/tests").mkdir(exist_ok=True)
-    (copy / "templates/tests/a.yaml").write_text("")
-    done = run_helm(helm, "package", copy, "--destination", tmp_path)
+def package(helm: int, folder: Path) -> Path:
+    done = run_helm(helm, "package", CHART, "--destination", folder)
     assert done.returncode == 0, done.stderr
-    with tarfile.open(next(tmp_path.glob("llama-lora-*.tgz"))) as package:
-        files = set(package.getnames())
-    assert {"llama-lora/charts/storage/templates/claim.yaml", "llama-lora/templates/tests/a.yaml"} <= files
-    assert "llama-lora/values.schema.json" in files
-    assert not [name for name in files if name.startswith("llama-lora/ci/")]
+    [file] = folder.glob("llama-lora-*.tgz")
+    return file
+
+
+def test_the_package_has_subchart_schema_readme_and_helm_tests_and_no_values_of_ours(helm: int, tmp_path: Path) -> None:
+    with tarfile.open(package(helm, tmp_path)) as packed:
+        files = {name.removeprefix("llama-lora/") for name in packed.getnames()}
+    assert {"charts/storage/templates/claim.yaml", "values.schema.json", "README.md"} <= files
+    assert any(name.startswith("templates/tests/") for name in files)
+    assert not [name for name in files if name.startswith("ci/")]
+
+
+def test_the_package_renders_what_the_folder_does(helm: int, tmp_path: Path) -> None:
+    packed = package(helm, tmp_path)
+    for values in CI_FILES:
+        assert render(values, helm=helm, chart=packed) == render(values, helm=helm)
+    with pytest.raises(Refused, match=r"lora[./]r"):  # the schema is enforced from there, too
+        render({**MINIMAL, "lora": {"r": 0}}, helm=helm, chart=packed)
+
+
+def test_the_package_shows_its_values_and_its_readme(helm: int, tmp_path: Path) -> None:
+    packed = package(helm, tmp_path)
+    for what, file in {"values": "values.yaml", "readme": "README.md"}.items():
+        assert run_helm(helm, "show", what, packed).stdout.strip() == (CHART / file).read_text().strip()
+
+
+def test_the_readmes_example_renders(helm: int) -> None:
+    blocks = re.findall(r"(?:^    .*\n)+", (CHART / "README.md").read_text(), re.MULTILINE)
+    [values] = [yaml.safe_load(block) for block in blocks if "helm" not in block]
+    assert render(values, helm=helm)
+
+
+def test_annotations_are_what_artifact_hub_reads() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    annotations = {name.removeprefix("artifacthub.io/"): value for name, value in chart["annotations"].items()}
+    assert set(annotations) == {"license", "category", "prerelease", "changes", "links"}, "images: none is public"
+    assert (annotations["license"], annotations["category"]) == ("Apache-2.0", "ai-machine-learning")
+    assert annotations["prerelease"] in ("true", "false"), "a string: Helm takes no other"
+    for change in yaml.safe_load(annotations["changes"]):
+        assert change.keys() == {"kind", "description"}
+        assert change["kind"] in {"added", "changed", "deprecated", "removed", "fixed", "security"}
+    for link in yaml.safe_load(annotations["links"]):
+        assert link.keys() == {"name", "url"} and link["url"].startswith("https://")
 
 
 def test_the_schema_has_draft_07_words_only_and_is_strict() -> None:
