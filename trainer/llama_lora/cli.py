@@ -1,4 +1,4 @@
-"""The `llama-lora` command: a command per stage, `fingerprint`, `verify`. Commands parse and print; work is elsewhere."""
+"""The `llama-lora` command: a command per stage, `fingerprint`, `verify`. They parse and print; work is elsewhere."""
 
 from __future__ import annotations
 
