@@ -226,7 +226,9 @@ def test_commands_are_those_of_the_contract(objects: list[Object]) -> None:
         [container] = each.containers
         assert annotation(each.owner, "llama-lora/needs-cluster") == ("true" if each.stage in NEEDS_CLUSTER else None)
         assert each.owner["metadata"]["labels"]["app.kubernetes.io/component"] == each.stage
-        if each.stage in TRAINER:
+        if each.stage == "verify":
+            assert container["command"] == ["llama-lora", "verify", "merge", "--config", "/etc/llama-lora/run.yaml"]
+        elif each.stage in TRAINER:
             assert container["command"] == ["llama-lora", each.stage, "--config", "/etc/llama-lora/run.yaml"]
         elif each.stage != "storage-prepare":
             assert container["command"][:2] == ["genvalues", "cluster"]
@@ -247,7 +249,7 @@ def test_every_stage_finds_the_workspace_and_may_write_to_tmp_only(objects: list
         assert each.environment["PYTHONUNBUFFERED"] == "1"
         names = [entry["name"] for entry in container["env"]]
         assert len(names) == len(set(names))
-        mounts_workspace = each.stage in TRAINER | {"storage-prepare", "compile-gate", "train-gate"}
+        mounts_workspace = each.stage in TRAINER | {"storage-prepare", "compile-gate", "train-gate", "verify"}
         assert ("workspace" in mounts) == mounts_workspace, each.stage
         assert ("config" in mounts) == (each.stage not in {"storage-prepare", "cleanup"}), each.stage
         if mounts_workspace:
@@ -327,7 +329,7 @@ def test_evaluate_and_storage_prepare_can_be_turned_off() -> None:
 def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
     detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}})
     objects = render(detached, helm=helm)
-    assert sorted(each.stage for each in pods(objects)) == ["cleanup", "cleanup", "runner"]
+    assert sorted(each.stage for each in pods(objects)) == ["cleanup", "cleanup", "runner", "verify"]
     runner = pod(objects, "runner")
     command = runner.containers[0]["command"]
     assert command[command.index("--own-job") + 1] == runner.owner["metadata"]["name"]
@@ -344,7 +346,7 @@ def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(h
     inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
     attached = render(merged(detached, {"pipeline": {"mode": "attached"}}), helm=helm)
 
-    assert {item["kind"] for item in inner} == {"ConfigMap", "Job", "PyTorchJob"}
+    assert {item["kind"] for item in inner} == {"ConfigMap", "Job", "PyTorchJob", "Pod"}
     assert [annotation(item, "llama-lora/stage") for item in stages(inner)] == list(WEIGHTS)
     accounts = {item["metadata"]["name"] for item in outer if item["kind"] == "ServiceAccount"}
     assert {each.spec["serviceAccountName"] for each in pods(inner)} <= accounts

@@ -305,6 +305,7 @@ def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
 
 
 TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm123456"
+ACCESS_KEY = "AK" + "IA" + "QWERTYUIOPASDFGH"
 PRIVATE_KEY = "-----BE" + "GIN PRIVATE KEY-----\\nQwErTyUiOp"  # \n: as YAML writes it
 
 
@@ -327,7 +328,7 @@ PRIVATE_KEY = "-----BE" + "GIN PRIVATE KEY-----\\nQwErTyUiOp"  # \n: as YAML wri
         f"--set {TOKEN}",
         "--set chartValues.stages.train.extraEnv.WANDB_API_KEY=QwErTyUiOp",
         "chartValues: {stageDefaults: {extraEnv: {db_password: QwErTyUiOp}}}",
-        "chartValues: {stages: {train: {extraEnv: {REGION: AKIAQWERTYUIOPASDFGH}, podLabels: 5}}}",
+        f"chartValues: {{stages: {{train: {{extraEnv: {{REGION: {ACCESS_KEY}}}, podLabels: 5}}}}}}",
         f'name: "{PRIVATE_KEY}"',
         f'model: {{path: "{PRIVATE_KEY}\\n-----END PRIVATE KEY-----"}}',
         f'--set dataset.config="{PRIVATE_KEY}"',
