@@ -1,4 +1,4 @@
-"""Helm, by pyhelm3: the one place that calls it."""
+"""Helm: found, asked for a rendering (by pyhelm3), or run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def find_helm() -> str:
     if not found:
         raise UserError("helm is not to be found", fix=GET_HELM)
     return found
+
+
+def run_helm(arguments: list[str]) -> int:
+    """Helm, with our own output; stopped when we are.
+
+    Not pyhelm3: it holds the output back until the end, which is hours away, and stops only the shell around Helm.
+    """
+    helm = find_helm()
+    try:
+        started = subprocess.Popen([helm, *arguments])
+    except OSError as error:
+        raise UserError(f"{helm} does not run: {error.strerror}", fix=GET_HELM) from None
+    with started as process:
+        try:
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()  # Helm marks the release as failed and leaves the stage's Job running
+                process.wait()
+    return process.returncode
 
 
 def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "default") -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What talks to the Kubernetes API, from a pod of the chart or from a laptop: preflight, gate, cleanup, runner.
+"""What talks to the Kubernetes API, from a pod of the chart or a laptop: preflight, gate, cleanup, runner, recovery.
 
 ``api`` is the only module that knows the Kubernetes client; the others decide, and can be read without a cluster.
 
@@ -33,9 +33,14 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     cleanup    jobs.batch                         list patch delete
     cleanup    pods                               list
     cleanup    pytorchjobs.kubeflow.org           list delete
-    runner     secrets                            list delete
+    runner     secrets                            list update
     runner     jobs.batch                         list patch
     runner     pods                               list
+
+``genvalues install``, on top of what its Helm asks, with the rights of whoever calls it; only the first is always used:
+
+    install    secrets                            list update
+    install    jobs.batch                         list patch
 
 What Helm asks on top, in detached mode: for the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 watches every
 hook), and for cleanup's ``helm uninstall RELEASE-run --no-hooks``.

@@ -10,9 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import urllib3
+import yaml
 from kubernetes import client, config, dynamic
 from kubernetes.utils.quantity import parse_quantity
 
@@ -25,6 +27,9 @@ Query = list[tuple[str, Any]]
 PATIENCE_SECONDS = 300.0
 TRANSPORT_ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)  # ValueError: half an answer
 AWAY = {0, 408, 429, 500, 502, 503, 504}  # 0: the client's own word for a TLS failure
+# What the client makes of a file that is no kubeconfig, and of one that is not there.
+NO_KUBECONFIG = (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError)
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_SECONDS, READ_SECONDS = 5.0, 20.0
 WATCH_SECONDS = 50  # the server ends a watch after this; a connection that died without a word is noticed soon after
 QUIET_LOG_SECONDS = 300.0  # a log may say nothing for long, e.g. while neuronx-cc compiles
@@ -111,6 +116,16 @@ class Api:
     def patch(self, kind: Kind, name: str, body: Object) -> Object | None:
         """Merge ``body`` into the object; None when it is gone."""
         return self._found(lambda: self._json("PATCH", self._path(kind, name), kind, body=body))
+
+    def replace(self, kind: Kind, body: Object) -> bool:
+        """Put ``body`` in the object's place; False when that has changed since it was read, or is gone."""
+        try:
+            self._json("PUT", self._path(kind, body["metadata"]["name"]), kind, body=body)
+        except ApiError as error:
+            if error.status in {404, 409}:
+                return False
+            raise
+        return True
 
     def delete(self, kind: Kind, name: str, *, propagation: str = "Background") -> None:
         """Ask for the object's deletion; one that is gone is fine."""
@@ -244,17 +259,32 @@ def message_of(error: Any) -> str:
         return f"{error.status} {error.reason}"
 
 
-def connect(namespace: str, **options: Any) -> Api:
-    """To the cluster of $KUBECONFIG, else the one this pod runs in, else the one of ~/.kube/config."""
+def connect(namespace: str | None, *, context: str | None = None, **options: Any) -> Api:
+    """To the cluster that Helm would choose: of $KUBECONFIG, else of ~/.kube/config, else the one this pod runs in.
+
+    Without a namespace it is the context's.
+    """
     settings = client.Configuration()
+    named = os.environ.get("KUBECONFIG")
+    path = named or os.path.expanduser("~/.kube/config")  # noqa: PTH111 - Path's raises for a pod's user without a home
     try:
-        if not os.environ.get("KUBECONFIG") and os.environ.get("KUBERNETES_SERVICE_HOST"):
+        if os.environ.get("KUBERNETES_SERVICE_HOST") and not (context or named or Path(path).exists()):
             config.load_incluster_config(client_configuration=settings)
+            namespace = namespace or POD_NAMESPACE.read_text(encoding="utf-8").strip()
         else:
-            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
-    except config.ConfigException as error:
-        fix = "Set KUBECONFIG, or try: kubectl config current-context"
-        raise UserError(f"no cluster to talk to: {error}", fix=fix) from error
+            config.load_kube_config(path, context=context, client_configuration=settings)
+            namespace = namespace or namespace_of(context, path)
+    except NO_KUBECONFIG as error:
+        look = "get-contexts" if context else "current-context"
+        fix = f"Set KUBECONFIG, or try: kubectl config {look}"
+        raise UserError(f"no cluster to talk to: {' '.join(str(error).split())}", fix=fix) from error
     settings.retries = False  # ours are slower and say so
     without_discovery = dynamic.DynamicClient(client.ApiClient(settings), discoverer=lambda client, cache: None)
     return Api(without_discovery, namespace, **options)
+
+
+def namespace_of(context: str | None, path: str) -> str:
+    contexts, chosen = config.list_kube_config_contexts(path)
+    if context:
+        chosen = next(one for one in contexts if one["name"] == context)
+    return chosen["context"].get("namespace") or "default"

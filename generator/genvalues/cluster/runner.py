@@ -1,15 +1,13 @@
 """Detached mode: the Helm client that runs in the cluster, so that nobody's laptop has to stay open.
 
 Installs the chart of the image as the release RELEASE-run in attached mode. Started again (its pod was lost, or
-``helm upgrade`` made a new one), it stops older runners, ends a gate and waits for any other stage that still runs,
-clears the record of the Helm client that died, and goes on: finished stages are skipped, and the new gate follows the
-training that runs, or stops it when its configuration has changed.
+``helm upgrade`` made a new one), it stops older runners, takes over from the Helm client that died (recovery),
+and goes on: finished stages are skipped, and the new gate follows the training that runs, or stops it when its
+configuration has changed.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,25 +15,23 @@ from pathlib import Path
 import yaml
 
 from genvalues.errors import EXIT_USER_ERROR, UserError
+from genvalues.helm import run_helm
 
 from . import api as kinds
 from .api import Api, Object
-from .cleanup import fail_job, is_stage, runners_of, stop_runners
+from .cleanup import is_stage, runners_of, stop_runners
 from .config import ClusterConfig
 from .objects import (
     COMPONENT,
     INSTANCE,
-    component_of,
     condition,
     created,
-    is_finished,
     is_over,
-    labels_of,
     name_of,
     owners_of,
 )
+from .recovery import AtWork, take_over
 
-PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
 # Helm's --timeout is per hook, and each stage has its own deadline: this one is never to be the first.
 HELM_TIMEOUT = "720h"
 STAGE_FAILED, TRY_AGAIN = 1, 3  # see genvalues.cluster
@@ -76,24 +72,6 @@ def check_chart(path: Path, config: ClusterConfig) -> None:
         )
 
 
-def helm(arguments: list[str]) -> int:
-    """Helm, with our own output; stopped when we are.
-
-    Not pyhelm3: it holds the output back until the end, which is hours away, and stops only the shell around Helm.
-    """
-    command = shutil.which("helm")
-    if command is None:
-        raise UserError("there is no helm command here", fix="Use the image built from trainer/Dockerfile")
-    with subprocess.Popen([command, *arguments]) as process:
-        try:
-            process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()  # Helm marks the release as failed and leaves the stage's Job running
-                process.wait()
-    return process.returncode
-
-
 def run(
     api: Api,
     config: ClusterConfig,
@@ -103,15 +81,18 @@ def run(
     say: Callable[[str], None],
     *,
     interval: float = 5.0,
-    run_helm: Callable[[list[str]], int] = helm,
+    run_helm: Callable[[list[str]], int] = run_helm,
 ) -> int:
     """Run the pipeline to its end; its exit status."""
     check_values(values)
     check_chart(chart, config)
     release = f"{config.release}-run"
     stop_older_runners(api, config.release, own_job, say, interval)
-    wait_for_living_stages(api, release, say, interval)
-    clear_pending(api, release, say)
+    try:
+        take_over(api, release, say, interval)
+    except AtWork as problem:  # a runner on a node that the cluster has lost sight of; it must end some time
+        say(f"pipeline: {problem}")
+        return TRY_AGAIN
     failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
     arguments = ["upgrade", "--install", release, str(chart), "--namespace", config.namespace]
     status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT])
@@ -127,29 +108,9 @@ def run(
     return EXIT_USER_ERROR if any(map(ended_by_user_error, failed)) else STAGE_FAILED
 
 
-def stage_jobs(api: Api, release: str) -> list[Object]:
-    return [job for job in api.list(kinds.JOBS, labels=f"{INSTANCE}={release}") if is_stage(job)]
-
-
 def failed_stages(api: Api, release: str) -> list[Object]:
-    return [job for job in stage_jobs(api, release) if condition(job, "Failed")]
-
-
-def wait_for_living_stages(api: Api, release: str, say: Callable[[str], None], interval: float) -> None:
-    """Helm would delete a running stage's Job to make it anew, or start the next stage beside it.
-
-    A gate is ended instead: the PyTorchJob that it follows, for hours, goes on without it.
-    """
-    told: list[str] = []
-    while living := [job for job in stage_jobs(api, release) if not is_finished(job)]:
-        for job in living:
-            if component_of(job).endswith("-gate"):
-                fail_job(api, job, say)
-        names = [name_of(job) for job in living]
-        if names != told:
-            say(f"pipeline: waiting for {', '.join(names)}, which an earlier runner started")
-            told = names
-        time.sleep(interval)
+    jobs = api.list(kinds.JOBS, labels=f"{INSTANCE}={release}")
+    return [job for job in jobs if is_stage(job) and condition(job, "Failed")]
 
 
 def stop_older_runners(api: Api, release: str, own_job: str, say: Callable[[str], None], interval: float) -> None:
@@ -167,14 +128,6 @@ def stop_older_runners(api: Api, release: str, own_job: str, say: Callable[[str]
         say(f"pipeline: waiting for {', '.join(waited_for)} to end")
     while of_others():
         time.sleep(interval)
-
-
-def clear_pending(api: Api, release: str, say: Callable[[str], None]) -> None:
-    """Delete the records that a killed Helm client left: with one, every later Helm command refuses to work."""
-    for record in api.list(kinds.SECRETS, labels=f"owner=helm,name={release},{PENDING}"):
-        status = labels_of(record).get("status")
-        say(f"pipeline: clearing {name_of(record)} ({status}), left by a runner that was killed")
-        api.delete(kinds.SECRETS, name_of(record))
 
 
 def ended_by_user_error(job: Object) -> bool:

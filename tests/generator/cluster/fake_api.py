@@ -69,7 +69,7 @@ class FakeApi:
                 length = int(self.headers.get("Content-Length") or 0)
                 fake.answer(self, json.loads(self.rfile.read(length)) if length else None)
 
-            do_GET = do_POST = do_PATCH = do_DELETE = handle_any
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -134,7 +134,13 @@ class FakeApi:
         plural, name, sub = (found["plural"], found["name"], found["sub"]) if found else ("", None, None)
         if not found or (plural in {"pytorchjobs", "localqueues"} and plural not in self.crds):
             return reply(handler, 404, "404 page not found\n")
-        verbs = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
+        verbs = {
+            "GET": "get" if name else "list",
+            "POST": "create",
+            "PUT": "update",
+            "PATCH": "patch",
+            "DELETE": "delete",
+        }
         verb = "watch" if query.get("watch") else verbs[handler.command]
         group = found["group"]
         resource = (f"{plural}.{group}" if group else plural) + (f"/{sub}" if sub else "")
@@ -176,6 +182,11 @@ class FakeApi:
         elif verb == "patch":
             assert handler.headers["Content-Type"] == "application/merge-patch+json"
             item = self.merge(plural, name, body or {})
+        elif verb == "update":
+            assert body is not None
+            if body["metadata"]["resourceVersion"] != self.objects[plural, name]["metadata"]["resourceVersion"]:
+                return refuse(handler, 409, "the object has been modified")
+            item = self.merge(plural, name, body)
         elif verb == "delete":
             item = self._delete(plural, name, (body or {}).get("propagationPolicy", ""))
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from typing import Any
 
 from generator.cluster.fake_api import FakeApi, now
@@ -44,6 +47,24 @@ def job(name: str, stage: str, *, release: str = "demo", run: str = RUN) -> Obje
         "spec": {"activeDeadlineSeconds": 3600},
         "status": {"active": 1},
     }
+
+
+def helm_record(status: str, *, revision: int = 1, release: str = "demo") -> Object:
+    """The Secret in which Helm keeps a revision of a release; its content as seen, shortened."""
+    info = {"first_deployed": "2026-01-01T00:00:00Z", "status": status, "description": "Preparing"}
+    content = {"name": release, "info": info, "config": {"lr": 2e-5}, "manifest": "größer: <1>", "version": revision}
+    packed = base64.b64encode(gzip.compress(json.dumps(content).encode()))
+    labels = {"owner": "helm", "name": release, "status": status, "version": str(revision)}
+    return {
+        "metadata": {"name": f"sh.helm.release.v1.{release}.v{revision}", "labels": labels},
+        "type": "helm.sh/release.v1",
+        "data": {"release": base64.b64encode(packed).decode()},
+    }
+
+
+def content_of(record: Object) -> Object:
+    packed = base64.b64decode(base64.b64decode(record["data"]["release"]))
+    return dict(json.loads(gzip.decompress(packed)))
 
 
 def pod(name: str, owner: Object, kind: str, *, phase: str = "Running", container: str = "pytorch") -> Object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import stat
@@ -18,9 +17,10 @@ from click.testing import CliRunner, Result
 import genvalues.cluster
 from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import NAMESPACE, FakeApi
-from generator.cluster.objects import Operator, job, pytorch_job
+from generator.cluster.objects import Operator, helm_record, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
-from genvalues.cluster import cleanup, gate, runner
+from genvalues.cluster import cleanup, gate, recovery, runner
+from genvalues.cluster.api import connect
 from genvalues.cluster.cli import cluster
 
 PYTHON = sys.executable  # the trainer's stand-in changes what sys.executable says
@@ -139,7 +139,7 @@ def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sleep = f"while [ -e {folder}/sleep ]; do sleep 0.05; done"
     command.write_text(f'#!/bin/sh\n{trap}\necho "$@" > {folder}/asked\n{sleep}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the helm beside it is preferred
     return folder
 
 
@@ -158,8 +158,7 @@ def test_the_runner_runs_helm_and_passes_its_outcome_on(
     gate_job = job("demo-run-train-gate", "train-gate", release="demo-run")
     fake.add("jobs", gate_job)
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
-    labels = {"owner": "helm", "name": "demo-run", "status": "pending-install"}
-    fake.add("secrets", {"metadata": {"name": "sh.helm.release.v1.demo-run.v1", "labels": labels}})
+    fake.add("secrets", helm_record("pending-install", release="demo-run"))
     assert invoke(*runner_arguments).exit_code == 0
     assert (helm / "asked").read_text().startswith(f"upgrade --install demo-run {chart} --namespace team-a")
     assert set(fake.requests) == documented_rights("runner")
@@ -167,7 +166,8 @@ def test_the_runner_runs_helm_and_passes_its_outcome_on(
 
 def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
     (helm / "sleep").touch()
-    code = "from genvalues.cluster.cli import cluster; cluster()"
+    stand_in = f"import sys; sys.executable = {sys.executable!r}"
+    code = f"{stand_in}; from genvalues.cluster.cli import cluster; cluster()"
     with subprocess.Popen([PYTHON, "-c", code, *runner_arguments]) as process:
         until((helm / "asked").exists)
         process.send_signal(signal.SIGTERM)
@@ -216,7 +216,7 @@ def documented_rights(command: str) -> set[tuple[str, str]]:
 
 
 def test_the_rbac_table_names_each_command() -> None:
-    assert all(documented_rights(command) for command in ("preflight", "gate", "cleanup", "runner"))
+    assert all(documented_rights(command) for command in ("preflight", "gate", "cleanup", "runner", "install"))
 
 
 def test_preflight_asks_for_no_more_than_its_documented_rights(fake: FakeApi, config_file: Path) -> None:
@@ -257,3 +257,11 @@ def test_cleanup_asks_for_no_more_than_its_documented_rights(fake: FakeApi, monk
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     assert invoke("cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5").exit_code == 0
     assert set(fake.requests) == documented_rights("cleanup")
+
+
+def test_taking_a_release_over_asks_for_no_more_than_its_documented_rights(fake: FakeApi) -> None:
+    fake.add("jobs", job("demo-train-gate", "train-gate"))
+    fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
+    fake.add("secrets", helm_record("pending-install"))
+    recovery.take_over(connect(NAMESPACE), "demo", print, interval=0.02)
+    assert set(fake.requests) == documented_rights("install")

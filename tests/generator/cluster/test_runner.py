@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from generator.cluster.fake_api import FakeApi
-from generator.cluster.objects import job, pod, pytorch_job
+from generator.cluster.objects import helm_record, job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
@@ -82,24 +82,41 @@ def test_helm_failing_by_itself_is_worth_another_try_whatever_failed_before(
     assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=Helm(fake, 1)) == 3
 
 
-def test_a_restarted_runner_waits_for_the_living_stage_then_clears_the_pending_record(
+def test_a_restarted_runner_waits_for_the_living_stage_then_takes_over_the_pending_release(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
     records = ((1, "superseded", "demo-run"), (2, "pending-upgrade", "demo-run"), (1, "pending-install", "x"))
-    for version, status, release in records:
-        labels = {"owner": "helm", "name": release, "status": status}
-        fake.add("secrets", {"metadata": {"name": f"sh.helm.release.v1.{release}.v{version}", "labels": labels}})
+    for revision, status, release in records:
+        fake.add("secrets", helm_record(status, revision=revision, release=release))
+
+    def statuses() -> list[str]:
+        return [fake.objects["secrets", name]["metadata"]["labels"]["status"] for name in fake.names("secrets")]
+
     helm = Helm(fake)
     running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
     until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
     assert not helm.asked
-    assert len(fake.names("secrets")) == 3
+    assert statuses() == ["superseded", "pending-upgrade", "pending-install"]
     fake.set_condition("jobs", "demo-run-tokenize", "Complete")
     assert running.result(PATIENCE) == 0
     assert len(helm.asked) == 1
-    assert fake.names("secrets") == ["sh.helm.release.v1.demo-run.v1", "sh.helm.release.v1.x.v1"]
+    assert statuses() == ["superseded", "failed", "pending-install"]
     assert fake.names("jobs") == ["demo-run-tokenize"]
+
+
+def test_a_runner_that_is_not_alone_comes_again_later(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    """One on a node that the cluster has given up, without having ended it: retried, where status 2 would be final."""
+    fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
+    fake.add("secrets", helm_record("pending-install", release="demo-run"))
+    helm = Helm(fake)
+    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
+    fake.add("jobs", job("demo-run-rehearse", "rehearse", release="demo-run"))
+    assert running.result(PATIENCE) == 3
+    assert not helm.asked
 
 
 def test_values_that_would_install_another_runner_are_refused(

@@ -1,0 +1,131 @@
+"""Going on where a Helm client was killed: what is ended, what is waited for, and when nothing is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from generator.cluster.fake_api import FakeApi
+from generator.cluster.objects import content_of, helm_record, job, pytorch_job
+from generator.cluster.waiting import PATIENCE, beside, until
+from genvalues.cluster.api import Api
+from genvalues.cluster.recovery import AtWork, take_over
+from genvalues.errors import UserError
+
+RECORD = "sh.helm.release.v1.demo.v2"
+
+
+def looked(fake: FakeApi, times: int = 3) -> Callable[[], bool]:
+    seen = fake.requests.count(("list", "jobs.batch"))
+    return lambda: fake.requests.count(("list", "jobs.batch")) >= seen + times
+
+
+@pytest.mark.parametrize("status", ["pending-install", "pending-upgrade", "pending-rollback"])
+def test_a_pending_record_is_marked_as_failed_and_otherwise_left_as_it_is(fake: FakeApi, api: Api, status: str) -> None:
+    """Deleted, its revision's number would be given again, to PyTorchJobs that exist: seen with Helm 3.17 and 4.3."""
+    before = fake.add("secrets", helm_record(status, revision=2))
+    fake.add("secrets", helm_record("deployed"))
+    said: list[str] = []
+    take_over(api, "demo", said.append, 0.02)
+    after = fake.objects["secrets", RECORD]
+    assert after["metadata"]["labels"] == {**before["metadata"]["labels"], "status": "failed"}
+    assert after["type"] == before["type"]
+    info = {**content_of(before)["info"], "status": "failed", "description": "the Helm client was killed"}
+    assert content_of(after) == {**content_of(before), "info": info}
+    assert len(said) == 1 and f"demo is {status} (revision 2)" in said[0]
+    assert fake.objects["secrets", "sh.helm.release.v1.demo.v1"]["metadata"]["labels"]["status"] == "deployed"
+
+
+def test_a_living_gate_is_ended_and_its_training_goes_on(fake: FakeApi, api: Api) -> None:
+    fake.add("secrets", helm_record("pending-upgrade", revision=2))
+    fake.add("jobs", job("demo-train-gate", "train-gate"))
+    fake.add("pytorchjobs", pytorch_job("demo-train-1", fingerprint="f0"))
+    training = fake.get("pytorchjobs", "demo-train-1")
+    taking_over = beside(take_over, api, "demo", print, 0.02)
+    until(lambda: fake.objects["jobs", "demo-train-gate"]["spec"]["activeDeadlineSeconds"] == 1)
+    until(looked(fake))
+    assert fake.objects["secrets", RECORD]["metadata"]["labels"]["status"] == "pending-upgrade", "its pod may still run"
+    fake.set_condition("jobs", "demo-train-gate", "Failed", reason="DeadlineExceeded")
+    taking_over.result(PATIENCE)
+    assert fake.get("pytorchjobs", "demo-train-1") == training
+    assert ("delete", "jobs.batch") not in fake.requests, "Helm 3 would take it for success"
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "cleanup"])
+def test_any_other_living_job_is_waited_for_and_left_alone(fake: FakeApi, api: Api, stage: str) -> None:
+    fake.add("secrets", helm_record("pending-upgrade", revision=2))
+    fake.add("jobs", job(f"demo-{stage}", stage))
+    fake.add("jobs", job("demo-runner-1", "runner"))  # an object of the release, that no Helm client waits for
+    said: list[str] = []
+    taking_over = beside(take_over, api, "demo", said.append, 0.02)
+    until(looked(fake))
+    assert fake.objects["secrets", RECORD]["metadata"]["labels"]["status"] == "pending-upgrade"
+    fake.set_condition("jobs", f"demo-{stage}", "Complete")
+    taking_over.result(PATIENCE)
+    assert not {("patch", "jobs.batch"), ("delete", "jobs.batch")} & set(fake.requests)
+    assert [line for line in said if "waiting" in line] == [
+        f"waiting for demo-{stage}, which an earlier Helm client started"
+    ]
+
+
+def next_stage_starts(fake: FakeApi) -> None:
+    fake.set_condition("jobs", "demo-tokenize", "Complete")
+    fake.add("jobs", job("demo-rehearse", "rehearse"))
+
+
+def next_hook_is_recorded(fake: FakeApi) -> None:
+    fake.merge("secrets", RECORD, {"data": {"more": "x"}})
+
+
+def client_ends(fake: FakeApi) -> None:
+    fake.merge("secrets", RECORD, {"metadata": {"labels": {"status": "deployed"}}})
+
+
+@pytest.mark.parametrize("happens", [next_stage_starts, next_hook_is_recorded, client_ends])
+def test_a_client_that_is_alive_is_told_and_not_fought(
+    fake: FakeApi, api: Api, happens: Callable[[FakeApi], None]
+) -> None:
+    fake.add("secrets", helm_record("pending-upgrade", revision=2))
+    fake.add("jobs", job("demo-tokenize", "tokenize"))
+    taking_over = beside(take_over, api, "demo", print, 0.02)
+    until(looked(fake))
+    happens(fake)
+    record = fake.get("secrets", RECORD)
+    with pytest.raises(AtWork, match="another Helm client is at work on release demo"):
+        taking_over.result(PATIENCE)
+    assert fake.get("secrets", RECORD) == record
+
+
+def test_a_client_that_comes_between_the_last_look_and_the_mark_is_not_overwritten(fake: FakeApi, api: Api) -> None:
+    fake.add("secrets", helm_record("pending-upgrade", revision=2))
+
+    def say(line: str) -> None:
+        client_ends(fake)
+
+    with pytest.raises(AtWork):
+        take_over(api, "demo", say, 0.02)
+    assert fake.objects["secrets", RECORD]["metadata"]["labels"]["status"] == "deployed"
+
+
+def test_a_stage_that_starts_a_moment_after_the_last_one_ended_is_seen(fake: FakeApi, api: Api) -> None:
+    """One look after the end is not enough: a live client needs a moment."""
+    fake.add("secrets", helm_record("pending-upgrade", revision=2))
+    fake.add("jobs", job("demo-tokenize", "tokenize"))
+    taking_over = beside(take_over, api, "demo", print, 0.2)
+    until(looked(fake, 2))
+    fake.set_condition("jobs", "demo-tokenize", "Complete")
+    until(looked(fake, 1))
+    fake.add("jobs", job("demo-rehearse", "rehearse"))
+    with pytest.raises(AtWork):
+        taking_over.result(PATIENCE)
+
+
+@pytest.mark.parametrize("content", ["", "!", "eA==", "SDRzSUFBQUFBQUFBQS8="])
+def test_a_record_that_cannot_be_read_is_told_with_what_to_do(fake: FakeApi, api: Api, content: str) -> None:
+    record = helm_record("pending-install", revision=2)
+    fake.add("secrets", {**record, "data": {"release": content}})
+    with pytest.raises(
+        UserError, match=f"{RECORD}: is no record of Helm's. Delete it: kubectl -n team-a delete secret"
+    ):
+        take_over(api, "demo", print, 0.02)
