@@ -31,6 +31,14 @@ def find_chart(wanted: Path | None) -> Path | None:
     return None
 
 
+def need_chart(wanted: Path | None) -> Path:
+    """The same, for what cannot do without."""
+    found = find_chart(wanted)
+    if found is None:
+        raise UserError("no chart here", fix="Say where it is: --chart DIR.")
+    return found
+
+
 def chart_name(chart: Path) -> str:
     try:
         metadata = yaml.safe_load((chart / "Chart.yaml").read_text(encoding="utf-8"))

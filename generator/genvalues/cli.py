@@ -1,6 +1,7 @@
 """The command genvalues. Commands parse and print; data goes to stdout, talk to stderr.
 
 Exit status: 0 done, 2 the user must change something, 1 anything else; `local` ends as its first failing stage does.
+Stopped by a signal, `install` and `local` end with 128 and its number (130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -95,6 +96,34 @@ def check(file: Path, sets: tuple[str, ...], chart: Path | None) -> None:
 
     values_text(file, sets, chart, version())
     click.echo(f"{file} is right.", err=True)
+
+
+@genvalues.command()
+@FILE
+@SET
+@CHART
+@click.option("--release", metavar="NAME", help="The release's name; the inputs' name when left out.")
+@click.option("-n", "--namespace", envvar="HELM_NAMESPACE", help="Where to; the context's namespace when left out.")
+@click.option("--kube-context", envvar="HELM_KUBECONTEXT", help="The cluster; the current context when left out.")
+def install(
+    file: Path,
+    sets: tuple[str, ...],
+    chart: Path | None,
+    release: str | None,
+    namespace: str | None,
+    kube_context: str | None,
+) -> None:
+    """Check an inputs file and run the pipeline on a cluster: helm upgrade --install with the values written for it.
+
+    A release that a killed Helm client has left pending is taken over. What still trains is not stopped but followed.
+
+    \b
+    Example:
+        genvalues install finetune.yaml --namespace kubeflow
+    """
+    from genvalues.install import install
+
+    sys.exit(install(file, sets, chart, version(), release, namespace, kube_context))
 
 
 @genvalues.command()

@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 
 from genvalues import helm
-from genvalues.chart import NAME, find_chart
+from genvalues.chart import NAME, need_chart
 from genvalues.errors import UserError
 from genvalues.files import write_text
 from genvalues.nested import merge
@@ -69,9 +69,7 @@ def run(values_file: Path, workspace: Path, chart: Path | None) -> int:
 
 
 def rendered(values_file: Path, chart: Path | None) -> list[Object]:
-    found = find_chart(chart)
-    if found is None:
-        raise UserError("no chart here", fix="Say where it is: --chart DIR.")
+    found = need_chart(chart)
     values = merge(read_values(values_file), {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
     objects = helm.render(found, RELEASE, values)
     if all(annotation(item, NEEDS_CLUSTER) for item in in_order(objects)):

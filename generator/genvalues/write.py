@@ -23,12 +23,21 @@ NOT_WRITABLE = "Name a file in a folder that is there and that you may write to.
 
 def values_text(file: Path, sets: Sequence[str], chart: Path | None, version: str) -> str:
     """The values file for an inputs file; raises every mistake in it."""
+    return text_of(checked_values(file, sets, chart), file, sets, version)
+
+
+def checked_values(file: Path, sets: Sequence[str], chart: Path | None) -> dict[str, Any]:
+    """The values for an inputs file; raises every mistake in it."""
     document = read(file, sets=sets)
     inputs = check(document)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
     values = values_from(inputs)
     check_against(find_chart(chart), values, document)
+    return values
+
+
+def text_of(values: dict[str, Any], file: Path, sets: Sequence[str], version: str) -> str:
     lines = [
         f"# Written by genvalues {version} from {one_line(file.name)}: change that file and write again, not this one.",
         *(f"#   --set {redacted(one_line(assignment))}" for assignment in sets),
