@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cluster.space import HELMS, Space, connect
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "node: wants the node for itself (drains it, restarts its API server ...)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and report.failed:  # while the namespaces are still there
+        for space in getattr(item, "spaces", []):
+            report.sections.append((f"namespace {space.name}", space.describe()))
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> None:
+    connect()
+
+
+@pytest.fixture
+def new_space(request: pytest.FixtureRequest) -> Iterator[Callable[..., Space]]:
+    """Makes namespaces; they are gone after the test."""
+    spaces: list[Space] = []
+    request.node.spaces = spaces
+
+    def make(enforce: str = "restricted") -> Space:
+        words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:40].strip("-")
+        spaces.append(Space(f"{words}-{secrets.token_hex(2)}", enforce))
+        return spaces[-1]
+
+    yield make
+    for space in spaces:
+        space.remove()
+
+
+@pytest.fixture
+def space(new_space: Callable[..., Space]) -> Space:
+    """A namespace with a volume, claimed as `work`."""
+    made = new_space()
+    made.volume.create()
+    return made
+
+
+@pytest.fixture(params=HELMS, ids=lambda major: f"helm{major}")
+def helm(request: pytest.FixtureRequest) -> int:
+    return int(request.param)

@@ -1,0 +1,204 @@
+"""The images of the tests, from packages alone: nothing is pulled.
+
+trainer     trainer/Dockerfile over Debian with torch and its friends from PyPI
+stand-in    the same Dockerfile without torch, its llama-lora replaced by images/llama-lora
+and the training operators and the pause container, each around one static binary.
+
+Each image is named with a hash of what it is made from, and made when the node's containerd does not have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+from genvalues.errors import UserError
+
+from .binaries import CACHE, OPERATORS, program
+from .node import BUSYBOX, ctr
+
+ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parents[1] / "images"
+DEBIAN = "bookworm"
+DEBIAN_PACKAGES = ["python3", "python3-pip", "ca-certificates", "libgomp1"]
+STORAGE = CACHE / "buildah"
+IN_THE_TRAINER_IMAGE = ["pyproject.toml", "README.md", "LICENSE", "generator", "trainer", "chart", "tests/helm_binaries.py"]
+CERTIFICATES = Path("/etc/ssl/certs")
+
+
+@cache
+def digest(*names: str) -> str:
+    """Of files and folders of the repository, as far as git would take them."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sum_ = hashlib.sha256()
+    for name in sorted(filter(None, listed.stdout.split("\0"))):
+        if (ROOT / name).is_file():
+            sum_.update(name.encode() + (ROOT / name).read_bytes())
+    return sum_.hexdigest()[:12]
+
+
+def requirements() -> list[str]:
+    """What the trainer image needs besides ourselves."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["trainer"]]
+
+
+def trainer() -> str:
+    return f"localhost/llama-lora:{digest(*IN_THE_TRAINER_IMAGE)}"
+
+
+def stand_in() -> str:
+    return f"localhost/llama-lora-stand-in:{digest(*IN_THE_TRAINER_IMAGE, 'tests/cluster/images')}"
+
+
+def operator(minor: str) -> str:
+    return f"localhost/training-operator:{OPERATORS[minor]}"
+
+
+def load_all() -> None:
+    """Make the images the node does not have, and forget those of other sources."""
+    there = set(ctr("images", "ls", "-q").stdout.split())
+    wanted: dict[str, Callable[[str], None]] = {
+        "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep"),
+        stand_in(): make_stand_in,
+        trainer(): make_trainer,
+    }
+    for minor in OPERATORS:
+        binary = program(f"training-operator-{minor}")
+        wanted[operator(minor)] = lambda name, binary=binary: around(binary, name, ["/manager"], as_="manager")
+    for name in there:
+        if name.startswith("localhost/llama-lora") and name not in wanted:
+            ctr("images", "rm", name)
+    for name, make in wanted.items():
+        if name not in there:
+            print(f"making the image {name}", flush=True)
+            make(name)
+
+
+def make_trainer(name: str) -> None:
+    build(name, ROOT / "trainer/Dockerfile", ROOT, BASE=base("libraries"))
+    load(name)
+
+
+def make_stand_in(name: str) -> None:
+    without_torch = name.replace("stand-in", "without-torch")
+    build(without_torch, ROOT / "trainer/Dockerfile", ROOT, BASE=base("debian"), EXTRAS="")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(HERE / "llama-lora", folder)
+        (Path(folder) / "Dockerfile").write_text(f"FROM {without_torch}\nCOPY llama-lora /usr/local/bin/llama-lora\n")
+        build(name, Path(folder) / "Dockerfile", Path(folder))
+    load(name)
+
+
+def base(target: str) -> str:
+    """The name of the image that a target of images/Dockerfile makes."""
+    made_from: list[str] = [DEBIAN, *DEBIAN_PACKAGES]
+    made_from += [digest("tests/cluster/images/Dockerfile", "tests/cluster/images/unused_libraries.py")]
+    made_from += requirements() if target == "libraries" else []
+    return f"localhost/{target}:{hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]}"
+
+
+def make_bases() -> None:
+    missing = [one for one in ("debian", "libraries") if not buildah("images", "--quiet", base(one), check=False).stdout]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        context = Path(folder)
+        for file in HERE.iterdir():
+            shutil.copy(file, context)
+        print("making a Debian for the images", flush=True)
+        packages = f"--include={','.join(DEBIAN_PACKAGES)}"
+        command("mmdebstrap", "--quiet", "--variant=minbase", packages, DEBIAN, context / "root.tar")
+        (context / "requirements.txt").write_text("\n".join(requirements()))
+        for target in missing:
+            print(f"making the image {base(target)}", flush=True)
+            build(base(target), context / "Dockerfile", context, "--target", target)
+
+
+def build(name: str, dockerfile: Path, context: Path, *options: str, **arguments: str) -> None:
+    """With this machine's certificates and pip settings, which it may need to reach PyPI; none stay in the image."""
+    with tempfile.NamedTemporaryFile("w", suffix=".conf") as settings:
+        settings.write(pip_settings())
+        settings.flush()
+        build_arguments = [part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")]
+        volumes = ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro", "--volume", f"{settings.name}:/etc/pip.conf:ro"]
+        where = ["--file", str(dockerfile), "--tag", name, str(context)]
+        buildah("build", "--quiet", "--network", "host", *volumes, *build_arguments, *options, *where)
+
+
+def pip_settings() -> str:
+    listed = command("pip", "config", "list")
+    wanted = {"cert", "index-url", "extra-index-url", "trusted-host", "timeout", "default-timeout"}
+    lines = []
+    for line in listed.splitlines():
+        key, _, value = line.partition("=")
+        key = key.rpartition(".")[2]
+        if key in wanted:
+            lines.append(f"{key.removeprefix('default-')} = {value.strip(chr(39))}")
+    return "\n".join(["[global]", *dict.fromkeys(lines), ""])
+
+
+def around(binary: Path, name: str, entrypoint: list[str], *, as_: str) -> None:
+    """An image of one static binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / as_
+        file.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(binary, file)
+        quoted = ", ".join(f'"{part}"' for part in entrypoint)
+        dockerfile = Path(folder) / "Dockerfile"
+        dockerfile.write_text(f"FROM scratch\nCOPY {as_} /{as_}\nENTRYPOINT [{quoted}]\n")
+        build(name, dockerfile, Path(folder))
+    load(name)
+
+
+def load(name: str) -> None:
+    """From buildah to the node, as a stream: the archive of the trainer image would be 6 GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Path(folder) / "stream"
+        os.mkfifo(stream)
+        pushing = subprocess.Popen(
+            ["buildah", *STORE, "push", "--quiet", "--disable-compression", name, f"docker-archive:{stream}:{name}"],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+        )
+        loaded = ctr("images", "import", stream, check=False)
+        if pushing.wait() or loaded.returncode:
+            raise UserError(f"{name} cannot be loaded: {loaded.stderr}")
+
+
+STORE = ["--root", str(STORAGE), "--runroot", str(CACHE / "buildah-run")]
+ENVIRONMENT = {**os.environ, "STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot"}
+
+
+def buildah(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    whole = ["buildah", *STORE, *arguments]
+    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise UserError(f"buildah {arguments[0]} failed:\n{(done.stdout + done.stderr).strip()[-3000:]}")
+    return done
+
+
+def command(*arguments: str | Path) -> str:
+    words: Iterable[str] = map(str, arguments)
+    done = subprocess.run(list(words), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{arguments[0]} failed: {done.stderr.strip()[-3000:]}")
+    return done.stdout

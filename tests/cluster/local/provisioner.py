@@ -1,0 +1,87 @@
+"""Makes a volume for each claim of our storage classes: a folder of this machine, with the owner the class asks for.
+
+Run as a process of its own beside the node: provisioner.py KUBECONFIG FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client, config
+
+PROVISIONER = "tests.llama-lora/folder"
+USER = 1000
+# Class: the folder's owner; when its volume is made; whether a claim without a class gets it.
+CLASSES = {
+    "folder": (USER, "Immediate", "true"),
+    "folder-of-root": (0, "Immediate", "false"),  # as FSx for Lustre gives it: root's, mode 0755
+    "folder-on-first-use": (USER, "WaitForFirstConsumer", "false"),
+    "nobody-makes-it": (None, "Immediate", "false"),
+}
+DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+SELECTED_NODE = "volume.kubernetes.io/selected-node"
+
+
+def storage_class(name: str) -> dict[str, Any]:
+    owner, binding, is_default = CLASSES[name]
+    return {
+        "metadata": {"name": name, "annotations": {DEFAULT_CLASS: is_default}},
+        "provisioner": PROVISIONER if owner is not None else "absent.llama-lora/nobody",
+        "volumeBindingMode": binding,
+        "reclaimPolicy": "Delete",
+    }
+
+
+def volume(claim: Any, folder: Path) -> dict[str, Any]:
+    name, namespace = claim.metadata.name, claim.metadata.namespace
+    reference = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "name": name, "namespace": namespace}
+    return {
+        "metadata": {"name": folder.name, "annotations": {"pv.kubernetes.io/provisioned-by": PROVISIONER}},
+        "spec": {
+            "accessModes": claim.spec.access_modes,
+            "capacity": {"storage": claim.spec.resources.requests["storage"]},
+            "claimRef": {**reference, "uid": claim.metadata.uid},
+            "hostPath": {"path": str(folder), "type": "Directory"},
+            "persistentVolumeReclaimPolicy": "Retain",  # this process removes them
+            "storageClassName": claim.spec.storage_class_name,
+        },
+    }
+
+
+def provision(core: client.CoreV1Api, folder: Path) -> None:
+    for claim in core.list_persistent_volume_claim_for_all_namespaces().items:
+        owner, binding, _ = CLASSES.get(claim.spec.storage_class_name, (None, "", ""))
+        waits = binding == "WaitForFirstConsumer" and SELECTED_NODE not in (claim.metadata.annotations or {})
+        if owner is None or waits or claim.status.phase != "Pending" or claim.spec.volume_name:
+            continue
+        place = folder / f"{claim.metadata.namespace}.{claim.metadata.name}.{claim.metadata.uid[:8]}"
+        if not place.exists():
+            place.mkdir(parents=True)
+            os.chown(place, owner, owner)
+            core.create_persistent_volume(volume(claim, place))
+    for made in core.list_persistent_volume().items:
+        if made.status.phase == "Released" and made.spec.storage_class_name in CLASSES:
+            core.delete_persistent_volume(made.metadata.name)
+            shutil.rmtree(folder / made.metadata.name, ignore_errors=True)
+
+
+def main(kubeconfig: str, folder: str) -> None:
+    config.load_kube_config(kubeconfig)
+    core, storage = client.CoreV1Api(), client.StorageV1Api()
+    for name in CLASSES:
+        storage.create_storage_class(storage_class(name))
+    while True:
+        try:
+            provision(core, Path(folder))
+        except Exception as error:  # the API server is away for a moment: a test of ours does that
+            print(type(error).__name__, str(error)[:200], flush=True)
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,86 @@
+"""`make test-cluster`: every promise of the chart, shown on a real Kubernetes.
+
+Starts a node of its own on this machine (root, Debian's packages, Go), runs tests/cluster on it and stops it again, also
+after a failure. CLUSTER=current uses the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can
+get the images $TRAINER_IMAGE and $STAND_IN_IMAGE. CLUSTER=keep leaves the node running and says how to use it.
+Arguments are pytest's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cluster.local import binaries, images, node, operators  # noqa: E402
+from genvalues.errors import UserError, user_errors_end_with_status_2  # noqa: E402
+
+HERE = Path(__file__).parent
+AT_ONCE = 3  # tests that leave the node alone, side by side
+NEEDS_ITS_OWN_NODE = "node"  # the marker of tests that drain it, stop its API server, change its operator
+
+
+@user_errors_end_with_status_2
+def main() -> int:
+    wish = os.environ.get("CLUSTER", "")
+    if wish == "current":
+        if not os.environ.get("KUBECONFIG"):
+            raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of the cluster to use")
+        return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
+    if wish not in {"", "keep"}:
+        raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
+    with own_node(keep=wish == "keep"):
+        os.environ["KUBECONFIG"] = str(node.KUBECONFIG)
+        if wish == "keep":
+            print(f"export KUBECONFIG={node.KUBECONFIG} CLUSTER=current   # stop it: python {__file__} stop")
+            return 0
+        return run_tests([], sys.argv[1:])
+
+
+@contextmanager
+def own_node(keep: bool) -> Iterator[None]:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    node.check_this_machine()
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:  # one downloads while the other compiles
+        bases = beside.submit(images.make_bases)
+        binaries.build_all()
+        bases.result()
+    try:
+        node.start()
+        images.load_all()
+        operators.install("1.9")
+        node.pretend_to_be_trainium()
+        print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
+        yield
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        if not keep:
+            node.stop()
+
+
+def run_tests(selection: list[str], arguments: list[str]) -> int:
+    """First those that can go side by side, then those that want the node for themselves."""
+    pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
+    if arguments or selection:
+        return subprocess.run([*pytest, *selection, *arguments], check=False).returncode
+    together = [*pytest, "-m", f"not {NEEDS_ITS_OWN_NODE}", "-n", str(AT_ONCE), "--dist", "worksteal"]
+    statuses = [subprocess.run(c, check=False).returncode for c in (together, [*pytest, "-m", NEEDS_ITS_OWN_NODE])]
+    return max(statuses)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["stop"]:
+        node.stop()
+    else:
+        sys.exit(main())

@@ -1,0 +1,438 @@
+"""What a test has: a namespace of its own in the cluster, a volume in it, releases of the chart, and what was seen there.
+
+Every wait is bounded, and says what was going on when it gives up.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from kubernetes import client, config, watch
+
+from chart.manifests import CHART, Object, Values, merged
+from cluster.local import binaries, images
+from genvalues.cluster.objects import INSTANCE, annotations_of, condition, labels_of, name_of
+
+Found = TypeVar("Found")
+
+NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
+STAGE = "llama-lora/stage"
+CLAIM = "work"
+TRAINER_IMAGE = os.environ.get("TRAINER_IMAGE") or images.trainer()
+STAND_IN_IMAGE = os.environ.get("STAND_IN_IMAGE") or images.stand_in()
+STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
+HELMS = {major: binaries.program(f"helm{major}") for major in (3, 4)}
+
+# Two workers of half a trn1.32xlarge each: one node has room for one training, as in the field.
+SMALL: Values = {
+    "model": {"path": "/workspace/model"},
+    "dataset": {"source": "/workspace/rows.jsonl", "format": "instruction", "columns": {"instruction": "q", "output": "a"}},
+    "instance": "ml.trn1.32xlarge",
+    "devices": {NEURON: 8, EFA: 4},
+    "parallelism": {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2},
+    "storage": {"existingClaim": CLAIM, "prepare": {"enabled": False}},
+    "stageDefaults": {"resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}},
+    "stages": {
+        stage: {"resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}}
+        for stage in ("tokenize", "compile", "train", "consolidate", "merge", "evaluate")
+    },
+}
+
+
+def image(name: str) -> Values:
+    repository, _, tag = name.rpartition(":")
+    return {"image": {"repository": repository, "tag": tag}}
+
+
+def stand_in(**scripts: str) -> Values:
+    """Values whose stages run these shell scripts instead of their work; the others do nothing, and succeed."""
+    stages = {stage: {"extraEnv": {"STAND_IN": script}} for stage, script in scripts.items()}
+    return merged(SMALL, image(STAND_IN_IMAGE), {"stages": stages})
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    status: int
+    output: str
+    seconds: float
+
+
+class Client:
+    """A Helm client that runs beside the test."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._output = tempfile.TemporaryFile("w+")
+        self._began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, start_new_session=True
+        )
+
+    def wait(self, seconds: float) -> Ended:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still runs after {seconds:.0f} s:\n{self.output}") from None
+        return Ended(self.process.returncode, self.output, time.monotonic() - self._began)
+
+    @property
+    def output(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """The whole group: a command that has started Helm dies with it, as with a laptop whose battery is empty."""
+        if self.is_alive():
+            os.killpg(self.process.pid, how)
+        self.process.wait(60)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    at: float  # time.monotonic()
+    change: str  # ADDED, MODIFIED or DELETED
+    item: Object
+
+
+class History:
+    """Every state of the jobs and pods of a namespace that the API server told, in the order it told them."""
+
+    KINDS = ("pods", "jobs", "pytorchjobs")
+
+    def __init__(self, namespace: str) -> None:
+        self.sightings: list[Sighting] = []
+        self._namespace = namespace
+        self._over = threading.Event()
+        core, batch, custom = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
+        self._lists: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
+            (core.list_namespaced_pod, (namespace,)),
+            (batch.list_namespaced_job, (namespace,)),
+            (custom.list_namespaced_custom_object, ("kubeflow.org", "v1", namespace, "pytorchjobs")),
+        ]
+        for listing, arguments in self._lists:
+            threading.Thread(target=self._follow, args=(listing, arguments), daemon=True).start()
+
+    def _follow(self, listing: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+        serialize = client.ApiClient().sanitize_for_serialization
+        while not self._over.is_set():
+            try:
+                for change in watch.Watch().stream(listing, *arguments, timeout_seconds=30):
+                    item = serialize(change["raw_object"])
+                    self.sightings.append(Sighting(time.monotonic(), change["type"], item))
+                    if self._over.is_set():
+                        return
+            except Exception:  # the API server is away, or the kind is not there: tests do that
+                self._over.wait(0.3)
+
+    def close(self) -> None:
+        self._over.set()
+
+    def pods(self, **labels: str) -> list[Object]:
+        """Every pod there has ever been, as last seen."""
+        latest = {one.item["metadata"]["uid"]: one.item for one in list(self.sightings) if one.item.get("kind") == "Pod"}
+        return [pod for pod in latest.values() if labels.items() <= labels_of(pod).items()]
+
+    def first(self, what: Callable[[Object], bool]) -> float | None:
+        """When an object was first in a state."""
+        return next((one.at for one in list(self.sightings) if what(one.item)), None)
+
+
+class Volume:
+    """The claim's files, through a pod that has it mounted: works on any cluster."""
+
+    POD = "files"
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+
+    def create(self, storage_class: str = STORAGE_CLASS, modes: tuple[str, ...] = ("ReadWriteMany",)) -> None:
+        self.space.apply(claim(CLAIM, storage_class, modes))
+
+    def pod(self) -> str:
+        """The pod, made anew when a drain has evicted it."""
+        found = self.space.get("pod", self.POD)
+        if found is None or found["status"].get("phase") in {"Failed", "Succeeded"} or "deletionTimestamp" in found["metadata"]:
+            self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
+            self.space.apply(files_pod(self.POD))
+        self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", "--timeout=60s")
+        return self.POD
+
+    def run(self, script: str, check: bool = True) -> str:
+        return self.space.kubectl("exec", self.pod(), "--", "sh", "-c", script, check=check)
+
+    def read(self, path: str) -> str:
+        return self.run(f"cat {path}")
+
+    def manifest(self, run: str, stage: str) -> Object:
+        found: Object = json.loads(self.read(f"runs/{run}/stages/{stage}.json"))
+        return found
+
+    def exists(self, path: str) -> bool:
+        return self.run(f"test -e {path} && echo yes || true").strip() == "yes"
+
+    def copy_in(self, *files: Path) -> None:
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for file in files:
+                tar.add(file, arcname=file.name)
+        command = [*self.space.base, "exec", "-i", self.pod(), "--", "tar", "-xf", "-", "--no-same-owner"]
+        subprocess.run(command, input=archive.getvalue(), check=True, capture_output=True)
+
+    def copy_out(self, path: str, folder: Path) -> Path:
+        """A folder of the volume, as FOLDER/its name."""
+        command = [*self.space.base, "exec", self.pod(), "--", "tar", "-cf", "-", "-C", str(Path(path).parent), Path(path).name]
+        done = subprocess.run(command, check=True, capture_output=True)
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+        return folder / Path(path).name
+
+
+class Space:
+    """A namespace of the test's own, with Pod Security `restricted` enforced."""
+
+    def __init__(self, name: str, enforce: str = "restricted") -> None:
+        self.name = name
+        self.base = ["kubectl", "--namespace", name]
+        self.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Namespace",
+                "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": enforce}},
+            }
+        )
+        self.wait("the default service account", lambda: self.get("serviceaccount", "default"))
+        self.history = History(name)
+        self.volume = Volume(self)
+        self.clients: list[Client] = []
+
+    def remove(self) -> None:
+        """Everything of it, cluster-scoped objects included; nobody waits for grace periods."""
+        for one in self.clients:
+            one.kill()
+        self.history.close()
+        for kind in ("clusterrole", "clusterrolebinding"):
+            listed = run(["kubectl", "get", kind, "-o", "name"]).output.split()
+            ours = [name for name in listed if name.partition("/")[2].startswith(f"{self.name}.")]
+            if ours:
+                run(["kubectl", "delete", *ours])
+        self.kubectl("delete", "pytorchjobs,jobs,pods", "--all", "--wait=false", "--grace-period=0", "--force", check=False)
+        run(["kubectl", "delete", "namespace", self.name, "--wait=false"])
+
+    # --- objects
+
+    def kubectl(self, *arguments: str, check: bool = True, text: str | None = None) -> str:
+        done = run([*self.base, *arguments], text=text)
+        assert not check or done.status == 0, f"kubectl {' '.join(arguments)}: {done.output}"
+        return done.output
+
+    def apply(self, *objects: Object) -> None:
+        self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all(objects))
+
+    def get(self, kind: str, name: str) -> Object | None:
+        text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
+        return json.loads(text) if text.strip() else None
+
+    def list(self, kind: str, selector: str = "") -> list[Object]:
+        text = self.kubectl("get", kind, "-o", "json", *(["-l", selector] if selector else []))
+        items: list[Object] = json.loads(text)["items"]
+        return items
+
+    def pods(self, release: str, component: str = "") -> list[Object]:
+        """Those of a release that have not ended."""
+        selector = f"{INSTANCE}={release}" + (f",app.kubernetes.io/component={component}" if component else "")
+        return [pod for pod in self.list("pods", selector) if pod["status"].get("phase") not in {"Succeeded", "Failed"}]
+
+    def log(self, what: str, *options: str) -> str:
+        return self.kubectl("logs", what, *options, check=False)
+
+    # --- waiting
+
+    def wait(self, what: str, happens: Callable[[], Found | None], seconds: float = 60.0, interval: float = 0.5) -> Found:
+        """What ``happens`` returns as soon as it is something."""
+        ends = time.monotonic() + seconds
+        while True:
+            if found := happens():
+                return found
+            if time.monotonic() > ends:
+                raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.describe()}")
+            time.sleep(interval)
+
+    def wait_for_training(self, release: str, workers: int = 2, stage: str = "train", seconds: float = 120.0) -> list[Object]:
+        """The running worker pods of a stage, once all of them run."""
+
+        def all_run() -> list[Object] | None:
+            running = [pod for pod in self.pods(release, stage) if pod["status"].get("phase") == "Running"]
+            return running if len(running) == workers else None
+
+        return self.wait(f"{workers} {stage} pods of {release}", all_run, seconds)
+
+    def never(self, what: str, happens: Callable[[], object], seconds: float) -> None:
+        """For ``seconds``, ``happens`` stays false."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            assert not happens(), f"{what}\n{self.describe()}"
+            time.sleep(0.5)
+
+    def describe(self) -> str:
+        """Everything a reader of a failed test would look for."""
+        parts = [self.kubectl("get", "pytorchjobs,jobs,pods,pvc", "-o", "wide", check=False)]
+        parts += [self.kubectl("get", "events", "--sort-by=.lastTimestamp", check=False)[-4000:]]
+        for pod in self.list("pods"):
+            log = self.kubectl("logs", name_of(pod), "--all-containers", "--tail=15", check=False)
+            parts.append(f"--- {name_of(pod)} ({pod['status'].get('phase')})\n{log}")
+        parts += [f"--- client\n{one.output[-3000:]}" for one in self.clients]
+        return "\n".join(parts)
+
+    # --- releases
+
+    def release(self, helm: int = 3, name: str = "llama", chart: Path = CHART) -> Release:
+        return Release(self, helm, name, chart)
+
+
+class Release:
+    """One release, by one Helm."""
+
+    def __init__(self, space: Space, helm: int, name: str, chart: Path) -> None:
+        self.space = space
+        self.name = name
+        self.helm = helm
+        self.chart = chart
+
+    @property
+    def instance(self) -> str:
+        return f"{INSTANCE}={self.name}"
+
+    def command(self, *arguments: str) -> list[str]:
+        return [str(HELMS[self.helm]), *arguments, "--namespace", self.space.name]
+
+    def __call__(self, *arguments: str, seconds: float = 300.0) -> Ended:
+        """Run Helm to its end."""
+        return self.start(*arguments).wait(seconds)
+
+    def start(self, *arguments: str) -> Client:
+        started = Client(self.command(*arguments), dict(os.environ))
+        self.space.clients.append(started)
+        return started
+
+    @contextmanager
+    def values_file(self, values: Values) -> Iterator[str]:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:  # a client beside reads it later
+            yaml.safe_dump(values, file)
+        yield file.name
+
+    def install(self, values: Values, *options: str, status: int | None = 0, seconds: float = 300.0) -> Ended:
+        return self._checked(self.start_install(values, *options).wait(seconds), status)
+
+    def upgrade(self, values: Values, *options: str, status: int | None = 0, seconds: float = 300.0) -> Ended:
+        return self._checked(self.start_upgrade(values, *options).wait(seconds), status)
+
+    def start_install(self, values: Values, *options: str) -> Client:
+        return self._start("install", values, *options)
+
+    def start_upgrade(self, values: Values, *options: str) -> Client:
+        return self._start("upgrade", values, *options)
+
+    def _start(self, verb: str, values: Values, *options: str) -> Client:
+        with self.values_file(values) as file:
+            return self.start(verb, self.name, str(self.chart), "--values", file, "--timeout", "20m", *options)
+
+    def uninstall(self, *options: str, status: int | None = 0, seconds: float = 200.0) -> Ended:
+        return self._checked(self("uninstall", self.name, "--timeout", "3m", *options, seconds=seconds), status)
+
+    def _checked(self, ended: Ended, status: int | None) -> Ended:
+        if status is not None and ended.status != status:
+            raise AssertionError(f"helm ended with {ended.status}:\n{ended.output}\n{self.space.describe()}")
+        return ended
+
+    @property
+    def state(self) -> str:
+        """deployed, failed, pending-install ..."""
+        shown = self("status", self.name, "--output", "json")
+        return json.loads(shown.output)["info"]["status"] if shown.status == 0 else "none"
+
+
+# --- reading
+
+
+def is_stage(item: Object, stage: str) -> bool:
+    return annotations_of(item).get(STAGE) == stage or labels_of(item).get("app.kubernetes.io/component") == stage
+
+
+def succeeded(job: Object) -> bool:
+    return bool(condition(job, "Complete") or condition(job, "Succeeded"))
+
+
+def holds(pod: Object, resource: str) -> int:
+    """How many of a device the pod's containers ask for."""
+    asked = (container.get("resources", {}).get("limits", {}).get(resource, 0) for container in pod["spec"]["containers"])
+    return sum(map(int, asked))
+
+
+def uids(pods: list[Object]) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in pods}
+
+
+def run(command: list[str], text: str | None = None) -> Ended:
+    began = time.monotonic()
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    output = done.stdout if done.returncode == 0 else done.stdout + done.stderr
+    return Ended(done.returncode, output, time.monotonic() - began)
+
+
+def claim(name: str, storage_class: str, modes: tuple[str, ...]) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": {
+            "accessModes": list(modes),
+            "resources": {"requests": {"storage": "1Gi"}},
+            "storageClassName": storage_class,
+        },
+    }
+
+
+def files_pod(name: str, claim_name: str = CLAIM) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "terminationGracePeriodSeconds": 1,
+            "automountServiceAccountToken": False,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": "files",
+                    "image": STAND_IN_IMAGE,
+                    "command": ["sleep", "infinity"],
+                    "workingDir": "/workspace",
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                    "volumeMounts": [{"name": "work", "mountPath": "/workspace"}],
+                }
+            ],
+            "volumes": [{"name": "work", "persistentVolumeClaim": {"claimName": claim_name}}],
+        },
+    }
+
+
+def connect() -> None:
+    config.load_kube_config()
