@@ -82,9 +82,12 @@ def coredns(version: str, work: Path, out: Path) -> None:
 
 
 def helm(version: str, work: Path, out: Path) -> None:
-    """With its version told, which pyhelm3 wants to be SemVer."""
+    """Told its version, which pyhelm3 wants to be SemVer, and Kubernetes', which Helm 3 takes for 1.20 where it asks no
+    cluster."""
     module = f"helm.sh/helm/v{version.split('.')[0]}"
-    install(f"{module}/cmd/helm", version, out, f"-X {module}/internal/version.version=v{version}")
+    major, minor, _ = KUBERNETES.split(".")
+    kubernetes = f"-X {module}/pkg/chartutil.k8sVersionMajor={major} -X {module}/pkg/chartutil.k8sVersionMinor={minor}"
+    install(f"{module}/cmd/helm", version, out, f"-X {module}/internal/version.version=v{version} {kubernetes}")
 
 
 def training_operator(version: str, work: Path, out: Path) -> None:
