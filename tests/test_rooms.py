@@ -78,6 +78,13 @@ def test_ci_and_readme_name_the_same_commands() -> None:
         assert command in readme and re.search(f"^{command}$", ci, re.MULTILINE)
 
 
+def test_every_test_is_run_by_make_test_or_by_make_test_cluster(pytestconfig: pytest.Config) -> None:
+    paths = [ROOT / path for path in pytestconfig.getini("testpaths")]
+    assert not any((ROOT / "tests/cluster").is_relative_to(path) for path in paths)
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        assert any(file.is_relative_to(path) for path in [*paths, ROOT / "tests/cluster"]), f"no command runs {file}"
+
+
 def test_a_plain_install_brings_the_cards_packages_and_what_a_terminal_and_the_cluster_need() -> None:
     plain = {
         re.split(r"[<>=!~ ;\[]", wanted)[0].lower()
