@@ -340,7 +340,8 @@ def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) 
         return [Finding("warning", subject, found, look)]
     usable = [node for node in nodes if takes_pods(node)]
     findings = [judge_device(name, count, usable, config) for name, count in sorted(job.devices.items())]
-    if len(usable) < job.nodes:
+    room = sum(min(allocatable(node, name) // count for name, count in job.devices.items()) for node in usable)
+    if room < job.nodes and len(usable) < job.nodes:
         found = f"{len(usable)} of {len(nodes)} are ready and schedulable, {job.nodes} needed"
         grows = any("karpenter.sh/nodepool" in labels_of(node) for node in nodes)
         findings.insert(0, Finding("warning" if grows else "error", subject, found, look))
@@ -352,12 +353,13 @@ def takes_pods(node: Object) -> bool:
     return bool(condition(node, "Ready")) and not node["spec"].get("unschedulable") and healthy
 
 
-def judge_device(resource: str, count: int, nodes: list[Object], config: ClusterConfig) -> Finding:
-    def has(node: Object) -> int:
-        return kinds.whole_number((node.get("status", {}).get("allocatable") or {}).get(resource, 0))
+def allocatable(node: Object, resource: str) -> int:
+    return kinds.whole_number((node.get("status", {}).get("allocatable") or {}).get(resource, 0))
 
-    most = max((has(node) for node in nodes), default=0)
-    enough = sum(has(node) >= count for node in nodes)
+
+def judge_device(resource: str, count: int, nodes: list[Object], config: ClusterConfig) -> Finding:
+    most = max((allocatable(node, resource) for node in nodes), default=0)
+    enough = sum(allocatable(node, resource) >= count for node in nodes)
     needed = min(config.job.nodes, len(nodes))  # that there are too few nodes is said once, not for each device
     if enough >= needed and nodes:
         return Finding("ok", resource, f"{count} on each of {enough} nodes of type {config.job.instance}")
