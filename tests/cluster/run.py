@@ -1,8 +1,8 @@
 """`make test-cluster`: every promise of the chart, shown on a real Kubernetes.
 
-Starts a node of its own on this machine (root, Debian's packages, Go), runs tests/cluster on it and stops it again, also
-after a failure. CLUSTER=current uses the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can
-get the images $TRAINER_IMAGE and $STAND_IN_IMAGE. CLUSTER=keep leaves the node running and says how to use it.
+Starts a node of its own on this machine (root, Debian's packages, Go), runs tests/cluster on it and stops it again,
+also after a failure. CLUSTER=current uses the cluster of $KUBECONFIG instead: one with the training operator, whose
+nodes can get the images $TRAINER_IMAGE and $STAND_IN_IMAGE. CLUSTER=keep leaves the node running and says how to use it.
 Arguments are pytest's.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.local import binaries, images, node, operators  # noqa: E402
-from genvalues.errors import UserError, user_errors_end_with_status_2  # noqa: E402
+from cluster.local import binaries, images, node, operators
+from genvalues.errors import UserError, user_errors_end_with_status_2
 
 HERE = Path(__file__).parent
 AT_ONCE = 3  # tests that leave the node alone, side by side
@@ -33,7 +33,7 @@ def main() -> int:
     wish = os.environ.get("CLUSTER", "")
     if wish == "current":
         if not os.environ.get("KUBECONFIG"):
-            raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of the cluster to use")
+            raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of that cluster")
         return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")

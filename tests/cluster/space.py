@@ -1,4 +1,4 @@
-"""What a test has: a namespace of its own in the cluster, a volume in it, releases of the chart, and what was seen there.
+"""What a test has: a namespace of its own in the cluster, a volume, releases of the chart, and what was seen there.
 
 Every wait is bounded, and says what was going on when it gives up.
 """
@@ -25,7 +25,7 @@ from kubernetes import client, config, watch
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
-from genvalues.cluster.objects import INSTANCE, annotations_of, condition, labels_of, name_of
+from genvalues.cluster.objects import INSTANCE, annotations_of, condition, is_over, labels_of, name_of
 
 Found = TypeVar("Found")
 
@@ -37,17 +37,22 @@ STAND_IN_IMAGE = os.environ.get("STAND_IN_IMAGE") or images.stand_in()
 STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
 HELMS = {major: binaries.program(f"helm{major}") for major in (3, 4)}
 
+RESOURCES = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}
 # Two workers of half a trn1.32xlarge each: one node has room for one training, as in the field.
 SMALL: Values = {
     "model": {"path": "/workspace/model"},
-    "dataset": {"source": "/workspace/rows.jsonl", "format": "instruction", "columns": {"instruction": "q", "output": "a"}},
+    "dataset": {
+        "source": "/workspace/rows.jsonl",
+        "format": "instruction",
+        "columns": {"instruction": "q", "output": "a"},
+    },
     "instance": "ml.trn1.32xlarge",
     "devices": {NEURON: 8, EFA: 4},
     "parallelism": {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2},
     "storage": {"existingClaim": CLAIM, "prepare": {"enabled": False}},
-    "stageDefaults": {"resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}},
+    "stageDefaults": {"resources": RESOURCES},
     "stages": {
-        stage: {"resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}}
+        stage: {"resources": RESOURCES}
         for stage in ("tokenize", "compile", "train", "consolidate", "merge", "evaluate")
     },
 }
@@ -77,10 +82,15 @@ class Client:
     """A Helm client that runs beside the test."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the client
         self._began = time.monotonic()
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            start_new_session=True,
         )
 
     def wait(self, seconds: float) -> Ended:
@@ -147,7 +157,8 @@ class History:
 
     def pods(self, **labels: str) -> list[Object]:
         """Every pod there has ever been, as last seen."""
-        latest = {one.item["metadata"]["uid"]: one.item for one in list(self.sightings) if one.item.get("kind") == "Pod"}
+        pods = (one.item for one in list(self.sightings) if one.item.get("kind") == "Pod")
+        latest = {pod["metadata"]["uid"]: pod for pod in pods}
         return [pod for pod in latest.values() if labels.items() <= labels_of(pod).items()]
 
     def first(self, what: Callable[[Object], bool]) -> float | None:
@@ -169,7 +180,7 @@ class Volume:
     def pod(self) -> str:
         """The pod, made anew when a drain has evicted it."""
         found = self.space.get("pod", self.POD)
-        if found is None or found["status"].get("phase") in {"Failed", "Succeeded"} or "deletionTimestamp" in found["metadata"]:
+        if found is None or is_over(found) or "deletionTimestamp" in found["metadata"]:
             self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
             self.space.apply(files_pod(self.POD))
         self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", "--timeout=60s")
@@ -198,8 +209,8 @@ class Volume:
 
     def copy_out(self, path: str, folder: Path) -> Path:
         """A folder of the volume, as FOLDER/its name."""
-        command = [*self.space.base, "exec", self.pod(), "--", "tar", "-cf", "-", "-C", str(Path(path).parent), Path(path).name]
-        done = subprocess.run(command, check=True, capture_output=True)
+        tar_out = ["tar", "-cf", "-", "-C", str(Path(path).parent), Path(path).name]
+        done = subprocess.run([*self.space.base, "exec", self.pod(), "--", *tar_out], check=True, capture_output=True)
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
             tar.extractall(folder, filter="data")
         return folder / Path(path).name
@@ -233,7 +244,8 @@ class Space:
             ours = [name for name in listed if name.partition("/")[2].startswith(f"{self.name}.")]
             if ours:
                 run(["kubectl", "delete", *ours])
-        self.kubectl("delete", "pytorchjobs,jobs,pods", "--all", "--wait=false", "--grace-period=0", "--force", check=False)
+        at_once = ["--wait=false", "--grace-period=0", "--force"]
+        self.kubectl("delete", "pytorchjobs,jobs,pods", "--all", *at_once, check=False)
         run(["kubectl", "delete", "namespace", self.name, "--wait=false"])
 
     # --- objects
@@ -258,14 +270,16 @@ class Space:
     def pods(self, release: str, component: str = "") -> list[Object]:
         """Those of a release that have not ended."""
         selector = f"{INSTANCE}={release}" + (f",app.kubernetes.io/component={component}" if component else "")
-        return [pod for pod in self.list("pods", selector) if pod["status"].get("phase") not in {"Succeeded", "Failed"}]
+        return [pod for pod in self.list("pods", selector) if not is_over(pod)]
 
     def log(self, what: str, *options: str) -> str:
         return self.kubectl("logs", what, *options, check=False)
 
     # --- waiting
 
-    def wait(self, what: str, happens: Callable[[], Found | None], seconds: float = 60.0, interval: float = 0.5) -> Found:
+    def wait(
+        self, what: str, happens: Callable[[], Found | None], seconds: float = 60.0, interval: float = 0.5
+    ) -> Found:
         """What ``happens`` returns as soon as it is something."""
         ends = time.monotonic() + seconds
         while True:
@@ -275,7 +289,9 @@ class Space:
                 raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.describe()}")
             time.sleep(interval)
 
-    def wait_for_training(self, release: str, workers: int = 2, stage: str = "train", seconds: float = 120.0) -> list[Object]:
+    def wait_for_training(
+        self, release: str, workers: int = 2, stage: str = "train", seconds: float = 120.0
+    ) -> list[Object]:
         """The running worker pods of a stage, once all of them run."""
 
         def all_run() -> list[Object] | None:
@@ -382,8 +398,12 @@ def succeeded(job: Object) -> bool:
 
 def holds(pod: Object, resource: str) -> int:
     """How many of a device the pod's containers ask for."""
-    asked = (container.get("resources", {}).get("limits", {}).get(resource, 0) for container in pod["spec"]["containers"])
-    return sum(map(int, asked))
+    limits = (container.get("resources", {}).get("limits", {}) for container in pod["spec"]["containers"])
+    return sum(int(limit.get(resource, 0)) for limit in limits)
+
+
+def node_of(pod: Object) -> str:
+    return str(pod["spec"]["nodeName"])
 
 
 def uids(pods: list[Object]) -> set[str]:

@@ -3,30 +3,199 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 
 from chart.manifests import Values, merged
-from cluster.space import EFA, NEURON, SMALL, TRAINER_IMAGE, Space, holds, image, is_stage, labels_of, uids
+from cluster.local.operators import NAMESPACE as OPERATORS_NAMESPACE
+from cluster.space import (
+    EFA,
+    NEURON,
+    SMALL,
+    TRAINER_IMAGE,
+    Client,
+    Release,
+    Space,
+    holds,
+    image,
+    is_stage,
+    node_of,
+    run,
+    uids,
+)
+from genvalues.cluster.objects import labels_of
 from trainer.conftest import make_model, write_rows
 
-STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
+STEPS, SAVE_STEPS = 300, 20
 TRAINING: Values = merged(
     SMALL,
     image(TRAINER_IMAGE),
     {
         "dataset": {"evalFraction": 0.1},
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["q_proj", "v_proj"]},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targetModules": "all-linear"},
         "training": {
             "maxSequenceLength": 128,
             "gradientAccumulationSteps": 1,
-            "maxSteps": 40,
+            "epochs": 100,
+            "maxSteps": STEPS,
             "learningRate": 1e-2,
-            "saveSteps": 5,
+            "saveSteps": SAVE_STEPS,
         },
         "evaluation": {"maxRows": 8, "samples": 1, "maxNewTokens": 8},
     },
 )
+
+
+class Trained(NamedTuple):
+    """A release whose pipeline has run once, undisturbed."""
+
+    space: Space
+    release: Release
+    install_log: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp("volume")
+    space = Space("trained")
+    try:
+        space.volume.create()
+        space.volume.copy_in(make_model(folder / "model"), write_rows(folder / "rows.jsonl", 200))
+        release = space.release(helm=3)
+        yield Trained(space, release, release.install(TRAINING).output)
+    finally:
+        space.remove()
+
+
+def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
+    trained: Trained, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    volume = trained.space.volume
+    losses = [
+        json.loads(line)["loss"] for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()
+    ]
+    assert len(losses) == STEPS
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), "it has learned something"
+
+    merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", tmp_path))
+    base_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("model", tmp_path))
+    changed = {
+        name.split(".")[-2]
+        for (name, after), (_, before) in zip(
+            merged_model.named_parameters(), base_model.named_parameters(), strict=True
+        )
+        if not torch.equal(after, before)
+    }
+    assert changed == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("What is 2 + 2?", return_tensors="pt")
+    assert merged_model.generate(**tokens, max_new_tokens=2).shape[1] > tokens["input_ids"].shape[1]
+
+
+def test_train_is_one_pytorchjob_of_two_workers_and_each_stage_left_its_manifest(trained: Trained) -> None:
+    jobs = {job["metadata"]["name"]: job for job in trained.space.list("pytorchjobs")}
+    assert sorted(jobs) == ["llama-compile-1", "llama-train-1"]
+    workers = [pod for pod in trained.space.history.pods() if is_stage(pod, "train")]
+    assert sorted(pod["metadata"]["name"] for pod in workers) == ["llama-train-1-worker-0", "llama-train-1-worker-1"]
+    for stage in ("tokenize", "compile", "train", "consolidate", "merge", "evaluate"):
+        assert trained.space.volume.manifest("llama", stage)["stage"] == stage
+
+
+def test_only_compile_and_train_hold_neuron_and_efa_over_the_whole_run(trained: Trained) -> None:
+    pods = trained.space.history.pods(**{"app.kubernetes.io/instance": "llama"})
+    assert len(pods) >= 12
+    for pod in pods:
+        trains = labels_of(pod)["app.kubernetes.io/component"] in {"compile", "train"}
+        assert (holds(pod, NEURON), holds(pod, EFA)) == ((8, 4) if trains else (0, 0)), pod["metadata"]["name"]
+
+
+def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(trained: Trained) -> None:
+    tested = trained.release("test", "llama", "--logs")
+    assert tested.status == 0, tested.output
+    assert "merge: " in tested.output and "all as written" in tested.output
+    volume = trained.space.volume
+    volume.run(
+        "cp -p runs/llama/merged/model.safetensors spare && printf X | dd of=runs/llama/merged/model.safetensors"
+        " bs=1 seek=20000 conv=notrunc 2>/dev/null"
+    )
+    try:
+        spoilt = trained.release("test", "llama", "--logs")
+    finally:
+        volume.run("mv spare runs/llama/merged/model.safetensors")
+    assert spoilt.status != 0
+    assert "merged/model.safetensors" in spoilt.output and "sha256" in spoilt.output.lower()
+
+
+def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(trained: Trained) -> None:
+    space = trained.space
+    client = start_training(trained, "disturbed")
+    before = uids(space.pods("llama", "train"))
+    space.kubectl("delete", "pod", worker(space, 1), "--grace-period=5", "--wait=false")
+    run(
+        [
+            "kubectl",
+            "-n",
+            OPERATORS_NAMESPACE,
+            "delete",
+            "pod",
+            "-l",
+            "control-plane=kubeflow-training-operator",
+            "--wait=false",
+        ]
+    )
+    space.wait("a worker in the place of the lost one", lambda: uids(space.pods("llama", "train")) - before, 120)
+    assert client.wait(400).status == 0, client.output
+    assert resumed(space, "disturbed")
+    assert adapter(space, "disturbed") == adapter(space, "llama")
+
+
+@pytest.mark.node
+def test_a_drained_node_changes_nothing_in_the_result(trained: Trained) -> None:
+    """The only node: worker, gate and operator pods are evicted, and wait until it takes pods again."""
+    space = trained.space
+    client = start_training(trained, "drained")
+    node = node_of(space.pods("llama", "train")[0])
+    before = uids(space.pods("llama", "train"))
+    try:
+        run(["kubectl", "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s"])
+        space.wait("no worker", lambda: not before & uids(space.pods("llama", "train")), 60)
+        assert client.is_alive(), client.output
+    finally:
+        run(["kubectl", "uncordon", node])
+    assert client.wait(500).status == 0, client.output
+    assert resumed(space, "drained")
+    assert adapter(space, "drained") == adapter(space, "llama")
+
+
+def start_training(trained: Trained, name: str) -> Client:
+    """The same training as a run of another name; returns when it is between its first checkpoint and its end."""
+    client = trained.release.start_upgrade(merged(TRAINING, {"name": name}))
+    trained.space.wait_for_training("llama", seconds=240)
+    trained.space.wait(
+        f"a checkpoint of {name}",
+        lambda: trained.space.volume.run(f"ls runs/{name}/checkpoints/*/ | grep step- || true"),
+        120,
+        0.1,
+    )
+    assert not trained.space.volume.exists(f"runs/{name}/stages/train.json"), "too fast to be disturbed: raise STEPS"
+    return client
+
+
+def worker(space: Space, number: int) -> str:
+    [name] = [n for pod in space.pods("llama", "train") if (n := pod["metadata"]["name"]).endswith(f"-worker-{number}")]
+    return str(name)
+
+
+def resumed(space: Space, name: str) -> bool:
+    """Whether a training went on in the middle: tensorboard writes a file for each process that trained."""
+    return int(space.volume.run(f"ls runs/{name}/checkpoints/*/tensorboard | wc -l")) > 1
+
+
+def adapter(space: Space, name: str) -> str:
+    """Digest of the run's adapter."""
+    return space.volume.run(f"sha256sum < runs/{name}/adapter/adapter_model.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
-import torch.distributed.run  # noqa: F401
+import torch.distributed.run
 import transformers  # noqa: F401
 
 packages = Path(torch.__file__).parents[1]

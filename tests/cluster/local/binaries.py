@@ -44,7 +44,8 @@ class Program:
 
 def kubernetes(version: str, work: Path, out: Path) -> None:
     """k8s.io/kubernetes keeps its libraries as ./staging replaces: each is replaced with the published one."""
-    staged = re.findall(r"^\s+(k8s\.io/[a-z0-9-]+) => \./staging", go_mod_of("k8s.io/kubernetes", version), re.MULTILINE)
+    go_mod = go_mod_of("k8s.io/kubernetes", version)
+    staged = re.findall(r"^\s+(k8s\.io/[a-z0-9-]+) => \./staging", go_mod, re.MULTILINE)
     library_version = f"v0.{version.removeprefix('1.')}"
     replaces = "\n".join(f"replace {module} => {module} {library_version}" for module in sorted(set(staged)))
     write_module(work, f"require k8s.io/kubernetes v{version}\n{replaces}\n")

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +33,9 @@ HERE = Path(__file__).parents[1] / "images"
 DEBIAN = "bookworm"
 DEBIAN_PACKAGES = ["python3", "python3-pip", "ca-certificates", "libgomp1"]
 STORAGE = CACHE / "buildah"
-IN_THE_TRAINER_IMAGE = ["pyproject.toml", "README.md", "LICENSE", "generator", "trainer", "chart", "tests/helm_binaries.py"]
+IN_THE_TRAINER_IMAGE = [
+    *("pyproject.toml", "README.md", "LICENSE", "generator", "trainer", "chart", "tests/helm_binaries.py")
+]
 CERTIFICATES = Path("/etc/ssl/certs")
 
 
@@ -117,7 +118,9 @@ def base(target: str) -> str:
 
 
 def make_bases() -> None:
-    missing = [one for one in ("debian", "libraries") if not buildah("images", "--quiet", base(one), check=False).stdout]
+    """What is under the images and changes seldom. Needs no node."""
+    there = {one: buildah("images", "--quiet", base(one), check=False).stdout for one in ("debian", "libraries")}
+    missing = [one for one, image in there.items() if not image]
     if not missing:
         return
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from genvalues.errors import UserError
@@ -30,7 +31,9 @@ INSTANCE_TYPE = "ml.trn1.32xlarge"
 IP, PODS, SERVICES = "10.88.0.1", "10.88.0.0/16", "10.96.0.0/16"
 
 # What Debian's packages bring; the Makefile lists them.
-NEEDED = ["containerd", "ctr", "runc", "buildah", "mmdebstrap", "iptables", "conntrack", "ip", "openssl", "kubectl", "go"]
+NEEDED = [
+    *("containerd", "ctr", "runc", "buildah", "mmdebstrap", "iptables", "conntrack", "ip", "openssl", "kubectl", "go")
+]
 PROGRAMS_OF_A_NODE = [*KUBERNETES_PROGRAMS, "etcd", "coredns", "containerd", "containerd-shim-runc-v2"]
 CNI = Path("/usr/lib/cni")
 BUSYBOX = Path("/bin/busybox")
@@ -39,12 +42,15 @@ BUSYBOX = Path("/bin/busybox")
 def check_this_machine() -> None:
     """Raise UserError for what the node cannot do without."""
     if os.geteuid() != 0:
-        raise UserError("a Kubernetes node needs root", fix="Use root, or a cluster of yours: make test-cluster CLUSTER=current")
+        fix = "Use root, or a cluster of yours: make test-cluster CLUSTER=current"
+        raise UserError("a Kubernetes node needs root", fix=fix)
     search = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     missing = [name for name in NEEDED if not shutil.which(name, path=search)]
     missing += [str(path) for path in (CNI, BUSYBOX) if not path.exists()]
     if missing:
-        raise UserError(f"not on this machine: {', '.join(missing)}", fix="On Debian: make cluster-packages")
+        raise UserError(
+            f"not on this machine: {', '.join(missing)}", fix="On Debian: make cluster-packages; then Go and kubectl"
+        )
 
 
 def start() -> None:
@@ -84,9 +90,10 @@ def start() -> None:
         *("--config", FOLDER / "kubelet.yaml", "--hostname-override", NODE),
         *("--root-dir", FOLDER / "kubelet", "--node-ip", IP),
     )
-    start_program("provisioner", sys.executable, Path(__file__).with_name("provisioner.py"), KUBECONFIG, FOLDER / "volumes")
+    provisioner = Path(__file__).with_name("provisioner.py")
+    start_program("provisioner", sys.executable, provisioner, KUBECONFIG, FOLDER / "volumes")
     wait_for("the node", "kubelet", lambda: "True" in kubectl("get", "node", NODE, "-o", READY, check=False))
-    wait_for("the default service account", "controller-manager", lambda: bool(kubectl("get", "sa", "-o", "name", check=False)))
+    wait_for("an account", "controller-manager", lambda: bool(kubectl("get", "sa", "-o", "name", check=False)))
 
 
 READY = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
@@ -209,7 +216,7 @@ def processes() -> Iterable[Path]:
 
 
 def processes_that_name(folder: Path) -> list[int]:
-    """Programs of a node that have ``folder`` in their command line; not, say, a shell in which somebody looks at it."""
+    """Programs of a node that have ``folder`` in their command line; not, say, somebody's shell that looks at it."""
     found = []
     for path in processes():
         command = read(path / "cmdline").split("\0")
@@ -244,10 +251,8 @@ def end(pids: Iterable[int], how: signal.Signals, patience: float = 15.0) -> Non
 
 
 def is_running(pid: int) -> bool:
-    try:
+    with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)  # our own child, if it is one, must not stay a zombie
-    except ChildProcessError:
-        pass
     return read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] not in ([], ["Z"])
 
 
@@ -300,7 +305,8 @@ def make_certificates() -> None:
         authority = ["-CA", FOLDER / "ca.crt", "-CAkey", FOLDER / "ca.key", "-CAcreateserial", "-days", "30"]
         openssl("x509", "-req", "-in", request, *authority, "-out", certificate, "-extfile", extensions)
 
-    openssl("req", "-x509", *NEW_KEY, "-keyout", FOLDER / "ca.key", "-out", FOLDER / "ca.crt", "-subj", "/CN=local-ca", "-days", "30")
+    authority = ["-keyout", FOLDER / "ca.key", "-out", FOLDER / "ca.crt", "-subj", "/CN=local-ca", "-days", "30"]
+    openssl("req", "-x509", *NEW_KEY, *authority)
     service = "DNS:kubernetes.default.svc,DNS:kubernetes.default"
     signed("api", "/CN=kube-apiserver", f"DNS:localhost,{service},IP:127.0.0.1,IP:10.96.0.1,IP:{IP}")
     signed("admin", "/O=system:masters/CN=admin")
