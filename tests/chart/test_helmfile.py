@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from chart.manifests import ROOT
+from chart.manifests import MINIMAL, ROOT, one, pod, render
 
 ENVIRONMENTS = ["cpu", "trn1", "trn1-2node", "trn1n", "trn2"]
 DAY = 24 * 60 * 60
@@ -38,3 +38,11 @@ def test_helm_waits_as_long_as_training_takes_and_keeps_what_failed() -> None:
     defaults = rest["helmDefaults"]
     assert defaults["timeout"] >= 2 * DAY
     assert defaults["atomic"] is defaults["cleanupOnFail"] is defaults["wait"] is False
+
+
+def test_destroy_waits_as_long_as_the_cleanup_may_take() -> None:
+    _, rest = helmfile("trn1")
+    cleanup = one(render(MINIMAL), "Job", "llama-cleanup")
+    allowed = pod([cleanup], "cleanup").containers[0]["command"][-1]  # what its pod raises the Job's deadline to
+    assert rest["helmDefaults"]["deleteWait"], "else helmfile passes no timeout"
+    assert rest["helmDefaults"]["deleteTimeout"] > int(allowed)
