@@ -1,9 +1,13 @@
-# make demo, make test: each sets up .venv by itself. PYTHON=python3.12 chooses the Python it is made from.
+# make demo, make test, make test-cluster: each sets up .venv by itself. PYTHON=python3.12 chooses the Python it is made from.
 PYTHON ?= python3
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
 
-.PHONY: setup demo test schema values docs bench clean
+# What the node of test-cluster is made of, besides Go and kubectl.
+CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
+  busybox-static openssl
+
+.PHONY: setup demo test test-cluster cluster-packages schema values docs bench clean
 
 setup: $(READY)
 
@@ -24,6 +28,14 @@ test: $(READY)
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+# On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
+test-cluster: $(READY)
+	.venv/bin/python tests/cluster/run.py $(ARGS)
+
+cluster-packages:
+	apt-get update --quiet --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $(CLUSTER_PACKAGES)
 
 # What is generated and committed; make test says when it is out of date.
 schema: $(READY)
