@@ -42,7 +42,9 @@ spec:
   runPolicy:
     suspend: true
     cleanPodPolicy: None      # the job has succeeded as soon as one worker has; the others must not be killed for it
-    backoffLimit: {{ int $settings.backoffLimit }}
+    # The operator adds up the restarts of all workers, of which one takes the others with it, and ends the job as soon
+    # as this many have begun. The gate counts them for each worker.
+    backoffLimit: {{ add 1 (mul $nodes (int $settings.backoffLimit)) }}
     {{- with $settings.activeDeadlineSeconds }}
     activeDeadlineSeconds: {{ int64 . }}
     {{- end }}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from chart.manifests import (
     CHART,
     MINIMAL,
@@ -21,6 +23,7 @@ from chart.manifests import (
     stages,
     weight,
 )
+from genvalues.cluster.objects import backoff_limit_of
 
 WEIGHTS = {
     "preflight": 0,
@@ -141,6 +144,15 @@ def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> No
         assert "restartPolicy" not in spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"], "the operator warns"
         [container] = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
         assert container["name"] == "pytorch", "the operator looks for a container of this name"
+
+
+@pytest.mark.parametrize(("nodes", "limit"), [(1, 0), (1, 3), (2, 1), (4, 3)])
+def test_each_worker_has_its_retries_though_the_operator_counts_those_of_all(nodes: int, limit: int) -> None:
+    parallelism = {"nodes": nodes, "dataParallelSize": 4 * nodes}
+    values = merged(TRAINIUM, {"parallelism": parallelism, "stages": {"train": {"backoffLimit": limit}}})
+    job = one(render(values), "PyTorchJob", "llama-train-1")
+    assert job["spec"]["runPolicy"]["backoffLimit"] > limit * nodes, "reached with the last worker's last retry"
+    assert backoff_limit_of(job) == limit, "what the gate allows each worker"
 
 
 def test_status_2_is_final_and_a_lost_node_costs_no_retry(objects: list[Object]) -> None:

@@ -32,12 +32,15 @@ from .objects import (
     FINGERPRINT,
     INSTANCE,
     JOB_NAME,
+    OVERDUE,
     QUEUE_NAME,
     RUN,
     annotations_of,
+    backoff_limit_of,
     component_of,
     condition,
     created,
+    failures_of,
     family_of,
     is_finished,
     is_over,
@@ -47,6 +50,7 @@ from .objects import (
     moment,
     name_of,
     phase_of,
+    seconds_overdue,
     unschedulable,
     why_not_started,
     workers_of,
@@ -291,7 +295,11 @@ class Follower:
             self.end("ended without a retry, because something must be changed first")
         if condition(job, "Succeeded"):
             return self.all_succeeded(pods) and self.manifest_is_there(state)
+        self.give_up_what_fails_again(job, pods)
         self.give_up_what_cannot_start(job, pods)
+        if (overdue := seconds_overdue(job)) > 0:
+            # The operator looks at a job's deadline only when something has happened to the job: so something happens.
+            self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": {OVERDUE: f"{overdue:.1f}"}}})
         return False
 
     def tell(self, job: Object, pods: list[Object], state: StageState) -> None:
@@ -339,6 +347,14 @@ class Follower:
                 f"PyTorchJob {self.job} succeeded, but the stage's manifest is not there or is another one's"
             )
         return False
+
+    def give_up_what_fails_again(self, job: Object, pods: list[Object]) -> None:
+        """The operator adds up all workers' restarts, and sees a failure only when the kubelet has put its restart off
+        and begun it: up to five minutes, in which Trainium nodes are held."""
+        limit = backoff_limit_of(job)
+        for pod in pods:
+            if failures_of(pod) > limit:
+                self.end(f"{name_of(pod)} has failed {failures_of(pod)} times (backoffLimit {limit})", STAGE_FAILED)
 
     def give_up_what_cannot_start(self, job: Object, pods: list[Object]) -> None:
         """Workers that cannot start while others already hold nodes cost money; time held suspended does not count."""

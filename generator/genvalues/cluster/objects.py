@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -15,6 +16,7 @@ COMPONENT = "app.kubernetes.io/component"
 RUN = "llama-lora/run"  # label on every stage object and pod: the same for all that work in one run's folder
 JOB_NAME = "training.kubeflow.org/job-name"  # the operator's label on a PyTorchJob's pods
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
+OVERDUE = "llama-lora/seconds-overdue"  # annotation on a PyTorchJob that its operator shall look at
 
 # Waiting reasons that end by themselves only if somebody changes something (or a registry comes back).
 CANNOT_START = {
@@ -87,6 +89,20 @@ def workers_of(pytorch_job: Object) -> int:
     return int(pytorch_job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1))
 
 
+def backoff_limit_of(pytorch_job: Object) -> int:
+    """How often each worker is tried again. The chart leaves room for that of all workers, and one restart more."""
+    return max(0, (pytorch_job["spec"]["runPolicy"].get("backoffLimit", 1) - 1) // workers_of(pytorch_job))
+
+
+def seconds_overdue(pytorch_job: Object) -> float:
+    """How long the job has been active beyond its activeDeadlineSeconds; time held suspended does not count."""
+    limit = pytorch_job["spec"]["runPolicy"].get("activeDeadlineSeconds")
+    since = pytorch_job.get("status", {}).get("startTime")
+    if limit is None or not since or is_suspended(pytorch_job):
+        return 0.0
+    return time.time() - moment(since) - float(limit)
+
+
 def phase_of(pod: Object) -> str:
     return str(pod.get("status", {}).get("phase", "Pending"))
 
@@ -108,6 +124,20 @@ def ends_of(pod: Object) -> list[End]:
             if over := (status.get(moment) or {}).get("terminated"):
                 ends.append(End(name_of(pod), over["exitCode"], over.get("reason", ""), over.get("finishedAt") or ""))
     return ends
+
+
+def failures_of(pod: Object) -> int:
+    """How often a container of the pod has ended by itself, and not well."""
+    if is_over(pod) or "deletionTimestamp" in pod["metadata"]:  # evicted, or told to stop: a new pod takes its place
+        return 0
+    return sum(status.get("restartCount", 0) + has_just_failed(status) for status in container_statuses(pod))
+
+
+def has_just_failed(status: Object) -> bool:
+    """The restart, which the kubelet puts off longer each time, is not counted yet."""
+    state, before = status.get("state") or {}, status.get("lastState") or {}
+    ended = state.get("terminated") or ("waiting" in state and before.get("terminated"))
+    return bool(ended and ended["exitCode"] != 0)
 
 
 def started_container(pod: Object) -> str:

@@ -48,7 +48,7 @@ class Tail(threading.Thread):
     def _keep(self, line: str) -> None:
         """A line with its time in front. What was seen before the stream broke off comes again and is left out."""
         written, _, text = line.partition(" ")
-        if written <= self._last_time:
+        if written <= self._last_time or not written[:1].isdigit():  # the kubelet's own words have no time
             return
         self._last_time = written
         text = text.rstrip().rsplit("\r", 1)[-1]  # a progress bar draws its line again and again

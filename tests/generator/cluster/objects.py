@@ -27,7 +27,7 @@ def pytorch_job(
     return {
         "metadata": {"name": name, "labels": labels(release, stage, run), "annotations": annotations},
         "spec": {
-            "runPolicy": {"suspend": not fingerprint, "backoffLimit": 3},
+            "runPolicy": {"suspend": not fingerprint, "backoffLimit": 1 + workers},  # the chart's for one retry
             "pytorchReplicaSpecs": {"Worker": {"replicas": workers, "restartPolicy": "OnFailure"}},
         },
     }
@@ -108,10 +108,11 @@ class Operator:
         phase = "Failed" if code else "Succeeded"
         self.fake.merge("pods", self.worker(index), {"status": {"phase": phase, "containerStatuses": [status]}})
 
-    def restart_worker(self, index: int, code: int) -> None:
-        """The kubelet's restart in place: the container runs again, its last end is in lastState."""
+    def restart_worker(self, index: int, code: int, *, put_off: bool = False) -> None:
+        """The kubelet's restart in place: the container runs again, or waits to; its last end is in lastState."""
         last = {"terminated": {"exitCode": code, "reason": "Error", "finishedAt": now()}}
-        status = {"name": "pytorch", "state": {"running": {"startedAt": now()}}, "lastState": last, "restartCount": 1}
+        state = {"waiting": {"reason": "CrashLoopBackOff"}} if put_off else {"running": {"startedAt": now()}}
+        status = {"name": "pytorch", "state": state, "lastState": last, "restartCount": 1}
         self.fake.merge("pods", self.worker(index), {"status": {"containerStatuses": [status]}})
 
     def succeed(self) -> None:

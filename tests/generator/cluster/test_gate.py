@@ -17,6 +17,7 @@ from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import PYTORCH_JOBS, Api, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.gate import Pace, StageFailed, ask_trainer, describe_failure, describe_progress, gate
+from genvalues.cluster.workers import Tail
 from genvalues.errors import UserError
 
 OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
@@ -173,6 +174,14 @@ def test_the_tail_keeps_what_a_container_wrote_before_its_restart(
     assert "ended with status 1" in failure.reason
 
 
+def test_what_the_kubelet_says_when_there_is_no_log_is_no_line_of_it(api: Api) -> None:
+    tail = Tail(api, "worker-0", "pytorch", 0.1)
+    lost = "unable to retrieve container logs for containerd://1f89"
+    for line in ("2026-01-01T00:00:00Z one", lost, "2026-01-01T00:00:01Z two"):
+        tail._keep(line)
+    assert list(tail.lines) == ["one", "two"]
+
+
 def test_out_of_memory_is_named(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
     running, operator = released_and_running(fake, api, config)
     operator.end_worker(1, 137, "OOMKilled")
@@ -204,6 +213,53 @@ def test_a_worker_that_ends_with_status_2_ends_the_job_at_once_with_status_2(
     assert failure.status == 2
     assert failure.tail == ["training.maxSequenceLength: too long"]
     assert is_going(fake, OWN)
+
+
+def test_a_worker_that_fails_once_more_than_backoff_limit_ends_the_job_before_its_next_restart(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    for index in (0, 1):  # one takes the other with it
+        operator.restart_worker(index, 1)
+    nothing_happens(fake)
+    assert not is_going(fake, OWN)
+    operator.write(1, "RuntimeError: NaN loss")
+    operator.restart_worker(1, 1, put_off=True)
+    failure = running.fails()
+    assert failure.status == 1 and f"{operator.worker(1)} has failed 2 times (backoffLimit 1)" in failure.reason
+    assert failure.tail == ["RuntimeError: NaN loss"]
+    assert is_going(fake, OWN)
+
+
+def test_a_worker_that_is_evicted_has_not_failed(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    operator.restart_worker(1, 1)
+    nothing_happens(fake)
+    operator.end_worker(1, 143)  # its pod is Failed; the operator makes another
+    nothing_happens(fake)
+    assert not is_going(fake, OWN) and not running.future.done()
+
+
+def test_a_job_beyond_its_deadline_is_touched_so_that_the_operator_looks_at_it(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running, operator = released_and_running(fake, api, config)
+    fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"activeDeadlineSeconds": 60}}})
+    fake.merge("pytorchjobs", OWN, {"status": {"startTime": now()}})
+    nothing_happens(fake)
+    assert not overdue(fake)
+    fake.merge("pytorchjobs", OWN, {"status": {"startTime": "2020-01-01T00:00:00Z"}})
+    until(lambda: overdue(fake))
+    operator.fail("active longer than specified deadline")
+    assert "active longer than specified deadline" in running.fails().reason
+
+
+def overdue(fake: FakeApi) -> float:
+    job = fake.get("pytorchjobs", OWN)
+    assert job
+    return float(job["metadata"]["annotations"].get("llama-lora/seconds-overdue", 0))
 
 
 def test_status_2_is_seen_though_the_operator_deletes_the_pods_at_once(
