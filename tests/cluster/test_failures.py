@@ -1,0 +1,279 @@
+"""A stage that fails says why at once, in the log that Helm prints; what trying again may help is tried again."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from chart.manifests import Object, Values, merged
+from cluster.space import Client, Ended, Release, Space, is_stage, run, stand_in, uids
+from genvalues.cluster.objects import (
+    End,
+    annotations_of,
+    condition,
+    ends_of,
+    is_suspended,
+    labels_of,
+    name_of,
+    unschedulable,
+)
+
+WITHIN = 15.0  # seconds from a job's end to the release's
+BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}
+FOR_EVER = "sleep 600"
+STOPPED = 143
+QUEUE = "kueue.x-k8s.io/queue-name"
+LOCAL_QUEUES = "localqueues.kueue.x-k8s.io"
+
+
+def values(*more: Values, **scripts: str) -> Values:
+    """Without devices: others may hold all there are, and these tests measure time."""
+    return {**merged(stand_in(**scripts), BRIEF, *more), "devices": {}}
+
+
+def on_worker_1(script: str) -> str:
+    return f'case "$HOSTNAME" in *-worker-1) {script};; esac; {FOR_EVER}'
+
+
+def ended(client: Client) -> tuple[Ended, float]:
+    """How a client ended, and when."""
+    result = client.wait(200)
+    return result, time.monotonic()
+
+
+def starts_of(space: Space, pod: str) -> set[str]:
+    """The containers that a pod has had."""
+    states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
+    return {
+        status["containerID"]
+        for pod in states
+        for status in pod["status"].get("containerStatuses", [])
+        if status.get("containerID")
+    }
+
+
+def ends_in(space: Space, pod: str) -> list[End]:
+    """How the containers of a pod have ended, in their order."""
+    states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
+    return sorted({end for state in states for end in ends_of(state)}, key=lambda end: end.finished)
+
+
+def left(space: Space, stage: str) -> list[Object]:
+    """What holds a node, or will."""
+    jobs = [job for job in space.list("pytorchjobs") if is_stage(job, stage)]
+    return jobs + space.pods("llama", stage)
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+def printed(result: Ended) -> list[str]:
+    """The lines that Helm printed. Helm 4 makes a hook's log one line of its own log: msg="one\\ntwo\\n"."""
+    return lines(re.sub(r'^level=INFO msg="(.*)"$', r"\1", result.output, flags=re.MULTILINE).replace(r"\n", "\n"))
+
+
+def assert_told(release: Release, result: Ended, *patterns: str) -> None:
+    """The gate's log ends with these lines, and Helm has printed it."""
+    log = lines(release.space.log(f"job/{release.name}-compile-gate"))
+    assert len(log) >= len(patterns)
+    for line, pattern in zip(log[-len(patterns) :], patterns, strict=True):
+        assert re.fullmatch(pattern, line), f"{line!r} is not {pattern!r}"
+    assert [line for line in printed(result) if line in log] == log, f"not the gate's log:\n{result.output}"
+
+
+def test_a_pytorchjob_that_fails_fails_the_release_within_15_s_and_helm_prints_why(space: Space, helm: int) -> None:
+    """Here the operator ends it, at its deadline, and deletes its pods with their logs."""
+    llama = space.release(helm)
+    settings = {"stages": {"compile": {"activeDeadlineSeconds": 6}}}
+    result, over = ended(llama.start_install(values(settings, compile=f"echo this takes too long; {FOR_EVER}")))
+    assert result.status == 1 and llama.state == "failed"
+    failed = space.history.first(lambda item: item["kind"] == "PyTorchJob" and bool(condition(item, "Failed")))
+    assert failed and over - failed < WITHIN
+    assert_told(
+        llama,
+        result,
+        r"compile failed: .*PyTorchJob llama-compile-1: Job llama-compile-1 has failed because it was active longer .*",
+        r"last 1 lines of llama-compile-1-worker-[01]:",
+        "this takes too long",
+    )
+    space.wait("no worker pod any more", lambda: not space.pods("llama", "compile"), 20)
+
+
+def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_limit_times(space: Space) -> None:
+    """The other worker runs on, as one that waits for its peer does. The kubelet starts a container again in the same
+    second; with status 2 that start is ended before it comes to anything, here to the same words once more."""
+    llama = space.release(4)
+    why = "sleep 5; echo rows.jsonl has no column q; exit 2"
+    result, over = ended(llama.start_install(values(compile=on_worker_1(why))))
+    assert result.status == 1
+    failed = space.history.first(lambda item: item["kind"] == "Pod" and any(end.code == 2 for end in ends_of(item)))
+    assert failed and over - failed < WITHIN
+    assert_told(
+        llama,
+        result,
+        "compile failed: llama-compile-1-worker-1 ended with status 2; .*",
+        "last 1 lines of llama-compile-1-worker-1:",
+        "rows.jsonl has no column q",
+    )
+    assert [end.code for end in ends_in(space, "llama-compile-1-worker-1") if end.code != STOPPED] == [2]
+    assert len(starts_of(space, "llama-compile-1-worker-0")) == 1
+    space.wait("the job and its pods are gone", lambda: not left(space, "compile"), 20)
+
+    settings = {"stages": {"compile": {"backoffLimit": 1}}}
+    result, over = ended(llama.start_upgrade(values(settings, compile=on_worker_1("sleep 1; echo again; exit 1"))))
+    assert result.status == 1
+    worker = "llama-compile-2-worker-1"
+    ends = ends_in(space, worker)
+    assert [end.code for end in ends] == [1, 1] and len(starts_of(space, worker)) == 2
+    failed = space.history.first(lambda item: item["kind"] == "Pod" and ends[-1] in ends_of(item))
+    assert failed and over - failed < WITHIN
+    assert_told(
+        llama,
+        result,
+        f"compile failed: .*{worker} has failed 2 times .*",
+        f"last 2 lines of {worker}:",
+        "again",
+        "again",
+    )
+
+
+def test_status_2_of_a_stage_fails_at_once_and_another_is_retried_backoff_limit_times(space: Space) -> None:
+    llama = space.release(3)
+    result, over = ended(llama.start_install(values(tokenize="echo no such column; exit 2")))
+    assert result.status == 1 and "no such column" in printed(result)
+    [pod] = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
+    assert [end.code for end in ends_of(pod)] == [2]
+    failed = space.history.first(
+        lambda item: item["kind"] == "Pod" and bool(ends_of(item)) and is_stage(item, "tokenize")
+    )
+    assert failed and over - failed < WITHIN
+
+    settings = {"stages": {"tokenize": {"backoffLimit": 1}}}
+    result = llama.upgrade(values(settings, tokenize="echo the disk is full; exit 1"), status=1)
+    assert "the disk is full" in printed(result)
+    pods = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
+    assert [[end.code for end in ends_of(each)] for each in pods] == [[2], [1], [1]]
+
+
+def test_a_train_pod_that_no_node_takes_fails_with_the_schedulers_reason_and_frees_the_others_node(
+    space: Space,
+) -> None:
+    """One worker runs and holds its node, while the other would need a second one. Compile's two share the node."""
+    apart = {
+        "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "train"}},
+        "topologyKey": "kubernetes.io/hostname",
+    }
+    settings: Values = {
+        "pipeline": {"unschedulableTimeoutSeconds": 10},
+        "stages": {
+            "train": {"affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}}
+        },
+    }
+    llama = space.release(3)
+    result, over = ended(llama.start_install(values(settings, train=FOR_EVER)))
+    assert result.status == 1
+    lacking = space.history.first(lambda item: item["kind"] == "Pod" and bool(unschedulable(item)))
+    assert lacking and 10 <= over - lacking < 10 + WITHIN
+    assert len(starts_of(space, "llama-train-1-worker-0")) + len(starts_of(space, "llama-train-1-worker-1")) == 1
+    reason = (
+        r"train failed: .*unschedulable for more than 10 s: llama-train-1-worker-[01]: 0/\d+ nodes are available: .*"
+    )
+    log = lines(space.log("job/llama-train-gate"))
+    assert any(re.fullmatch(reason, line) for line in log), log
+    assert any(re.fullmatch(reason, line) for line in printed(result))
+    space.wait("nothing holds a node", lambda: not left(space, "train"), 20)
+
+
+@pytest.fixture
+def queue_kind() -> Iterator[None]:
+    """The kind LocalQueue, without Kueue: who lets the jobs run is the test."""
+    group, plural = LOCAL_QUEUES.split(".", 1)[1], LOCAL_QUEUES.split(".", 1)[0]
+    kind = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": LOCAL_QUEUES},
+    }
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    kind["spec"] = {
+        "group": group,
+        "scope": "Namespaced",
+        "names": {"plural": plural, "singular": "localqueue", "kind": "LocalQueue"},
+        "versions": [{"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
+    }
+    there = run(["kubectl", "get", "crd", LOCAL_QUEUES]).status == 0
+    if not there:
+        assert run(["kubectl", "apply", "-f", "-"], text=json.dumps(kind)).status == 0
+    yield
+    if not there:
+        run(["kubectl", "delete", "crd", LOCAL_QUEUES, "--wait=false"])
+
+
+def test_a_job_that_its_queue_holds_is_waited_for_and_a_preempted_one_too(space: Space, queue_kind: None) -> None:
+    """The test does what Kueue does: it suspends a job that is queued, lets it run, and takes its nodes away again."""
+    queue = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": "research"}}
+    space.wait("the kind LocalQueue", lambda: applied(space, queue))
+    settings = {
+        "kueue": {"queueName": "research", "priorityClass": "urgent"},
+        "pipeline": {"unschedulableTimeoutSeconds": 5},
+    }
+    llama = space.release(4)
+    client = llama.start_install(values(settings, train="until [ -e /workspace/told ]; do sleep 0.2; done"))
+
+    space.wait("compile is queued", lambda: queued(space, "llama-compile-1"))
+    suspend(space, "llama-compile-1", False)
+    space.wait("train is queued", lambda: queued(space, "llama-train-1"))
+    hold(space, client, "train")
+    suspend(space, "llama-train-1", False)
+    first = uids(space.wait_for_training("llama"))
+    suspend(space, "llama-train-1")
+    space.wait("no train pod", lambda: not space.pods("llama", "train"), 30)
+    hold(space, client, "train")
+    suspend(space, "llama-train-1", False)
+    assert not first & uids(space.wait_for_training("llama"))
+    space.volume.run("touch told")
+    result = client.wait(120)
+    assert result.status == 0 and llama.state == "deployed", result.output
+
+    for stage in ("compile", "train"):
+        states = [
+            one.item
+            for one in space.history.sightings
+            if one.item["kind"] == "PyTorchJob" and is_stage(one.item, stage)
+        ]
+        assert {labels_of(job).get("kueue.x-k8s.io/priority-class") for job in states} == {"urgent"}
+        released = ["llama-lora/fingerprint" in annotations_of(job) for job in states]
+        assert [QUEUE in labels_of(job) for job in states] == released and set(released) == {False, True}
+
+
+def applied(space: Space, item: Object) -> bool:
+    return "created" in space.kubectl("create", "-f", "-", text=json.dumps(item), check=False)
+
+
+def queued(space: Space, name: str) -> bool:
+    job = space.get("pytorchjob", name)
+    return bool(job and labels_of(job).get(QUEUE) == "research" and is_suspended(job))
+
+
+def suspend(space: Space, name: str, wish: bool = True) -> None:
+    patch = {"spec": {"runPolicy": {"suspend": wish}}}
+    space.kubectl("patch", "pytorchjob", name, "--type=merge", "--patch", json.dumps(patch))
+
+
+def hold(space: Space, client: Client, stage: str) -> None:
+    """For longer than a pod may stay unschedulable."""
+    space.never(f"{stage} did not wait for its queue", lambda: not client.is_alive() or space.pods("llama", stage), 9)
+
+
+def test_pods_that_train_are_not_disrupted_and_have_120_s_to_save(space: Space) -> None:
+    llama = space.release(3)
+    client = llama.start_install(values(compile="sleep 2", train=FOR_EVER))
+    for stage in ("compile", "train"):
+        for pod in space.wait_for_training("llama", stage=stage):
+            assert annotations_of(pod)["karpenter.sh/do-not-disrupt"] == "true"
+            assert pod["spec"]["terminationGracePeriodSeconds"] == 120
+    assert client.is_alive()
