@@ -1,0 +1,84 @@
+"""Releases beside each other: no name of one is another's, cluster-scoped ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from chart.manifests import Object, Values, merged
+from cluster.space import EFA, NEURON, SMALL, Space, run, stand_in, uids
+from genvalues.cluster.objects import INSTANCE
+
+KINDS = "configmaps,serviceaccounts,roles,rolebindings,pvc,jobs,pytorchjobs,pods"
+OF_ITS_OWN: Values = {
+    "devices": {NEURON: 1, EFA: 1},  # that several fit on a node
+    "storage": {"enabled": True, "existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": "folder"},
+    "evaluation": {"enabled": False},
+    "dataset": {"evalFraction": 0},
+}
+
+
+def objects_of(space: Space, release: str) -> dict[str, Object]:
+    """What a release has in its namespace and in the cluster, by kind and name."""
+    listed = space.list(KINDS, f"{INSTANCE}={release}")
+    return {f"{item['kind']}/{item['metadata']['name']}": item for item in listed}
+
+
+def cluster_scoped(space: Space) -> set[str]:
+    listed = run(["kubectl", "get", "clusterroles,clusterrolebindings,storageclasses", "-o", "name"]).output.split()
+    return {name.partition("/")[2] for name in listed if f"/{space.name}." in name}
+
+
+def test_releases_side_by_side_and_of_the_same_name_in_two_namespaces_do_not_touch_each_other(
+    new_space: Callable[..., Space],
+) -> None:
+    """One trains while its two neighbours go through, and are uninstalled."""
+    here, there = new_space(), new_space()
+    trains = merged(stand_in(train="until [ -e /workspace/go-on ]; do sleep 0.5; done"), OF_ITS_OWN)
+    goes_through = merged(stand_in(), OF_ITS_OWN)
+
+    one = here.release(3, "one")
+    client = one.start_install(trains)
+    neighbours = [here.release(4, "two"), there.release(3, "one")]
+    clients = [neighbour.start_install(goes_through) for neighbour in neighbours]
+    workers = here.wait_for_training("one")
+    for neighbour, its_client in zip(neighbours, clients, strict=True):
+        assert its_client.wait(240).status == 0, its_client.output
+        assert neighbour.state == "deployed"
+
+    before = objects_of(here, "one")
+    for neighbour in neighbours:
+        neighbour.uninstall()
+    assert objects_of(there, "one").keys() == {"PersistentVolumeClaim/one-workspace"}
+    assert objects_of(here, "two").keys() == {"PersistentVolumeClaim/two-workspace"}
+    assert cluster_scoped(there) == set()
+    assert cluster_scoped(here) == {f"{here.name}.one-preflight"}
+    assert objects_of(here, "one").keys() == before.keys()
+    assert uids(here.wait_for_training("one")) == uids(workers)
+
+    here.kubectl("exec", "one-train-1-worker-0", "--", "touch", "/workspace/go-on")
+    assert client.wait(120).status == 0, client.output
+    assert one.state == "deployed"
+
+
+def test_storage_classes_of_releases_of_the_same_name_in_two_namespaces_are_two(
+    new_space: Callable[..., Space],
+) -> None:
+    """Made by the release, for FSx. (Its static volumes: test_storage.)"""
+    spaces = [new_space(), new_space()]
+    fsx = {
+        "createStorageClass": True,
+        "subnetId": "subnet-0123456789abcdef0",
+        "securityGroupIds": ["sg-0123456789abcdef0"],
+    }
+    makes_class = merged(SMALL, {"storage": {"enabled": True, "existingClaim": "", "kind": "fsx", "fsx": fsx}})
+    try:
+        for space in spaces:
+            space.release().install(makes_class, "--no-hooks")
+        for space in spaces:
+            name = f"{space.name}.llama-workspace"
+            assert name in cluster_scoped(space)
+            assert (
+                objects_of(space, "llama")["PersistentVolumeClaim/llama-workspace"]["spec"]["storageClassName"] == name
+            )
+    finally:
+        run(["kubectl", "delete", "storageclass", *(f"{space.name}.llama-workspace" for space in spaces)])
