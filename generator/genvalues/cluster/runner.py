@@ -95,7 +95,8 @@ def run(
         return TRY_AGAIN
     failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
     arguments = ["upgrade", "--install", release, str(chart), "--namespace", config.namespace]
-    status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT])
+    # Its notes would tell the reader of this log to uninstall the inner release.
+    status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT, "--hide-notes"])
     if status == 0:
         say("pipeline: done")
         return 0

@@ -45,9 +45,8 @@ def test_installs_the_inner_release_attached(
 ) -> None:
     helm = Helm(fake)
     assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm) == 0
-    assert helm.asked == [
-        f"upgrade --install demo-run {chart} --namespace team-a --values {inner_values} --timeout 720h"
-    ]
+    where = f"--namespace team-a --values {inner_values} --timeout 720h"
+    assert helm.asked == [f"upgrade --install demo-run {chart} {where} --hide-notes"]
 
 
 @pytest.mark.parametrize(
