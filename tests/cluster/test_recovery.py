@@ -1,0 +1,250 @@
+"""A later Helm command goes on where an earlier one has ended, however it has ended, and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chart.manifests import ROOT, Object, Values, merged
+from cluster.space import EFA, HELMS, NEURON, Client, Release, Space, holds, run, stand_in, succeeded, uids
+from genvalues.cluster.objects import (
+    COMPONENT,
+    FINGERPRINT,
+    JOB_NAME,
+    annotations_of,
+    component_of,
+    labels_of,
+    name_of,
+)
+
+UNTIL_TOLD = "until [ -e /workspace/told ]; do sleep 0.2; done"
+INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+OTHER_RATE: Values = {"training": {"learningRate": 1e-4}}
+# Small enough that others train on the node at the same time; and one stage less to wait for.
+SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+BEFORE_TRAINING, FROM_TRAINING_ON = ["tokenize", "compile"], ["train", "consolidate", "merge"]
+
+
+def values(*more: Values, **scripts: str) -> Values:
+    return merged(stand_in(**scripts), SMALLER, *more)
+
+
+def manifests(space: Space, stages: list[str]) -> list[Object]:
+    """With the time at which the stage ran, and its output's digests."""
+    return [space.volume.manifest("llama", stage) for stage in stages]
+
+
+def wait_for_trainers(space: Space, job: str) -> set[str]:
+    """The pods of a PyTorchJob, when both run."""
+    space.wait(f"{job} has begun", lambda: [pod for pod in space.pods("llama", "train") if job_of(pod) == job], 120)
+    pods = space.wait_for_training("llama")
+    assert {job_of(pod) for pod in pods} == {job}
+    return uids(pods)
+
+
+def job_of(pod: Object) -> str:
+    return labels_of(pod).get(JOB_NAME, "")
+
+
+def trainers_at_once(space: Space) -> int:
+    """The most PyTorchJobs of the stage of which pods ran at the same time, in all that was seen."""
+    working: dict[str, str] = {}
+    most = 0
+    for one in space.history.sightings:
+        if one.item["kind"] == "Pod" and component_of(one.item) == "train":
+            statuses = one.item["status"].get("containerStatuses", [])
+            works = one.change != "DELETED" and any("running" in (each.get("state") or {}) for each in statuses)
+            working.pop(one.item["metadata"]["uid"], None)
+            working |= {one.item["metadata"]["uid"]: job_of(one.item)} if works else {}
+            most = max(most, len(set(working.values())))
+    return most
+
+
+def test_upgrade_goes_on_at_the_failed_stage_and_no_change_in_the_middle_lets_two_trainers_work(
+    space: Space, helm: int
+) -> None:
+    """Failed, upgraded; in the middle of training upgraded with another learning rate, and rolled back."""
+    llama = space.release(helm)
+    llama.install(values(train="echo no room on the device; exit 2"), status=1)
+    before = manifests(space, BEFORE_TRAINING)
+
+    training = values(train=UNTIL_TOLD)
+    client = llama.start_upgrade(training)
+    wait_for_trainers(space, "llama-train-2")
+    assert manifests(space, BEFORE_TRAINING) == before
+    first = annotations_of(job(space, "llama-train-2"))[FINGERPRINT]
+
+    client.kill(signal.SIGINT)  # as docs/operations.md has it
+    client = llama.start_upgrade(merged(training, OTHER_RATE))
+    wait_for_trainers(space, "llama-train-3")
+    assert annotations_of(job(space, "llama-train-3"))[FINGERPRINT] != first
+    assert manifests(space, BEFORE_TRAINING) == before
+
+    client.kill(signal.SIGINT)
+    rolled_back = llama("rollback", "llama", "2", "--timeout", "5m")
+    assert rolled_back.status == 0, rolled_back.output
+    assert not space.pods("llama") and not space.list("pytorchjobs", f"{llama.instance},{COMPONENT}=train")
+    assert llama.state == "deployed" and learning_rate(space) == 5e-5
+
+    space.volume.run("touch told")
+    llama.upgrade(training)
+    assert llama.state == "deployed"
+    assert manifests(space, BEFORE_TRAINING) == before
+    assert [each["fingerprint"] for each in manifests(space, ["train"])] == [first]
+    assert manifests(space, ["merge"])
+    assert trainers_at_once(space) == 1
+
+
+def job(space: Space, name: str) -> Object:
+    found = space.get("pytorchjob", name)
+    assert found
+    return found
+
+
+def learning_rate(space: Space) -> float:
+    config = space.get("configmap", "llama-config")
+    assert config
+    return float(yaml.safe_load(config["data"]["run.yaml"])["training"]["learningRate"])
+
+
+def test_documented_commands_go_on_after_a_killed_client_and_the_trainers_live(
+    space: Space, helm: int, tmp_path: Path
+) -> None:
+    llama = space.release(helm)
+    training = values(train=UNTIL_TOLD)
+    client = llama.start_install(training)
+    trainers = wait_for_trainers(space, "llama-train-1")
+    client.kill()
+    assert llama.state == "pending-install"
+    refused = llama.upgrade(training, status=1)
+    assert "another operation" in refused.output
+
+    (tmp_path / "helm").symlink_to(HELMS[helm])
+    (tmp_path / "chart").symlink_to(ROOT / "chart")
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(training))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    going_on = Client(["bash", "-exc", f"cd {tmp_path}\n{documented(llama)}"], environment)
+    space.clients.append(going_on)
+    goes_on_with(space, trainers, going_on)
+    assert llama.state == "deployed"
+
+
+def documented(llama: Release) -> str:
+    """The commands by hand of docs/operations.md, after the lines that set what they use."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    settings = page.partition("\n## ")[0]
+    by_hand = page.partition("\n## The Helm client was killed")[2].partition("By hand:")[2].partition("\n## ")[0]
+    blocks = ["\n".join(re.findall(r"^ {4}(\S.*)", text, re.MULTILINE)) for text in (settings, by_hand)]
+    assert "rollback" in blocks[1] and "upgrade" in blocks[1]
+    assert "NS=kubeflow R=llama-lora " in blocks[0]
+    return f"{blocks[0]}\n".replace("NS=kubeflow R=llama-lora ", f"NS={llama.space.name} R=llama ") + blocks[1]
+
+
+def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
+    """The next client's gate follows the training that runs, which then ends, and so does the pipeline."""
+    follows = "train: following PyTorchJob llama-train-1"
+    space.wait("a gate that follows", lambda: follows in space.log("job/llama-train-gate"), 120)
+    space.volume.run("touch told")
+    ended = client.wait(120)
+    assert ended.status == 0, ended.output
+    assert uids(space.history.pods(**{COMPONENT: "train"})) == trainers
+    assert manifests(space, FROM_TRAINING_ON)
+
+
+def test_genvalues_install_by_itself_goes_on_after_it_was_killed_and_the_trainers_live(
+    space: Space, tmp_path: Path
+) -> None:
+    llama = space.release(4)
+    inputs = tmp_path / "finetune.yaml"
+    training = values(train=UNTIL_TOLD)
+    inputs.write_text(
+        yaml.safe_dump(
+            {
+                "name": "llama",
+                "model": training.pop("model"),
+                "dataset": training.pop("dataset"),
+                "instance": "cpu",
+                "nodes": training["parallelism"]["nodes"],
+                "cpu": {"processes": 1},
+                "chartValues": training,
+            }
+        )
+    )
+    install = [str(Path(sys.executable).with_name("genvalues")), "install", str(inputs), "--namespace", space.name]
+    client = Client(install, dict(os.environ))
+    space.clients.append(client)
+    trainers = wait_for_trainers(space, "llama-train-1")
+    client.kill()
+    assert llama.state == "pending-install"
+
+    again = Client(install, dict(os.environ))
+    space.clients.append(again)
+    goes_on_with(space, trainers, again)
+    assert llama.state == "deployed"
+
+
+@pytest.mark.node
+def test_upgrade_with_nothing_changed_asks_for_no_neuron_and_takes_5_s_a_stage_and_another_rate_only_trains(
+    space: Space,
+) -> None:
+    """Also while there is no node with Neuron devices. Then with another learning rate, of which only train and what
+    comes after it know."""
+    llama = space.release(4)
+    llama.install(values())
+    before, after = manifests(space, BEFORE_TRAINING), manifests(space, FROM_TRAINING_ON)
+
+    with no_neuron_node():
+        began = time.monotonic()
+        llama.upgrade(values())
+    assert manifests(space, BEFORE_TRAINING) + manifests(space, FROM_TRAINING_ON) == before + after
+    assert asking_for_neuron(space, began) == set()
+    took = seconds_of_jobs(space, began)
+    assert took.keys() == {"preflight", "tokenize", "compile-gate", "train-gate", "consolidate", "merge"}
+    assert {stage: seconds for stage, seconds in took.items() if seconds > 5} == {}
+
+    began = time.monotonic()
+    llama.upgrade(values(OTHER_RATE))
+    assert asking_for_neuron(space, began) == {"train"}
+    assert manifests(space, BEFORE_TRAINING) == before
+    now = manifests(space, FROM_TRAINING_ON)
+    assert not {each["fingerprint"] for each in after} & {each["fingerprint"] for each in now}
+
+
+@contextmanager
+def no_neuron_node() -> Iterator[None]:
+    """The label by which train chooses its nodes is taken from all of them for a while."""
+    listed = json.loads(run(["kubectl", "get", "nodes", "-l", INSTANCE_TYPE, "-o", "json"]).output)["items"]
+    labels = {name_of(node): labels_of(node)[INSTANCE_TYPE] for node in listed}
+    try:
+        for node in labels:
+            assert run(["kubectl", "label", "node", node, f"{INSTANCE_TYPE}-"]).status == 0
+        yield
+    finally:
+        for node, instance_type in labels.items():
+            run(["kubectl", "label", "node", node, "--overwrite", f"{INSTANCE_TYPE}={instance_type}"])
+
+
+def asking_for_neuron(space: Space, began: float) -> set[str]:
+    """The stages of which a pod that asks for devices was made since."""
+    made = [one.item for one in space.history.sightings if one.at > began and one.change == "ADDED"]
+    pods = [item for item in made if item["kind"] == "Pod" and (holds(item, NEURON) or holds(item, EFA))]
+    return {component_of(pod) for pod in pods}
+
+
+def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
+    """From each stage's Job's creation to its success, of the Jobs made since."""
+    since = [one for one in space.history.sightings if one.at > began and one.item["kind"] == "Job"]
+    made = {one.item["metadata"]["uid"]: one for one in since if one.change == "ADDED"}
+    ended = {one.item["metadata"]["uid"]: one.at for one in reversed(since) if succeeded(one.item)}
+    seconds = {component_of(one.item): ended[uid] - one.at for uid, one in made.items()}
+    return {stage: took for stage, took in seconds.items() if not stage.startswith("cleanup")}
