@@ -152,11 +152,14 @@ def test_the_notes_say_how_to_follow_where_the_result_is_and_how_to_uninstall(
         "helm -n research test llama --logs",
         "helm -n research uninstall llama --timeout",
         "helm -n research uninstall llama --no-hooks",
+        "app.kubernetes.io/component in (cleanup,verify)'",
         "preflight, storage-prepare, tokenize, compile, train, consolidate, merge, evaluate",
     ]:
         assert promised in text, text
     assert ("--timeout 48h" in text) == (mode == "attached"), "Helm waits 5 minutes for a stage, if not told otherwise"
     assert ("llama-run" in text) == (mode == "detached")
+    by_hand = [line for line in text.splitlines() if "delete" in line and "jobs -l" in line]
+    assert by_hand and all(line.endswith(" --cascade=foreground") for line in by_hand), "the next line comes too early"
 
 
 def notes(values: Values, helm: int, folder: Path) -> str:

@@ -125,6 +125,9 @@ def stop_stages(api: Api, selector: str, say: Callable[[str], None]) -> list[str
             say(f"deleting {left[-1]}")
             # Foreground: the operator makes no new pods while the old ones end.
             api.delete(kinds.PYTORCH_JOBS, name_of(job), propagation="Foreground")
+    for pod in filter(is_stage, api.list(kinds.PODS, labels=selector)):  # of `helm test`: nothing owns it
+        left.append(f"pod/{name_of(pod)}")
+        api.delete(kinds.PODS, name_of(pod))
     return left + running_pods(api, selector)
 
 

@@ -110,6 +110,12 @@ def test_finished_jobs_and_a_suspended_leftover_are_deleted(fake: FakeApi, api: 
     assert (fake.names("jobs"), fake.names("pytorchjobs"), fake.names("pods")) == ([], [], [])
 
 
+def test_the_pod_of_helm_test_goes_too_though_nothing_owns_it(fake: FakeApi, api: Api) -> None:
+    fake.add("pods", {"metadata": job("demo-verify", "verify")["metadata"], "status": {"phase": "Succeeded"}})
+    clean(api)
+    assert fake.names("pods") == []
+
+
 def test_works_where_the_training_operator_is_not_installed(fake: FakeApi, api: Api) -> None:
     job_controller(fake)
     fake.crds = set()

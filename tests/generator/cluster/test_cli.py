@@ -254,6 +254,7 @@ def test_cleanup_asks_for_no_more_than_its_documented_rights(fake: FakeApi, monk
     monkeypatch.setitem(cleanup.cleanup.__kwdefaults__, "interval", 0.02)
     fake.add("jobs", job("demo-tokenize", "tokenize"))
     fake.add("pytorchjobs", pytorch_job(OWN))
+    fake.add("pods", {"metadata": job("demo-verify", "verify")["metadata"]})
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     assert invoke("cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5").exit_code == 0
     assert set(fake.requests) == documented_rights("cleanup")
