@@ -31,7 +31,7 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     gate       pods/log                           get
     gate       events                             list
     cleanup    jobs.batch                         list patch delete
-    cleanup    pods                               list
+    cleanup    pods                               list delete
     cleanup    pytorchjobs.kubeflow.org           list delete
     runner     secrets                            list update
     runner     jobs.batch                         list patch
@@ -42,15 +42,17 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     install    secrets                            list update
     install    jobs.batch                         list patch
 
-What Helm asks on top, in detached mode: for the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 watches every
-hook), and for cleanup's ``helm uninstall RELEASE-run --no-hooks``.
+What Helm asks on top, in detached mode: for the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 applies on the
+server's side and watches every hook), and for cleanup's ``helm uninstall RELEASE-run --no-hooks``. The runner's is
+measured: tests/cluster/test_detached.py holds its Role to what the API server is asked for. To list PyTorchJobs, and
+then to watch them, is what Helm does where the API server, before 1.34, does not do both at once.
 
     command    resource                           verbs
     upgrade    secrets                            get list create update delete
-    upgrade    configmaps                         get create patch delete
-    upgrade    jobs.batch                         get list watch create patch delete
-    upgrade    pytorchjobs.kubeflow.org           get list watch create patch delete
-    upgrade    pods                               get list
+    upgrade    configmaps                         get create patch
+    upgrade    jobs.batch                         list watch create patch delete
+    upgrade    pytorchjobs.kubeflow.org           list watch create patch
+    upgrade    pods                               list
     upgrade    pods/log                           get
     uninstall  secrets                            get list update delete
     uninstall  configmaps                         get delete
