@@ -1,0 +1,171 @@
+"""Uninstall stops what runs and waits for it, whatever has become of Helm's client; what is on the volume stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from chart.manifests import ROOT, Values, merged
+from cluster.space import CLAIM, EFA, HELMS, NEURON, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
+from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
+
+UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
+# Small enough that others train on the node at the same time; and one stage less to wait for.
+SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+DETACHED: Values = {"pipeline": {"mode": "detached"}}
+NOT_THERE: Values = image("localhost/none:1")
+EVERYTHING = "pods,jobs,pytorchjobs,configmaps,secrets,serviceaccounts,roles,rolebindings"
+
+
+def values(*more: Values, **scripts: str) -> Values:
+    return merged(stand_in(**scripts), SMALLER, *more)
+
+
+def left_of(space: Space) -> list[str]:
+    """What is still there of the release, its inner one and Helm's records, finished pods included; not the claim."""
+    found = []
+    for selector in (f"{INSTANCE} in (llama,llama-run)", "owner=helm"):
+        found += space.kubectl("get", EVERYTHING, "-l", selector, "-o", "name").split()
+    everywhere = run(["kubectl", "get", "clusterroles,clusterrolebindings", "-o", "name"]).output.split()
+    return found + [name for name in everywhere if f"/{space.name}." in name]
+
+
+def stages_after(space: Space, moment: float) -> set[str]:
+    """Those of which a pod or a job was made after it; the cleanup apart."""
+    first = {one.item["metadata"]["uid"]: one for one in reversed(list(space.history.sightings))}
+    made = [labels_of(one.item) for one in first.values() if one.at > moment]
+    return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
+
+
+def test_uninstall_in_the_middle_of_training_stops_everything_and_reinstall_goes_on(space: Space, helm: int) -> None:
+    """First with a client that is alive and waits for the training, then with one that was killed."""
+    llama = space.release(helm)
+    alive = llama.start_install(values(train=UNTIL_TOLD))
+    space.wait_for_training("llama")
+    compiled = space.volume.manifest("llama", "compile")
+    uninstall_leaves_only_the_volume(llama)
+    assert alive.wait(60).status != 0
+
+    killed = llama.start_install(values(train=UNTIL_TOLD))
+    space.wait_for_training("llama")
+    assert space.volume.manifest("llama", "compile") == compiled  # with the time it ran at
+    killed.kill()
+    uninstall_leaves_only_the_volume(llama)
+
+
+def uninstall_leaves_only_the_volume(llama: Release) -> None:
+    space, began = llama.space, time.monotonic()
+    uninstalled = llama.uninstall()
+    assert uninstalled.seconds < 60
+    assert left_of(space) == []
+    assert stages_after(space, began) == set()
+    claimed = space.get("pvc", CLAIM)
+    assert claimed and claimed["status"]["phase"] == "Bound"
+    assert space.volume.exists("runs/llama/stages/compile.json")
+
+
+def test_uninstall_of_a_detached_release_takes_the_inner_one_along_and_lets_the_trainers_save(space: Space) -> None:
+    """35 seconds: more than the 30 that a pod has by default."""
+    save = {"STAND_IN_AT_STOP": "sleep 35; touch /workspace/saved-by-$HOSTNAME"}
+    llama = space.release(3)
+    llama.install(values(DETACHED, {"stages": {"train": {"extraEnv": save}}}, train=UNTIL_TOLD))
+    trainers = space.wait_for_training("llama-run")
+    uninstall_leaves_only_the_volume(llama)
+    for pod in trainers:
+        assert space.volume.exists(f"saved-by-{name_of(pod)}")
+
+
+def test_the_volume_that_the_chart_claimed_is_kept_by_uninstall_and_taken_again(
+    new_space: Callable[..., Space],
+) -> None:
+    """Uninstalled while a stage that is a plain Job runs, and when everything has ended, `helm test` included."""
+    space = new_space()
+    own = {
+        "storage": {
+            "enabled": True,
+            "existingClaim": "",
+            "kind": "generic",
+            "storageClass": STORAGE_CLASS,
+            "size": "1Gi",
+        }
+    }
+    llama = space.release(4)
+    client = llama.start_install(values(own, tokenize="echo kept > /workspace/mine; sleep 600"))
+    space.wait("tokenize", lambda: [p for p in space.pods("llama", "tokenize") if p["status"]["phase"] == "Running"])
+    began = time.monotonic()
+    assert llama.uninstall().seconds < 60
+    assert client.wait(60).status != 0
+    assert (left_of(space), stages_after(space, began)) == ([], set())
+    claimed = space.get("pvc", "llama-workspace")
+    assert claimed and claimed["status"]["phase"] == "Bound"
+
+    llama.install(values(own))
+    assert llama("test", "llama").status == 0
+    llama.uninstall()
+    assert left_of(space) == []
+    now = space.get("pvc", "llama-workspace")
+    assert now and now["metadata"]["uid"] == claimed["metadata"]["uid"]
+    space.apply(files_pod("look", "llama-workspace"))
+    space.kubectl("wait", "--for=condition=Ready", "pod/look", "--timeout=60s")
+    there = space.kubectl("exec", "look", "--", "ls", "mine", "runs/llama/merge-output/done")
+    assert there.split() == ["mine", "runs/llama/merge-output/done"]
+
+
+def test_where_the_image_cannot_be_pulled_uninstall_ends_and_the_documented_commands_leave_nothing(
+    new_space: Callable[..., Space], tmp_path: Path
+) -> None:
+    """A first install; and upgrades to such an image in the middle of training, attached and detached."""
+    first, attached, detached = (new_space().release(helm) for helm in (3, 3, 4))
+    for llama in (first, attached, detached):
+        llama.space.volume.create()
+
+    installing = first.start_install(merged(values(), NOT_THERE))
+    training = attached.start_install(values(train=UNTIL_TOLD))
+    detached.install(values(DETACHED, train=UNTIL_TOLD))
+    attached.space.wait_for_training("llama")
+    training.kill(signal.SIGINT)
+    upgrading = attached.start_upgrade(merged(values(train=UNTIL_TOLD), NOT_THERE))
+    detached.space.wait_for_training("llama-run")
+    detached.upgrade(values(DETACHED, NOT_THERE, train=UNTIL_TOLD))
+    for llama in (first, attached, detached):
+        llama.space.wait(
+            "a pod without its image", lambda llama=llama: any(map(why_not_started, llama.space.pods("llama")))
+        )
+    installing.kill()
+    upgrading.kill()
+
+    uninstalls = [llama.start("uninstall", "llama", "--timeout", "3m") for llama in (first, attached, detached)]
+    for uninstall in uninstalls:
+        ended = uninstall.wait(150)
+        assert ended.status != 0, ended.output
+    attached.space.wait_for_training("llama")
+    detached.space.wait_for_training("llama-run")
+
+    commands = {first: documented(first), attached: noted(attached), detached: noted(detached)}
+    for llama, lines in commands.items():
+        assert f"helm -n {llama.space.name} uninstall llama --no-hooks" in lines or "uninstall $R --no-hooks" in lines
+        (tmp_path / "helm").unlink(missing_ok=True)
+        (tmp_path / "helm").symlink_to(HELMS[llama.helm])
+        done = run(["env", f"PATH={tmp_path}:{os.environ['PATH']}", "bash", "-exc", lines])
+        assert done.status == 0, done.output
+        assert left_of(llama.space) == []
+        assert llama.space.get("pvc", CLAIM)
+
+
+def noted(llama: Release) -> str:
+    """The commands that the release's notes give for the case."""
+    notes = llama("get", "notes", "llama").output.partition("Where the image cannot be pulled")[2]
+    return "\n".join(re.findall(r"^ {2}(\S.*)", notes, re.M))
+
+
+def documented(llama: Release) -> str:
+    """Those of docs/operations.md, after the lines that set what they use."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    settings = page.partition("\n## ")[0]
+    section = page.partition("\n## The image cannot be pulled")[2].partition("\n## ")[0]
+    blocks = ["\n".join(re.findall(r"^ {4}(\S.*)", text, re.M)) for text in (settings, section)]
+    return f"{blocks[0]}\n".replace("NS=kubeflow R=llama-lora ", f"NS={llama.space.name} R=llama ") + blocks[1]

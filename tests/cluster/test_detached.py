@@ -1,0 +1,278 @@
+"""Mode detached: nobody's computer is needed, the runner's Job tells the outcome, and no change makes two trainers."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import urllib3
+import yaml
+from kubernetes import client
+
+from chart.manifests import CHART, Object, Values, merged
+from cluster.local import node
+from cluster.space import EFA, HELMS, NEURON, Client, Space, labels_of, stand_in, succeeded, uids
+from genvalues.cluster import config, runner
+from genvalues.cluster.api import connect
+from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotations_of, condition, name_of
+from genvalues.errors import EXIT_USER_ERROR
+
+UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
+# Small enough that others train on the node at the same time; and one stage less to wait for.
+DETACHED: Values = {"pipeline": {"mode": "detached"}, "devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+
+
+def detached(*more: Values, **scripts: str) -> Values:
+    return merged(stand_in(**scripts), DETACHED, *more)
+
+
+def outcome(space: Space, revision: int = 1, seconds: float = 150.0) -> str:
+    """How the runner's Job ended."""
+
+    def ended() -> str | None:
+        job = space.get("job", f"llama-runner-{revision}")
+        return next((kind for kind in ("Complete", "Failed") if job and condition(job, kind)), None)
+
+    return space.wait(f"the end of runner {revision}", ended, seconds)
+
+
+def trainers(space: Space) -> set[str]:
+    """Every train pod there has been."""
+    return uids(space.history.pods(**{COMPONENT: "train"}))
+
+
+def test_install_returns_in_seconds_and_the_pipeline_goes_on_without_the_client_and_the_runner_s_pod(
+    space: Space,
+) -> None:
+    llama = space.release(3)
+    installed = llama.install(detached(train=UNTIL_TOLD))
+    assert installed.seconds < 15
+    first = uids(space.wait_for_training("llama-run"))
+    [pod] = space.pods("llama", "runner")
+    space.kubectl("delete", "pod", name_of(pod), "--force", "--grace-period=0")
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 90)
+    space.volume.run("touch told")
+    assert outcome(space) == "Complete"
+    assert trainers(space) == first
+    tested = llama("test", "llama", "--logs")
+    assert tested.status == 0 and re.search(r"merge: .*all as written", tested.output), tested.output
+
+
+@pytest.mark.node
+def test_the_pipeline_goes_on_with_the_api_server_away_in_the_middle_of_training(space: Space) -> None:
+    space.release(4).install(detached(train=UNTIL_TOLD))
+    first = uids(space.wait_for_training("llama-run"))
+    node.restart_api_server(away=20)
+    assert uids(space.wait_for_training("llama-run")) == first
+    space.volume.run("touch told")
+    assert outcome(space) == "Complete"
+    assert trainers(space) == first
+
+
+def test_a_stage_that_fails_fails_the_runner_s_job_at_once_and_without_a_retry(space: Space) -> None:
+    """Status 2, after which no stage is retried, and a status that has used up its retries."""
+    llama = space.release(4)
+    values = [
+        detached(tokenize="echo no such column; exit 2"),
+        detached({"stages": {"tokenize": {"backoffLimit": 0}}}, tokenize="echo no such column; exit 7"),
+    ]
+    for revision, install in enumerate([llama.install, llama.upgrade], 1):
+        install(values[revision - 1])
+        assert outcome(space, revision) == "Failed"
+        told = time.monotonic()
+        of_stage = [one for one in list(space.history.sightings) if name_of(one.item) == "llama-run-tokenize"]
+        failed = [one.at for one in of_stage if condition(one.item, "Failed")]
+        assert told - max(failed) < 15
+        assert len(space.history.pods(**{"batch.kubernetes.io/job-name": f"llama-runner-{revision}"})) == 1
+        log = space.log(f"job/llama-runner-{revision}")
+        assert "no such column" in log and "pipeline: llama-run-tokenize failed: " in log, log
+
+
+def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_never_two_at_once(space: Space) -> None:
+    llama = space.release(4)
+    values = detached(train=UNTIL_TOLD)
+    llama.install(values)
+    first = uids(space.wait_for_training("llama-run"))
+    fingerprint = train_fingerprint(space)
+
+    llama.upgrade(values)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 90)
+    assert trainers(space) == first
+
+    llama.upgrade(merged(values, {"training": {"learningRate": 1e-3}}))
+    space.wait("a training of its own", lambda: trainers(space) - first, 90)
+    second = uids(space.wait_for_training("llama-run"))
+    assert not second & first and train_fingerprint(space) != fingerprint
+
+    rolled_back = llama("rollback", "llama", "1", "--timeout", "3m")
+    assert rolled_back.status == 0, rolled_back.output
+    third = uids(space.wait_for_training("llama-run"))
+    assert not third & (first | second)
+    space.volume.run("touch told")
+    space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}), 90)
+    assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # made again
+    assert space.volume.manifest("llama", "train")["fingerprint"] == fingerprint
+    assert trainings_at_once(space) == 1
+
+
+def train_fingerprint(space: Space) -> str:
+    [job] = [job for job in space.list("pytorchjobs", f"{COMPONENT}=train") if FINGERPRINT in annotations_of(job)]
+    return annotations_of(job)[FINGERPRINT]
+
+
+def trainings_at_once(space: Space) -> int:
+    """The most PyTorchJobs of train that had pods at the same moment."""
+    most, alive = 0, {}
+    for one in list(space.history.sightings):
+        if one.item["kind"] == "Pod" and labels_of(one.item).get(COMPONENT) == "train":
+            over = one.change == "DELETED" or one.item["status"].get("phase") in {"Succeeded", "Failed"}
+            alive[one.item["metadata"]["uid"]] = None if over else labels_of(one.item)[JOB_NAME]
+            most = max(most, len({job for job in alive.values() if job}))
+    return most
+
+
+def test_the_runner_s_role_has_nothing_that_it_does_not_use(space: Space, tmp_path: Path) -> None:
+    """The runner works here, with its account's token, through a proxy that notes what the API server is asked for.
+
+    A Helm client that is killed, one that takes over and sees a stage fail, one with a changed configuration. Listing
+    PyTorchJobs is what Helm does before a watch where the API server (before 1.34) cannot do both at once.
+    """
+    compiling = f"{UNTIL_TOLD}; exit 2"
+    nowhere: Values = {"stages": {"runner": {"nodeSelector": {"no-such": "node"}}}}
+    space.release(4).install(detached(nowhere, compile=compiling))
+    rendered = space.get("configmap", "llama-config")
+    assert rendered
+    for name, text in rendered["data"].items():
+        (tmp_path / name).write_text(text)
+    with recorder_for(space, "llama-runner") as recorder, ThreadPoolExecutor(1) as beside:
+        kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{recorder.server_port}")
+        environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "HELM_MAX_HISTORY": "1"}  # old records are deleted
+
+        def run_helm(arguments: list[str]) -> int:
+            space.clients.append(Client([str(HELMS[4]), *arguments], environment))
+            return space.clients[-1].process.wait()
+
+        def run_runner() -> int:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("KUBECONFIG", str(kubeconfig))
+                api = connect(space.name)
+            settings = config.load(tmp_path / "cluster.yaml")
+            values = tmp_path / "values.yaml"
+            return runner.run(api, settings, CHART, values, "llama-runner-1", print, interval=1.0, run_helm=run_helm)
+
+        killed = beside.submit(run_runner)
+        space.wait_for_training("llama-run", stage="compile")
+        space.clients[-1].kill()
+        assert killed.result(60) == runner.TRY_AGAIN
+        fails = beside.submit(run_runner)
+        space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 90)
+        space.volume.run("touch told")
+        assert fails.result(90) == EXIT_USER_ERROR
+        changed = yaml.safe_load((tmp_path / "values.yaml").read_text())
+        (tmp_path / "values.yaml").write_text(yaml.safe_dump(merged(changed, {"lora": {"r": 2}})))
+        assert beside.submit(run_runner).result(90) == EXIT_USER_ERROR
+    [role] = space.list("roles", f"{COMPONENT}=runner")
+    unused = granted(role) - recorder.asked - {("list", "pytorchjobs.kubeflow.org")}
+    assert not unused, " ".join(map(str, sorted(unused)))
+
+
+def granted(role: Object) -> set[tuple[str, str]]:
+    return {
+        (verb, f"{resource}.{group}" if group else resource)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+OF_A_NAMESPACE = re.compile(r"/(?:api|apis/([^/]+))/[^/]+/namespaces/[^/]+/([^/]+)(?:/([^/]+)(?:/([^/]+))?)?$")
+VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+
+
+class Recorder(ThreadingHTTPServer):
+    """Passes requests on to the API server with a token, and keeps the verb and the resource of each."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__(("127.0.0.1", 0), Passing)
+        settings = client.Configuration.get_default_copy()
+        self.server = settings.host
+        self.token = token
+        self.pool = urllib3.PoolManager(ca_certs=settings.ssl_ca_cert, maxsize=20)
+        self.asked: set[tuple[str, str]] = set()
+
+    def note(self, method: str, target: str, status: int) -> None:
+        url = urlsplit(target)
+        if found := OF_A_NAMESPACE.match(url.path):  # the rest is discovery
+            group, resource, name, part = found.groups()
+            resource = f"{resource}/{part}" if part else resource
+            resource = f"{resource}.{group}" if group else resource
+            reading = "get" if name else "watch" if "watch=" in url.query else "list"
+            self.asked.add((VERBS.get(method, reading), resource))
+            if status == HTTPStatus.CREATED:  # by a server-side apply, too, which Kubernetes then wants this right for
+                self.asked.add(("create", resource))
+
+
+class Passing(BaseHTTPRequestHandler):
+    server: Recorder
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: self.headers[name] for name in ("Accept", "Content-Type") if name in self.headers}
+        answer = self.server.pool.request(
+            self.command,
+            self.server.server + self.path,
+            body=body,
+            headers={**headers, "Authorization": f"Bearer {self.server.token}"},
+            preload_content=False,
+            timeout=600.0,
+            retries=False,
+        )
+        self.server.note(self.command, self.path, answer.status)
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers["Content-Type"])
+        self.end_headers()
+        with suppress(ConnectionError):  # who asked has gone
+            for piece in answer.stream(amt=None):
+                self.wfile.write(piece)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def recorder_for(space: Space, account: str) -> Iterator[Recorder]:
+    with Recorder(space.kubectl("create", "token", account).strip()) as recorder, ThreadPoolExecutor(1) as beside:
+        beside.submit(recorder.serve_forever)
+        try:
+            yield recorder
+        finally:
+            recorder.shutdown()
+
+
+def write_kubeconfig(path: Path, server: str) -> Path:
+    context = {"cluster": "here", "user": "here"}
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "here",
+                "clusters": [{"name": "here", "cluster": {"server": server}}],
+                "users": [{"name": "here", "user": {}}],
+                "contexts": [{"name": "here", "context": context}],
+            }
+        )
+    )
+    return path
