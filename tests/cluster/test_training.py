@@ -29,7 +29,7 @@ from cluster.space import (
 from genvalues.cluster.objects import labels_of
 from trainer.conftest import make_model, write_rows
 
-STEPS, SAVE_STEPS = 300, 20
+STEPS, SAVE_STEPS = 150, 10
 TRAINING: Values = merged(
     SMALL,
     image(TRAINER_IMAGE),
@@ -45,6 +45,7 @@ TRAINING: Values = merged(
             "saveSteps": SAVE_STEPS,
         },
         "evaluation": {"maxRows": 8, "samples": 1, "maxNewTokens": 8},
+        "stageDefaults": {"extraEnv": {"OMP_NUM_THREADS": 1}},  # two workers on what may be two cores
     },
 )
 
@@ -63,7 +64,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     space = Space("trained")
     try:
         space.volume.create()
-        space.volume.copy_in(make_model(folder / "model"), write_rows(folder / "rows.jsonl", 200))
+        space.volume.copy_in(
+            make_model(folder / "model", initializer_range=0.1), write_rows(folder / "rows.jsonl", 200)
+        )
         release = space.release(helm=3)
         yield Trained(space, release, release.install(TRAINING).output)
     finally:
@@ -81,7 +84,7 @@ def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
         json.loads(line)["loss"] for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()
     ]
     assert len(losses) == STEPS
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), "it has learned something"
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "it has learned something"
 
     merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", tmp_path))
     base_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("model", tmp_path))
@@ -128,7 +131,7 @@ def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(traine
     finally:
         volume.run("mv spare runs/llama/merged/model.safetensors")
     assert spoilt.status != 0
-    assert "merged/model.safetensors" in spoilt.output and "sha256" in spoilt.output.lower()
+    assert "merged/model.safetensors" in spoilt.output and "SHA-256" in spoilt.output
 
 
 def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(trained: Trained) -> None:
