@@ -167,19 +167,16 @@ def test_genvalues_install_by_itself_goes_on_after_it_was_killed_and_the_trainer
     llama = space.release(4)
     inputs = tmp_path / "finetune.yaml"
     training = values(train=UNTIL_TOLD)
-    inputs.write_text(
-        yaml.safe_dump(
-            {
-                "name": "llama",
-                "model": training.pop("model"),
-                "dataset": training.pop("dataset"),
-                "instance": "cpu",
-                "nodes": training["parallelism"]["nodes"],
-                "cpu": {"processes": 1},
-                "chartValues": training,
-            }
-        )
-    )
+    written = {
+        "name": "llama",
+        "model": training.pop("model"),
+        "dataset": training.pop("dataset"),
+        "instance": "cpu",
+        "nodes": training["parallelism"]["nodes"],
+        "cpu": {"processes": 1},
+        "chartValues": training,
+    }
+    inputs.write_text(json.dumps(written, indent=2))  # YAML too, and without aliases, which are refused
     install = [str(Path(sys.executable).with_name("genvalues")), "install", str(inputs), "--namespace", space.name]
     client = Client(install, dict(os.environ))
     space.clients.append(client)
