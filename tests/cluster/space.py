@@ -161,6 +161,13 @@ class History:
         latest = {pod["metadata"]["uid"]: pod for pod in pods}
         return [pod for pod in latest.values() if labels.items() <= labels_of(pod).items()]
 
+    def made_since(self, moment: float) -> list[Sighting]:
+        """The first sight of each object that was not there before. (ADDED comes again with each new watch.)"""
+        first: dict[str, Sighting] = {}
+        for one in list(self.sightings):
+            first.setdefault(one.item["metadata"]["uid"], one)
+        return [one for one in first.values() if one.at > moment]
+
     def first(self, what: Callable[[Object], bool]) -> float | None:
         """When an object was first in a state."""
         return next((one.at for one in list(self.sightings) if what(one.item)), None)

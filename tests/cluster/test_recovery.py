@@ -233,15 +233,14 @@ def no_neuron_node() -> Iterator[None]:
 
 def asking_for_neuron(space: Space, began: float) -> set[str]:
     """The stages of which a pod that asks for devices was made since."""
-    made = [one.item for one in space.history.sightings if one.at > began and one.change == "ADDED"]
+    made = [one.item for one in space.history.made_since(began)]
     pods = [item for item in made if item["kind"] == "Pod" and (holds(item, NEURON) or holds(item, EFA))]
     return {component_of(pod) for pod in pods}
 
 
 def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
     """From each stage's Job's creation to its success, of the Jobs made since."""
-    since = [one for one in space.history.sightings if one.at > began and one.item["kind"] == "Job"]
-    made = {one.item["metadata"]["uid"]: one for one in since if one.change == "ADDED"}
-    ended = {one.item["metadata"]["uid"]: one.at for one in reversed(since) if succeeded(one.item)}
-    seconds = {component_of(one.item): ended[uid] - one.at for uid, one in made.items()}
+    made = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
+    ended = {one.item["metadata"]["uid"]: one.at for one in reversed(space.history.sightings) if succeeded(one.item)}
+    seconds = {component_of(one.item): ended[one.item["metadata"]["uid"]] - one.at for one in made}
     return {stage: took for stage, took in seconds.items() if not stage.startswith("cleanup")}
