@@ -59,7 +59,7 @@ def test_install_returns_in_seconds_and_the_pipeline_goes_on_without_the_client_
     first = uids(space.wait_for_training("llama-run"))
     [pod] = space.pods("llama", "runner")
     space.kubectl("delete", "pod", name_of(pod), "--force", "--grace-period=0")
-    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 90)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
     space.volume.run("touch told")
     assert outcome(space) == "Complete"
     assert trainers(space) == first
@@ -105,11 +105,11 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_never
     fingerprint = train_fingerprint(space)
 
     llama.upgrade(values)
-    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 90)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
     assert trainers(space) == first
 
     llama.upgrade(merged(values, {"training": {"learningRate": 1e-3}}))
-    space.wait("a training of its own", lambda: trainers(space) - first, 90)
+    space.wait("a training of its own", lambda: trainers(space) - first, 150)
     second = uids(space.wait_for_training("llama-run"))
     assert not second & first and train_fingerprint(space) != fingerprint
 
@@ -174,7 +174,9 @@ def test_the_runner_s_role_has_nothing_that_it_does_not_use(space: Space, tmp_pa
         space.clients[-1].kill()
         assert killed.result(60) == runner.TRY_AGAIN
         fails = beside.submit(run_runner)
-        space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 90)
+        space.wait(
+            "a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 150
+        )
         space.volume.run("touch told")
         assert fails.result(90) == EXIT_USER_ERROR
         changed = yaml.safe_load((tmp_path / "values.yaml").read_text())
