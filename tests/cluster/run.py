@@ -1,9 +1,11 @@
 """`make test-cluster`: every promise of the chart, shown on a real Kubernetes.
 
 Starts a node of its own on this machine (root, Debian's packages, Go), runs tests/cluster on it and stops it again,
-also after a failure. CLUSTER=current uses the cluster of $KUBECONFIG instead: one with the training operator, whose
-nodes can get the images $TRAINER_IMAGE and $STAND_IN_IMAGE. CLUSTER=keep leaves the node running and says how to use it.
-Arguments are pytest's.
+also after a failure. Arguments are pytest's.
+
+CLUSTER=current    uses the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can get the
+                   images $TRAINER_IMAGE and $STAND_IN_IMAGE
+CLUSTER=keep       leaves the node running, and says how to use it
 """
 
 from __future__ import annotations

@@ -134,6 +134,7 @@ def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(traine
     assert "merged/model.safetensors" in spoilt.output and "SHA-256" in spoilt.output
 
 
+@pytest.mark.node
 def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(trained: Trained) -> None:
     space = trained.space
     client = start_training(trained, "disturbed")
