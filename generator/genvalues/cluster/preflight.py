@@ -19,7 +19,7 @@ from .objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen
 Level = Literal["ok", "warning", "error", "not checked"]
 
 BUDGET_SECONDS = 25.0  # findings are promised within 30 s; the 600 s that the chart gives the Job are for its image
-CLAIM_SECONDS = 17.0  # by then a provisioner that is alive has said something, and a static volume is bound (see below)
+CLAIM_SECONDS = 17.0  # a provisioner that is alive has said something by then; static volumes: see below
 OPERATOR_SECONDS = 10.0  # an operator that is alive marks a new job within one
 OPERATOR = "https://github.com/kubeflow/training-operator"
 INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
@@ -148,7 +148,7 @@ def check_storage(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
 
     A claim that is being provisioned gets a few seconds to settle, not the ten minutes that a new FSx file system
     takes: the stages that mount it wait for it anyway, and hold no Trainium node while they do. A static volume, made
-    together with its claim, may be bound only when Kubernetes' volume controller looks again, 15 s later (seen).
+    together with its claim, is often bound only when Kubernetes' volume controller looks again, 15 s later (seen).
     """
     claim = api.get(kinds.CLAIMS, config.claim.name)
     if claim is None:
@@ -241,6 +241,9 @@ def judge_pending(subject: str, claim: Object, events: list[Object], describe: s
     # "ExternalProvisioning" comes again and again, from Kubernetes itself, until somebody takes the claim up.
     telling = [event for event in events if event["reason"] != "ExternalProvisioning"]
     latest = next(iter(telling or events), None)
+    if latest is None and (volume := claim["spec"].get("volumeName")):
+        found = f"Pending: not yet bound to its volume {volume}; the next stage waits for it"
+        return Finding("warning", subject, found, f"kubectl describe pv {volume}")
     if latest is None:
         return Finding("warning", subject, "Pending, and nobody has said why yet", describe)
     reason, message = latest["reason"], " ".join(latest.get("message", "").split())

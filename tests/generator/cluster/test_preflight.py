@@ -202,6 +202,19 @@ def test_events_of_an_earlier_claim_of_the_same_name_do_not_count(
     assert one_problem(api, config).level == "warning"
 
 
+def test_a_claim_that_is_not_yet_bound_to_its_static_volume_is_a_warning(
+    ready: FakeApi, api: Api, config: ClusterConfig
+) -> None:
+    """Kubernetes says nothing about it: there is no event."""
+    pending = claim("Pending", storage_class="")
+    pending["spec"]["volumeName"] = "fsx"
+    again(ready, "persistentvolumeclaims", pending)
+    finding = one_problem(api, config)
+    assert finding.level == "warning"
+    assert finding.found == "Pending: not yet bound to its volume fsx; the next stage waits for it"
+    assert finding.fix == "kubectl describe pv fsx"
+
+
 def test_a_claim_that_gets_its_volume_meanwhile_is_fine(ready: FakeApi, api: Api, config: ClusterConfig) -> None:
     pending = again(ready, "persistentvolumeclaims", claim("Pending"))
     add_event(ready, pending, "FailedBinding", "no persistent volumes available")
