@@ -92,6 +92,7 @@ def load_all() -> None:
         if name not in there:
             print(f"making the image {name}", flush=True)
             make(name)
+    forget_all_but(base("debian"), base("libraries"))
 
 
 def make_trainer(name: str) -> None:
@@ -134,6 +135,15 @@ def make_bases() -> None:
         for target in missing:
             print(f"making the image {base(target)}", flush=True)
             build(base(target), context / "Dockerfile", context, "--target", target)
+    forget_all_but(base("debian"), base("libraries"))
+
+
+def forget_all_but(*names: str) -> None:
+    """Of what buildah keeps, gigabytes each: the images of other sources, and those that the node has by now."""
+    listed = buildah("images", "--format", "{{.Name}}:{{.Tag}}").stdout.split()
+    if others := [name for name in listed if name not in names and not name.startswith("<none>")]:
+        buildah("rmi", "--force", *others, check=False)
+    buildah("rmi", "--prune", "--force", check=False)
 
 
 def build(name: str, dockerfile: Path, context: Path, *options: str, **arguments: str) -> None:
