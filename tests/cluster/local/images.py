@@ -124,6 +124,7 @@ def make_bases() -> None:
     missing = [one for one, image in there.items() if not image]
     if not missing:
         return
+    forget_all_but(*(base(one) for one in there if one not in missing))
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         context = Path(folder)
         for file in HERE.iterdir():
@@ -135,7 +136,6 @@ def make_bases() -> None:
         for target in missing:
             print(f"making the image {base(target)}", flush=True)
             build(base(target), context / "Dockerfile", context, "--target", target)
-    forget_all_but(base("debian"), base("libraries"))
 
 
 def forget_all_but(*names: str) -> None:
