@@ -11,6 +11,7 @@ from cluster.space import HELMS, Space, connect
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "node: wants the node for itself (drains it, restarts its API server ...)")
+    config.addinivalue_line("markers", "training: goes on from the one whole training")
 
 
 @pytest.hookimpl(wrapper=True)

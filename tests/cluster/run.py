@@ -26,8 +26,9 @@ from cluster.local import binaries, images, node, operators
 from genvalues.errors import UserError, user_errors_end_with_status_2
 
 HERE = Path(__file__).parent
-AT_ONCE = 3  # tests that leave the node alone, side by side
+AT_ONCE = 4  # tests that leave the node alone, side by side
 NEEDS_ITS_OWN_NODE = "node"  # the marker of tests that drain it, stop its API server, change its operator
+ONE_AFTER_THE_OTHER = "node or training"  # and of those that go on from one whole training
 
 
 @user_errors_end_with_status_2
@@ -76,9 +77,10 @@ def run_tests(selection: list[str], arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return subprocess.run([*pytest, *selection, *arguments], check=False).returncode
-    together = [*pytest, "-m", f"not {NEEDS_ITS_OWN_NODE}", "-n", str(AT_ONCE), "--dist", "worksteal"]
-    statuses = [subprocess.run(c, check=False).returncode for c in (together, [*pytest, "-m", NEEDS_ITS_OWN_NODE])]
-    return max(statuses)
+    together = [*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"]
+    alone = [*pytest, "-m", ONE_AFTER_THE_OTHER]
+    statuses = [subprocess.run(command, check=False).returncode for command in (together, alone)]
+    return 1 if any(statuses) else 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from cluster.space import (
 from genvalues.cluster.objects import labels_of
 from trainer.conftest import make_model, write_rows
 
+pytestmark = pytest.mark.training
 STEPS, SAVE_STEPS = 150, 10
 TRAINING: Values = merged(
     SMALL,
