@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a History asks again and again while the server is away
     connect()
 
 

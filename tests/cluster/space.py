@@ -29,6 +29,7 @@ from genvalues.cluster.objects import INSTANCE, annotations_of, condition, is_ov
 
 Found = TypeVar("Found")
 
+PATIENCE = "--timeout=150s"  # a kubelet that has lost its API server comes back to it after a minute and more
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 STAGE = "llama-lora/stage"
 CLAIM = "work"
@@ -190,7 +191,7 @@ class Volume:
         if found is None or is_over(found) or "deletionTimestamp" in found["metadata"]:
             self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
             self.space.apply(files_pod(self.POD))
-        self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", "--timeout=60s")
+        self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", PATIENCE)
         return self.POD
 
     def run(self, script: str, check: bool = True) -> str:

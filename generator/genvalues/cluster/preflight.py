@@ -344,8 +344,7 @@ def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) 
         return [Finding("warning", subject, found, look)]
     usable = [node for node in nodes if takes_pods(node)]
     findings = [judge_device(name, count, usable, config) for name, count in sorted(job.devices.items())]
-    room = sum(min(allocatable(node, name) // count for name, count in job.devices.items()) for node in usable)
-    if room < job.nodes and len(usable) < job.nodes:
+    if sum(room(node, job.devices) for node in usable) < job.nodes and len(usable) < job.nodes:
         found = f"{len(usable)} of {len(nodes)} are ready and schedulable, {job.nodes} needed"
         grows = any("karpenter.sh/nodepool" in labels_of(node) for node in nodes)
         findings.insert(0, Finding("warning" if grows else "error", subject, found, look))
@@ -355,6 +354,12 @@ def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) 
 def takes_pods(node: Object) -> bool:
     healthy = labels_of(node).get(NODE_HEALTH, "Schedulable") == "Schedulable"
     return bool(condition(node, "Ready")) and not node["spec"].get("unschedulable") and healthy
+
+
+def room(node: Object, devices: dict[str, int]) -> int:
+    """How many workers the node can carry, by the devices that it has; for one that it lacks there is a finding."""
+    fit = [there // count for name, count in devices.items() if (there := allocatable(node, name))]
+    return min(fit, default=1)
 
 
 def allocatable(node: Object, resource: str) -> int:

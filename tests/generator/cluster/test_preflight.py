@@ -327,6 +327,9 @@ def test_too_few_nodes_that_can_take_pods_is_an_error(ready: FakeApi, api: Api, 
     assert (finding.level, finding.found) == ("error", "1 of 2 are ready and schedulable, 2 needed")
     config.job.devices["aws.amazon.com/neuron"], config.job.devices["vpc.amazonaws.com/efa"] = 8, 4
     assert not problems(api, config), "half a node is enough for a worker"
+    ready.merge("nodes", "node-1", {"status": {"allocatable": {"aws.amazon.com/neuron": "0"}}})
+    assert one_problem(api, config).subject == "aws.amazon.com/neuron", "told once, not as a lack of nodes too"
+    ready.merge("nodes", "node-1", {"status": {"allocatable": {"aws.amazon.com/neuron": "16"}}})
     config.job.devices["aws.amazon.com/neuron"] = 16
     ready.merge("nodes", "node-2", {"metadata": {"labels": {"karpenter.sh/nodepool": "trn"}}})
     assert one_problem(api, config).level == "warning", "an autoscaler adds them"
