@@ -25,7 +25,16 @@ from kubernetes import client, config, watch
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
-from genvalues.cluster.objects import INSTANCE, annotations_of, condition, is_over, labels_of, name_of
+from genvalues.cluster.objects import (
+    INSTANCE,
+    JOB_NAME,
+    annotations_of,
+    component_of,
+    condition,
+    is_over,
+    labels_of,
+    name_of,
+)
 
 Found = TypeVar("Found")
 
@@ -168,6 +177,18 @@ class History:
         for one in list(self.sightings):
             first.setdefault(one.item["metadata"]["uid"], one)
         return [one for one in first.values() if one.at > moment]
+
+    def trainings_at_once(self) -> int:
+        """The most PyTorchJobs of the stage train that had a running container at the same moment."""
+        most, working = 0, dict[str, str]()
+        for one in list(self.sightings):
+            if one.item.get("kind") == "Pod" and component_of(one.item) == "train":
+                statuses = one.item["status"].get("containerStatuses", [])
+                runs = one.change != "DELETED" and any("running" in (each.get("state") or {}) for each in statuses)
+                working.pop(one.item["metadata"]["uid"], None)
+                working |= {one.item["metadata"]["uid"]: labels_of(one.item)[JOB_NAME]} if runs else {}
+                most = max(most, len(set(working.values())))
+        return most
 
     def first(self, what: Callable[[Object], bool]) -> float | None:
         """When an object was first in a state."""

@@ -20,10 +20,10 @@ from kubernetes import client
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import node
-from cluster.space import EFA, HELMS, NEURON, Client, Space, labels_of, stand_in, succeeded, uids
+from cluster.space import EFA, HELMS, NEURON, Client, Space, stand_in, succeeded, uids
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
-from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotations_of, condition, name_of
+from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, condition, name_of
 from genvalues.errors import EXIT_USER_ERROR
 
 UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
@@ -121,23 +121,12 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_never
     space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}), 90)
     assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # made again
     assert space.volume.manifest("llama", "train")["fingerprint"] == fingerprint
-    assert trainings_at_once(space) == 1
+    assert space.history.trainings_at_once() == 1
 
 
 def train_fingerprint(space: Space) -> str:
     [job] = [job for job in space.list("pytorchjobs", f"{COMPONENT}=train") if FINGERPRINT in annotations_of(job)]
     return annotations_of(job)[FINGERPRINT]
-
-
-def trainings_at_once(space: Space) -> int:
-    """The most PyTorchJobs of train that had pods at the same moment."""
-    most, alive = 0, {}
-    for one in list(space.history.sightings):
-        if one.item["kind"] == "Pod" and labels_of(one.item).get(COMPONENT) == "train":
-            over = one.change == "DELETED" or one.item["status"].get("phase") in {"Succeeded", "Failed"}
-            alive[one.item["metadata"]["uid"]] = None if over else labels_of(one.item)[JOB_NAME]
-            most = max(most, len({job for job in alive.values() if job}))
-    return most
 
 
 def test_the_runner_s_role_has_nothing_that_it_does_not_use(space: Space, tmp_path: Path) -> None:

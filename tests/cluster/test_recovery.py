@@ -56,20 +56,6 @@ def job_of(pod: Object) -> str:
     return labels_of(pod).get(JOB_NAME, "")
 
 
-def trainers_at_once(space: Space) -> int:
-    """The most PyTorchJobs of the stage of which pods ran at the same time, in all that was seen."""
-    working: dict[str, str] = {}
-    most = 0
-    for one in space.history.sightings:
-        if one.item["kind"] == "Pod" and component_of(one.item) == "train":
-            statuses = one.item["status"].get("containerStatuses", [])
-            works = one.change != "DELETED" and any("running" in (each.get("state") or {}) for each in statuses)
-            working.pop(one.item["metadata"]["uid"], None)
-            working |= {one.item["metadata"]["uid"]: job_of(one.item)} if works else {}
-            most = max(most, len(set(working.values())))
-    return most
-
-
 def test_upgrade_goes_on_at_the_failed_stage_and_no_change_in_the_middle_lets_two_trainers_work(
     space: Space, helm: int
 ) -> None:
@@ -102,7 +88,7 @@ def test_upgrade_goes_on_at_the_failed_stage_and_no_change_in_the_middle_lets_tw
     assert manifests(space, BEFORE_TRAINING) == before
     assert [each["fingerprint"] for each in manifests(space, ["train"])] == [first]
     assert manifests(space, ["merge"])
-    assert trainers_at_once(space) == 1
+    assert space.history.trainings_at_once() == 1
 
 
 def job(space: Space, name: str) -> Object:
