@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 # What the node of test-cluster is made of, besides Go and kubectl.
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
-  busybox-static openssl
+  busybox-static openssl procps git
 
 .PHONY: setup demo test test-cluster cluster-packages schema values docs bench clean
 

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 
 import pytest
+import yaml
 
-from chart.manifests import MINIMAL, Object, Values, config, merged, pods, render
+from chart.manifests import CHART, MINIMAL, Object, Values, config, merged, pods, render
 
 RELEASES = [
     *("llama", "llama-train", "llama-run", "llama-lora", "train", "a"),
@@ -18,6 +19,7 @@ DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 CLUSTER_SCOPED = {"ClusterRole", "ClusterRoleBinding", "PersistentVolume", "StorageClass"}
 STATIC: Values = {
     "storage": {
@@ -100,6 +102,8 @@ def test_standard_labels_are_on_every_object_and_pod(objects: list[Object]) -> N
             assert labels["app.kubernetes.io/managed-by"] == "Helm"
             assert labels["app.kubernetes.io/part-of"] == "llama-lora"
             assert labels.keys() >= {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/component"}
+            of_storage = labels["app.kubernetes.io/component"] == "storage"  # kept, so no version's
+            assert of_storage or labels["app.kubernetes.io/version"] == VERSION
 
 
 def run_label(values: Values, release: str) -> str:

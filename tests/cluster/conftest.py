@@ -18,9 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.when == "call" and report.failed:  # while the namespaces are still there
-        for space in getattr(item, "spaces", []):
-            report.sections.append((f"namespace {space.name}", space.describe()))
+    if report.when != "teardown" and report.failed:  # while the namespaces are still there
+        for space in Space.living:
+            try:
+                report.sections.append((f"namespace {space.name}", space.describe()))
+            except Exception as error:  # the API server is away
+                report.sections.append((f"namespace {space.name}", f"cannot be shown: {error}"))
     return report
 
 
@@ -34,7 +37,6 @@ def cluster() -> None:
 def new_space(request: pytest.FixtureRequest) -> Iterator[Callable[..., Space]]:
     """Makes namespaces; they are gone after the test."""
     spaces: list[Space] = []
-    request.node.spaces = spaces
 
     def make(enforce: str = "restricted") -> Space:
         words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:40].strip("-")

@@ -10,6 +10,7 @@ CLUSTER=keep       leaves the node running, and says how to use it
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,6 +28,8 @@ from cluster.local import binaries, images, node, operators
 from genvalues.errors import UserError, user_errors_end_with_status_2
 
 HERE = Path(__file__).parent
+STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+AT_MOST = 1800  # seconds for either half of the tests: something hangs
 AT_ONCE = 4  # tests that leave the node alone, side by side
 NEEDS_ITS_OWN_NODE = "node"  # the marker of tests that drain it, stop its API server, change its operator
 ONE_AFTER_THE_OTHER = "node or training"  # and of those that go on from one whole training
@@ -37,6 +41,7 @@ def main() -> int:
     if wish == "current":
         if not os.environ.get("KUBECONFIG"):
             raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of that cluster")
+        binaries.build_all(["helm3", "helm4", "helmfile"])
         return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
@@ -50,8 +55,10 @@ def main() -> int:
 
 @contextmanager
 def own_node(keep: bool) -> Iterator[None]:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in STOPPED_BY:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     node.check_this_machine()
+    lock = take_lock()
     began = time.monotonic()
     with ThreadPoolExecutor(1) as beside:  # one downloads while the other compiles
         bases = beside.submit(images.make_bases)
@@ -68,19 +75,52 @@ def own_node(keep: bool) -> Iterator[None]:
         keep = False
         raise
     finally:
+        for number in STOPPED_BY:  # a second one must not end this half-way
+            signal.signal(number, signal.SIG_IGN)
         if not keep:
             node.stop()
+        print(f"after {time.monotonic() - began:.0f} s", flush=True)
+        lock.close()
+
+
+def take_lock() -> IO[str]:
+    """Two would stop each other's node."""
+    binaries.CACHE.mkdir(parents=True, exist_ok=True)
+    lock = (binaries.CACHE / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("another make test-cluster is at work on this machine", fix="Wait for it, or stop it") from None
+    return lock
 
 
 def run_tests(selection: list[str], arguments: list[str]) -> int:
     """First those that can go side by side, then those that want the node for themselves."""
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
-        return subprocess.run([*pytest, *selection, *arguments], check=False).returncode
+        return run_pytest([*pytest, *selection, *arguments])
     together = [*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"]
     alone = [*pytest, "-m", ONE_AFTER_THE_OTHER]
-    statuses = [subprocess.run(command, check=False).returncode for command in (together, alone)]
+    statuses = [run_pytest(command) for command in (together, alone)]
     return 1 if any(statuses) else 0
+
+
+def run_pytest(command: list[str]) -> int:
+    """Ended with us, and with time for its tests to take down what they have started."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(AT_MOST)
+    except subprocess.TimeoutExpired:
+        print(f"the tests have not ended after {AT_MOST} s", flush=True)
+        return 1
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from kubernetes import client, config, watch
@@ -248,6 +248,8 @@ class Volume:
 class Space:
     """A namespace of the test's own, with Pod Security `restricted` enforced."""
 
+    living: ClassVar[list[Space]] = []  # those that a test that fails has to show
+
     def __init__(self, name: str, enforce: str = "restricted") -> None:
         self.name = name
         self.base = ["kubectl", "--namespace", name]
@@ -262,9 +264,11 @@ class Space:
         self.history = History(name)
         self.volume = Volume(self)
         self.clients: list[Client] = []
+        Space.living.append(self)
 
     def remove(self) -> None:
         """Everything of it, cluster-scoped objects included; nobody waits for grace periods."""
+        Space.living.remove(self)
         for one in self.clients:
             one.kill()
         self.history.close()
@@ -417,6 +421,50 @@ class Release:
 # --- reading
 
 
+BEFORE = {
+    "tokenize": ["preflight"],
+    "compile-gate": ["tokenize"],
+    "compile": ["tokenize"],
+    "train-gate": ["compile", "compile-gate"],
+    "train": ["compile", "compile-gate"],
+    "consolidate": ["train", "train-gate"],
+    "merge": ["consolidate"],
+    "evaluate": ["merge"],
+}
+
+
+def stages_in_order(history: History) -> None:
+    """No pod of a stage was there before what comes before it had succeeded, the PyTorchJob as well as its gate."""
+
+    def first_pod(stage: str) -> float | None:
+        return history.first(lambda item: item["kind"] == "Pod" and is_stage(item, stage))
+
+    def end(stage: str) -> float | None:
+        return history.first(lambda item: item["kind"] != "Pod" and is_stage(item, stage) and succeeded(item))
+
+    for stage, stages_before in BEFORE.items():
+        for before in stages_before:
+            made, ended = first_pod(stage), end(before)
+            assert made is not None and ended is not None, f"{stage} or {before} was not there"
+            assert made >= ended, f"a pod of {stage} was there before {before} had succeeded"
+
+
+def asking_for_neuron(space: Space, began: float) -> set[str]:
+    """The stages of which a pod that asks for devices was made since."""
+    made = [one.item for one in space.history.made_since(began)]
+    pods = [item for item in made if item["kind"] == "Pod" and (holds(item, NEURON) or holds(item, EFA))]
+    return {component_of(pod) for pod in pods}
+
+
+def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
+    """From each stage's Job's creation to its success, of the Jobs made since."""
+    made = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
+    sightings = list(space.history.sightings)
+    ended = {one.item["metadata"]["uid"]: one.at for one in reversed(sightings) if succeeded(one.item)}
+    seconds = {component_of(one.item): ended[one.item["metadata"]["uid"]] - one.at for one in made}
+    return {stage: took for stage, took in seconds.items() if not stage.startswith("cleanup")}
+
+
 def is_stage(item: Object, stage: str) -> bool:
     return annotations_of(item).get(STAGE) == stage or labels_of(item).get("app.kubernetes.io/component") == stage
 
@@ -441,7 +489,7 @@ def uids(pods: list[Object]) -> set[str]:
 
 def run(command: list[str], text: str | None = None) -> Ended:
     began = time.monotonic()
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=600)
     output = done.stdout if done.returncode == 0 else done.stdout + done.stderr
     return Ended(done.returncode, output, time.monotonic() - began)
 

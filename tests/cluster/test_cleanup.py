@@ -47,8 +47,9 @@ def test_uninstall_in_the_middle_of_training_stops_everything_and_reinstall_goes
     alive = llama.start_install(values(train=UNTIL_TOLD))
     space.wait_for_training("llama")
     compiled = space.volume.manifest("llama", "compile")
-    uninstall_leaves_only_the_volume(llama)
+    began = uninstall_leaves_only_the_volume(llama)
     assert alive.wait(60).status != 0
+    assert left_of(space) == [] and stages_after(space, began) == set(), "what the client did until it noticed"
 
     killed = llama.start_install(values(train=UNTIL_TOLD))
     space.wait_for_training("llama")
@@ -57,7 +58,8 @@ def test_uninstall_in_the_middle_of_training_stops_everything_and_reinstall_goes
     uninstall_leaves_only_the_volume(llama)
 
 
-def uninstall_leaves_only_the_volume(llama: Release) -> None:
+def uninstall_leaves_only_the_volume(llama: Release) -> float:
+    """When it began."""
     space, began = llama.space, time.monotonic()
     uninstalled = llama.uninstall()
     assert uninstalled.seconds < 60
@@ -66,6 +68,7 @@ def uninstall_leaves_only_the_volume(llama: Release) -> None:
     claimed = space.get("pvc", CLAIM)
     assert claimed and claimed["status"]["phase"] == "Bound"
     assert space.volume.exists("runs/llama/stages/compile.json")
+    return began
 
 
 def test_uninstall_of_a_detached_release_takes_the_inner_one_along_and_lets_the_trainers_save(space: Space) -> None:

@@ -121,7 +121,7 @@ def test_no_training_operator_and_no_device_plugin_stop_the_install_with_their_f
         with without_operator(space), no_device_plugin():
             release.install(STOPS, status=1)
         check_preflight_stopped(release)
-        device, operator = sorted(problems(release) - {"2 of 4 findings stop this release; the fixes are above"})
+        device, operator = sorted(problems(release) - {"2 of 5 findings stop this release; the fixes are above"})
         assert operator.startswith(f"error training operator: {said}")
         assert device == (
             f"error {NEURON}: no node of type ml.trn1.32xlarge offers it: its device plugin does not run"

@@ -16,13 +16,24 @@ import pytest
 import yaml
 
 from chart.manifests import ROOT, Object, Values, merged
-from cluster.space import EFA, HELMS, NEURON, Client, Release, Space, holds, run, stand_in, succeeded, uids
+from cluster.space import (
+    EFA,
+    HELMS,
+    NEURON,
+    Client,
+    Release,
+    Space,
+    asking_for_neuron,
+    run,
+    seconds_of_jobs,
+    stand_in,
+    uids,
+)
 from genvalues.cluster.objects import (
     COMPONENT,
     FINGERPRINT,
     JOB_NAME,
     annotations_of,
-    component_of,
     labels_of,
     name_of,
 )
@@ -215,18 +226,3 @@ def no_neuron_node() -> Iterator[None]:
     finally:
         for node, instance_type in labels.items():
             run(["kubectl", "label", "node", node, "--overwrite", f"{INSTANCE_TYPE}={instance_type}"])
-
-
-def asking_for_neuron(space: Space, began: float) -> set[str]:
-    """The stages of which a pod that asks for devices was made since."""
-    made = [one.item for one in space.history.made_since(began)]
-    pods = [item for item in made if item["kind"] == "Pod" and (holds(item, NEURON) or holds(item, EFA))]
-    return {component_of(pod) for pod in pods}
-
-
-def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
-    """From each stage's Job's creation to its success, of the Jobs made since."""
-    made = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
-    ended = {one.item["metadata"]["uid"]: one.at for one in reversed(space.history.sightings) if succeeded(one.item)}
-    seconds = {component_of(one.item): ended[one.item["metadata"]["uid"]] - one.at for one in made}
-    return {stage: took for stage, took in seconds.items() if not stage.startswith("cleanup")}

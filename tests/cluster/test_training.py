@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +21,21 @@ from cluster.space import (
     Client,
     Release,
     Space,
+    asking_for_neuron,
     holds,
     image,
     is_stage,
     node_of,
     run,
+    seconds_of_jobs,
+    stages_in_order,
     uids,
 )
 from genvalues.cluster.objects import labels_of
 from trainer.conftest import make_model, write_rows
 
 pytestmark = pytest.mark.training
+OPERATORS = "control-plane=kubeflow-training-operator"
 STEPS, SAVE_STEPS = 150, 10
 TRAINING: Values = merged(
     SMALL,
@@ -70,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             make_model(folder / "model", initializer_range=0.1), write_rows(folder / "rows.jsonl", 200)
         )
         release = space.release(helm=3)
-        yield Trained(space, release, release.install(TRAINING).output)
+        yield Trained(space, release, release.install(TRAINING, seconds=900).output)
     finally:
         space.remove()
 
@@ -111,6 +116,10 @@ def test_train_is_one_pytorchjob_of_two_workers_and_each_stage_left_its_manifest
         assert trained.space.volume.manifest("llama", stage)["stage"] == stage
 
 
+def test_every_stage_ran_in_its_order(trained: Trained) -> None:
+    stages_in_order(trained.space.history)
+
+
 def test_only_compile_and_train_hold_neuron_and_efa_over_the_whole_run(trained: Trained) -> None:
     pods = trained.space.history.pods(**{"app.kubernetes.io/instance": "llama"})
     assert len(pods) >= 12
@@ -136,11 +145,21 @@ def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(traine
     assert "merged/model.safetensors" in spoilt.output and "SHA-256" in spoilt.output
 
 
+def test_an_unchanged_upgrade_skips_every_stage_in_5_s_and_asks_for_no_neuron(trained: Trained) -> None:
+    """With the real image, whose commands are not to import torch for that."""
+    began = time.monotonic()
+    trained.release.upgrade(TRAINING)
+    assert asking_for_neuron(trained.space, began) == set()
+    took = seconds_of_jobs(trained.space, began)
+    assert len(took) == 7
+    assert {stage: seconds for stage, seconds in took.items() if seconds > 5} == {}
+
+
 @pytest.mark.node
 def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(trained: Trained) -> None:
     space = trained.space
     client = start_training(trained, "disturbed")
-    before = uids(space.pods("llama", "train"))
+    before, operator = uids(space.pods("llama", "train")), operators()
     space.kubectl("delete", "pod", worker(space, 1), "--grace-period=5", "--wait=false")
     run(
         [
@@ -150,12 +169,13 @@ def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(tra
             "delete",
             "pod",
             "-l",
-            "control-plane=kubeflow-training-operator",
+            OPERATORS,
             "--wait=false",
         ]
     )
     space.wait("a worker in the place of the lost one", lambda: uids(space.pods("llama", "train")) - before, 120)
     assert client.wait(400).status == 0, client.output
+    assert operator and not operator & operators()
     assert resumed(space, "disturbed")
     assert adapter(space, "disturbed") == adapter(space, "llama")
 
@@ -190,6 +210,11 @@ def start_training(trained: Trained, name: str) -> Client:
     )
     assert not trained.space.volume.exists(f"runs/{name}/stages/train.json"), "too fast to be disturbed: raise STEPS"
     return client
+
+
+def operators() -> set[str]:
+    command = ["kubectl", "-n", OPERATORS_NAMESPACE, "get", "pods", "-l", OPERATORS, "-o", "name"]
+    return set(run(command).output.split())
 
 
 def worker(space: Space, number: int) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +115,10 @@ PROGRAMS = [
 ]
 
 
-def build_all() -> None:
-    """Build what the cache does not have yet."""
+def build_all(names: Sequence[str] = ()) -> None:
+    """Build what the cache does not have yet: these, or all."""
     for program in PROGRAMS:
-        if not program.folder.exists():
+        if not program.folder.exists() and (not names or program.name in names):
             print(f"building {program.name} {program.version}", flush=True)
             with tempfile.TemporaryDirectory() as work, whole_folder(program.folder) as out:
                 program.build(program.version, Path(work), out)

@@ -4,7 +4,8 @@ trainer     trainer/Dockerfile over Debian with torch and its friends from PyPI
 stand-in    the same Dockerfile without torch, its llama-lora replaced by images/llama-lora
 and the training operators and the pause container, each around one static binary.
 
-Each image is named with a hash of what it is made from, and made when the node's containerd does not have it.
+Each image is named with a hash of what it is made from (pause apart), and made when the node's containerd does not have
+it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -63,15 +66,17 @@ def requirements() -> list[str]:
 
 
 def trainer() -> str:
-    return f"localhost/llama-lora:{digest(*IN_THE_TRAINER_IMAGE)}"
+    return f"localhost/llama-lora:{digest(*IN_THE_TRAINER_IMAGE)}-{base('libraries').rpartition(':')[2]}"
 
 
 def stand_in() -> str:
-    return f"localhost/llama-lora-stand-in:{digest(*IN_THE_TRAINER_IMAGE, 'tests/cluster/images')}"
+    sources = digest(*IN_THE_TRAINER_IMAGE, "tests/cluster/images")
+    return f"localhost/llama-lora-stand-in:{sources}-{base('debian').rpartition(':')[2]}"
 
 
 def operator(minor: str) -> str:
-    return f"localhost/training-operator:{OPERATORS[minor]}"
+    binary = program(f"training-operator-{minor}")
+    return f"localhost/training-operator:{binary.parent.name.removeprefix('training-operator-')}"
 
 
 def load_all() -> None:
@@ -124,8 +129,11 @@ def make_bases() -> None:
     missing = [one for one, image in there.items() if not image]
     if not missing:
         return
+    buildah("rm", "--all", check=False)  # what a killed run left
+    for leftover in CACHE.glob("making-*"):
+        shutil.rmtree(leftover)
     forget_all_but(*(base(one) for one in there if one not in missing))
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="making-") as folder:
         context = Path(folder)
         for file in HERE.iterdir():
             shutil.copy(file, context)
@@ -158,7 +166,7 @@ def build(name: str, dockerfile: Path, context: Path, *options: str, **arguments
 
 
 def pip_settings() -> str:
-    listed = command("pip", "config", "list")
+    listed = command(sys.executable, "-m", "pip", "config", "list")
     wanted = {"cert", "index-url", "extra-index-url", "trusted-host", "timeout", "default-timeout"}
     lines = []
     for line in listed.splitlines():
@@ -187,14 +195,16 @@ def load(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "stream"
         os.mkfifo(stream)
-        pushing = subprocess.Popen(
-            ["buildah", *STORE, "push", "--quiet", "--disable-compression", name, f"docker-archive:{stream}:{name}"],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-        )
-        loaded = ctr("images", "import", stream, check=False)
-        if pushing.wait() or loaded.returncode:
-            raise UserError(f"{name} cannot be loaded: {loaded.stderr}")
+        held = os.open(stream, os.O_RDWR)  # so that neither waits for the other to open it
+        target = f"docker-archive:{stream}:{name}"
+        push = ["buildah", *STORE, "push", "--quiet", "--disable-compression", name, target]
+        with ThreadPoolExecutor(1) as beside:
+            loading = beside.submit(ctr, "images", "import", stream, check=False)
+            pushed = subprocess.run(push, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+            os.close(held)
+            loaded = loading.result()
+        if pushed.returncode or loaded.returncode:
+            raise UserError(f"{name} cannot be loaded: {pushed.stderr}{loaded.stderr}")
 
 
 STORE = ["--root", str(STORAGE), "--runroot", str(CACHE / "buildah-run")]

@@ -32,7 +32,8 @@ IP, PODS, SERVICES = "10.88.0.1", "10.88.0.0/16", "10.96.0.0/16"
 
 # What Debian's packages bring; the Makefile lists them.
 NEEDED = [
-    *("containerd", "ctr", "runc", "buildah", "mmdebstrap", "iptables", "conntrack", "ip", "openssl", "kubectl", "go")
+    *("containerd", "ctr", "runc", "buildah", "mmdebstrap", "iptables", "conntrack", "ip", "sysctl", "openssl"),
+    *("git", "go", "kubectl"),
 ]
 PROGRAMS_OF_A_NODE = [*KUBERNETES_PROGRAMS, "etcd", "coredns", "containerd", "containerd-shim-runc-v2"]
 CNI = Path("/usr/lib/cni")
@@ -44,8 +45,8 @@ def check_this_machine() -> None:
     if os.geteuid() != 0:
         fix = "Use root, or a cluster of yours: make test-cluster CLUSTER=current"
         raise UserError("a Kubernetes node needs root", fix=fix)
-    search = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-    missing = [name for name in NEEDED if not shutil.which(name, path=search)]
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+    missing = [name for name in NEEDED if not shutil.which(name)]
     missing += [str(path) for path in (CNI, BUSYBOX) if not path.exists()]
     if missing:
         raise UserError(
@@ -216,12 +217,14 @@ def processes() -> Iterable[Path]:
 
 
 def processes_that_name(folder: Path) -> list[int]:
-    """Programs of a node that have ``folder`` in their command line; not, say, somebody's shell that looks at it."""
+    """Programs of a node that have ``folder`` in their command line (not, say, somebody's shell that looks at it), and
+    what else runs from the cache: a Helm whose test was killed."""
     found = []
     for path in processes():
         command = read(path / "cmdline").split("\0")
         is_program = Path(command[0]).name in {*PROGRAMS_OF_A_NODE, Path(sys.executable).name}
-        if is_program and any(str(folder) in part for part in command):
+        is_from_cache = command[0].startswith(f"{CACHE}/programs/")
+        if is_from_cache or (is_program and any(str(folder) in part for part in command)):
             found.append(int(path.name))
     return found
 
@@ -274,7 +277,8 @@ def make_bridge() -> None:
 
 def forget_network() -> None:
     """The bridge, what kube-proxy wrote, and the rules of pods whose network was never taken down."""
-    run(str(program("kube-proxy")), "--cleanup", check=False)
+    if program("kube-proxy").exists():
+        run(str(program("kube-proxy")), "--cleanup", check=False)
     run("ip", "link", "delete", BRIDGE, check=False)
     rules = run("iptables-save", "--table", "nat", check=False)
     ours = {chain for line in rules.splitlines() if NETWORK in line for chain in re.findall(r"CNI-[0-9a-f]+", line)}
