@@ -161,7 +161,7 @@ def test_where_the_image_cannot_be_pulled_uninstall_ends_and_the_documented_comm
         (tmp_path / "helm").symlink_to(HELMS[llama.helm])
         done = run(["env", f"PATH={tmp_path}:{os.environ['PATH']}", "bash", "-exc", lines])
         assert done.status == 0, done.output
-        assert left_of(llama.space) == []
+        nothing_is_left(llama.space)
         assert llama.space.get("pvc", CLAIM)
 
 
