@@ -36,7 +36,7 @@ from trainer.conftest import make_model, write_rows
 
 pytestmark = pytest.mark.training
 OPERATORS = "control-plane=kubeflow-training-operator"
-STEPS, SAVE_STEPS = 150, 10
+STEPS, SAVE_STEPS = 450, 15
 TRAINING: Values = merged(
     SMALL,
     image(TRAINER_IMAGE),
