@@ -135,8 +135,6 @@ class Sighting:
 class History:
     """Every state of the jobs and pods of a namespace that the API server told, in the order it told them."""
 
-    KINDS = ("pods", "jobs", "pytorchjobs")
-
     def __init__(self, namespace: str) -> None:
         self.sightings: list[Sighting] = []
         self._namespace = namespace

@@ -41,8 +41,7 @@ def nothing_is_left(space: Space, seconds: float = 60.0) -> None:
 
 def stages_after(space: Space, moment: float) -> set[str]:
     """Those of which a pod or a job was made after it; the cleanup apart."""
-    first = {one.item["metadata"]["uid"]: one for one in reversed(list(space.history.sightings))}
-    made = [labels_of(one.item) for one in first.values() if one.at > moment]
+    made = [labels_of(one.item) for one in space.history.made_since(moment)]
     return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
 
 
