@@ -58,10 +58,16 @@ class Lora(Section):
 
 
 class Training(Section):
-    """Optimization. Batch sizes count packed rows, lengths count tokens."""
+    """Optimization. Batch sizes count packed rows, lengths count tokens.
+
+    ``attention`` eager keeps packed examples apart; flash, a Neuron kernel, is causal only, so that a row is one text.
+    ``activation_checkpointing`` selective recomputes the attention in the backward pass, full whole layers.
+    """
 
     max_sequence_length: int = Field(ge=8)
     packing: bool
+    attention: Literal["eager", "flash"] = "eager"
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
     per_device_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
     epochs: float = Field(gt=0)
@@ -85,6 +91,27 @@ class Evaluation(Section):
     max_new_tokens: int = Field(ge=1)
 
 
+class Probe(Section):
+    """The proof of the weights: the loss of a few fixed rows at the last save, recomputed after consolidate and merge.
+
+    ``rows`` of them (0: no probe), each cut at ``max_tokens``; ``tolerance`` is in nats per trained token.
+    """
+
+    rows: int = Field(default=8, ge=0)
+    max_tokens: int = Field(default=512, ge=8)
+    tolerance: float = Field(default=0.02, gt=0)
+
+
+class Compile(Section):
+    """How the graphs of backend neuron are compiled, and what train does where the cache was made for other settings.
+
+    ``on`` accelerator compiles where the training will run; cpu only collects the graphs there, and compiles elsewhere.
+    """
+
+    on: Literal["accelerator", "cpu"] = "accelerator"
+    on_mismatch: Literal["refuse", "warn"] = "refuse"
+
+
 class Parallelism(Section):
     """nodes x processes_per_node workers = tensor_parallel_size x data_parallel_size."""
 
@@ -103,6 +130,8 @@ class RunConfig(Section):
     dataset: Dataset
     lora: Lora
     training: Training
+    probe: Probe = Probe()
+    compile: Compile = Compile()
     evaluation: Evaluation
     parallelism: Parallelism
 
