@@ -13,6 +13,7 @@
     readOnly         to read it alone
     token            sets HF_TOKEN from the Secret
     trains           compile and train: devices, the nodes that have them, shared memory, time to save
+    compiles         compiles graphs for the accelerator on a CPU
     runAsRoot        storage-prepare alone
 */}}
 {{- define "stage.pod" -}}
@@ -81,6 +82,7 @@ spec:
         - name: LLAMA_LORA_WORKSPACE
           value: {{ $values.workspace.mountPath | quote }}
         {{- $environment := dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1" }}
+        {{- $environment = merge $environment (include "stage.neuronEnvironment" . | fromYaml) }}
         {{- range $name, $value := include "stage.override" (dict "base" $environment "over" $settings.extraEnv) | fromYaml }}
         - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
@@ -142,6 +144,7 @@ spec:
     - name: shm               # the container runtime's own has 64 MB
       emptyDir:
         medium: Memory
+        sizeLimit: {{ $values.sharedMemory | quote }}     # full, a write fails and says so; without, the pod is killed
     {{- end }}
     {{- range $name, $source := $settings.extraVolumes }}
     - name: {{ $name | quote }}

@@ -4,7 +4,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $mistakes := list }}
-{{- range $check := list "model" "dataset" "parallelism" "devices" "storage" "workspace" "names" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "training" "parallelism" "devices" "neuron" "storage" "workspace" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $mistakes = concat $mistakes (splitList "\n" $found) }}
@@ -43,6 +43,17 @@ evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise 
 {{- end }}
 {{- end }}
 
+{{- define "llama-lora.validations.training" -}}
+{{- $training := .Values.training }}
+{{- if eq $training.attention "flash" }}
+{{- if eq .Values.backend "cpu" }}
+training.attention is flash, which backend cpu does not have. Set it to eager.
+{{- else if mod $training.maxSequenceLength 2048 }}
+training.maxSequenceLength {{ $training.maxSequenceLength }} is no multiple of 2048, which training.attention flash needs. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to eager.
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "llama-lora.validations.parallelism" -}}
 {{- $layout := .Values.parallelism }}
 {{- $processes := mul $layout.nodes $layout.processesPerNode }}
@@ -71,6 +82,53 @@ instance is cpu, but backend is neuron. Set instance to the nodes' type, e.g. ml
 {{- range $device := list "aws.amazon.com/neurondevice" "aws.amazon.com/neuroncore" }}
 {{- if hasKey $.Values.devices $device }}
 devices.{{ $device }} is not what the Neuron device plugin offers whole nodes by. Use aws.amazon.com/neuron.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.neuron" -}}
+{{- if eq .Values.backend "neuron" }}
+{{- $neuron := .Values.neuron }}
+{{- $generation := regexFind "trn[0-9]" .Values.instance }}
+{{- if and $generation (ne $generation $neuron.target) }}
+neuron.target is {{ $neuron.target }}, but instance is {{ .Values.instance }}. Set neuron.target to {{ $generation }}{{ if eq $generation "trn2" }}, and neuron.logicalCoreSize to 2{{ end }}.
+{{- else if and (eq $neuron.target "trn1") (ne (int $neuron.logicalCoreSize) 1) }}
+neuron.logicalCoreSize is {{ $neuron.logicalCoreSize }}, but neuron.target trn1 has cores of one only. Set it to 1.
+{{- end }}
+{{- if and (gt (int .Values.parallelism.nodes) 1) (not (hasKey .Values.devices "vpc.amazonaws.com/efa")) }}
+devices has no vpc.amazonaws.com/efa, without which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) cannot train together. Set it to the number that one node has, or parallelism.nodes to 1.
+{{- end }}
+{{- include "llama-lora.validations.neuron.environment" . }}
+{{- end }}
+{{- end }}
+
+{{- /* What a user's environment must not change, or must change in both stages: a graph that train builds otherwise than
+       compile did is compiled while the accelerator waits. */}}
+{{- define "llama-lora.validations.neuron.environment" -}}
+{{- $environments := dict }}
+{{- range $stage := list "compile" "train" }}
+{{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).extraEnv }}
+{{- $_ := set $environments $stage $extra }}
+{{- if hasKey $extra "NEURON_COMPILE_CACHE_URL" }}
+stages.{{ $stage }}: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is below workspace.mountPath.
+{{- end }}
+{{- if hasKey $extra "NEURON_LOGICAL_NC_CONFIG" }}
+stages.{{ $stage }}: extraEnv.NEURON_LOGICAL_NC_CONFIG is set by the chart. Use neuron.logicalCoreSize.
+{{- end }}
+{{- if contains "--cache_dir" (get $extra "NEURON_CC_FLAGS" | toString) }}
+stages.{{ $stage }}: extraEnv.NEURON_CC_FLAGS moves the compiler's cache, by --cache_dir, away from where the stages look for it. Remove --cache_dir.
+{{- end }}
+{{- range $name := list "XLA_USE_BF16" "XLA_DOWNCAST_BF16" }}
+{{- if hasKey $extra $name }}
+stages.{{ $stage }}: extraEnv.{{ $name }} has been out of use since Neuron 2.25, and would spoil what is kept in fp32 before. Remove it: the weights are loaded in bf16.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $name := concat (keys $environments.compile) (keys $environments.train) | uniq | sortAlpha }}
+{{- if and (regexMatch "^(NEURON|XLA)_" $name) (not (hasPrefix "NEURON_RT_" $name)) }}
+{{- if ne (get $environments.compile $name | toString) (get $environments.train $name | toString) }}
+stages.compile and stages.train differ in extraEnv.{{ $name }}, so that train's graphs would not be those that compile made. Set it in both.
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -175,6 +233,10 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of a volume of the ch
 {{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
+{{- end }}
+{{- $memory := $settings.resources.limits.memory }}
+{{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
+sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, against which it counts. Set it to less.
 {{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.

@@ -105,11 +105,9 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
         yield Mistake(("image",), "missing", f"{instance} needs the image that you built, by tag or digest.")
     if value.get("cpu") is not None:
         yield Mistake(("cpu",), f"is for instance cpu only, not for {instance}", "Remove it.")
-    if refused := refusal(instance, get(value, "nodes", int) or 1):
-        key, reason = refused
+    if reason := refusal(instance, get(value, "nodes", int) or 1):
         prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
-        larger = f"{prefix}trn1.32xlarge or {prefix}trn2.48xlarge"
-        yield Mistake((key,), reason, f"Use nodes: 1, or {larger}." if key == "nodes" else f"Use {larger}.")
+        yield Mistake(("nodes",), reason, f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge.")
     targets = get(value, "lora.targetModules", list) or []
     together = {"gate_proj", "up_proj"}
     named = together.intersection(target for target in targets if isinstance(target, str))
@@ -225,9 +223,13 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
 
 def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
     """What can be said of the values before everything is right: sections of one form in inputs and values."""
-    sections = {name: value[name] for name in ("dataset", "evaluation", "storage") if isinstance(value.get(name), dict)}
-    kind = "generic" if get(value, "instance", str) == CPU else "fsx"
-    below = merge({"storage": {"kind": kind}}, without_null(sections))
+    named = ("dataset", "training", "evaluation", "storage")
+    sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
+    instance = get(value, "instance", str)
+    below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
+    if instance:
+        below["backend"] = "cpu" if instance == CPU else "neuron"
+    below = merge(below, without_null(sections))
     return dict(without_null(merge(below, get(value, "chartValues", dict) or {})))
 
 

@@ -1,13 +1,14 @@
 """The command genvalues. Commands parse and print; data goes to stdout, talk to stderr.
 
 Exit status: 0 done, 2 the user must change something, 1 anything else; `local` ends as its first failing stage does.
-Stopped by a signal, `install` and `local` end with 128 and its number (130: Ctrl-C).
+Stopped by a signal, `image`, `install` and `local` end with 128 and its number (130: Ctrl-C).
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -142,6 +143,58 @@ def local(values: Path, workspace: Path, chart: Path | None) -> None:
     from genvalues.local import run
 
     sys.exit(run(values, workspace, chart))
+
+
+@genvalues.group()
+def image() -> None:
+    """The image of the stages: build it, push it, and have its digest written into the inputs file."""
+
+
+INPUTS = click.argument("file", type=click.Path(path_type=Path), default="finetune.yaml")
+
+
+def image_options(command: Any) -> Any:
+    """What build and push have in common."""
+    builders = ["docker", "podman", "buildah"]
+    for option in (
+        click.option("--base", metavar="IMAGE", help="Build upon this; AWS's container of the region when left out."),
+        click.option("--network", metavar="NAME", help="For the build; sagemaker in SageMaker Studio when left out."),
+        click.option("--builder", type=click.Choice(builders), help="The first there is when left out."),
+    ):
+        command = option(command)
+    return command
+
+
+@image.command("build")
+@INPUTS
+@image_options
+def image_build(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
+    """Build the image that FILE (finetune.yaml) names, on this x86-64 machine.
+
+    \b
+    Example:
+        genvalues image build finetune.yaml
+    """
+    from genvalues.image.build import build
+
+    sys.exit(build(file, builder, network, base, version()))
+
+
+@image.command("push")
+@INPUTS
+@image_options
+def image_push(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
+    """Build the image that FILE (finetune.yaml) names, push it, and write its digest into FILE.
+
+    A repository that ECR does not have is made, with scan on push and immutable tags.
+
+    \b
+    Example:
+        genvalues image push finetune.yaml
+    """
+    from genvalues.image.build import push
+
+    sys.exit(push(file, builder, network, base, version()))
 
 
 @user_errors_end_with_status_2

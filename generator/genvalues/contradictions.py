@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from genvalues.instances import trainium
 from genvalues.nested import get
 from genvalues.wording import SECRET_NAME, KeyPath, one_line
 
@@ -20,6 +21,9 @@ SECRETS_FIX = (
     "Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; "
     "give access to AWS by chartValues.serviceAccount.annotations."
 )
+
+
+FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,22 @@ class Contradiction:
 
 
 def contradictions(values: Values) -> Iterator[Contradiction]:
-    for rule in (model, dataset, parallelism, devices, storage, access_modes, secrets):
+    rules = (model, dataset, attention, parallelism, process_groups, devices, storage, access_modes, secrets)
+    for rule in rules:
         yield from rule(values)
+
+
+def warnings(values: Values) -> Iterator[Contradiction]:
+    """What works, and may not be what was meant."""
+    format_ = get(values, "dataset.format", str)
+    flash = get(values, "training.attention", str) == "flash" and get(values, "training.packing", bool)
+    if flash and get(values, "backend", str) == "neuron" and format_ != "text":
+        yield Contradiction(
+            at("training.attention"),
+            f"flash is causal only, so each packed example of format {format_} is trained with those before it in its row "
+            "in sight",
+            "Write attention: eager or packing: false to keep them apart.",
+        )
 
 
 def at(*keys: str) -> tuple[KeyPath, ...]:
@@ -62,6 +80,20 @@ def dataset(values: Values) -> Iterator[Contradiction]:
         )
 
 
+def attention(values: Values) -> Iterator[Contradiction]:
+    if get(values, "training.attention", str) != "flash":
+        return
+    length, backend = get(values, "training.maxSequenceLength", int), get(values, "backend", str)
+    if backend == "cpu":
+        yield Contradiction(at("training.attention"), "flash is for Trainium only", "Write eager, or remove it.")
+    elif backend == "neuron" and length is not None and length % FLASH_ROWS:
+        yield Contradiction(
+            at("training.attention", "training.maxSequenceLength"),
+            f"flash needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}",
+            f"Write maxSequenceLength: {-(-length // FLASH_ROWS) * FLASH_ROWS}, or attention: eager.",
+        )
+
+
 def parallelism(values: Values) -> Iterator[Contradiction]:
     names = ("nodes", "processesPerNode", "tensorParallelSize", "dataParallelSize")
     nodes, per_node, tensor, data = (get(values, f"parallelism.{name}", int) for name in names)
@@ -75,6 +107,23 @@ def parallelism(values: Values) -> Iterator[Contradiction]:
         yield Contradiction(
             at("parallelism.tensorParallelSize", "backend"), "backend cpu is data parallel only", "Write 1."
         )
+
+
+def process_groups(values: Values) -> Iterator[Contradiction]:
+    """Groups of processes that Neuron cannot make, or that neuronx_distributed cannot place."""
+    instance = trainium(get(values, "instance", str) or "")
+    if instance is None:
+        return
+    groups = instance.generation.groups
+    for name in ("tensorParallelSize", "processesPerNode"):
+        size = get(values, f"parallelism.{name}", int)
+        if size is not None and (size not in groups or size > instance.cores):
+            fitting = ", ".join(str(group) for group in groups if group <= instance.cores)
+            yield Contradiction(
+                at(f"parallelism.{name}", "instance"),
+                f"{values['instance']} has no groups of {size} processes",
+                f"Leave parallelism out, or write one of {fitting}.",
+            )
 
 
 def devices(values: Values) -> Iterator[Contradiction]:

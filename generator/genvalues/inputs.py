@@ -88,6 +88,15 @@ class Lora(Block):
 class Training(Block):
     max_sequence_length: int = Field(default=2048, ge=8, le=131072, description="tokens in a row")
     packing: bool = Field(default=True, description="several examples in a row, which cannot see each other")
+    attention: Literal["eager", "flash"] | None = Field(
+        default=None,
+        description="eager keeps packed examples apart; flash is causal only, so that each sees those before it. flash "
+        "for format text on Trainium where maxSequenceLength is a multiple of 2048, else eager, when left out",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="selective",
+        description="what is computed again in the backward pass: nothing, the attention, or whole layers",
+    )
     per_device_batch_size: int = Field(default=1, ge=1, le=1024, description="rows a data-parallel rank takes at once")
     gradient_accumulation_steps: int = Field(default=3, ge=1, le=65536, description="batches to an optimizer step")
     epochs: float = Field(default=1, gt=0, le=10000, description="times through the dataset")
@@ -102,6 +111,27 @@ class Training(Block):
     save_steps: int = Field(default=100, ge=1, le=LARGE, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(default=2, ge=1, le=1000, description="checkpoints kept")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of shuffling, adapter and dropout")
+
+
+class Probe(Block):
+    rows: int = Field(
+        default=8, ge=0, le=10000, description="how many rows; 0: no proof, and no model in memory for it"
+    )
+    max_tokens: int = Field(default=512, ge=8, le=131072, description="tokens of each row")
+    tolerance: float = Field(
+        default=0.02, gt=0, le=100, description="nats per trained token by which two computations may differ"
+    )
+
+
+class Compile(Block):
+    # Not "on", which Helm and other readers of YAML 1.1 take for the boolean true.
+    runs_on: Literal["accelerator", "cpu"] = Field(
+        default="accelerator",
+        description="accelerator: on the nodes that train; cpu: those only collect the graphs, a CPU pod compiles them",
+    )
+    on_mismatch: Literal["refuse", "warn"] = Field(
+        default="refuse", description="what train does when the cache was made by other settings or versions"
+    )
 
 
 class Evaluation(Block):
@@ -167,6 +197,12 @@ class Inputs(Block):
     cpu: Cpu | None = Field(default=None, description="instance cpu only")
     lora: Lora = Field(default=Lora(), description="the adapter")
     training: Training = Field(default=Training(), description="the run")
+    probe: Probe = Field(
+        default=Probe(),
+        description="the proof of the weights: a loss of fixed rows, recorded by train and computed again by consolidate "
+        "and merge",
+    )
+    compile: Compile = Field(default=Compile(), description="how Trainium's graphs are compiled")
     evaluation: Evaluation = Field(default=Evaluation(), description="base and tuned model, side by side")
     storage: Storage = Field(default=Storage(), description="the volume that holds models, datasets and runs")
     hugging_face: HuggingFace | None = Field(

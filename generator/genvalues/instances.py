@@ -6,13 +6,33 @@ from dataclasses import dataclass
 
 CPU = "cpu"  # no accelerator: any node, or this computer
 HYPERPOD = "ml."  # what SageMaker HyperPod puts before an instance type's name
-WIDEST_TENSOR_PARALLEL = 8  # Llama 3's key/value heads: wider would copy them
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of Trainium: what compiler, runtime and process groups have to know of it."""
+
+    target: str  # the compiler's name for it
+    logical_core_size: int  # NeuronCores that a process has as one
+    tensor_parallel: int  # how wide where nothing else is asked for
+    groups: tuple[int, ...]  # how many processes of a node can be a group
+
+
+# Tensor parallel 8 on trn1 and 4 on trn2: examples/training/llama/finetune_llama.sh of optimum-neuron 0.4.5, for
+# trn1.32xlarge, trn2.48xlarge and trn2.3xlarge.
+# Sizes of groups: Neuron docs of 2.26, tutorial Multi-Layer Perceptron Training (1, 2, 8, 32 on trn1; 1, 4, 16, 64 on trn2
+# with logical cores of two), and NxD Inference features, tensor parallelism (16 on trn1 too). On trn2, neuronx_distributed
+# (parallel_state.get_logic_chosen) says of 8 x 8 that no placement works, and of 32 x 2 that it wants one which it only
+# chooses when told lnc_size; optimum-neuron never tells.
+TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32))
+TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64))
 
 
 @dataclass(frozen=True)
 class Instance:
     """One node of an instance type, as Kubernetes sees it."""
 
+    generation: Generation
     neuron_devices: int
     cores: int  # NeuronCores a process can have: the logical ones (LNC=2 on trn2), one process each
     efa: int
@@ -29,6 +49,15 @@ class Instance:
         if self.efa:
             devices["vpc.amazonaws.com/efa"] = self.efa
         return devices
+
+    @property
+    def shared_memory(self) -> str:
+        """/dev/shm: 1 GiB for each process, of which nothing in this training path is known to need as much.
+
+        The runtime's own 64 MB are too little for libfabric's and the Neuron runtime's exchange between 32 processes;
+        half of the node's memory, which a tmpfs without a limit gets, would count against the training's.
+        """
+        return f"{self.cores}Gi"
 
     @property
     def resources(self) -> dict[str, dict[str, str]]:
@@ -53,12 +82,12 @@ class Parallelism:
 # Every Trainium type, those too that refusal() says no to, after the AWS instance pages.
 # trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
 TRAINIUM = {
-    "trn1.2xlarge": Instance(1, 2, 0, 8, 32, request_cpu=6, request_memory_gib=26),
-    "trn1.32xlarge": Instance(16, 32, 8, 128, 512, request_cpu=112, request_memory_gib=440),
-    "trn1n.32xlarge": Instance(16, 32, 16, 128, 512, request_cpu=112, request_memory_gib=440),
-    "trn2.3xlarge": Instance(1, 4, 1, 12, 128, request_cpu=10, request_memory_gib=110),
-    "trn2.48xlarge": Instance(16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
-    "trn2u.48xlarge": Instance(16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
+    "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, 32, request_cpu=6, request_memory_gib=26),
+    "trn1.32xlarge": Instance(TRN1, 16, 32, 8, 128, 512, request_cpu=112, request_memory_gib=440),
+    "trn1n.32xlarge": Instance(TRN1, 16, 32, 16, 128, 512, request_cpu=112, request_memory_gib=440),
+    "trn2.3xlarge": Instance(TRN2, 1, 4, 1, 12, 128, request_cpu=10, request_memory_gib=110),
+    "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
+    "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
 }
 NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
 
@@ -68,27 +97,25 @@ def trainium(name: str) -> Instance | None:
     return TRAINIUM.get(name.removeprefix(HYPERPOD))
 
 
-def is_process_group(size: int) -> bool:
-    """Whether Neuron can make a group of so many processes, one a core (FIELD-NOTES: the core counts it may use)."""
-    return size in (1, 2, 8, 16) or size % 32 == 0
+def refusal(name: str, nodes: int) -> str | None:
+    """Why an instance cannot be one of so many nodes of a job; None if it can.
 
-
-def refusal(name: str, nodes: int) -> tuple[str, str] | None:
-    """Why so many nodes of an instance cannot be trained on: the key to change, and the reason; None if they can."""
+    Neuron docs, How to prepare trn1.32xlarge for multi-node execution: EFA on every node, which smaller sizes lack; and
+    the tutorials for several nodes use all cores of the largest size. Of trn2.3xlarge, which has EFA, there is none.
+    """
     instance = trainium(name)
-    if instance is None:
+    if instance is None or nodes == 1:
         return None
-    if not is_process_group(instance.cores):
-        groups = "1, 2, 8, 16 or a multiple of 32"
-        return "instance", f"{name} has {instance.cores} cores, and Neuron has process groups of {groups} only"
-    if nodes > 1 and not instance.efa:
-        return "nodes", f"{name} has no EFA and cannot be one of {nodes} nodes"
+    if not instance.efa:
+        return f"{name} has no EFA and cannot be one of {nodes} nodes"
+    if instance.neuron_devices == 1:
+        return f"{name} has one device, and Neuron has jobs of several nodes with 16 devices each only"
     return None
 
 
 def parallelism(name: str, nodes: int, cpu_processes: int) -> Parallelism:
-    """One process a core on Trainium, tensor parallel as wide as it helps; on the CPU, data parallel only."""
+    """One process a core on Trainium, tensor parallel as its generation likes it; on the CPU, data parallel only."""
     instance = trainium(name)
     processes = instance.cores if instance else cpu_processes
-    tensor_parallel = min(instance.cores, WIDEST_TENSOR_PARALLEL) if instance else 1
+    tensor_parallel = min(instance.cores, instance.generation.tensor_parallel) if instance else 1
     return Parallelism(nodes, processes, tensor_parallel, nodes * processes // tensor_parallel)

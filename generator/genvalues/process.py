@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -31,12 +31,16 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Command:
-    """One process: its name (before its lines, when several run together), command line, environment and folder."""
+    """One process: its name (before its lines, when several run together), command line, environment and folder.
+
+    ``stdin`` is what it reads, less than the 64 KiB that a pipe holds: a password, so no representation shows it.
+    """
 
     name: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
     folder: Path
+    stdin: bytes | None = field(default=None, repr=False)
 
 
 class Interrupted(Exception):
@@ -103,16 +107,20 @@ def run_together(
 
 def start(command: Command, hold_open: Sequence[int]) -> subprocess.Popen[bytes]:
     supervisor = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*supervisor, *command.arguments],
         env=command.environment,
         cwd=command.folder,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and we pass it on in order
         pass_fds=hold_open,
     )
+    if process.stdin is not None and command.stdin is not None:
+        with suppress(BrokenPipeError), process.stdin:  # it may end without reading it
+            process.stdin.write(command.stdin)
+    return process
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:

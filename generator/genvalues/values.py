@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, split_image
+from genvalues.contradictions import FLASH_ROWS
 from genvalues.inputs import Block, Dataset, Inputs, ModelPath, Storage
 from genvalues.instances import HYPERPOD, parallelism, trainium
 from genvalues.nested import merge
 
-# The stage evaluate holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
-EVALUATE_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
+# A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
+HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
 
 
 def values_from(inputs: Inputs) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def values_from(inputs: Inputs) -> dict[str, Any]:
         "model": model(inputs.model),
         "dataset": dataset(inputs.dataset),
         "lora": plain(inputs.lora),
-        "training": plain(inputs.training),
+        "training": {**plain(inputs.training), "attention": attention(inputs)},
+        "probe": plain(inputs.probe),
+        "compile": plain(inputs.compile),
         "evaluation": evaluation,
         "parallelism": {
             "nodes": layout.nodes,
@@ -38,15 +41,40 @@ def values_from(inputs: Inputs) -> dict[str, Any]:
             "dataParallelSize": layout.data_parallel,
         },
         "devices": instance.devices if instance else {},
+        **neuron(inputs),
         "huggingFace": hugging_face(inputs),
         # HyperPod replaces a broken node by itself, and restarts only the jobs that ask for it.
         "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
     }
     if instance:
-        resources = {"resources": instance.resources}
-        values["stages"] = {"compile": resources, "train": resources, "evaluate": {"resources": EVALUATE_8B}}
+        trains, holds_model = {"resources": instance.resources}, {"resources": HOLDS_8B}
+        values["stages"] = {"compile": trains, "train": trains}
+        if inputs.probe.rows:
+            values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
+        values["stages"]["evaluate"] = holds_model
     return merge(values, inputs.chart_values)
+
+
+def attention(inputs: Inputs) -> str:
+    """As written; else flash where it is as right as eager (a row is one text) and Neuron's kernel takes the rows."""
+    if inputs.training.attention is not None:
+        return inputs.training.attention
+    is_text = row_format(inputs.dataset.format, inputs.dataset.source) == "text"
+    fits = inputs.training.max_sequence_length % FLASH_ROWS == 0
+    return "flash" if is_text and fits and not inputs.on_cpu else "eager"
+
+
+def neuron(inputs: Inputs) -> dict[str, Any]:
+    """What the pods of compile and train must know of the instance type; the chart's defaults are the CPU's."""
+    instance = trainium(inputs.instance)
+    if instance is None:
+        return {}
+    generation = instance.generation
+    return {
+        "neuron": {"target": generation.target, "logicalCoreSize": generation.logical_core_size},
+        "sharedMemory": instance.shared_memory,
+    }
 
 
 def image(reference: str | None) -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from genvalues.chart import find_chart, on_top_of_defaults, refusal_error, refusals, written_in_chart_values
 from genvalues.check import absolute, check, paths, placed
-from genvalues.contradictions import contradictions
+from genvalues.contradictions import contradictions, warnings
 from genvalues.document import Document, Mistake, read
 from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
@@ -34,6 +35,8 @@ def checked_values(file: Path, sets: Sequence[str], chart: Path | None) -> dict[
         inputs = with_absolute_paths(inputs, document)
     values = values_from(inputs)
     check_against(find_chart(chart), values, document)
+    for found in warnings(values):
+        print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
     return values
 
 

@@ -116,6 +116,24 @@ def load_as_helm(text: str) -> Any:
         return yaml.load(text, Loader=HelmLoader)
 
 
+def replaced(text: str, key: str, old: str, new: str) -> str | None:
+    """``text`` with the value of a top-level key replaced, and not a byte beside: comments, quotes, line ends stay.
+
+    None where the key's value is not ``old``, or is written in another way than letter by letter (escapes). Raises
+    UnreadableYAML.
+    """
+    document = compose(text)
+    if not isinstance(document, yaml.MappingNode):
+        return None
+    for key_node, value in document.value:
+        if key_node.value == key and isinstance(value, yaml.ScalarNode) and value.value.strip() == old:
+            start, end = value.start_mark.index, value.end_mark.index
+            written = text[start:end]
+            if written.count(old) == 1:
+                return text[:start] + written.replace(old, new) + text[end:]
+    return None
+
+
 def check_shape(text: str, *, aliases: bool) -> None:
     """Whether the document is as deep as ours are, before anything recurses into it."""
     depth = 0

@@ -11,7 +11,9 @@ import yaml
 from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
 from genvalues.cluster.config import load as load_cluster_config
 
-SECTIONS = ["backend", "model", "dataset", "lora", "training", "evaluation", "parallelism"]
+SECTIONS = [
+    *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism"),
+]
 SETTINGS: Values = {
     "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
     "nodeSelector": {"pool": "a"},

@@ -54,6 +54,8 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "unknown kind of storage": ({"storage": {"kind": "efs"}}, "kind"),
     "unknown key of storage": ({"storage": {"claim": "x"}}, "claim"),
     "unknown key of FSx": ({"storage": {"fsx": {"throughput": 1}}}, "throughput"),
+    "on, which Helm takes for true": ({"compile": {"true": "cpu"}}, "compile"),
+    "unknown attention": ({"training": {"attention": "flash_attention_2"}}, "attention"),
     "no size": ({"storage": {"size": "big"}}, "size"),
     "no access mode": ({"storage": {"accessModes": []}}, "accessModes"),
     "full name too long for worker pods": ({"fullnameOverride": "x" * 39}, "fullnameOverride"),
@@ -114,6 +116,55 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "static without a file system": (
         {"storage": {"kind": "fsx-static", "static": {"dnsName": "a.b", "mountName": "fsx"}}},
         "storage.static.fileSystemId is empty, which storage.kind fsx-static needs.",
+    ),
+    "flash on CPUs": (
+        {"training": {"attention": "flash"}},
+        "training.attention is flash, which backend cpu does not have. Set it to eager.",
+    ),
+    "flash with rows that its kernel does not take": (
+        merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
+        "training.maxSequenceLength 3000 is no multiple of 2048, which training.attention flash needs. Set it to 4096, or",
+    ),
+    "graphs for another instance": (
+        merged(NEURON, {"instance": "ml.trn2.48xlarge"}),
+        "neuron.target is trn1, but instance is ml.trn2.48xlarge. Set neuron.target to trn2, and neuron.logicalCoreSize",
+    ),
+    "graphs of trn2 for trn1": (
+        merged(NEURON, {"neuron": {"target": "trn2", "logicalCoreSize": 2}}),
+        "neuron.target is trn2, but instance is trn1.32xlarge. Set neuron.target to trn1.",
+    ),
+    "logical cores of two on trn1": (
+        merged(NEURON, {"neuron": {"logicalCoreSize": 2}}),
+        "neuron.logicalCoreSize is 2, but neuron.target trn1 has cores of one only. Set it to 1.",
+    ),
+    "nodes without EFA": (
+        merged(NEURON, {"parallelism": {"nodes": 2, "dataParallelSize": 4}}),
+        "devices has no vpc.amazonaws.com/efa, without which 2 nodes (parallelism.nodes) cannot train together. Set it",
+    ),
+    "another cache of graphs": (
+        merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}}}),
+        "stages.train: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is below",
+    ),
+    "another cache of graphs, by a flag": (
+        merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_CC_FLAGS": "-O1 --cache_dir=/workspace/mine"}}}),
+        "stages.compile: extraEnv.NEURON_CC_FLAGS moves the compiler's cache, by --cache_dir, away from where the stages "
+        "look for it. Remove --cache_dir.",
+    ),
+    "other logical cores by the environment": (
+        merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_LOGICAL_NC_CONFIG": 1}}}),
+        "stages.compile: extraEnv.NEURON_LOGICAL_NC_CONFIG is set by the chart. Use neuron.logicalCoreSize.",
+    ),
+    "bf16 as the seed asks for it": (
+        merged(NEURON, {"stages": {"train": {"extraEnv": {"XLA_USE_BF16": 1}}}}),
+        "stages.train: extraEnv.XLA_USE_BF16 has been out of use since Neuron 2.25, and would spoil what is kept in fp32",
+    ),
+    "compiler flags of one stage alone": (
+        merged(NEURON, {"stages": {"compile": {"extraEnv": {"NEURON_CC_FLAGS": "-O1"}}}}),
+        "stages.compile and stages.train differ in extraEnv.NEURON_CC_FLAGS, so that train's graphs would not be those",
+    ),
+    "more shared memory than memory": (
+        {"sharedMemory": "17Gi"},
+        "sharedMemory 17Gi is more than stages.train: resources.limits.memory 16Gi, against which it counts. Set it",
     ),
     "a class without a subnet": (
         {"storage": {"fsx": {"createStorageClass": True, "securityGroupIds": ["sg-01234567"]}}},

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from genvalues import chart, helm, inputs, instances
 from genvalues.cli import version
+from genvalues.errors import UserError
 from genvalues.inputs import Inputs
 from genvalues.values import values_from
 from genvalues.write import values_text
@@ -93,8 +94,9 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
 def test_the_inputs_defaults_are_the_charts() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     derived = values_from(Inputs.model_validate({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"}))
-    for section in ("lora", "training", "evaluation", "huggingFace", "parallelism", "hyperpod", "devices"):
+    for section in ("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "hyperpod"):
         assert derived[section] == defaults[section]
+    assert derived["devices"] == defaults["devices"]
 
 
 def test_cpu_needs_three_keys_and_runs_attached(tmp_path: Path) -> None:
@@ -119,6 +121,90 @@ def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> No
     assert instance.request_cpu < instance.vcpu
     assert instance.request_memory_gib < instance.memory_gib * 0.9
     assert instances.parallelism(f"ml.{name}", nodes, 2) == layout
+
+
+ON_TRAINIUM = "model: a/b\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
+
+
+@pytest.mark.parametrize(
+    ("format_", "instance", "length", "attention"),
+    [
+        ("text", "trn1.32xlarge", 2048, "flash"),
+        ("text", "ml.trn2.48xlarge", 8192, "flash"),
+        ("text", "trn1.32xlarge", 3072, "eager"),
+        ("text", "cpu", 2048, "eager"),
+        ("instruction", "trn1.32xlarge", 2048, "eager"),
+        ("chat", "trn1.32xlarge", 2048, "eager"),
+    ],
+)
+def test_attention_is_flash_where_a_row_is_one_text_and_the_kernel_takes_it(
+    tmp_path: Path, format_: str, instance: str, length: int, attention: str
+) -> None:
+    text = ON_TRAINIUM % (format_, instance)
+    assert values_of(tmp_path, text, f"training.maxSequenceLength={length}")["training"]["attention"] == attention
+    written = values_of(tmp_path, text, "training.attention=eager", f"training.maxSequenceLength={length}")
+    assert written["training"]["attention"] == "eager"
+
+
+@pytest.mark.parametrize("below", ["", "chartValues."])
+def test_flash_that_cannot_work_is_a_mistake_with_its_fix(tmp_path: Path, below: str) -> None:
+    flash = f"{below}training.attention=flash"
+    with pytest.raises(UserError) as refused:
+        values_of(tmp_path, ON_TRAINIUM % ("text", "trn1.32xlarge"), flash, "training.maxSequenceLength=3000")
+    assert str(refused.value).endswith(
+        "flash needs a maxSequenceLength that is a multiple of 2048, not 3000. "
+        "Write maxSequenceLength: 4096, or attention: eager."
+    )
+    with pytest.raises(UserError, match=r"flash is for Trainium only\. Write eager, or remove it\."):
+        values_of(tmp_path, ON_TRAINIUM % ("text", "cpu"), flash)
+
+
+@pytest.mark.parametrize(
+    ("format_", "packing", "warned"), [("chat", True, True), ("chat", False, False), ("text", True, False)]
+)
+def test_flash_over_packed_examples_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str, packing: bool, warned: bool
+) -> None:
+    sets = ("training.attention=flash", f"training.packing={str(packing).lower()}")
+    assert values_of(tmp_path, ON_TRAINIUM % (format_, "trn1.32xlarge"), *sets)["training"]["attention"] == "flash"
+    told = capsys.readouterr().err
+    expected = "warning: --set training.attention=flash: flash is causal only, so each packed example of format chat is"
+    assert told.startswith(expected) if warned else told == ""
+
+
+def test_what_holds_a_model_gets_the_memory_for_it(tmp_path: Path) -> None:
+    stages = values_of(tmp_path, ISSUE)["stages"]
+    for stage in ("consolidate", "merge", "evaluate"):
+        assert stages[stage]["resources"]["requests"]["memory"] == "40Gi"
+    without = values_of(tmp_path, ISSUE, "probe.rows=0")["stages"]
+    assert without.keys() == {"compile", "train", "evaluate"}, "copying tensors needs little"
+    assert "stages" not in values_of(tmp_path, ON_TRAINIUM % ("text", "cpu")), "the demo's models are small"
+
+
+def test_compile_and_probe_are_passed_on(tmp_path: Path) -> None:
+    sets = ("compile.runsOn=cpu", "compile.onMismatch=warn", "probe.maxTokens=64", "probe.tolerance=0.5")
+    values = values_of(tmp_path, ISSUE, *sets, "training.activationCheckpointing=full")
+    assert values["compile"] == {"runsOn": "cpu", "onMismatch": "warn"}
+    assert values["probe"] == {"rows": 8, "maxTokens": 64, "tolerance": 0.5}
+    assert values["training"]["activationCheckpointing"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("instance", "parallelism", "allowed"),
+    [
+        ("trn2.48xlarge", {"tensorParallelSize": 8, "dataParallelSize": 8}, "1, 4, 16, 64"),
+        ("trn2.48xlarge", {"tensorParallelSize": 32, "dataParallelSize": 2}, "1, 4, 16, 64"),
+        ("ml.trn1.32xlarge", {"tensorParallelSize": 4, "dataParallelSize": 8}, "1, 2, 8, 16, 32"),
+        ("trn1.2xlarge", {"processesPerNode": 8, "dataParallelSize": 4}, "1, 2"),
+        ("trn2.3xlarge", {"processesPerNode": 2, "tensorParallelSize": 1, "dataParallelSize": 2}, "1, 4"),
+    ],
+)
+def test_groups_of_processes_that_neuron_does_not_have_are_mistakes(
+    tmp_path: Path, instance: str, parallelism: dict[str, int], allowed: str
+) -> None:
+    text = ON_TRAINIUM % ("text", instance) + dump({"chartValues": {"parallelism": parallelism}})
+    with pytest.raises(UserError, match=f"has no groups of .* Leave parallelism out, or write one of {allowed}"):
+        values_of(tmp_path, text)
 
 
 def test_relative_paths_on_the_cpu_are_seen_from_the_inputs_file(
@@ -232,12 +318,25 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
     )
     all_optional = {
         "name": NAME,
-        "nodes": st.just(1) if instance.endswith("2xlarge") and "32" not in instance else st.integers(1, 64),
+        "nodes": st.just(1) if instances.refusal(instance, 2) else st.integers(1, 64),
         "lora": st.fixed_dictionaries({}, optional=numbers("Lora") | {"targetModules": st.just("all-linear")}),
         "training": st.fixed_dictionaries(
             {},
             optional=numbers("Training")
-            | {"packing": st.booleans(), "lrScheduler": st.sampled_from(["linear", "cosine", "constant"])},
+            | {
+                "packing": st.booleans(),
+                "lrScheduler": st.sampled_from(["linear", "cosine", "constant"]),
+                "attention": st.sampled_from(["eager", None]),
+                "activationCheckpointing": st.sampled_from(["none", "selective", "full"]),
+            },
+        ),
+        "probe": st.fixed_dictionaries({}, optional=numbers("Probe")),
+        "compile": st.fixed_dictionaries(
+            {},
+            optional={
+                "runsOn": st.sampled_from(["accelerator", "cpu"]),
+                "onMismatch": st.sampled_from(["refuse", "warn"]),
+            },
         ),
         "evaluation": st.fixed_dictionaries({}, optional=numbers("Evaluation")),
         "huggingFace": st.none() | st.fixed_dictionaries({"tokenSecret": NAME}, optional={"tokenKey": NAME}),
@@ -320,13 +419,3 @@ def test_what_genvalues_accepts_helm_renders(wanted: dict[str, Any], tmp_path: P
     file.write_text(dump(wanted))
     values = yaml.safe_load(values_text(file, [], None, "1.2.3"))
     assert helm.render(CHART, "llama", values)
-
-
-@pytest.mark.parametrize("name", instances.TRAINIUM)
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_no_process_group_is_one_that_neuron_cannot_make(name: str, nodes: int) -> None:
-    """FIELD-NOTES: a process group has 1, 2, 8, 16 or a multiple of 32 members."""
-    layout = instances.parallelism(name, nodes, 0)
-    fits = all(size in (1, 2, 8, 16) or size % 32 == 0 for size in (layout.processes_per_node, layout.tensor_parallel))
-    assert fits or instances.refusal(name, nodes) is not None
-    assert (instances.refusal("trn2.3xlarge", 1) or ("",))[0] == "instance"

@@ -106,9 +106,10 @@ class Compile(Section):
     """How the graphs of backend neuron are compiled, and what train does where the cache was made for other settings.
 
     ``on`` accelerator compiles where the training will run; cpu only collects the graphs there, and compiles elsewhere.
+    Outside its key is ``runsOn``: Helm and other readers of YAML 1.1 take a key ``on`` for the boolean true.
     """
 
-    on: Literal["accelerator", "cpu"] = "accelerator"
+    on: Literal["accelerator", "cpu"] = Field(default="accelerator", alias="runsOn")
     on_mismatch: Literal["refuse", "warn"] = "refuse"
 
 

@@ -30,11 +30,17 @@ class Prompt:
     answer: list[int]
 
 
-def load_model(path: Path) -> Any:
-    """A model folder in the dtype it is stored in, for evaluation."""
+def load_model(path: Path, adapter: Path | None = None) -> Any:
+    """A model folder in the dtype it is stored in, for evaluation; with the LoRA adapter of another folder or not."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
+    if adapter:
+        from peft import PeftModel
+
+        # In the dtype it was trained in, so that it rounds as it did then.
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    return model.eval()
 
 
 def score(model: Any, rows: Sequence[dict[str, Any]]) -> Score:

@@ -2,6 +2,9 @@
 
 torchrun exits with 1 whatever its workers return; here a worker's status 2 (the user must change something) stays 2,
 and its message is told once, not by every worker.
+
+Run as a program, python -m llama_lora.launch STAGE CONFIG WORKSPACE, it does that for another program that passes no
+exit status on (neuron_parallel_compile): who set LLAMA_LORA_MESSAGES reads the messages there.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from genvalues.errors import UserError, UserErrors
+from genvalues.errors import EXIT_USER_ERROR, UserError, UserErrors
+from llama_lora import config as run_config
 from llama_lora import environment
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
@@ -25,6 +30,11 @@ MESSAGES = "LLAMA_LORA_MESSAGES"  # and the folder for the message of a UserErro
 def worker_command(stage: str, paths: Paths) -> list[str]:
     """The command of one worker. It reads the config the stage has written into the run's folder."""
     return [sys.executable, "-m", "llama_lora.worker", stage, str(paths.config), str(paths.workspace)]
+
+
+def launcher_command(stage: str, paths: Paths) -> list[str]:
+    """The command that starts this node's workers, for a program that runs it."""
+    return [sys.executable, "-m", "llama_lora.launch", stage, str(paths.config), str(paths.workspace)]
 
 
 def run_workers(command: Sequence[str], config: RunConfig) -> None:
@@ -47,14 +57,45 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     launch_config, entrypoint, entrypoint_arguments = config_from_args(arguments)
     environment.share_threads(launch_config.nproc_per_node)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker says itself why it ends
-    with tempfile.TemporaryDirectory() as messages:
-        os.environ[LAUNCHER], os.environ[MESSAGES] = str(os.getpid()), messages
+    with messages_folder() as messages:
+        os.environ[LAUNCHER] = str(os.getpid())
         try:
             elastic_launch(launch_config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError:
-            told = {file.read_text(encoding="utf-8") for file in Path(messages).iterdir()}
-            if told:
-                raise UserErrors([UserError(message) for message in sorted(told)]) from None
+            if told := messages_in(messages):
+                raise UserErrors(told) from None
             sys.exit(1)
         except SignalException as error:
             sys.exit(128 + int(error.sigval))
+
+
+@contextmanager
+def messages_folder() -> Iterator[Path]:
+    """Where workers leave the messages of their UserErrors: a folder of whoever runs this launcher, else our own."""
+    if MESSAGES in os.environ:
+        yield Path(os.environ[MESSAGES])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[MESSAGES] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ[MESSAGES]
+
+
+def messages_in(folder: Path) -> list[UserError]:
+    """What the workers have left there, each message once."""
+    return [UserError(message) for message in sorted({file.read_text(encoding="utf-8") for file in folder.iterdir()})]
+
+
+def main(stage: str, config_file: str, workspace: str) -> None:
+    """Start this node's workers of a stage. The messages of their UserErrors are left for who reads them."""
+    config = run_config.load(Path(config_file))
+    try:
+        run_workers(worker_command(stage, Paths(Path(workspace), config.name)), config)
+    except UserError:
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of one run in a workspace. ``models`` and ``datasets`` are shared by runs."""
+    """Paths of one run in a workspace. ``models``, ``datasets`` and the compile cache are shared by runs."""
 
     workspace: Path
     run_name: str
@@ -20,6 +20,16 @@ class Paths:
     @property
     def datasets(self) -> Path:
         return self.workspace / "datasets"
+
+    @property
+    def compile_cache(self) -> Path:
+        """The Neuron compiler's own cache."""
+        return self.workspace / "compile-cache"
+
+    @property
+    def compile_users(self) -> Path:
+        """A file for each process that uses that cache."""
+        return self.compile_cache / "users"
 
     @property
     def run(self) -> Path:
@@ -38,6 +48,11 @@ class Paths:
         return self.run / "stages" / f"{stage}.json"
 
     @property
+    def compile_reports(self) -> Path:
+        """What the nodes of the stage compile tell each other."""
+        return self.run / "compile"
+
+    @property
     def progress(self) -> Path:
         return self.run / "progress.json"
 
@@ -50,6 +65,11 @@ class Paths:
 
     def tensorboard(self, fingerprint: str) -> Path:
         return self.checkpoints(fingerprint) / "tensorboard"
+
+    @property
+    def rehearsal(self) -> Path:
+        """Checkpoints of a dry run: nobody reads them, and they are removed at its end."""
+        return self.run / "rehearsal"
 
     @property
     def adapter(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -26,11 +27,22 @@ def main(stage_name: str, config_file: str, workspace: str) -> None:
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
         work = declaration(stage_name).worker
         assert work is not None, f"{stage_name} has no workers"
-        work(stage, backends.get(config.backend))
+        with compile_cache(stage):
+            work(stage, backends.get(config.backend))
     except UserError as error:
         Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
         sys.stdout.flush()
         os._exit(EXIT_USER_ERROR)  # an orderly exit aborts where gloo's threads still wait for the other workers
+
+
+def compile_cache(stage: Stage) -> contextlib.AbstractContextManager[object]:
+    """On Trainium the graph cache, the same for compile and train, and known to be in use."""
+    if stage.config.backend != "neuron":
+        return contextlib.nullcontext()
+    from llama_lora.backends.neuron import cache
+
+    cache.set_environment(stage.paths)
+    return cache.used_by_worker(stage.paths, stage.name)
 
 
 def die_with_the_launcher() -> None:

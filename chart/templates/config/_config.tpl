@@ -1,7 +1,7 @@
 {{- /* What a stage reads: the values' own sections. */}}
 {{- define "llama-lora.config.run" -}}
 {{- $config := dict "name" (include "llama-lora.run.name" .) }}
-{{- range $section := list "backend" "model" "dataset" "lora" "training" "evaluation" "parallelism" }}
+{{- range $section := list "backend" "model" "dataset" "lora" "training" "probe" "compile" "evaluation" "parallelism" }}
 {{- $_ := set $config $section (deepCopy (get $.Values $section)) }}
 {{- end }}
 {{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}

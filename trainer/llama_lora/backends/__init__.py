@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from genvalues.errors import UserError
-from llama_lora.config import Lora, RunConfig, Training
+from llama_lora import config
 from llama_lora.paths import Paths
+from llama_lora.probe import Probe
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,10 @@ class TrainingJob:
     model: Path
     base_name: str | None  # the hub's name of the model, where it has one
     dataset: Path
-    lora: Lora
-    training: Training
+    lora: config.Lora
+    training: config.Training
+    parallelism: config.Parallelism
+    probe: config.Probe
     fingerprint: str
     paths: Paths
     dry_run: int | None = None
@@ -59,7 +62,7 @@ class Adapter:
 class Backend(Protocol):
     """One accelerator: model loading and trainer (``train``), checkpoint format, compile wrapper."""
 
-    def check(self, config: RunConfig, model: Path) -> None:
+    def check(self, config: config.RunConfig, model: Path) -> None:
         """Raise UserErrors for settings this model cannot be trained with, before any worker starts."""
 
     def compile_command(self, command: Sequence[str]) -> list[str]:
@@ -69,28 +72,42 @@ class Backend(Protocol):
         """Run in every worker under torchrun: train to the end, resuming from the newest complete checkpoint.
 
         When every worker's files are durable, rank 0 calls ``finish``; no worker returns before that.
-        A dry run neither resumes nor saves.
+        A dry run leaves nothing behind.
         """
 
-    def read_adapter(self, checkpoint: Path) -> Adapter:
-        """The adapter in a sharded checkpoint. Raises UserError naming a shard that is missing or does not belong."""
+    def read_adapter(self, checkpoint: Path, base: Path | None) -> Adapter:
+        """The adapter in a sharded checkpoint.
+
+        Raises UserError naming a shard that is missing or does not belong, or, where the ``base`` model's folder is
+        given, a factor that does not fit it.
+        """
 
 
 def of_checkpoint(checkpoint: Path) -> Backend:
     """The backend that has written a checkpoint, by what is in the folder. Raises UserError for anything else."""
+    from llama_lora.backends.neuron.shards import is_neuron_checkpoint
+
+    if is_neuron_checkpoint(checkpoint):
+        return get("neuron")
     if (checkpoint / "checkpoint.json").is_file() or any(checkpoint.glob("*.distcp")):
         return get("cpu")
     raise UserError("is no checkpoint", where=str(checkpoint), fix="Give a folder checkpoints/*/step-N.")
 
 
-def get(name: str) -> Backend:
-    """The backend of a run config. Raises UserError for one this version does not have."""
+def probe_of(checkpoint: Path) -> Probe | None:
+    """What the probe measured when a checkpoint was saved; None where it did not."""
+    from llama_lora.backends.checkpoints import read_record
+
+    record = read_record(checkpoint)
+    return Probe(**record.probe) if record and record.probe else None
+
+
+def get(name: Literal["cpu", "neuron"]) -> Backend:
+    """The backend of a run config."""
     if name == "cpu":
         from llama_lora.backends.cpu import CpuBackend
 
         return CpuBackend()
-    raise UserError(
-        f"this image has no backend {name!r}",
-        where="backend",
-        fix="Only cpu is there in this version: set instance: cpu.",
-    )
+    from llama_lora.backends.neuron import NeuronBackend
+
+    return NeuronBackend()

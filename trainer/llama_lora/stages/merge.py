@@ -11,10 +11,12 @@ from pathlib import Path
 
 from genvalues import files
 from genvalues.errors import UserError
+from llama_lora import evaluation
 from llama_lora.adapter import Delta, read_deltas
+from llama_lora.probe import Probe
 from llama_lora.shards import DTYPES, StoredTensor, add_in_place, stored_tensors
 from llama_lora.stage import Declaration, Stage
-from llama_lora.stages.consolidate import refuse_to_overwrite
+from llama_lora.stages.consolidate import prove, refuse_to_overwrite
 
 
 def merge(stage: Stage) -> None:
@@ -23,8 +25,11 @@ def merge(stage: Stage) -> None:
     deltas = read_deltas(stage.paths.adapter)
     tensors = stored_tensors(base)
     check_fits(deltas, tensors, stage.paths.adapter, base)
+    recorded = stage.upstream("consolidate").facts["probe"]
     with stage.output(stage.paths.merged) as folder:
         write_merged(base, tensors, deltas, folder)
+        probed = Probe(**recorded) if recorded else None
+        prove(stage, probed, lambda: evaluation.load_model(folder), stage.paths.merged)
     print(f"{len(deltas)} of {len(tensors)} tensors merged -> {stage.paths.merged}", flush=True)
 
 

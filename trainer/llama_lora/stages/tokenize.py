@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from genvalues import files
 from genvalues.errors import UserError
+from llama_lora import backends
 from llama_lora.config import RunConfig, Training
 from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
@@ -31,6 +32,7 @@ def tokenize(stage: Stage) -> None:
     """Model snapshot, then rows -> examples -> eval split -> packed rows -> report."""
     assert stage.sources is not None and stage.fingerprint is not None
     model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models)
+    backends.get(stage.config.backend).check(stage.config, model)  # before a Trainium node is asked for
     dataset = stage.paths.datasets / stage.fingerprint[:16]
     with making(dataset) as missing:  # another run may have made it
         if missing:

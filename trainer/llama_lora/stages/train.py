@@ -37,6 +37,8 @@ def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
         dataset=stage.paths.workspace / tokenized["dataset"],
         lora=stage.config.lora,
         training=stage.config.training,
+        parallelism=stage.config.parallelism,
+        probe=stage.config.probe,
         fingerprint=stage.fingerprint,
         paths=stage.paths,
         dry_run=dry_run,
@@ -45,14 +47,16 @@ def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
 
 STAGE = Declaration(
     name="train",
-    version=1,
+    version=2,
     summary="LoRA training on all workers: sharded checkpoints, progress, metrics.",
     after=["tokenize"],
     needs=["compile"],
     reads=lambda config: {
         "backend": config.backend,
         "lora": config.lora.as_keys(),
-        "training": config.training.model_dump(exclude={"save_steps", "save_total_limit"}),
+        "training": config.training.model_dump(
+            exclude={"save_steps", "save_total_limit", "activation_checkpointing"}  # changes memory and time alone
+        ),
     },
     run=train,
     worker=train_worker,
