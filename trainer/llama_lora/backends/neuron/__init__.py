@@ -1,0 +1,1 @@
+"""The Neuron backend: optimum-neuron's trainer on Trainium."""

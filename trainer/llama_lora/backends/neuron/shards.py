@@ -1,0 +1,551 @@
+"""optimum-neuron's LoRA checkpoints, read with plain torch: no Neuron library, no base model, a tensor at a time.
+
+    checkpoint-N/adapter_default/
+        adapter_config.json                                 PEFT's
+        adapter_shards/done                                 written when every rank has saved
+        adapter_shards/mp_metadata_pp_rank_0.json           how each parameter is cut, and what was fused into what
+        adapter_shards/model/dp_rank_00_tp_rank_XX_pp_rank_00.pt
+                                           ....pt.tensors/  with xser: tensor_N.pt, to which the .pt refers
+
+Written by optimum-neuron 0.4.5 (peft/peft_model.py, NeuronPeftModel.save_pretrained) through neuronx_distributed
+(trainer/checkpoint.py, save_checkpoint) and torch_xla (utils/serialization.py, save). The result is what the library's
+own consolidation gives (models/training/checkpointing.py), bit for bit, where that works: it ends with a KeyError for
+an adapter that leaves gate_proj and up_proj alone, which the default (q_proj and v_proj) does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genvalues.errors import UserError
+from llama_lora.adapter import CONFIG, PREFIX, check_kind
+from llama_lora.backends import Adapter
+
+ADAPTER = "adapter_default"
+SHARDS = "adapter_shards"
+DONE = "done"
+BASE_CONFIG = "base_config.json"  # the base model's config.json, where the trainer has left it in the checkpoint
+SHARD_NAME = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
+TRAIN_AGAIN = "Use another checkpoint, or train again."
+
+# What LoRA can be on, by the base model's own names: the block it is in, and (in, out) features of its weight. The
+# names and sizes are those of transformers' modeling_llama.py, modeling_qwen3.py and modeling_granite.py.
+LINEAR = {
+    "q_proj": ("self_attn", "hidden", "query"),
+    "k_proj": ("self_attn", "hidden", "key"),
+    "v_proj": ("self_attn", "hidden", "key"),
+    "o_proj": ("self_attn", "query", "hidden"),
+    "gate_proj": ("mlp", "hidden", "intermediate"),
+    "up_proj": ("mlp", "hidden", "intermediate"),
+    "down_proj": ("mlp", "intermediate", "hidden"),
+}
+
+
+def is_neuron_checkpoint(folder: Path) -> bool:
+    """Whether optimum-neuron has written this folder (complete or not)."""
+    return (folder / ADAPTER / SHARDS).is_dir()
+
+
+def read_adapter(checkpoint: Path) -> Adapter:
+    """The adapter of a checkpoint-N folder, in PEFT's names; checked as far as can be without the base model.
+
+    Holds the adapter once, and besides it one tensor's shards. Raises UserError naming the file or tensor: an
+    unfinished save, a rank's shard missing or damaged, shapes that do not fit r (or, where the checkpoint holds a
+    base_config.json, the base model), numbers that are not finite, and factors that all ranks share but that differ
+    between them: the library (0.4.5) never sums their gradients over the ranks, so what they hold is no training.
+    """
+    folder = checkpoint / ADAPTER
+    shards = folder / SHARDS
+    if not is_neuron_checkpoint(checkpoint):
+        raise UserError(f"holds no {ADAPTER}/{SHARDS}", where=str(checkpoint), fix="Give a folder checkpoint-N.")
+    if not (shards / DONE).is_file():
+        raise UserError(
+            f"was not saved to its end (no {DONE!r} marker)", where=str(shards), fix="Use an older checkpoint."
+        )
+    config = _adapter_config(folder)
+    metadata = _metadata(shards)
+    ranks = _open_ranks(shards, metadata)
+    replicas = Replicas()
+    readers = _readers(metadata, replicas)
+    fingerprints: list[list[bytes]] = [[] for _ in ranks]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ranks[0].entries:
+        pieces = [rank.tensor(name) for rank in ranks]
+        _check_pieces(name, pieces, ranks, config["r"])
+        reader = readers.get(name) or _reader_of_plain(name, metadata, replicas)
+        for whole_name, whole in reader(pieces).items():
+            tensors[whole_name] = whole
+        if not replicas.shared(name):
+            for digests, piece in zip(fingerprints, pieces, strict=True):
+                digests.append(_bytes(piece) if piece.any() else b"")
+    replicas.check(shards)
+    _check_no_rank_twice(fingerprints, ranks)
+    adapter = Adapter(tensors, config)
+    _check_complete(adapter, shards)
+    if (base_config := checkpoint / BASE_CONFIG).is_file():
+        check_shapes(adapter, _json(base_config), str(shards))
+    return adapter
+
+
+def expected_shapes(
+    base_config: Mapping[str, Any], target_modules: Sequence[str] | str, r: int
+) -> dict[str, list[int]]:
+    """PEFT's name -> shape of every LoRA factor that a model of this config.json has (A [r, in], B [out, r]).
+
+    Raises UserError for a size that the config does not give, or a module that these models do not have.
+    """
+    try:
+        heads = base_config["num_attention_heads"]
+        head_size = base_config.get("head_dim") or base_config["hidden_size"] // heads
+        sizes = {
+            "hidden": base_config["hidden_size"],
+            "intermediate": base_config["intermediate_size"],
+            "query": heads * head_size,
+            "key": (base_config.get("num_key_value_heads") or heads) * head_size,
+        }
+        layers = base_config["num_hidden_layers"]
+    except KeyError as error:
+        raise UserError(f"has no {error}", where="the base model's config.json") from None
+    modules = list(LINEAR) if target_modules == "all-linear" else sorted(target_modules)
+    if unknown := [name for name in modules if name not in LINEAR]:
+        raise UserError(
+            f"has no linear layer {', '.join(unknown)}",
+            where="the base model",
+            fix=f"It has: {', '.join(LINEAR)}.",
+        )
+    shapes = {}
+    for layer in range(layers):
+        for name in modules:
+            block, inner, outer = LINEAR[name]
+            module = f"{PREFIX}model.layers.{layer}.{block}.{name}"
+            shapes[f"{module}.lora_A.weight"] = [r, sizes[inner]]
+            shapes[f"{module}.lora_B.weight"] = [sizes[outer], r]
+    return shapes
+
+
+def check_shapes(adapter: Adapter, base_config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for the first tensor that is missing, too much, or of another shape than the base model wants."""
+    expected = expected_shapes(base_config, adapter.config["target_modules"], adapter.config["r"])
+    fix = "Give the checkpoint of a training on this base model."
+    for name, shape in expected.items():
+        if name not in adapter.tensors:
+            raise UserError(f"has no {name}, which the base model wants", where=where, fix=fix)
+        found = list(adapter.tensors[name].shape)
+        if found != shape:
+            raise UserError(f"{name} has shape {found}, the base model wants {shape}", where=where, fix=fix)
+    if more := sorted(adapter.tensors.keys() - expected.keys()):
+        raise UserError(f"has {more[0]}, which the base model has no place for", where=where, fix=fix)
+
+
+# Where tensors come from: a file a rank.
+
+
+class TensorReference:
+    """What torch_xla.utils.serialization writes in a tensor's place: ``tid``, the N of tensor_N.pt."""
+
+    tid: int
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's shard file: its tensors by name, or references to files of their own."""
+
+    number: int
+    path: Path
+    entries: dict[str, Any]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The rank's piece of a parameter, mapped from its file."""
+        entry, path = self.entries[name], self.path
+        if isinstance(entry, TensorReference):
+            path = path.parent / f"{path.name}.tensors" / f"tensor_{entry.tid}.pt"
+            entry = _load(path)
+        if not isinstance(entry, torch.Tensor):
+            raise UserError(f"holds no tensor for {name}", where=str(path), fix=TRAIN_AGAIN)
+        return entry
+
+
+def _open_ranks(shards: Path, metadata: Mapping[str, Any]) -> list[Rank]:
+    """Every tensor parallel rank's shard, in order. Raises UserError for a missing one, or more than one belongs."""
+    paths: dict[int, Path] = {}
+    for path in sorted((shards / "model").glob("*.pt")):
+        found = SHARD_NAME.fullmatch(path.name)
+        if found is None:
+            continue  # .pt.info.pt: shapes, for loading without data
+        data, tensor, pipeline = (int(number) for number in found.groups())
+        if pipeline:
+            raise UserError(
+                "is of a pipeline parallel training", where=str(path), fix="Train with tensor parallelism alone."
+            )
+        if data == 0:
+            paths[tensor] = path
+    size = _tensor_parallel_size(metadata, shards)
+    if size is None:
+        size = max(paths, default=0) + 1
+    for number in range(size):
+        if number not in paths:
+            missing = shards / "model" / f"dp_rank_00_tp_rank_{number:02d}_pp_rank_00.pt"
+            raise UserError(
+                f"this shard is missing, rank {number} of {size}",
+                where=str(missing),
+                fix="Copy the whole checkpoint, or use another.",
+            )
+    if len(paths) > size:
+        raise UserError(
+            f"there are shards of {len(paths)} ranks, but the training had {size}: two checkpoints in one folder",
+            where=str(shards / "model"),
+            fix=TRAIN_AGAIN,
+        )
+    ranks = []
+    for number in range(size):
+        entries = _load(paths[number])
+        if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
+            raise UserError("holds no tensors by name", where=str(paths[number]), fix=TRAIN_AGAIN)
+        ranks.append(Rank(number, paths[number], entries))
+        if other := sorted(entries.keys() ^ ranks[0].entries.keys()):
+            raise UserError(f"and rank 0's do not both hold {other[0]}", where=str(paths[number]), fix=TRAIN_AGAIN)
+    return ranks
+
+
+def _tensor_parallel_size(metadata: Mapping[str, Any], shards: Path) -> int | None:
+    """The number of ranks, as the metadata say in each cut parameter and each transformation; None if in none."""
+    sizes = {
+        parameter["num_partitions"]
+        for parameter in metadata["parameters"].values()
+        if parameter.get("tensor_model_parallel") and parameter.get("num_partitions", -1) > 0
+    }
+    sizes |= {spec["tp_size"] for _, _, spec in _transformations(metadata) if "tp_size" in spec}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the metadata name several tensor parallel sizes: {sorted(sizes)}", where=str(shards), fix=TRAIN_AGAIN
+        )
+    return sizes.pop() if sizes else None
+
+
+def _load(path: Path) -> Any:
+    """What torch.save has written, tensors mapped, not read; nothing in the file is run.
+
+    torch does not look at the checksums that it writes into its zip archives, so they are looked at here.
+    """
+    reference = (TensorReference, "torch_xla.utils.serialization.TensorReference")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"is damaged: the checksum of {damaged} does not fit", where=str(path), fix=TRAIN_AGAIN)
+        with torch.serialization.safe_globals([reference]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            "this shard is missing", where=str(path), fix="Copy the whole checkpoint, or use another."
+        ) from None
+    except pickle.UnpicklingError:
+        raise UserError("holds more than tensors; it is not loaded", where=str(path), fix=TRAIN_AGAIN) from None
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        LookupError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"is damaged: {reason}", where=str(path), fix=TRAIN_AGAIN) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "this file is missing", where=str(path), fix="Copy the whole checkpoint, or use another."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"is damaged: {error}", where=str(path), fix=TRAIN_AGAIN) from None
+    if not isinstance(content, dict):
+        raise UserError("holds no JSON object", where=str(path), fix=TRAIN_AGAIN)
+    return content
+
+
+def _metadata(shards: Path) -> dict[str, Any]:
+    path = shards / "mp_metadata_pp_rank_0.json"
+    metadata = _json(path)
+    try:
+        for parameter in metadata["parameters"].values():
+            parameter["tensor_model_parallel"]
+        for _ in _transformations(metadata):
+            pass
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError("is not optimum-neuron 0.4.5's metadata", where=str(path), fix=TRAIN_AGAIN) from None
+    return metadata
+
+
+def _transformations(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """(module, kind, settings) of each: what was made of the base model's own layers."""
+    for module in metadata["model_weight_transformation_specs"]:
+        for kind, settings in module["specs"]:
+            yield module["module_fully_qualified_name"], kind, settings
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, with target modules in order (the library writes a set)."""
+    config = _json(folder / CONFIG)
+    check_kind(config, folder)
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets:
+        raise UserError(f"target_modules is {targets!r}", where=str(folder / CONFIG), fix=TRAIN_AGAIN)
+    return {**config, "target_modules": sorted(targets), "inference_mode": True}
+
+
+# How a parameter's pieces become the base model's own tensors: a reader for each saved name.
+
+Reader = Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Replicas:
+    """Notes where ranks differ in what they should share."""
+
+    compared: set[str] = field(default_factory=set)
+    differences: list[tuple[float, str, int, int]] = field(default_factory=list)
+    groups: int = 0
+
+    def shared(self, name: str) -> bool:
+        """Whether every rank holds the same of this one."""
+        return name in self.compared
+
+    def same(self, name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[int] | None = None) -> torch.Tensor:
+        """The first piece, of its own memory; each difference of the others is noted."""
+        self.groups += 1
+        if ranks is None:
+            self.compared.add(name)
+            ranks = range(len(pieces))
+        for rank, piece in zip(ranks[1:], pieces[1:], strict=True):
+            if not torch.equal(piece, pieces[0]):
+                difference = (piece.float() - pieces[0].float()).abs().max().item()
+                self.differences.append((difference, name, ranks[0], rank))
+        return pieces[0].clone()
+
+    def check(self, shards: Path) -> None:
+        """Raise UserError with the largest difference."""
+        if not self.differences:
+            return
+        largest, name, first, second = max(self.differences)
+        differing = len({name for _, name, _, _ in self.differences})
+        raise UserError(
+            f"{differing} of {self.groups} factors that ranks share differ between them, most {name}: "
+            f"by {largest:.6g} between ranks {first} and {second}. "
+            "The training did not keep them equal, so no rank's is right",
+            where=str(shards),
+            fix="Train again with this image: optimum-neuron 0.4.5 by itself does not sum their gradients.",
+        )
+
+
+def _readers(metadata: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
+    """Readers of what was fused or permuted when the model was cut, by the saved parameters' names."""
+    readers: dict[str, Reader] = {}
+    for module, kind, settings in _transformations(metadata):
+        if kind == "FusedLinearsSpec":
+            readers |= _fused(module, settings, replicas)
+        elif kind == "GQAQKVColumnParallelLinearSpec":
+            readers |= _grouped_queries(module, settings, replicas)
+        else:
+            raise UserError(
+                f"{module} was made by {kind}, which is not known", where="the checkpoint's metadata", fix=TRAIN_AGAIN
+            )
+    return readers
+
+
+def _reader_of_plain(name: str, metadata: Mapping[str, Any], replicas: Replicas) -> Reader:
+    """The reader of a parameter that is the base model's own, cut along one dimension or the same on all ranks."""
+    adapted = re.sub(r"\.(lora_[AB])\.", r".\1.default.", name)  # the metadata's name has the adapter's
+    parameter = metadata["parameters"].get(adapted)
+    if parameter is None or not re.fullmatch(r".*\.lora_[AB]\.weight", name):
+        raise UserError(
+            f"{name} is no LoRA factor of a linear layer", where="the checkpoint", fix="Only plain LoRA can be read."
+        )
+    if parameter["tensor_model_parallel"]:
+        return lambda pieces: {name: torch.cat(pieces, dim=parameter["partition_dim"])}
+    return lambda pieces: {name: replicas.same(name, pieces)}
+
+
+def _fused(module: str, settings: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
+    """gate_up_proj (and qkv_proj where fuse_qkv meets as many kv heads as heads): one A, and the Bs in a row.
+
+    FusedLinearsSpec._lora_to_original_weights. Every rank has its part of the first B, then of the second.
+    """
+    fused, names = settings["fused_linear_name"], settings["linear_names"]
+    if settings["fuse_axis"] not in (0, "column"):
+        raise UserError(f"{module}.{fused} is fused by rows, which is not known", where="the checkpoint's metadata")
+    rows = [size // settings["tp_size"] for size in settings["original_dims"]]
+
+    def second(pieces: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = [_split(piece, rows, f"{module}.{fused}.lora_B") for piece in pieces]
+        return {
+            f"{module}.{name}.lora_B.weight": torch.cat(of_name)
+            for name, of_name in zip(names, zip(*parts, strict=True), strict=True)
+        }
+
+    saved = f"{module}.{fused}.lora_A.weight"
+    return {
+        saved: partial(_for_each, replicas, saved, [f"{module}.{name}.lora_A.weight" for name in names]),
+        f"{module}.{fused}.lora_B.weight": second,
+    }
+
+
+def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
+    """qkv_proj where there are more ranks than kv heads: those are copied, and query heads put beside their copy.
+
+    GQAQKVColumnParallelLinearSpec._lora_to_original_weights. o_proj's columns are in the order of the query heads.
+    """
+    fused, query, key, value, output = (
+        settings[f"{kind}_projection_name"] for kind in ("gqa_qkv", "query", "key", "value", "output")
+    )
+    copies, ranks = settings["kv_size_multiplier"], settings["tp_size"]
+    order = _query_heads(settings["num_attention_heads"], settings["num_key_value_heads"], copies)
+    back = torch.argsort(torch.tensor(order))
+    q_rows, kv_rows = settings["q_output_size_per_partition"], settings["kv_output_size_per_partition"]
+
+    def heads(pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        whole = torch.cat(list(pieces))
+        by_head = whole.view(len(order), -1, whole.shape[1])
+        return {f"{module}.{query}.lora_B.weight": by_head[back].view(whole.shape)}
+
+    def first_copy(name: str, pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        holders = ranks // copies  # this many ranks hold one copy of all kv heads between them
+        parts = [
+            replicas.same(f"{module}.{name}.lora_B.weight", pieces[rank::holders], range(rank, ranks, holders))
+            for rank in range(holders)
+        ]
+        return {f"{module}.{name}.lora_B.weight": torch.cat(parts)}
+
+    def all_three(pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = [_split(piece, [q_rows, kv_rows, kv_rows], f"{module}.{fused}.lora_B") for piece in pieces]
+        of_query, of_key, of_value = zip(*parts, strict=True)
+        return heads(of_query) | first_copy(key, of_key) | first_copy(value, of_value)
+
+    def columns(pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        whole = torch.cat(list(pieces), dim=1)
+        by_head = whole.view(whole.shape[0], len(order), -1)
+        return {f"{module}.{output}.lora_A.weight": by_head[:, back].view(whole.shape)}
+
+    saved = f"{module}.{fused}.lora_A.weight"
+    names = [f"{module}.{name}.lora_A.weight" for name in (query, key, value)]
+    return {
+        saved: partial(_for_each, replicas, saved, names),
+        f"{module}.{fused}.lora_B.weight_q": heads,
+        f"{module}.{fused}.lora_B.weight_k": partial(first_copy, key),
+        f"{module}.{fused}.lora_B.weight_v": partial(first_copy, value),
+        f"{module}.{fused}.lora_B.weight_qkv": all_three,
+        f"{module}.{output}.lora_A.weight": columns,
+    }
+
+
+def _query_heads(heads: int, kv_heads: int, copies: int) -> list[int]:
+    """Which of the model's query heads are on the ranks, one rank after the other.
+
+    The ranks hold all kv heads, then all again, ``copies`` times; each copy serves an equal part of its queries.
+    """
+    queries = heads // kv_heads
+    share = queries // copies
+    return [
+        kv_head * queries + copy * share + query
+        for copy in range(copies)
+        for kv_head in range(kv_heads)
+        for query in range(share)
+    ]
+
+
+def _for_each(
+    replicas: Replicas, saved: str, names: Sequence[str], pieces: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """One factor, the same on all ranks, that serves several layers."""
+    shared = replicas.same(saved, pieces)
+    return {name: shared.clone() for name in names}
+
+
+def _split(piece: torch.Tensor, rows: Sequence[int], name: str) -> Sequence[torch.Tensor]:
+    if piece.shape[0] != sum(rows):
+        raise UserError(
+            f"{name} has {piece.shape[0]} rows on a rank, the metadata say {sum(rows)}",
+            where="the checkpoint",
+            fix=TRAIN_AGAIN,
+        )
+    parts: Sequence[torch.Tensor] = torch.split(piece, list(rows))
+    return parts
+
+
+# Checks.
+
+
+def _check_pieces(name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[Rank], r: int) -> None:
+    """Ranks agree about dtype and shape, the factor is of rank r, and its numbers are numbers."""
+    first = pieces[0]
+    for rank, piece in zip(ranks, pieces, strict=True):
+        if piece.dtype != first.dtype or piece.shape != first.shape:
+            raise UserError(
+                f"{name} is {piece.dtype} {list(piece.shape)} on rank {rank.number}, "
+                f"and {first.dtype} {list(first.shape)} on rank 0",
+                where=str(rank.path),
+                fix=TRAIN_AGAIN,
+            )
+        if not piece.is_floating_point() or not torch.isfinite(piece).all():
+            raise UserError(
+                f"{name} holds numbers that are not finite",
+                where=str(rank.path),
+                fix="Train again, with a lower learning rate.",
+            )
+    dimension = 0 if ".lora_A." in name else 1
+    if first.dim() != 2 or first.shape[dimension] != r:
+        raise UserError(
+            f"{name} has shape {list(first.shape)}, but {CONFIG} says r = {r}",
+            where=str(ranks[0].path),
+            fix=TRAIN_AGAIN,
+        )
+
+
+def _bytes(piece: torch.Tensor) -> bytes:
+    return hashlib.sha256(piece.contiguous().view(torch.uint8).numpy().data).digest()
+
+
+def _check_no_rank_twice(fingerprints: Sequence[Sequence[bytes]], ranks: Sequence[Rank]) -> None:
+    """A rank whose every part equals another's is that rank's file under a wrong name. Zeros say nothing."""
+    seen: dict[tuple[bytes, ...], Rank] = {}
+    for rank, digests in zip(ranks, fingerprints, strict=True):
+        if not any(digests):
+            continue
+        if (same := seen.setdefault(tuple(digests), rank)) is not rank:
+            raise UserError(
+                f"holds what rank {same.number}'s shard holds; it is not rank {rank.number}'s",
+                where=str(rank.path),
+                fix="Copy the whole checkpoint, or use another.",
+            )
+
+
+def _check_complete(adapter: Adapter, shards: Path) -> None:
+    """Both factors of every layer, and layers of every target module and no other."""
+    found = set()
+    for name in adapter.tensors:
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in adapter.tensors:
+            raise UserError(f"has {name} without {other}", where=str(shards), fix=TRAIN_AGAIN)
+        found.add(name.split(".lora_")[0].rsplit(".", 1)[-1])
+    targets = adapter.config["target_modules"]
+    if found != set(targets):
+        raise UserError(
+            f"holds LoRA on {', '.join(sorted(found))}, but {CONFIG} says {', '.join(targets)}",
+            where=str(shards),
+            fix=TRAIN_AGAIN,
+        )
