@@ -31,6 +31,7 @@ import torch
 from genvalues.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends import Adapter
+from llama_lora.backends.neuron.rules import LINEAR, sizes_of
 
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
@@ -38,18 +39,6 @@ DONE = "done"
 BASE_CONFIG = "base_config.json"  # the base model's config.json, where the trainer has left it in the checkpoint
 SHARD_NAME = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
 TRAIN_AGAIN = "Use another checkpoint, or train again."
-
-# What LoRA can be on, by the base model's own names: the block it is in, and (in, out) features of its weight. The
-# names and sizes are those of transformers' modeling_llama.py, modeling_qwen3.py and modeling_granite.py.
-LINEAR = {
-    "q_proj": ("self_attn", "hidden", "query"),
-    "k_proj": ("self_attn", "hidden", "key"),
-    "v_proj": ("self_attn", "hidden", "key"),
-    "o_proj": ("self_attn", "query", "hidden"),
-    "gate_proj": ("mlp", "hidden", "intermediate"),
-    "up_proj": ("mlp", "hidden", "intermediate"),
-    "down_proj": ("mlp", "intermediate", "hidden"),
-}
 
 
 def is_neuron_checkpoint(folder: Path) -> bool:
@@ -68,7 +57,9 @@ def read_adapter(checkpoint: Path) -> Adapter:
     folder = checkpoint / ADAPTER
     shards = folder / SHARDS
     if not is_neuron_checkpoint(checkpoint):
-        raise UserError(f"holds no {ADAPTER}/{SHARDS}", where=str(checkpoint), fix="Give a folder checkpoint-N.")
+        raise UserError(
+            f"holds no {ADAPTER}/{SHARDS}", where=str(checkpoint), fix="Give a folder step-N or checkpoint-N."
+        )
     if not (shards / DONE).is_file():
         raise UserError(
             f"was not saved to its end (no {DONE!r} marker)", where=str(shards), fix="Use an older checkpoint."
@@ -105,18 +96,7 @@ def expected_shapes(
 
     Raises UserError for a size that the config does not give, or a module that these models do not have.
     """
-    try:
-        heads = base_config["num_attention_heads"]
-        head_size = base_config.get("head_dim") or base_config["hidden_size"] // heads
-        sizes = {
-            "hidden": base_config["hidden_size"],
-            "intermediate": base_config["intermediate_size"],
-            "query": heads * head_size,
-            "key": (base_config.get("num_key_value_heads") or heads) * head_size,
-        }
-        layers = base_config["num_hidden_layers"]
-    except KeyError as error:
-        raise UserError(f"has no {error}", where="the base model's config.json") from None
+    sizes = sizes_of(base_config)
     modules = list(LINEAR) if target_modules == "all-linear" else sorted(target_modules)
     if unknown := [name for name in modules if name not in LINEAR]:
         raise UserError(
@@ -125,12 +105,12 @@ def expected_shapes(
             fix=f"It has: {', '.join(LINEAR)}.",
         )
     shapes = {}
-    for layer in range(layers):
+    for layer in range(sizes.layers):
         for name in modules:
-            block, inner, outer = LINEAR[name]
-            module = f"{PREFIX}model.layers.{layer}.{block}.{name}"
-            shapes[f"{module}.lora_A.weight"] = [r, sizes[inner]]
-            shapes[f"{module}.lora_B.weight"] = [sizes[outer], r]
+            inner, outer = sizes.linear(name)
+            module = f"{PREFIX}model.layers.{layer}.{LINEAR[name][0]}.{name}"
+            shapes[f"{module}.lora_A.weight"] = [r, inner]
+            shapes[f"{module}.lora_B.weight"] = [outer, r]
     return shapes
 
 
