@@ -1,0 +1,652 @@
+"""The compile stage on Trainium, without one: everything but the compiler, which is a stand-in (standin/)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from genvalues.errors import UserError
+from llama_lora import backends, stage
+from llama_lora.backends.neuron import cache, provenance, tool
+from trainer.conftest import Run, llama_lora
+
+STANDIN = Path(__file__).parent / "standin"
+VERSION = "neuronxcc-2.21.33363.0+82129205"
+
+
+class NeuronRun:
+    """A run with backend neuron whose compiler and backend are the stand-ins."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.log = run.folder / "calls.jsonl"
+        run("tokenize")
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "PATH": os.pathsep.join([str(STANDIN), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": str(STANDIN),
+            "STANDIN_LOG": str(self.log),
+            "STANDIN_BEAT": "0.2",
+            "STANDIN_PATIENCE": "2",
+            **more,
+        }
+
+    def __call__(self, name: str = "compile", status: int = 0, **environment: str) -> str:
+        command = [name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
+        return llama_lora(*command, status=status, **self.environment(**environment))
+
+    def start(self, name: str = "compile", **environment: str) -> subprocess.Popen[str]:
+        program = str(Path(sys.executable).with_name("llama-lora"))
+        return subprocess.Popen(
+            [program, name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)],
+            env={**os.environ, **self.environment(**environment)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    @property
+    def commands(self) -> list[str]:
+        return [call["command"] for call in self.calls]
+
+    @property
+    def modules(self) -> list[cache.Module]:
+        return cache.modules(self.run.paths.compile_cache)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = self.run.manifest("compile")["facts"]
+        return facts
+
+    def stage(self, name: str) -> stage.Stage:
+        return stage.Stage(name, self.run.load(), self.run.paths)
+
+    def is_done(self, name: str = "compile") -> bool:
+        return self.stage(name).is_done()
+
+
+@pytest.fixture
+def neuron(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[..., NeuronRun]:
+    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(check=lambda config, model: None))
+
+    def make(name: str = "run", **changes: Any) -> NeuronRun:
+        run = new_run(name, **changes)
+        run.config["backend"] = "neuron"
+        return NeuronRun(run)
+
+    return make
+
+
+# --- the stage as a whole
+
+
+def test_compile_runs_the_train_stages_own_workers_in_the_program_and_records_graphs_alone(
+    neuron: Callable[..., NeuronRun],
+) -> None:
+    run = neuron(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
+    said = run()
+    (call,) = run.calls
+    assert call["command"] == "collect-and-compile"
+    assert call["run"][1:4] == ["-m", "llama_lora.launch", "compile"]
+    assert run.facts["graphs"] == {"found": 3, "compiled": 3, "failed": 0, "fromCache": 0}
+    manifest = run.run.manifest("compile")
+    assert sorted(manifest["outputs"]) == sorted(
+        str(module.neff.relative_to(run.run.workspace)) for module in run.modules
+    )
+    # What devices return in a trial run is garbage.
+    assert "0.123" not in json.dumps(manifest) and "0.12" not in said and "loss" not in json.dumps(manifest)
+    assert not list(run.run.paths.compile_users.iterdir()), "nobody uses the cache any more"
+    assert "skipped" in run() and len(run.calls) == 1
+
+
+def test_a_graph_that_was_cleaned_from_the_cache_is_compiled_again(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run()
+    shutil.rmtree(run.modules[0].folder)
+    assert not run.is_done()
+    run()
+    assert run.facts["graphs"] == {"found": 3, "compiled": 1, "failed": 0, "fromCache": 2}
+
+
+def test_a_workers_user_error_passes_through_the_program_once(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
+    said = run(status=2, STANDIN_USER_ERROR="1")
+    assert said.count("training.maxSequenceLength: is more than the model knows. Set it to 64.") == 1
+    assert not run.is_done()
+
+
+def test_a_trial_run_that_crashes_is_tried_again(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run.run.paths.compile_reports.mkdir(parents=True)
+    earlier = {"trial": "an earlier one", "nodes": 1}
+    (run.run.paths.compile_reports / "trial.json").write_text(json.dumps(earlier))
+    said = run(status=1, STANDIN_CRASH="0")
+    assert "the device is gone" in said and "the trial run failed on this node" in said
+    assert not run.is_done()
+    run()
+    assert run.facts["graphs"]["found"] == 3
+
+
+def test_without_the_program_one_message_says_what_is_missing(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    said = run(status=2, PATH=os.environ["PATH"])
+    assert said.strip().splitlines()[-1].startswith("compile: neuron_parallel_compile is not installed")
+
+
+def test_failed_graphs_are_one_message_with_the_end_of_their_log_and_a_rerun_tries_them_again(
+    neuron: Callable[..., NeuronRun],
+) -> None:
+    run = neuron()
+    said = run(status=2, STANDIN_FAIL="probe")
+    message = said[said.index("1 of 3 graphs did not compile") :]
+    assert "[TEN404] Internal tensorizer error" in message and message.count("Compiling\n") == 14
+    assert "model.log: 1 of 3 graphs" in said
+    assert not run.is_done()
+    assert "--retry_failed_compilation" not in run.calls[0]["flags"]
+    run()
+    assert "--retry_failed_compilation" in run.calls[1]["flags"]
+    assert run.facts["graphs"] == {"found": 3, "compiled": 1, "failed": 0, "fromCache": 2}
+
+
+def test_a_compiler_that_was_killed_is_tried_again_by_itself(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    said = run(status=1, STANDIN_FAIL="step,save", STANDIN_REASON="neuronx-cc died with signal 9")
+    assert "2 of 3 graphs did not compile" in said and "died with signal 9" in said
+
+
+def test_the_programs_status_does_not_hide_that_a_graph_has_no_neff(neuron: Callable[..., NeuronRun]) -> None:
+    """256 failures are status 0 to a shell, and so is a crash in its pool."""
+    assert "1 of 3 graphs did not compile" in neuron()(status=2, STANDIN_FAIL="save", STANDIN_STATUS="0")
+
+
+def test_a_program_that_ends_badly_without_a_failed_graph_is_not_believed(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    assert "neuron_parallel_compile ended with status 9" in run(status=1, STANDIN_STATUS="9")
+    assert not run.is_done()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_compile_leaves_no_process_and_a_rerun_starts_clean(
+    neuron: Callable[..., NeuronRun], how: signal.Signals
+) -> None:
+    run = neuron()
+    killed = run.start(STANDIN_SECONDS="60")
+    wait_for(lambda: any(module.is_locked for module in run.modules))
+    (call,) = run.calls
+    killed.send_signal(how)
+    assert killed.wait(timeout=20) == (-how if how == signal.SIGKILL else 128 + how)
+    wait_for(lambda: not Path(f"/proc/{call['pid']}").exists(), 20)
+    assert not run.is_done() and any(module.is_locked for module in run.modules)
+    said = run()
+    assert run.commands == ["collect-and-compile", "clear-locks", "collect-and-compile"], said
+    assert run.facts["graphs"] == {"found": 3, "compiled": 3, "failed": 0, "fromCache": 0}
+
+
+# --- locks
+
+
+def test_locks_stay_while_another_run_uses_the_cache(neuron: Callable[..., NeuronRun]) -> None:
+    run, other = neuron(), neuron("other", lora={"r": 8})
+    shutil.rmtree(other.run.workspace / "compile-cache", ignore_errors=True)
+    run.run.paths.compile_cache.mkdir(parents=True)
+    (other.run.workspace / "compile-cache").symlink_to(run.run.paths.compile_cache)
+    compiling = other.start(STANDIN_SECONDS="4")
+    try:
+        wait_for(lambda: any(module.is_locked for module in run.modules))
+        said = run()
+        assert "the cache is in use, so the locks stay" in said
+        assert "clear-locks" not in run.commands
+        output, _ = compiling.communicate(timeout=60)
+        assert compiling.returncode == 0, output
+    finally:
+        compiling.kill()
+
+
+def test_locks_are_only_cleared_when_every_other_user_is_known_to_be_gone(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BEAT", 0.05)
+    monkeypatch.setattr(cache, "PATIENCE", 0.6)
+    paths = new_run().paths
+    gone = paths.compile_users / "0-gone.json"
+    with cache.used(paths, "compile") as use:
+        assert use.nobody_else()
+        gone.write_text(json.dumps({"id": "0", "run": "x", "stage": "train", "state": "working"}))
+        began = time.monotonic()
+        assert use.nobody_else() and time.monotonic() - began > 0.5, "it could have been alive"
+        assert not gone.exists()
+        with cache.used(paths, "train"):
+            assert not use.nobody_else()
+
+
+def test_of_the_nodes_of_a_stage_that_start_together_the_first_answers_for_all(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BEAT", 0.05)
+    paths = new_run().paths
+    with cache.used(paths, "compile") as first, cache.used(paths, "compile") as second:
+        assert first.nobody_else() and not second.nobody_else()
+        assert first.colleagues() == 1
+        second.working()
+        assert not first.nobody_else(), "a node that has begun may hold locks"
+
+
+# --- several nodes
+
+
+def start_nodes(run: NeuronRun, **of_second: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    joined = {
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "PET_RDZV_ID": "test",
+        "PET_LOCAL_ADDR": "localhost",
+    }
+    return [run.start(**joined, **more) for more in ({}, of_second)]
+
+
+def outputs(nodes: list[subprocess.Popen[str]]) -> list[str]:
+    texts = [""] * len(nodes)
+
+    def read(index: int) -> None:
+        texts[index] = nodes[index].communicate(timeout=120)[0]
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(len(nodes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return texts
+
+
+@pytest.fixture
+def two_nodes(neuron: Callable[..., NeuronRun]) -> Iterator[NeuronRun]:
+    yield neuron(parallelism={"nodes": 2, "dataParallelSize": 2})
+
+
+def test_the_manifest_appears_when_every_node_has_compiled(two_nodes: NeuronRun) -> None:
+    reports = two_nodes.run.paths.compile_reports
+    reports.mkdir(parents=True)
+    stale = {"node": "0", "trial": "old", "provenance": {}, "found": ["a/b"], "failures": {"a/b": "[TEN404]"}}
+    (reports / "old-0.json").write_text(json.dumps(stale))
+    nodes = start_nodes(two_nodes, STANDIN_SECONDS="2")
+    seen = []
+    while any(node.poll() is None for node in nodes):
+        if two_nodes.run.paths.manifest("compile").exists():
+            seen.append([module.is_compiled for module in two_nodes.modules])
+        time.sleep(0.02)
+    texts = outputs(nodes)
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(texts)
+    assert all(all(compiled) for compiled in seen)
+    assert two_nodes.facts["graphs"]["found"] == 3 and len(two_nodes.facts["nodes"]) == 2
+    assert sum("graphs: 3 found" in text for text in texts) == 1, "one of them writes it"
+    assert sum(len(node["totals"]) > 0 for node in two_nodes.facts["nodes"]) >= 1
+    assert not list(reports.glob("*.json"))
+
+
+def test_a_failed_graph_of_one_node_fails_all_of_them(two_nodes: NeuronRun) -> None:
+    """Else the pod of the other would count as the whole job's success, and could never be joined again."""
+    nodes = start_nodes(two_nodes, STANDIN_FAIL="step,save,probe", STANDIN_SECONDS="1")
+    texts = outputs(nodes)
+    assert [node.returncode for node in nodes] == [2, 2], "\n".join(texts)
+    assert not two_nodes.is_done()
+
+
+def test_nodes_don_t_wait_for_one_that_is_gone(two_nodes: NeuronRun) -> None:
+    nodes = start_nodes(two_nodes, STANDIN_SECONDS="60")
+    wait_for((two_nodes.run.paths.compile_reports / "trial.json").exists)
+    nodes[1].kill()
+    text = nodes[0].communicate(timeout=60)[0]
+    assert nodes[0].returncode == 1, text
+    assert not two_nodes.is_done()
+
+
+def test_nodes_with_different_environments_are_refused(two_nodes: NeuronRun) -> None:
+    texts = outputs(start_nodes(two_nodes, NEURON_FUSE_SOFTMAX="1"))
+    assert any('environment.NEURON_FUSE_SOFTMAX: not set -> "1"' in text or '"1" -> not set' in text for text in texts)
+    assert not two_nodes.is_done()
+
+
+# --- collected on Trainium, compiled elsewhere
+
+
+def test_with_compile_on_cpu_the_graphs_are_collected_by_compile_and_compiled_by_neff(
+    neuron: Callable[..., NeuronRun],
+) -> None:
+    run = neuron()
+    run.run.config["compile"] = {"on": "cpu"}
+    run()
+    assert run.commands == ["collect"] and run.facts["graphs"] == {"found": 3}
+    assert not any(module.is_compiled for module in run.modules)
+    said = run("neff", status=2, STANDIN_FAIL="step")
+    assert "1 of 3 graphs did not compile" in said and not run.is_done("neff")
+    run("neff")
+    assert run.commands == ["collect", "compile", "compile"]
+    assert all(module.is_compiled for module in run.modules) and run.is_done("neff")
+    assert "skipped" in run("neff")
+    run.run.config["training"]["maxSequenceLength"] = 64
+    assert not run.is_done("neff")
+
+
+def test_neff_has_nothing_to_do_where_compile_compiles(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run()
+    assert "neff: has nothing to do" in run("neff", status=2)
+
+
+def test_neff_tells_the_compiler_what_was_traced_for(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run.run.config["compile"] = {"on": "cpu"}
+    run()
+    manifest = run.run.manifest("compile")
+    manifest["facts"]["provenance"]["platform"] = "trn1"
+    run.run.paths.manifest("compile").write_text(json.dumps(manifest))
+    run("neff")
+    assert run.calls[1]["target"] == "trn1"
+
+
+# --- provenance
+
+
+def settings(run: Run) -> dict[str, Any]:
+    model = {"hidden_size": 32, "transformers_version": "1"}
+    return provenance.graph_settings(run.load(), model, 2)
+
+
+CHANGES_GRAPHS: list[tuple[str, dict[str, Any], str]] = [
+    ("training", {"perDeviceBatchSize": 2}, "training.perDeviceBatchSize: 1 -> 2"),
+    ("training", {"maxSequenceLength": 64}, "training.maxSequenceLength: 128 -> 64"),
+    ("training", {"attention": "flash"}, 'training.attention: "eager" -> "flash"'),
+    ("training", {"activationCheckpointing": "full"}, 'training.activationCheckpointing: "selective" -> "full"'),
+    ("training", {"packing": False}, "training.packing: true -> false"),
+    ("training", {"weightDecay": 0.0}, "training.weightDecay: true -> false"),
+    ("training", {"warmupRatio": 0.0}, "training.warmup: true -> false"),
+    ("training", {"gradientAccumulationSteps": 1}, "training.accumulates: true -> false"),
+    ("lora", {"r": 8}, "lora.r: 4 -> 8"),
+    ("lora", {"targetModules": ["q_proj"]}, 'lora.targetModules: ["q_proj", "v_proj"] -> ["q_proj"]'),
+    ("lora", {"dropout": 0.1}, "lora.dropout: false -> true"),
+    ("probe", {"rows": 4}, "probe.rows: 8 -> 4"),
+    ("probe", {"maxTokens": 64}, "probe.maxTokens: 512 -> 64"),
+]
+CHANGES_NO_GRAPH: list[tuple[str, dict[str, Any]]] = [
+    ("training", {"learningRate": 2e-2}),
+    ("training", {"maxSteps": 7}),
+    ("training", {"epochs": 2}),
+    ("training", {"weightDecay": 0.02}),
+    ("training", {"gradientAccumulationSteps": 3}),
+    ("training", {"saveSteps": 1, "saveTotalLimit": 1}),
+    ("training", {"maxGradNorm": 0.5}),
+    ("lora", {"alpha": 16}),
+    ("probe", {"tolerance": 0.5}),
+    ("compile", {"onMismatch": "warn"}),
+    ("evaluation", {"samples": 1}),
+]
+
+
+@pytest.mark.parametrize(("section", "change", "difference"), CHANGES_GRAPHS)
+def test_a_setting_that_changes_a_graph_is_in_the_settings_and_in_the_fingerprint(
+    new_run: Callable[..., Run], section: str, change: dict[str, Any], difference: str
+) -> None:
+    before, after, then, now = changed(new_run(), section, change)
+    assert difference in provenance.differences(before, after)
+    assert then != now
+
+
+@pytest.mark.parametrize(("section", "change"), CHANGES_NO_GRAPH)
+def test_a_setting_that_changes_no_graph_is_in_neither(
+    new_run: Callable[..., Run], section: str, change: dict[str, Any]
+) -> None:
+    before, after, then, now = changed(new_run(), section, change)
+    assert before == after and then == now
+
+
+def test_alpha_that_equals_r_is_a_graph_of_its_own(new_run: Callable[..., Run]) -> None:
+    before, after, then, now = changed(new_run(), "lora", {"alpha": 4})
+    assert provenance.differences(before, after) == ["lora.alphaIsR: false -> true"] and then != now
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"processesPerNode": 4, "dataParallelSize": 4},
+        {"nodes": 2, "dataParallelSize": 4},
+        {"tensorParallelSize": 2, "dataParallelSize": 1},
+    ],
+)
+def test_the_parallelism_changes_the_fingerprint_of_compile_on_trainium_alone(
+    new_run: Callable[..., Run], change: dict[str, Any]
+) -> None:
+    run = new_run(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
+    _, _, then, now = changed(run, "parallelism", change)
+    assert then != now
+    on_cpu = new_run(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
+    _, _, then, now = changed(on_cpu, "parallelism", change, backend="cpu")
+    assert then == now
+
+
+def changed(
+    run: Run, section: str, change: dict[str, Any], backend: str = "neuron"
+) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
+    """Graph settings, and the slice of the config that compile reads, before and after a change."""
+    run.config["backend"] = backend
+    reads = stage.declaration("compile").reads
+    before, then = settings(run), reads(run.load())
+    run.config[section] = {**run.config.get(section, {}), **change}
+    return before, settings(run), then, reads(run.load())
+
+
+def test_the_models_own_settings_and_the_number_of_workers_count(new_run: Callable[..., Run]) -> None:
+    config = new_run().load()
+    first = provenance.graph_settings(config, {"hidden_size": 32, "_name_or_path": "a"}, 2)
+    assert first == provenance.graph_settings(config, {"hidden_size": 32, "_name_or_path": "b"}, 2)
+    differing = provenance.differences(first, provenance.graph_settings(config, {"hidden_size": 64}, 4))
+    assert differing == ["model.hidden_size: 32 -> 64", "parallelism.workers: 2 -> 4"]
+
+
+@pytest.fixture
+def compiled(neuron: Callable[..., NeuronRun]) -> NeuronRun:
+    """A run whose graphs are compiled, as provenance sees it in this process."""
+    run = neuron()
+    run()
+    return run
+
+
+def recorded(run: NeuronRun, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = run.run.manifest("compile")
+    change(manifest["facts"]["provenance"])
+    run.run.paths.manifest("compile").write_text(json.dumps(manifest))
+
+
+def test_training_may_start_on_the_cache_that_was_made_for_it(compiled: NeuronRun) -> None:
+    provenance.check_provenance(compiled.stage("train"))
+
+
+def test_training_refuses_a_cache_of_another_compiler_and_the_next_upgrade_compiles(compiled: NeuronRun) -> None:
+    recorded(compiled, lambda then: then["versions"].update({"neuronx-cc": "2.20"}))
+    with pytest.raises(UserError) as refused:
+        provenance.check_provenance(compiled.stage("train"))
+    assert 'versions.neuronx-cc: "2.20" -> not set' in str(refused.value)
+    assert "helm upgrade" in refused.value.fix
+    assert not compiled.is_done(), "else helm upgrade would skip it"
+
+
+def test_training_refuses_another_environment_and_says_where_to_set_it(
+    compiled: NeuronRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CC_FLAGS", "--cache_dir=/elsewhere --retry_failed_compilation --optlevel=1")
+    with pytest.raises(UserError) as refused:
+        provenance.check_provenance(compiled.stage("train"))
+    assert 'environment.NEURON_CC_FLAGS: "" -> "--optlevel=1"' in str(refused.value)
+    assert "stageDefaults.extraEnv" in refused.value.fix
+    assert compiled.is_done(), "compiling again would not help"
+
+
+def test_training_goes_on_where_onMismatch_is_warn_and_says_so(
+    compiled: NeuronRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(compiled, lambda then: then["settings"]["lora"].update({"r": 99}))
+    compiled.run.config["compile"] = {"onMismatch": "warn"}
+    provenance.check_provenance(compiled.stage("train"))
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "settings.lora.r: 99 -> 4" in said
+    assert compiled.is_done()
+
+
+def test_training_with_compile_on_cpu_wants_neff_done(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run.run.config["compile"] = {"on": "cpu"}
+    run()
+    with pytest.raises(UserError, match="train needs neff"):
+        provenance.check_provenance(run.stage("train"))
+    run("neff")
+    provenance.check_provenance(run.stage("train"))
+
+
+def test_the_cpu_is_not_asked(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    provenance.check_provenance(stage.Stage("train", run.load(), run.paths))
+
+
+# --- flags
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [
+        ("", "--cache_dir=/w/compile-cache"),
+        ("--model-type transformer -O1", "--model-type=transformer -O1 --cache_dir=/w/compile-cache"),
+        ("--cache_dir=/w/compile-cache --optlevel=2", "--optlevel=2 --cache_dir=/w/compile-cache"),
+    ],
+)
+def test_the_cache_is_the_workspaces_and_the_users_flags_stay(set_by_user: str, expected: str) -> None:
+    assert cache.flags({"NEURON_CC_FLAGS": set_by_user}, Path("/w/compile-cache")) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"NEURON_CC_FLAGS": "--cache_dir /elsewhere"}, {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}],
+)
+def test_another_cache_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="names another cache"):
+        cache.flags(environment, Path("/w/compile-cache"))
+
+
+def test_a_cache_path_that_the_compiler_cannot_read_is_refused() -> None:
+    with pytest.raises(UserError, match="no cache folder with dots"):
+        cache.flags({}, Path("/w/v1.0/compile-cache"))
+
+
+# --- what the program says
+
+
+DOCUMENTED = """\
+INFO ||NEURON_CACHE||: Compile cache path: /var/tmp/neuron-compile-cache
+INFO ||NEURON_CC_WRAPPER||: Extracting graphs (/c/neuronxcc-2.0.0.22266a0+a69f71e55/MODULE_197+abb26765/model.hlo.pb) \
+for ahead-of-time parallel compilation. No compilation was done.
+INFO ||NEURON_CC_WRAPPER||: Using a cached neff at /c/neuronxcc-2.0.0.22266a0+a69f71e55/MODULE_5+abb26765/model.neff. \
+Exiting with a successfully compiled graph.
+INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: {
+INFO:     "compilation_summary": {
+INFO:         "true": 1,
+INFO:         "false": 1
+INFO:     },
+INFO:     "compilation_report": {
+INFO:         "/c/neuronxcc-2.0.0.22266a0+a69f71e55/MODULE_197+abb26765/model.hlo.pb": {
+INFO:             "status": true,
+INFO:             "retry": 0
+INFO:         },
+INFO:         "/c/neuronxcc-2.0.0.22266a0+a69f71e55/MODULE_161+abb26765/model.hlo.pb": {
+INFO:             "status": false,
+INFO:             "retry": 1
+INFO:         }
+INFO:     }
+INFO: }
+INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: Total graphs: 2
+INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: Total successful compilations: 1
+INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 1
+"""
+NEWER = """\
+2025-01-17 01:16:07.000981:  32201  INFO ||NEURON_PARALLEL_COMPILE||: {
+    "compilation_summary": {
+        "true": 1
+    },
+    "compilation_report": {
+        "/c/neuronxcc-2.16.372.0+4a9b2326/MODULE_999+3cc9a3cb/model.hlo_module.pb": {
+            "status": true,
+            "retry": 0,
+            "compile_time": 9.770226240158081
+        }
+    },
+    "start_time": 1737076558.7,
+    "compilation_time": 9.8
+}
+2025-01-17 01:16:07.000981:  32201  INFO ||NEURON_PARALLEL_COMPILE||: Total graphs: 1
+2025-01-17 01:16:07.000981:  32201  INFO ||NEURON_PARALLEL_COMPILE||: Total successful compilations: 1
+2025-01-17 01:16:07.000981:  32201  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 0
+"""
+
+
+def read(text: str) -> tool.Summary:
+    summary = tool.Summary()
+    for line in text.splitlines():
+        summary.read_line(line)
+    return summary
+
+
+def test_the_documented_summary_is_read() -> None:
+    summary = read(DOCUMENTED)
+    version = "neuronxcc-2.0.0.22266a0+a69f71e55"
+    assert summary.module_names() == {f"{version}/MODULE_197+abb26765", f"{version}/MODULE_5+abb26765"}
+    assert sorted(summary.statuses.values()) == [False, True]
+    assert summary.totals == {"graphs": 2, "successful compilations": 1, "failed compilations": 1}
+    assert not summary.trial_failed
+
+
+def test_the_summary_of_newer_versions_is_read_with_its_times() -> None:
+    summary = read(NEWER)
+    assert list(summary.statuses.values()) == [True] and list(summary.seconds.values()) == [9.770226240158081]
+    assert summary.totals["graphs"] == 1
+
+
+def test_a_printed_report_that_is_torn_apart_says_nothing_and_the_file_does() -> None:
+    torn = NEWER.replace('            "retry": 0,', "Compiler status PASS\n")
+    summary = read(torn)
+    assert summary.statuses == {} and summary.totals["graphs"] == 1
+    summary.read_report('{"compilation_report": {"/c/v/m/model.hlo_module.pb": {"status": false, "retry": 0}}}')
+    assert summary.statuses == {"/c/v/m/model.hlo_module.pb": False}
+
+
+def test_a_container_gets_as_many_compilers_as_fit_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 512 * 2**30 // 4096}.__getitem__)
+    for limit, expected in ((460 * tool.GIB, 7), (16 * tool.GIB, 1), (600 * tool.GIB, None), (None, None)):
+        monkeypatch.setattr(tool, "memory_limit", lambda limit=limit: limit)
+        assert tool.compilers() == expected
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
