@@ -21,6 +21,7 @@ import pytest
 from genvalues.errors import UserError
 from llama_lora import backends, stage
 from llama_lora.backends.neuron import cache, provenance, tool
+from llama_lora.graphs import graph_settings
 from trainer.conftest import Run, llama_lora
 
 STANDIN = Path(__file__).parent / "standin"
@@ -372,7 +373,7 @@ def test_neff_tells_the_compiler_what_was_traced_for(neuron: Callable[..., Neuro
 
 def settings(run: Run) -> dict[str, Any]:
     model = {"hidden_size": 32, "transformers_version": "1"}
-    return provenance.graph_settings(run.load(), model, 2)
+    return graph_settings(run.load(), model, 2)
 
 
 CHANGES_GRAPHS: list[tuple[str, dict[str, Any], str]] = [
@@ -459,9 +460,9 @@ def changed(
 
 def test_the_models_own_settings_and_the_number_of_workers_count(new_run: Callable[..., Run]) -> None:
     config = new_run().load()
-    first = provenance.graph_settings(config, {"hidden_size": 32, "_name_or_path": "a"}, 2)
-    assert first == provenance.graph_settings(config, {"hidden_size": 32, "_name_or_path": "b"}, 2)
-    differing = provenance.differences(first, provenance.graph_settings(config, {"hidden_size": 64}, 4))
+    first = graph_settings(config, {"hidden_size": 32, "_name_or_path": "a"}, 2)
+    assert first == graph_settings(config, {"hidden_size": 32, "_name_or_path": "b"}, 2)
+    differing = provenance.differences(first, graph_settings(config, {"hidden_size": 64}, 4))
     assert differing == ["model.hidden_size: 32 -> 64", "parallelism.workers: 2 -> 4"]
 
 

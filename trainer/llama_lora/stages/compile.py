@@ -15,8 +15,8 @@ from typing import Any
 
 from llama_lora import backends
 from llama_lora.backends import Backend, TrainingResult
-from llama_lora.backends.neuron.provenance import graph_settings, world_size
 from llama_lora.config import RunConfig
+from llama_lora.graphs import graph_settings, world_size
 from llama_lora.launch import run_workers, worker_command
 from llama_lora.runlog import duration
 from llama_lora.stage import Declaration, Stage
