@@ -48,8 +48,8 @@ def warnings(values: Values) -> Iterator[Contradiction]:
     if flash and get(values, "backend", str) == "neuron" and format_ != "text":
         yield Contradiction(
             at("training.attention"),
-            f"flash is causal only, so each packed example of format {format_} is trained with those before it in its row "
-            "in sight",
+            f"flash is causal only, so each packed example of format {format_} is trained with those before it in "
+            "its row in sight",
             "Write attention: eager or packing: false to keep them apart.",
         )
 

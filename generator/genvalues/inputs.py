@@ -199,8 +199,8 @@ class Inputs(Block):
     training: Training = Field(default=Training(), description="the run")
     probe: Probe = Field(
         default=Probe(),
-        description="the proof of the weights: a loss of fixed rows, recorded by train and computed again by consolidate "
-        "and merge",
+        description="the proof of the weights: a loss of fixed rows, recorded by train and computed again by "
+        "consolidate and merge",
     )
     compile: Compile = Field(default=Compile(), description="how Trainium's graphs are compiled")
     evaluation: Evaluation = Field(default=Evaluation(), description="base and tuned model, side by side")

@@ -20,10 +20,10 @@ class Generation:
 
 # Tensor parallel 8 on trn1 and 4 on trn2: examples/training/llama/finetune_llama.sh of optimum-neuron 0.4.5, for
 # trn1.32xlarge, trn2.48xlarge and trn2.3xlarge.
-# Sizes of groups: Neuron docs of 2.26, tutorial Multi-Layer Perceptron Training (1, 2, 8, 32 on trn1; 1, 4, 16, 64 on trn2
-# with logical cores of two), and NxD Inference features, tensor parallelism (16 on trn1 too). On trn2, neuronx_distributed
-# (parallel_state.get_logic_chosen) says of 8 x 8 that no placement works, and of 32 x 2 that it wants one which it only
-# chooses when told lnc_size; optimum-neuron never tells.
+# Sizes of groups: Neuron docs of 2.26, tutorial Multi-Layer Perceptron Training (1, 2, 8, 32 on trn1; 1, 4, 16, 64 on
+# trn2 with logical cores of two), and NxD Inference features, tensor parallelism (16 on trn1 too). neuronx_distributed
+# (parallel_state.get_logic_chosen) says of trn2 that nothing places 8 x 8, and that 32 x 2 needs what it only chooses
+# when told lnc_size, which optimum-neuron never does.
 TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32))
 TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64))
 

@@ -123,11 +123,11 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "flash with rows that its kernel does not take": (
         merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
-        "training.maxSequenceLength 3000 is no multiple of 2048, which training.attention flash needs. Set it to 4096, or",
+        "training.maxSequenceLength 3000 is no multiple of 2048, which training.attention flash needs. Set it to 4096",
     ),
     "graphs for another instance": (
         merged(NEURON, {"instance": "ml.trn2.48xlarge"}),
-        "neuron.target is trn1, but instance is ml.trn2.48xlarge. Set neuron.target to trn2, and neuron.logicalCoreSize",
+        "neuron.target is trn1, but instance is ml.trn2.48xlarge. Set neuron.target to trn2, and",
     ),
     "graphs of trn2 for trn1": (
         merged(NEURON, {"neuron": {"target": "trn2", "logicalCoreSize": 2}}),
@@ -147,8 +147,8 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "another cache of graphs, by a flag": (
         merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_CC_FLAGS": "-O1 --cache_dir=/workspace/mine"}}}),
-        "stages.compile: extraEnv.NEURON_CC_FLAGS moves the compiler's cache, by --cache_dir, away from where the stages "
-        "look for it. Remove --cache_dir.",
+        "stages.compile: extraEnv.NEURON_CC_FLAGS moves the compiler's cache, by --cache_dir, away from where the "
+        "stages look for it. Remove --cache_dir.",
     ),
     "other logical cores by the environment": (
         merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_LOGICAL_NC_CONFIG": 1}}}),
@@ -156,7 +156,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "bf16 as the seed asks for it": (
         merged(NEURON, {"stages": {"train": {"extraEnv": {"XLA_USE_BF16": 1}}}}),
-        "stages.train: extraEnv.XLA_USE_BF16 has been out of use since Neuron 2.25, and would spoil what is kept in fp32",
+        "stages.train: extraEnv.XLA_USE_BF16 has been out of use since Neuron 2.25, and would spoil what is kept",
     ),
     "compiler flags of one stage alone": (
         merged(NEURON, {"stages": {"compile": {"extraEnv": {"NEURON_CC_FLAGS": "-O1"}}}}),

@@ -70,12 +70,13 @@ image: llama-lora:latest
 """
 
 TOP = (
-    "(keys: name, model, dataset, instance, nodes, cpu, lora, training, evaluation, storage, huggingFace, image, mode, "
-    "chartValues)"
+    "(keys: name, model, dataset, instance, nodes, cpu, lora, training, probe, compile, evaluation, storage, "
+    "huggingFace, image, mode, chartValues)"
 )
 TRAINING = (
-    "(keys: maxSequenceLength, packing, perDeviceBatchSize, gradientAccumulationSteps, epochs, maxSteps, learningRate, "
-    "lrScheduler, warmupRatio, weightDecay, maxGradNorm, saveSteps, saveTotalLimit, seed)"
+    "(keys: maxSequenceLength, packing, attention, activationCheckpointing, perDeviceBatchSize, "
+    "gradientAccumulationSteps, epochs, maxSteps, learningRate, lrScheduler, warmupRatio, weightDecay, maxGradNorm, "
+    "saveSteps, saveTotalLimit, seed)"
 )
 WHAT_IS_SAID = f"""\
 finetune.yaml:1:1 name: the text "Llama_LoRA" is not of the right form. (the run's name: a-z, 0-9 and hyphens)
@@ -513,7 +514,7 @@ def test_no_file_makes_a_traceback_or_a_half_written_output(
         ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
         ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
         ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
-        ({"instance": "trn2.3xlarge"}, "Neuron has process groups of 1, 2, 8, 16 or a multiple of 32 only"),
+        ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device, and Neuron has jobs of several"),
     ],
 )
 def test_what_chart_or_trainer_would_refuse_later_is_told_now_with_a_fix(

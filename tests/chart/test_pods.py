@@ -1,0 +1,191 @@
+"""docs/pods.md says what compile and train get on every instance type, and every cell of it is what is rendered."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
+from genvalues.errors import UserError
+from genvalues.instances import HYPERPOD, TRAINIUM
+from genvalues.write import values_text
+
+Row = dict[str, str]
+PAGE = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
+OF_EVERY_STAGE = {"HOME", "HF_HOME", "PYTHONUNBUFFERED", "LLAMA_LORA_WORKSPACE"}
+NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
+NODES = (1, 2, 4)
+
+
+def tables(text: str) -> list[list[Row]]:
+    """The tables of a page, each row by its column's head."""
+    found: list[list[Row]] = []
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        if lines:
+            head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+RUNS, REFUSED, ENVIRONMENT, FLAGS = tables(PAGE)
+RUN_OF = {(row["instance"], int(row["nodes"])): row for row in RUNS}
+REFUSED_OF = {(row["instance"], int(row["nodes"])): row["reason"] for row in REFUSED}
+
+
+def environment_of(column: str) -> Row:
+    """A column of the page's environment table, with the flags that it names."""
+    flags = {row["flags"]: row["value"] for row in FLAGS}
+    return {row["variable"]: flags.get(row[column], row[column]) for row in ENVIRONMENT if row[column]}
+
+
+def values_of(instance: str, nodes: int, folder: Path, *sets: str) -> Values:
+    """What genvalues writes for the least that a user has to say."""
+    file = folder / "finetune.yaml"
+    model, dataset = "meta-llama/Meta-Llama-3.1-8B", "{source: databricks/databricks-dolly-15k}"
+    file.write_text(
+        f"model: {model}\ndataset: {dataset}\ninstance: {instance}\nnodes: {nodes}\nimage: example.com/image:1\n"
+    )
+    values: Values = yaml.safe_load(values_text(file, sets, CHART, "1.2.3"))
+    return values
+
+
+def stages(values: Values) -> list[Object]:
+    """What the runner of a detached release installs."""
+    assert values["pipeline"]["mode"] == "detached"
+    return render(config(render(values), "values.yaml"))
+
+
+def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[str, Any]]:
+    """The pods of one stage as a row of the table, and their environment."""
+    each = pod(objects, stage)
+    job, spec, [container] = each.owner["spec"], each.spec, each.containers
+    layout = config(objects, "run.yaml")["parallelism"]
+    requests, limits, policy = (
+        container["resources"]["requests"],
+        container["resources"]["limits"],
+        job["elasticPolicy"],
+    )
+    assert requests == limits, "what is given is what was asked for"
+    [shared] = [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm"]
+    assert shared["medium"] == "Memory"
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["shm"] == "/dev/shm"
+    assert spec["nodeSelector"]["node.kubernetes.io/instance-type"] == instance
+    assert job["pytorchReplicaSpecs"]["Worker"]["replicas"] == layout["nodes"]
+    assert int(job["nprocPerNode"]) == layout["processesPerNode"]
+    host = policy["rdzvHost"].removeprefix(f"{each.owner['metadata']['name']}-")
+    environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE}
+    row = {
+        "instance": instance.removeprefix(HYPERPOD),
+        "nodes": str(layout["nodes"]),
+        "processes": job["nprocPerNode"],
+        "TP": str(layout["tensorParallelSize"]),
+        "DP": str(layout["dataParallelSize"]),
+        "neuron": str(limits.get(NEURON, 0)),
+        "efa": str(limits.get(EFA, 0)),
+        "cpu": limits["cpu"],
+        "memory": limits["memory"],
+        "hugepages": str(sum(name.startswith("hugepages") for name in limits)),
+        "/dev/shm": shared["sizeLimit"],
+        "rendezvous": f"{policy['rdzvBackend']} {host} {policy['minReplicas']}:{policy['maxReplicas']}",
+    }
+    return row, environment
+
+
+def test_the_page_has_every_instance_at_every_number_of_nodes_once() -> None:
+    every = {(name, nodes) for name in TRAINIUM for nodes in NODES}
+    assert RUN_OF.keys() | REFUSED_OF.keys() == every
+    assert len(RUNS) + len(REFUSED) == len(every)
+
+
+@pytest.mark.parametrize("prefix", ["", HYPERPOD])
+@pytest.mark.parametrize(("name", "nodes"), RUN_OF)
+def test_every_cell_is_what_compile_and_train_get(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+    wanted = dict(RUN_OF[name, nodes])
+    environment = environment_of(wanted.pop("environment"))
+    objects = stages(values_of(prefix + name, nodes, tmp_path))
+    for stage in ("compile", "train"):
+        assert row_of(objects, stage, prefix + name) == (wanted, environment)
+    for each in pods(objects):
+        if not each.trains:
+            assert not {variable["variable"] for variable in ENVIRONMENT} & each.environment.keys(), each.stage
+
+
+@pytest.mark.parametrize("prefix", ["", HYPERPOD])
+@pytest.mark.parametrize(("name", "nodes"), REFUSED_OF)
+def test_the_others_are_refused_with_the_reason(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        values_of(prefix + name, nodes, tmp_path)
+    fix = f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge."
+    assert str(refused.value).endswith(f"nodes: {prefix}{REFUSED_OF[name, nodes]}. {fix}")
+
+
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
+def test_a_cpu_pod_that_compiles_is_told_for_what(target: str, tmp_path: Path, helm: int) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    (chart / "templates/probe.yaml").write_text(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: probe\ndata:\n"
+        '  {{- include "stage.neuronEnvironment" (dict "root" . "compiles" true) | nindent 2 }}\n'
+    )
+    name = {"trn1": "trn1n.32xlarge", "trn2": "trn2.48xlarge"}[target]
+    values = merged(values_of(name, 1, tmp_path), {"pipeline": {"mode": "attached"}})
+    assert one(render(values, helm=helm, chart=chart), "ConfigMap", "probe")["data"] == environment_of(f"{target} CPU")
+
+
+@pytest.mark.parametrize("instance", ["trn1.32xlarge", "trn1n.32xlarge"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_the_seed_asks_for(instance: str, nodes: int, tmp_path: Path) -> None:
+    """32 processes a node, TP 8 x DP 4 (x nodes), bf16, accumulation 3, r 16, alpha 16, dropout 0.05, q and v."""
+    objects = stages(values_of(instance, nodes, tmp_path))
+    run = config(objects, "run.yaml")
+    assert run["backend"] == "neuron"
+    assert run["parallelism"] == {
+        "nodes": nodes,
+        "processesPerNode": 32,
+        "tensorParallelSize": 8,
+        "dataParallelSize": 4 * nodes,
+    }
+    assert run["lora"] == {"r": 16, "alpha": 16, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"]}
+    training = run["training"]
+    assert (training["gradientAccumulationSteps"], training["activationCheckpointing"]) == (3, "selective")
+    for stage in ("compile", "train"):
+        each = pod(objects, stage)
+        assert each.owner["spec"]["nprocPerNode"] == "32", "the seed's script starts 8"
+        devices = {NEURON: 16, EFA: {"trn1.32xlarge": 8, "trn1n.32xlarge": 16}[instance]}
+        assert each.containers[0]["resources"]["limits"].items() >= devices.items()
+        # bf16 is no setting: the backend loads weights in it, and the variables that would cast are Neuron's no more.
+        assert not {name for name in each.environment if "BF16" in name}
+    assert not {"dtype", "bf16"} & {*run, *training, *run["lora"]}
+
+
+def test_the_users_environment_wins(helm: int, tmp_path: Path) -> None:
+    extra = {
+        "extraEnv": {"NEURON_CC_FLAGS": "--model-type=transformer -O1", "MALLOC_ARENA_MAX": 8, "FI_LOG_LEVEL": "warn"}
+    }
+    values = merged(values_of("trn1.32xlarge", 1, tmp_path), {"stages": {"compile": extra, "train": extra}})
+    objects = render(config(render(values, helm=helm), "values.yaml"), helm=helm)
+    wanted = environment_of("trn1 one") | {name: str(value) for name, value in extra["extraEnv"].items()}
+    for stage in ("compile", "train"):
+        environment = pod(objects, stage).environment
+        assert {name: value for name, value in environment.items() if name not in OF_EVERY_STAGE} == wanted
+    runtime_only = {"NEURON_RT_LOG_LEVEL": "INFO", "NEURON_RT_EXEC_TIMEOUT": 900}
+    assert render(merged(values, {"stages": {"train": {"extraEnv": runtime_only}}}), helm=helm), "changes no graph"
+
+
+def test_huge_pages_are_there_for_who_has_them(tmp_path: Path) -> None:
+    """By default none are asked for: where a node has none set apart, the pod would wait for ever."""
+    pages = {"resources": {bound: {"hugepages-2Mi": "5120Mi"} for bound in ("requests", "limits")}}
+    objects = stages(merged(values_of("trn1.32xlarge", 2, tmp_path), {"stages": {"train": pages}}))
+    for bound in ("requests", "limits"):
+        assert pod(objects, "train").containers[0]["resources"][bound]["hugepages-2Mi"] == "5120Mi"
+        assert "hugepages-2Mi" not in pod(objects, "compile").containers[0]["resources"][bound]
+
+
+def test_backend_cpu_has_nothing_of_it(helm: int) -> None:
+    for each in pods(render(MINIMAL, helm=helm)):
+        assert each.environment.keys() == OF_EVERY_STAGE
