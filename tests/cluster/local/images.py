@@ -21,11 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-
 from genvalues.errors import UserError
 
 from .binaries import CACHE, OPERATORS, program
@@ -60,9 +55,9 @@ def digest(*names: str) -> str:
 
 
 def requirements() -> list[str]:
-    """What the trainer image needs besides ourselves."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["trainer"]]
+    """What the trainer image needs besides ourselves, torch included: the versions that go together."""
+    listed = [command(sys.executable, ROOT / "trainer/pins.py", wanted) for wanted in ("base", "[trainer]")]
+    return "".join(listed).splitlines()
 
 
 def trainer() -> str:
@@ -101,7 +96,7 @@ def load_all() -> None:
 
 
 def make_trainer(name: str) -> None:
-    build(name, ROOT / "trainer/Dockerfile", ROOT, BASE=base("libraries"))
+    build(name, ROOT / "trainer/Dockerfile", ROOT, BASE=base("libraries"), EXTRAS="[trainer]")
     load(name)
 
 
