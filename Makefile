@@ -7,7 +7,7 @@ READY := .venv/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-cluster cluster-packages schema values docs bench clean
+.PHONY: setup demo test test-cluster cluster-packages image schema values docs bench clean
 
 setup: $(READY)
 
@@ -36,6 +36,11 @@ test-cluster: $(READY)
 cluster-packages:
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $(CLUSTER_PACKAGES)
+
+# The image that FILE names: built, pushed, its digest written into FILE. docs/image.md
+FILE ?= finetune.yaml
+image: $(READY)
+	.venv/bin/genvalues image push $(FILE)
 
 # What is generated and committed; make test says when it is out of date.
 schema: $(READY)
