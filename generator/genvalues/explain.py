@@ -26,6 +26,8 @@ ALSO_CALLED = {  # names from other tools for ours
     "scheduler": "lrScheduler",
     "batchsize": "perDeviceBatchSize",
     "perdevicetrainbatchsize": "perDeviceBatchSize",
+    "attnimplementation": "attention",
+    "gradientcheckpointing": "activationCheckpointing",
     "maxlength": "maxSequenceLength",
     "maxseqlength": "maxSequenceLength",
     "modulestosave": "targetModules",
