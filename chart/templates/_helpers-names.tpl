@@ -70,6 +70,10 @@
 {{ include "llama-lora.fullname" . }}-compile-gate
 {{- end }}
 
+{{- define "llama-lora.neff.name" -}}
+{{ include "llama-lora.fullname" . }}-neff
+{{- end }}
+
 {{- define "llama-lora.train.name" -}}
 {{ include "llama-lora.fullname" . }}-train-{{ .Release.Revision }}
 {{- end }}

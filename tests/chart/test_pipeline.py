@@ -31,15 +31,16 @@ WEIGHTS = {
     "tokenize": 10,
     "compile": 20,
     "compile-gate": 21,
+    "neff": 25,
     "train": 30,
     "train-gate": 31,
     "consolidate": 40,
     "merge": 50,
     "evaluate": 60,
 }
-OPTIONAL = {"storage-prepare", "evaluate"}
+OPTIONAL = {"storage-prepare", "neff", "evaluate"}
 NEEDS_CLUSTER = {"preflight", "storage-prepare", "compile-gate", "train-gate", "cleanup", "runner"}
-TRAINER = {"tokenize", "compile", "train", "consolidate", "merge", "evaluate"}
+TRAINER = {"tokenize", "compile", "neff", "train", "consolidate", "merge", "evaluate"}
 DEVICES = {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
 TRAINIUM = merged(
     MINIMAL,
@@ -353,7 +354,8 @@ def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
 
 
 def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(helm: int) -> None:
-    detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}, "fullnameOverride": "other"})
+    changes = {"pipeline": {"mode": "detached"}, "fullnameOverride": "other", "compile": {"runsOn": "cpu"}}
+    detached = merged(TRAINIUM, changes)
     outer = render(detached, helm=helm)
     inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
     attached = render(merged(detached, {"pipeline": {"mode": "attached"}}), helm=helm)
@@ -366,3 +368,16 @@ def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(h
     assert config(inner, "cluster.yaml")["claim"] == {"name": "llama-workspace", "managed": False}
     names = [{(item["kind"], item["metadata"]["name"]) for item in objects} for objects in (outer, inner)]
     assert not names[0] & names[1]
+
+
+def test_collected_graphs_are_compiled_on_a_cpu_before_training_where_compile_runs_on_cpu(helm: int) -> None:
+    on_cpu = merged(TRAINIUM, {"compile": {"runsOn": "cpu"}, "stages": {"neff": {"nodeSelector": {"pool": "big"}}}})
+    neff = pod(render(on_cpu, helm=helm), "neff")
+    assert WEIGHTS["compile-gate"] < weight(neff.owner) < WEIGHTS["train"]
+    [container] = neff.containers
+    assert container["command"][:2] == ["llama-lora", "neff"] and not neff.trains
+    assert neff.spec["nodeSelector"] == {"pool": "big"}
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert environment["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn1", "no device there says what to compile for"
+    for values in (TRAINIUM, merged(MINIMAL, {"compile": {"runsOn": "cpu"}})):
+        assert not any(each.stage == "neff" for each in pods(render(values, helm=helm)))
