@@ -84,6 +84,7 @@ def test_a_run_is_named_after_its_release_unless_it_is_named(helm: int) -> None:
 @pytest.mark.parametrize("mode", ["attached", "detached"])
 def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
     keys = yaml.safe_load((CHART / "values.yaml").read_text())["stages"]
+    del keys["neff"]  # of Trainium alone; its compilers request more than the limits here
     own_resources = {key for key, stage in keys.items() if "resources" in stage}
     values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
     objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}), helm=helm)
@@ -114,7 +115,7 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
         )
         if not has_own_deadline:
             assert of_job["activeDeadlineSeconds"] == 3600
-    assert seen == (keys.keys() - {"neff", "runner"} if mode == "attached" else {"cleanup", "runner", "verify"})
+    assert seen == (keys.keys() - {"runner"} if mode == "attached" else {"cleanup", "runner", "verify"})
 
 
 def test_a_stages_own_settings_win_key_by_key(helm: int) -> None:
