@@ -534,7 +534,7 @@ LOGIN, BUILD, PUSH = "login", "build", "push"
             f"failed to resolve source metadata for {BASE}: unexpected status from HEAD request: 403 Forbidden",
             f"the registry refuses the base image {BASE}. ",
         ),
-        (BUILD, "write /x: no space left on device", "the disk is full. Free 60 GB: docker system prune."),
+        (BUILD, "write /x: no space left on device", "the disk is full. Free some tens of GB: docker system prune."),
         (BUILD, "exec /bin/sh: exec format error", "the base image is for x86-64, and docker builds for another"),
         (
             PUSH,

@@ -74,7 +74,7 @@ COMPLAINTS = (
         "SageMaker Studio allows builds one network alone",
         "Add --network sagemaker.",
     ),
-    Complaint(r"no space left on device", "the disk is full", "Free 60 GB: {builder} system prune."),
+    Complaint(r"no space left on device", "the disk is full", "Free some tens of GB: {builder} {prune}."),
     Complaint(
         r"exec format error|no match(ing manifest)? for (platform|linux/arm)",
         "the base image is for x86-64, and {builder} builds for another processor",
@@ -129,7 +129,8 @@ def explained(step: str, lines: Iterable[str], builder: str, registry: str, base
     others = " or ".join(name for name in BUILDERS if name != builder)
     for complaint in COMPLAINTS:
         if step in complaint.steps and re.search(complaint.pattern, text, re.IGNORECASE):
-            names = {"builder": builder, "others": others, "registry": registry}
+            prune = "prune --all" if builder == "buildah" else "system prune"
+            names = {"builder": builder, "others": others, "registry": registry, "prune": prune}
             return complaint.what.format(**names), complaint.fix.format(**names)
     if step == "build":
         shown = "".join(f"\n  {one_line(redacted(line), 300)}" for line in tail)
