@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from genvalues.errors import UserError
-from llama_lora import backends, stage
+from llama_lora import backends, launch, stage
 from llama_lora.backends.neuron import cache, provenance, tool
 from llama_lora.graphs import graph_settings
-from trainer.conftest import Run, llama_lora
+from trainer.conftest import Run, llama_lora, llama_lora_here
 
 STANDIN = Path(__file__).parent / "standin"
-VERSION = "neuronxcc-2.21.33363.0+82129205"
+WORKER = ["sh", "-c", f'{launch.LAUNCHER}=$$ "$@" & wait $!', "worker"]  # its launcher
 
 
 class NeuronRun:
@@ -41,14 +41,33 @@ class NeuronRun:
             "PATH": os.pathsep.join([str(STANDIN), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(STANDIN),
             "STANDIN_LOG": str(self.log),
-            "STANDIN_BEAT": "0.2",
-            "STANDIN_PATIENCE": "2",
             **more,
         }
 
-    def __call__(self, name: str = "compile", status: int = 0, **environment: str) -> str:
+    def as_process(self, name: str = "compile", status: int = 0, **environment: str) -> str:
+        """Run a stage as the chart does; its output."""
         command = [name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
         return llama_lora(*command, status=status, **self.environment(**environment))
+
+    def __call__(self, name: str = "compile", status: int = 0, **environment: str) -> str:
+        """The same in this process, with one worker that no torchrun starts: seconds less."""
+        alone = {
+            "NEURON_CC_FLAGS": "",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_PORT": str(time.time_ns()),
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for variable, value in {**alone, **self.environment(**environment)}.items():
+                patch.setenv(variable, value)
+            patch.setattr(
+                launch, "launcher_command", lambda stage, paths: [*WORKER, *launch.worker_command(stage, paths)]
+            )
+            patch.setattr(cache, "BEAT", 0.2)
+            patch.setattr(cache, "PATIENCE", 2.0)
+            command = [name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
+            return llama_lora_here(*command, status=status)
 
     def start(self, name: str = "compile", **environment: str) -> subprocess.Popen[str]:
         program = str(Path(sys.executable).with_name("llama-lora"))
@@ -103,7 +122,7 @@ def test_compile_runs_the_train_stages_own_workers_in_the_program_and_records_gr
     neuron: Callable[..., NeuronRun],
 ) -> None:
     run = neuron(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
-    said = run()
+    said = run.as_process()
     (call,) = run.calls
     assert call["command"] == "collect-and-compile"
     assert call["run"][1:4] == ["-m", "llama_lora.launch", "compile"]
@@ -129,8 +148,8 @@ def test_a_graph_that_was_cleaned_from_the_cache_is_compiled_again(neuron: Calla
 
 def test_a_workers_user_error_passes_through_the_program_once(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron(parallelism={"processesPerNode": 2, "dataParallelSize": 2})
-    said = run(status=2, STANDIN_USER_ERROR="1")
-    assert said.count("training.maxSequenceLength: is more than the model knows. Set it to 64.") == 1
+    said = run.as_process(status=2, STANDIN_USER_ERROR="1")
+    assert said.count("training.maxSequenceLength: is more than the model knows. Set it to 64") == 1
     assert not run.is_done()
 
 
@@ -139,7 +158,7 @@ def test_a_trial_run_that_crashes_is_tried_again(neuron: Callable[..., NeuronRun
     run.run.paths.compile_reports.mkdir(parents=True)
     earlier = {"trial": "an earlier one", "nodes": 1}
     (run.run.paths.compile_reports / "trial.json").write_text(json.dumps(earlier))
-    said = run(status=1, STANDIN_CRASH="0")
+    said = run.as_process(status=1, STANDIN_CRASH="0")
     assert "the device is gone" in said and "the trial run failed on this node" in said
     assert not run.is_done()
     run()
@@ -248,6 +267,21 @@ def test_of_the_nodes_of_a_stage_that_start_together_the_first_answers_for_all(
         assert first.colleagues() == 1
         second.working()
         assert not first.nobody_else(), "a node that has begun may hold locks"
+
+
+def test_the_first_worker_of_a_training_node_counts_as_a_user(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = new_run().paths
+    with cache.used(paths, "compile") as use:
+        for local_rank, held, counts in (("0", False, 1), ("1", False, 0), ("0", True, 0)):
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+            with monkeypatch.context() as patch:
+                if not held:  # by the launcher, as compile's is
+                    patch.delenv(cache.HELD)
+                with cache.used_by_worker(paths, "train"):
+                    assert len(use.others.look()) == counts
+        assert not use.others.look()
 
 
 # --- several nodes
@@ -458,6 +492,20 @@ def changed(
     return before, settings(run), then, reads(run.load())
 
 
+def test_the_fingerprint_of_compile_is_told_without_torch(neuron: Callable[..., NeuronRun]) -> None:
+    """The gate asks for it in a small pod, again and again."""
+    run = neuron()
+    arguments = ["fingerprint", "compile", "--config", str(run.run.write_config())]
+    code = f"""
+import sys
+from llama_lora.cli import main
+main({[*arguments, "--workspace", str(run.run.workspace)]!r}, standalone_mode=False)
+assert "torch" not in sys.modules
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert json.loads(said)["fingerprint"] == run.stage("compile").fingerprint
+
+
 def test_the_models_own_settings_and_the_number_of_workers_count(new_run: Callable[..., Run]) -> None:
     config = new_run().load()
     first = graph_settings(config, {"hidden_size": 32, "_name_or_path": "a"}, 2)
@@ -468,9 +516,11 @@ def test_the_models_own_settings_and_the_number_of_workers_count(new_run: Callab
 
 @pytest.fixture
 def compiled(neuron: Callable[..., NeuronRun]) -> NeuronRun:
-    """A run whose graphs are compiled, as provenance sees it in this process."""
+    """A run whose manifest says that its graphs are compiled, for what this process would trace."""
     run = neuron()
-    run()
+    done = run.stage("compile")
+    done.facts = {"provenance": provenance.provenance(done)}
+    done.finish([])
     return run
 
 
@@ -480,8 +530,10 @@ def recorded(run: NeuronRun, change: Callable[[dict[str, Any]], None]) -> None:
     run.run.paths.manifest("compile").write_text(json.dumps(manifest))
 
 
-def test_training_may_start_on_the_cache_that_was_made_for_it(compiled: NeuronRun) -> None:
-    provenance.check_provenance(compiled.stage("train"))
+def test_training_may_start_on_the_cache_that_was_made_for_it(neuron: Callable[..., NeuronRun]) -> None:
+    run = neuron()
+    run()
+    provenance.check_provenance(run.stage("train"))
 
 
 def test_training_refuses_a_cache_of_another_compiler_and_the_next_upgrade_compiles(compiled: NeuronRun) -> None:

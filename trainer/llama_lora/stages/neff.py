@@ -1,4 +1,4 @@
-"""With compile.on: cpu, the second half of compile: graphs that were collected on Trainium become NEFFs on a CPU node.
+"""With compile.runsOn: cpu, the second half of compile: graphs that were collected on Trainium become NEFFs on a CPU node.
 
 It frees the Trainium nodes while the compiler works. Not verified by us on hardware: neuron_parallel_compile documents
 `--command collect` and `--command compile`, with the same compiler version for both, but not on different machines.
@@ -14,7 +14,7 @@ def neff(stage: Stage) -> None:
     """Compile everything that compile has collected."""
     if stage.config.backend != "neuron" or stage.config.compile.on != "cpu":
         raise UserError(
-            "has nothing to do: compile has compiled its graphs itself", where="neff", fix="Set compile.on: cpu."
+            "has nothing to do: compile has compiled its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
         )
     from llama_lora.backends.neuron import compiling
 
@@ -24,7 +24,7 @@ def neff(stage: Stage) -> None:
 STAGE = Declaration(
     name="neff",
     version=1,
-    summary="With compile.on cpu: compile, on a CPU node, the graphs that compile has collected on Trainium.",
+    summary="With compile.runsOn cpu: compile, on a CPU node, the graphs that compile has collected on Trainium.",
     after=["compile"],
     reads=lambda config: {},
     run=neff,

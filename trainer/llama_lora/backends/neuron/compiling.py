@@ -51,7 +51,7 @@ class NodeReport:
 
 
 def compile_graphs(stage: Stage) -> None:
-    """On each node: trace and compile, or only collect the graphs (compile.on: cpu), and see to the manifest.
+    """On each node: trace and compile, or only collect the graphs (compile.runsOn: cpu), and see to the manifest.
 
     Raises UserError or Unavailable where a graph did not compile; ends with status 1 where the trial run failed.
     """
