@@ -400,14 +400,15 @@ def test_a_tag_that_is_free_is_built(aws: Aws, builder: Builder) -> None:
     assert genvalues("image", "push", "f.yaml") == 0
 
 
+@pytest.mark.parametrize("code", ["RepositoryNotFoundException", "AccessDeniedException"])
 def test_a_repository_of_another_account_is_told_with_both(
-    aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str]
+    aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str], code: str
 ) -> None:
-    aws.no_repository()
+    aws.refuses("describe_repositories", code)
     aws.account("999988887777")
     assert genvalues("image", "push", "f.yaml") == 2
     assert last_line(capsys) == (
-        f"{IMAGE}: account {ACCOUNT} has no repository llama-lora, and your credentials are those of 999988887777. "
+        f"{IMAGE}: account {ACCOUNT} shows no repository llama-lora to these credentials, which are 999988887777's. "
         "Write 999988887777 in image:, or use that account's credentials: AWS_PROFILE=NAME."
     )
     assert builder.calls == []
@@ -452,6 +453,8 @@ def test_what_ecr_refuses_is_told_in_a_line(
         aws.no_repository()
         aws.account()
     aws.refuses(operation, code)
+    if code == "AccessDeniedException":
+        aws.account()
     assert genvalues("image", "push", "f.yaml") == status
     line = last_line(capsys)
     assert line.startswith(f"{IMAGE}: ") and said in line
@@ -575,7 +578,7 @@ def test_what_a_builder_complains_of_is_told_in_a_line_and_the_file_stays(
     aws.passwords(2)
     assert genvalues("image", "push", "f.yaml") == 2
     line = last_line(capsys)
-    assert line.startswith(f"{IMAGE}: ") and said in line
+    assert line.startswith(f"{BASE.partition('/')[0] if step == LOGIN else IMAGE}: ") and said in line
     assert builder.commands[-1] == f"docker {step}"
     assert Path("f.yaml").read_bytes() == INPUTS.encode()
 

@@ -184,7 +184,7 @@ def push_image(job: Job) -> None:
 
 def log_in(job: Job, at: Image) -> None:
     if at.in_ecr:
-        secret = ecr.password(at.region, at.account)
+        secret = ecr.password(at.region)
         run("login", job, login_command(job.builder, at.registry), secret=secret, registry=at.registry)
 
 
@@ -202,7 +202,7 @@ def run(step: str, job: Job, arguments: tuple[str, ...], *, secret: str = "", re
     command = Command(step, arguments, environment, Path.cwd(), secret.encode() if secret else None)
     if run_together([command], on_line):
         what, fix = explained(step, lines, job.builder, registry or job.image.registry or "docker.io", job.base)
-        raise UserError(what, where=job.image.tagged, fix=fix)
+        raise UserError(what, where=registry or job.image.tagged, fix=fix)
     return list(lines)
 
 

@@ -49,11 +49,14 @@ def ensure_repository(image: Image) -> bool:
     """
     ecr = client("ecr", image.region)
     try:
-        with told(image.tagged, image, needs="ecr:DescribeRepositories"):
+        with told(image.tagged, needs="ecr:DescribeRepositories"):
             answer = ecr.describe_repositories(registryId=image.account, repositoryNames=[image.name])
+    except Denied:
+        check_account(image)
+        raise
     except Missing:
         check_account(image)
-        with told(image.tagged, image, needs="ecr:CreateRepository"):
+        with told(image.tagged, needs="ecr:CreateRepository"):
             ecr.create_repository(
                 repositoryName=image.name,
                 imageTagMutability="IMMUTABLE",
@@ -68,7 +71,7 @@ def ensure_repository(image: Image) -> bool:
 def check_tag_is_free(ecr: Any, image: Image) -> None:
     """Raises UserError where the tag is taken: by an earlier push, whose image can be used as it is."""
     try:
-        with told(image.tagged, image, needs="ecr:DescribeImages"):
+        with told(image.tagged, needs="ecr:DescribeImages"):
             found = ecr.describe_images(
                 registryId=image.account, repositoryName=image.name, imageIds=[{"imageTag": image.tag}]
             )
@@ -80,16 +83,16 @@ def check_tag_is_free(ecr: Any, image: Image) -> None:
 
 
 def check_account(image: Image) -> None:
-    """A repository can be made in one's own account alone. Raises UserError with whose it is."""
+    """Raises UserError where the address is another account's: it is an example's, or the profile is the wrong one."""
     with told("AWS"):
         own = client("sts", image.region).get_caller_identity()["Account"]
     if own != image.account:
-        what = f"account {image.account} has no repository {image.name}, and your credentials are those of {own}"
+        what = f"account {image.account} shows no repository {image.name} to these credentials, which are {own}'s"
         fix = f"Write {own} in image:, or use that account's credentials: AWS_PROFILE=NAME."
         raise UserError(what, where=image.tagged, fix=fix)
 
 
-def password(region: str, account: str) -> str:
+def password(region: str) -> str:
     """For user AWS; 12 hours good, for every registry of the region that the credentials may use."""
     with told(f"ECR in {region}", needs="ecr:GetAuthorizationToken"):
         answer = client("ecr", region).get_authorization_token()
@@ -99,12 +102,16 @@ def password(region: str, account: str) -> str:
     return secret
 
 
+class Denied(UserError):
+    """The credentials are right, and are not allowed this."""
+
+
 class Missing(Exception):
     """ECR has no such repository or image."""
 
 
 @contextmanager
-def told(where: str, image: Image | None = None, needs: str = "") -> Iterator[None]:
+def told(where: str, needs: str = "") -> Iterator[None]:
     """Around a call to AWS: its errors as UserErrors, what is not there as Missing, what may pass as Unavailable."""
     from botocore import exceptions
 
@@ -139,7 +146,7 @@ def refusal(code: str, message: str, where: str, needs: str) -> Exception:
     if code in DENIED:
         allow = f"Have {needs} allowed for them" if needs else "Have that allowed for them"
         what = f"not allowed to these credentials: {said}"
-        return UserError(what, where=where, fix=f"{allow}, or use others: AWS_PROFILE=NAME.")
+        return Denied(what, where=where, fix=f"{allow}, or use others: AWS_PROFILE=NAME.")
     if code in LATER:
         return Unavailable(f"{where}: AWS answers {code}: {said}. Try again.")
     return UserError(f"AWS answers {code}: {said}", where=where, fix="Look at the address in image:.")
