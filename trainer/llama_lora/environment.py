@@ -40,5 +40,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "module name tiny@1a2b is not a valid identifier", a load
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning after every fork
-for library in ("torch", "transformers", "peft"):
+os.environ.setdefault("NXD_LOG_LEVEL", "warning")  # else neuronx_distributed tells of every group and save
+for library in ("torch", "transformers", "peft", "neuronx_distributed", "optimum", "torch_xla"):
     warnings.filterwarnings("ignore", module=library)

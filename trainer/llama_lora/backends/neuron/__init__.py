@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genvalues.errors import UserErrors
 from llama_lora.backends import Adapter, TrainingJob, TrainingResult
-from llama_lora.backends.neuron import shards
+from llama_lora.backends.neuron import rules, shards
 from llama_lora.config import RunConfig
 
 
@@ -17,10 +17,10 @@ class NeuronBackend:
 
     def check(self, config: RunConfig, model: Path) -> None:
         """What optimum-neuron can train, and cut over so many cores."""
-        mistakes = []
+        mistakes = rules.check(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         if mistakes:
             raise UserErrors(mistakes)
-        for doubt in []:
+        for doubt in rules.warnings(config):
             print(f"warning: {doubt}", flush=True)
 
     def compile_command(self, command: Sequence[str]) -> list[str]:

@@ -1,11 +1,8 @@
-"""A base model cut over the workers of a tensor-parallel group, with LoRA on it: optimum-neuron's model, in bf16.
-
-What optimum-neuron 0.4.5 gets wrong on this path is set right here or in ``training``; FIELD in a comment is where.
-"""
+"""A base model cut over the workers of a tensor-parallel group, with LoRA on it: optimum-neuron's model, in bf16."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from optimum.neuron.peft import NeuronPeftModelForCausalLM, get_peft_model
 from torch_xla.utils.checkpoint import checkpoint
 
 from llama_lora.backends.lora import initial_a, lora_config
+from llama_lora.backends.neuron.rules import target_modules
 from llama_lora.config import Lora, Parallelism, Training
 
 # The attention of optimum-neuron's models, looked up by name where they call it.
@@ -62,7 +60,8 @@ def load(path: Path, trn_config: Any, lora: Lora, training: Training, adapter: P
     if adapter:
         model = NeuronPeftModelForCausalLM.from_pretrained(model, str(adapter), is_trainable=True)
     else:
-        model = get_peft_model(model, lora_config(lora))
+        wished = lora.model_copy(update={"target_modules": target_modules(lora.target_modules)})
+        model = get_peft_model(model, lora_config(wished))
         initialize(model, training.seed)
     model.config.use_cache = False
     model.to(torch.bfloat16)
@@ -104,7 +103,7 @@ def recompute_attention() -> None:
     """Selective activation checkpointing (Korthikanti et al. 2022, arXiv:2205.05198, section 5): of a layer, the
     attention alone is computed again in the backward pass, which needs no tensor of [heads, tokens, tokens] kept.
 
-    optimum-neuron has only whole layers (FIELD-NOTES 1 F). Flash attention keeps none anyway, and is not wrapped.
+    optimum-neuron has only whole layers. Flash attention keeps none anyway, and is not wrapped.
     """
     for module in MODELS_WITH_ATTENTION:
         attention = getattr(module, ATTENTION, None)
@@ -126,8 +125,3 @@ def _recomputing(attention: Callable[..., Any]) -> Callable[..., Any]:
 
     forward.recomputes = True  # type: ignore[attr-defined]
     return forward
-
-
-def replicated(parameters: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters that every worker of a tensor-parallel group must hold equal."""
-    return ((name, parameter) for name, parameter in parameters.items() if not is_cut(parameter))

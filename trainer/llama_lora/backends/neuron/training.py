@@ -2,8 +2,8 @@
 
 The loop, the rows, the learning rate and the loss's divisor are the project's own (``loop``), because optimum-neuron
 0.4.5's trainer has them wrong, silently: the learning rate is cut off the optimizer, pads are trained on, the loss is a
-mean of the workers' means, and nothing can be resumed (FIELD-NOTES 1 B, C, D). What is wrong in the model's own gradients
-(A) is set right in ``sum_replicated_gradients``, and looked after in ``check_replicas``.
+mean of the workers' means, and nothing can be resumed (docs/neuron.md, defects B, C and D). What is wrong with the
+gradients of its model (A) is set right in ``_sum_replicated_gradients``, and looked after in ``_check_replicas``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class NeuronEngine:
     def _build(self, adapter: Path | None) -> None:
         self.model = neuron_model.load(self.job.model, self.trn_config, self.job.lora, self.job.training, adapter)
         self.parameters = neuron_model.trainable(self.model)
+        self.replicated = {name: p for name, p in self.parameters.items() if not neuron_model.is_cut(p)}
+        self.library_sums: bool | None = None
         self.vocabulary_is_cut = neuron_model.is_cut(self.model.get_base_model().lm_head.weight)
         # Where it is not (Granite), each worker of a group has the whole loss, and the gradients of all are summed.
         self.copies_of_loss = 1 if self.vocabulary_is_cut else self.tensor_size
@@ -119,8 +121,6 @@ class NeuronEngine:
         if used != wanted:
             raise RuntimeError(f"step {step + 1} was taken at a learning rate of {used}, not {wanted}")
         (summed,) = self.workers.summed([loss.cpu().item() / self.tensor_size])  # a group's workers have the same loss
-        if step == 0 and not self.extracting:
-            self._check_replicas()
         if self.extracting:
             return Taken(0.0, 0.0, used)
         return Taken(summed / trained_tokens, norm.cpu().item(), used)
@@ -155,13 +155,32 @@ class NeuronEngine:
     def _sum_replicated_gradients(self) -> None:
         """Sum, over the tensor-parallel group, the gradients of the factors that each of its workers has whole.
 
-        Each sees its part of the sequence (A of a layer cut by columns) or of the output (B of one cut by rows), so each
-        has a part of the gradient. optimum-neuron 0.4.5 leaves it at that (FIELD-NOTES 1 A).
+        Each sees its part of the sequence (A of a layer cut by columns) or of the output (B of one cut by rows), so
+        each has a part of the gradient. optimum-neuron 0.4.5 leaves it at that, and the copies drift apart.
         """
-        if self.tensor_size == 1:
+        if self.tensor_size == 1 or self._library_sums():
             return
-        gradients = [parameter.main_grad for _, parameter in neuron_model.replicated(self.parameters)]
+        gradients = [parameter.main_grad for parameter in self.replicated.values()]
         xm.all_reduce(xm.REDUCE_SUM, gradients, groups=parallel_state.get_tensor_model_parallel_replica_groups())
+        torch_xla.sync()  # a graph of its own: what follows is the same without it
+
+    def _library_sums(self) -> bool:
+        """Whether the library has summed them itself, as one that is newer may: then they are equal to the last bit.
+
+        Looked at, on the host, until a gradient is not 0, as those of A are while B is.
+        """
+        if self.extracting:
+            return False
+        if self.library_sums is None:
+            gradients = [parameter.main_grad.cpu() for parameter in self.replicated.values()]
+            mine = (
+                [sha256_of(gradient) for gradient in gradients],
+                any(bool(gradient.any()) for gradient in gradients),
+            )
+            everyone = self.workers.gathered((self.data_rank, *mine))
+            if any(nonzero for _, _, nonzero in everyone):
+                self.library_sums = len({(data, tuple(digests)) for data, digests, _ in everyone}) == self.data_size
+        return bool(self.library_sums)
 
     def _check_replicas(self) -> None:
         """Raise UserError where workers have different values for what they hold in common.
@@ -169,7 +188,7 @@ class NeuronEngine:
         On copies of the host's, so that the device has no graph of it.
         """
         held = {
-            (name, self._part(name, parameter)): hashlib.sha256(_bytes(parameter.detach().cpu())).hexdigest()
+            (name, self._part(name, parameter)): sha256_of(parameter.detach().cpu())
             for name, parameter in self.parameters.items()
         }
         first: dict[tuple[str, int], tuple[int, str]] = {}
@@ -243,9 +262,9 @@ class NeuronEngine:
         """Weights alone: the optimizer's parts are cut for other workers."""
         if self.workers.rank == 0:
             print(
-                f"{checkpoint.name} was saved by {record.workers} workers with tensorParallelSize "
-                f"{record.tensor_parallel_size}, and these are {self.workers.size} with {self.tensor_size}: going on at "
-                "the same row with its weights; the optimizer begins anew, so the result is not that of the same workers",
+                f"warning: {checkpoint.name} was saved by {record.workers} workers with tensorParallelSize "
+                f"{record.tensor_parallel_size}, these are {self.workers.size} with {self.tensor_size}. Going on at "
+                "the same row with its weights; the optimizer begins anew: it is not the run that was interrupted.",
                 flush=True,
             )
         adapter = shards.read_adapter(checkpoint)
@@ -270,5 +289,6 @@ class NeuronEngine:
         return [shard for group in self.optimizer.base_optimizer.param_groups for shard in group["params"]]
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def sha256_of(tensor: torch.Tensor) -> str:
+    """SHA-256 of a host tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

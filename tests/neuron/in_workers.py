@@ -1,0 +1,78 @@
+"""What tests ask of the engine inside its workers: torchrun in_workers.py FUNCTION CONFIG WORKSPACE ANSWER [ARGUMENT...]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+
+from llama_lora import config as run_config
+from llama_lora.backends.neuron.training import NeuronEngine
+from llama_lora.paths import Paths
+from llama_lora.stage import Stage
+from llama_lora.stages.train import training_job
+
+
+def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
+    """A packed row's loss of each of its examples alone, and again after every other example has been changed."""
+    number = next(index for index in range(len(rows)) if len(rows[index]["lengths"]) > 2)
+    row = rows[number]
+    found = []
+    begin = 0
+    for length in row["lengths"]:
+        end = begin + length
+        labels = [label if begin <= index < end else -100 for index, label in enumerate(row["labels"])]
+        others = [token if begin <= index < end else (token + 7) % 250 for index, token in enumerate(row["input_ids"])]
+        found.append(
+            [
+                engine.row_loss({**row, "labels": labels}),
+                engine.row_loss({**row, "labels": labels, "input_ids": others}),
+            ]
+        )
+        begin = end
+    return found
+
+
+def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
+    """The gradients of one row, of factors B that are not 0, by parameter."""
+    for name, parameter in engine.parameters.items():
+        if ".lora_B." in name:
+            parameter.data.fill_(0.01)
+    engine._loss_sum([rows[0]]).backward()
+    engine.workers.barrier()
+    return {
+        name: [parameter.main_grad.cpu().norm().item(), parameter.main_grad.cpu().sum().item()]
+        for name, parameter in engine.parameters.items()
+    }
+
+
+def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
+    """What a save says after one worker's copy of a factor has been changed."""
+    from genvalues.errors import UserError
+
+    if engine.tensor_rank == 1:
+        next(iter(engine.replicated.values())).data.add_(0.5)
+    try:
+        engine._check_replicas()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def main(function: str, config_file: str, workspace: str, answer: str) -> None:
+    config = run_config.load(Path(config_file))
+    job = training_job(Stage("train", config, Paths(Path(workspace), config.name)))
+    engine = NeuronEngine(job)
+    asked: Callable[[NeuronEngine, Any], Any] = globals()[function]
+    result = asked(engine, load_from_disk(str(job.dataset / "train")))
+    if engine.workers.rank == 0:
+        Path(answer).write_text(json.dumps(result), encoding="utf-8")
+    engine.workers.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
