@@ -106,7 +106,7 @@ devices has no vpc.amazonaws.com/efa, without which {{ .Values.parallelism.nodes
        compile did is compiled while the accelerator waits. */}}
 {{- define "llama-lora.validations.neuron.environment" -}}
 {{- $environments := dict }}
-{{- range $stage := list "compile" "train" }}
+{{- range $stage := list "compile" "neff" "train" }}
 {{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).extraEnv }}
 {{- $_ := set $environments $stage $extra }}
 {{- if hasKey $extra "NEURON_COMPILE_CACHE_URL" }}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
+from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, pod, pods, render
 from genvalues.errors import UserError
 from genvalues.instances import HYPERPOD, TRAINIUM
 from genvalues.write import values_text
@@ -124,17 +123,15 @@ def test_the_others_are_refused_with_the_reason(name: str, nodes: int, prefix: s
     assert str(refused.value).endswith(f"nodes: {prefix}{REFUSED_OF[name, nodes]}. {fix}")
 
 
-@pytest.mark.parametrize("target", ["trn1", "trn2"])
-def test_a_cpu_pod_that_compiles_is_told_for_what(target: str, tmp_path: Path, helm: int) -> None:
-    chart = tmp_path / "chart"
-    shutil.copytree(CHART, chart)
-    (chart / "templates/probe.yaml").write_text(
-        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: probe\ndata:\n"
-        '  {{- include "stage.neuronEnvironment" (dict "root" . "compiles" true) | nindent 2 }}\n'
-    )
-    name = {"trn1": "trn1n.32xlarge", "trn2": "trn2.48xlarge"}[target]
-    values = merged(values_of(name, 1, tmp_path), {"pipeline": {"mode": "attached"}})
-    assert one(render(values, helm=helm, chart=chart), "ConfigMap", "probe")["data"] == environment_of(f"{target} CPU")
+@pytest.mark.parametrize(("name", "column"), [("trn1n.32xlarge", "trn1 CPU"), ("ml.trn2.48xlarge", "trn2 CPU")])
+def test_a_cpu_pod_that_compiles_is_told_for_what(name: str, column: str, tmp_path: Path) -> None:
+    objects = stages(values_of(name, 2, tmp_path, "compile.runsOn=cpu"))
+    each = pod(objects, "neff")
+    environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE}
+    assert environment == environment_of(column)
+    # The same cache, and of it the same entries: the flags are part of an entry's name.
+    for variable in ("NEURON_COMPILE_CACHE_URL", "NEURON_CC_FLAGS"):
+        assert {pod(objects, stage).environment[variable] for stage in ("compile", "train")} == {environment[variable]}
 
 
 @pytest.mark.parametrize("instance", ["trn1.32xlarge", "trn1n.32xlarge"])
