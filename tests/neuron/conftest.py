@@ -1,4 +1,4 @@
-"""Runs on the Neuron backend, where its libraries are: on a Trainium node, or on a CPU that stands in (docs/neuron.md)."""
+"""Runs on the Neuron backend, where its libraries are: on a Trainium node, or a CPU in its place (docs/neuron.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests ask of the engine inside its workers: torchrun in_workers.py FUNCTION CONFIG WORKSPACE ANSWER [ARGUMENT...]"""
+"""What tests ask of the engine inside its workers: torchrun in_workers.py FUNCTION CONFIG WORKSPACE ANSWER."""
 
 from __future__ import annotations
 

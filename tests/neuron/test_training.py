@@ -1,4 +1,4 @@
-"""Training on the Neuron backend, for real: any way of cutting it gives the CPU's losses, and what is saved is trained."""
+"""Training on the Neuron backend: however it is cut it has the CPU's losses, and what is saved is what was trained."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(bf16_model: Path, 
     say_compiled(killed)
     checkpoints = killed.paths.checkpoints(json.loads(killed("fingerprint", "train"))["fingerprint"])
     trainer = subprocess.Popen(train_command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (checkpoints / "step-000006").is_dir(), seconds=300)
+    wait_for((checkpoints / "step-000006").is_dir, seconds=300)
     wait_for(lambda: len((checkpoints / "metrics.jsonl").read_text().splitlines()) > 6, seconds=60)
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()

@@ -173,13 +173,10 @@ class NeuronEngine:
             return False
         if self.library_sums is None:
             gradients = [parameter.main_grad.cpu() for parameter in self.replicated.values()]
-            mine = (
-                [sha256_of(gradient) for gradient in gradients],
-                any(bool(gradient.any()) for gradient in gradients),
-            )
-            everyone = self.workers.gathered((self.data_rank, *mine))
-            if any(nonzero for _, _, nonzero in everyone):
-                self.library_sums = len({(data, tuple(digests)) for data, digests, _ in everyone}) == self.data_size
+            mine = (self.data_rank, *(sha256_of(gradient) for gradient in gradients))
+            groups = set(self.workers.gathered(mine))
+            if any(self.workers.gathered(any(bool(gradient.any()) for gradient in gradients))):
+                self.library_sums = len(groups) == self.data_size
         return bool(self.library_sums)
 
     def _check_replicas(self) -> None:
