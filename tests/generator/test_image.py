@@ -567,6 +567,21 @@ LOGIN, BUILD, PUSH = "login", "build", "push"
             "something nobody knows",
             "docker push failed: something nobody knows. Look at that, then",
         ),
+        (
+            LOGIN,
+            "Error saving credentials: error storing credentials - err: exit status 1",
+            "credential helper fails. ",
+        ),
+        (
+            LOGIN,
+            'Error: logging into "x": invalid username/password',
+            "does not take the password that ECR has given. ",
+        ),
+        (
+            LOGIN,
+            "login attempt to https://x/v2/ failed with status: 400 Bad Request",
+            "does not take the password that",
+        ),
         (LOGIN, "", "docker login failed: it says nothing. "),
     ],
 )

@@ -98,6 +98,18 @@ COMPLAINTS = (
         ("push",),
     ),
     Complaint(
+        r"(saving|storing) credentials",
+        "{builder} cannot keep the login: its credential helper fails",
+        "Look at credsStore in ~/.docker/config.json, or use another: --builder {others}.",
+        ("login",),
+    ),
+    Complaint(
+        r"invalid username/password|unauthorized|400 bad request|403 forbidden",
+        "{registry} does not take the password that ECR has given",
+        "Look whether your credentials may use ECR there, then write the same command again.",
+        ("login",),
+    ),
+    Complaint(
         r"x509: |certificate signed by unknown authority",
         "the registry's certificate is not trusted here",
         "Have your proxy's certificate trusted by {builder}.",
