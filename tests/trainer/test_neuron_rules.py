@@ -260,6 +260,13 @@ def test_more_workers_than_kv_heads_want_q_k_and_v_together() -> None:
         assert said(run_config(parallelism=parallelism(16, 2), lora={"targetModules": targets}), LLAMA_8B, "trn1") == []
 
 
+def test_a_node_of_more_processes_than_a_trn1_has_cores_is_a_trn2() -> None:
+    config = run_config(parallelism=parallelism(16, 4), lora={"targetModules": "all-linear"})
+    assert "wrong gradients on Trn2" in str(said(config, LLAMA_8B))
+    two_trn1 = run_config(parallelism=parallelism(16, 4, nodes=2), lora={"targetModules": "all-linear"})
+    assert said(two_trn1, LLAMA_8B) == []
+
+
 def test_more_workers_than_kv_heads_are_refused_on_trn2_whatever_is_trained() -> None:
     """Gradients that go back through k and v are of other heads there; see rules.py for the numbers."""
     for targets in ("all-linear", ["down_proj"]):

@@ -226,7 +226,7 @@ def test_a_hole_is_seen_where_the_metadata_name_no_number_of_ranks(checkpoint_of
         )
     )
     shard(checkpoint, 1).unlink()
-    assert f"{shard(checkpoint, 1)}: this shard is missing" in refusal(checkpoint)
+    assert f"{shard(checkpoint, 1)}: this shard is missing, rank 1 of 4" in refusal(checkpoint)
 
 
 def test_a_missing_tensor_file_is_refused_by_its_name(qv: Path) -> None:

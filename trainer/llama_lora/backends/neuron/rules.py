@@ -35,6 +35,7 @@ LINEAR = {
 # (flash_fwd in aws-neuron/nki-samples, src/nki_samples/reference/attention.py: the head is its partition dimension).
 FLASH_ROWS = 2048
 FLASH_HEAD = 128
+TRN1_CORES = 32  # of the largest Trn1: 16 chips of two NeuronCores (AWS Neuron docs, "Trainium Architecture")
 MODEL = "the model's config.json"
 
 Platform = Literal["trn1", "trn2"]
@@ -98,7 +99,12 @@ def target_modules(wished: list[str] | Literal["all-linear"]) -> list[str]:
 
 
 def check(config: RunConfig, model_config: Mapping[str, Any], platform: Platform | None = None) -> list[UserError]:
-    """Every setting that cannot be trained, with what to write instead. ``platform`` is what the worker runs on."""
+    """Every setting that cannot be trained, with what to write instead.
+
+    ``platform`` is what the workers run on, where it is known; more processes on a node than a Trn1 has cores say trn2.
+    """
+    if platform is None and config.parallelism.processes_per_node > TRN1_CORES:
+        platform = "trn2"
     if refused := list(_check_model(model_config)):
         return refused  # the other rules are those models'
     sizes = sizes_of(model_config)
