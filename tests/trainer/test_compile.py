@@ -20,7 +20,7 @@ import pytest
 
 from genvalues.errors import UserError
 from llama_lora import backends, launch, stage
-from llama_lora.backends.neuron import cache, provenance, tool
+from llama_lora.backends.neuron import cache, compiling, provenance, tool
 from llama_lora.graphs import graph_settings
 from trainer.conftest import Run, llama_lora, llama_lora_here
 
@@ -39,7 +39,7 @@ class NeuronRun:
     def environment(self, **more: str) -> dict[str, str]:
         return {
             "PATH": os.pathsep.join([str(STANDIN), str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": str(STANDIN),
+            "PYTHONPATH": os.pathsep.join([str(STANDIN), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "STANDIN_LOG": str(self.log),
             **more,
         }
@@ -391,6 +391,26 @@ def test_neff_has_nothing_to_do_where_compile_compiles(neuron: Callable[..., Neu
     assert "neff: has nothing to do" in run("neff", status=2)
 
 
+def test_neff_compiles_its_own_graphs_whatever_becomes_of_other_runs(neuron: Callable[..., NeuronRun]) -> None:
+    """`--command compile` takes every graph of the cache, and its status counts them all."""
+    run = neuron()
+    run.run.config["compile"] = {"on": "cpu"}
+    run()
+    run("neff", STANDIN_STATUS="7")
+    assert run.is_done("neff")
+
+
+def test_workers_share_the_cores_under_the_program_as_without_it(
+    neuron: Callable[..., NeuronRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number that llama_lora.environment sets must not come to the launcher as if the user had set it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "119")
+    own = neuron().stage("compile")
+    for users, kept in ((False, None), (True, "119")):
+        monkeypatch.setattr(compiling, "THREADS_ARE_THE_USERS", users)
+        assert compiling.compile_environment(own).get("OMP_NUM_THREADS") == kept
+
+
 def test_neff_tells_the_compiler_what_was_traced_for(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron()
     run.run.config["compile"] = {"on": "cpu"}
@@ -589,8 +609,9 @@ def test_the_cpu_is_not_asked(new_run: Callable[..., Run]) -> None:
     ("set_by_user", "expected"),
     [
         ("", "--cache_dir=/w/compile-cache"),
-        ("--model-type transformer -O1", "--model-type=transformer -O1 --cache_dir=/w/compile-cache"),
+        ("--model-type transformer -O 1", "--model-type transformer -O 1 --cache_dir=/w/compile-cache"),
         ("--cache_dir=/w/compile-cache --optlevel=2", "--optlevel=2 --cache_dir=/w/compile-cache"),
+        ("--cache_dir /w/compile-cache --optlevel=2", "--optlevel=2 --cache_dir=/w/compile-cache"),
     ],
 )
 def test_the_cache_is_the_workspaces_and_the_users_flags_stay(set_by_user: str, expected: str) -> None:
@@ -609,6 +630,11 @@ def test_another_cache_is_refused(environment: dict[str, str]) -> None:
 def test_a_cache_path_that_the_compiler_cannot_read_is_refused() -> None:
     with pytest.raises(UserError, match="no cache folder with dots"):
         cache.flags({}, Path("/w/v1.0/compile-cache"))
+
+
+def test_the_flags_that_a_graphs_key_has_are_those_of_the_compiler() -> None:
+    given = "-O 1 --cache_dir /w/c --log_level=INFO --retry_failed_compilation --no_cache --model-type=transformer"
+    assert cache.compiler_flags({"NEURON_CC_FLAGS": given}) == "-O 1 --model-type=transformer"
 
 
 # --- what the program says

@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ from llama_lora.paths import Paths
 FLAGS = "NEURON_CC_FLAGS"
 URL = "NEURON_COMPILE_CACHE_URL"
 RETRY = "--retry_failed_compilation"
-# Options of NEURON_CC_FLAGS that libneuronxla takes for itself (docs, "Neuron Persistent Cache"): the compiler never
-# sees them, so they are in no cache key.
-OWN_OPTIONS = ("--cache_dir", RETRY, "--log_level", "--no_cache", "--dump", "--compile_workdir")
+# Options of NEURON_CC_FLAGS that libneuronxla takes for itself (docs, "Neuron Persistent Cache"), with whether a value
+# follows: the compiler never sees them, so they are in no cache key.
+OWN_OPTIONS = {
+    "--cache_dir": True,
+    "--compile_workdir": True,
+    "--dump": True,
+    "--log_level": True,
+    "--no_cache": False,
+    RETRY: False,
+}
 # optimum-neuron reads the folder out of NEURON_CC_FLAGS with such an expression (utils/cache_utils.py): no dots.
 PLAIN_PATH = re.compile(r"[\w/-]+")
 HELD = "LLAMA_LORA_CACHE_USER"  # tells a child that its parent keeps the user file
@@ -63,8 +70,8 @@ def flags(environment: Mapping[str, str], cache: Path, *extra: str) -> str:
             where=str(cache),
             fix="Choose a workspace whose path has letters, digits, _, - and / only.",
         )
-    words = shlex.split(environment.get(FLAGS, ""))
-    named = {value for name, value in options(words) if name == "--cache_dir" and value}
+    kept, taken = split_options(environment.get(FLAGS, ""), {"--cache_dir": True})
+    named = {word.removeprefix("--cache_dir=") for word in taken} - {"--cache_dir"}
     named |= {environment[URL]} if environment.get(URL) else set()
     for other in sorted(named - {str(cache)}):
         raise UserError(
@@ -72,42 +79,28 @@ def flags(environment: Mapping[str, str], cache: Path, *extra: str) -> str:
             where=f"{FLAGS} or {URL}",
             fix=f"Leave --cache_dir and {URL} away: compile and train use {cache}.",
         )
-    kept = [word for name, value in options(words) if name != "--cache_dir" for word in joined(name, value)]
     return shlex.join([*kept, *extra, f"--cache_dir={cache}"])
 
 
 def compiler_flags(environment: Mapping[str, str]) -> str:
     """What of NEURON_CC_FLAGS reaches the compiler, and so is in every graph's cache key."""
-    words = shlex.split(environment.get(FLAGS, ""))
-    return shlex.join(word for name, value in options(words) if name not in OWN_OPTIONS for word in joined(name, value))
+    return shlex.join(split_options(environment.get(FLAGS, ""), OWN_OPTIONS)[0])
 
 
-def options(words: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """Each option with its value, be it written --name=value or --name value."""
-    waiting: str | None = None
+def split_options(flags: str, wanted: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """The words of ``flags`` without the wanted options, and those options, as --name=value or --name value."""
+    kept: list[str] = []
+    taken: list[str] = []
+    words = iter(shlex.split(flags))
     for word in words:
-        if word.startswith("-"):
-            if waiting is not None:
-                yield waiting, None
-            name, equals, value = word.partition("=")
-            if equals:
-                yield name, value
-                waiting = None
-            else:
-                waiting = name
-        elif waiting is not None:
-            yield waiting, word
-            waiting = None
-        else:
-            yield "", word
-    if waiting is not None:
-        yield waiting, None
-
-
-def joined(name: str, value: str | None) -> list[str]:
-    if value is None:
-        return [name]
-    return [f"{name}={value}"] if name else [value]
+        name, equals, _ = word.partition("=")
+        if name not in wanted:
+            kept.append(word)
+            continue
+        taken.append(word)
+        if wanted[name] and not equals:
+            taken += [next(words, "")]
+    return kept, taken
 
 
 @dataclass(frozen=True, order=True)
