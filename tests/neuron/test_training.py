@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 
 from genvalues import files
+from llama_lora import backends, probe
+from llama_lora.data.batches import batch
+from llama_lora.losses import loss_sum
 from neuron.conftest import in_workers, losses, make_neuron_run, metrics, say_compiled, trained, use
 from trainer.conftest import Run, make_model
 from trainer.test_training import train_command, wait_for
 
 # The CPU backend has its adapter in fp32 and these have it in bf16, which has 8 bits: 0.4 % of what has been learnt.
 AS_ON_THE_CPU = 2e-3
-PROVEN = 1e-4  # the loss in memory against plain transformers + peft with what was saved
+PROVEN = 1e-4  # nats a token: the loss in memory against plain transformers + peft with what was saved
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 
@@ -40,13 +43,32 @@ def test_the_losses_are_those_of_the_cpu_backend(
 def test_plain_transformers_and_peft_have_the_loss_that_was_in_memory(
     trained_run: Callable[[int, int], Run], tmp_path: Path, tensor: int, data: int
 ) -> None:
+    """In fp32, so that the CPU's bf16 kernels, of which each rounds as it likes (1e-4), are not what is measured."""
+    import torch
+    from datasets import load_from_disk
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     run = trained_run(tensor, data).copy(tmp_path / "run")
-    for stage, folder in {"consolidate": run.paths.adapter, "merge": run.paths.merged}.items():
-        said = run(stage)
-        found = re.search(r"\((\d+) trained tokens\) was (\S+) when .* is (\S+) with this", said)
-        assert found and int(found[1]) > 100, said
-        assert abs(float(found[2]) - float(found[3])) < PROVEN
-        assert folder.is_dir()
+    for stage in ("consolidate", "merge"):
+        assert "trained tokens) was" in run(stage)
+    facts = run.manifest("tokenize")["facts"]
+    recorded = backends.probe_of(run.workspace / run.manifest("train")["facts"]["checkpoint"])
+    assert recorded and sum(recorded.tokens) > 100
+    rows = load_from_disk(str(run.workspace / facts["dataset"] / "train"))
+    base = AutoModelForCausalLM.from_pretrained(run.workspace / facts["model"], dtype=torch.float32)
+    untrained = mean_loss(base, rows, recorded)
+    plain = mean_loss(PeftModel.from_pretrained(base, run.paths.adapter).eval(), rows, recorded)
+    assert abs(plain - recorded.loss) < PROVEN
+    assert abs(untrained - recorded.loss) > 100 * PROVEN, "an adapter that does nothing would prove nothing"
+
+
+def mean_loss(model: Any, rows: Any, recorded: Any) -> float:
+    import torch
+
+    cut = [probe.cut(rows[number], recorded.max_tokens) for number in recorded.rows]
+    with torch.no_grad():
+        return float(sum(loss_sum(model, batch([row])).item() for row in cut)) / sum(recorded.tokens)
 
 
 def test_the_learning_rate_is_the_schedule_s_as_the_optimizer_has_it(trained_run: Callable[[int, int], Run]) -> None:
@@ -171,7 +193,7 @@ def check_proven(folder: Path, model: Path) -> None:
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1), "fused layers share their factor A"
     said = run("consolidate")
     found = re.search(r"was (\S+) when .* is (\S+) with this", said)
-    assert found and abs(float(found[1]) - float(found[2])) < 5 * PROVEN, said
+    assert found and abs(float(found[1]) - float(found[2])) < 10 * PROVEN, said
 
 
 def make_other_model(folder: Path, kind: str) -> Path:
