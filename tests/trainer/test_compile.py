@@ -565,6 +565,13 @@ def test_training_refuses_a_cache_of_another_compiler_and_the_next_upgrade_compi
     assert not compiled.is_done(), "else helm upgrade would skip it"
 
 
+def test_training_refuses_a_manifest_that_does_not_say_what_was_compiled(compiled: NeuronRun) -> None:
+    manifest = compiled.run.manifest("compile")
+    compiled.run.paths.manifest("compile").write_text(json.dumps({**manifest, "facts": {}}))
+    with pytest.raises(UserError, match=r"settings\.lora\.r: not set -> 4"):
+        provenance.check_provenance(compiled.stage("train"))
+
+
 def test_training_refuses_another_environment_and_says_where_to_set_it(
     compiled: NeuronRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,7 @@ def check_provenance(stage: Stage) -> None:
     if stage.config.compile.on == "cpu":
         stage.upstream("neff")
     now = json.loads(json.dumps(provenance(stage)))
-    differing = differences(compiled["provenance"], now)
+    differing = differences(compiled.get("provenance", {}), now)
     if not differing:
         return
     found = "the graphs were compiled for something else (then -> now):\n  " + "\n  ".join(differing)
