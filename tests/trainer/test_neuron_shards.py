@@ -439,11 +439,10 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from llama_lora.backends.neuron import shards
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 shards.read_adapter(Path(sys.argv[2]))  # a small one first: imports and torch's own are not what is measured
-before = peak()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident now
 adapter = shards.read_adapter(Path(sys.argv[1]))
-print(peak() - before, sum(tensor.nbytes for tensor in adapter.tensors.values()))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, sum(tensor.nbytes for tensor in adapter.tensors.values()))
 """
 
 
