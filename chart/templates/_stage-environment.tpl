@@ -4,7 +4,8 @@
 
     Not here, because the libraries set it themselves, for each process (torch_xla 2.8 _internal/neuron.py, optimum-neuron
     0.4.5): NEURON_RT_VISIBLE_CORES (the local rank, which NEURON_RT_NUM_CORES would not overrule), NEURON_RT_ROOT_COMM_ID
-    (MASTER_ADDR:62182, of torchrun), NEURON_PJRT_*, PJRT_DEVICE, NEURON_RT_STOCHASTIC_ROUNDING_EN. Nor XLA_USE_BF16 and
+    (MASTER_ADDR:62182, of torchrun), NEURON_PJRT_*, PJRT_DEVICE. Nor NEURON_RT_STOCHASTIC_ROUNDING_EN, off by default: the optimizer has fp32
+    weights, and a resumed run would not equal another. Nor XLA_USE_BF16 and
     XLA_DOWNCAST_BF16: Neuron 2.24 was the last to know them, and weights are loaded in bf16 (Neuron docs: Migration from
     XLA_USE_BF16/XLA_DOWNCAST_BF16).
 */}}
@@ -16,7 +17,10 @@
 {{- $_ := set $environment "NEURON_COMPILE_CACHE_URL" (printf "%s/compile-cache" $values.workspace.mountPath) }}
 {{- /* Both in optimum-neuron's EKS tutorial for Llama 3 (docs/source/training_tutorials/amazon_eks); what they mean is in
        Neuron docs: Neuron Compiler CLI Reference Guide. */}}
-{{- $flags := "--model-type=transformer --distribution-strategy=llm-training" }}
+{{- /* By default the compiler multiplies fp32 matrices in bf16 (Neuron docs: Mixed Precision and Performance-accuracy
+       Tuning), and the angles of rotary positions are such a product: beyond 256 they would be those of other positions.
+       The weights are in bf16 anyway. (optimum-neuron sets it too, in accelerate/utils/dataclasses.py, which we bypass.) */}}
+{{- $flags := "--model-type=transformer --distribution-strategy=llm-training --auto-cast=none" }}
 {{- if eq $values.neuron.target "trn2" }}
 {{- /* Runtime and compiler must agree, and a node may have another default (Neuron docs: Logical NeuronCore configuration). */}}
 {{- $_ := set $environment "NEURON_LOGICAL_NC_CONFIG" (int $values.neuron.logicalCoreSize | toString) }}
