@@ -220,6 +220,18 @@ def test_a_killed_compile_leaves_no_process_and_a_rerun_starts_clean(
     assert run.facts["graphs"] == {"found": 3, "compiled": 3, "failed": 0, "fromCache": 0}
 
 
+def test_a_compile_killed_in_its_trial_run_takes_the_workers_along(neuron: Callable[..., NeuronRun]) -> None:
+    """torchrun gives each of them a session of its own, which no signal to a group reaches."""
+    run = neuron()
+    worker = run.run.paths.run / "worker"
+    killed = run.start(STANDIN_SLEEP="1")
+    wait_for(lambda: worker.exists() and bool(worker.read_text()))
+    killed.kill()
+    wait_for(lambda: not Path(f"/proc/{worker.read_text()}").exists(), 20)
+    run()
+    assert run.facts["graphs"]["found"] == 3
+
+
 # --- locks
 
 
@@ -389,6 +401,17 @@ def test_neff_has_nothing_to_do_where_compile_compiles(neuron: Callable[..., Neu
     run = neuron()
     run()
     assert "neff: has nothing to do" in run("neff", status=2)
+
+
+def test_neff_refuses_graphs_of_another_compiler_and_the_next_upgrade_collects_them_again(
+    neuron: Callable[..., NeuronRun],
+) -> None:
+    run = neuron()
+    run.run.config["compile"] = {"on": "cpu"}
+    run()
+    recorded(run, lambda then: then["versions"].update({"neuronx-cc": "2.20"}))
+    assert "collected with neuronx-cc 2.20" in run("neff", status=2)
+    assert not run.is_done()
 
 
 def test_neff_compiles_its_own_graphs_whatever_becomes_of_other_runs(neuron: Callable[..., NeuronRun]) -> None:

@@ -1,7 +1,8 @@
 """In every Python that has this folder on PYTHONPATH, a backend neuron that traces and trains nothing.
 
 Its workers are real ones, under torchrun. In a trial run each tells of the graphs it would trace, as libneuronxla does,
-which depend on the job as graphs do. With STANDIN_USER_ERROR all end so, STANDIN_CRASH names the rank that crashes.
+which depend on the job as graphs do. With STANDIN_USER_ERROR all end so, STANDIN_CRASH names the rank that
+crashes, and with STANDIN_SLEEP they do nothing for a minute.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class StandIn:
             from genvalues.errors import UserError
 
             raise UserError("is more than the model knows", where="training.maxSequenceLength", fix="Set it to 64.")
+        if os.environ.get("STANDIN_SLEEP"):
+            (job.paths.run / "worker").write_text(str(os.getpid()))
+            time.sleep(60)
         if os.environ.get("STANDIN_CRASH") == rank:
             print("RuntimeError: the device is gone", flush=True)
             os._exit(3)

@@ -26,7 +26,7 @@ from genvalues.errors import Unavailable, UserError, UserErrors
 from llama_lora import launch
 from llama_lora.backends.neuron import cache, tool
 from llama_lora.backends.neuron.cache import Module, Use
-from llama_lora.backends.neuron.provenance import differences, provenance
+from llama_lora.backends.neuron.provenance import COMPILER, differences, provenance, versions
 from llama_lora.environment import THREADS_ARE_THE_USERS
 from llama_lora.runlog import duration
 from llama_lora.stage import Stage
@@ -86,6 +86,7 @@ def compile_collected(stage: Stage) -> None:
     collected = stage.upstream("compile").facts
     cache.set_environment(stage.paths)
     tool.check_installed()
+    check_compiler(stage, collected["provenance"]["versions"].get(COMPILER))
     traced = [cache.module_named(stage.paths.compile_cache, name) for name in collected["modules"]]
     with cache.used(stage.paths, stage.name) as use:
         clear_stale_locks(use)
@@ -104,6 +105,21 @@ def compile_collected(stage: Stage) -> None:
     raise_failures(stage, failures, [], len(traced))
     stage.facts = {"graphs": {"found": len(traced)}, **tool.report_facts(said)}
     stage.finish([module.neff for module in traced])
+
+
+def check_compiler(stage: Stage, collected_with: str | None) -> None:
+    """Graphs must be collected and compiled with one version of the compiler (AWS's page on the program).
+
+    Raises UserError where they are not, and takes compile's manifest away, so that they are collected again.
+    """
+    here = versions().get(COMPILER)
+    if here != collected_with:
+        stage.paths.manifest("compile").unlink(missing_ok=True)
+        raise UserError(
+            f"the graphs were collected with {COMPILER} {collected_with}, and here is {here}",
+            where="neff",
+            fix="`helm upgrade` collects them again, with this image.",
+        )
 
 
 def trial_ended(stage: Stage) -> None:

@@ -42,8 +42,9 @@ ENVIRONMENT = (
 )
 
 # The compiler's version is in every cache key; the others make the graphs.
+COMPILER = "neuronx-cc"
 PACKAGES = (
-    "neuronx-cc",
+    COMPILER,
     "libneuronxla",
     "torch-neuronx",
     "neuronx-distributed",
