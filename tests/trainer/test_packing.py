@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_lora.data.batches import batch
+from llama_lora.data.batches import arrange, batch, sees
 from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Example
 from llama_lora.losses import loss_sum
@@ -118,3 +118,19 @@ def test_the_loss_is_that_of_transformers(model: Any) -> None:
 def test_a_batch_without_any_label_still_has_a_gradient(model: Any) -> None:
     empty = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3, "lengths": [3]}
     assert (nothing := loss_sum(model, batch([empty]))).item() == 0.0 and nothing.requires_grad
+
+
+def test_rows_that_are_not_isolated_are_one_text_each() -> None:
+    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4], "lengths": [2, 2]}
+    isolated, one_text = batch([row]), batch([row], isolated=False)
+    assert isolated.position_ids.tolist() == [[0, 1, 0, 1]] and one_text.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert one_text.attention_mask[0, 0].tolist() == [[j <= i for j in range(4)] for i in range(4)]
+    assert not isolated.attention_mask[0, 0, 2, 1]
+
+
+def test_rows_are_padded_to_the_length_asked_for_and_an_empty_row_has_no_label() -> None:
+    row = {"input_ids": [1, 2], "labels": [-100, 2], "lengths": [2]}
+    arranged = arrange([row, None], 4)
+    assert arranged.labels.tolist() == [[-100, 2, -100, -100], [-100] * 4]
+    assert sees(arranged.example).any(dim=-1).all(), "a row of the mask with nothing to see would give NaN"
+    assert not sees(arranged.example)[0, 0, 1, 2:].any()

@@ -15,7 +15,8 @@ import pytest
 
 from genvalues import files
 from genvalues.errors import UserError
-from llama_lora import stage
+from llama_lora import backends, stage
+from llama_lora.stages.train import training_job
 from trainer.conftest import Run
 
 ORDER = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
@@ -301,11 +302,13 @@ def test_a_run_config_with_mistakes_is_refused_with_all_of_them(new_run: Callabl
     )
 
 
-def test_a_backend_that_is_not_there_is_refused(new_run: Callable[..., Run]) -> None:
+def test_an_image_without_the_neuron_libraries_says_so(new_run: Callable[..., Run]) -> None:
     run = new_run()
-    run("tokenize")
     run.config["backend"] = "neuron"
-    assert "backend: this image has no backend 'neuron'" in run("compile", status=2)
+    run("tokenize")
+    job = training_job(stage.Stage("train", run.load(), run.paths))
+    with pytest.raises(UserError, match="is not installed, which backend neuron trains with"):
+        backends.get("neuron").train(job, lambda result: None)
 
 
 def test_user_errors_name_place_and_fix() -> None:

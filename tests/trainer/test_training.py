@@ -314,3 +314,39 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
     )
     shard.write_bytes(shard.read_bytes()[::-1])
     assert f"{shard}: this shard is not the one saved at step 6" in finished_run("train", status=2)
+
+
+def test_the_first_adapter_depends_on_seed_and_layer_alone(tiny_model: Path) -> None:
+    """Not on the order of layers or on how many there are: so it is the same wherever a part of it is."""
+    from llama_lora.backends.cpu import load_lora_model
+    from llama_lora.config import Lora
+
+    def first(seed: int, *modules: str) -> dict[str, Any]:
+        lora = Lora(r=4, alpha=8, dropout=0.0, target_modules=list(modules))
+        model = load_lora_model(tiny_model, lora, seed)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    one, more, other = first(1, "v_proj"), first(1, "q_proj", "v_proj"), first(2, "v_proj")
+    assert one.keys() < more.keys()
+    factors_a = [name for name in one if "lora_A" in name]
+    assert all(one[name].equal(more[name]) for name in one)
+    assert not any(one[name].equal(other[name]) for name in factors_a)
+    assert not one[factors_a[0]].equal(one[factors_a[1]])
+    bound = 1 / one[factors_a[0]].shape[1] ** 0.5
+    assert all(0.9 * bound < one[name].abs().max() <= bound for name in factors_a)
+
+
+def test_recomputing_activations_changes_no_loss_and_is_no_other_training(
+    new_run: Callable[..., Run], whole_run: Run
+) -> None:
+    run = prepared(new_run(training={"activationCheckpointing": "full"}, parallelism=TWO_PROCESSES))
+    run("train")
+    assert losses(run) == pytest.approx(losses(whole_run), abs=1e-6)
+    assert run.manifest("train")["fingerprint"] == whole_run.manifest("train")["fingerprint"]
+
+
+def test_flash_makes_a_packed_row_one_text(new_run: Callable[..., Run], whole_run: Run) -> None:
+    """As Neuron's kernel does, so that a rehearsal on the CPU has its losses."""
+    run = prepared(new_run(training={"attention": "flash"}, parallelism=TWO_PROCESSES))
+    run("train")
+    assert all(abs(one - other) > 1e-4 for one, other in zip(losses(run), losses(whole_run), strict=True))

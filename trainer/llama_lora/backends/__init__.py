@@ -5,7 +5,7 @@ Shared by all: the stages, the data, the plan of steps, the loss, merging and ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -60,13 +60,10 @@ class Adapter:
 
 
 class Backend(Protocol):
-    """One accelerator: model loading and trainer (``train``), checkpoint format, compile wrapper."""
+    """One accelerator: what it can train, training itself, and the format of its checkpoints."""
 
     def check(self, config: config.RunConfig, model: Path) -> None:
         """Raise UserErrors for settings this model cannot be trained with, before any worker starts."""
-
-    def compile_command(self, command: Sequence[str]) -> list[str]:
-        """What the compile stage starts instead of ``command``, the train stage's own workers."""
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         """Run in every worker under torchrun: train to the end, resuming from the newest complete checkpoint.

@@ -67,10 +67,6 @@ class CpuBackend:
         if mistakes:
             raise UserErrors(mistakes)
 
-    def compile_command(self, command: Sequence[str]) -> list[str]:
-        """Nothing is compiled on the CPU: the same workers, for a few steps."""
-        return list(command)
-
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         dist.init_process_group("gloo")
         loop.train(job, CpuEngine(job), Workers(), finish)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from genvalues.errors import UserErrors
+from genvalues.errors import UserError, UserErrors
 from llama_lora.backends import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.neuron import rules, shards
 from llama_lora.config import RunConfig
@@ -23,12 +23,17 @@ class NeuronBackend:
         for doubt in rules.warnings(config):
             print(f"warning: {doubt}", flush=True)
 
-    def compile_command(self, command: Sequence[str]) -> list[str]:
-        return list(command)
-
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         from llama_lora.backends import loop
-        from llama_lora.backends.neuron.training import NeuronEngine
+
+        try:
+            from llama_lora.backends.neuron.training import NeuronEngine
+        except ModuleNotFoundError as missing:
+            raise UserError(
+                f"{missing.name} is not installed, which backend neuron trains with",
+                where="image",
+                fix="Use the image of `genvalues image build`; its base has the Neuron libraries.",
+            ) from None
 
         engine = NeuronEngine(job)
         loop.train(job, engine, engine.workers, finish)
