@@ -436,13 +436,18 @@ def test_shapes_that_are_expected_are_the_models_own() -> None:
 # Memory.
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from llama_lora.backends.neuron import shards
+
+def memory(what):  # VmRSS: resident now; VmHWM: at most, of this program alone (ru_maxrss begins with its parent's)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
 shards.read_adapter(Path(sys.argv[2]))  # a small one first: imports and torch's own are not what is measured
-before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident now
+before = memory("VmRSS")
 adapter = shards.read_adapter(Path(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, sum(tensor.nbytes for tensor in adapter.tensors.values()))
+print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in adapter.tensors.values()))
 """
 
 
