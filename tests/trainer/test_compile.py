@@ -299,7 +299,8 @@ def test_the_first_worker_of_a_training_node_counts_as_a_user(
 # --- several nodes
 
 
-def start_nodes(run: NeuronRun, **of_second: str) -> list[subprocess.Popen[str]]:
+def start_nodes(run: NeuronRun, of_second: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
+    """Two nodes, whose graphs take a second each, so that neither is done when the other begins."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -311,7 +312,7 @@ def start_nodes(run: NeuronRun, **of_second: str) -> list[subprocess.Popen[str]]
         "PET_RDZV_ID": "test",
         "PET_LOCAL_ADDR": "localhost",
     }
-    return [run.start(**joined, **more) for more in ({}, of_second)]
+    return [run.start(STANDIN_SECONDS="1", **joined, **more) for more in ({}, of_second or {})]
 
 
 def outputs(nodes: list[subprocess.Popen[str]]) -> list[str]:
@@ -338,7 +339,7 @@ def test_the_manifest_appears_when_every_node_has_compiled(two_nodes: NeuronRun)
     reports.mkdir(parents=True)
     stale = {"node": "0", "trial": "old", "provenance": {}, "found": ["a/b"], "failures": {"a/b": "[TEN404]"}}
     (reports / "old-0.json").write_text(json.dumps(stale))
-    nodes = start_nodes(two_nodes, STANDIN_SECONDS="2")
+    nodes = start_nodes(two_nodes)
     seen = []
     while any(node.poll() is None for node in nodes):
         if two_nodes.run.paths.manifest("compile").exists():
@@ -353,16 +354,17 @@ def test_the_manifest_appears_when_every_node_has_compiled(two_nodes: NeuronRun)
     assert not list(reports.glob("*.json"))
 
 
-def test_a_failed_graph_of_one_node_fails_all_of_them(two_nodes: NeuronRun) -> None:
+def test_what_fails_on_one_node_fails_all_of_them(two_nodes: NeuronRun) -> None:
     """Else the pod of the other would count as the whole job's success, and could never be joined again."""
-    nodes = start_nodes(two_nodes, STANDIN_FAIL="step,save,probe", STANDIN_SECONDS="1")
+    nodes = start_nodes(two_nodes, {"STANDIN_STATUS": "9"})
     texts = outputs(nodes)
-    assert [node.returncode for node in nodes] == [2, 2], "\n".join(texts)
+    assert [node.returncode for node in nodes] == [1, 1], "\n".join(texts)
+    assert all("neuron_parallel_compile ended with status 9" in text for text in texts)
     assert not two_nodes.is_done()
 
 
 def test_nodes_don_t_wait_for_one_that_is_gone(two_nodes: NeuronRun) -> None:
-    nodes = start_nodes(two_nodes, STANDIN_SECONDS="60")
+    nodes = start_nodes(two_nodes)
     wait_for((two_nodes.run.paths.compile_reports / "trial.json").exists)
     nodes[1].kill()
     text = nodes[0].communicate(timeout=60)[0]
@@ -371,7 +373,7 @@ def test_nodes_don_t_wait_for_one_that_is_gone(two_nodes: NeuronRun) -> None:
 
 
 def test_nodes_with_different_environments_are_refused(two_nodes: NeuronRun) -> None:
-    texts = outputs(start_nodes(two_nodes, NEURON_FUSE_SOFTMAX="1"))
+    texts = outputs(start_nodes(two_nodes, {"NEURON_FUSE_SOFTMAX": "1"}))
     assert any('environment.NEURON_FUSE_SOFTMAX: not set -> "1"' in text or '"1" -> not set' in text for text in texts)
     assert not two_nodes.is_done()
 
