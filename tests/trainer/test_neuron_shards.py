@@ -168,7 +168,7 @@ def test_optimum_neurons_own_consolidation_fails_for_the_default_targets(unpacke
 @pytest.mark.parametrize(("heads", "kv_heads", "copies"), [(32, 8, 2), (32, 8, 4), (64, 8, 4), (16, 2, 8), (8, 1, 8)])
 def test_each_query_head_is_on_a_rank_that_has_its_kv_head(heads: int, kv_heads: int, copies: int) -> None:
     """Written from what attention needs: rank t has kv head t mod kv_heads, and heads / ranks queries."""
-    order, ranks = shards._query_heads(heads, kv_heads, copies), kv_heads * copies
+    order, ranks = shards.query_heads(heads, kv_heads, copies), kv_heads * copies
     assert sorted(order) == list(range(heads))
     for rank in range(ranks):
         for head in order[rank * heads // ranks : (rank + 1) * heads // ranks]:

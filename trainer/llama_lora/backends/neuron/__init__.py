@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genvalues.errors import UserError, UserErrors
 from llama_lora.backends import Adapter, TrainingJob, TrainingResult
-from llama_lora.backends.neuron import rules, shards
+from llama_lora.backends.neuron import provenance, rules, shards
 from llama_lora.config import RunConfig
 
 
@@ -17,7 +17,8 @@ class NeuronBackend:
 
     def check(self, config: RunConfig, model: Path) -> None:
         """What optimum-neuron can train, and cut over so many cores."""
-        mistakes = rules.check(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
+        model_config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        mistakes = rules.check(config, model_config, provenance.platform() or None)
         if mistakes:
             raise UserErrors(mistakes)
         for doubt in rules.warnings(config):

@@ -20,6 +20,7 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.neuron.rules import target_modules
+from llama_lora.backends.neuron.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
 
 # The attention of optimum-neuron's models, looked up by name where they call it.
@@ -95,8 +96,17 @@ def initialize(model: Any, seed: int) -> None:
             peft_name = peft_name.replace(f".{fused}.", f".{first}.")
         r, columns = parameter.shape
         whole = initial_a(peft_name, (r, columns * size if is_cut(parameter) else columns), seed)
+        if ".o_proj." in name:
+            whole = in_order_of_heads(whole, model.get_submodule(name.partition(".o_proj.")[0]), model.config)
         part = whole.chunk(size, dim=1)[rank] if is_cut(parameter) else whole
         parameter.data.copy_(part)
+
+
+def in_order_of_heads(factor: torch.Tensor, attention: Any, model_config: Any) -> torch.Tensor:
+    """o_proj's factor A with its columns as the workers hold them, where key/value heads are copied for them."""
+    heads = model_config.num_attention_heads
+    order = query_heads(heads, model_config.num_key_value_heads, attention.kv_size_multiplier)
+    return factor.view(factor.shape[0], heads, -1)[:, order].reshape(factor.shape)
 
 
 def recompute_attention() -> None:

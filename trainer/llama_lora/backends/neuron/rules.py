@@ -38,8 +38,6 @@ FLASH_HEAD = 128
 TRN1_CORES = 32  # of the largest Trn1: 16 chips of two NeuronCores (AWS Neuron docs, "Trainium Architecture")
 MODEL = "the model's config.json"
 
-Platform = Literal["trn1", "trn2"]
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -98,7 +96,7 @@ def target_modules(wished: list[str] | Literal["all-linear"]) -> list[str]:
     return list(LINEAR) if wished == "all-linear" else list(wished)
 
 
-def check(config: RunConfig, model_config: Mapping[str, Any], platform: Platform | None = None) -> list[UserError]:
+def check(config: RunConfig, model_config: Mapping[str, Any], platform: str | None = None) -> list[UserError]:
     """Every setting that cannot be trained, with what to write instead.
 
     ``platform`` is what the workers run on, where it is known; more processes on a node than a Trn1 has cores say trn2.
@@ -133,7 +131,7 @@ def warnings(config: RunConfig) -> list[str]:
     return doubts
 
 
-def tensor_parallel_sizes(config: RunConfig, sizes: Sizes, platform: Platform | None = None) -> list[int]:
+def tensor_parallel_sizes(config: RunConfig, sizes: Sizes, platform: str | None = None) -> list[int]:
     """Those that divide the processes and that this model can be cut into."""
     processes = config.parallelism.nodes * config.parallelism.processes_per_node
     return [
@@ -224,14 +222,14 @@ def _missing(together: tuple[str, ...], wished: list[str]) -> list[str]:
     return missing if len(missing) < len(together) else []
 
 
-def _check_tensor_parallel(config: RunConfig, sizes: Sizes, platform: Platform | None) -> Iterator[UserError]:
+def _check_tensor_parallel(config: RunConfig, sizes: Sizes, platform: str | None) -> Iterator[UserError]:
     tensor = config.parallelism.tensor_parallel_size
     possible = [str(size) for size in tensor_parallel_sizes(config, sizes, platform)]
     for problem in _problems_of_size(tensor, sizes, platform):
         yield UserError(f"{tensor} {problem}", where="parallelism.tensorParallelSize", fix=f"Use {_one_of(possible)}.")
 
 
-def _problems_of_size(tensor: int, sizes: Sizes, platform: Platform | None) -> Iterator[str]:
+def _problems_of_size(tensor: int, sizes: Sizes, platform: str | None) -> Iterator[str]:
     """Why a model cannot be cut for so many workers. No layer cuts hidden_size, so it needs no rule."""
     if sizes.heads % tensor:  # LlamaAttention.__init__: neuronx_dist_utils.divide
         yield f"does not divide the model's {sizes.heads} attention heads"

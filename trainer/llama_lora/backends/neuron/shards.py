@@ -394,7 +394,7 @@ def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replica
         settings[f"{kind}_projection_name"] for kind in ("gqa_qkv", "query", "key", "value", "output")
     )
     copies, ranks = settings["kv_size_multiplier"], settings["tp_size"]
-    order = _query_heads(settings["num_attention_heads"], settings["num_key_value_heads"], copies)
+    order = query_heads(settings["num_attention_heads"], settings["num_key_value_heads"], copies)
     back = torch.argsort(torch.tensor(order))
     q_rows, kv_rows = settings["q_output_size_per_partition"], settings["kv_output_size_per_partition"]
 
@@ -433,7 +433,7 @@ def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replica
     }
 
 
-def _query_heads(heads: int, kv_heads: int, copies: int) -> list[int]:
+def query_heads(heads: int, kv_heads: int, copies: int) -> list[int]:
     """Which of the model's query heads are on the ranks, one rank after the other.
 
     The ranks hold all kv heads, then all again, ``copies`` times; each copy serves an equal part of its queries.
