@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llama_lora.backends.neuron.provenance import provenance
 from llama_lora.stage import Stage
 from trainer.conftest import Run, make_model, make_run
 
@@ -40,7 +41,7 @@ def use(run: Run, tensor: int, data: int) -> None:
 def say_compiled(run: Run) -> None:
     """The manifest without which train does not begin, for tests of what is not about graphs."""
     stage = Stage("compile", run.load(), run.paths)
-    stage.facts = {"seconds_per_step": None}
+    stage.facts = {"provenance": provenance(stage)}
     stage.finish([])
 
 
@@ -63,7 +64,8 @@ def in_workers(run: Run, function: str, *arguments: str) -> Any:
     """What a function of in_workers.py returns in the worker of rank 0."""
     count = run.config["parallelism"]["processesPerNode"]
     answer = run.folder / f"{function}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(IN_WORKERS), function]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [*torchrun, str(IN_WORKERS), function]
     command += [str(run.write_config()), str(run.workspace), str(answer), *arguments]
     ended = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -271,13 +271,25 @@ def test_a_worker_that_dies_is_retried(new_run: Callable[..., Run]) -> None:
         ("parallelism", {"tensorParallelSize": 2, "dataParallelSize": 1}, "parallelism.tensorParallelSize: is for"),
     ],
 )
-def test_mistakes_are_found_before_a_worker_starts(
+def test_mistakes_are_found_by_tokenize_already(
     new_run: Callable[..., Run], section: str, change: dict[str, Any], message: str
 ) -> None:
-    run = new_run(**{section: change})
+    """It runs on a CPU node: no Trainium has been asked for then."""
+    assert message in new_run(**{section: change})("tokenize", status=2)
+
+
+def test_mistakes_made_later_are_found_before_a_worker_starts(new_run: Callable[..., Run]) -> None:
+    run = new_run()
     run("tokenize")
+    run.config["lora"]["targetModules"] = ["query"]
     said = run("compile", status=2)
-    assert message in said and "training:" not in said
+    assert "no linear layer 'query'" in said and "training:" not in said
+
+    run.config["lora"]["targetModules"] = ["q_proj"]
+    run("compile")
+    run.config["parallelism"] |= {"tensorParallelSize": 2, "processesPerNode": 2}
+    said = run("train", status=2)
+    assert "parallelism.tensorParallelSize: is for Trainium" in said and "training:" not in said
 
 
 def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: Callable[..., Run]) -> None:

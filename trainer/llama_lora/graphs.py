@@ -50,6 +50,7 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
             "activationCheckpointing": training.activation_checkpointing,
             "weightDecay": training.weight_decay > 0,
             "warmup": training.warmup_ratio > 0,
+            "maxGradNormIs1": training.max_grad_norm == 1,
         },
         "probe": {"rows": config.probe.rows, "maxTokens": config.probe.max_tokens},
         "parallelism": {

@@ -1,4 +1,4 @@
-"""With compile.runsOn: cpu, the second half of compile: graphs that were collected on Trainium become NEFFs on a CPU node.
+"""With compile.runsOn: cpu, the second half of compile: graphs collected on Trainium become NEFFs on a CPU node.
 
 It frees the Trainium nodes while the compiler works. Not verified by us on hardware: neuron_parallel_compile documents
 `--command collect` and `--command compile`, with the same compiler version for both, but not on different machines.

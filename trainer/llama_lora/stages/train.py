@@ -13,6 +13,10 @@ def train(stage: Stage) -> None:
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
+    if stage.config.backend == "neuron":
+        from llama_lora.backends.neuron.provenance import check_provenance
+
+        check_provenance(stage)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
 
 

@@ -127,8 +127,6 @@ def check_provenance(stage: Stage) -> None:
     Raises UserError with every value that differs, or with compile.onMismatch: warn tells them and goes on. A refused
     manifest of compile is taken away, so that the next `helm upgrade` compiles, unless the environment alone differs.
     """
-    if stage.config.backend != "neuron":
-        return
     compiled = stage.upstream("compile").facts
     if stage.config.compile.on == "cpu":
         stage.upstream("neff")
