@@ -50,6 +50,36 @@ def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
     }
 
 
+def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
+    """Whether the library is found to sum by itself, as it is and if it did, and the largest norm left by each."""
+    import torch_xla.core.xla_model as xm
+    from neuronx_distributed.parallel_layers import parallel_state
+
+    def backward() -> list[Any]:
+        engine.optimizer.zero_grad()
+        engine._loss_sum([rows[0]]).backward()
+        return [parameter.main_grad for parameter in engine.replicated.values()]
+
+    found = []
+    for name, parameter in engine.parameters.items():
+        if ".lora_B." in name:
+            parameter.data.fill_(0.0)
+    backward()
+    found.append([engine._library_sums(), engine.library_sums])  # gradients of A are 0 while B is: nothing to tell by
+    for name, parameter in engine.parameters.items():
+        if ".lora_B." in name:
+            parameter.data.fill_(0.01)
+    for fixed in (False, True):
+        engine.library_sums = None
+        gradients = backward()
+        if fixed:
+            groups = parallel_state.get_tensor_model_parallel_replica_groups()
+            xm.all_reduce(xm.REDUCE_SUM, gradients, groups=groups)
+        engine._sum_replicated_gradients()
+        found.append([engine.library_sums, max(gradient.cpu().norm().item() for gradient in gradients)])
+    return found
+
+
 def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
     """What a save says after one worker's copy of a factor has been changed."""
     from genvalues.errors import UserError

@@ -85,6 +85,14 @@ def test_factors_that_workers_hold_in_common_are_equal_and_a_save_says_where_the
     assert re.search(r"lora_A.* differs by up to 0\.[45]\d* between workers 0 and 1, which must hold it equal", said)
 
 
+def test_gradients_that_a_newer_library_has_summed_are_not_summed_again(bf16_model: Path, tmp_path: Path) -> None:
+    run = make_neuron_run(tmp_path / "run", bf16_model, 2, 1)
+    undecided, as_it_is, fixed = in_workers(run, "summed_gradients")
+    assert undecided == [False, None]
+    assert as_it_is[0] is False and fixed[0] is True
+    assert as_it_is[1] == fixed[1] > 0
+
+
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(bf16_model: Path, tmp_path: Path) -> None:
     """With dropout, tensor and data parallel, by SIGKILL at a step that no checkpoint has: every digit and byte."""
     settings: dict[str, Any] = {"lora": {"dropout": 0.1}, "training": {"maxSteps": 12, "saveSteps": 3}}

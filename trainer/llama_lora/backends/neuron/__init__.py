@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from genvalues.errors import UserError, UserErrors
-from llama_lora.backends import Adapter, TrainingJob, TrainingResult
+from llama_lora.backends import Adapter, TrainingJob, TrainingResult, checkpoints
 from llama_lora.backends.neuron import provenance, rules, shards
 from llama_lora.config import RunConfig
 
@@ -40,6 +40,8 @@ class NeuronBackend:
         loop.train(job, engine, engine.workers, finish)
 
     def read_adapter(self, checkpoint: Path, base: Path | None) -> Adapter:
+        if (checkpoint / checkpoints.RECORD).is_file():  # optimum-neuron's own trainer writes none
+            checkpoints.check(checkpoint)
         adapter = shards.read_adapter(checkpoint)
         config = base / "config.json" if base else checkpoint / shards.BASE_CONFIG
         if config.is_file():

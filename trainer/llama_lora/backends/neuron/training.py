@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +41,8 @@ from llama_lora.backends.workers import Workers
 from llama_lora.data.batches import Arranged, arrange, sees
 from llama_lora.data.rendering import IGNORED
 
+# A worker that meets a graph nobody has compiled may compile it for hours, and the others wait for it on the host.
+PATIENCE = timedelta(hours=12)
 OPTIMIZER = "optimizer"  # the folder of the optimizer's parts in a checkpoint, a file a worker
 # More than 140 MB a bucket gives NaN at the third step (optimum-neuron 0.4.5, accelerator.py, P148368176).
 REDUCE_SCATTER_BUCKET_MB = 130
@@ -55,7 +58,7 @@ class NeuronEngine:
         self.job = job
         self.extracting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"  # what a core computes then means nothing
         self.trn_config = neuron_model.neuron_config(job.parallelism, job.training)
-        self.workers = Workers(dist.new_group(backend="gloo"))
+        self.workers = Workers(dist.new_group(backend="gloo", timeout=PATIENCE))
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_size()
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -267,6 +270,8 @@ class NeuronEngine:
         adapter = shards.read_adapter(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             write_adapter(Path(folder), adapter.tensors, adapter.config)
+            self.model = self.optimizer = None  # not two of them on a core at once
+            self.parameters, self.replicated = {}, {}
             self._build(Path(folder))
 
     def _state(self) -> dict[str, dict[str, torch.Tensor]]:
