@@ -19,7 +19,7 @@ from llama_lora.stages.train import training_job
 
 def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
     """A packed row's loss of each of its examples alone, and again after every other example has been changed."""
-    number = next(index for index in range(len(rows)) if len(rows[index]["lengths"]) > 2)
+    number = next(index for index in range(len(rows)) if len(rows[index]["lengths"]) > 1)
     row = rows[number]
     found = []
     begin = 0
@@ -35,6 +35,18 @@ def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
         )
         begin = end
     return found
+
+
+def buffers_and_long_row(engine: NeuronEngine, rows: Any) -> dict[str, Any]:
+    """The rotary frequencies as the device has them, and the loss of the last tokens of one long example."""
+    row = {"input_ids": [(7 * i * i + i) % 250 for i in range(1024)], "lengths": [1024]}
+    row["labels"] = [-100] * 512 + row["input_ids"][512:]
+    frequencies = {
+        name.rpartition("model.")[2]: [str(buffer.dtype), buffer.cpu().tolist()]
+        for name, buffer in engine.model.named_buffers()
+        if name.endswith("inv_freq")
+    }
+    return {"frequencies": frequencies, "loss": engine.row_loss(row), "row": row}
 
 
 def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:

@@ -99,3 +99,10 @@ def test_other_workers_go_on_at_the_row_where_the_first_stopped() -> None:
     one = Plan(40, 1, training())
     assert one.step_after(rows_done) == 10
     assert one.step_rows(one.step_after(rows_done))[0] == two.step_rows(5)[0]
+
+
+def test_a_plan_of_at_least_so_many_steps_is_full_rows_and_the_same_where_there_are_more() -> None:
+    short = Plan(3, 2, training(max_steps=1)).of_at_least(10)
+    assert short.total_steps == 10 and all(row is not None for step in range(10) for row in short.step_rows(step))
+    assert short.learning_rate(9) > 0
+    assert Plan(3, 2, training(max_steps=12)).of_at_least(10).total_steps == 12

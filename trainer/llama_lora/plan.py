@@ -36,6 +36,11 @@ class Plan:
         """Optimizer steps; the last one may be short of rows."""
         return self.training.max_steps or math.ceil(self.total_rows / self.global_batch)
 
+    def of_at_least(self, steps: int) -> Plan:
+        """A plan of so many steps or more, which goes over the rows again where there are too few."""
+        longer = self.training.model_copy(update={"max_steps": max(steps, self.total_steps)})
+        return Plan(self.rows, self.workers, longer)
+
     def step_rows(self, step: int) -> list[int | None]:
         """The row numbers of a step (from 0), always ``global_batch`` of them: None fills up the last step of all.
 

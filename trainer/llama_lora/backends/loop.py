@@ -77,6 +77,8 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
     rows = load_from_disk(str(job.dataset / "train"))
     plan = Plan(len(rows), engine.data_size, job.training)
     rehearsal = job.dry_run is not None
+    if job.dry_run and engine.rehearses:  # of a short training too: a later, longer one has the same graphs
+        plan = plan.of_at_least(job.dry_run)
     folder = job.paths.rehearsal if rehearsal else job.paths.checkpoints(job.fingerprint)
     saved = Checkpoints(job, folder, engine, workers)
     rows_done = 0 if rehearsal else saved.restore_newest()

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ PACKAGES = (
     "llama-lora",
 )
 
+OTHER_NODES = 30.0  # seconds in which the pods of a job begin
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # trn1.32xlarge; optimum-neuron looks there too
 
 
@@ -145,6 +147,8 @@ def check_provenance(stage: Stage) -> None:
     if all(line.startswith("environment.") for line in differing):
         fix = "Give compile and train the same environment: set it in stageDefaults.extraEnv."
     else:
+        if stage.config.parallelism.nodes > 1:
+            time.sleep(OTHER_NODES)  # they are to say the same, not that there is no manifest
         stage.paths.manifest("compile").unlink(missing_ok=True)
         fix = "Compile again: `helm upgrade`, or `llama-lora compile --config ...`, does so now."
     raise UserError(f"{found}\n", where=str(stage.paths.compile_cache), fix=fix)

@@ -41,8 +41,8 @@ from llama_lora.backends.workers import Workers
 from llama_lora.data.batches import Arranged, arrange, sees
 from llama_lora.data.rendering import IGNORED
 
-# A worker that meets a graph nobody has compiled may compile it for hours, and the others wait for it on the host.
-PATIENCE = timedelta(hours=12)
+# A worker that meets a graph nobody has compiled compiles it, up to an hour for 8B, and the others wait on the host.
+WAIT_FOR_A_GRAPH = timedelta(hours=2)
 OPTIMIZER = "optimizer"  # the folder of the optimizer's parts in a checkpoint, a file a worker
 # More than 140 MB a bucket gives NaN at the third step (optimum-neuron 0.4.5, accelerator.py, P148368176).
 REDUCE_SCATTER_BUCKET_MB = 130
@@ -58,7 +58,7 @@ class NeuronEngine:
         self.job = job
         self.extracting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"  # what a core computes then means nothing
         self.trn_config = neuron_model.neuron_config(job.parallelism, job.training)
-        self.workers = Workers(dist.new_group(backend="gloo", timeout=PATIENCE))
+        self.workers = Workers(dist.new_group(backend="gloo", timeout=WAIT_FOR_A_GRAPH))
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_size()
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -148,8 +148,9 @@ class NeuronEngine:
             mask = torch.where(sees(on_device.example), 0.0, lowest).to(torch.bfloat16)
         logits = self.model(
             input_ids=on_device.input_ids, attention_mask=mask, position_ids=on_device.position_ids, use_cache=False
-        ).logits[:, :-1]
-        labels = on_device.labels[:, 1:].flatten()
+        ).logits
+        # Each position's label is the next token; the last has none. The logits, the largest tensor of all, stay whole.
+        labels = torch.nn.functional.pad(on_device.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         logits = logits.float().flatten(0, 1)
         if self.vocabulary_is_cut:
             return parallel_cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -236,8 +237,10 @@ class NeuronEngine:
         optimizer = folder / OPTIMIZER / f"rank_{self.workers.rank:05d}.pt"
         optimizer.parent.mkdir(exist_ok=True)
         torch.save(self._state(), optimizer)
-        for written in [optimizer, *folder.rglob(f"*tp_rank_{self.tensor_rank:02d}_*")]:
-            files.sync(written)  # by the node that wrote it
+        part = f"tp_rank_{self.tensor_rank:02d}_"  # its tensors are written by all data-parallel workers between them
+        parts = [file for file in folder.rglob("*") if part in file.relative_to(folder).as_posix()]
+        for written in [optimizer, *parts]:
+            files.sync(written)  # on the node that wrote it
 
     def restore(self, checkpoint: Path, record: Record) -> None:
         if (record.workers, record.tensor_parallel_size) != (self.workers.size, self.tensor_size):
