@@ -144,8 +144,7 @@ def test_positions_are_those_of_the_base_model_also_far_into_a_row(tmp_path: Pat
 
     wide = {"head_dim": 64, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
     model = make_other_model(tmp_path / "model", kind, **wide, initializer_range=0.2)
-    run = make_neuron_run(tmp_path / "run", model, 2, 1)
-    run.config["training"]["maxSequenceLength"] = 1024
+    run = make_neuron_run(tmp_path / "run", model, 2, 1, training={"maxSequenceLength": 1024})
     found = in_workers(run, "buffers_and_long_row")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = {name: buffer for name, buffer in plain.named_buffers() if name.endswith("inv_freq")}
