@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,8 @@ class NeuronEngine:
         self.vocabulary_is_cut = neuron_model.is_cut(self.model.get_base_model().lm_head.weight)
         # Where it is not (Granite), each worker of a group has the whole loss, and the gradients of all are summed.
         self.copies_of_loss = 1 if self.vocabulary_is_cut else self.tensor_size
-        self.optimizer = NeuronZero1Optimizer(
+        self.optimizer = Zero1Optimizer(
+            [self._copies(name, parameter) for name, parameter in self.parameters.items()],
             self.parameters.values(),
             torch.optim.AdamW,
             optimizer_dtype=torch.float32,
@@ -201,12 +202,15 @@ class NeuronEngine:
 
     def _part(self, name: str, parameter: torch.nn.Parameter) -> int:
         """Which part of a factor this worker holds: workers with the same one must have the same values."""
+        return self.tensor_rank % (self.tensor_size // self._copies(name, parameter))
+
+    def _copies(self, name: str, parameter: torch.nn.Parameter) -> int:
+        """How many workers of a tensor-parallel group hold the same part of a factor."""
         if not neuron_model.is_cut(parameter):
-            return 0
-        copies = 1
+            return self.tensor_size
         if name.endswith((".weight_k", ".weight_v")):  # fewer key/value heads than workers: each is held by several
-            copies = self.model.get_submodule(name.rpartition(".")[0]).kv_size_multiplier
-        return self.tensor_rank % (self.tensor_size // copies)
+            return int(self.model.get_submodule(name.rpartition(".")[0]).kv_size_multiplier)
+        return 1
 
     def _refuse(self, name: str, one: int, other: int) -> NoReturn:
         values = self.workers.gathered(self.parameters[name].detach().cpu().float())
@@ -273,8 +277,7 @@ class NeuronEngine:
         adapter = shards.read_adapter(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             write_adapter(Path(folder), adapter.tensors, adapter.config)
-            self.model = self.optimizer = None  # not two of them on a core at once
-            self.parameters, self.replicated = {}, {}
+            del self.model, self.optimizer, self.parameters, self.replicated  # not two of them on a core at once
             self._build(Path(folder))
 
     def _state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -292,6 +295,27 @@ class NeuronEngine:
     def _shards(self) -> list[torch.nn.Parameter]:
         """This worker's part of each parameter, as the optimizer steps it."""
         return [shard for group in self.optimizer.base_optimizer.param_groups for shard in group["params"]]
+
+
+class Zero1Optimizer(NeuronZero1Optimizer):
+    """NxD's ZeRO-1 optimizer, whose gradient norm counts every factor once.
+
+    NxD's own (get_grad_norm) counts those of key and value once a copy, where there are fewer heads than workers.
+    ``copies`` is how many workers of a tensor-parallel group hold the same part of each parameter.
+    """
+
+    def __init__(self, copies: Sequence[int], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.copies = copies
+
+    def _get_params_and_grad_norm(self, norm_type: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The parts that this worker steps, and the norm of the whole gradient, fp32 [1]."""
+        parts = [part for group in self.base_optimizer.param_groups for part in group["params"]]
+        squares = [part.grad.square().sum() / copies for part, copies in zip(parts, self.copies, strict=True)]
+        total = torch.stack(squares).sum().reshape(1)
+        for groups in (self._sharding_groups, self._grad_norm_groups):
+            xm.all_reduce(xm.REDUCE_SUM, [total], groups=groups, pin_layout=self.pin_layout)
+        return parts, total.sqrt()
 
 
 def sha256_of(tensor: torch.Tensor) -> str:
