@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from genvalues import files
 from llama_lora import backends, probe
 from llama_lora.backends.checkpoints import RECORD
 from llama_lora.config import Probe as Settings
-from trainer.conftest import Run
+from trainer.conftest import Run, make_model, make_run
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, -100, -100, 5, 6], "lengths": [4, 2]},
@@ -107,3 +108,12 @@ def test_fewer_rows_are_looked_at_where_fewer_are_asked_for_and_none_is_said(fin
         finished_run.config["probe"] = {"rows": rows}
         finished_run.paths.manifest("consolidate").unlink()
         assert expected in finished_run("consolidate")
+
+
+def test_an_fp32_adapter_on_a_bf16_model_is_not_rounded_for_the_proof(tmp_path: Path) -> None:
+    """As the CPU backend trains it: rounded to the base model's dtype it would have another loss (1e-3 in the demo)."""
+    run = make_run(tmp_path / "run", make_model(tmp_path / "model", "bfloat16"))
+    for stage in ("tokenize", "compile", "train"):
+        run(stage)
+    found = re.search(r"was (\S+) when .* is (\S+) with this", run("consolidate"))
+    assert found and abs(float(found[1]) - float(found[2])) < 2e-5

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lora.data.rendering import IGNORED
+from llama_lora.shards import stored_tensors
 
 BATCH_TOKENS = 2048  # rows of similar length go together, up to this many tokens with padding
 TEXT_PROMPT_TOKENS = 32  # format text has no prompt: a sample goes on from so many tokens
@@ -38,8 +39,9 @@ def load_model(path: Path, adapter: Path | None = None) -> Any:
     if adapter:
         from peft import PeftModel
 
-        # In the dtype it was trained in, so that it rounds as it did then.
-        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+        # In the dtype it was trained in, so that it rounds as it did then: peft has the base model's, or fp32.
+        in_fp32 = all(tensor.dtype == "F32" for tensor in stored_tensors(adapter).values())
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=in_fp32)
     return model.eval()
 
 
