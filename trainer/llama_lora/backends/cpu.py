@@ -18,15 +18,13 @@ from genvalues import files
 from genvalues.errors import UserError, UserErrors
 from llama_lora.backends import Adapter, TrainingJob, TrainingResult, checkpoints, loop
 from llama_lora.backends.checkpoints import Record
-from llama_lora.backends.loop import Row, Taken
+from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
 from llama_lora.backends.lora import dropout_seed, initialize, lora_config
 from llama_lora.backends.workers import Workers
 from llama_lora.config import Lora, RunConfig
 from llama_lora.data.batches import batch
 from llama_lora.losses import loss_sum
 
-ADAM_BETAS = (0.9, 0.999)  # transformers' defaults, as are epsilon and plain AdamW
-ADAM_EPSILON = 1e-8
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter"  # the state dict's key for the adapter's tensors, by PEFT's names
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from llama_lora import probe
 from llama_lora.backends import TrainingJob, TrainingResult, checkpoints
@@ -21,9 +21,11 @@ from llama_lora.backends.checkpoints import Record
 from llama_lora.backends.workers import Workers
 from llama_lora.data.rendering import IGNORED
 from llama_lora.plan import Plan
+from llama_lora.probe import Row
 from llama_lora.runlog import RunLog, StepMetrics, check_loss
 
-Row = dict[str, Any]
+ADAM_BETAS = (0.9, 0.999)  # transformers' defaults, as are epsilon and plain AdamW
+ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
         print(f"training: steps {step + 1} to {last_step} of {plan.total_steps}, {workers.size} workers", flush=True)
 
     def take(step: int) -> Callable[[], StepMetrics]:
-        step_rows = [rows[row] for row in plan.step_rows(step) if row is not None]
+        numbers = [number for number in plan.step_rows(step) if number is not None]
+        read = {number: rows[number] for number in numbers}
+        step_rows = [read[number] for number in numbers]  # a short dataset comes round within a step
         trained_tokens = sum(label != IGNORED for row in step_rows for label in row["labels"])
         micro_batches = [
-            [None if row is None else rows[row] for row in micro_batch]
+            [None if number is None else read[number] for number in micro_batch]
             for micro_batch in plan.worker_rows(step, engine.data_rank)
         ]
         taken = engine.step(step, micro_batches, trained_tokens, plan.learning_rate(step))

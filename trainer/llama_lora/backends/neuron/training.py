@@ -32,8 +32,7 @@ from genvalues.errors import UserError
 from llama_lora.adapter import write_adapter
 from llama_lora.backends import TrainingJob
 from llama_lora.backends.checkpoints import Record
-from llama_lora.backends.cpu import ADAM_BETAS, ADAM_EPSILON
-from llama_lora.backends.loop import Row, Taken
+from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
 from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.neuron import model as neuron_model
 from llama_lora.backends.neuron import shards
@@ -252,7 +251,7 @@ class NeuronEngine:
             return
         state = torch.load(checkpoint / OPTIMIZER / f"rank_{self.workers.rank:05d}.pt", weights_only=True)
         # Put in place, not copied on the device: a resumed training has no graph that the first one had not.
-        for (name, parameter), shard in zip(self.parameters.items(), self._shards(), strict=True):
+        for (name, parameter), shard in zip(self.parameters.items(), self.optimizer.parts(), strict=True):
             own = state[name]
             parameter.data = own["weight"].to(self.device)
             shard.data = own["master"].to(self.device)
@@ -283,7 +282,7 @@ class NeuronEngine:
     def _state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By parameter: its bf16 weight, and what the optimizer has of it, fp32; on the host."""
         state = {}
-        for (name, parameter), shard in zip(self.parameters.items(), self._shards(), strict=True):
+        for (name, parameter), shard in zip(self.parameters.items(), self.optimizer.parts(), strict=True):
             moments = self.optimizer.base_optimizer.state[shard]
             state[name] = {
                 "weight": parameter.detach().cpu(),
@@ -291,10 +290,6 @@ class NeuronEngine:
                 **{key: moments[key].detach().cpu() for key in ("step", "exp_avg", "exp_avg_sq")},
             }
         return state
-
-    def _shards(self) -> list[torch.nn.Parameter]:
-        """This worker's part of each parameter, as the optimizer steps it."""
-        return [shard for group in self.optimizer.base_optimizer.param_groups for shard in group["params"]]
 
 
 class Zero1Optimizer(NeuronZero1Optimizer):
@@ -308,9 +303,13 @@ class Zero1Optimizer(NeuronZero1Optimizer):
         super().__init__(*arguments, **options)
         self.copies = copies
 
-    def _get_params_and_grad_norm(self, norm_type: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def parts(self) -> list[torch.nn.Parameter]:
+        """This worker's part of each parameter, fp32, as it is stepped."""
+        return [part for group in self.base_optimizer.param_groups for part in group["params"]]
+
+    def _get_params_and_grad_norm(self, norm_type: float) -> tuple[list[torch.nn.Parameter], torch.Tensor]:
         """The parts that this worker steps, and the norm of the whole gradient, fp32 [1]."""
-        parts = [part for group in self.base_optimizer.param_groups for part in group["params"]]
+        parts = self.parts()
         squares = [part.grad.square().sum() / copies for part, copies in zip(parts, self.copies, strict=True)]
         total = torch.stack(squares).sum().reshape(1)
         for groups in (self._sharding_groups, self._grad_norm_groups):
