@@ -1,1 +1,3 @@
 """genvalues: from a checked inputs file to the values the chart accepts."""
+
+__version__ = "0.1.0"

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,8 +18,9 @@ from genvalues.files import write_text
 from genvalues.helm import find_helm, run_helm
 from genvalues.inputs import DNS_NAME
 from genvalues.process import STOP_SIGNALS
+from genvalues.sources import Sources
 from genvalues.wording import one_line
-from genvalues.write import checked_values, text_of
+from genvalues.write import checked, text_of
 
 # Helm's --timeout, for each hook. Attached, training is one; detached, only the cleanup before an install, which gives
 # up after 10 minutes of pulling the image and 200 s of work: that is told by its own Job.
@@ -31,24 +32,22 @@ FIRST_ANSWER_SECONDS = 10.0  # from then on, a server that is away for a while i
 
 
 def install(
-    file: Path,
-    sets: Sequence[str],
-    chart: Path | None,
-    version: str,
+    sources: Sources,
     release: str | None,
     namespace: str | None,
     context: str | None,
 ) -> int:
     """Returns when Helm does: 0, or 1 when Helm failed."""
-    values = checked_values(file, sets, chart)
-    chart = need_chart(chart)
+    found = checked(sources)
+    values, file = found.values, sources.file
+    chart = need_chart(sources.chart)
     mode = values["pipeline"]["mode"]
     release = release_name(release, values["name"], file, mode)
     find_helm()
     with told_when_stopped(release), tempfile.TemporaryDirectory() as folder:
         namespace = make_way(release, namespace, context)
         values_file = Path(folder) / "values.yaml"
-        write_text(values_file, text_of(values, file, sets, version))
+        write_text(values_file, text_of(found, sources))
         # An absolute path: Helm could take a relative one for the name of a repository.
         arguments = ["upgrade", "--install", release, str(chart.resolve()), "-f", str(values_file)]
         arguments += ["--namespace", namespace, *(["--kube-context", context] if context else [])]

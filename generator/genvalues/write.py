@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genvalues import __version__
 from genvalues.chart import find_chart, on_top_of_defaults, refusal_error, refusals, written_in_chart_values
 from genvalues.check import absolute, check, paths, placed
 from genvalues.contradictions import contradictions, warnings
@@ -15,6 +16,7 @@ from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.nested import get
+from genvalues.sources import Sources
 from genvalues.values import values_from
 from genvalues.wording import one_line, redacted
 from genvalues.yamltext import dump
@@ -22,30 +24,36 @@ from genvalues.yamltext import dump
 NOT_WRITABLE = "Name a file in a folder that is there and that you may write to."
 
 
-def values_text(file: Path, sets: Sequence[str], chart: Path | None, version: str) -> str:
-    """The values file for an inputs file; raises every mistake in it."""
-    return text_of(checked_values(file, sets, chart), file, sets, version)
+@dataclass(frozen=True)
+class Checked:
+    """Inputs in which there is no mistake, and the values for them."""
+
+    document: Document
+    inputs: Inputs
+    values: dict[str, Any]
 
 
-def checked_values(file: Path, sets: Sequence[str], chart: Path | None) -> dict[str, Any]:
-    """The values for an inputs file; raises every mistake in it."""
-    document = read(file, sets=sets)
+def checked(sources: Sources) -> Checked:
+    """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr."""
+    document = read(sources.file, sets=sources.sets)
     inputs = check(document)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
     values = values_from(inputs)
-    check_against(find_chart(chart), values, document)
+    check_against(find_chart(sources.chart), values, document)
     for found in warnings(values):
         print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
-    return values
+    return Checked(document, inputs, values)
 
 
-def text_of(values: dict[str, Any], file: Path, sets: Sequence[str], version: str) -> str:
+def text_of(found: Checked, sources: Sources) -> str:
+    """The values file."""
     lines = [
-        f"# Written by genvalues {version} from {one_line(file.name)}: change that file and write again, not this one.",
-        *(f"#   --set {redacted(one_line(assignment))}" for assignment in sets),
+        f"# Written by genvalues {__version__} from {one_line(sources.file.name)}: "
+        "change that file and write again, not this one.",
+        *(f"#   --set {redacted(one_line(assignment))}" for assignment in sources.sets),
     ]
-    return "\n".join(lines) + "\n" + dump(values)
+    return "\n".join(lines) + "\n" + dump(found.values)
 
 
 def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:

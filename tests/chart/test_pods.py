@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, pod, pods, render
 from genvalues.errors import UserError
 from genvalues.instances import HYPERPOD, TRAINIUM
-from genvalues.write import values_text
+from genvalues.sources import Sources
+from genvalues.write import checked
 
 Row = dict[str, str]
 PAGE = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def values_of(instance: str, nodes: int, folder: Path, *sets: str) -> Values:
     file.write_text(
         f"model: {model}\ndataset: {dataset}\ninstance: {instance}\nnodes: {nodes}\nimage: example.com/image:1\n"
     )
-    values: Values = yaml.safe_load(values_text(file, sets, CHART, "1.2.3"))
+    values: Values = checked(Sources((file,), sets, CHART)).values
     return values
 
 

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genvalues import chart, helm, inputs, instances
-from genvalues.cli import version
+from genvalues import __version__, chart, helm, inputs, instances
 from genvalues.errors import UserError
 from genvalues.inputs import Inputs
+from genvalues.sources import Sources
 from genvalues.values import values_from
-from genvalues.write import values_text
+from genvalues.write import checked, text_of
 from genvalues.yamltext import dump
 
 ROOT = Path(__file__).parents[2]
@@ -46,10 +46,14 @@ chartValues: {}
 """ % ("0" * 64)  # noqa: E501
 
 
+def written(sources: Sources) -> str:
+    return text_of(checked(sources), sources)
+
+
 def values_of(tmp_path: Path, text: str, *sets: str) -> dict[str, Any]:
     file = tmp_path / "finetune.yaml"
     file.write_text(text)
-    values: dict[str, Any] = yaml.safe_load(values_text(file, sets, CHART, "1.2.3"))
+    values: dict[str, Any] = yaml.safe_load(written(Sources((file,), tuple(sets), CHART)))
     return values
 
 
@@ -245,9 +249,9 @@ def test_set_changes_keys_and_chart_values_come_last(tmp_path: Path) -> None:
 def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"
     file.write_text(ISSUE)
-    first, second = (values_text(file, ["lora.r=8"], CHART, "1.2.3") for _ in range(2))
+    first, second = (written(Sources((file,), ("lora.r=8",), CHART)) for _ in range(2))
     assert first == second
-    assert first.startswith("# Written by genvalues 1.2.3 from finetune.yaml: ")
+    assert first.startswith(f"# Written by genvalues {__version__} from finetune.yaml: ")
     assert "#   --set lora.r=8\n" in first
     assert str(tmp_path) not in first
 
@@ -255,8 +259,8 @@ def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Pat
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_the_committed_values_of_each_environment_are_current(environment: str) -> None:
     committed = (ROOT / "values" / f"{environment}.values.yaml").read_text()
-    written = values_text(ROOT / "values" / f"{environment}.yaml", [], CHART, version())
-    assert committed == written, "run: make values"
+    current = written(Sources((ROOT / "values" / f"{environment}.yaml",), (), CHART))
+    assert committed == current, "run: make values"
     assert str(ROOT) not in committed
     assert "/home/" not in committed
 
@@ -392,7 +396,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
 def test_what_genvalues_accepts_the_chart_accepts(wanted: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"
     file.write_text(dump(wanted))
-    values = yaml.safe_load(values_text(file, [], None, "1.2.3"))  # raises what the chart's schema refuses
+    values = yaml.safe_load(written(Sources((file,))))  # raises what the chart's schema refuses
     assert not list(chart.refusals(CHART, chart.on_top_of_defaults(CHART, values)))
     layout = values["parallelism"]
     assert layout["nodes"] * layout["processesPerNode"] == layout["tensorParallelSize"] * layout["dataParallelSize"]
@@ -417,5 +421,5 @@ def test_what_genvalues_accepts_helm_renders(wanted: dict[str, Any], tmp_path: P
     """Schema and templates: the chart's `fail`s have nothing against it either."""
     file = tmp_path / "finetune.yaml"
     file.write_text(dump(wanted))
-    values = yaml.safe_load(values_text(file, [], None, "1.2.3"))
+    values = yaml.safe_load(written(Sources((file,))))
     assert helm.render(CHART, "llama", values)

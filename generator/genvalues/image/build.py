@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from genvalues import __version__
 from genvalues.check import check
 from genvalues.document import Document, read
 from genvalues.errors import UserError
@@ -52,22 +53,21 @@ class Job:
     builder: str
     sources: Path
     network: str | None
-    version: str
 
     def arguments(self) -> dict[str, str]:
         """The build arguments of trainer/Dockerfile."""
         revision = git_revision(self.sources)
-        return {"BASE": self.base, "VERSION": self.version, **({"REVISION": revision} if revision else {})}
+        return {"BASE": self.base, "VERSION": __version__, **({"REVISION": revision} if revision else {})}
 
 
-def build(file: Path, builder: str | None, network: str | None, base: str | None, version: str) -> int:
+def build(file: Path, builder: str | None, network: str | None, base: str | None) -> int:
     """Build the image that a file names. Returns 0, or 128 and the number of a signal."""
-    return stopped_in_words(file, lambda: build_image(job(file, builder, network, base, version)))
+    return stopped_in_words(file, lambda: build_image(job(file, builder, network, base)))
 
 
-def push(file: Path, builder: str | None, network: str | None, base: str | None, version: str) -> int:
+def push(file: Path, builder: str | None, network: str | None, base: str | None) -> int:
     """Build the image that a file names, push it and write its digest there. Returns as ``build`` does."""
-    return stopped_in_words(file, lambda: push_image(job(file, builder, network, base, version)))
+    return stopped_in_words(file, lambda: push_image(job(file, builder, network, base)))
 
 
 def stopped_in_words(file: Path, work: Callable[[], None]) -> int:
@@ -82,7 +82,7 @@ def stopped_in_words(file: Path, work: Callable[[], None]) -> int:
 # --- before anything runs
 
 
-def job(file: Path, builder: str | None, network: str | None, base: str | None, version: str) -> Job:
+def job(file: Path, builder: str | None, network: str | None, base: str | None) -> Job:
     """Raises UserError for what the user must change first: file, machine, builder, sources, region."""
     document = read(file)
     reference = check(document).image
@@ -97,7 +97,7 @@ def job(file: Path, builder: str | None, network: str | None, base: str | None, 
             fix = "Set AWS_REGION, or name the base image: --base IMAGE."
             raise UserError("not in ECR, and no region is set to take the base image from", where=where, fix=fix)
         base = base_image(region, where if image.in_ecr else f"AWS_REGION {region}")
-    return Job(file, str(reference), image, base, builder, sources, network or studio_network(), version)
+    return Job(file, str(reference), image, base, builder, sources, network or studio_network())
 
 
 def place(document: Document) -> str:

@@ -1,0 +1,34 @@
+"""The commands of genvalues, a module each. They parse and print; the work is elsewhere.
+
+A module imports only click and ``options``; what a command needs is imported when it runs, so that every one starts as
+fast as it can.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+# In the order of a user's day, which is the order of --help and of docs/genvalues.md.
+MODULES = {
+    "check": "genvalues.commands.check",
+    "write": "genvalues.commands.write",
+    "image": "genvalues.commands.image",
+    "install": "genvalues.commands.install",
+    "local": "genvalues.commands.local",
+    "cluster": "genvalues.cluster.cli",
+}
+
+
+class Commands(click.Group):
+    """The commands above, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in MODULES:
+            return None
+        command: click.Command = getattr(import_module(MODULES[cmd_name]), cmd_name)
+        return command

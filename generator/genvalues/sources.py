@@ -1,0 +1,20 @@
+"""Where inputs come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sources:
+    """FILE and the overlays after it, then --set; and the chart that the values are checked against."""
+
+    files: tuple[Path, ...]
+    sets: tuple[str, ...] = ()
+    chart: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """FILE, by which the others are called."""
+        return self.files[0]
