@@ -67,6 +67,8 @@ def preflight_command(config: Path) -> int:
     """
     import time
 
+    from genvalues.findings import EXIT_UNANSWERED, exit_status, show
+
     from . import api, preflight
     from .config import load
 
@@ -74,13 +76,9 @@ def preflight_command(config: Path) -> int:
     deadline = time.monotonic() + preflight.BUDGET_SECONDS
     server = api.connect(settings.namespace, patience=PREFLIGHT_PATIENCE_SECONDS, interval=1.0, deadline=deadline)
     findings = preflight.preflight(server, settings)
-    for finding in findings:
-        click.echo(finding)
-    errors = sum(finding.level == "error" for finding in findings)
-    if errors:
-        click.echo(f"{errors} of {len(findings)} findings stop this release; the fixes are above")
-        return EXIT_USER_ERROR
-    return TRY_AGAIN if any(finding.unanswered for finding in findings) else 0
+    show(findings, click.echo)
+    status = exit_status(findings)
+    return TRY_AGAIN if status == EXIT_UNANSWERED else status
 
 
 @cluster.command("gate")

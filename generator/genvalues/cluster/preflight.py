@@ -6,17 +6,16 @@ Mounts nothing it checks and needs no Secret to start, so it can say what is mis
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+
+from genvalues.findings import Finding
 
 from . import api as kinds
 from .api import Api, ApiError, NotAllowed, Object, ServerAway
 from .config import ClusterConfig
 from .objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
-
-Level = Literal["ok", "warning", "error", "not checked"]
 
 BUDGET_SECONDS = 25.0  # findings are promised within 30 s; the 600 s that the chart gives the Job are for its image
 CLAIM_SECONDS = 17.0  # a provisioner that is alive has said something by then; static volumes: see below
@@ -34,19 +33,6 @@ DEVICE_PLUGINS = {
 
 
 @dataclass(frozen=True)
-class Finding:
-    level: Level
-    subject: str
-    found: str
-    fix: str = ""  # a command
-    unanswered: bool = False  # the API server was away: worth another try
-
-    def __str__(self) -> str:
-        line = f"{self.level:<11}  {self.subject}: {self.found}"
-        return f"{line}\n{'':<11}  fix: {self.fix}" if self.fix else line
-
-
-@dataclass(frozen=True)
 class Pace:
     """How long the checks wait for somebody else; tests make it short."""
 
@@ -58,19 +44,13 @@ class Pace:
 Check = Callable[[Api, ClusterConfig, Pace], list[Finding]]
 
 
-def preflight(api: Api, config: ClusterConfig, pace: Pace = Pace()) -> list[Finding]:
-    """All findings, in the order of the checks, which run side by side."""
-    checks: dict[str, Check] = {
-        "training operator": check_operator,
-        "storage": check_storage,
-        "pod security": check_pod_security,
-        "Hugging Face token": check_secret,
-        "devices": check_devices,
-        "quota": check_quota,
-        "queue": check_queue,
-    }
-    with ThreadPoolExecutor(len(checks)) as pool:
-        found = pool.map(lambda subject: guarded(subject, checks[subject], api, config, pace), checks)
+def preflight(
+    api: Api, config: ClusterConfig, pace: Pace = Pace(), checks: Mapping[str, Check] | None = None
+) -> list[Finding]:
+    """All findings, in the order of the checks, which run side by side. Without ``checks``: all of CHECKS."""
+    wanted = CHECKS if checks is None else checks
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = pool.map(lambda subject: guarded(subject, wanted[subject], api, config, pace), wanted)
         return [finding for findings in found for finding in findings]
 
 
@@ -93,8 +73,7 @@ def check_operator(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]
     gets a pod, is marked by a running operator within a second.
     """
     subject = "training operator"
-    served = api.discover("apis/kubeflow.org/v1") or {"resources": []}
-    if not any(resource["name"] == "pytorchjobs" for resource in served["resources"]):
+    if not knows_pytorchjob(api):
         return [Finding("error", subject, "the API server does not know the kind PyTorchJob", INSTALL_OPERATOR)]
     probe = suspended_probe(config)
     try:
@@ -113,6 +92,11 @@ def check_operator(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]
         return [Finding("ok", subject, "knows PyTorchJob and acts on it")]
     found = f"the kind PyTorchJob is known, but nobody acted on a test job within {pace.operator:.0f} s"
     return [Finding("error", subject, found, "kubectl -n kubeflow rollout restart deployment training-operator")]
+
+
+def knows_pytorchjob(api: Api) -> bool:
+    served = api.discover("apis/kubeflow.org/v1") or {"resources": []}
+    return any(resource["name"] == "pytorchjobs" for resource in served["resources"])
 
 
 def suspended_probe(config: ClusterConfig) -> Object:
@@ -436,3 +420,15 @@ def wait_until(happens: Callable[[], bool], seconds: float, interval: float) -> 
             return False
         time.sleep(interval)
     return True
+
+
+# What the chart's stage checks; genvalues preflight has the same from outside (genvalues/preflight/cluster.py).
+CHECKS: dict[str, Check] = {
+    "training operator": check_operator,
+    "storage": check_storage,
+    "pod security": check_pod_security,
+    "Hugging Face token": check_secret,
+    "devices": check_devices,
+    "quota": check_quota,
+    "queue": check_queue,
+}
