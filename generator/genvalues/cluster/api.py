@@ -147,10 +147,16 @@ class Api:
             if change.get("type") in {"ADDED", "MODIFIED", "DELETED"}:
                 yield change["object"]
 
-    def log(self, pod: str, container: str, *, tail: int) -> Iterator[str]:
-        """The last ``tail`` lines of a container and all that follow, each with its time in front, until it ends."""
-        query = [("container", container), ("follow", "true"), ("timestamps", "true"), ("tailLines", tail)]
-        yield from self._lines(f"{self._path(PODS, pod)}/log", query, QUIET_LOG_SECONDS)
+    def log(
+        self, pod: str, container: str, *, tail: int | None, follow: bool = True, previous: bool = False
+    ) -> Iterator[str]:
+        """The last ``tail`` lines of a container (None: all), each with its time in front; with ``follow`` all that
+        come until it ends, too. ``previous``: of the container that was there before its restart."""
+        query: Query = [("container", container), ("timestamps", "true")]
+        query += [("follow", "true")] if follow else []
+        query += [("previous", "true")] if previous else []
+        query += [("tailLines", tail)] if tail is not None else []
+        yield from self._lines(f"{self._path(PODS, pod)}/log", query, QUIET_LOG_SECONDS if follow else READ_SECONDS)
 
     def _path(self, kind: Kind, name: str = "") -> str:
         namespace = f"/namespaces/{self.namespace}" if kind.namespaced else ""

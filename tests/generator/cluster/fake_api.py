@@ -41,6 +41,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], Object] = {}  # by plural and name
         self.logs: dict[str, list[str]] = {}  # by pod: lines, to which tests append
+        self.previous_logs: dict[str, list[str]] = {}  # by pod: of the container before its restart
         self.crds = {"pytorchjobs"}  # those of GROUPS' custom kinds that are served
         self.forbidden: set[tuple[str, str]] = set()  # verb, resource
         self.requests: list[tuple[str, str]] = []  # verb, resource as in an RBAC rule
@@ -242,9 +243,11 @@ class FakeApi:
 
     def _log(self, handler: BaseHTTPRequestHandler, pod: str, query: dict[str, str]) -> None:
         """Like a kubelet's: the lines so far, then what comes, until the container has ended or the pod is gone."""
-        assert query["follow"] == query["timestamps"] == "true"
-        lines = self.logs.setdefault(pod, [])
-        sent = max(0, len(lines) - int(query["tailLines"]))
+        assert query["timestamps"] == "true"
+        if query.get("previous") and pod not in self.previous_logs:
+            return refuse(handler, 400, f'previous terminated container in pod "{pod}" not found')
+        lines = self.previous_logs[pod] if query.get("previous") else self.logs.setdefault(pod, [])
+        sent = max(0, len(lines) - int(query.get("tailLines", len(lines))))
         with streaming(handler) as send:
             while not self.away:
                 item = self.get("pods", pod)
@@ -253,9 +256,10 @@ class FakeApi:
                 while sent < len(lines):
                     send(f"2025-01-01T00:00:00.{sent:09d}Z {lines[sent]}")
                     sent += 1
-                if not running:
-                    return
+                if not running or not query.get("follow"):
+                    return None
                 time.sleep(0.005)
+        return None
 
 
 @contextmanager
