@@ -1,4 +1,4 @@
-"""A YAML file that knows where every key stands, so that a mistake can be shown where it was made.
+"""YAML files, one laid over the other, that know where every key stands, so that a mistake is shown where it was made.
 
 YAML 1.2's core schema: 5e-5 is a number, yes and on are text, 2024-01-01 is text. What has no place in such a file
 (tags, aliases, two keys of one name, NaN) is a mistake, not a surprise.
@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
+from genvalues.assignments import NUMBER, Assignment, NotAnAssignment, assignments, typed
 from genvalues.errors import UserError, UserErrors
-from genvalues.wording import KeyPath, dotted, may_hold_a_secret, one_line, redacted
-from genvalues.yamltext import CORE_SCHEMA, PREFIX, UnreadableYAML, compose, decode, place
+from genvalues.keys import kinds, may_be_null
+from genvalues.wording import KeyPath, dotted, one_line, redacted
+from genvalues.yamltext import CORE_SCHEMA, DEPTH, PREFIX, UnreadableYAML, compose, decode, place
 
 DIGITS = 300  # of a number: more is no number that anybody means
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
@@ -26,12 +28,13 @@ KEY_FIX = "Write key: value, the key a name."
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where something was written: a place in the file, or a --set (which come after the file, in their order)."""
+    """Where something was written: a place in a file, or a --set (which come after the files, in their order)."""
 
     order: int
     line: int
     column: int
     label: str = field(compare=False, default="")
+    folder: Path = field(compare=False, default=Path())  # from where a relative path written there is seen
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Mistake:
 
 
 class Document:
-    """The plain data of a file with --set on top, the place of every key, and the mistakes found in reading."""
+    """The plain data of files laid one over the other, with --set on top; the place of every key, and the mistakes
+    found in reading what counts of it.
+    """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path = path
-        self.name = name or str(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path  # the first file's
         self.value: dict[str, Any] = {}
         self.positions: dict[KeyPath, Position] = {}
         self.mistakes: list[Mistake] = []
@@ -59,41 +63,101 @@ class Document:
         for length in range(len(key), -1, -1):
             if key[:length] in self.positions:
                 return self.positions[key[:length]]
-        return Position(0, 1, 1, f"{self.name}:1:1")
+        return Position(0, 1, 1, f"{self.path}:1:1", self.path.parent)
 
-    def set(self, assignment: str, order: int) -> None:
-        """Take one --set key=value, the value in YAML, the key with dots (``\\.`` for a dot in a name)."""
-        name, separator, text = assignment.partition("=")
-        key: KeyPath = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", name.strip()))
-        shown = f"{name}=..." if may_hold_a_secret(key) else assignment
-        position = Position(order, 0, 0, f"--set {one_line(shown)}")
-        if not separator or not all(key):
-            self.mistakes.append(Mistake((), "not of the form key=value", "Write --set lora.r=8.", position))
-            return
+    def lay_over(self, value: dict[str, Any], positions: dict[KeyPath, Position], mistakes: list[Mistake]) -> None:
+        """Take what a later file says: mappings key by key, all else instead of what was there; null takes away."""
+        replaced: set[KeyPath] = set()
+
+        def lay(above: dict[str, Any], below: dict[str, Any], block: KeyPath) -> None:
+            for name, value in above.items():
+                key = (*block, name)
+                if isinstance(value, dict) and isinstance(below.get(name), dict):
+                    lay(value, below[name], key)
+                    continue
+                replaced.add(key)
+                if value is None and not may_be_null(key):
+                    below.pop(name, None)
+                else:
+                    below[name] = value
+
+        lay(value, self.value, ())
+        self.forget(replaced)
+        self.positions |= {key: place for key, place in positions.items() if is_in(key, replaced)}
+        self.mistakes += mistakes
+
+    def forget(self, keys: set[KeyPath]) -> None:
+        """What was written at these keys, and what was wrong with it, counts no more."""
+        self.positions = {key: place for key, place in self.positions.items() if not is_in(key, keys)}
+        self.mistakes = [mistake for mistake in self.mistakes if not is_in(mistake.key, keys)]
+
+    def set(self, text: str, order: int, *, as_text: bool = False) -> None:
+        """Take one --set, which may have several assignments (see genvalues.assignments)."""
+        option = "--set-string" if as_text else "--set"
+        column = 0
         try:
-            node = compose(text)
-        except UnreadableYAML as error:
+            for column, assignment in enumerate(assignments(text)):
+                position = Position(order, 0, column, f"{option} {assignment.shown}")
+                self.assign(assignment, position, as_text)
+        except NotAnAssignment as error:
+            position = Position(order, 0, column + 1, f"{option} {error.shown}")
             self.mistakes.append(Mistake((), error.what, error.fix, position))
+
+    def assign(self, assignment: Assignment, position: Position, as_text: bool) -> None:
+        key, written = assignment.key, assignment.value
+        if len(key) > DEPTH:
+            self.mistakes.append(Mistake((), f"more than {DEPTH} levels deep", "Write it flatter.", position))
             return
-        for known in [known for known in self.positions if known[: len(key)] == key]:
-            del self.positions[known]
-        inside = self.value
-        for depth, part in enumerate(key[:-1], 1):
-            if not isinstance(inside.get(str(part)), dict):
-                inside[str(part)] = {}
+        self.forget({key})
+        inside: Any = {"": self.value}
+        last: str | int = ""
+        for depth, part in enumerate(key):  # into the block or list that the part is in, made where it is not there
+            kind: type = list if isinstance(part, int) else dict
+            if not isinstance(inside[last], kind):
+                self.forget({key[:depth]})
+                inside[last] = kind()
                 self.positions[key[:depth]] = position
-            inside = inside[str(part)]
+            inside = inside[last]
+            if isinstance(part, int):
+                inside += [None] * (part + 1 - len(inside))
+            elif part not in inside:
+                inside[part] = None
+            last = part
         self.positions[key] = position
-        reader = Reader(lambda node: position)
-        inside[str(key[-1])] = reader.plain(node, key)
-        self.mistakes += reader.mistakes
+        if isinstance(written, tuple):
+            inner = [(*key, index) for index in range(len(written))]
+            inside[last] = [
+                self.typed(text, item, position, as_text) for text, item in zip(written, inner, strict=True)
+            ]
+            return
+        inside[last] = self.typed(written, key, position, as_text)
+        if inside[last] is None and isinstance(inside, dict) and not may_be_null(key):
+            del inside[last]
+
+    def typed(self, text: str, key: KeyPath, position: Position, as_text: bool) -> Any:
+        what = ""
+        value = None
+        if has_surrogate(text):  # which Python makes of an argument's bytes that are not UTF-8
+            what = "not UTF-8 text"
+        elif as_text:
+            value = text
+        elif len(text) > DIGITS and NUMBER.fullmatch(text):
+            what = f"a number of {len(text)} digits is too large"
+        else:
+            value = typed(text, kinds(key))
+            if isinstance(value, float) and not math.isfinite(value):
+                what = f"{one_line(text)} is not a finite number"
+        if what:
+            self.mistakes.append(Mistake(key, what, NUMBER_FIX, position))
+            return None
+        return value
 
     def error(self, mistake: Mistake) -> UserError:
         position = mistake.position or self.position(mistake.key)
         where = position.label
         key = dotted(mistake.key)
         # --set lora.rank=3 names the key already
-        if key and not where.startswith(f"--set {key}="):
+        if key and not (where.startswith("--set") and f" {key}=" in where):
             where = f"{where} {key}"
         return UserError(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
 
@@ -106,12 +170,34 @@ class Document:
 
 
 class Reader:
-    """Nodes to plain data, noting the place of every key and what has no place in the file."""
+    """One file's nodes to plain data, noting the place of every key and what has no place in the file."""
 
-    def __init__(self, position_of: Any) -> None:
-        self.position_of = position_of
+    def __init__(self, path: Path, order: int) -> None:
+        self.path, self.order = path, order
         self.positions: dict[KeyPath, Position] = {}
         self.mistakes: list[Mistake] = []
+
+    def value(self, *, empty: bool) -> dict[str, Any]:
+        """What the file holds. Raises what leaves nothing to check; nothing at all is such, unless it may be empty."""
+        name = str(self.path)
+        try:
+            node = compose(decode(self.path, name))
+        except UnreadableYAML as error:
+            raise error.at(name) from None
+        if node is None and empty:
+            return {}
+        if node is None:
+            raise UserError("the file is empty", where=name, fix="Write at least model, dataset and instance.")
+        if not isinstance(node, yaml.MappingNode):
+            kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+            raise UserError(
+                f"the file must hold keys and values, not {kind}", where=f"{name}:1:1", fix="Write key: value lines."
+            )
+        return self.plain(node) or {}
+
+    def position_of(self, node: yaml.Node) -> Position:
+        line, column = place(node.start_mark)
+        return Position(self.order, line, column, f"{self.path}:{line}:{column}", self.path.parent)
 
     def plain(self, node: yaml.Node | None, key: KeyPath = ()) -> Any:
         if node is None:
@@ -177,34 +263,37 @@ class Reader:
         self.mistakes.append(Mistake(key, what, fix, self.position_of(node)))
 
 
-def read(path: Path, name: str | None = None, sets: Iterable[str] = ()) -> Document:
-    """Read a file and the --set that change it. Raises what leaves nothing to check; notes the other mistakes."""
-    document = Document(path, name)
+def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Iterable[str] = ()) -> Document:
+    """Read a file, those laid over it, and the --set that change them.
 
-    def position_of(node: yaml.Node) -> Position:
-        line, column = place(node.start_mark)
-        return Position(0, line, column, f"{document.name}:{line}:{column}")
-
-    try:
-        node = compose(decode(path, document.name))
-    except UnreadableYAML as error:
-        raise error.at(document.name) from None
-    if node is None:
-        raise UserError("the file is empty", where=document.name, fix="Write at least model, dataset and instance.")
-    if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise UserError(
-            f"the file must hold keys and values, not {kind}",
-            where=f"{document.name}:1:1",
-            fix="Write key: value lines.",
-        )
-    reader = Reader(position_of)
-    document.value = reader.plain(node) or {}
-    document.positions = reader.positions
-    document.mistakes = reader.mistakes
-    for order, assignment in enumerate(sets, 1):
-        document.set(assignment, order)
+    Raises what leaves nothing to check, of all files at once; notes the other mistakes.
+    """
+    document = Document(file)
+    unreadable: list[UserError] = []
+    for order, path in enumerate((file, *overlays)):
+        try:
+            reader = Reader(path, order)
+            value = reader.value(empty=bool(overlays))
+        except UserError as error:
+            unreadable.append(error)
+            continue
+        if order == 0:
+            document.value, document.positions, document.mistakes = value, reader.positions, reader.mistakes
+        else:
+            document.lay_over(value, reader.positions, reader.mistakes)
+    if unreadable:
+        raise unreadable[0] if len(unreadable) == 1 else UserErrors(unreadable)
+    order = len(overlays)
+    for as_text, texts in ((False, sets), (True, set_strings)):  # Helm's order
+        for text in texts:
+            order += 1
+            document.set(text, order, as_text=as_text)
     return document
+
+
+def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:
+    """Whether ``key``, or one around it, is one of ``keys``."""
+    return any(key[:length] in keys for length in range(1, len(key) + 1))
 
 
 def has_surrogate(text: str) -> bool:

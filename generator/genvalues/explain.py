@@ -12,8 +12,8 @@ import jsonschema
 from jsonschema.exceptions import ValidationError
 
 from genvalues.document import Mistake
-from genvalues.inputs import SCHEMA
 from genvalues.instances import HYPERPOD
+from genvalues.keys import inputs_schema, resolve
 from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
 
 ALSO_CALLED = {  # names from other tools for ours
@@ -45,13 +45,18 @@ ALSO_CALLED = {  # names from other tools for ours
 
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = InputsValidator(schema)
     for error in telling(validator.iter_errors(value)):
         yield from explain(error, schema)
 
 
-def inputs_schema() -> dict[str, Any]:
-    return dict(json.loads(SCHEMA.read_text(encoding="utf-8")))
+def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """The keyword pattern, by ECMA 262's rule that $ is the end; Python's lets a last line break through."""
+    if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+InputsValidator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
 
 
 def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
@@ -147,11 +152,6 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "array": (list,),
     "object": (dict,),
 }
-
-
-def resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    reference = schema.get("$ref")
-    return root["$defs"][reference.rpartition("/")[2]] if reference else schema
 
 
 def type_fits(value: Any, schema: dict[str, Any]) -> bool:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sources:
-    """FILE and the overlays after it, then --set; and the chart that the values are checked against."""
+    """FILE and the overlays after it, then --set and --set-string; the chart that the values are checked against."""
 
     files: tuple[Path, ...]
     sets: tuple[str, ...] = ()
     chart: Path | None = None
+    set_strings: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genvalues import cli
-from genvalues.inputs import json_schema
+from genvalues.inputs_schema import json_schema
+from genvalues.nested import merge
 
 RIGHT = """\
 name: llama-lora
@@ -254,20 +255,26 @@ def test_what_is_no_path_is_told_in_a_line(line: str, said: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("lora.targetModules=[up_proj, [gate_proj]]", ["targetModules[1]: a list is not", "up_proj without gate_proj"]),
-        ("lora.targetModules=[3]", ["lora.targetModules[0]: 3 is not one of its values. (q_proj, k_proj, v_proj,"]),
-        ("instance=5", ["instance=5: 5 is not one of its values. (cpu, trn1.2xlarge,"]),
-        ("lora.r=0.5", ["lora.r=0.5: must be a whole number, not 0.5. (rank)"]),
         (
-            "dataset=org/rows",
+            "lora: {targetModules: [up_proj, [gate_proj]]}",
+            ["targetModules[1]: a list is not", "up_proj without gate_proj"],
+        ),
+        (
+            "lora: {targetModules: [3]}",
+            ["lora.targetModules[0]: 3 is not one of its values. (q_proj, k_proj, v_proj,"],
+        ),
+        ("instance: 5", ["mine.yaml:1:1 instance: 5 is not one of its values. (cpu, trn1.2xlarge,"]),
+        ("lora: {r: 0.5}", ["mine.yaml:1:8 lora.r: must be a whole number, not 0.5. (rank)"]),
+        (
+            "dataset: org/rows",
             ['keys and values, not the text "org/rows". (what to train on; keys: source, config, rev'],
         ),
         (
-            "dataset.revision=-x",
-            ['revision=-x: the text "-x" is not of the right form. (branch, tag or commit of a hub'],
+            "dataset: {revision: -x}",
+            ['revision: the text "-x" is not of the right form. (branch, tag or commit of a hub'],
         ),
         (
-            "storage={kind: fsx-static, static: {fileSystemId: fs-1}}",
+            "storage: {kind: fsx-static, static: {fileSystemId: fs-1}}",
             ["static.dnsName: missing. (the", "(such as fs-0123", "static.mountName: missing. (the"],
         ),
     ],
@@ -276,7 +283,8 @@ def test_one_mistake_is_told_once_with_what_to_write_instead(
     changes: str, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("f.yaml").write_text(RIGHT)
-    assert genvalues("check", "f.yaml", "--set", changes) == 2
+    Path("mine.yaml").write_text(changes)
+    assert genvalues("check", "f.yaml", "-f", "mine.yaml") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(said), lines
     assert all(any(words in line for line in lines) for words in said), lines
@@ -296,9 +304,12 @@ def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schema = json_schema()
-    Path("f.yaml").write_text(RIGHT)
     for key in keys_of(schema, schema):
-        status = genvalues("check", "f.yaml", "--set", f"{key}={wrong}")
+        value = yaml.safe_load(wrong)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        Path("f.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(RIGHT), value)))
+        status = genvalues("check", "f.yaml")
         told = capsys.readouterr().err.splitlines()
         assert told
         for line in told if status else []:

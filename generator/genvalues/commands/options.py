@@ -29,19 +29,33 @@ context_option = click.option(
 
 
 def inputs(command: Command) -> Command:
-    """FILE, -f, --set and --chart, which the command gets as one ``sources``."""
+    """FILE, -f, --set, --set-string and --chart, which the command gets as one ``sources``."""
 
     @functools.wraps(command)
     def wrapper(
-        file: Path, overlays: tuple[Path, ...], sets: tuple[str, ...], chart: Path | None, **others: Any
+        file: Path,
+        overlays: tuple[Path, ...],
+        sets: tuple[str, ...],
+        set_strings: tuple[str, ...],
+        chart: Path | None,
+        **others: Any,
     ) -> Any:
-        return command(sources=Sources((file, *overlays), sets, chart), **others)
+        return command(sources=Sources((file, *overlays), sets, chart, set_strings), **others)
 
     return decorated(
         wrapper,
         click.argument("file", type=click.Path(path_type=Path)),
         path("-f", "--values", "overlays", metavar="FILE", multiple=True, help="Lay another inputs file over FILE."),
-        click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Change one key, e.g. --set lora.r=8."),
+        click.option(
+            "--set",
+            "sets",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Change keys, in Helm's syntax: --set lora.r=8,lora.targetModules={q_proj,v_proj}.",
+        ),
+        click.option(
+            "--set-string", "set_strings", metavar="KEY=VALUE", multiple=True, help="The same; the value is text."
+        ),
         chart_option,
     )
 
