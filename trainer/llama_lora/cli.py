@@ -12,7 +12,7 @@ import click
 from genvalues.errors import UserError, user_errors_end_with_status_2
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
-from llama_lora import stage
+from llama_lora import stage, stopping
 from llama_lora.paths import Paths
 
 config_option = click.option(
@@ -92,6 +92,7 @@ def stage_command(declared: stage.Declaration) -> click.Command:
         if importlib.util.find_spec("torch") is None:
             needed = "pip install 'llama-lora[trainer]'"
             raise UserError("torch is not installed", fix=f"Install what the stages need: {needed}.")
+        stopping.end_when_told()
         given = [name for name in tool_options if alone[name] is not None]
         if not given:
             config, paths = load(config_file, workspace)

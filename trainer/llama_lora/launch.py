@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from genvalues.errors import EXIT_USER_ERROR, UserError, UserErrors
+from genvalues.process import noted_signals, processes
 from llama_lora import config as run_config
-from llama_lora import environment
+from llama_lora import environment, stopping
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
 
 LAUNCHER = "LLAMA_LORA_LAUNCHER"  # tells a worker the process id of its launcher
+LOOK = 0.2  # seconds between two looks at the workers
+PATIENCE_WITHOUT_WORKERS = 3.0  # of a node that is told to stop
 MESSAGES = "LLAMA_LORA_MESSAGES"  # and the folder for the message of a UserError
 
 
@@ -42,9 +49,9 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
 
     Rendezvous comes from torchrun's own PET_* variables, which the training operator sets; without them: this machine
     alone, with parallelism.processesPerNode workers. Raises UserErrors where a worker ended with status 2; ends this
-    process with status 1 where one ended otherwise, and as a signal asks.
+    process with status 143 where they have saved and stopped, because this node or another was told to; with 1 where
+    one ended otherwise; and as a signal asks.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
@@ -59,14 +66,68 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker says itself why it ends
     with messages_folder() as messages:
         os.environ[LAUNCHER] = str(os.getpid())
+        torchrun = Torchrun(lambda: elastic_launch(launch_config, entrypoint)(*entrypoint_arguments))
+        status = wait_or_stop(torchrun)
+        if told := messages_in(messages):
+            raise UserErrors(told)
+        if isinstance(torchrun.error, ChildFailedError):
+            ends = {failure.exitcode for failure in torchrun.error.failures.values()}
+            sys.exit(status or (stopping.STOPPED if ends == {stopping.STOPPED} else 1))
+        if torchrun.error:
+            raise torchrun.error
+        if status:
+            sys.exit(status)
+
+
+class Torchrun(threading.Thread):
+    """torchrun's agent, in a thread, where it leaves this process's signals alone (torch 2.8, PContext.start)."""
+
+    def __init__(self, launch: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.error: BaseException | None = None
+        self._launch = launch
+
+    def run(self) -> None:
         try:
-            elastic_launch(launch_config, entrypoint)(*entrypoint_arguments)
-        except ChildFailedError:
-            if told := messages_in(messages):
-                raise UserErrors(told) from None
-            sys.exit(1)
-        except SignalException as error:
-            sys.exit(128 + int(error.sigval))
+            self._launch()
+        except BaseException as error:  # raised again by who waits
+            self.error = error
+
+
+def wait_or_stop(torchrun: Torchrun) -> int:
+    """Wait for the workers to end; 0, or 128 and a signal's number where that has ended them.
+
+    After SIGTERM they have time to save; what has not ended then is killed. Other signals end them at once.
+    """
+    kill_at = None
+    gone_since = None
+    with noted_signals() as (noted, wake_up):
+        torchrun.start()
+        while torchrun.is_alive():
+            if select.select([wake_up], [], [], LOOK)[0]:
+                os.read(wake_up, 1024)
+            if not noted:
+                continue
+            workers = [pid for pid, parent in processes() if parent == os.getpid()]
+            if kill_at is None:
+                saves = noted[0] == signal.SIGTERM
+                patience = stopping.GRACE_PERIOD - stopping.MARGIN if saves else 0.0
+                kill_at = time.monotonic() + patience
+                if saves:
+                    print(f"told to stop: the workers save and end, within {patience:.0f} s", flush=True)
+                    send(workers, stopping.ASK)
+            if time.monotonic() >= kill_at:
+                send(workers, signal.SIGKILL)
+            gone_since = None if workers else gone_since or time.monotonic()
+            if gone_since and time.monotonic() - gone_since > PATIENCE_WITHOUT_WORKERS:
+                break  # the agent waits for other nodes
+    return 128 + noted[0] if noted and (torchrun.is_alive() or torchrun.error) else 0
+
+
+def send(workers: Sequence[int], number: int) -> None:
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @contextmanager

@@ -56,6 +56,14 @@ class Paths:
     def progress(self) -> Path:
         return self.run / "progress.json"
 
+    @property
+    def stacks(self) -> Path:
+        """What the workers of a stage did when they were told to stop: a file each, ``worker_stacks``."""
+        return self.run / "stacks"
+
+    def worker_stacks(self, stage: str, rank: int) -> Path:
+        return self.stacks / f"{stage}-rank-{rank}.txt"
+
     def checkpoints(self, fingerprint: str) -> Path:
         """Checkpoints of one training: another configuration's are kept apart, so going back to it resumes them."""
         return self.run / "checkpoints" / fingerprint[:16]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from genvalues.errors import EXIT_USER_ERROR, UserError
-from llama_lora import backends, launch
+from llama_lora import backends, launch, stopping
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora.paths import Paths
@@ -27,12 +27,26 @@ def main(stage_name: str, config_file: str, workspace: str) -> None:
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
         work = declaration(stage_name).worker
         assert work is not None, f"{stage_name} has no workers"
-        with compile_cache(stage):
+        with stacks(stage), compile_cache(stage):
             work(stage, backends.get(config.backend))
     except UserError as error:
         Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
         sys.stdout.flush()
         os._exit(EXIT_USER_ERROR)  # an orderly exit aborts where gloo's threads still wait for the other workers
+    except stopping.Stopped as stopped:
+        if os.environ["RANK"] == "0":
+            print(f"{stage_name}: {stopped}", flush=True)
+        os._exit(stopping.STOPPED)
+
+
+def stacks(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Where this worker's stacks go when it is told to stop; those of more workers than there are now, gone."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank == 0:
+        own = {stage.paths.worker_stacks(stage.name, number) for number in range(size)}
+        for file in set(stage.paths.stacks.glob(f"{stage.name}-rank-*.txt")) - own:
+            file.unlink(missing_ok=True)
+    return stopping.stacks_in(stage.paths.worker_stacks(stage.name, rank))
 
 
 def compile_cache(stage: Stage) -> contextlib.AbstractContextManager[object]:

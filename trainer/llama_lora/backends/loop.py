@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from llama_lora import probe
+from llama_lora import probe, stopping
 from llama_lora.backends import TrainingJob, TrainingResult, checkpoints
 from llama_lora.backends.checkpoints import Record
 from llama_lora.backends.workers import Workers
@@ -119,11 +119,10 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
     seconds: list[float] = []
     in_flight: deque[Callable[[], StepMetrics]] = deque()
     began = time.monotonic()
-    while step < last_step:
-        in_flight.append(take(step))
-        step += 1
-        saving = saves and (step % save_steps == 0 or step == last_step)
-        while len(in_flight) > (0 if saving or step == last_step else engine.steps_in_flight):
+
+    def read_back(still_in_flight: int) -> None:
+        nonlocal began
+        while len(in_flight) > still_in_flight:
             metrics = in_flight.popleft()()
             check_loss(metrics)  # before anything is saved: a checkpoint is never spoilt
             losses.append(metrics.loss)
@@ -131,10 +130,27 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
             began = time.monotonic()
             if log:
                 log.step(metrics)
+
+    if not rehearsal:
+        stopping.ask_noted()
+    while step < last_step:
+        in_flight.append(take(step))
+        step += 1
+        saving = saves and (step % save_steps == 0 or step == last_step)
+        read_back(0 if saving or step == last_step else engine.steps_in_flight)
         if saving:
             probed = probe.measured(rows, job.probe, engine.row_loss) if step == last_step else None
             saved.save(step, step * plan.global_batch, probed)
             began = time.monotonic()
+        # All stop at the same step, or none: a worker that was asked alone would leave the others in a collective.
+        if step < last_step and not rehearsal and workers.any(stopping.asked()):
+            if not saving:
+                read_back(0)
+                saved.save(step, step * plan.global_batch, None)
+            if log:
+                log.close()
+            workers.barrier()  # torchrun ends the others as soon as one has ended
+            raise stopping.Stopped(f"stopped as asked, with step {step} of {plan.total_steps} saved; a rerun goes on")
     if rehearsal and engine.rehearses:  # what a training that is resumed does
         saved.restore_newest()
         take(last_step - 1)()

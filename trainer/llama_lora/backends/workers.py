@@ -47,6 +47,10 @@ class Workers:
         dist.all_reduce(tensor, group=self.group)
         return list(tensor.tolist())
 
+    def any(self, value: bool) -> bool:
+        """Whether any worker's value is true."""
+        return bool(self.largest(int(value)))
+
     def largest(self, number: int) -> int:
         """The largest of the workers' numbers."""
         tensor = torch.tensor(number)

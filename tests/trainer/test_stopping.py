@@ -1,0 +1,261 @@
+"""A training that is told to stop saves, ends with status 143, and goes on as if nothing had happened; what hangs says
+where."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_lora import launch, stopping
+from trainer.conftest import TWO_PROCESSES, Run
+from trainer.test_training import adapter_digest, free_port, losses, prepared, train_command, wait_for, worker_pids
+
+LONG: dict[str, Any] = {"training": {"maxSteps": 5000, "saveSteps": 5000}, "parallelism": TWO_PROCESSES}
+
+
+def start(run: Run, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        train_command(run),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(trainer: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+    said, _ = trainer.communicate(timeout=seconds)
+    return trainer.returncode, said
+
+
+def saved_steps(run: Run) -> list[int]:
+    return sorted(int(record.parent.name[-6:]) for record in run.paths.run.glob("checkpoints/*/step-*/checkpoint.json"))
+
+
+def step_of(run: Run) -> int:
+    """The step that progress.json tells of."""
+    try:
+        return int(json.loads(run.paths.progress.read_text(encoding="utf-8"))["step"])
+    except FileNotFoundError:
+        return 0
+
+
+def without_training(run: Run, name: str) -> Run:
+    """The run as it was before train."""
+    copy = run.copy(run.folder.parent / name)
+    shutil.rmtree(copy.paths.run / "checkpoints")
+    copy.paths.manifest("train").unlink()
+    copy.paths.progress.unlink()
+    return copy
+
+
+def test_a_training_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(new_run: Callable[..., Run]) -> None:
+    """By two workers, with dropout on, at a step at which nothing would have been saved."""
+    settings: dict[str, Any] = {
+        "lora": {"dropout": 0.1},
+        "training": {"maxSteps": 60, "saveSteps": 1000},
+        "parallelism": TWO_PROCESSES,
+    }
+    undisturbed = prepared(new_run("undisturbed", **settings))
+    undisturbed("train")
+    stopped = without_training(undisturbed, "stopped")
+    trainer = start(stopped)
+    wait_for(lambda: step_of(stopped) >= 2)
+    trainer.send_signal(signal.SIGTERM)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert not stopped.paths.manifest("train").exists()
+    (step,) = saved_steps(stopped)
+    assert 2 <= step < 60 and f"train: stopped as asked, with step {step} of 60 saved" in said
+    assert "Traceback" not in said
+
+    assert f"step-{step:06d}" in stopped("train")
+    assert losses(stopped) == losses(undisturbed)
+    assert adapter_digest(stopped) == adapter_digest(undisturbed)
+    assert not stopped.paths.stacks.exists(), "a training that ends well leaves no stacks"
+
+
+def test_one_worker_alone_can_be_asked_and_all_stop_at_the_same_step(new_run: Callable[..., Run]) -> None:
+    """The one with the higher rank, so that nothing depends on the first."""
+    run = prepared(new_run(**LONG))
+    trainer = start(run)
+    wait_for(run.paths.progress.exists)
+    os.kill(worker_of_rank(1, trainer.pid), stopping.ASK)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert len(saved_steps(run)) == 1
+
+
+def worker_of_rank(rank: int, launcher: int) -> int:
+    (found,) = [pid for pid in worker_pids(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return found
+
+
+def test_a_node_that_was_not_told_stops_with_the_one_that_was(new_run: Callable[..., Run]) -> None:
+    """As when one of two nodes is drained: the other's container is started again, and both go on."""
+    run = prepared(new_run(training={"maxSteps": 5000, "saveSteps": 5000}))
+    run.config["parallelism"] = {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2}
+    rendezvous = {
+        "PET_NNODES": "2:2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+    nodes = [start(run, **rendezvous) for _ in range(2)]
+    wait_for(lambda: step_of(run) >= 1)
+    nodes[1].send_signal(signal.SIGTERM)
+    assert [end(node)[0] for node in nodes] == [143, 143]
+    assert len(saved_steps(run)) == 1
+
+
+def test_a_stop_during_a_save_leaves_that_one_whole(new_run: Callable[..., Run]) -> None:
+    """Told in the middle of writing: the checkpoint gets its name, and nothing else is saved."""
+    run = prepared(new_run(training={"maxSteps": 5000, "saveSteps": 3}, parallelism=TWO_PROCESSES))
+    patched = trainer_with(
+        run,
+        "import time; from llama_lora.backends import cpu; save = cpu.CpuEngine.save\n"
+        "def slow(self, folder): time.sleep(2); save(self, folder)\n"
+        "cpu.CpuEngine.save = slow\n",
+    )
+    wait_for(lambda: step_of(run) == 3)
+    time.sleep(0.5)
+    patched.send_signal(signal.SIGTERM)
+    status, said = end(patched)
+    assert status == 143, said
+    assert saved_steps(run) == [3]
+
+
+def test_before_the_first_step_there_is_nothing_to_save_and_it_ends_quickly(new_run: Callable[..., Run]) -> None:
+    """While the workers still read the model, of which one would not come to an end."""
+    run = prepared(new_run(**LONG))
+    trainer = trainer_with(
+        run,
+        "import time; from llama_lora.backends import cpu\n"
+        "def reading_the_model(self, job): time.sleep(600)\n"
+        "cpu.CpuEngine.__init__ = reading_the_model\n",
+    )
+    wait_for(lambda: len(list(run.paths.stacks.glob("*.txt"))) == 2)
+    time.sleep(1)
+    began = time.monotonic()
+    trainer.send_signal(signal.SIGTERM)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert time.monotonic() - began < 10
+    assert not saved_steps(run) and not run.paths.manifest("train").exists()
+    assert "reading_the_model" in run.paths.worker_stacks("train", 0).read_text(encoding="utf-8")
+
+
+def test_before_the_workers_have_met_it_ends_quickly(new_run: Callable[..., Run]) -> None:
+    """The other node never comes."""
+    run = prepared(new_run(**LONG))
+    trainer = start(run, PET_NNODES="2:2", PET_RDZV_BACKEND="c10d", PET_RDZV_ENDPOINT=f"localhost:{free_port()}")
+    time.sleep(8)
+    assert trainer.poll() is None and not worker_pids(trainer.pid)
+    began = time.monotonic()
+    trainer.send_signal(signal.SIGTERM)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert time.monotonic() - began < 10 and "Traceback" not in said
+
+
+def test_a_dry_run_ends_at_once_and_does_not_count(new_run: Callable[..., Run]) -> None:
+    run = new_run(parallelism=TWO_PROCESSES)
+    run("tokenize")
+    trainer = trainer_with(
+        run,
+        "import time; from llama_lora.backends import cpu; step = cpu.CpuEngine.step\n"
+        "def slow(*arguments): time.sleep(1); return step(*arguments)\n"
+        "cpu.CpuEngine.step = slow\n",
+        stage="compile",
+    )
+    wait_for(lambda: len(list(run.paths.stacks.glob("compile-rank-*.txt"))) == 2)
+    time.sleep(3)
+    began = time.monotonic()
+    trainer.send_signal(signal.SIGTERM)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert time.monotonic() - began < 8
+    assert not run.paths.manifest("compile").exists() and not saved_steps(run)
+
+
+def test_a_worker_that_hangs_leaves_its_stack_and_is_killed(new_run: Callable[..., Run]) -> None:
+    """Rank 1 never comes to the third step; rank 0 waits for it in C, where no handler of Python's is run."""
+    run = prepared(new_run(**LONG))
+    stale = run.paths.worker_stacks("train", 7)
+    stale.parent.mkdir()
+    stale.write_text("of eight workers, once", encoding="utf-8")
+    run.paths.worker_stacks("train", 0).write_text("an earlier one's", encoding="utf-8")
+    trainer = trainer_with(
+        run,
+        "import os, time; from llama_lora.backends import cpu; take = cpu.CpuEngine.step\n"
+        "def waiting_for_a_lost_friend(): time.sleep(600)\n"
+        "def step(self, number, *rest):\n"
+        "    if number == 2 and os.environ['RANK'] == '1': waiting_for_a_lost_friend()\n"
+        "    return take(self, number, *rest)\n"
+        "cpu.CpuEngine.step = step\n",
+        launcher="stopping.GRACE_PERIOD = 14\n",
+    )
+    wait_for(lambda: step_of(run) == 2)
+    time.sleep(1)
+    began = time.monotonic()
+    trainer.send_signal(signal.SIGTERM)
+    status, said = end(trainer)
+    assert status == 143, said
+    assert 4 <= time.monotonic() - began < 12, "4 s to end, and then no longer"
+    hung, waiting = (run.paths.worker_stacks("train", rank).read_text(encoding="utf-8") for rank in (1, 0))
+    assert "waiting_for_a_lost_friend" in hung
+    assert "sum_over_workers" in waiting and "all_reduce" in waiting and "an earlier one's" not in waiting
+    assert not stale.exists()
+    assert not run.paths.manifest("train").exists()
+
+
+def trainer_with(run: Run, worker: str, launcher: str = "", stage: str = "train") -> subprocess.Popen[str]:
+    """The stage, with code that each worker runs before its work, and the launcher before its own."""
+    patched = run.folder / "patched_worker.py"
+    patched.write_text(f"import sys\n{worker}\nfrom llama_lora.worker import main\nmain(*sys.argv[1:])\n")
+    config = run.write_config()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from llama_lora import launch, stopping\nfrom llama_lora.cli import main\n"
+        f"{launcher}"
+        "import llama_lora.stages.train as train, llama_lora.stages.compile as compile\n"
+        "def command(stage, paths): return "
+        f"[sys.executable, {str(patched)!r}, stage, str(paths.config), str(paths.workspace)]\n"
+        "train.worker_command = compile.worker_command = command\n"
+        f"main([{stage!r}, '--config', {str(config)!r}, '--workspace', {str(run.workspace)!r}])\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_training_that_fails_is_not_one_that_was_stopped() -> None:
+    """What gate and people make of the statuses depends on it."""
+    assert stopping.STOPPED == 143 and stopping.STOPPED not in (0, 1, 2)
+    assert stopping.MARGIN > launch.PATIENCE_WITHOUT_WORKERS + launch.LOOK
+
+
+@pytest.mark.parametrize("stage", ["tokenize"])
+def test_any_stage_ends_when_it_is_told_to(new_run: Callable[..., Run], stage: str) -> None:
+    """As process 1 of a container it would ignore SIGTERM, and cost its pod the whole grace period."""
+    run = new_run()
+    arguments = [stage, "--config", str(run.write_config()), "--workspace", str(run.workspace)]
+    code = (
+        "import os, signal; from llama_lora import stage; from llama_lora.cli import main\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def told(*arguments): os.kill(os.getpid(), signal.SIGTERM); print('goes on')\n"
+        f"stage.run = told\nmain({arguments!r})\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (143, ""), ended.stderr
+    assert not re.search("Traceback", ended.stderr)
