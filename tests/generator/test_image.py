@@ -393,6 +393,17 @@ def test_a_tag_that_is_taken_is_told_before_the_build(
     assert builder.calls == [] and Path("f.yaml").read_bytes() == INPUTS.encode()
 
 
+@pytest.mark.parametrize("account", ["12345678901", "1234567890123", "1"])
+def test_an_account_that_has_not_12_digits_is_told_as_that(
+    account: str, builder: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(INPUTS.replace(ACCOUNT, account))
+    assert genvalues("image", "build", "f.yaml") == 2
+    said = last_line(capsys)
+    assert f"the account number {account} has {len(account)} digits, not 12" in said and "AWS_REGION" not in said
+    assert builder.calls == []
+
+
 def test_a_tag_that_is_free_is_built(aws: Aws, builder: Builder) -> None:
     aws.repository("IMMUTABLE")
     aws.refuses("describe_images", "ImageNotFoundException")

@@ -15,7 +15,9 @@ MODULES = {
     "check": "genvalues.commands.check",
     "write": "genvalues.commands.write",
     "image": "genvalues.commands.image",
+    "preflight": "genvalues.commands.preflight",
     "install": "genvalues.commands.install",
+    "status": "genvalues.commands.status",
     "local": "genvalues.commands.local",
     "cluster": "genvalues.cluster.cli",
 }

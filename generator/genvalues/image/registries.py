@@ -67,9 +67,10 @@ TAG = "2.8.0-transformers4.55.4-neuronx-py310-sdk2.26.0-ubuntu22.04"  # as in tr
 # ACCOUNT.dkr.ecr.REGION.amazonaws.com, its FIPS endpoint, China's, and the dual-stack form:
 # https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html
 ECR = re.compile(
-    r"(?P<account>[0-9]{12})\.dkr[.-]ecr(-fips)?\.(?P<region>[a-z]{2,4}(-[a-z]+)+-[0-9]+)"
+    r"(?P<account>[0-9]+)\.dkr[.-]ecr(-fips)?\.(?P<region>[a-z]{2,4}(-[a-z]+)+-[0-9]+)"
     r"\.(?P<domain>amazonaws\.com(\.cn)?|on\.aws|on\.amazonwebservices\.com\.cn)"
 )
+ACCOUNT_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,17 @@ def parse(reference: str) -> Image:
     if "/" not in repository or not (registry == "localhost" or set(".:") & set(registry)):
         registry = ""  # Docker's own
     found = ECR.fullmatch(registry)
-    if not found:
+    if not found or len(found["account"]) != ACCOUNT_DIGITS:
         return Image(repository, tag, digest, registry)
     return Image(repository, tag, digest, registry, found["account"], found["region"])
+
+
+def mistaken_account(image: Image) -> str:
+    """What is wrong with the account of an address that is ECR's but for that; nothing where it is not, or is right."""
+    found = ECR.fullmatch(image.registry)
+    if not found or len(found["account"]) == ACCOUNT_DIGITS:
+        return ""
+    return f"the account number {found['account']} has {len(found['account'])} digits, not {ACCOUNT_DIGITS}"
 
 
 def to_build(reference: str | None, where: str) -> Image:
@@ -118,6 +127,8 @@ def to_build(reference: str | None, where: str) -> Image:
     if not reference:
         raise UserError("missing", where=where, fix=f"Write where the image goes: {example}.")
     image = parse(reference)
+    if mistake := mistaken_account(image):
+        raise UserError(mistake, where=where, fix="Yours: aws sts get-caller-identity --query Account.")
     if not image.tag:
         raise UserError("names no tag to build", where=where, fix=f"Write REPOSITORY:TAG, such as {example}.")
     if image.tag == "latest":

@@ -5,6 +5,8 @@ What is answered is judged by pure functions (``judge``, ``hub.judge``, genvalue
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genvalues.findings import Finding, show
@@ -26,10 +28,33 @@ def run(
     context: str | None = None,
     release: str | None = None,
     region: str | None = None,
+    chart: Path | None = None,
 ) -> list[Finding]:
-    """All findings of what is asked for: AWS first, then the Hub, then the cluster; all three are asked side by side.
+    """All findings of what is asked for: AWS first, then the Hub, then the cluster; the three are asked side by side.
 
     Whatever the world answers is a finding. Raises UserError for what is wrong here: no chart, no Helm, a release's
     name that Helm does not take.
     """
-    raise NotImplementedError
+    from concurrent.futures import ThreadPoolExecutor
+
+    from genvalues.chart import need_chart
+    from genvalues.preflight.wanted import Wanted
+
+    wanted = Wanted(str(checked.document.path), checked.values)
+    parts: list[Callable[[], list[Finding]]] = []
+    if aws:
+        from genvalues.preflight.aws import check_aws
+
+        parts.append(lambda: check_aws(wanted, region, offline))
+    if hub:
+        from genvalues.preflight.hub import check_hub
+
+        parts.append(lambda: check_hub(wanted, offline))
+    if cluster:
+        from genvalues.preflight.cluster import check_cluster
+
+        folder = need_chart(chart)
+        name = release or wanted.text("name")
+        parts.append(lambda: check_cluster(folder, checked.values, name, namespace, context, offline))
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
+        return [finding for found in pool.map(lambda part: part(), parts) for finding in found]

@@ -1,0 +1,332 @@
+"""The checks that ask AWS, side by side, and not for long. What an answer means is in ``judge``."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+from genvalues.aws import Denied, Missing, NotLoggedIn, default_region, told
+from genvalues.errors import Unavailable, UserError
+from genvalues.findings import Finding
+from genvalues.image.registries import ACCOUNTS, mistaken_account
+from genvalues.preflight import judge
+from genvalues.preflight.judge import Answer
+from genvalues.preflight.wanted import PUBLIC_ECR, Wanted
+
+# A call takes 10 s at most: one try, of which this is the longest wait for a connection and then for each answer.
+CONNECT_SECONDS, READ_SECONDS = 4, 6
+# The IAM prefix of a service where it is not the service's name in boto3, and the actions that are not the call's name.
+PREFIXES = {"service-quotas": "servicequotas"}
+ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}
+POLICY = "docs/preflight.md has a policy to paste"
+
+Found = TypeVar("Found")
+
+
+class Asking:
+    """AWS in one region, with clients that are made once and give up soon. Safe to use from several threads."""
+
+    def __init__(self, region: str) -> None:
+        self.region = region
+        self._session: Any = None
+        self._clients: dict[str, Any] = {}
+        self._lock = threading.Lock()  # making a client is not for two threads at once (boto3's guide); using one is
+
+    def client(self, service: str) -> Any:
+        with self._lock:
+            if service not in self._clients:
+                self._clients[service] = self._make(service)
+            return self._clients[service]
+
+    def _make(self, service: str) -> Any:
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+
+        if self._session is None:
+            # As the default, so that the calls that credentials are made by (STS, SSO) are as quick to give up.
+            core = botocore.session.get_session()
+            limits = Config(
+                connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries={"total_max_attempts": 1}
+            )
+            core.set_default_client_config(limits)
+            self._session = boto3.session.Session(botocore_session=core)
+        return self._session.client(service, region_name=self.region)
+
+    @contextmanager
+    def calling(self, service: str, operation: str) -> Iterator[Any]:
+        """The client, around a call: raises as ``told`` does, and what was not allowed names the IAM action."""
+        name = "".join(word.title() for word in operation.split("_"))
+        action = ACTIONS.get(name, f"{PREFIXES.get(service, service)}:{name}")
+        with told(f"{service} in {self.region}", needs=action, look=f"Look at it: aws {service} help."):
+            yield self.client(service)
+
+    def ask(self, service: str, operation: str, **parameters: Any) -> dict[str, Any]:
+        with self.calling(service, operation) as client:
+            answer: dict[str, Any] = getattr(client, operation)(**parameters)
+        return answer
+
+    def list(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """What is under ``key``, page by page, asked for as it is needed."""
+        with self.calling(service, operation) as client:
+            for page in client.get_paginator(operation).paginate(**parameters):
+                yield from page.get(key) or []
+
+
+Check = Callable[[Asking, Wanted], list[Finding]]
+
+
+def check_aws(wanted: Wanted, region: str | None = None, offline: bool = False) -> list[Finding]:
+    """All findings about AWS; ``region`` is the one that the user names."""
+    checks = applicable(wanted)
+    findings = check_size(wanted)
+    if not checks and not findings:
+        return [Finding("ok", "AWS", f"nothing to check at AWS: instance {wanted.instance}")]
+    if offline:
+        subjects = ["AWS credentials", "AWS region", *checks]
+        return [*(Finding("not checked", subject, "--offline") for subject in subjects), *findings]
+    configured, problems = attempt("AWS credentials", wanted, default_region)
+    if problems:  # a profile that is not there, or a file that is no configuration
+        return [*problems, unasked(checks, "credentials"), *findings]
+    named = wanted.regions(region, configured)
+    regions = judge.judge_region(named, known_regions(), wanted.file)
+    if regions.level == "error":
+        return [regions, unasked(checks, "a region"), *findings]
+    asking = Asking(named[0][1])
+    identity, problems = attempt("AWS credentials", wanted, lambda: asking.ask("sts", "get_caller_identity"))
+    if any(problem.level == "error" for problem in problems):
+        return [*problems, regions, unasked(checks, "credentials"), *findings]
+    who = [judge.judge_identity(identity)] if identity else problems
+    with ThreadPoolExecutor(max(1, len(checks))) as pool:
+        found = pool.map(lambda subject: guarded(subject, checks[subject], asking, wanted), checks)
+        return [*who, regions, *(finding for some in found for finding in some), *findings]
+
+
+def applicable(wanted: Wanted) -> dict[str, Check]:
+    """The checks that this run gives a reason for, by what they are about."""
+    checks: dict[str, Check] = {}
+    if wanted.hardware:
+        checks[f"quota and capacity of {wanted.instance}"] = check_hyperpod if wanted.on_hyperpod else check_capacity
+        checks[f"zones of {wanted.ec2_type}"] = check_offering
+    if wanted.hardware or wanted.image_is_ecrs:
+        checks["image"] = check_image
+    if wanted.file_system:
+        checks[f"file system {wanted.file_system}"] = check_file_system
+    if wanted.subnet:
+        checks["subnet and security groups"] = check_network
+    if wanted.s3_source:
+        checks[wanted.text("dataset.source")] = check_object
+    return checks
+
+
+def unasked(checks: dict[str, Check], without: str) -> Finding:
+    """Not a line for each: they all want the same thing first."""
+    return Finding("not checked", "AWS", f"{', '.join(checks)}: not without {without}, see above")
+
+
+def known_regions() -> set[str]:
+    """What this botocore lists, in every partition; and the regions of AWS's containers, which may be newer."""
+    import boto3
+
+    session = boto3.session.Session()
+    partitions = session.get_available_partitions()
+    return {*ACCOUNTS, *(region for one in partitions for region in session.get_available_regions("ec2", one))}
+
+
+def guarded(subject: str, check: Check, asking: Asking, wanted: Wanted) -> list[Finding]:
+    """A check that may not look, or gets no answer, is not checked; the others go on."""
+    findings, problems = attempt(subject, wanted, lambda: check(asking, wanted))
+    return problems if findings is None else findings
+
+
+def attempt(subject: str, wanted: Wanted, ask: Callable[[], Found]) -> tuple[Found | None, list[Finding]]:
+    """What was answered, or the finding that it was not."""
+    preflight = f"genvalues preflight {shlex.quote(wanted.file)} --aws"
+    try:
+        return ask(), []
+    except NotLoggedIn as error:
+        log_in = "aws sso login   # or: aws configure; or AWS_PROFILE=NAME for others"
+        return None, [Finding("error", subject, error.what, log_in)]
+    except Denied as error:
+        fix = f"AWS_PROFILE=NAME {preflight}   # or have {error.needs} allowed: {POLICY}"
+        return None, [Finding("not checked", subject, f"these credentials are not allowed {error.needs}", fix)]
+    except Missing:
+        return None, [Finding("not checked", subject, "AWS knows nothing of this name", preflight)]
+    except Unavailable as error:
+        return None, [Finding("not checked", subject, str(error), preflight, unanswered=True)]
+    except UserError as error:
+        return None, [Finding("not checked", subject, str(error), preflight)]
+
+
+def or_none(ask: Callable[[], Found]) -> Found | None:
+    """None where AWS has nothing of that name."""
+    try:
+        return ask()
+    except Missing:
+        return None
+
+
+# --- the checks
+
+
+def check_capacity(asking: Asking, wanted: Wanted) -> list[Finding]:
+    """The quota of On-Demand instances, and what is reserved: either may do without the other's answer."""
+    by_type = [{"Name": "instance-type", "Values": [wanted.ec2_type]}]
+    listed = ("ec2", "describe_capacity_reservations", "CapacityReservations")
+    reservations, denied = attempt(
+        f"capacity of {wanted.ec2_type}", wanted, lambda: list(asking.list(*listed, Filters=by_type))
+    )
+    blocks = [one for one in judge.active(reservations or []) if judge.is_block(one)]
+    in_blocks = judge.instances_in(blocks)
+    asked = {"ServiceCode": "ec2", "QuotaCode": judge.TRN_QUOTA}
+    quota = guarded(
+        f"quota of {wanted.ec2_type}",
+        lambda asking, wanted: [
+            judge.judge_quota(
+                (or_none(lambda: asking.ask("service-quotas", "get_service_quota", **asked)) or {}).get("Quota"),
+                wanted,
+                asking.region,
+                in_blocks,
+            )
+        ],
+        asking,
+        wanted,
+    )
+    now = datetime.now(timezone.utc)
+    if reservations is None:
+        return [*quota, *denied]
+    return [*quota, *judge.judge_reservations(reservations, wanted, asking.region, now)]
+
+
+def check_hyperpod(asking: Asking, wanted: Wanted) -> list[Finding]:
+    """The clusters, and SageMaker's quota, which one that has its nodes does not need."""
+    clusters, denied = attempt("HyperPod", wanted, lambda: clusters_of(asking))
+    standing = judge.standing_nodes(clusters or [], wanted.instance)
+    quota = guarded(
+        f"quota of {wanted.instance}",
+        lambda asking, wanted: [
+            judge.judge_cluster_quota(find_cluster_quota(asking, wanted), wanted, asking.region, standing)
+        ],
+        asking,
+        wanted,
+    )
+    if clusters is None:
+        return [*quota, *denied]
+    return [*quota, judge.judge_hyperpod(clusters, wanted, asking.region)]
+
+
+def clusters_of(asking: Asking) -> list[Answer]:
+    names = [one["ClusterName"] for one in asking.list("sagemaker", "list_clusters", "ClusterSummaries")]
+    found = [or_none(lambda: asking.ask("sagemaker", "describe_cluster", ClusterName=name)) for name in names]  # noqa: B023
+    return [cluster for cluster in found if cluster]
+
+
+def find_cluster_quota(asking: Asking, wanted: Wanted) -> Answer | None:
+    """By its name: its code is nowhere documented. SageMaker has thousands, so that it stops where it is found."""
+    listed = asking.list("service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker", MaxResults=100)
+    return next((quota for quota in listed if quota.get("QuotaName") == judge.cluster_quota(wanted)), None)
+
+
+def check_offering(asking: Asking, wanted: Wanted) -> list[Finding]:
+    offerings = list(
+        asking.list(
+            "ec2",
+            "describe_instance_type_offerings",
+            "InstanceTypeOfferings",
+            LocationType="availability-zone",
+            Filters=[{"Name": "instance-type", "Values": [wanted.ec2_type]}],
+        )
+    )
+    try:
+        subnet = subnet_of_storage(asking, wanted)
+    except (UserError, Unavailable):  # said by the check of the storage itself
+        subnet = None
+    return [judge.judge_offering(offerings, subnet, wanted, asking.region)]
+
+
+def subnet_of_storage(asking: Asking, wanted: Wanted) -> Answer | None:
+    identity = wanted.subnet
+    if wanted.file_system and (there := next(iter(file_systems_of(asking, wanted)), None)):
+        identity = next(iter(there.get("SubnetIds") or []), "")
+    return find_subnet(asking, identity) if identity else None
+
+
+def find_subnet(asking: Asking, identity: str) -> Answer | None:
+    answer = or_none(lambda: asking.ask("ec2", "describe_subnets", SubnetIds=[identity]))
+    return next(iter((answer or {}).get("Subnets") or []), None)
+
+
+def file_systems_of(asking: Asking, wanted: Wanted) -> list[Answer]:
+    answer = or_none(lambda: asking.ask("fsx", "describe_file_systems", FileSystemIds=[wanted.file_system]))
+    return list((answer or {}).get("FileSystems") or [])
+
+
+def check_image(asking: Asking, wanted: Wanted) -> list[Finding]:
+    image = wanted.image
+    subject = f"image {image.name}{f':{image.tag}' if image.tag else ''}"
+    if mistake := mistaken_account(image):
+        fix = "aws sts get-caller-identity --query Account   # then image:"
+        return [Finding("error", subject, mistake, fix)]
+    if not image.in_ecr:
+        where = "public.ecr.aws, which anybody can pull from" if image.registry == PUBLIC_ECR else "no registry of ECR"
+        look = f"docker manifest inspect {shlex.quote(image.at(image.digest) if image.digest else image.tagged)}"
+        return [Finding("not checked", subject, f"its address is {where}", look)]
+    which = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag}
+    parameters = {"registryId": image.account, "repositoryName": image.name, "imageIds": [which]}
+    there = asking if image.region == asking.region else Asking(image.region)
+    answer = or_none(lambda: there.ask("ecr", "describe_images", **parameters))
+    return [judge.judge_image(answer, image, wanted)]
+
+
+def check_file_system(asking: Asking, wanted: Wanted) -> list[Finding]:
+    return judge.judge_file_system(file_systems_of(asking, wanted), wanted, asking.region)
+
+
+def check_size(wanted: Wanted) -> list[Finding]:
+    """Asks nobody."""
+    return judge.judge_size(wanted) if wanted.storage_kind == "fsx" else []
+
+
+def check_network(asking: Asking, wanted: Wanted) -> list[Finding]:
+    """The subnet and the groups that a file system made on demand gets."""
+    subnet, denied = attempt(f"subnet {wanted.subnet}", wanted, lambda: find_subnet(asking, wanted.subnet))
+    findings = denied or [judge.judge_subnet(subnet, wanted, asking.region)]
+
+    def groups(asking: Asking, wanted: Wanted) -> list[Finding]:
+        by_id = [{"Name": "group-id", "Values": wanted.security_groups}]  # which answers with those there are
+        found = list(asking.list("ec2", "describe_security_groups", "SecurityGroups", Filters=by_id))
+        return judge.judge_security_groups(found, subnet, wanted, asking.region)
+
+    if not wanted.security_groups:
+        return findings
+    subject = f"security groups {', '.join(wanted.security_groups)}"
+    return [*findings, *guarded(subject, groups, asking, wanted)]
+
+
+def check_object(asking: Asking, wanted: Wanted) -> list[Finding]:
+    bucket, key = wanted.s3_source or ("", "")
+    try:
+        head = or_none(lambda: asking.ask("s3", "head_object", Bucket=bucket, Key=key))
+    except Denied as error:
+        look = f"aws s3 ls {shlex.quote(wanted.text('dataset.source'))}"
+        found = (
+            f"access denied to these credentials ({error.needs}), or it is not there, which S3 tells only with"
+            f" s3:ListBucket; {judge.their_role(wanted)}"
+        )
+        return [Finding("not checked", wanted.text("dataset.source"), found, look)]
+    return [judge.judge_object(head, bucket_region(asking, bucket), wanted, asking.region)]
+
+
+def bucket_region(asking: Asking, bucket: str) -> str:
+    """Where the bucket is, if S3 says it: empty is no answer."""
+    try:
+        answer = asking.ask("s3", "head_bucket", Bucket=bucket)
+    except (UserError, Unavailable, Missing):
+        return ""
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(answer.get("BucketRegion") or headers.get("x-amz-bucket-region") or "")
