@@ -1,16 +1,20 @@
 """The command genvalues. Its commands parse and print (genvalues.commands); data goes to stdout, talk to stderr.
 
-Exit status: 0 done, 2 the user must change something, 1 anything else; `local` ends as its first failing stage does.
-Stopped by a signal, `image`, `install` and `local` end with 128 and its number (130: Ctrl-C).
+Exit status: 0 done, 2 the user must change something, 1 anything else, such as a defect of ours; `local` ends as its
+first failing stage does. Stopped by a signal, a command ends with 128 and its number (130: Ctrl-C), and where nobody
+reads its output any more, with 1 and without a word.
 """
 
 from __future__ import annotations
+
+import os
+import sys
 
 import click
 
 from genvalues import __version__
 from genvalues.commands import Commands
-from genvalues.errors import user_errors_end_with_status_2
+from genvalues.errors import defect, traceback_wanted, user_errors_end_with_status_2
 
 
 def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -27,9 +31,28 @@ def genvalues() -> None:
     """From a short inputs file to a LoRA fine-tune of Llama on Trainium: checked values for the chart llama-lora."""
 
 
-@user_errors_end_with_status_2
 def main() -> None:
-    genvalues()
+    """The entry point: whatever happens ends in a status and, where there is something to say, in a message."""
+    try:
+        sys.exit(command())
+    except BrokenPipeError:  # in what is printed here; click takes care of the rest
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+        sys.exit(1)
+    except Exception as error:
+        print(defect(error, with_traceback=traceback_wanted()), file=sys.stderr)
+        sys.exit(1)
+
+
+@user_errors_end_with_status_2
+def command() -> int:
+    try:
+        status = genvalues(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort as aborted:  # click's word for Ctrl-C, and for the end of the input at a question
+        return 130 if isinstance(aborted.__cause__, KeyboardInterrupt) else 1
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,18 @@ class Contradiction:
 
 
 def contradictions(values: Values) -> Iterator[Contradiction]:
-    rules = (model, dataset, attention, parallelism, process_groups, devices, storage, access_modes, secrets)
+    rules = (
+        model,
+        dataset,
+        attention,
+        parallelism,
+        process_groups,
+        devices,
+        storage,
+        access_modes,
+        environment,
+        secrets,
+    )
     for rule in rules:
         yield from rule(values)
 
@@ -207,6 +218,56 @@ def access_modes(values: Values) -> Iterator[Contradiction]:
             f"{nodes} nodes need ReadWriteMany",
             "Write [ReadWriteMany].",
         )
+
+
+CHARTS_OWN = {  # environment variables of the stages that take no other value, and what to do instead
+    "LLAMA_LORA_WORKSPACE": ("is set by the chart", "Use chartValues.workspace.mountPath."),
+}
+CHARTS_OWN_ON_NEURON = {
+    "NEURON_COMPILE_CACHE_URL": ("is set by the chart", "Remove it: the cache is on the volume."),
+    "NEURON_LOGICAL_NC_CONFIG": ("is set by the chart", "Use chartValues.neuron.logicalCoreSize."),
+    **dict.fromkeys(
+        ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"),
+        ("is out of use since Neuron 2.25, and spoils what is kept in fp32", "Remove it: weights are loaded in bf16."),
+    ),
+}
+
+
+def environment(values: Values) -> Iterator[Contradiction]:
+    """What extraEnv must not change, or must change in compile and train alike: llama-lora.validations.neuron."""
+    common = get(values, "stageDefaults.extraEnv", dict) or {}
+    stages = get(values, "stages", dict) or {}
+    on_neuron = get(values, "backend", str) == "neuron"
+    compiling = {"compile", "neff", "train"} if on_neuron else set()
+    extra = {stage: {**common, **(get(stages, f"{stage}.extraEnv", dict) or {})} for stage in compiling | set(stages)}
+    for stage in sorted(extra):
+        taken = CHARTS_OWN | (CHARTS_OWN_ON_NEURON if stage in compiling else {})
+        for name in sorted(taken.keys() & extra[stage].keys()):
+            yield Contradiction(variable(name, stage), *taken[name])
+        if stage in compiling and "--cache_dir" in as_text(extra[stage].get("NEURON_CC_FLAGS")):
+            what = "--cache_dir moves the compiler's cache away from where the stages look for it"
+            yield Contradiction(variable("NEURON_CC_FLAGS", stage), what, "Remove --cache_dir.")
+    for name in sorted(set(extra.get("compile", ())) | set(extra.get("train", ()))) if on_neuron else []:
+        if name.startswith("NEURON_RT_") or name in CHARTS_OWN_ON_NEURON:
+            continue
+        of_the_graphs = name.startswith(("NEURON_", "XLA_"))
+        if of_the_graphs and as_text(extra["compile"].get(name)) != as_text(extra["train"].get(name)):
+            yield Contradiction(
+                variable(name, "train", "compile"),
+                "differs between stages compile and train, so that train's graphs would not be those that compile made",
+                "Set it in both, or in chartValues.stageDefaults.extraEnv.",
+            )
+
+
+def variable(name: str, *stages: str) -> tuple[KeyPath, ...]:
+    return *(("stages", stage, "extraEnv", name) for stage in stages), ("stageDefaults", "extraEnv", name)
+
+
+def as_text(value: Any) -> str:
+    """As Helm's toString has it, with which the chart compares."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def secrets(values: Values) -> Iterator[Contradiction]:

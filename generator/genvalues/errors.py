@@ -7,11 +7,15 @@ command, which then ends with status 2 (DESIGN: 0 done, 2 the user must change s
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 EXIT_USER_ERROR = 2
+TRACEBACK = "GENVALUES_TRACEBACK"  # set to anything, the environment variable has the traceback of a defect shown
+PACKAGE = Path(__file__).parent
 
 
 class UserError(Exception):
@@ -61,3 +65,31 @@ def user_errors_end_with_status_2(command: Command) -> Command:
             sys.exit(1)
 
     return wrapper  # type: ignore[return-value]
+
+
+def defect(error: Exception, *, with_traceback: bool) -> str:
+    """An error that is ours, in a line: what, where in the code, and how to report it; after its traceback if wanted.
+
+    Nothing that looks like a token is in it.
+    """
+    import traceback
+
+    from genvalues.wording import one_line, redacted
+
+    frames = traceback.extract_tb(error.__traceback__)
+    of_ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents] or list(frames)
+    place = f" at {Path(of_ours[-1].filename).name}:{of_ours[-1].lineno}" if of_ours else ""
+    said = one_line(redacted(str(error)), 120)
+    what = f"{type(error).__name__}{place}{f' ({said})' if said else ''}"
+    line = (
+        f"genvalues: a defect of ours: {what}. Report it to whoever you have genvalues from, with what the same "
+        f"command prints with {TRACEBACK}=1 before it."
+    )
+    if not with_traceback:
+        return line
+    return redacted("".join(traceback.format_exception(type(error), error, error.__traceback__))) + line
+
+
+def traceback_wanted() -> bool:
+    """Asked for, or in a pod of the chart, where the command cannot be given again."""
+    return bool(os.environ.get(TRACEBACK)) or sys.argv[1:2] == ["cluster"]
