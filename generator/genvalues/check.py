@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pydantic
-
 from genvalues.chart import written_in_chart_values
 from genvalues.contradictions import Contradiction, contradictions
 from genvalues.document import Document, Mistake
-from genvalues.explain import form_mistake, inputs_schema, schema_mistakes, shown
-from genvalues.inputs import Inputs
+from genvalues.explain import schema_mistakes, shown
+from genvalues.inputs import Inputs, inputs_from
 from genvalues.instances import CPU, HYPERPOD, NAMES, refusal
 from genvalues.nested import get, merge, without_null
-from genvalues.wording import SECRET_KEYS, TOKEN, KeyPath, dotted, one_line
+from genvalues.wording import SECRET_KEYS, TOKEN, KeyPath, one_line
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 FILES = f"(files end with {' '.join(FILE_SUFFIXES)})"
@@ -58,15 +56,7 @@ def check(document: Document) -> Inputs:
     """The inputs, or every mistake in them."""
     mistakes = [*document.mistakes, *schema_mistakes(document.value), *rule_mistakes(document), *tokens(document.value)]
     document.raise_mistakes(first_of_each_place(mistakes, document))
-    try:
-        return Inputs.model_validate(document.value)
-    except pydantic.ValidationError as error:  # in JSON schema, as Python reads it, $ lets a last line break through
-        keys = [problem["loc"] for problem in error.errors()]
-        # A place in the model may be deeper than in the file: ("model", "ModelPath")
-        keys = [next(key[:end] for end in range(len(key), -1, -1) if key[:end] in document.positions) for key in keys]
-        schema = inputs_schema()
-        document.raise_mistakes(form_mistake(key, get(document.value, dotted(key), str), schema) for key in keys)
-        raise
+    return inputs_from(document.value)
 
 
 def first_of_each_place(mistakes: list[Mistake], document: Document) -> Iterator[Mistake]:
@@ -89,7 +79,7 @@ def rule_mistakes(document: Document) -> Iterator[Mistake]:
     on_cpu = instance == CPU
     if instance:
         yield from instance_rules(value, instance, on_cpu)
-        yield from path_rules(value, on_cpu, document.path.parent)
+        yield from path_rules(document, on_cpu)
     yield from model_rules(value)
     yield from dataset_rules(value)
     yield from image_rules(value)
@@ -157,8 +147,9 @@ def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(("dataset", "source"), f"{shown(source, ())} is neither a hub id nor s3://... nor a file", FILES)
 
 
-def path_rules(value: dict[str, Any], on_cpu: bool, folder: Path) -> Iterator[Mistake]:
+def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
     """Paths are read by the stages: in pods, which don't see this computer, or here."""
+    value = document.value
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
     for key, path in paths(value):
         if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
@@ -177,12 +168,12 @@ def path_rules(value: dict[str, Any], on_cpu: bool, folder: Path) -> Iterator[Mi
                 f"Use a hub id, s3://, or an absolute path under {mount}, the volume.",
             )
         elif on_cpu and not there.is_absolute():
-            here = absolute(path, folder)
+            here = absolute(path, document.position(key).folder)
             if not os.path.exists(here):  # noqa: PTH110 - which never raises
                 yield Mistake(
                     key,
                     f"no such file or folder: {one_line(str(here), 200)}",
-                    "Write its path as seen from the inputs file's folder, or an absolute one.",
+                    "Write its path as seen from the inputs file's folder (with --set: from here), or an absolute one.",
                 )
             elif PurePosixPath(mount) in PurePosixPath(here).parents:
                 yield Mistake(
@@ -274,7 +265,7 @@ def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 
 def absolute(path: str, folder: Path) -> Path:
-    """As seen from the inputs file's folder."""
+    """As seen from the folder of the file that it is written in."""
     return Path(os.path.realpath(folder / path))
 
 

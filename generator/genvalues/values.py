@@ -6,7 +6,7 @@ from typing import Any
 
 from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, split_image
 from genvalues.contradictions import FLASH_ROWS
-from genvalues.inputs import Block, Dataset, Inputs, ModelPath, Storage
+from genvalues.inputs import Dataset, Inputs, ModelPath, Storage, plain
 from genvalues.instances import HYPERPOD, parallelism, trainium
 from genvalues.nested import merge
 
@@ -85,11 +85,7 @@ def image(reference: str | None) -> dict[str, str]:
 
 
 def hugging_face(inputs: Inputs) -> dict[str, str]:
-    """The Secret of the token: as written; the usual one on Trainium, where models are gated as a rule; else none."""
-    if inputs.hugging_face is not None:
-        return plain(inputs.hugging_face)
-    left_out = "hugging_face" not in inputs.model_fields_set
-    return {"tokenSecret": "hf-token" if left_out and not inputs.on_cpu else "", "tokenKey": "token"}
+    return plain(inputs.hugging_face) if inputs.hugging_face else {"tokenSecret": "", "tokenKey": "token"}
 
 
 def model(wanted: str | ModelPath) -> dict[str, str]:
@@ -131,7 +127,3 @@ def storage(wanted: Storage, kind: str) -> dict[str, Any]:
 
 
 DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}
-
-
-def plain(block: Block) -> dict[str, Any]:
-    return block.model_dump(by_alias=True)

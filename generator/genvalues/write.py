@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Checked:
 
 def checked(sources: Sources) -> Checked:
     """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr."""
-    document = read(sources.file, sets=sources.sets)
+    document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
     inputs = check(document)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
@@ -57,14 +57,14 @@ def text_of(found: Checked, sources: Sources) -> str:
 
 
 def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
-    """On the CPU the stages may run anywhere on this computer: paths as seen from the inputs file."""
-    folder = document.path.parent
+    """On the CPU the stages may run anywhere on this computer: paths as seen from the file they are written in."""
     for key, path in paths(document.value):
+        folder = document.position(key).folder
         if key == ("model", "path"):
-            inputs = inputs.model_copy(update={"model": ModelPath(path=str(absolute(path, folder)))})
+            inputs = replace(inputs, model=ModelPath(path=str(absolute(path, folder))))
         else:
-            source = inputs.dataset.model_copy(update={"source": str(absolute(path, folder))})
-            inputs = inputs.model_copy(update={"dataset": source})
+            source = replace(inputs.dataset, source=str(absolute(path, folder)))
+            inputs = replace(inputs, dataset=source)
     return inputs
 
 

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genvalues import __version__, chart, helm, inputs, instances
+from genvalues import __version__, chart, helm, inputs, inputs_schema, instances
 from genvalues.errors import UserError
-from genvalues.inputs import Inputs
+from genvalues.inputs import inputs_from
 from genvalues.sources import Sources
 from genvalues.values import values_from
 from genvalues.write import checked, text_of
@@ -58,11 +58,11 @@ def values_of(tmp_path: Path, text: str, *sets: str) -> dict[str, Any]:
 
 
 def test_the_committed_schema_is_the_models() -> None:
-    assert inputs.SCHEMA.read_text() == inputs.schema_text(), "run: make schema"
+    assert inputs.SCHEMA.read_text() == inputs_schema.schema_text(), "run: make schema"
 
 
 def test_every_key_of_the_inputs_is_described_and_every_number_has_its_range() -> None:
-    schema = inputs.json_schema()
+    schema = inputs_schema.json_schema()
     for block in [schema, *schema["$defs"].values()]:
         for name, key in block["properties"].items():
             assert key.get("description"), name
@@ -97,7 +97,7 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
 
 def test_the_inputs_defaults_are_the_charts() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
-    derived = values_from(Inputs.model_validate({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"}))
+    derived = values_from(inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"}))
     for section in ("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "hyperpod"):
         assert derived[section] == defaults[section]
     assert derived["devices"] == defaults["devices"]
@@ -234,16 +234,16 @@ def test_set_changes_keys_and_chart_values_come_last(tmp_path: Path) -> None:
         tmp_path,
         ISSUE,
         "training.maxSteps=7",
-        "lora={r: 8, targetModules: all-linear}",
+        "lora.r=8,lora.targetModules=all-linear",
         "chartValues.training.seed=9",
         "chartValues.stages.train.nodeSelector.example\\.com/pool=gold",
-        "chartValues.kueue.queueName='5'",
+        "chartValues.kueue.queueName=five",
     )
     assert (values["training"]["maxSteps"], values["training"]["seed"]) == (7, 9)
     assert (values["lora"]["r"], values["lora"]["alpha"], values["lora"]["targetModules"]) == (8, 16, "all-linear")
     assert values["stages"]["train"]["nodeSelector"] == {"example.com/pool": "gold"}
     assert values["stages"]["train"]["resources"]
-    assert values["kueue"] == {"queueName": "5"}
+    assert values["kueue"] == {"queueName": "five"}
 
 
 def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ WORD = st.from_regex(r"\A[A-Za-z0-9_ .-]{1,12}\Z").filter(lambda text: bool(text
 def numbers(block: str) -> dict[str, st.SearchStrategy[Any]]:
     """For each number of a block, all values that its schema allows."""
     found: dict[str, st.SearchStrategy[Any]] = {}
-    for name, key in inputs.json_schema()["$defs"][block]["properties"].items():
+    for name, key in inputs_schema.json_schema()["$defs"][block]["properties"].items():
         for branch in [key, *key.get("anyOf", [])]:
             low = branch.get("minimum", branch.get("exclusiveMinimum"))
             high = branch.get("maximum", branch.get("exclusiveMaximum"))
