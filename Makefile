@@ -52,8 +52,10 @@ values: $(READY)
 
 docs: $(READY)
 	.venv/bin/python docs/generate_values.py
+	.venv/bin/python docs/generate_genvalues.py
 
 bench: $(READY)
+	.venv/bin/python tests/bench/bench_start.py
 	.venv/bin/python tests/bench/bench_merge.py
 
 clean:

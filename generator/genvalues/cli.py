@@ -1,8 +1,6 @@
 """The command genvalues. Its commands parse and print (genvalues.commands); data goes to stdout, talk to stderr.
 
-Exit status: 0 done, 2 the user must change something, 1 anything else, such as a defect of ours; `local` ends as its
-first failing stage does. Stopped by a signal, a command ends with 128 and its number (130: Ctrl-C), and where nobody
-reads its output any more, with 1 and without a word.
+The exit statuses are in the help. Where nobody reads its output any more, a command ends with 1 and without a word.
 """
 
 from __future__ import annotations
@@ -23,7 +21,16 @@ def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+EXIT_STATUS = """\b
+Exit status:
+    0    done
+    2    something in the inputs, the command line, the cluster or AWS must be changed first
+    1    anything else: a stage has failed, a service does not answer, a defect of ours
+    130  stopped by Ctrl-C; by another signal, 128 and its number
+"""
+
+
+@click.group(cls=Commands, epilog=EXIT_STATUS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, callback=show_version, expose_value=False, is_eager=True, help="Show the version."
 )

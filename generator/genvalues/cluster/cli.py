@@ -63,7 +63,9 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
 def preflight_command(config: Path) -> int:
     """Check everything the pipeline needs from the cluster; all findings at once.
 
-    Example: genvalues cluster preflight --config /etc/llama-lora/cluster.yaml
+    \b
+    Example:
+        genvalues cluster preflight --config /etc/llama-lora/cluster.yaml
     """
     import time
 
@@ -90,8 +92,10 @@ def preflight_command(config: Path) -> int:
 def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     """Release a stage's PyTorchJob if it has something to do, follow it, and end as it ends.
 
-    Example: genvalues cluster gate --config /etc/llama-lora/cluster.yaml --run-config /etc/llama-lora/run.yaml
-    --stage train --job llama-lora-train-3
+    \b
+    Example:
+        genvalues cluster gate --config /etc/llama-lora/cluster.yaml --run-config /etc/llama-lora/run.yaml \\
+          --stage train --job llama-lora-train-3
     """
     from . import api, gate
     from .config import load
@@ -107,10 +111,12 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
 
 
 @cluster.command("cleanup")
-@click.option("--release", required=True)
-@click.option("--namespace", required=True)
+@click.option("--release", required=True, help="The release to stop.")
+@click.option("--namespace", required=True, help="Where it is.")
 @click.option("--run", default="", help="The run's label: of RELEASE-run, stages that have it are stopped too.")
-@click.option("--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True)
+@click.option(
+    "--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True, help="Until this gives up."
+)
 @click.option(
     "--own-job",
     type=(str, int),
@@ -124,7 +130,9 @@ def cleanup_command(
 ) -> int:
     """Stop what still runs of a release, and wait until its pods are gone.
 
-    Example: genvalues cluster cleanup --release llama-lora --namespace default
+    \b
+    Example:
+        genvalues cluster cleanup --release llama-lora --namespace default
     """
     from . import api, cleanup
 
@@ -153,8 +161,10 @@ def cleanup_command(
 def runner_command(config: Path, chart: Path, values: Path, own_job: str) -> int:
     """Run the pipeline as the release RELEASE-run, from inside the cluster.
 
-    Example: genvalues cluster runner --config /etc/llama-lora/cluster.yaml --chart /opt/llama-lora/chart
-    --values /etc/llama-lora/values.yaml --own-job llama-lora-runner-1
+    \b
+    Example:
+        genvalues cluster runner --config /etc/llama-lora/cluster.yaml --chart /opt/llama-lora/chart \\
+          --values /etc/llama-lora/values.yaml --own-job llama-lora-runner-1
     """
     from . import api, runner
     from .config import load

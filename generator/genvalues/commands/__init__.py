@@ -13,14 +13,19 @@ import click
 # In the order of a user's day, which is the order of --help and of docs/genvalues.md.
 MODULES = {
     "check": "genvalues.commands.check",
+    "plan": "genvalues.commands.plan",
     "write": "genvalues.commands.write",
     "image": "genvalues.commands.image",
     "preflight": "genvalues.commands.preflight",
     "install": "genvalues.commands.install",
     "status": "genvalues.commands.status",
+    "logs": "genvalues.commands.logs",
+    "bundle": "genvalues.commands.bundle",
+    "uninstall": "genvalues.commands.uninstall",
     "local": "genvalues.commands.local",
     "cluster": "genvalues.cluster.cli",
 }
+IN_PODS = {"cluster"}  # not for people
 
 
 class Commands(click.Group):
