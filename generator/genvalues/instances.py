@@ -16,6 +16,9 @@ class Generation:
     logical_core_size: int  # NeuronCores that a process has as one
     tensor_parallel: int  # how wide where nothing else is asked for
     groups: tuple[int, ...]  # how many processes of a node can be a group
+    cores: int  # physical NeuronCores of a device
+    hbm_gib: int  # memory of a device
+    bf16_tflops: float  # of a device, dense: what its matrix engines can do at best
 
 
 # Tensor parallel 8 on trn1 and 4 on trn2: examples/training/llama/finetune_llama.sh of optimum-neuron 0.4.5, for
@@ -24,8 +27,10 @@ class Generation:
 # trn2 with logical cores of two), and NxD Inference features, tensor parallelism (16 on trn1 too). neuronx_distributed
 # (parallel_state.get_logic_chosen) says of trn2 that nothing places 8 x 8, and that 32 x 2 needs what it only chooses
 # when told lnc_size, which optimum-neuron never does.
-TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32))
-TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64))
+# A device: Neuron docs, Trainium Architecture (2 NeuronCores, 32 GiB, 190 TFLOPS in bf16) and Trainium2 Architecture
+# (8 NeuronCores, 96 GiB, 667 TFLOPS).
+TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32), cores=2, hbm_gib=32, bf16_tflops=190)
+TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64), cores=8, hbm_gib=96, bf16_tflops=667)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ class Instance:
         if self.efa:
             devices["vpc.amazonaws.com/efa"] = self.efa
         return devices
+
+    @property
+    def hbm(self) -> int:
+        """Bytes of device memory for each process: 16 GiB on trn1, 24 GiB on trn2 (a logical core of two)."""
+        return self.neuron_devices * (self.generation.hbm_gib << 30) // self.cores
+
+    @property
+    def flops(self) -> float:
+        """Operations a second that each process's core can do at best, dense bf16."""
+        return self.neuron_devices * self.generation.bf16_tflops * 1e12 / self.cores
 
     @property
     def shared_memory(self) -> str:

@@ -1,0 +1,28 @@
+"""What `genvalues plan` does: the plan that `genvalues write` writes, with a price that may be today's."""
+
+from __future__ import annotations
+
+from genvalues.errors import UserError
+from genvalues.inputs import Inputs
+from genvalues.plan.planning import Plan, Priced, known_price
+from genvalues.plan.prices import REGION, live_price, region_of
+from genvalues.sources import Sources
+from genvalues.write import checked
+
+
+def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) -> Plan:
+    """Raises every mistake in the inputs, and UserError for options that contradict one another."""
+    if live and offline:
+        raise UserError("asks AWS, which --offline forbids", where="--live", fix="Leave one of the two out.")
+    if region is not None and not REGION.match(region):
+        raise UserError(f"{region[:40]!r} is no AWS region", where="--region", fix="Write one such as us-west-2.")
+
+    def price(inputs: Inputs) -> Priced:
+        if not live or inputs.on_cpu:
+            return known_price(inputs, region)
+        where = region or region_of(inputs.image)
+        if where is None:
+            raise UserError("needs a region", where="--live", fix="Write --region, such as us-west-2.")
+        return live_price(inputs.instance, where), ""
+
+    return checked(sources, offline, price).plan

@@ -1,0 +1,57 @@
+"""How much there is to train on, where that can be known without the network: a file that is on this computer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST_BYTES = 32 << 20  # of a file that is counted: it must not be felt
+# A token of Llama 3's vocabulary is some four characters of English text (Meta, "Introducing Meta Llama 3"); templates,
+# other languages and names of columns in the file make it a range.
+BYTES_PER_TOKEN = (3.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A dataset's examples, and the bytes of its file."""
+
+    number: int
+    bytes: int
+
+    def rows(self, length: int, packing: bool, held_out: float) -> tuple[int, int]:
+        """Fewest and most rows of ``length`` tokens that are trained on. Packed, several examples share one."""
+        kept = max(1, round(self.number * (1 - held_out)))
+        if not packing:
+            return kept, kept
+        fewest, most = (self.bytes * (1 - held_out) / each / length for each in reversed(BYTES_PER_TOKEN))
+        return min(kept, max(1, round(fewest))), min(kept, max(1, round(most)))
+
+
+def count(path: Path) -> Examples | None:
+    """The examples of a .jsonl, .json, .csv or .txt file; None where it cannot be counted cheaply, or at all."""
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES or not path.is_file():
+            return None
+        number = _count(path)
+    except (OSError, ValueError, csv.Error, RecursionError):
+        return None
+    return Examples(number, size) if number else None
+
+
+def _count(path: Path) -> int | None:
+    if path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    if path.suffix == ".txt":
+        with path.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return max(0, sum(1 for _ in csv.reader(file)) - 1)
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        return len(rows) if isinstance(rows, list) else None
+    return None  # .parquet: its footer is Thrift, and needs pyarrow

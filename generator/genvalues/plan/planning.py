@@ -1,0 +1,216 @@
+"""From checked inputs to a plan. ``plan`` is pure; ``look`` is what reads files and, where it must, asks the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from genvalues.check import is_file, row_format
+from genvalues.contradictions import FLASH_ROWS
+from genvalues.inputs import Inputs, ModelPath
+from genvalues.instances import trainium
+from genvalues.plan import dataset, models
+from genvalues.plan.architectures import target_names
+from genvalues.plan.choices import Choice, Layout, Refused, Rejection, Run, Wishes, choose, length_problems
+from genvalues.plan.estimate import Estimate, Work, assumptions, cpu_node_hours, estimate, work
+from genvalues.plan.memory import Memory
+from genvalues.plan.models import Model
+from genvalues.plan.prices import Price, price_per_node_hour, region_of
+
+Priced = tuple[Price | None, str]  # (dollars a node-hour, "") or (None, why there is none and what to write)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found about model and dataset. ``rows_unknown`` says why there are no examples."""
+
+    model: Model
+    examples: dataset.Examples | None = None
+    rows_unknown: str = "the rows of a dataset that is not on this computer are not counted"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be. ``memory`` and ``estimate`` are None on the CPU and where the model is not known."""
+
+    instance: str
+    model: Model
+    attention: str
+    attention_reason: str
+    layout: Layout
+    choices: tuple[Choice, ...]
+    rejected: tuple[Rejection, ...]
+    memory: Memory | None
+    work: Work
+    estimate: Estimate | None
+    price: Price | None
+    price_unknown: str
+    lora_parameters: int | None
+    notes: tuple[str, ...] = ()
+    assumptions: tuple[tuple[str, str], ...] = field(default=())
+
+
+def look(inputs: Inputs, offline: bool = False) -> Seen:
+    """Model and dataset, as far as they can be seen from here. On the CPU their paths are absolute by now."""
+    if isinstance(inputs.model, ModelPath):
+        model = models.at_path(inputs.model.path, here=inputs.on_cpu)
+    else:
+        hub_id, _, revision = inputs.model.partition("@")
+        # On the CPU nothing is chosen by the model, so nobody waits for the Hub.
+        model = models.on_hub(hub_id, revision, offline or inputs.on_cpu)
+    source = inputs.dataset.source
+    if inputs.on_cpu and is_file(source):
+        examples = dataset.count(Path(source))
+        return Seen(model, examples, "this file's rows cannot be counted cheaply")
+    where = "of the Hub" if not source.startswith("s3://") and not is_file(source) else "on S3 or on the volume"
+    return Seen(model, None, f"the rows of a dataset {where} are not counted here")
+
+
+def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
+    """The plan for inputs that have been checked. Raises Refused where wishes cannot be kept, or nothing fits.
+
+    ``priced`` is what a node-hour costs, or why that is not known; ``known_price`` when left out.
+    """
+    instance = trainium(inputs.instance)
+    uses = attention(inputs)
+    training = inputs.training
+    rows = seen.examples and seen.examples.rows(
+        training.max_sequence_length, training.packing, inputs.dataset.eval_fraction
+    )
+    run = Run(
+        instance=inputs.instance,
+        length=training.max_sequence_length,
+        attention=uses,
+        r=inputs.lora.r,
+        targets=tuple(target_names(inputs.lora.target_modules)),
+        dropout=inputs.lora.dropout > 0,
+        rows=rows or None,
+        cpu_processes=inputs.cpu.processes if inputs.cpu else 2,
+    )
+    if instance and (problems := list(length_problems(run, seen.model.architecture))):
+        raise Refused(*problems)
+    price, price_unknown = priced or known_price(inputs)
+
+    def todo(layout: Layout) -> Work:
+        return work(run.rows, training.epochs, training.max_steps, layout.global_batch, run.length, seen.rows_unknown)
+
+    def costs(layout: Layout) -> Estimate | None:
+        architecture = seen.model.architecture
+        if instance is None or architecture is None:
+            return None
+        evaluated = inputs.evaluation
+        enabled = evaluated.enabled if evaluated.enabled is not None else inputs.dataset.eval_fraction > 0
+        on_cpu = inputs.compile.runs_on == "cpu"
+        probe = inputs.probe
+        return estimate(
+            architecture,
+            run.step(layout.per_device, layout.checkpointing),
+            instance,
+            nodes=layout.nodes,
+            todo=todo(layout),
+            price=price,
+            compile_on_cpu=on_cpu,
+            cpu_stages=cpu_node_hours(
+                architecture,
+                length=run.length,
+                probe_tokens=probe.rows * min(probe.max_tokens, run.length),
+                eval_tokens=evaluated.max_rows * run.length if enabled else 0,
+                generated_tokens=evaluated.samples * evaluated.max_new_tokens,
+                compile_on_cpu=on_cpu,
+            ),
+        )
+
+    def hours(layout: Layout) -> tuple[float, float] | None:
+        costed = costs(layout)
+        if costed is None or costed.training_hours is None:
+            return None
+        return tuple(
+            train + compiling for train, compiling in zip(costed.training_hours, costed.compile_hours, strict=True)
+        )  # type: ignore[return-value]
+
+    chosen = choose(run, wishes(inputs), seen.model, hours)
+    costed = costs(chosen.layout)
+    architecture = seen.model.architecture
+    return Plan(
+        instance=inputs.instance,
+        model=seen.model,
+        attention=uses,
+        attention_reason=attention_reason(inputs, uses),
+        layout=chosen.layout,
+        choices=chosen.choices,
+        rejected=chosen.rejected,
+        memory=chosen.memory,
+        work=todo(chosen.layout),
+        estimate=costed,
+        price=price,
+        price_unknown=price_unknown,
+        lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
+        notes=(*chosen.notes, *overrides(inputs)),
+        assumptions=tuple(assumptions(inputs.compile.runs_on == "cpu")) if costed else (),
+    )
+
+
+def wishes(inputs: Inputs) -> Wishes:
+    training, parallelism = inputs.training, inputs.parallelism
+    return Wishes(
+        nodes=inputs.nodes,
+        tensor_parallel=parallelism.tensor_parallel_size,
+        max_hours=parallelism.max_hours,
+        per_device=training.per_device_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        global_batch=training.global_batch_size,
+        checkpointing=training.activation_checkpointing,
+    )
+
+
+def attention(inputs: Inputs) -> str:
+    """As written; else flash where it is as right as eager (a row is one text) and Neuron's kernel takes the rows."""
+    if inputs.training.attention is not None:
+        return inputs.training.attention
+    is_text = row_format(inputs.dataset.format, inputs.dataset.source) == "text"
+    fits = inputs.training.max_sequence_length % FLASH_ROWS == 0
+    return "flash" if is_text and fits and not inputs.on_cpu else "eager"
+
+
+def attention_reason(inputs: Inputs, uses: str) -> str:
+    if inputs.training.attention is not None:
+        return "as written"
+    format_ = row_format(inputs.dataset.format, inputs.dataset.source)
+    if uses == "flash":
+        return (
+            f"format text: a row is one text, and {inputs.training.max_sequence_length} is a multiple of {FLASH_ROWS}"
+        )
+    if inputs.on_cpu:
+        return "flash is a kernel of Trainium's"
+    if format_ != "text":
+        return f"format {format_}: examples in a row are kept apart by a mask, which flash does not take"
+    return f"flash takes rows of a multiple of {FLASH_ROWS}, not of {inputs.training.max_sequence_length}"
+
+
+def known_price(inputs: Inputs, region: str | None = None) -> Priced:
+    """The inputs' guards.pricePerNodeHour, else the table's price in ``region`` (left out: the image's)."""
+    written = inputs.guards.price_per_node_hour
+    if written is not None:
+        return Price(written, "guards.pricePerNodeHour"), ""
+    if inputs.on_cpu:
+        return None, "a CPU node may be anything"
+    region = region or region_of(inputs.image)
+    if found := price_per_node_hour(inputs.instance, region):
+        return found, ""
+    told = f"no price known for {inputs.instance}" + (f" in {region}" if region else "")
+    told += ": give guards.pricePerNodeHour, or ask with --live"
+    plain = inputs.instance.removeprefix("ml.")
+    if plain != inputs.instance and (ec2 := price_per_node_hour(plain, region)):
+        told += f" (on EC2, where HyperPod's price is not the same, {plain} is ${ec2.dollars:g})"
+    return None, told
+
+
+def overrides(inputs: Inputs) -> list[str]:
+    """chartValues are merged last, over what is planned."""
+    over = inputs.chart_values
+    named = [
+        f"chartValues.{section}"
+        for section in ("parallelism", "training", "lora", "model", "devices")
+        if over.get(section)
+    ]
+    return [f"{', '.join(named)} changes what is planned here: the values have it, this plan has not."] if named else []

@@ -1,0 +1,140 @@
+"""What a node-hour costs: a committed table, or the AWS Pricing API where it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genvalues.errors import Unavailable, UserError
+from genvalues.instances import HYPERPOD
+
+TABLE = Path(__file__).with_name("prices.json")
+REGION = re.compile(r"^[a-z]{2}(-[a-z]+)+-[0-9]$")
+ECR = re.compile(r"^[0-9]{12}\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(\.cn)?/")
+PRICING_API = "us-east-1"  # one of the few regions that answer for all (AWS docs, Using the AWS Price List Query API)
+TIMEOUT = 10  # seconds, for connecting and for an answer
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars for one node and hour. ``kind`` says how it is bought, ``dated`` when that was the price."""
+
+    dollars: float
+    kind: str
+    region: str = ""
+    dated: str = ""
+
+
+@functools.lru_cache(maxsize=1)
+def table() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return read
+
+
+def price_per_node_hour(instance: str, region: str | None) -> Price | None:
+    """The table's price. Without a region: the one of all regions of the table, where they agree."""
+    if region is not None:
+        return _row(instance, region)
+    found = [price for region in table()["regions"] if (price := _row(instance, region)) is not None]
+    if not found or len({price.dollars for price in found}) > 1:
+        return None
+    return Price(found[0].dollars, found[0].kind, ", ".join(price.region for price in found), found[0].dated)
+
+
+def _row(instance: str, region: str) -> Price | None:
+    row = table()["regions"].get(region, {}).get(instance)
+    return Price(row[0], row[1], region, table()["dated"]) if row else None
+
+
+def region_of(image: str | None) -> str | None:
+    """The region of an image in ECR, which is where its nodes are as a rule."""
+    match = ECR.match(image or "")
+    return match[1] if match else None
+
+
+def live_price(instance: str, region: str, client: Any = None) -> Price:
+    """Today's on-demand price of the AWS Pricing API (GetProducts).
+
+    Raises UserError where the API has no such price, or the account may not ask, Unavailable where it does not answer.
+    ``client`` is boto3's of "pricing"; made here when left out.
+    """
+    import botocore.exceptions
+
+    service, filters = _product(instance, region)
+    try:
+        client = client or _client()
+        pages = client.get_paginator("get_products").paginate(
+            ServiceCode=service,
+            Filters=[{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in filters.items()],
+        )
+        prices = set(_hourly(json.loads(product) for page in pages for product in page["PriceList"]))
+    except botocore.exceptions.NoCredentialsError:
+        raise UserError(
+            "there are no AWS credentials", where="--live", fix="Sign in (`aws sso login`, `aws configure`)."
+        ) from None
+    except botocore.exceptions.ClientError as error:
+        told = error.response.get("Error", {})
+        if told.get("Code") in ("ThrottlingException", "InternalErrorException"):
+            raise Unavailable(f"--live: the AWS Pricing API says {told.get('Code')}. Try again.") from None
+        raise UserError(
+            f"the AWS Pricing API says {told.get('Code')}: {_one_line(told.get('Message', ''))}",
+            where="--live",
+            fix="It needs the permission pricing:GetProducts.",
+        ) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise Unavailable(f"--live: the AWS Pricing API does not answer: {_one_line(str(error))}") from None
+    if len(prices) != 1:
+        several = f"has {len(prices)} prices" if prices else "has no price"
+        raise UserError(
+            f"the AWS Pricing API {several} for {instance} in {region}",
+            where="--live",
+            fix="Write guards.pricePerNodeHour, or another --region.",
+        )
+    return Price(prices.pop(), "AWS Pricing API, on demand", region, "today")
+
+
+def _product(instance: str, region: str) -> tuple[str, dict[str, str]]:
+    """Service code and filters. HyperPod nodes are billed as SageMaker's component Cluster, USE1-Cluster:ml.TYPE."""
+    if instance.startswith(HYPERPOD):
+        return "AmazonSageMaker", {
+            "regionCode": region,
+            "component": "Cluster",
+            "instanceType": f"{instance}-Cluster",
+        }
+    return "AmazonEC2", {
+        "regionCode": region,
+        "instanceType": instance,
+        "operatingSystem": "Linux",
+        "tenancy": "Shared",
+        "preInstalledSw": "NA",
+        "capacitystatus": "Used",
+    }
+
+
+def _hourly(products: Iterable[dict[str, Any]]) -> Iterable[float]:
+    """Dollars an hour, of the on-demand terms that have any."""
+    for product in products:
+        if "Reserved" in product.get("product", {}).get("attributes", {}).get("usagetype", ""):
+            continue  # flexible training plans and the like, sold on an on-demand term of SageMaker's
+        for term in product.get("terms", {}).get("OnDemand", {}).values():
+            for dimension in term.get("priceDimensions", {}).values():
+                dollars = float(dimension.get("pricePerUnit", {}).get("USD", 0))
+                if dollars > 0 and dimension.get("unit", "").lower() in ("hrs", "hours", "hour"):
+                    yield dollars
+
+
+def _client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"total_max_attempts": 1})
+    return boto3.client("pricing", region_name=PRICING_API, config=config)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
