@@ -16,6 +16,7 @@ from genvalues.wording import KeyPath, dotted, one_line
 
 NAME = "llama-lora"
 NAME_OURS = f"Name the folder of the chart {NAME}."
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the chart's files are ours, and long
 BESIDE_THE_SOURCES = Path(__file__).parents[2] / "chart"
 
 
@@ -39,12 +40,20 @@ def need_chart(wanted: Path | None) -> Path:
     return found
 
 
+def load(text: str) -> Any:
+    return yaml.load(text, Loader=LOADER)
+
+
 def chart_name(chart: Path) -> str:
     try:
-        metadata = yaml.safe_load((chart / "Chart.yaml").read_text(encoding="utf-8"))
+        metadata = load((chart / "Chart.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return ""
     return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
+
+
+def values_schema(chart: Path) -> dict[str, Any]:
+    return part(chart, "values.schema.json", json.loads)
 
 
 def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -61,20 +70,37 @@ def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 def on_top_of_defaults(chart: Path, values: dict[str, Any]) -> dict[str, Any]:
     """What the templates see, as Helm makes it of the chart's defaults and these values."""
-    return dict(without_null(merge(part(chart, "values.yaml", yaml.safe_load), values)))
+    return dict(without_null(merge(part(chart, "values.yaml", load), values)))
+
+
+def top_level_purposes(chart: Path) -> dict[str, str]:
+    """What each top-level key of the values is for, in a line; as the chart's schema says it, shortened."""
+    keys = values_schema(chart).get("properties", {})
+    return {key: shortened(str(rules.get("description", ""))) for key, rules in keys.items()}
+
+
+def shortened(description: str, width: int = 100) -> str:
+    """Its first sentence, and of a long one what comes before a comma."""
+    sentence = description.split(". ")[0].rstrip(".")
+    while len(sentence) > width and "," in sentence:
+        sentence = sentence.rpartition(",")[0]
+    return one_line(f"{sentence}.", width + 1) if sentence else ""
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """What the chart's schema has against values that are on top of its defaults: key and reason."""
     import jsonschema
 
-    schema = part(chart, "values.schema.json", json.loads)
+    schema = values_schema(chart)
     try:
-        jsonschema.Draft7Validator.check_schema(schema)
-    except jsonschema.SchemaError as wrong:
+        errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
+    except Exception as failure:  # whatever its code stumbles over, a schema that is none is not checked for that first
+        wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
+        if wrong is None:
+            raise
         where = str(chart / "values.schema.json")
-        raise UserError(f"is no JSON schema: {one_line(wrong.message)}", where=where, fix=NAME_OURS) from None
-    for error in jsonschema.Draft7Validator(schema).iter_errors(values):
+        raise UserError(f"is no JSON schema: {one_line(wrong.message)}", where=where, fix=NAME_OURS) from failure
+    for error in errors:
         cause = jsonschema.exceptions.best_match([error])
         key = tuple(cause.absolute_path)
         if cause.validator == "additionalProperties" and (known := cause.schema.get("properties")):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from genvalues import __version__
-from genvalues.chart import find_chart, on_top_of_defaults, refusal_error, refusals, written_in_chart_values
+from genvalues.chart import (
+    find_chart,
+    on_top_of_defaults,
+    refusal_error,
+    refusals,
+    top_level_purposes,
+    written_in_chart_values,
+)
 from genvalues.check import absolute, check, paths, placed
 from genvalues.contradictions import contradictions, warnings
 from genvalues.document import Document, Mistake, read
@@ -19,6 +28,7 @@ from genvalues.nested import get
 from genvalues.sources import Sources
 from genvalues.values import values_from
 from genvalues.wording import one_line, redacted
+from genvalues.written import claimed_digest, difference, is_as_written, schema_comments, with_digest
 from genvalues.yamltext import dump
 
 NOT_WRITABLE = "Name a file in a folder that is there and that you may write to."
@@ -46,14 +56,29 @@ def checked(sources: Sources) -> Checked:
     return Checked(document, inputs, values)
 
 
-def text_of(found: Checked, sources: Sources) -> str:
-    """The values file."""
-    lines = [
-        f"# Written by genvalues {__version__} from {one_line(sources.file.name)}: "
-        "change that file and write again, not this one.",
-        *(f"#   --set {redacted(one_line(assignment))}" for assignment in sources.sets),
+def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:
+    """The values file, as it is written to ``output`` (None: stdout, or where no editor looks)."""
+    *files, last = (one_line(file.name) for file in sources.files)
+    names = f"{', '.join(files)} and {last}: change those" if files else f"{last}: change that file"
+    sets = [f"--set {assignment}" for assignment in sources.sets]
+    sets += [f"--set-string {assignment}" for assignment in sources.set_strings]
+    chart = find_chart(sources.chart)
+    comments = [
+        f"Written by genvalues {__version__} from {names} and write again, not this one.",
+        *(f"  {redacted(one_line(assignment, 200))}" for assignment in sets),
+        *schema_comments(
+            (chart or Path()) / "values.schema.json",
+            Path(os.path.realpath(chart)).parent if chart else None,
+            output.parent if output else Path(),
+            "genvalues schema --values",
+        ),
     ]
-    return "\n".join(lines) + "\n" + dump(found.values)
+    purposes = top_level_purposes(chart) if chart else {}
+    sections = []
+    for key, value in found.values.items():
+        comment = f"# {purposes[key]}\n" if purposes.get(key) else ""
+        sections.append(f"\n{comment}{dump({key: value})}")
+    return with_digest(comments, "".join(sections))
 
 
 def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
@@ -86,13 +111,25 @@ def check_against(chart: Path | None, values: dict[str, Any], document: Document
         raise UserErrors(mismatches)
 
 
-def write_values(output: Path, text: str, inputs: Path) -> None:
-    """Whole or not at all, and never over the inputs."""
+def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool) -> None:
+    """Whole or not at all; never over the inputs, and over a file that somebody edited, or wrote, only by ``force``."""
+    where = f"-o {output}"
     try:
         if output.is_dir():
-            raise UserError("this is a folder", where=f"-o {output}", fix=f"Write -o {output / 'values.yaml'}.")
-        if output.exists() and output.samefile(inputs):
-            raise UserError("that is the inputs file itself", where=f"-o {output}", fix="Write -o values.yaml.")
+            raise UserError("this is a folder", where=where, fix=f"Write -o {output / 'values.yaml'}.")
+        if output.exists():
+            if not output.is_file():
+                raise UserError("this is no file", where=where, fix="Write -o values.yaml, or -o - for stdout.")
+            if any(output.samefile(file) for file in inputs):
+                raise UserError("that is the inputs file itself", where=where, fix="Write -o values.yaml.")
+            there = output.read_bytes().decode("utf-8", errors="surrogateescape")
+            if not (force or there == text or is_as_written(there)):
+                print(difference(there, text, one_line(str(output))), file=sys.stderr)
+                what = (
+                    "was edited since genvalues wrote it" if claimed_digest(there) else "was not written by genvalues"
+                )
+                raise UserError(what, where=where, fix="Write to another file, or over this one with --force.")
         write_text(output, text)
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}", fix=NOT_WRITABLE) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot be written: {reason}", where=where, fix=NOT_WRITABLE) from None

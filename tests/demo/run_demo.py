@@ -49,7 +49,7 @@ def run_pipeline(inputs: Path, settings: dict[str, object], folder: Path) -> int
     values, workspace = str(folder / "values.yaml"), str(folder / "workspace")
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
     commands = [
-        [genvalues, "write", str(inputs), "-o", values, *options],
+        [genvalues, "write", str(inputs), "-o", values, "--force", *options],
         [genvalues, "local", values, "--workspace", workspace],
     ]
     for command in commands:

@@ -13,19 +13,21 @@ from genvalues.sources import Sources
 @click.option(
     "-o", "--output", default="values.yaml", show_default=True, metavar="FILE", help="Where to; - for stdout."
 )
-def write(sources: Sources, output: str) -> None:
+@click.option("--force", is_flag=True, help="Over a file that was edited, or that genvalues did not write, too.")
+def write(sources: Sources, output: str, force: bool) -> None:
     """Check an inputs file and write the chart's values.
 
     \b
     Example:
-        genvalues write finetune.yaml -o values.yaml --set training.maxSteps=10
+        genvalues write finetune.yaml -f trn2.yaml -o values.yaml --set training.maxSteps=10
         helm install llama-lora ./chart -f values.yaml
     """
     from genvalues.write import checked, text_of, write_values
 
-    text = text_of(checked(sources), sources)
-    if output == "-":
-        click.echo(text, nl=False)
+    to_stdout = output == "-"
+    text = text_of(checked(sources), sources, None if to_stdout else Path(output))
+    if to_stdout:
+        click.echo(text.encode("utf-8"), nl=False)
         return
-    write_values(Path(output), text, inputs=sources.file)
+    write_values(Path(output), text, sources.files, force=force)
     click.echo(f"{sources.file} is right. Wrote {output}.", err=True)
