@@ -21,15 +21,21 @@ PARTIAL = ".partial-"  # what an unfinished file or folder has in its name
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write ``content`` to ``path`` whole or not at all; readable for whom the umask lets read, or with ``mode``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
     partial = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~current_umask())  # mkstemp's 0600 would hide the file from the other stages' users
+        # mkstemp's 0600 would hide the file from the other stages' users
+        partial.chmod(0o666 & ~current_umask() if mode is None else mode)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -20,15 +20,18 @@ from typing import IO, Any
 import yaml
 
 from genvalues import helm
-from genvalues.chart import NAME, need_chart
+from genvalues.chart import NAME, need_chart, part
 from genvalues.errors import UserError
 from genvalues.files import write_text
 from genvalues.nested import merge
 from genvalues.process import Command, Interrupted, run_together
+from genvalues.wording import one_line
 from genvalues.yamltext import UnreadableYAML, decode, dump, load_as_helm
 
 STAGE = "llama-lora/stage"
 NEEDS_CLUSTER = "llama-lora/needs-cluster"
+# The first Neuron device, as the driver names it (AWS Neuron documentation, "How to Build and Run a Neuron Container").
+NEURON_DEVICE = Path("/dev/neuron0")
 ENDING = 30.0  # seconds given to the stages of a run that was killed, to notice it and end
 RELEASE = "llama-lora"  # the chart needs a name; runs have theirs in values.name
 TAIL = 20  # lines of a failed stage's log that are shown again at the end
@@ -57,10 +60,13 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(values_file: Path, workspace: Path, chart: Path | None) -> int:
-    """Run all stages; the status is 0 or the first failing stage's."""
+def run(values_file: Path, workspace: Path, chart: Path | None, *, on_cpu: bool = False) -> int:
+    """Run all stages of a values file, or of a bundle's values; the status is 0 or the first failing stage's.
+
+    With ``on_cpu`` values for Trainium run on the CPU, as one process.
+    """
     try:
-        objects = rendered(values_file, chart)
+        objects = rendered(values_file, chart, on_cpu)
         with locked(workspace) as lock:
             stages = stages_of(objects, Local(workspace.resolve(), objects))
             return run_stages(stages, left_out(objects), workspace.resolve(), lock)
@@ -68,24 +74,75 @@ def run(values_file: Path, workspace: Path, chart: Path | None) -> int:
         return 130
 
 
-def rendered(values_file: Path, chart: Path | None) -> list[Object]:
+def rendered(values_file: Path, chart: Path | None, on_cpu: bool = False) -> list[Object]:
     found = need_chart(chart)
-    values = merge(read_values(values_file), {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
+    values = of_bundle(values_file, found) if is_bundle(values_file) else read_values(values_file)
+    if on_cpu:
+        values = for_the_cpu(values)
+    elif values.get("backend") == "neuron" and not NEURON_DEVICE.exists():
+        fix = "Run its stages on the CPU, which takes a small model: --cpu"
+        what = "is for Trainium (backend: neuron), which this computer does not have"
+        raise UserError(what, where=str(values_file), fix=fix)
+    values = merge(values, {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
     objects = helm.render(found, RELEASE, values)
     if all(annotation(item, NEEDS_CLUSTER) for item in in_order(objects)):
         raise UserError("has no stage that runs here", where=str(found), fix=f"Name the folder of the chart {NAME}.")
     return objects
 
 
+def is_bundle(path: Path) -> bool:
+    return path.name.endswith((".tar.gz", ".tgz"))
+
+
+def of_bundle(path: Path, chart: Path) -> dict[str, Any]:
+    """The values of the release that was packed. Says where this chart is not the release's."""
+    from genvalues.release.bundle import VALUES, read_bundle
+    from genvalues.release.redact import HIDDEN
+
+    about, text = read_bundle(path)
+    values = values_in(text, f"{path}: {VALUES}")
+    ours = part(chart, "Chart.yaml", yaml.safe_load).get("version")
+    if about.get("chart") != ours:
+        warn(f"{path} is of chart {one_line(str(about.get('chart')))}; it is run with {chart}, which is {ours}")
+    if HIDDEN in text:
+        warn(f"values in {path} were redacted; a stage that needs them fails")
+    release = about.get("release")
+    return {**values, "name": values.get("name") or (release if isinstance(release, str) else "")}
+
+
+def for_the_cpu(values: dict[str, Any]) -> dict[str, Any]:
+    """The same run with what Trainium alone has taken away: one process, no devices, and eager attention."""
+    one_process = {"nodes": 1, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 1}
+    without = {key: value for key, value in values.items() if key not in ("neuron", "devices")}
+    return merge(
+        without,
+        {
+            "backend": "cpu",
+            "instance": "cpu",
+            "parallelism": one_process,
+            "training": {"attention": "eager"},
+            "compile": {"runsOn": "accelerator"},
+        },
+    )
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def read_values(path: Path) -> dict[str, Any]:
     """A values file as Helm reads it."""
+    return values_in(decode(path, str(path)), str(path))
+
+
+def values_in(text: str, name: str) -> dict[str, Any]:
     try:
-        values = load_as_helm(decode(path, str(path)))
+        values = load_as_helm(text)
     except UnreadableYAML as error:
-        raise error.at(str(path)) from None
+        raise error.at(name) from None
     if not isinstance(values, dict):
         fix = "`genvalues write` writes such a file."
-        raise UserError("holds no keys and values", where=str(path), fix=fix)
+        raise UserError("holds no keys and values", where=name, fix=fix)
     return values
 
 

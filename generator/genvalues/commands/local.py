@@ -11,14 +11,18 @@ from genvalues.commands.options import chart_option, path
 @click.command()
 @click.argument("values", type=click.Path(path_type=Path))
 @path("--workspace", required=True, metavar="DIR", help="Folder that takes the volume's place.")
+@click.option("--cpu", is_flag=True, help="Run values for Trainium on the CPU: one process, eager attention.")
 @chart_option
-def local(values: Path, workspace: Path, chart: Path | None) -> None:
+def local(values: Path, workspace: Path, cpu: bool, chart: Path | None) -> None:
     """Run the chart's stages on this computer, as processes, one after the other.
+
+    VALUES is a values file, or an archive that `genvalues bundle` has written: its release is run again.
 
     \b
     Example:
         genvalues write finetune.yaml --set instance=cpu && genvalues local values.yaml --workspace ./workspace
+        genvalues local llama-lora-bundle.tar.gz --workspace ./workspace --cpu
     """
     from genvalues.local import run
 
-    sys.exit(run(values, workspace, chart))
+    sys.exit(run(values, workspace, chart, on_cpu=cpu))

@@ -8,77 +8,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generator.cluster.fake_api import FakeApi, serving
+from generator.cluster.fake_api import FakeApi
 from generator.cluster.objects import content_of, helm_record, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, until
-from genvalues import cli, install
+from generator.release.fake_helm import PYTHON, FakeHelm
+from genvalues import cli
 
-PYTHON = sys.executable  # the stand-in changes what sys.executable says
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ON_CPU = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
 ON_TRAINIUM = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: trn1.32xlarge\nimage: i:1\n"
 RECORD = "sh.helm.release.v1.demo.v1"
 
 
-class Helm:
-    """A script that notes its arguments and values, says a word on each output, and ends with ``status``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        command = folder / "helm"
-        command.write_text(
-            f"""#!/bin/sh
-            trap 'echo > {folder}/stopped; exit 1' TERM
-            echo "$@" > {folder}/asked.part
-            cp "$6" {folder}/values.yaml
-            echo NOTES; echo Error: >&2
-            mv {folder}/asked.part {folder}/asked
-            while [ -e {folder}/sleep ]; do sleep 0.05; done
-            exit $(cat {folder}/status)
-            """
-        )
-        command.chmod(0o755)
-        self.ends_with(0)
-
-    def ends_with(self, status: int) -> None:
-        (self.folder / "status").write_text(str(status))
-
-    @property
-    def asked(self) -> list[str]:
-        asked = self.folder / "asked"
-        return asked.read_text().split() if asked.exists() else []
-
-
-@pytest.fixture
-def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helm:
-    monkeypatch.setattr("sys.executable", str(tmp_path / "helm-bin" / "python"))
-    return Helm(tmp_path / "helm-bin")
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
-    with serving(tmp_path) as (server, kubeconfig):
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST", "HELM_NAMESPACE", "HELM_KUBECONTEXT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(install, "INTERVAL", 0.02)
-    monkeypatch.setattr(install, "FIRST_ANSWER_SECONDS", 0.1)
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+def inputs(here: None) -> None:
     Path("f.yaml").write_text(ON_CPU)
 
 
@@ -89,20 +37,25 @@ def genvalues(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def install(*arguments: str) -> int:
+    """As it was before there was anything to follow: what follows and what comes before it have tests of their own."""
+    return genvalues("install", "f.yaml", "--no-follow", "--skip-preflight", *arguments)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sets", "timeout"),
     [
         (ON_CPU, [], "48h"),
         (ON_CPU, ["--set", "mode=detached"], "15m"),
         (ON_TRAINIUM, [], "15m"),
-        (ON_TRAINIUM, ["--set", "chartValues={pipeline: {mode: attached}}"], "48h"),
+        (ON_TRAINIUM, ["--set", "chartValues.pipeline.mode=attached"], "48h"),
     ],
 )
 def test_helm_gets_what_write_would_write_and_the_time_that_the_mode_needs(
-    fake: FakeApi, helm: Helm, inputs: str, sets: list[str], timeout: str
+    fake: FakeApi, helm: FakeHelm, inputs: str, sets: list[str], timeout: str
 ) -> None:
     Path("f.yaml").write_text(inputs)
-    assert genvalues("install", "f.yaml", *sets, "-n", "team-a") == 0
+    assert install(*sets, "-n", "team-a") == 0
     values = Path(helm.asked[5])
     start = ["upgrade", "--install", "demo", str(ROOT / "chart"), "-f", str(values)]
     assert helm.asked == [*start, "--namespace", "team-a", "--timeout", timeout]
@@ -111,14 +64,14 @@ def test_helm_gets_what_write_would_write_and_the_time_that_the_mode_needs(
     assert (helm.folder / "values.yaml").read_text() == Path("values.yaml").read_text()
 
 
-def test_release_and_chart_are_those_that_are_asked_for(fake: FakeApi, helm: Helm) -> None:
+def test_release_and_chart_are_those_that_are_asked_for(fake: FakeApi, helm: FakeHelm) -> None:
     Path("ours").symlink_to(ROOT / "chart")
-    assert genvalues("install", "f.yaml", "--release", "other.one", "--chart", "ours", "-n", "x") == 0
+    assert install("--release", "other.one", "--chart", "ours", "-n", "x") == 0
     assert helm.asked[2:4] == ["other.one", str(ROOT / "chart")], "a relative path could be a repository's name to Helm"
 
 
 def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
-    fake: FakeApi, helm: Helm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeApi, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeconfig = json.loads((tmp_path / "kubeconfig").read_text())
     (there,) = kubeconfig["contexts"]
@@ -129,22 +82,22 @@ def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
     kubeconfig["clusters"].append({"name": "away", "cluster": {"server": "http://127.0.0.1:1"}})
     kubeconfig["current-context"] = "away"
     (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
-    assert genvalues("install", "f.yaml", "--kube-context", "fake") == 0
+    assert install("--kube-context", "fake") == 0
     assert helm.asked[6:10] == ["--namespace", "of-the-context", "--kube-context", "fake"]
     assert fake.paths == ["/api/v1/namespaces/of-the-context/secrets"]
     monkeypatch.setenv("HELM_KUBECONTEXT", "fake")  # Helm's own words for the same
     monkeypatch.setenv("HELM_NAMESPACE", "of-the-environment")
-    assert genvalues("install", "f.yaml") == 0
+    assert install() == 0
     assert helm.asked[6:10] == ["--namespace", "of-the-environment", "--kube-context", "fake"]
     assert fake.paths[1:] == ["/api/v1/namespaces/of-the-environment/secrets"]
 
 
 @pytest.mark.parametrize(("of_helm", "ours"), [(0, 0), (1, 1), (2, 1), (127, 1)])
 def test_helms_output_comes_through_and_its_failure_is_status_1(
-    fake: FakeApi, helm: Helm, capfd: pytest.CaptureFixture[str], of_helm: int, ours: int
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], of_helm: int, ours: int
 ) -> None:
     helm.ends_with(of_helm)
-    assert genvalues("install", "f.yaml", "-n", "x") == ours
+    assert install("-n", "x") == ours
     out, err = capfd.readouterr()
     assert out == "NOTES\n"
     told, of_stderr = err.splitlines()
@@ -160,24 +113,24 @@ def test_helms_output_comes_through_and_its_failure_is_status_1(
         (["--release", ""], '--release: "" is no name for a release. Give --release at most 53 of'),
         (["--release", "x" * 54], "is no name for a release. Give --release at most 53 of"),
         (["--set", "mode=detached", "--release", "x" * 50], "is no name for a release. Give --release at most 49 of"),
-        (["--set", "chartValues={name: A_b}"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
+        (["--set", "chartValues.name=A_b"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
         (["--chart", "nowhere"], "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
-    fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    assert genvalues("install", "f.yaml", *arguments) == 2
+    assert install(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not fake.paths and not helm.asked
 
 
 def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
-    helm: Helm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told() -> str:
-        assert genvalues("install", "f.yaml") == 2
+        assert install() == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -195,43 +148,43 @@ def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
 
 
 def test_a_helm_that_does_not_run_is_told_in_a_line(
-    fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str]
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (helm.folder / "helm").write_text("of another machine")
-    assert genvalues("install", "f.yaml", "-n", "x") == 2
+    assert install("-n", "x") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm does not run: Exec format error. ")
 
 
 def test_a_cluster_that_does_not_answer_is_told_in_a_line_and_status_1(
-    fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str]
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.away = True
-    assert genvalues("install", "f.yaml", "-n", "x") == 1
+    assert install("-n", "x") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the API server does not answer: ") and line.endswith(". Look: kubectl cluster-info")
     assert not helm.asked
 
 
-def test_a_missing_right_is_told_in_a_line(fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_right_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
     fake.forbidden.add(("list", "secrets"))
-    assert genvalues("install", "f.yaml", "-n", "x") == 2
+    assert install("-n", "x") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("namespace x: ") and 'cannot list resource "secrets"' in line and "--kube-context" in line
 
 
-def test_a_release_that_is_not_pending_has_none_of_its_jobs_touched(fake: FakeApi, helm: Helm) -> None:
+def test_a_release_that_is_not_pending_has_none_of_its_jobs_touched(fake: FakeApi, helm: FakeHelm) -> None:
     """A client that was stopped by a signal leaves a failed release and a running Job: Helm replaces that by itself."""
     fake.add("secrets", helm_record("failed"))
     fake.add("secrets", helm_record("pending-upgrade", release="other"))
     fake.add("jobs", job("demo-train-gate", "train-gate"))
     before = dict(fake.objects)
-    assert genvalues("install", "f.yaml", "-n", "x") == 0
+    assert install("-n", "x") == 0
     assert fake.objects == before
     assert fake.requests == [("list", "secrets")]
 
 
 def test_a_pending_release_is_taken_over_before_helm_runs(
-    fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str]
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("secrets", helm_record("pending-install"))
     fake.add("jobs", job("demo-train-gate", "train-gate"))
@@ -247,7 +200,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
     too_late = threading.Timer(PATIENCE, fake.set_condition, ("jobs", "demo-train-gate", "Complete"))
     too_late.start()
     fake.after.append(("update", "secrets", lambda record: asked_then.append(helm.asked)))
-    assert genvalues("install", "f.yaml", "-n", "x") == 0
+    assert install("-n", "x") == 0
     too_late.cancel()
     assert asked_then == [[], []] and helm.asked[2] == "demo"
     assert fake.get("pytorchjobs", "demo-train-1") == before
@@ -261,7 +214,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
 
 
 def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
-    fake: FakeApi, helm: Helm, capsys: pytest.CaptureFixture[str]
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = fake.add("secrets", helm_record("pending-install"))
     fake.add("jobs", job("demo-train-gate", "train-gate"))
@@ -271,7 +224,7 @@ def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
         fake.merge("secrets", record["metadata"]["name"], {"metadata": {"labels": {"status": "failed"}}})
 
     fake.after.append(("patch", "jobs", its_client_ends))
-    assert genvalues("install", "f.yaml", "-n", "x") == 2
+    assert install("-n", "x") == 2
     told = capsys.readouterr().err.splitlines()[-1]
     wait = "Wait for it or stop it, then write the same command again"
     assert told == f"another Helm client is at work on release demo. {wait}"
@@ -279,10 +232,10 @@ def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_stops_helm_and_is_told_in_a_line(fake: FakeApi, helm: Helm, number: int, status: int) -> None:
+def test_a_signal_stops_helm_and_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, number: int, status: int) -> None:
     (helm.folder / "sleep").touch()
     code = f"import sys; sys.executable = {sys.executable!r}; from genvalues.cli import main; main()"
-    command = [PYTHON, "-c", code, "install", "f.yaml", "-n", "x"]
+    command = [PYTHON, "-c", code, "install", "f.yaml", "-n", "x", "--no-follow", "--skip-preflight"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             until(lambda: helm.asked)

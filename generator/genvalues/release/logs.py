@@ -1,0 +1,198 @@
+"""The log of a stage, pod by pod; followed through restarts and pods that come later, until the stage ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, NotAllowed
+from genvalues.cluster.objects import COMPONENT, INSTANCE, created, is_over, name_of, started_container
+from genvalues.errors import Unavailable, UserError
+from genvalues.wording import one_line
+
+from .stages import GATE, Object, StageStatus
+from .status import ReleaseStatus, Watcher, text_of_line, told_in_a_line
+
+INTERVAL = 2.0  # seconds between two looks at which pods there are
+STAGE_SECONDS = 10.0  # and at whether the stage has ended
+LAST_WORDS = 5.0  # seconds for the logs of what has ended to come through
+RUNNER = "runner"
+
+
+def logs(
+    watcher: Watcher,
+    stage: str | None,
+    *,
+    follow: bool,
+    tail: int | None,
+    write: Callable[[str], None],
+    say: Callable[[str], None],
+) -> str:
+    """Write the log of a stage (None: the current one) line by line; its name. With ``follow``, until it ends."""
+    status = watcher.look()
+    name = chosen(status, stage)
+    server = watcher.server
+    reader = Reader(server, status, name, tail, write)
+    with told_in_a_line(server.namespace):
+        if not reader.open_new() and not follow:
+            raise UserError(f"stage {name} has no log", where=watcher.release, fix=why_no_log(status, name))
+        if reader.of_gate and name != RUNNER:
+            say(f"the pods of {name} are gone; this is its gate's log")
+        if not follow:
+            reader.finish(None)
+            return name
+        next_look = time.monotonic()
+        while True:
+            if time.monotonic() >= next_look:
+                try:
+                    status = watcher.look()
+                except Unavailable as away:
+                    say(f"{away} Trying again.")
+                next_look = time.monotonic() + STAGE_SECONDS
+            if has_ended(status, name):
+                break
+            time.sleep(INTERVAL)
+            reader.open_new()
+        reader.open_new()
+        reader.finish(LAST_WORDS)
+    return name
+
+
+def chosen(status: ReleaseStatus, wanted: str | None) -> str:
+    names = [stage.name for stage in status.stages]
+    known = [*names, *(name + GATE for name in names), *([RUNNER] if status.runner else [])]
+    if wanted is not None:
+        if wanted not in known:
+            fix = f"Stages: {', '.join([*names, *([RUNNER] if status.runner else [])])}."
+            raise UserError(f'no stage "{one_line(wanted)}"', where=status.release, fix=fix)
+        return wanted
+    if status.current:
+        return status.current.name
+    if status.runner:
+        return RUNNER
+    raise UserError("no stage has begun", where=status.release, fix=f"Look: genvalues status {status.release}")
+
+
+def of_stage(status: ReleaseStatus, name: str) -> StageStatus | None:
+    name = name.removesuffix(GATE)
+    return next((one for one in (status.runner, *status.stages) if one and one.name == name), None)
+
+
+def has_ended(status: ReleaseStatus, name: str) -> bool:
+    """Nothing will be written any more: the stage is over, or the pipeline is and never came to it."""
+    stage = of_stage(status, name)
+    return stage is not None and (stage.is_over or status.is_over)
+
+
+def why_no_log(status: ReleaseStatus, name: str) -> str:
+    stage = of_stage(status, name)
+    if stage is not None and stage.state == "waiting":
+        return "It has not begun; -f waits for it."
+    if stage is not None and stage.note:
+        return f"It has not started: {stage.note}"
+    return "Its pods are gone, and their logs with them."
+
+
+class Reader:
+    """Every pod of one stage, each read once by a thread of its own, in whole lines."""
+
+    def __init__(
+        self, server: Api, status: ReleaseStatus, stage: str, tail: int | None, write: Callable[[str], None]
+    ) -> None:
+        self.server = server
+        self.release = status.release
+        self.stage = stage
+        self.tail = tail
+        self.write = write
+        self.prefixed = any(one.name + GATE == stage + GATE and one.devices for one in status.stages)
+        self.of_gate = False
+        self._follows: dict[str, PodLog] = {}
+        self._lock = threading.Lock()
+
+    def open_new(self) -> bool:
+        """Begin to read the pods that have come since; whether any is, or was, read."""
+        pods = self.pods(self.stage)
+        if not pods and not self._follows and not self.stage.endswith(GATE):
+            pods = self.pods(self.stage + GATE)
+            self.of_gate = bool(pods)
+        elif pods and self.of_gate:
+            self.of_gate = False
+        self.prefixed = self.prefixed or len(pods) > 1 or any(is_worker(pod) for pod in pods)
+        for pod in pods:
+            uid = pod["metadata"]["uid"]
+            if uid not in self._follows and (container := started_container(pod)):
+                self._follows[uid] = PodLog(self, name_of(pod), container)
+                self._follows[uid].start()
+            if uid in self._follows and is_over(pod):
+                self._follows[uid].over.set()
+        living = {pod["metadata"]["uid"] for pod in pods}
+        for uid, log in self._follows.items():
+            if uid not in living:
+                log.over.set()
+        return bool(self._follows)
+
+    def pods(self, component: str) -> Sequence[Object]:
+        labels = f"{INSTANCE} in ({self.release},{self.release}-run),{COMPONENT}={component}"
+        return sorted(self.server.list(kinds.PODS, labels=labels), key=lambda pod: (created(pod), name_of(pod)))
+
+    def finish(self, seconds: float | None) -> None:
+        """Read what there is to its end; None: as long as that takes."""
+        for log in self._follows.values():
+            log.over.set()
+        ends = None if seconds is None else time.monotonic() + seconds
+        for log in self._follows.values():
+            log.join(None if ends is None else max(0.0, ends - time.monotonic()))
+        for log in self._follows.values():
+            if log.refused:
+                raise log.refused
+
+    def line(self, pod: str, text: str) -> None:
+        with self._lock:
+            self.write(f"[{pod}] {text}" if self.prefixed else text)
+
+
+class PodLog(threading.Thread):
+    """One pod's log. A stream that breaks off, or ends because the container starts again, is taken up where it was."""
+
+    def __init__(self, reader: Reader, pod: str, container: str) -> None:
+        super().__init__(daemon=True)
+        self.reader = reader
+        self.pod = pod
+        self.container = container
+        self.over = threading.Event()
+        self.refused: NotAllowed | None = None
+        self._last_time = ""
+
+    def run(self) -> None:
+        tail = self.reader.tail
+        while True:
+            last_look = self.over.is_set()
+            try:
+                for line in self.reader.server.log(self.pod, self.container, tail=tail, follow=not last_look):
+                    self.take(line)
+            except NotAllowed as error:
+                self.refused = error
+                return
+            except ApiError as error:
+                if error.status == 404:
+                    return
+            except kinds.TRANSPORT_ERRORS:
+                pass  # the API server is away; the lines are still there when it is back
+            if last_look:
+                return
+            tail = None if self._last_time else tail
+            self.over.wait(INTERVAL)
+
+    def take(self, line: str) -> None:
+        """What was seen before the stream broke off comes again and is left out."""
+        written = line.partition(" ")[0]
+        if written <= self._last_time or not written[:1].isdigit():  # the kubelet's own words have no time
+            return
+        self._last_time = written
+        self.reader.line(self.pod, text_of_line(line))
+
+
+def is_worker(pod: Object) -> bool:
+    return "training.kubeflow.org/job-name" in (pod["metadata"].get("labels") or {})
