@@ -4,7 +4,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $mistakes := list }}
-{{- range $check := list "model" "dataset" "training" "parallelism" "devices" "neuron" "storage" "workspace" "names" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "training" "parallelism" "devices" "neuron" "guards" "storage" "workspace" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $mistakes = concat $mistakes (splitList "\n" $found) }}
@@ -129,6 +129,20 @@ stages.{{ $stage }}: extraEnv.{{ $name }} has been out of use since Neuron 2.25,
 {{- if ne (get $environments.compile $name | toString) (get $environments.train $name | toString) }}
 stages.compile and stages.train differ in extraEnv.{{ $name }}, so that train's graphs would not be those that compile made. Set it in both.
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.guards" -}}
+{{- $guards := .Values.guards }}
+{{- if and $guards.maxCost (not $guards.pricePerNodeHour) }}
+guards.maxCost is {{ $guards.maxCost }}, but guards.pricePerNodeHour, which the cost is counted by, is empty. Set it to the dollars that one {{ .Values.instance }} node costs an hour, or guards.maxCost to null.
+{{- end }}
+{{- with $guards.stallTimeout }}
+{{- if not (regexMatch "^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?$" .) }}
+guards.stallTimeout {{ . }} is no duration. Set it to one like 45m or 1h30m, or leave it empty for none.
+{{- else if not (regexMatch "[1-9]" .) }}
+guards.stallTimeout {{ . }} would end every training at once. Set it to e.g. 30m, or leave it empty for none.
 {{- end }}
 {{- end }}
 {{- end }}

@@ -45,6 +45,42 @@ def test_the_cluster_config_is_what_genvalues_cluster_reads(objects: list[Object
         assert job["metadata"]["name"].startswith(read.fullname)
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("1h2m3s", 3723), ("100h", 360000), ("0h5m", 300), ("", 0)],
+)
+def test_guards_come_to_the_gate_as_numbers(written: str, seconds: int, tmp_path: Path, helm: int) -> None:
+    guards = {"maxCost": 200, "pricePerNodeHour": 21.5, "stallTimeout": written}
+    rendered = render(merged(MINIMAL, {"guards": guards}), helm=helm)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(one(rendered, "ConfigMap")["data"]["cluster.yaml"])
+    read = load_cluster_config(file).guards
+    assert (read.max_cost, read.price_per_node_hour, read.stall_timeout_seconds) == (200, 21.5, seconds)
+
+
+def test_without_guards_there_is_no_limit_on_cost_and_half_an_hour_to_stand_still(tmp_path: Path, helm: int) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(one(render(MINIMAL, helm=helm), "ConfigMap")["data"]["cluster.yaml"])
+    read = load_cluster_config(file).guards
+    assert (read.max_cost, read.price_per_node_hour, read.stall_timeout_seconds) == (None, None, 1800)
+
+
+def test_the_gate_can_write_where_it_counts_the_cost(objects: list[Object]) -> None:
+    for stage in ("compile-gate", "train-gate"):
+        gate = next((each for each in pods(objects) if each.stage == stage), None)
+        if gate is None:  # a detached release: its runner's has them
+            continue
+        (mount,) = [one for one in gate.containers[0]["volumeMounts"] if one["name"] == "workspace"]
+        assert not mount.get("readOnly")
+
+
+def test_workers_have_the_grace_period_that_the_trainer_saves_in(objects: list[Object]) -> None:
+    stopping = pytest.importorskip("llama_lora.stopping", reason="a plain `pip install .` has no trainer")
+    for each in pods(objects):
+        if each.owner["kind"] == "PyTorchJob":
+            assert each.spec["terminationGracePeriodSeconds"] == stopping.GRACE_PERIOD
+
+
 def test_the_run_config_is_what_the_trainer_reads(objects: list[Object], tmp_path: Path) -> None:
     trainer = pytest.importorskip("llama_lora.config", reason="a plain `pip install .` has no trainer")
     file = tmp_path / "run.yaml"

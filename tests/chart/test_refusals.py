@@ -56,6 +56,9 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "unknown key of FSx": ({"storage": {"fsx": {"throughput": 1}}}, "throughput"),
     "on, which Helm takes for true": ({"compile": {"true": "cpu"}}, "compile"),
     "unknown attention": ({"training": {"attention": "flash_attention_2"}}, "attention"),
+    "a limit of nothing": ({"guards": {"maxCost": 0}}, "maxCost"),
+    "a time in bare seconds": ({"guards": {"stallTimeout": 1800}}, "stallTimeout"),
+    "a price with its currency": ({"guards": {"pricePerNodeHour": "$21.50"}}, "pricePerNodeHour"),
     "no size": ({"storage": {"size": "big"}}, "size"),
     "no access mode": ({"storage": {"accessModes": []}}, "accessModes"),
     "full name too long for worker pods": ({"fullnameOverride": "x" * 39}, "fullnameOverride"),
@@ -165,6 +168,23 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "more shared memory than memory": (
         {"sharedMemory": "17Gi"},
         "sharedMemory 17Gi is more than stages.train: resources.limits.memory 16Gi, against which it counts. Set it",
+    ),
+    "a limit on what nobody knows the price of": (
+        {"guards": {"maxCost": 200}},
+        "guards.maxCost is 200, but guards.pricePerNodeHour, which the cost is counted by, is empty. Set it to the "
+        "dollars that one cpu node costs an hour, or guards.maxCost to null.",
+    ),
+    "a time that is no duration": (
+        {"guards": {"stallTimeout": "half an hour"}},
+        "guards.stallTimeout half an hour is no duration. Set it to one like 45m or 1h30m, or leave it empty for none.",
+    ),
+    "a time in an order that nobody reads": (
+        {"guards": {"stallTimeout": "30m1h"}},
+        "guards.stallTimeout 30m1h is no duration. Set it to one like 45m",
+    ),
+    "no time at all": (
+        {"guards": {"stallTimeout": "0h0m"}},
+        "guards.stallTimeout 0h0m would end every training at once. Set it to e.g. 30m, or leave it empty for none.",
     ),
     "a class without a subnet": (
         {"storage": {"fsx": {"createStorageClass": True, "securityGroupIds": ["sg-01234567"]}}},

@@ -51,6 +51,8 @@ class RunLog:
         self.total_steps = total_steps
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=50)
         self._last_line = 0.0
+        self._progress: dict[str, Any] = {}
+        self._saved_step = first_step or None  # what is resumed from
         metrics = paths.metrics(fingerprint)
         paths.progress.unlink(missing_ok=True)  # another training's
         for file in (metrics, paths.progress):
@@ -73,19 +75,18 @@ class RunLog:
         for name in ("loss", "learning_rate", "grad_norm"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._tensorboard.add_scalar("train/tokens_per_second", per_second, metrics.step)
-        files.write_json(
-            self.paths.progress,
-            {
-                "stage": "train",
-                "step": metrics.step,
-                "totalSteps": self.total_steps,
-                "loss": metrics.loss,
-                "learningRate": metrics.learning_rate,
-                "tokensPerSecond": round(per_second, 1),
-                "etaSeconds": round(eta),
-                "updated": now(),
-            },
-        )
+        self._progress = {
+            "stage": "train",
+            "step": metrics.step,
+            "totalSteps": self.total_steps,
+            "loss": metrics.loss,
+            "learningRate": metrics.learning_rate,
+            "tokensPerSecond": round(per_second, 1),
+            "etaSeconds": round(eta),
+            "savedStep": self._saved_step,
+            "updated": now(),
+        }
+        files.write_json(self.paths.progress, self._progress)
         if metrics.step in (1, self.total_steps) or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(
@@ -93,6 +94,11 @@ class RunLog:
                 f"{per_second:.0f} tokens/s  ETA {duration(eta)}",
                 flush=True,
             )
+
+    def saved(self, step: int) -> None:
+        """Record that a checkpoint is there."""
+        self._saved_step = step
+        files.write_json(self.paths.progress, {**self._progress, "savedStep": step})
 
     def close(self) -> None:
         self._metrics.close()

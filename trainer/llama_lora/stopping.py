@@ -28,8 +28,12 @@ ASK = signal.SIGUSR1
 GRACE_PERIOD = 120.0
 MARGIN = 10.0
 
-_asked = False
-_stacks: IO[str] | None = None
+
+class _Process:
+    """What signals have done to this process, and where its stacks go: there is one of each."""
+
+    asked = False
+    stacks: IO[str] | None = None
 
 
 class Stopped(Exception):
@@ -38,38 +42,37 @@ class Stopped(Exception):
 
 def ask_noted() -> None:
     """From now on being asked to stop is noted; until then it ends a worker at once, because it has nothing to save."""
-    if _stacks:
+    if _Process.stacks:
         faulthandler.unregister(ASK)
     signal.signal(ASK, _note)
-    if _stacks:
-        faulthandler.register(ASK, _stacks, chain=True)  # above the handler, which it calls after writing
+    if _Process.stacks:
+        faulthandler.register(ASK, _Process.stacks, chain=True)  # above the handler, which it calls after writing
 
 
 def asked() -> bool:
     """Whether this worker has been asked to stop. The others may not have been, yet."""
-    return _asked
+    return _Process.asked
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
+    _Process.asked = True
 
 
 @contextlib.contextmanager
 def stacks_in(file: Path) -> Iterator[None]:
     """Within this, both signals write all threads' stacks into ``file``, which replaces an earlier one, and is removed
     at the end when it is empty."""
-    global _stacks
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as _stacks:
+    with file.open("w", encoding="utf-8") as written:
+        _Process.stacks = written
         for number in (ASK, signal.SIGTERM):
-            faulthandler.register(number, _stacks, chain=True)
+            faulthandler.register(number, written, chain=True)
         try:
             yield
         finally:
             for number in (ASK, signal.SIGTERM):
                 faulthandler.unregister(number)
-            _stacks = None
+            _Process.stacks = None
     if not file.stat().st_size:
         file.unlink()
         with contextlib.suppress(OSError):  # others' are still there

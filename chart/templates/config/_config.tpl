@@ -30,7 +30,20 @@
           "devices" $values.devices
           "queueName" $values.kueue.queueName)
       "clusterScopedReads" $values.rbac.clusterScopedReads
-      "train" (dict "unschedulableTimeoutSeconds" $values.pipeline.unschedulableTimeoutSeconds)) }}
+      "train" (dict "unschedulableTimeoutSeconds" $values.pipeline.unschedulableTimeoutSeconds)
+      "guards" (dict
+          "maxCost" ($values.guards.maxCost | default nil)
+          "pricePerNodeHour" ($values.guards.pricePerNodeHour | default nil)
+          "stallTimeoutSeconds" (include "llama-lora.seconds" $values.guards.stallTimeout | int))) }}
+{{- end }}
+
+{{- /* The seconds of a duration like 1h30m, 45m or 90s: what llama-lora.validations.guards lets through. */}}
+{{- define "llama-lora.seconds" -}}
+{{- $seconds := 0 }}
+{{- range $unit, $factor := dict "h" 3600 "m" 60 "s" 1 }}
+{{- $seconds = add $seconds (mul $factor (regexFind (printf "[0-9]+%s" $unit) $ | trimSuffix $unit | int)) }}
+{{- end }}
+{{- $seconds }}
 {{- end }}
 
 {{- /* The values of the release that the runner installs: these, attached, with the volume, the service accounts and

@@ -36,6 +36,12 @@ class Train(Section):
     unschedulable_timeout_seconds: float = Field(default=1800, gt=0)
 
 
+class Guards(Section):
+    max_cost: float | None = Field(default=None, gt=0)  # dollars, of the whole run
+    price_per_node_hour: float | None = Field(default=None, gt=0)  # dollars
+    stall_timeout_seconds: float = Field(default=0, ge=0)  # 0: none
+
+
 class Chart(Section):
     version: str
     app_version: str
@@ -54,6 +60,7 @@ class ClusterConfig(Section):
     job: Job
     cluster_scoped_reads: bool
     train: Train = Train()
+    guards: Guards = Guards()
 
 
 def load(path: Path) -> ClusterConfig:

@@ -9,6 +9,9 @@ it:
  3. else the new one is released and followed, when nothing else writes in the run's folder or holds its nodes any more.
 
 Killed and started again at any point, it goes on: what was released is marked with the fingerprint it was released for.
+
+While it follows, it counts what the run's nodes cost, in costs.json beside progress.json, and ends the job where that
+or a standstill is beyond the guards (guards.py): its workers save, its nodes are free again, and the stage has failed.
 """
 
 from __future__ import annotations
@@ -19,20 +22,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from genvalues import files
 from genvalues.errors import EXIT_USER_ERROR, UserError
 
 from . import api as kinds
 from .api import Api, Object
 from .config import ClusterConfig
+from .guards import (
+    Ledger,
+    Limit,
+    Standstill,
+    describe_checkpoint,
+    describe_standstill,
+    is_worker,
+    reserve_hours,
+)
 from .objects import (
+    COST,
     FINGERPRINT,
     INSTANCE,
     JOB_NAME,
     OVERDUE,
+    PROGRESS,
     QUEUE_NAME,
     RUN,
     annotations_of,
@@ -71,6 +87,13 @@ class StageFailed(Exception):
         super().__init__(reason)
 
 
+class StoppedByGuard(StageFailed):
+    """The gate itself has ended the job. Status 2: what tries again unasked would pay again, for the same."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, status=EXIT_USER_ERROR)
+
+
 @dataclass(frozen=True)
 class StageState:
     """What ``llama-lora fingerprint STAGE`` says."""
@@ -85,7 +108,7 @@ class Pace:
     """How often the gate looks and how long it waits for others; tests make it short."""
 
     interval: float = 2.0
-    progress: float = 30.0  # between two progress lines
+    progress: float = 30.0  # between two progress lines, two annotations, and two entries of what the run has cost
     cannot_start: float = 300.0  # an image that is not there may be a registry's bad minute
     others_end: float = 300.0  # workers after the first has succeeded; they end with a barrier
     manifest: float = 60.0  # NFS clients may not see a new file for as long
@@ -94,6 +117,7 @@ class Pace:
 
 
 Ask = Callable[[str], StageState]  # of a stage
+Clock = Callable[[], float]  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -173,6 +197,7 @@ def gate(
     ask: Ask,
     say: Callable[[str], None],
     pace: Pace = Pace(),
+    clock: Clock = time.time,
 ) -> None:
     """Return when the stage is done; raise StageFailed or UserError when it is not."""
     state = ask(stage)
@@ -188,15 +213,21 @@ def gate(
         api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
     for name in decided.delete:
         api.delete(kinds.PYTORCH_JOBS, name)
+    account = None if state.up_to_date else Account(state.progress, config, say, pace.progress, clock)
     if stop or decided.release:
-        wait_for_pods(api, config.run, stage, stop, decided.follow, pace)
+        wait_for_pods(api, config.run, stage, stop, decided.follow, pace, account)
     if state.up_to_date:
         say(f"{stage}: up to date, nothing to run")
         return
+    assert account is not None
     if not decided.follow:
+        if account.ledger.stopped_job == own:  # by a gate that was lost before it could say so
+            raise StoppedByGuard(account.ledger.stopped_why)
         fix = f"Start it again: helm upgrade {config.release} CHART -n {config.namespace} --reuse-values"
         raise UserError(f"PyTorchJob {own} of stage {stage} is not there, and no earlier one runs", fix=fix)
-    follower = Follower(api, config, stage, decided.follow, ask, say, pace)
+    if decided.release:
+        account.refuse_what_is_spent(next(job for job in jobs if name_of(job) == own))
+    follower = Follower(api, config, stage, decided.follow, ask, say, pace, account)
     follower.start(state)  # before the release: nothing of what its pods say is missed
     if decided.release:
         release(api, own, state.fingerprint, config.job.queue_name)
@@ -215,23 +246,90 @@ def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
     api.patch(kinds.PYTORCH_JOBS, name, patch)
 
 
-def wait_for_pods(api: Api, run: str, stage: str, stopped: list[str], follow: str, pace: Pace) -> None:
+def wait_for_pods(
+    api: Api, run: str, stage: str, stopped: list[str], follow: str, pace: Pace, account: Account | None
+) -> None:
     """Until no pod of this stage and run works any more, but those of the job to follow, nor one of a stopped job.
 
-    Of this stage whatever its job, because that may be gone already: a worker may take 120 s to save and end.
+    Of this stage whatever its job, because that may be gone already: a worker may take 120 s to save and end. What they
+    hold until then is counted.
     """
+
+    def look() -> list[Object]:
+        pods = api.list(kinds.PODS, labels=f"{RUN}={run}")
+        if account:
+            account.see(pods)
+        return pods
 
     def is_waited_for(pod: Object) -> bool:
         job = labels_of(pod).get(JOB_NAME, follow)
         return job != follow and not is_over(pod) and (job in stopped or component_of(pod) == stage)
 
     ends = time.monotonic() + pace.pods_gone
-    while pods := [name_of(pod) for pod in api.list(kinds.PODS, labels=f"{RUN}={run}") if is_waited_for(pod)]:
+    while pods := [name_of(pod) for pod in look() if is_waited_for(pod)]:
         if time.monotonic() >= ends:
             names = " ".join(pods)
             fix = f"Look at their nodes; if those are lost: kubectl -n {api.namespace} delete pod --force {names}"
             raise UserError(f"pods of an earlier PyTorchJob still run after {pace.pods_gone:.0f} s: {names}", fix=fix)
         time.sleep(pace.interval)
+
+
+class Account:
+    """What the run's nodes have cost, kept on the volume: gates, jobs and releases come and go."""
+
+    def __init__(
+        self, progress: Path, config: ClusterConfig, say: Callable[[str], None], interval: float, clock: Clock
+    ) -> None:
+        self.file = progress.with_name("costs.json")
+        self.limit = Limit(config.guards.max_cost, config.guards.price_per_node_hour)
+        self.clock = clock
+        self.ledger = self._read()
+        self._say = say
+        self._interval = interval
+        self._written = (float("-inf"), self.ledger.pods.keys())
+        self._cannot_write = False
+
+    def see(self, pods: list[Object]) -> None:
+        """Count the run's worker pods as they are now."""
+        self.ledger = self.ledger.seen([pod for pod in pods if is_worker(pod)], self.clock())
+        at, known = self._written
+        if self.clock() - at >= self._interval or known != self.ledger.pods.keys():
+            self.write()
+
+    def note_stop(self, job: str, why: str) -> None:
+        self.ledger = replace(self.ledger, stopped_job=job, stopped_why=why)
+        self.write()
+
+    def write(self) -> None:
+        """A volume that takes no file is no reason to leave the job alone: the count goes on, for as long as we do."""
+        self._written = (self.clock(), self.ledger.pods.keys())
+        try:
+            files.write_json(self.file, self.ledger.as_json())
+        except OSError as error:
+            if not self._cannot_write:
+                self._say(f"{self.file} cannot be written: {error.strerror}; a gate that is started again counts anew")
+            self._cannot_write = True
+
+    def refuse_what_is_spent(self, job: Object) -> None:
+        """Raise StoppedByGuard where the job would be ended as soon as it had nodes."""
+        hours, reserve = self.ledger.node_hours, reserve_hours(job)
+        if self.limit.is_reached(hours, reserve):
+            also = f", and to end {name_of(job)} may take {self.limit.cost(reserve):,.2f}"
+            raise StoppedByGuard(f"not started: {self.limit.describe(hours)}{also}. {RAISE}")
+        if self.ledger.stopped_job:
+            self.note_stop("", "")
+
+    def _read(self) -> Ledger:
+        try:
+            return Ledger.from_json(json.loads(self.file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Ledger()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fix = "Put it right, or remove it: then what the run has cost so far is not counted"
+            raise UserError("is not what a gate has written", where=str(self.file), fix=fix) from error
+
+
+RAISE = "Raise guards.maxCost and upgrade to go on"
 
 
 class Follower:
@@ -246,6 +344,7 @@ class Follower:
         ask: Ask,
         say: Callable[[str], None],
         pace: Pace,
+        account: Account,
     ) -> None:
         self.api = api
         self.config = config
@@ -254,13 +353,18 @@ class Follower:
         self.ask = ask
         self.say = say
         self.pace = pace
+        self.account = account
+        self.standstill = Standstill()
         self.workers = Workers(api, job, pace.interval)
         self._told: dict[str, str] = {}
         self._since: dict[str, float] = {}
         self._progress_at = float("-inf")
+        self._published_at = float("-inf")
+        self._stale = ""
+        self.job_started = 0.0
 
     def start(self, state: StageState) -> None:
-        self._told["progress"] = read_progress(state.progress).get("updated", "")  # of an earlier run
+        self._told["progress"] = self._stale = read_progress(state.progress).get("updated", "")  # of an earlier run
         self.workers.start()
 
     def follow(self, state: StageState) -> None:
@@ -268,26 +372,32 @@ class Follower:
         try:
             while not self.look(state):
                 time.sleep(self.pace.interval)
+            self.publish(state)
         except StageFailed as failure:
             time.sleep(min(self.pace.interval, 1.0))  # the watch may be a moment behind what the job says
             self.workers.close(self.pace.last_words)
             failure.pod, failure.tail = self.workers.tail()
+            if isinstance(failure, StoppedByGuard):
+                raise  # its workers have ended because they were told to
             if cause := self.workers.first_failure():
                 failure.reason = f"{cause}; {failure.reason}" if str(cause) not in failure.reason else failure.reason
                 failure.status = EXIT_USER_ERROR if cause.code == EXIT_USER_ERROR else failure.status
             raise
+        finally:
+            self.account.write()
         self.workers.close(0.0)
 
     def look(self, state: StageState) -> bool:
         """One look at the job and its pods: True when the stage is done, StageFailed when it has failed."""
         job = self.api.get(kinds.PYTORCH_JOBS, self.job)
-        pods = self.api.list(kinds.PODS, labels=f"{JOB_NAME}={self.job}")
-        for pod in pods:
-            self.workers.observe(pod)
+        pods = self.look_at_pods()
         if job is None:
             fix = f"helm upgrade {self.config.release} starts it again"
             raise StageFailed(f"PyTorchJob {self.job} was deleted while it ran; {fix}", status=EXIT_USER_ERROR)
+        self.job_started = moment(job.get("status", {}).get("startTime"))
         self.tell(job, pods, state)
+        if time.monotonic() - self._published_at >= self.pace.progress:
+            self.publish(state)
         if failed := condition(job, "Failed"):
             raise StageFailed(f"PyTorchJob {self.job}: {failed.get('message') or 'Failed'}")
         if any(end.code == EXIT_USER_ERROR for end in self.workers.ends):
@@ -297,10 +407,77 @@ class Follower:
             return self.all_succeeded(pods) and self.manifest_is_there(state)
         self.give_up_what_fails_again(job, pods)
         self.give_up_what_cannot_start(job, pods)
+        self.guard_cost(job, state)
+        self.guard_standstill(job, pods, state)
         if (overdue := seconds_overdue(job)) > 0:
             # The operator looks at a job's deadline only when something has happened to the job: so something happens.
             self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": {OVERDUE: f"{overdue:.1f}"}}})
         return False
+
+    def look_at_pods(self) -> list[Object]:
+        """The job's pods as they are now; those of the run's other jobs are counted, too."""
+        of_run = self.api.list(kinds.PODS, labels=f"{RUN}={self.config.run}")
+        self.account.see(of_run)
+        pods = [pod for pod in of_run if labels_of(pod).get(JOB_NAME) == self.job]
+        for pod in pods:
+            self.workers.observe(pod)
+        return pods
+
+    def publish(self, state: StageState) -> None:
+        """Progress and cost, as annotations of the job: `genvalues status` sees no volume."""
+        self._published_at = time.monotonic()
+        now = datetime.fromtimestamp(self.account.clock(), timezone.utc).isoformat(timespec="seconds")
+        annotations = {COST: compact(self.account.limit.as_annotation(self.account.ledger.node_hours, now))}
+        if progress := self.new_progress(state):
+            annotations[PROGRESS] = compact(progress)
+        self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": annotations}})
+
+    def new_progress(self, state: StageState) -> dict[str, Any]:
+        """What this job has last said of its progress; nothing where it has said none yet.
+
+        What was there before we came is an earlier job's, unless it was written since this one began.
+        """
+        progress = read_progress(state.progress)
+        updated = progress.get("updated", "")
+        is_new = updated != self._stale or 0 < self.job_started <= moment(updated)
+        return progress if is_new and progress.get("stage") == self.stage else {}
+
+    def guard_cost(self, job: Object, state: StageState) -> None:
+        account = self.account
+        if account.limit.is_reached(account.ledger.node_hours, reserve_hours(job)):
+            self.stop(lambda: account.limit.describe(account.ledger.node_hours), RAISE, state)
+
+    def guard_standstill(self, job: Object, pods: list[Object], state: StageState) -> None:
+        """Of train alone: compile takes no steps, and has its deadline."""
+        limit = self.config.guards.stall_timeout_seconds
+        if not limit or self.stage != "train":
+            return
+        progress = self.new_progress(state)
+        seconds = self.standstill.seconds(job, pods, progress, self.account.clock())
+        if seconds >= limit:
+            why = describe_standstill(seconds, progress)
+            stacks = state.progress.with_name("stacks")
+            where = f"What each worker was doing is in {stacks}. Look there, then upgrade to go on"
+            self.stop(lambda: why, where, state)
+
+    def stop(self, why: Callable[[], str], then: str, state: StageState) -> NoReturn:
+        """End the job, its workers saving; wait until its nodes are free; fail."""
+        self.say(f"{self.stage}: stopping: {why()}; the workers save and end")
+        self.account.note_stop(self.job, f"stopped: {why()}. {then}")
+        # Foreground: the job stays, and makes no new pods, until the old ones have ended.
+        self.api.delete(kinds.PYTORCH_JOBS, self.job, propagation="Foreground")
+        ends = time.monotonic() + self.pace.pods_gone
+        while (pods := [pod for pod in self.look_at_pods() if not is_over(pod)]) and time.monotonic() < ends:
+            time.sleep(self.pace.interval)
+        self.account.write()
+        kept = describe_checkpoint(self.new_progress(state))
+        reason = f"stopped: {why()}{f'; {kept}' if kept else ''}. {then}"
+        if pods:
+            names = " ".join(map(name_of, pods))
+            reason += f". STILL RUNNING after {self.pace.pods_gone:.0f} s, on nodes that cost: {names}. If their nodes "
+            reason += f"are lost: kubectl -n {self.api.namespace} delete pod --force {names}"
+        self.account.note_stop(self.job, reason)
+        raise StoppedByGuard(reason)
 
     def tell(self, job: Object, pods: list[Object], state: StageState) -> None:
         """Say what has changed since the last look."""
@@ -394,6 +571,10 @@ class Follower:
         complaints = [event for event in events if event.get("type") == "Warning"]
         latest = max(complaints, key=last_seen, default=None)
         return f"{latest['reason']}: {latest.get('message', '')}" if latest else "the training operator made no more"
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ RUN = "llama-lora/run"  # label on every stage object and pod: the same for all 
 JOB_NAME = "training.kubeflow.org/job-name"  # the operator's label on a PyTorchJob's pods
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
 OVERDUE = "llama-lora/seconds-overdue"  # annotation on a PyTorchJob that its operator shall look at
+PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # the same, for `genvalues status`: compact JSON
 
 # Waiting reasons that end by themselves only if somebody changes something (or a registry comes back).
 CANNOT_START = {

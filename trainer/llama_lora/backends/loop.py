@@ -131,6 +131,11 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
             if log:
                 log.step(metrics)
 
+    def save(probed: probe.Probe | None) -> None:
+        saved.save(step, step * plan.global_batch, probed)
+        if log:
+            log.saved(step)
+
     if not rehearsal:
         stopping.ask_noted()
     while step < last_step:
@@ -140,13 +145,13 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
         read_back(0 if saving or step == last_step else engine.steps_in_flight)
         if saving:
             probed = probe.measured(rows, job.probe, engine.row_loss) if step == last_step else None
-            saved.save(step, step * plan.global_batch, probed)
+            save(probed)
             began = time.monotonic()
         # All stop at the same step, or none: a worker that was asked alone would leave the others in a collective.
         if step < last_step and not rehearsal and workers.any(stopping.asked()):
             if not saving:
                 read_back(0)
-                saved.save(step, step * plan.global_batch, None)
+                save(None)
             if log:
                 log.close()
             workers.barrier()  # torchrun ends the others as soon as one has ended
