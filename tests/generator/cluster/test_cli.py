@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate.gate, "__defaults__", (gate.Pace(interval=0.02, last_words=0.2),))
+    monkeypatch.setattr(gate.gate, "__defaults__", (gate.Pace(interval=0.02, last_words=0.2), time.time))
 
 
 def gate_arguments(config_file: Path) -> list[str]:
