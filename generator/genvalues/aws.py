@@ -101,7 +101,7 @@ def told(where: str, needs: str = "", look: str = LOOK_AT_THE_ADDRESS) -> Iterat
 
 def refusal(code: str, message: str, where: str, needs: str, look: str = LOOK_AT_THE_ADDRESS) -> Exception:
     """What AWS says no with, as one line."""
-    said = one_line(redacted(message), 200)
+    said, code = one_line(redacted(message), 200), one_line(code)
     if code in EXPIRED:
         return NotLoggedIn("the AWS credentials have expired", where=where, fix=LOG_IN_AGAIN)
     if code in WRONG:

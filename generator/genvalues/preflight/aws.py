@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import threading
 from collections.abc import Callable, Iterator
@@ -129,13 +130,15 @@ def unasked(checks: dict[str, Check], without: str) -> Finding:
     return Finding("not checked", "AWS", f"{', '.join(checks)}: not without {without}, see above")
 
 
-def known_regions() -> set[str]:
+@functools.cache
+def known_regions() -> frozenset[str]:
     """What this botocore lists, in every partition; and the regions of AWS's containers, which may be newer."""
     import boto3
 
     session = boto3.session.Session()
     partitions = session.get_available_partitions()
-    return {*ACCOUNTS, *(region for one in partitions for region in session.get_available_regions("ec2", one))}
+    listed = (region for one in partitions for region in session.get_available_regions("ec2", one))
+    return frozenset([*ACCOUNTS, *listed])
 
 
 def guarded(subject: str, check: Check, asking: Asking, wanted: Wanted) -> list[Finding]:

@@ -289,7 +289,7 @@ def judge_file_system(file_systems: Sequence[Answer], wanted: Wanted, region: st
     describe = f"{look} --file-system-ids {identity}"
     if there.get("FileSystemType") != "LUSTRE":
         return [Finding("error", subject, f"is {there.get('FileSystemType')}, not LUSTRE", look)]
-    status = there.get("Lifecycle")
+    status = there.get("Lifecycle") or "in no known state"
     if status not in USABLE_FILE_SYSTEM:
         why = one_line(str((there.get("FailureDetails") or {}).get("Message", "")), 200)
         level: Level = "warning" if status == "CREATING" else "error"
@@ -392,11 +392,8 @@ def judge_security_groups(
         ]
     first = wanted.security_groups[0]
     fix = "; ".join(authorize(first, problem, region) for problem in problems)
-    maybe = closed(inbound, None, cidr) == [] and closed(outbound, None, cidr) == []
-    if maybe:
-        found = (
-            f"TCP {', '.join(problems)} open for other groups alone: whether nodes and file system have them is unknown"
-        )
+    if not closed(inbound, None, cidr) and not closed(outbound, None, cidr):
+        found = f"TCP {', '.join(problems)} open for other groups alone, which may be the nodes'"
         return [Finding("warning", subject, found, fix)]
     return [Finding("error", subject, f"TCP {', '.join(problems)} closed between nodes and file system (Lustre)", fix)]
 
