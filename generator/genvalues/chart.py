@@ -56,6 +56,12 @@ def values_schema(chart: Path) -> dict[str, Any]:
     return part(chart, "values.schema.json", json.loads)
 
 
+def values_schema_text(chart: Path) -> str:
+    """As it is in the chart."""
+    values_schema(chart)  # which says what is wrong where that is no schema
+    return (chart / "values.schema.json").read_text(encoding="utf-8")
+
+
 def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file of the chart that holds keys and values."""
     try:

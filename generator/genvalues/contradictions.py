@@ -23,6 +23,7 @@ SECRETS_FIX = (
 )
 
 
+EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
@@ -62,6 +63,13 @@ def warnings(values: Values) -> Iterator[Contradiction]:
             f"flash is causal only, so each packed example of format {format_} is trained with those before it in "
             "its row in sight",
             "Write attention: eager or packing: false to keep them apart.",
+        )
+
+    if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
+        yield Contradiction(
+            (*at("image.repository"), ("image",)),
+            "123456789012 is the account of AWS's examples, not yours: nothing can be pulled from there",
+            "Write your own, then: genvalues image push.",
         )
 
 

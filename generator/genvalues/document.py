@@ -156,8 +156,9 @@ class Document:
         position = mistake.position or self.position(mistake.key)
         where = position.label
         key = dotted(mistake.key)
-        # --set lora.rank=3 names the key already
-        if key and not (where.startswith("--set") and f" {key}=" in where):
+        # --set lora.rank=3 names the key already, and so does --model
+        is_named = f" {key}=" in where if where.startswith("--set") else where.startswith("--")
+        if key and not is_named:
             where = f"{where} {key}"
         return UserError(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
 

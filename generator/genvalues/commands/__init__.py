@@ -12,6 +12,7 @@ import click
 
 # In the order of a user's day, which is the order of --help and of docs/genvalues.md.
 MODULES = {
+    "init": "genvalues.commands.init",
     "check": "genvalues.commands.check",
     "plan": "genvalues.commands.plan",
     "write": "genvalues.commands.write",
@@ -23,6 +24,7 @@ MODULES = {
     "bundle": "genvalues.commands.bundle",
     "uninstall": "genvalues.commands.uninstall",
     "local": "genvalues.commands.local",
+    "schema": "genvalues.commands.schema",
     "cluster": "genvalues.cluster.cli",
 }
 IN_PODS = {"cluster"}  # not for people
