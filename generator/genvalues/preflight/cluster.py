@@ -107,19 +107,18 @@ def check_storage(api: Api, config: ClusterConfig, pace: inside.Pace, objects: l
     name = spec.get("storageClassName")
     if spec.get("volumeName") or name in ours:
         return [made]
-    if name:
-        return [made, inside.check_storage_class(api, config, name)]
-    return [made, check_default_class(api, config)]
+    try:
+        return [made, inside.check_storage_class(api, config, name) if name else check_default_class(api, config)]
+    except NotAllowed as error:
+        subject = f"storage class {name}" if name else "storage class"
+        return [made, Finding("not checked", subject, error.message, "kubectl get storageclass")]
 
 
 def check_default_class(api: Api, config: ClusterConfig) -> Finding:
     subject = "storage class"
     if not config.cluster_scoped_reads:
         return inside.not_read(subject, "kubectl get storageclass")
-    try:
-        classes = api.list(kinds.STORAGE_CLASSES)
-    except NotAllowed as error:
-        return Finding("not checked", subject, error.message, "kubectl get storageclass")
+    classes = api.list(kinds.STORAGE_CLASSES)
     default = [one for one in classes if (one["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"]
     if not default:
         found = "the claim names none, and the cluster has no default"
