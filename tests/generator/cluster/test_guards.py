@@ -394,7 +394,7 @@ def test_a_gate_that_is_started_again_counts_on(
 def test_pods_of_a_job_that_makes_way_are_counted_until_they_are_gone(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    running = Guarded(fake, api, config, pricePerNodeHour=10)
+    running = Guarded(fake, api, config, pace=replace(QUICK, pods_gone=PATIENCE), pricePerNodeHour=10)
     owner = fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f0"))
     earlier = pod(f"{EARLIER}-worker-0", owner, "PyTorchJob")
     earlier["status"]["startTime"] = written(running.started - HOUR)
@@ -402,6 +402,7 @@ def test_pods_of_a_job_that_makes_way_are_counted_until_they_are_gone(
     fake.add("pytorchjobs", pytorch_job(OWN))
     running.look_after()
     until(lambda: is_going(fake, EARLIER))
+    nothing_happens(fake)
     fake.remove("pods", f"{EARLIER}-worker-0")
     fake.remove("pytorchjobs", EARLIER)
     until(lambda: is_released(fake))
@@ -459,6 +460,7 @@ def test_a_gate_that_is_started_again_knows_the_step_of_the_job_it_finds(
     says_step(trainer, 8)
     running.look_after()
     until(lambda: running.annotation("progress").get("step") == 8)
+    nothing_happens(fake)
     running.clock.ahead = 1900
     until(lambda: is_going(fake, OWN))
     running.end_pods()

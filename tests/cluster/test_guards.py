@@ -1,0 +1,167 @@
+"""A run that costs its limit, or stands still, is ended: it has saved, its nodes are free, and the release says why."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chart.manifests import Values, merged
+from cluster.space import TRAINER_IMAGE, Ended, Release, Space, image, stand_in
+from cluster.test_training import TRAINING, resumed
+from genvalues.cluster.objects import annotations_of, is_over, is_suspended, labels_of
+from trainer.conftest import make_model, write_rows
+
+BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}
+PRICE = 3600.0  # dollars an hour: a dollar for each second of a pod
+RESERVE = 2 * 120.0  # what the gate keeps back for two pods to save and end in
+# What is left of the limit: compile's pods and the start of train's take some of it.
+LEFT = 200.0
+
+
+def guarded(values: Values, **guards: Any) -> Values:
+    """Without devices: others may hold all there are, and these tests measure time."""
+    return {**merged(values, BRIEF, {"guards": {"stallTimeout": "", **guards}}), "devices": {}}
+
+
+def gate_log(space: Space) -> list[str]:
+    return [line.strip() for line in space.log("job/llama-train-gate", "--tail=-1").splitlines() if line.strip()]
+
+
+def reason_of(space: Space) -> str:
+    """What the gate's log says the stage failed for."""
+    (reason,) = [line for line in gate_log(space) if line.startswith("train failed: ")]
+    return reason
+
+
+def fails(release: Release, ended: Ended) -> None:
+    assert ended.status == 1, ended.output
+    assert release.state == "failed"
+    space = release.space
+    assert not space.pods("llama", "train"), "a node is still held"
+    trains = [job for job in space.list("pytorchjobs") if job["metadata"]["name"].startswith("llama-train-")]
+    assert all(is_suspended(job) for job in trains), "a job may come to hold nodes"
+
+
+def costs(space: Space, run: str = "llama") -> list[dict[str, Any]]:
+    return list(json.loads(space.volume.read(f"runs/{run}/costs.json"))["pods"].values())
+
+
+def test_a_run_that_costs_its_limit_is_ended_after_saving_and_an_upgrade_asks_for_no_node_until_it_is_raised(
+    space: Space, helm: int
+) -> None:
+    llama = space.release(helm)
+    at_stop = {"stages": {"train": {"extraEnv": {"STAND_IN_AT_STOP": "sleep 3; echo > /workspace/saved-$HOSTNAME"}}}}
+    values = guarded(
+        merged(stand_in(compile="sleep 2", train="echo training; sleep 600"), at_stop),
+        maxCost=RESERVE + LEFT,
+        pricePerNodeHour=PRICE,
+    )
+    client = llama.start_install(values)
+    space.wait_for_training("llama", seconds=200)
+    cost = space.wait("the cost, as an annotation of the job", lambda: annotation(space, "cost"), 60)
+    assert (cost["maxCost"], cost["pricePerNodeHour"]) == (RESERVE + LEFT, PRICE) and cost["cost"] > 0
+    fails(llama, client.wait(400))
+    reason = reason_of(space)
+    assert re.match(r"train failed: stopped: guards\.maxCost 440 dollars is reached \(cost so far [0-9.]+: ", reason)
+    assert "Raise guards.maxCost and upgrade to go on" in reason and "ended with status" not in reason
+    saved = space.volume.run("ls /workspace").split()
+    assert {name for name in saved if name.startswith("saved-")} == {
+        "saved-llama-train-1-worker-0",
+        "saved-llama-train-1-worker-1",
+    }
+    spent = sum(pod["until"] - pod["since"] for pod in costs(space))
+    assert {pod["stage"] for pod in costs(space)} == {"compile", "train"}
+    assert LEFT - 20 < spent < RESERVE + LEFT, "the limit is kept, with what saving has cost"
+
+    pods = [pod for pod in space.history.pods() if labels_of(pod).get("app.kubernetes.io/component") == "train"]
+    fails(llama, llama.upgrade(values, status=None))
+    assert "not started: guards.maxCost 440 dollars is reached" in reason_of(space)
+    again = [pod for pod in space.history.pods() if labels_of(pod).get("app.kubernetes.io/component") == "train"]
+    assert len(again) == len(pods), "a pod was made for what cannot be paid"
+
+
+def annotation(space: Space, name: str) -> dict[str, Any]:
+    jobs = [job for job in space.list("pytorchjobs") if job["metadata"]["name"].startswith("llama-train-")]
+    found: dict[str, Any] = json.loads(annotations_of(jobs[0]).get(f"llama-lora/{name}", "{}")) if jobs else {}
+    return found
+
+
+def test_a_training_that_stands_still_is_ended_and_says_since_which_step(space: Space) -> None:
+    """Its pods run, and take no step after the third. Compile, which takes none at all, is left alone."""
+    llama = space.release(4)
+    progress = '{"stage": "train", "step": %d, "totalSteps": 9, "savedStep": 2, "updated": "%s"}'
+    train = (
+        'case "$HOSTNAME" in *-worker-0) for step in 1 2 3; do sleep 10; '
+        f"printf '{progress}' $step \"$(date -u +%Y-%m-%dT%H:%M:%S+00:00)\" > /workspace/next; "
+        "mv /workspace/next /workspace/runs/llama/progress.json; done;; esac; sleep 600"
+    )
+    values = guarded(stand_in(compile="sleep 40", train=train), stallTimeout="25s")
+    fails(llama, llama.install(values, status=None, seconds=400))
+    reason = reason_of(space)
+    assert re.match(
+        r"train failed: stopped: no step for 2[5-9] s, while all pods run \(guards\.stallTimeout\); ", reason
+    )
+    assert "the last was step 3 of 9; the checkpoint at step 2 is kept" in reason
+    assert "/workspace/runs/llama/stacks" in reason
+
+
+@pytest.fixture
+def real(space: Space, tmp_path: Path) -> Space:
+    """With a small model and its rows on the volume."""
+    model = make_model(tmp_path / "model", initializer_range=0.1)
+    space.volume.copy_in(model, write_rows(tmp_path / "rows.jsonl", 200))
+    return space
+
+
+def training(**guards: Any) -> Values:
+    """Long enough to be ended in the middle, with no checkpoint of its own accord."""
+    longer = {"training": {"maxSteps": 100_000, "saveSteps": 100_000, "epochs": 100_000, "learningRate": 1e-4}}
+    return guarded(merged(TRAINING, image(TRAINER_IMAGE), longer), **guards)
+
+
+@pytest.mark.node
+def test_a_real_training_saves_before_its_limit_and_goes_on_there_when_it_is_raised(real: Space) -> None:
+    llama = real.release(3)
+    client = llama.start_install(training(maxCost=RESERVE + 300, pricePerNodeHour=PRICE))
+    fails(llama, client.wait(900))
+    reason = reason_of(real)
+    kept = re.search(r"the checkpoint at step ([0-9]+) is kept", reason)
+    assert kept, reason
+    step = int(kept[1])
+    assert real.volume.run("ls -d runs/llama/checkpoints/*/step-*").split()[-1].endswith(f"step-{step:06d}")
+    assert not real.volume.exists("runs/llama/stages/train.json")
+
+    llama.start_upgrade(training(maxCost=1e6, pricePerNodeHour=PRICE))
+    real.wait_for_training("llama", seconds=300)
+    real.wait("a step after those saved", lambda: (annotation(real, "progress").get("step") or 0) > step, 180)
+    assert f"step-{step:06d}" in real.log("llama-train-2-worker-0")
+    assert resumed(real, "llama")
+    assert annotation(real, "cost")["cost"] > 300, "what the first job has cost counts"
+
+
+@pytest.mark.node
+def test_a_real_training_that_hangs_leaves_the_stacks_of_its_workers(real: Space) -> None:
+    """One worker is stopped in its tracks, as by a fault of its device; the other waits for it in a collective."""
+    llama = real.release(3)
+    client = llama.start_install(training(stallTimeout="40s"))
+    real.wait_for_training("llama", seconds=400)
+    real.wait("a step", lambda: annotation(real, "progress").get("step"), 120)
+    [name] = [pod["metadata"]["name"] for pod in real.pods("llama", "train") if pod["metadata"]["name"].endswith("-1")]
+    stop = (
+        "for folder in /proc/[0-9]*; do "
+        "grep -aq [l]lama_lora.worker $folder/cmdline 2>/dev/null && kill -STOP ${folder#/proc/}; done; true"
+    )
+    real.kubectl("exec", name, "--", "sh", "-c", stop)
+    fails(llama, client.wait(500))
+    assert "no step for 4" in reason_of(real)
+    waiting = real.volume.read("runs/llama/stacks/train-rank-0.txt")
+    assert "all_reduce" in waiting and "loop.py" in waiting
+    assert all(is_over(pod) for pod in real.list("pods") if is_train(pod))
+
+
+def is_train(pod: dict[str, Any]) -> bool:
+    return labels_of(pod).get("app.kubernetes.io/component") == "train"
