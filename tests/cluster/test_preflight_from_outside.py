@@ -1,0 +1,168 @@
+"""genvalues preflight says from a laptop, before the install, what the chart's own preflight would say in its pod."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chart.manifests import CHART, Values, merged
+from cluster.space import CLAIM, EFA, NEURON, Ended, Space, run
+from cluster.test_preflight import PROMISED_SECONDS, STOPS, TOKEN, problems
+from genvalues.findings import Finding
+from genvalues.preflight.cluster import check_cluster
+
+OK_DEVICES = [
+    f"ok {NEURON}: 8 on each of 1 nodes of type ml.trn1.32xlarge",
+    f"ok {EFA}: 4 on each of 1 nodes of type ml.trn1.32xlarge",
+]
+MANAGED: Values = {"storage": {"existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": ""}}
+
+
+def look(namespace: str, values: Values, context: str | None = None, release: str = "llama") -> list[Finding]:
+    """In the time that the stage promises, and with nothing of it left."""
+    began = time.monotonic()
+    findings = check_cluster(CHART, values, release, namespace, context)
+    assert time.monotonic() - began < PROMISED_SECONDS
+    return findings
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    return [" ".join(str(finding).replace("\n", " ").replace(" fix: ", " FIX: ").split()) for finding in findings]
+
+
+def test_it_says_what_the_stage_says_before_anything_is_installed(space: Space) -> None:
+    """All that is wrong at once, word by word, and the stage itself says it afterwards."""
+    wrong: Values = {
+        "devices": {NEURON: 999, "example.com/none": 1},
+        "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
+    }
+    values = merged(STOPS, TOKEN, wrong)
+    outside = {line for line in lines(look(space.name, values)) if not line.startswith("ok ")}
+    assert space.list("pytorchjobs") == [], "the probe is gone"
+    assert len(outside) == 6
+    release = space.release()
+    release.install(values, status=1)
+    inside = {line for line in problems(release) if "findings stop this release" not in line}
+    assert outside == inside
+
+
+def test_before_the_first_install_a_claim_that_install_makes_is_right(new_space: Callable[..., Space]) -> None:
+    space = new_space("baseline")
+    space.kubectl("create", "secret", "generic", "hf-token", "--from-literal=token=x")
+    values = merged(STOPS, TOKEN, MANAGED, {"storage": {"prepare": {"enabled": True}}})
+    first = [
+        "ok training operator: knows PyTorchJob and acts on it",
+        "ok claim llama-workspace: is not there yet: install makes it",
+        "ok storage class: folder, the default",
+        f"ok namespace {space.name}: enforces Pod Security baseline, which lets storage-prepare run as root",
+        "ok secret hf-token: has key token",
+        *OK_DEVICES,
+    ]
+    assert lines(look(space.name, values)) == first
+    named = merged(values, {"storage": {"storageClass": "none-of-this-name"}})
+    [error] = [finding for finding in look(space.name, named) if finding.level == "error"]
+    assert error.subject == "storage class none-of-this-name"
+    space.release().install(values, status=1)
+    after = lines(look(space.name, values))
+    assert "ok claim llama-workspace: Bound 1Gi" in after and set(first) - set(after) == {first[1], first[2]}
+
+
+def test_a_namespace_that_is_not_there_is_an_error_and_is_not_made(space: Space) -> None:
+    name = f"nobodys-{secrets.token_hex(3)}"
+    findings = {finding.subject: finding for finding in look(name, merged(STOPS, TOKEN, MANAGED))}
+    assert (findings[f"namespace {name}"].level, findings[f"namespace {name}"].fix) == (
+        "error",
+        f"kubectl create namespace {name}",
+    )
+    assert findings["secret hf-token"].fix == (
+        f"kubectl -n {name} create secret generic hf-token --from-literal=token=hf_..."
+    )
+    assert findings["training operator"].level == "not checked" and findings[NEURON].level == "ok"
+    assert run(["kubectl", "get", "namespace", name]).status != 0
+
+
+def test_a_user_who_may_nothing_has_nothing_checked_and_is_told_what_is_not_allowed(
+    space: Space, tmp_path: Path
+) -> None:
+    space.volume.create()
+    findings = as_somebody_without_rights(space, tmp_path, lambda: look(space.name, merged(STOPS, TOKEN)))
+    unseen = {finding.subject: finding.found for finding in findings if finding.level == "not checked"}
+    assert {finding.level for finding in findings} == {"not checked"}
+    assert set(unseen) == {"training operator", "storage", "Hugging Face token", "devices", "quota"}
+    assert all("cannot" in found for found in unseen.values()), unseen
+    assert space.list("pytorchjobs") == []
+
+
+def as_somebody_without_rights(space: Space, folder: Path, do: Callable[[], list[Finding]]) -> list[Finding]:
+    space.kubectl("create", "serviceaccount", "nobody")
+    token = space.kubectl("create", "token", "nobody").strip()
+    kubeconfig = json.loads(run(["kubectl", "config", "view", "--raw", "--minify", "-o", "json"]).output)
+    for user in kubeconfig["users"]:
+        user["user"] = {"token": token}
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(kubeconfig))
+    before = os.environ["KUBECONFIG"]
+    os.environ["KUBECONFIG"] = str(path)
+    try:
+        return do()
+    finally:
+        os.environ["KUBECONFIG"] = before
+
+
+def genvalues(*arguments: str, **environment: str) -> Ended:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "genvalues.cli", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Ended(done.returncode, done.stdout, time.monotonic() - began)
+
+
+def test_the_command_ends_with_2_for_an_error_0_without_and_1_when_nobody_answers(
+    new_space: Callable[..., Space], tmp_path: Path
+) -> None:
+    space = new_space("baseline")
+    space.volume.create()
+    inputs: dict[str, Any] = {
+        "name": "llama",
+        "model": "meta-llama/Meta-Llama-3.1-8B",
+        "dataset": {"source": "databricks/databricks-dolly-15k"},
+        "instance": "ml.trn1.32xlarge",
+        "image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0",
+        "storage": {"existingClaim": CLAIM},
+    }
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump(inputs))
+    command = ["preflight", str(file), "--cluster", "-n", space.name]
+    space.wait("the claim", lambda: (space.get("pvc", CLAIM) or {}).get("status", {}).get("phase") == "Bound")
+    missing = genvalues(*command)
+    assert missing.status == 2 and "error        secret hf-token" in missing.output
+    assert f"fix: kubectl -n {space.name} create secret generic hf-token" in missing.output
+    assert missing.output.splitlines()[-1] == "1 of 6 findings stop this release; the fixes are above"
+    space.kubectl("create", "secret", "generic", "hf-token", "--from-literal=token=x")
+    right = genvalues(*command, "--json")
+    assert right.status == 0
+    document = json.loads(right.output)
+    assert {finding["level"] for finding in document["findings"]} == {"ok"}, document
+
+    kubeconfig = json.loads(run(["kubectl", "config", "view", "--raw", "--minify", "-o", "json"]).output)
+    kubeconfig["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
+    elsewhere = tmp_path / "kubeconfig"
+    elsewhere.write_text(json.dumps(kubeconfig))
+    away = genvalues(*command, KUBECONFIG=str(elsewhere))
+    assert away.status == 1 and away.output.startswith("not checked  cluster: the API server does not answer")
+    assert away.seconds < PROMISED_SECONDS
