@@ -62,9 +62,8 @@ class Asking:
     @contextmanager
     def calling(self, service: str, operation: str) -> Iterator[Any]:
         """The client, around a call: raises as ``told`` does, and what was not allowed names the IAM action."""
-        name = "".join(word.title() for word in operation.split("_"))
-        action = ACTIONS.get(name, f"{PREFIXES.get(service, service)}:{name}")
-        with told(f"{service} in {self.region}", needs=action, look=f"Look at it: aws {service} help."):
+        needs = action_of(service, operation)
+        with told(f"{service} in {self.region}", needs=needs, look=f"Look at it: aws {service} help."):
             yield self.client(service)
 
     def ask(self, service: str, operation: str, **parameters: Any) -> dict[str, Any]:
@@ -77,6 +76,12 @@ class Asking:
         with self.calling(service, operation) as client:
             for page in client.get_paginator(operation).paginate(**parameters):
                 yield from page.get(key) or []
+
+
+def action_of(service: str, operation: str) -> str:
+    """The IAM action that a call needs, as a policy spells it."""
+    name = "".join(word.title() for word in operation.split("_"))
+    return ACTIONS.get(name, f"{PREFIXES.get(service, service)}:{name}")
 
 
 Check = Callable[[Asking, Wanted], list[Finding]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -377,3 +380,19 @@ def test_the_cpu_needs_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     for offline in (False, True):
         [found] = check_aws(wanted(on_cpu), offline=offline)
         assert str(found) == "ok           AWS: nothing to check at AWS: instance cpu"
+
+
+# --- docs/preflight.md
+
+
+def test_the_policy_to_paste_allows_what_is_asked_and_nothing_else() -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs/preflight.md").read_text(encoding="utf-8")
+    policy = json.loads(page[page.index('    {\n      "Version"') : page.index("## The Hub")])
+    allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
+    source = Path(aws.__file__).read_text(encoding="utf-8")
+    calls = re.findall(r'\(\s*"([a-z0-9-]+)",\s*"((?:get|list|describe|head)_[a-z_]+)"', source)
+    asked = {aws.action_of(*call) for call in calls} - {"sts:GetCallerIdentity"}
+    assert len(calls) >= 13 and allowed == asked
+    for action in allowed:
+        assert f"`{action}`" in page, "in the table"
