@@ -58,7 +58,7 @@ def command() -> int:
         error.show()
         return error.exit_code
     except click.Abort as aborted:  # click's word for Ctrl-C, and for the end of the input at a question
-        return 130 if isinstance(aborted.__cause__, KeyboardInterrupt) else 1
+        return 130 if isinstance(aborted.__cause__ or aborted.__context__, KeyboardInterrupt) else 1
     return status if isinstance(status, int) else 0
 
 

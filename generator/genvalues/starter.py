@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.chart import BESIDE_THE_SOURCES, NAME, chart_name
-from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, check
+from genvalues.check import REQUIRED_COLUMNS, check
 from genvalues.document import Document, Position
 from genvalues.errors import UserError
 from genvalues.files import write_text
@@ -119,9 +119,8 @@ def section(key: str, inputs: dict[str, Any], on_cpu: bool) -> str:
 def dataset_section(dataset: dict[str, Any]) -> str:
     lines = [in_a_line(name, value) for name, value in dataset.items()]
     if "columns" not in dataset:
-        format_ = dataset["format"]
-        names = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]
-        lines.append(f"# {in_a_line('columns', {name: name for name in names})}")
+        columns = {name: name for name in REQUIRED_COLUMNS[dataset["format"]]}
+        lines.append(f"# {in_a_line('columns', columns)}")
     lines.append("# evalFraction: 0.02")
     return "dataset:\n" + "".join(f"  {line}\n" for line in lines)
 
