@@ -24,6 +24,7 @@ SECRETS_FIX = (
 
 
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
+DURATION = re.compile(r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?")  # the chart's rule
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
@@ -44,6 +45,7 @@ def contradictions(values: Values) -> Iterator[Contradiction]:
         parallelism,
         process_groups,
         devices,
+        guards,
         storage,
         access_modes,
         environment,
@@ -162,6 +164,23 @@ def devices(values: Values) -> Iterator[Contradiction]:
                 "the Neuron device plugin does not offer whole nodes by it",
                 "Use aws.amazon.com/neuron.",
             )
+
+
+def guards(values: Values) -> Iterator[Contradiction]:
+    """A limit on the cost needs a price, which the price list has for Trainium alone; a time must be one."""
+    if get(values, "guards.maxCost", float) and not get(values, "guards.pricePerNodeHour", float):
+        yield Contradiction(
+            at("guards.maxCost", "guards.pricePerNodeHour"),
+            f"the price of a {values.get('instance', '')} node, which the cost is counted by, is not known",
+            "Write guards.pricePerNodeHour, the dollars that one node costs an hour.",
+        )
+    timeout = get(values, "guards.stallTimeout", str)
+    if timeout and not (DURATION.fullmatch(timeout) and re.search("[1-9]", timeout)):
+        yield Contradiction(
+            at("guards.stallTimeout"),
+            f"{one_line(timeout)!r} is no time to wait for a step",
+            "Write one like 45m or 1h30m, or '' for none.",
+        )
 
 
 def storage(values: Values) -> Iterator[Contradiction]:
