@@ -18,6 +18,7 @@ SCHEMA = Path(__file__).with_name("inputs.schema.json")
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+DURATION = r"^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?$"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
 HUB_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 MODEL_ID = rf"^{HUB_PART}(/{HUB_PART})?(@{REVISION})?$"
@@ -116,12 +117,23 @@ class Training:
         description="eager keeps packed examples apart; flash is causal only, so that each sees those before it. flash "
         "for format text on Trainium where maxSequenceLength is a multiple of 2048, else eager, when left out",
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = setting(
-        "selective",
-        description="what is computed again in the backward pass: nothing, the attention, or whole layers",
+    activation_checkpointing: Literal["none", "selective", "full"] | None = setting(
+        None,
+        description="what is computed again in the backward pass: nothing, the attention, or whole layers. selective, "
+        "or full where memory needs it, when left out",
     )
-    per_device_batch_size: int = setting(1, ge=1, le=1024, description="rows a data-parallel rank takes at once")
-    gradient_accumulation_steps: int = setting(3, ge=1, le=65536, description="batches to an optimizer step")
+    per_device_batch_size: int | None = setting(
+        None, ge=1, le=1024, description="rows that a copy of the model takes at once; chosen (1) when left out"
+    )
+    gradient_accumulation_steps: int | None = setting(
+        None, ge=1, le=65536, description="how many times, before an optimizer step; chosen (3) when left out"
+    )
+    global_batch_size: int | None = setting(
+        None,
+        ge=1,
+        le=LARGE,
+        description="rows of an optimizer step, over all copies of the model; follows from the others when left out",
+    )
     epochs: float = setting(1, gt=0, le=10000, description="times through the dataset")
     max_steps: int | None = setting(None, ge=1, le=LARGE, description="optimizer steps, instead of epochs")
     learning_rate: float = setting(5e-5, gt=0, le=1, description="highest learning rate")
@@ -132,6 +144,21 @@ class Training:
     save_steps: int = setting(100, ge=1, le=LARGE, description="optimizer steps between checkpoints")
     save_total_limit: int = setting(2, ge=1, le=1000, description="checkpoints kept")
     seed: int = setting(42, ge=0, le=2**32 - 1, description="of shuffling, adapter and dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """Wishes; `genvalues plan` shows what is made of them, and what is chosen without."""
+
+    tensor_parallel_size: int | None = setting(
+        None, ge=1, le=1024, description="processes that share one copy of the model; chosen when left out"
+    )
+    max_hours: float | None = setting(
+        None,
+        gt=0,
+        le=100000,
+        description="the fewest nodes that compile and train within it by estimate, where nodes is left out",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +190,23 @@ class Evaluation:
     max_rows: int = setting(256, ge=1, le=LARGE, description="held-out rows to measure the loss on")
     samples: int = setting(4, ge=0, le=1000, description="answers to generate, before and after")
     max_new_tokens: int = setting(128, ge=1, le=131072, description="length of a generated answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    max_cost: float | None = setting(
+        None, gt=0, le=LARGE, description="dollars of the run's nodes at which it is stopped, with a checkpoint"
+    )
+    stall_timeout: str | None = setting(
+        None,
+        pattern=DURATION,
+        max_length=32,
+        description="train is stopped after so long without a step, such as 45m or 1h30m; empty: never. "
+        "30m on Trainium, never on cpu, when left out",
+    )
+    price_per_node_hour: float | None = setting(
+        None, gt=0, le=LARGE, description="dollars that a node costs an hour; the price list's, when left out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +263,10 @@ class Inputs:
     )
     dataset: Dataset = block(Dataset, REQUIRED, description="what to train on")
     instance: str = setting(json_schema_extra={"enum": [*NAMES]}, description="instance type to train on, or cpu")
-    nodes: int = setting(1, ge=1, le=1024, description="nodes to train on")
+    nodes: int | None = setting(
+        None, ge=1, le=1024, description="nodes to train on; 1, or what parallelism.maxHours needs, when left out"
+    )
+    parallelism: Parallelism = block(Parallelism, description="how the nodes share the work")
     cpu: Cpu | None = block(Cpu, None, description="instance cpu only")
     lora: Lora = block(Lora, description="the adapter")
     training: Training = block(Training, description="the run")
@@ -230,6 +277,7 @@ class Inputs:
     )
     compile: Compile = block(Compile, description="how Trainium's graphs are compiled")
     evaluation: Evaluation = block(Evaluation, description="base and tuned model, side by side")
+    guards: Guards = block(Guards, description="limits on what a run costs, and on standing still")
     storage: Storage = block(Storage, description="the volume that holds models, datasets and runs")
     hugging_face: HuggingFace | None = block(
         HuggingFace,

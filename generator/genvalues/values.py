@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, split_image
-from genvalues.contradictions import FLASH_ROWS
 from genvalues.inputs import Dataset, Inputs, ModelPath, Storage, plain
-from genvalues.instances import HYPERPOD, parallelism, trainium
+from genvalues.instances import HYPERPOD, trainium
 from genvalues.nested import merge
+from genvalues.plan.planning import Plan
 
 # A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
 HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
+STALL_TIMEOUT = "30m"  # the chart's, too
 
 
-def values_from(inputs: Inputs) -> dict[str, Any]:
+def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """The values for a run, in the order of the chart's values.yaml; the inputs' chartValues merged last."""
     instance = trainium(inputs.instance)
-    layout = parallelism(inputs.instance, inputs.nodes, inputs.cpu.processes if inputs.cpu else 2)
+    layout = plan.layout
     evaluation = plain(inputs.evaluation)
     if inputs.evaluation.enabled is None:
         evaluation["enabled"] = inputs.dataset.eval_fraction > 0
@@ -30,9 +31,10 @@ def values_from(inputs: Inputs) -> dict[str, Any]:
         "model": model(inputs.model),
         "dataset": dataset(inputs.dataset),
         "lora": plain(inputs.lora),
-        "training": {**plain(inputs.training), "attention": attention(inputs)},
+        "training": training(inputs, plan),
         "probe": plain(inputs.probe),
         "compile": plain(inputs.compile),
+        "guards": guards(inputs, plan),
         "evaluation": evaluation,
         "parallelism": {
             "nodes": layout.nodes,
@@ -56,13 +58,26 @@ def values_from(inputs: Inputs) -> dict[str, Any]:
     return merge(values, inputs.chart_values)
 
 
-def attention(inputs: Inputs) -> str:
-    """As written; else flash where it is as right as eager (a row is one text) and Neuron's kernel takes the rows."""
-    if inputs.training.attention is not None:
-        return inputs.training.attention
-    is_text = row_format(inputs.dataset.format, inputs.dataset.source) == "text"
-    fits = inputs.training.max_sequence_length % FLASH_ROWS == 0
-    return "flash" if is_text and fits and not inputs.on_cpu else "eager"
+def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """As written, with what the plan has chosen. The global batch follows from it, so the chart has no key for it."""
+    layout = plan.layout
+    chosen = {
+        "attention": plan.attention,
+        "activationCheckpointing": layout.checkpointing,
+        "perDeviceBatchSize": layout.per_device,
+        "gradientAccumulationSteps": layout.accumulation,
+    }
+    written = plain(inputs.training)
+    del written["globalBatchSize"]
+    return written | chosen
+
+
+def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """As written; a price of the table where there is one. A laptop may stand still as long as it likes."""
+    written = plain(inputs.guards)
+    if written["stallTimeout"] is None:
+        written["stallTimeout"] = "" if inputs.on_cpu else STALL_TIMEOUT
+    return written | {"pricePerNodeHour": plan.price.dollars if plan.price else None}
 
 
 def neuron(inputs: Inputs) -> dict[str, Any]:

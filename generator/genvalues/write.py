@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,35 +25,54 @@ from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.nested import get
+from genvalues.plan.choices import Refused
+from genvalues.plan.planning import Plan, Priced, known_price, look, plan
 from genvalues.sources import Sources
 from genvalues.values import values_from
 from genvalues.wording import one_line, redacted
 from genvalues.written import claimed_digest, difference, is_as_written, schema_comments, with_digest
 from genvalues.yamltext import dump
 
+PriceOf = Callable[[Inputs], Priced]
 NOT_WRITABLE = "Name a file in a folder that is there and that you may write to."
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Inputs in which there is no mistake, and the values for them."""
+    """Inputs in which there is no mistake, the plan for them, and the values for both."""
 
     document: Document
     inputs: Inputs
     values: dict[str, Any]
+    plan: Plan
 
 
-def checked(sources: Sources) -> Checked:
-    """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr."""
+def checked(sources: Sources, offline: bool = False, price: PriceOf = known_price) -> Checked:
+    """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr.
+
+    ``offline``: the Hub is not asked about a model that nobody here knows. ``price``: see ``planned``.
+    """
     document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
     inputs = check(document)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
-    values = values_from(inputs)
+    made = planned(inputs, document, offline, price)
+    values = values_from(inputs, made)
     check_against(find_chart(sources.chart), values, document)
     for found in warnings(values):
         print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
-    return Checked(document, inputs, values)
+    for note in made.notes:
+        print(f"warning: {document.error(Mistake(('model',), note))}", file=sys.stderr)
+    return Checked(document, inputs, values, made)
+
+
+def planned(inputs: Inputs, document: Document, offline: bool, price: PriceOf) -> Plan:
+    """The plan; a wish that cannot be kept is a mistake at its key. ``price`` gives another price than the table's."""
+    try:
+        return plan(inputs, look(inputs, offline), price(inputs))
+    except Refused as refused:
+        document.raise_mistakes(Mistake(problem.key, problem.what, problem.fix) for problem in refused.problems)
+        raise
 
 
 def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:

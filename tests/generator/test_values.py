@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from genvalues import __version__, chart, helm, inputs, inputs_schema, instances
 from genvalues.errors import UserError
 from genvalues.inputs import inputs_from
+from genvalues.plan.planning import look, plan
 from genvalues.sources import Sources
 from genvalues.values import values_from
 from genvalues.write import checked, text_of
@@ -97,7 +98,8 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
 
 def test_the_inputs_defaults_are_the_charts() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
-    derived = values_from(inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"}))
+    least = inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"})
+    derived = values_from(least, plan(least, look(least)))
     for section in ("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "hyperpod"):
         assert derived[section] == defaults[section]
     assert derived["devices"] == defaults["devices"]
@@ -127,7 +129,7 @@ def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> No
     assert instances.parallelism(f"ml.{name}", nodes, 2) == layout
 
 
-ON_TRAINIUM = "model: a/b\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
+ON_TRAINIUM = "model: meta-llama/Llama-3.1-8B\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,8 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
         "lora": st.fixed_dictionaries({}, optional=numbers("Lora") | {"targetModules": st.just("all-linear")}),
         "training": st.fixed_dictionaries(
             {},
-            optional=numbers("Training")
+            # (globalBatchSize follows from the others: any of its values with any of theirs is a mistake)
+            optional={name: each for name, each in numbers("Training").items() if name != "globalBatchSize"}
             | {
                 "packing": st.booleans(),
                 "lrScheduler": st.sampled_from(["linear", "cosine", "constant"]),

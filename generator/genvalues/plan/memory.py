@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from genvalues.plan.architectures import Architecture
 
-BF16, FP32, MASK = 2, 4, 1  # bytes of a number; of an element of dropout's mask
+BF16, FP32 = 2, 4  # bytes of a number
 QUERY_KEY_VALUE, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 # Of a core's memory, what is kept for all that is not tensors: the compiled graphs' code, the runtime's micro-code (96
 # MB for each physical core), DMA rings, buffers of the collectives, and what the compiler spills (Neuron docs, Neuron
@@ -166,7 +166,7 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
     34 s b h bytes for a layer of GPT that is trained whole (equation 2 without 5 a s / h), and with tensor and sequence
     parallelism the size-th part of all of it (equation 4). This is their count for Llama with a frozen base: a frozen
     layer keeps no input (NxD, _linear_autograd_base_setup_fwd), RMSNorm keeps its input in fp32, SwiGLU keeps gate,
-    silu(gate) and up, and each LoRA factor A keeps its input and dropout's mask.
+    silu(gate) and up, and each LoRA factor A keeps its input and dropout's noise.
     """
     a, tokens = architecture, step.tokens
     query, key, inner = a.query / size, float(local_key(a, size)), a.intermediate / size
@@ -182,7 +182,7 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
 
 
 def lora_input_bytes(architecture: Architecture, step: Step, size: int) -> float:
-    """Bytes a token that LoRA's factors keep: A's input (with dropout each has its own, and a mask), and A's output."""
+    """Bytes a token that LoRA's factors keep: A's input (with dropout each has its own, and noise), and A's output."""
     a = architecture
     width = dict.fromkeys((*QUERY_KEY_VALUE, *GATE_UP), a.hidden / size)
     width |= {"o_proj": a.query / size, "down_proj": a.intermediate / size}
@@ -191,7 +191,7 @@ def lora_input_bytes(architecture: Architecture, step: Step, size: int) -> float
     if not step.dropout:  # q, k and v have one input, gate and up have one
         of_attention = dict.fromkeys(QUERY_KEY_VALUE, "q_proj") | dict.fromkeys(GATE_UP, "gate_proj")
         inputs = {of_attention.get(name, name): each_width for name, each_width in inputs.items()}
-    each = BF16 + MASK if step.dropout else BF16
+    each = 2 * BF16 if step.dropout else BF16  # the noise of torch's dropout is of the input's type
     # With sequence parallelism off (a group of one) and on alike: A's output is small, and counted whole.
     return each * sum(inputs.values()) + BF16 * step.r * len({fused.get(name, name) for name in step.targets})
 
@@ -223,7 +223,8 @@ def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
     elif step.checkpointing == "full":
         per_layer = tokens * BF16 * a.hidden / size
     last_norm = tokens * FP32 * a.hidden / size
-    mask = (BF16 + MASK) * step.rows * step.length**2 if step.attention == "eager" else 0
+    # The additive mask, and which example each token sees (trainer, _loss_sum).
+    mask = (BF16 + 1) * step.rows * step.length**2 if step.attention == "eager" else 0
     return int(a.layers * per_layer + last_norm + mask)
 
 
