@@ -1,0 +1,54 @@
+"""The limits of a run as one writes them: what the chart would refuse is told before, in the inputs' words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genvalues import contradictions, inputs
+
+CHART = Path(__file__).parents[2] / "chart"
+
+
+def told(**guards: Any) -> list[str]:
+    values = {"instance": "cpu", "guards": guards}
+    return [f"{'.'.join(map(str, one.keys[0]))}: {one.what}. {one.fix}" for one in contradictions.guards(values)]
+
+
+def test_a_limit_on_the_cost_needs_a_price() -> None:
+    (found,) = told(maxCost=200, pricePerNodeHour=None, stallTimeout="30m")
+    assert found == (
+        "guards.maxCost: the price of a cpu node, which the cost is counted by, is not known. "
+        "Write guards.pricePerNodeHour, the dollars that one node costs an hour."
+    )
+    assert told(maxCost=200) and told(maxCost=0.5)
+    assert not told(maxCost=200, pricePerNodeHour=21.5)
+    assert not told(maxCost=None) and not told(pricePerNodeHour=21.5) and not told()
+
+
+DURATIONS = {
+    **dict.fromkeys(["", "30m", "1h30m", "90s", "1h2m3s", "0h5m"], True),
+    **dict.fromkeys(["soon", "30", "30 m", "1.5h", "30m1h", "1d", "-5m", "0m", "0h0m0s", "5ms"], False),
+}
+
+
+@pytest.mark.parametrize(("written", "right"), DURATIONS.items(), ids=repr)
+def test_a_time_is_one_or_is_refused(written: str, right: bool) -> None:
+    found = told(stallTimeout=written)
+    assert (not found) == right
+    assert all("Write one like 45m or 1h30m, or '' for none." in message for message in found)
+
+
+def test_inputs_and_chart_take_the_same_times() -> None:
+    rule = contradictions.DURATION.pattern
+    assert f"^{rule}$" == inputs.DURATION
+    assert f'regexMatch "^{rule}$"' in (CHART / "templates/_validations.tpl").read_text(encoding="utf-8")
+
+
+def test_all_of_them_may_be_left_out() -> None:
+    guards = inputs.Guards()
+    assert (guards.max_cost, guards.stall_timeout, guards.price_per_node_hour) == (None, None, None)
+    assert re.fullmatch(inputs.DURATION, "30m")
