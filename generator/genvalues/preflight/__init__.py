@@ -5,6 +5,7 @@ What is answered is judged by pure functions (``judge``, ``hub.judge``, genvalue
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,23 +39,27 @@ def run(
     from concurrent.futures import ThreadPoolExecutor
 
     from genvalues.chart import need_chart
+    from genvalues.preflight.judge import with_nodes_there
     from genvalues.preflight.wanted import Wanted
 
-    wanted = Wanted(str(checked.document.path), checked.values)
-    parts: list[Callable[[], list[Finding]]] = []
+    wanted = Wanted(shlex.quote(str(checked.document.path)), checked.values)
+    parts: dict[str, Callable[[], list[Finding]]] = {}
     if aws:
         from genvalues.preflight.aws import check_aws
 
-        parts.append(lambda: check_aws(wanted, region, offline))
+        parts["aws"] = lambda: check_aws(wanted, region, offline)
     if hub:
         from genvalues.preflight.hub import check_hub
 
-        parts.append(lambda: check_hub(wanted, offline))
+        parts["hub"] = lambda: check_hub(wanted, offline)
     if cluster:
         from genvalues.preflight.cluster import check_cluster
 
         folder = need_chart(chart)
         name = release or wanted.text("name")
-        parts.append(lambda: check_cluster(folder, checked.values, name, namespace, context, offline))
+        parts["cluster"] = lambda: check_cluster(folder, checked.values, name, namespace, context, offline)
     with ThreadPoolExecutor(max(1, len(parts))) as pool:
-        return [finding for found in pool.map(lambda part: part(), parts) for finding in found]
+        found = dict(zip(parts, pool.map(lambda part: part(), parts.values()), strict=True))
+    if "aws" in found and "cluster" in found:
+        found["aws"] = with_nodes_there(found["aws"], found["cluster"], wanted)
+    return [finding for findings in found.values() for finding in findings]

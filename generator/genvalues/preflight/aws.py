@@ -88,29 +88,31 @@ Check = Callable[[Asking, Wanted], list[Finding]]
 
 
 def check_aws(wanted: Wanted, region: str | None = None, offline: bool = False) -> list[Finding]:
-    """All findings about AWS; ``region`` is the one that the user names."""
+    """All findings about AWS; ``region`` is the one that the user names.
+
+    Without credentials nothing is checked, which stops nothing: the release itself asks AWS for nothing from here.
+    """
     checks = applicable(wanted)
-    findings = check_size(wanted)
-    if not checks and not findings:
-        return [Finding("ok", "AWS", f"nothing to check at AWS: instance {wanted.instance}")]
+    size = check_size(wanted)
+    if not checks:
+        return size or [Finding("ok", "AWS", f"nothing to check at AWS: instance {wanted.instance}")]
     if offline:
         subjects = ["AWS credentials", "AWS region", *checks]
-        return [*(Finding("not checked", subject, "--offline") for subject in subjects), *findings]
-    configured, problems = attempt("AWS credentials", wanted, default_region)
-    if problems:  # a profile that is not there, or a file that is no configuration
-        return [*problems, unasked(checks, "credentials"), *findings]
-    named = wanted.regions(region, configured)
-    regions = judge.judge_region(named, known_regions(), wanted.file)
-    if regions.level == "error":
-        return [regions, unasked(checks, "a region"), *findings]
-    asking = Asking(named[0][1])
-    identity, problems = attempt("AWS credentials", wanted, lambda: asking.ask("sts", "get_caller_identity"))
-    if any(problem.level == "error" for problem in problems):
-        return [*problems, regions, unasked(checks, "credentials"), *findings]
-    who = [judge.judge_identity(identity)] if identity else problems
-    with ThreadPoolExecutor(max(1, len(checks))) as pool:
+        return [*(Finding("not checked", subject, "--offline") for subject in subjects), *size]
+    try:
+        named = wanted.regions(region, default_region())
+        regions = judge.judge_region(named, known_regions(), wanted.file)
+        if regions.level not in {"ok", "warning"}:
+            return [regions, unasked(checks, "a region"), *size]
+        asking = Asking(named[0][1])
+        who = judge.judge_identity(asking.ask("sts", "get_caller_identity"), wanted)
+    except NotLoggedIn as error:
+        return [unanswered("AWS credentials", wanted, error), unasked(checks, "credentials"), *size]
+    except UNANSWERED as error:
+        who = unanswered("AWS credentials", wanted, error)
+    with ThreadPoolExecutor(len(checks)) as pool:
         found = pool.map(lambda subject: guarded(subject, checks[subject], asking, wanted), checks)
-        return [*who, regions, *(finding for some in found for finding in some), *findings]
+        return [who, regions, *(finding for some in found for finding in some), *size]
 
 
 def applicable(wanted: Wanted) -> dict[str, Check]:
@@ -154,21 +156,26 @@ def guarded(subject: str, check: Check, asking: Asking, wanted: Wanted) -> list[
 
 def attempt(subject: str, wanted: Wanted, ask: Callable[[], Found]) -> tuple[Found | None, list[Finding]]:
     """What was answered, or the finding that it was not."""
-    preflight = f"genvalues preflight {shlex.quote(wanted.file)} --aws"
     try:
         return ask(), []
-    except NotLoggedIn as error:
+    except UNANSWERED as error:
+        return None, [unanswered(subject, wanted, error)]
+
+
+UNANSWERED = (UserError, Unavailable, Missing)  # what ``told`` raises
+
+
+def unanswered(subject: str, wanted: Wanted, error: Exception) -> Finding:
+    preflight = f"genvalues preflight {wanted.file} --aws"
+    if isinstance(error, NotLoggedIn):
         log_in = "aws sso login   # or: aws configure; or AWS_PROFILE=NAME for others"
-        return None, [Finding("error", subject, error.what, log_in)]
-    except Denied as error:
+        return Finding("not checked", subject, error.what, log_in, unanswered=True)
+    if isinstance(error, Denied):
         fix = f"AWS_PROFILE=NAME {preflight}   # or have {error.needs} allowed: {POLICY}"
-        return None, [Finding("not checked", subject, f"these credentials are not allowed {error.needs}", fix)]
-    except Missing:
-        return None, [Finding("not checked", subject, "AWS knows nothing of this name", preflight)]
-    except Unavailable as error:
-        return None, [Finding("not checked", subject, str(error), preflight, unanswered=True)]
-    except UserError as error:
-        return None, [Finding("not checked", subject, str(error), preflight)]
+        return Finding("not checked", subject, f"these credentials are not allowed {error.needs}", fix)
+    if isinstance(error, Missing):
+        return Finding("not checked", subject, "AWS knows nothing of this name", preflight)
+    return Finding("not checked", subject, str(error), preflight, unanswered=isinstance(error, Unavailable))
 
 
 def or_none(ask: Callable[[], Found]) -> Found | None:

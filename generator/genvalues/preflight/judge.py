@@ -32,16 +32,20 @@ THROUGHPUTS = {"PERSISTENT_2": (125, 250, 500, 1000), "PERSISTENT_1": (50, 100, 
 USABLE_FILE_SYSTEM = {"AVAILABLE", "UPDATING"}
 
 
-def judge_identity(answer: Answer) -> Finding:
-    """Of STS GetCallerIdentity."""
-    return Finding("ok", "AWS credentials", f"account {answer.get('Account', '?')}, {answer.get('Arn', '?')}")
+def judge_identity(answer: Answer, wanted: Wanted) -> Finding:
+    """Of STS GetCallerIdentity. An image of another account is usual where one account builds for several; or these are
+    the wrong credentials, whose quotas and reservations are not the run's."""
+    account, registry = str(answer.get("Account", "?")), wanted.image.account
+    other = f"; the image is in account {registry}'s registry" if registry not in {"", account} else ""
+    return Finding("ok", "AWS credentials", f"account {account}, {answer.get('Arn', '?')}{other}")
 
 
 def judge_region(named: Sequence[tuple[str, str]], known: Collection[str], file: str) -> Finding:
     """``named``: who names a region, and which, the first of them being used; ``known``: AWS's regions."""
     if not named:
         fix = f"genvalues preflight {file} --region us-west-2   # or: aws configure set region us-west-2"
-        return Finding("error", "AWS region", "none is set, and no address of the inputs names one", fix)
+        found = "none is set, and no address of the inputs names one"
+        return Finding("not checked", "AWS region", found, fix, unanswered=True)
     who, region = named[0]
     if region not in known:
         near = (difflib.get_close_matches(region, known, n=1) or ["us-west-2"])[0]
@@ -249,6 +253,20 @@ def judge_cluster(cluster: Answer, wanted: Wanted, region: str) -> Finding:
     group = groups[0].get("InstanceGroupName", "?")
     fix = f"aws sagemaker update-cluster --cluster-name {name} --instance-groups ... --region {region}"
     return Finding("error", subject, found, f"{fix}   # group {group} with InstanceCount {wanted.nodes}")
+
+
+def with_nodes_there(findings: Sequence[Finding], cluster: Sequence[Finding], wanted: Wanted) -> list[Finding]:
+    """The findings about AWS, given those about the cluster: where its nodes are there already, with their devices, no
+    quota and no zone stops the run. They may be another account's, or of a training plan."""
+    enough = any(finding.level == "ok" and finding.subject in wanted.devices for finding in cluster)
+    enough = enough and not any(finding.subject == f"nodes {wanted.instance}" for finding in cluster)
+    about_nodes = ("quota of ", "zones of ", "HyperPod")
+    return [
+        Finding("warning", finding.subject, f"{finding.found}; the cluster has its nodes all the same", finding.fix)
+        if enough and finding.level == "error" and finding.subject.startswith(about_nodes)
+        else finding
+        for finding in findings
+    ]
 
 
 # --- image

@@ -17,7 +17,7 @@ PUBLIC_ECR = "public.ecr.aws"
 
 @dataclass(frozen=True)
 class Wanted:
-    file: str  # the inputs, as a command that mends something names them
+    file: str  # the inputs, as a shell's command names them
     values: dict[str, Any]
 
     def text(self, key: str) -> str:
@@ -44,6 +44,10 @@ class Wanted:
     @property
     def nodes(self) -> int:
         return get(self.values, "parallelism.nodes", int) or 1
+
+    @property
+    def devices(self) -> set[str]:
+        return set(get(self.values, "devices", dict) or {})
 
     @property
     def image(self) -> Image:

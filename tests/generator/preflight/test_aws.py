@@ -183,13 +183,13 @@ def test_no_credentials_is_said_once_and_nobody_else_is_asked(monkeypatch: pytes
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     findings = check_aws(wanted())
     assert [str(finding) for finding in findings] == [
-        "error        AWS credentials: no AWS credentials\n"
+        "not checked  AWS credentials: no AWS credentials\n"
         "             fix: aws sso login   # or: aws configure; or AWS_PROFILE=NAME for others",
-        "ok           AWS region: us-west-2 (by the image's address)",
         "not checked  AWS: quota and capacity of trn1.32xlarge, zones of trn1.32xlarge, image: not without credentials,"
         " see above",
         "ok           size of the file system: 1200Gi, made on demand in about 10 minutes",
     ]
+    assert exit_status(findings) == 1, "unanswered, which stops nobody who has the cluster's nodes"
 
 
 @pytest.mark.parametrize(
@@ -202,21 +202,34 @@ def test_no_credentials_is_said_once_and_nobody_else_is_asked(monkeypatch: pytes
 )
 def test_expired_and_wrong_credentials_are_said_as_such(code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing(monkeypatch, code, 403)
-    first, _, unasked, _ = check_aws(wanted())
-    assert (first.level, first.subject, first.found) == ("error", "AWS credentials", said)
+    first, unasked, _ = check_aws(wanted())
+    assert (first.level, first.subject, first.found, first.unanswered) == ("not checked", "AWS credentials", said, True)
     assert first.fix.startswith("aws sso login") and unasked.level == "not checked"
 
 
-def test_a_profile_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     first, *_ = check_aws(wanted())
-    assert first.level == "error" and first.found == "The config profile (nobody) could not be found"
+    assert first.unanswered and first.found == "The config profile (nobody) could not be found"
 
 
-def test_no_region_is_an_error_and_nobody_is_asked() -> None:
+def test_without_a_region_nobody_is_asked() -> None:
     first, unasked, _ = check_aws(wanted({"image": {"repository": "me/llama-lora"}}))
-    assert first.subject == "AWS region" and first.level == "error"
+    assert first.subject == "AWS region" and first.unanswered
     assert unasked.found.endswith("not without a region, see above")
+
+
+def test_a_region_that_is_none_is_an_error_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Asking, "_make", lambda *_: pytest.fail("asked"))
+    first, unasked, _ = check_aws(wanted(), region="us-wset-2")
+    assert first.level == "error" and unasked.level == "not checked"
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_image_of_another_account_is_said_beside_the_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
+    other = {"image": {"repository": f"999988887777.dkr.ecr.{REGION}.amazonaws.com/llama-lora"}}
+    assert check_aws(wanted(other))[0].found.endswith("; the image is in account 999988887777's registry")
 
 
 # --- whatever comes

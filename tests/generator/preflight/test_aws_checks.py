@@ -595,7 +595,7 @@ def test_the_role_that_the_stage_has_is_named_where_it_is_written() -> None:
         (None, "us-east-1", {"image": {"repository": "me/x"}}, "ok", "us-east-1", "(by AWS_REGION or the profile)"),
         (None, None, {"image": {"repository": "me/x"}, **STATIC}, "ok", REGION, "(by the file system's address)"),
         ("us-wset-2", None, {}, "error", "us-wset-2", "us-wset-2 (by --region) is no region of AWS"),
-        (None, None, {"image": {"repository": "me/x"}}, "error", None, "none is set"),
+        (None, None, {"image": {"repository": "me/x"}}, "not checked", None, "none is set"),
     ],
 )
 def test_the_region_and_who_names_it(
@@ -607,6 +607,19 @@ def test_the_region_and_who_names_it(
     assert (named[0][1] if named else None) == used
     assert level == "ok" or found.fix.startswith("genvalues preflight finetune.yaml --region ")
     assert asked != "us-wset-2" or "--region us-west-2" in found.fix
+
+
+def test_nodes_that_the_cluster_has_already_are_stopped_by_no_quota() -> None:
+    devices = wanted({"devices": {"aws.amazon.com/neuron": 16}})
+    short = [Finding("error", f"{what} of trn1.32xlarge", "x", "y") for what in ("quota", "zones")]
+    other = Finding("error", "image llama-lora", "x", "y")
+    there = Finding("ok", "aws.amazon.com/neuron", "16 on each of 2 nodes")
+    softened = judge.with_nodes_there([*short, other], [there], devices)
+    assert [finding.level for finding in softened] == ["warning", "warning", "error"]
+    assert softened[0] == Finding("warning", "quota of trn1.32xlarge", "x; the cluster has its nodes all the same", "y")
+    too_few = Finding("error", "nodes trn1.32xlarge", "1 of 1 are ready and schedulable, 2 needed")
+    for cluster in ([there, too_few], [], [Finding("not checked", "aws.amazon.com/neuron", "x")]):
+        assert judge.with_nodes_there(short, cluster, devices) == short
 
 
 def test_only_the_checks_that_apply_are_made() -> None:
