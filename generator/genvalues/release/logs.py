@@ -34,14 +34,14 @@ def logs(
     status = watcher.look()
     name = chosen(status, stage)
     server = watcher.server
-    reader = Reader(server, status, name, tail, write)
+    reader = Reader(server, status, name, tail, follow, write)
     with told_in_a_line(server.namespace):
         if not reader.open_new() and not follow:
             raise UserError(f"stage {name} has no log", where=watcher.release, fix=why_no_log(status, name))
         if reader.of_gate and name != RUNNER:
             say(f"the pods of {name} are gone; this is its gate's log")
         if not follow:
-            reader.finish(None)
+            reader.finish()
             return name
         next_look = time.monotonic()
         while True:
@@ -56,7 +56,7 @@ def logs(
             time.sleep(INTERVAL)
             reader.open_new()
         reader.open_new()
-        reader.finish(LAST_WORDS)
+        reader.finish()
     return name
 
 
@@ -99,14 +99,21 @@ class Reader:
     """Every pod of one stage, each read once by a thread of its own, in whole lines."""
 
     def __init__(
-        self, server: Api, status: ReleaseStatus, stage: str, tail: int | None, write: Callable[[str], None]
+        self,
+        server: Api,
+        status: ReleaseStatus,
+        stage: str,
+        tail: int | None,
+        follow: bool,
+        write: Callable[[str], None],
     ) -> None:
         self.server = server
         self.release = status.release
         self.stage = stage
         self.tail = tail
+        self.follow = follow
         self.write = write
-        self.prefixed = any(one.name + GATE == stage + GATE and one.devices for one in status.stages)
+        self.prefixed = False
         self.of_gate = False
         self._follows: dict[str, PodLog] = {}
         self._lock = threading.Lock()
@@ -137,13 +144,13 @@ class Reader:
         labels = f"{INSTANCE} in ({self.release},{self.release}-run),{COMPONENT}={component}"
         return sorted(self.server.list(kinds.PODS, labels=labels), key=lambda pod: (created(pod), name_of(pod)))
 
-    def finish(self, seconds: float | None) -> None:
-        """Read what there is to its end; None: as long as that takes."""
+    def finish(self) -> None:
+        """Read what there is to its end; of what was followed, for LAST_WORDS at most."""
         for log in self._follows.values():
             log.over.set()
-        ends = None if seconds is None else time.monotonic() + seconds
+        ends = time.monotonic() + LAST_WORDS
         for log in self._follows.values():
-            log.join(None if ends is None else max(0.0, ends - time.monotonic()))
+            log.join(max(0.0, ends - time.monotonic()) if self.follow else None)
         for log in self._follows.values():
             if log.refused:
                 raise log.refused
@@ -168,7 +175,7 @@ class PodLog(threading.Thread):
     def run(self) -> None:
         tail = self.reader.tail
         while True:
-            last_look = self.over.is_set()
+            last_look = self.over.is_set() or not self.reader.follow
             try:
                 for line in self.reader.server.log(self.pod, self.container, tail=tail, follow=not last_look):
                     self.take(line)

@@ -195,7 +195,7 @@ def of_pytorch_job(name: str, gate: StageStatus, hook: Hook, seen: Seen) -> Stag
         if gate.state == "waiting" and hook.begun:
             gate = replace(gate, state="running")  # between the two hooks
         return gate
-    runs = not is_finished(job) and FINGERPRINT in annotations_of(job)
+    runs = is_alive(job)
     workers = [pod for pod in seen.pods if labels_of(pod).get(JOB_NAME) == name_of(job)]
     status = gate
     if runs and gate.state in ("waiting", "failed", "stopped") and not is_suspended(job):
@@ -218,12 +218,17 @@ def followed(stage: str, hook: Hook, seen: Seen) -> Object | None:
         for job in seen.pytorch_jobs
         if component_of(job) == stage and family_of(labels_of(job).get(INSTANCE, "")) == family_of(release)
     ]
-    alive = [job for job in jobs if FINGERPRINT in annotations_of(job) and not is_finished(job)]
+    alive = [job for job in jobs if is_alive(job)]
     newest = max(alive, key=created, default=None)
     if newest is not None or not hook.begun:
         return newest
     released = [job for job in jobs if FINGERPRINT in annotations_of(job)]
     return find(jobs, hook.name) or max(released, key=created, default=None)
+
+
+def is_alive(job: Object) -> bool:
+    """Released by a gate, and neither ended nor told to end: a job that is deleted stays until its workers are gone."""
+    return FINGERPRINT in annotations_of(job) and not is_finished(job) and "deletionTimestamp" not in job["metadata"]
 
 
 def why_no_workers(job: Object, workers: Sequence[Object], seen: Seen) -> str:

@@ -36,7 +36,7 @@ def refuse(message):
 
 verb = arguments[0]
 if verb == "version":
-    print("v3.22.0")
+    print("v3.22.0", end="")
     sys.exit(0)
 with (folder / "calls").open("a") as calls:
     calls.write(json.dumps(arguments) + "\\n")
