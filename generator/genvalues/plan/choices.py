@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from genvalues.contradictions import FLASH_ROWS
 from genvalues.instances import HYPERPOD, TRAINIUM, Instance, refusal, trainium
 from genvalues.plan.architectures import Architecture
-from genvalues.plan.memory import QUERY_KEY_VALUE, Memory, Step, memory
+from genvalues.plan.memory import BF16, QUERY_KEY_VALUE, Memory, Step, memory, weights
 from genvalues.plan.models import Model
 from genvalues.wording import KeyPath
 
@@ -22,6 +22,10 @@ ACCUMULATION = 3  # of the seed's example: 12 rows a step on one trn1.32xlarge
 CHECKPOINTING = ("selective", "full")  # in this order where neither is asked for
 MOST_NODES = 64  # that parallelism.maxHours is answered with
 GIB = 1 << 30
+# Of a worker's memory on the host: torch alone has 0.5 GiB resident (measured), torch-xla, NxD and the runtime more. A
+# guess, as is the share of a pod's memory that loading should leave to what is read and to /dev/shm.
+LIBRARIES_GIB = 3
+HOST_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,16 @@ def fewest_nodes(
             first = replace(found.choices[0], reason=reason, wished=wished)
             return replace(found, choices=(first, *found.choices[1:]), rejected=(*tried, *found.rejected))
         tried.append(Rejection("nodes", nodes, f"takes {said}, more than parallelism.maxHours {most:g}"))
-    last = next((each.rule for each in reversed(tried) if each.rule.startswith("takes")), tried[-1].rule)
+    slow = [each for each in tried if each.rule.startswith("takes")]
+    nearest, last = (slow or tried)[-1], tried[-1]
+    limit = "" if last is nearest else f"; {last.rule}"
     raise Refused(
         Problem(
             where,
-            f"no {'number of nodes' if not wishes.nodes else 'such nodes'} up to {tried[-1].value} can keep it: "
-            f"{tried[-1].value} {last}",
-            "Write more hours, fewer steps, a larger training.globalBatchSize, or remove it.",
+            f"{nearest.value} node{'s' if nearest.value != 1 else ''}: {nearest.rule}{limit}",
+            "Write more hours or fewer steps, or remove it."
+            if last is not nearest or wishes.nodes
+            else "Write more hours, fewer steps, a larger training.globalBatchSize, or remove it.",
         )
     )
 
@@ -297,12 +304,25 @@ def arrange(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: i
             f"A step takes {layout.global_batch} rows, and the dataset has {run.rows[1]}: the rest of each step is "
             "padding. Fewer nodes do the same."
         )
+    if model.architecture and (note := host_memory(model.architecture, instance, found.size)):
+        notes.append(note)
     if model.architecture is None:
         notes.append(
             f"The architecture of {model.name} is not known: {model.unknown}. Neither its heads nor memory are "
             "checked here; the stage tokenize checks heads before a Trainium node is asked for."
         )
     return Chosen(layout, tuple(choices), tuple(rejected), found.memory, tuple(notes))
+
+
+def host_memory(architecture: Architecture, instance: Instance, size: int) -> str:
+    """A word where loading the model may leave a pod too little memory: each worker reads its part on the host."""
+    needed = instance.cores * (BF16 * weights(architecture, size) / GIB + LIBRARIES_GIB)
+    if needed < HOST_SHARE * instance.request_memory_gib:
+        return ""
+    return (
+        f"Loading the model takes about {needed:.0f} of the {instance.request_memory_gib} GiB that the pod of a node "
+        f"has: {instance.cores} workers, each with its part and {LIBRARIES_GIB} GiB of libraries. It may be too tight."
+    )
 
 
 def candidate(
@@ -561,6 +581,10 @@ def refused(
         return Refused(
             Problem(("parallelism", "tensorParallelSize"), f"{found.size} {what}", f"Write {working}, or remove it.")
         )
+    by_memory = [each.size for each in tried if each.kinds == {"memory"}]
+    without = replace(wishes, per_device=None, checkpointing=None)
+    if without != wishes and any(_fits(run, without, model, instance, nodes, size) for size in by_memory):
+        return _memory_refused(run, wishes, model, instance, nodes, tried)
     # The rules that one change of the inputs would satisfy, the mildest first.
     for kind, key in (
         ("batch", ("training", "globalBatchSize")),
@@ -585,7 +609,7 @@ def refused(
         around = (run.length // step * step, -(-run.length // step) * step)
         fitting = " or ".join(str(length) for length in around if length)
         return Refused(Problem(key, f"tensorParallelSize {near.size} {near.problems[0][1]}", f"Write {fitting}."))
-    if any(each.kinds == {"memory"} for each in tried):
+    if by_memory:
         return _memory_refused(run, wishes, model, instance, nodes, tried)
     told = "; ".join(f"{each.size} {each.problems[0][1]}" for each in sorted(tried, key=lambda each: each.size))
     return Refused(
@@ -642,28 +666,24 @@ def _memory_refused(
     at_once = wishes.per_device or 1
     if at_once > 1 and fits(run.length, 1, options):
         most = next(rows for rows in range(at_once - 1, 0, -1) if fits(run.length, rows, options))
-        return Refused(Problem(("training", "perDeviceBatchSize"), told, f"Write {most}."))
+        return Refused(Problem(("training", "perDeviceBatchSize"), told, f"Write {most} or less."))
     if wishes.checkpointing and (
         fitting := [each for each in ("selective", "full") if fits(run.length, at_once, (each,))]
     ):
         return Refused(
             Problem(("training", "activationCheckpointing"), told, f"Write {' or '.join(fitting)}, or remove it.")
         )
-    unit = math.lcm(max(sizes), FLASH_ROWS if run.attention == "flash" else 1)
+    unit = math.lcm(max(sizes), FLASH_ROWS if run.attention == "flash" else 256)
     shorter = next(
-        (
-            length
-            for length in range((run.length - 1) // unit * unit, 0, -unit)
-            if length >= min(256, run.length) and fits(length, 1, CHECKPOINTING)
-        ),
+        (length for length in range((run.length - 1) // unit * unit, 0, -unit) if fits(length, 1, CHECKPOINTING)),
         None,
     )
     if shorter:
         return Refused(Problem(("training", "maxSequenceLength"), told, f"Write {shorter}, or use a larger instance."))
     prefix = HYPERPOD if run.instance.startswith(HYPERPOD) else ""
-    larger = [name for name in TRAINIUM if _works_on(run, wishes, model, prefix + name)]
-    fix = f"Use {prefix}{' or '.join(larger[:1] + larger[-1:] if len(larger) > 1 else larger)}, or a smaller model."
-    return Refused(Problem(("instance",), told, fix if larger else "Use a smaller model."))
+    larger = [prefix + name for name in TRAINIUM if _works_on(run, wishes, model, prefix + name)]
+    fix = f"Use {' or '.join(dict.fromkeys((larger[0], larger[-1])))}, or a smaller model." if larger else ""
+    return Refused(Problem(("instance",), told, fix or "Use a smaller model."))
 
 
 def _works_on(run: Run, wishes: Wishes, model: Model, name: str) -> bool:
