@@ -100,7 +100,7 @@ def read_key(scanner: Scanner, key: list[str | int]) -> None:
         if stop == "[":
             index, closed = scanner.until("]")
             if not closed or not re.fullmatch("[0-9]{1,9}", index) or int(index) > LARGEST_INDEX:
-                raise ValueError(f"[{one_line(index, 20)} is no item of a list", "Write a[0] for the first.")
+                raise ValueError("what is in [ ] is no place in a list", "Write a[0] for the first.")
             key.append(int(index))
             between, stop = scanner.until("[.=,")
             if between.strip() or stop in (",", ""):
@@ -127,7 +127,7 @@ def read_value(scanner: Scanner) -> str | tuple[str, ...]:
         if not stop:
             raise ValueError("a list without its end }", "Write {a,b}.")
         if scanner.rest and not scanner.rest.startswith(","):
-            raise ValueError(f"{one_line(scanner.rest, 20)} after a list's end }}", f"{FORM} {COMMA}")
+            raise ValueError("there is more after a list's end }", f"{FORM} {COMMA}")
         scanner.at += 1
         return () if items == [""] else tuple(items)
     text, _ = scanner.until(",")

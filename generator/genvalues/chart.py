@@ -113,6 +113,10 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
             for name in cause.instance:
                 if name not in known:
                     yield (*key, name), f"unknown key (keys: {', '.join(known)})"
+        elif cause.validator == "required":
+            for name in cause.validator_value:
+                if name not in cause.instance:
+                    yield (*key, name), "is required, and not there or null"
         else:
             yield key, one_line(cause.message, 200)
 

@@ -92,7 +92,7 @@ def test_the_chart_beside_is_used_only_if_it_is_ours(tmp_path: Path) -> None:
         ({"values.yaml": "a: 1", "values.schema.json": '{"type": 5}'}, "c/values.schema.json: is no JSON schema: 5 is"),
         (
             {"values.yaml": "a: 1", "values.schema.json": '{"required": ["b"]}'},
-            "c: values: 'b' is a required property.",
+            "c: b: is required, and not there or null.",
         ),
     ],
 )

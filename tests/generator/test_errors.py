@@ -36,7 +36,7 @@ training:
 evaluation: {maxRows: 256, samples: 4, maxNewTokens: 128}
 storage: {kind: fsx, size: 1200Gi, storageClass: fsx-sc}
 huggingFace: {tokenSecret: hf-token, tokenKey: token}
-image: 123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0
+image: 111122223333.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0
 mode: detached
 chartValues: {kueue: {queueName: trainium}}
 """
@@ -70,15 +70,9 @@ huggingFace: {tokenSecret: hf_abcdefghijklmnopqrstuvwxyz}
 image: llama-lora:latest
 """
 
-TOP = (
-    "(keys: name, model, dataset, instance, nodes, cpu, lora, training, probe, compile, evaluation, storage, "
-    "huggingFace, image, mode, chartValues)"
-)
-TRAINING = (
-    "(keys: maxSequenceLength, packing, attention, activationCheckpointing, perDeviceBatchSize, "
-    "gradientAccumulationSteps, epochs, maxSteps, learningRate, lrScheduler, warmupRatio, weightDecay, maxGradNorm, "
-    "saveSteps, saveTotalLimit, seed)"
-)
+SCHEMA_NOW = json_schema()
+TOP = f"(keys: {', '.join(SCHEMA_NOW['properties'])})"
+TRAINING = f"(keys: {', '.join(SCHEMA_NOW['$defs']['Training']['properties'])})"
 WHAT_IS_SAID = f"""\
 finetune.yaml:1:1 name: the text "Llama_LoRA" is not of the right form. (the run's name: a-z, 0-9 and hyphens)
 finetune.yaml:1:1 model: missing. (hub id, id@revision, or {{path: /somewhere}})
@@ -87,7 +81,8 @@ finetune.yaml:4:3 dataset.source: ./data.jsonl is on this computer, which the po
 Use a hub id, s3://, or an absolute path under /workspace, the volume.
 finetune.yaml:6:13 dataset.columns.prompt: format text has no such column. (columns: text)
 finetune.yaml:7:3 dataset.evalFraction: must be less than 1, not 1. (share of the rows held out for evaluation)
-finetune.yaml:9:1 nodes: must be a whole number, not the text "two". (nodes to train on)
+finetune.yaml:9:1 nodes: must be a whole number or null, not the text "two". (nodes to train on; 1, or what \
+parallelism.maxHours needs, when left out)
 finetune.yaml:10:1 cpu: is for instance cpu only, not for ml.trn1.32xlarge. Remove it.
 finetune.yaml:12:3 lora.rank: unknown key. Did you mean lora.r? (keys: r, alpha, dropout, targetModules)
 finetune.yaml:14:3 lora.alpha: written twice, first in line 13. Keep one of the two.
@@ -390,7 +385,7 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"storage": '{storageClass: ""}'}, "storage.storageClass: FSx has no default storage class. Name"),
         ({"model": "llama.gguf"}, 'model: the text "llama.gguf" looks like a file. A file or folder is written {path:'),
         ({"chartValues": "{stages: {trian: {}}}"}, "chartValues.stages"),
-        ({"chartValues": "{model: null}"}, "f.yaml:21:1 chartValues: 'model' is a required property. (the schema of"),
+        ({"chartValues": "{model: null}"}, "f.yaml:21:15 chartValues.model: is required, and not there or null. (the"),
     ],
 )
 def test_rules_that_span_keys(changes: dict[str, str | None], said: str, capsys: pytest.CaptureFixture[str]) -> None:
