@@ -79,10 +79,10 @@ def fetch(url: str, secret: str | None) -> tuple[str | None, str]:
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
-    request = Request(url, headers={"User-Agent": "genvalues"})
-    if secret:
-        request.add_unredirected_header("Authorization", f"Bearer {secret}")  # not sent on to where large files are
     try:
+        request = Request(url, headers={"User-Agent": "genvalues"})
+        if secret:
+            request.add_unredirected_header("Authorization", f"Bearer {secret}")  # not sent on to where files are
         with urlopen(request, timeout=TIMEOUT) as response:
             data = response.read(MOST_BYTES + 1)
     except HTTPError as error:

@@ -1,0 +1,176 @@
+"""What people and programs are shown: the same content, and the command that shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from genvalues.commands.plan import plan as command
+from genvalues.errors import UserError
+from genvalues.plan import report
+from genvalues.plan.command import planned
+from genvalues.plan.planning import Plan
+from genvalues.sources import Sources
+
+ROOT = Path(__file__).parents[3]
+TRN1 = ROOT / "values/trn1.yaml"
+DOCUMENTED = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+
+
+def made(*sets: str, file: Path = TRN1, **options: Any) -> Plan:
+    return planned(Sources((file,), sets), **({"live": False, "offline": True, "region": None} | options))
+
+
+def keys(value: Any, prefix: str = "") -> set[str]:
+    """Every key of a JSON document, dotted; lists by their items."""
+    if isinstance(value, list):
+        return set().union(*(keys(item, prefix) for item in value)) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    found = set()
+    for name, inner in value.items():
+        dotted = f"{prefix}.{name}" if prefix else name
+        found |= {dotted} | keys(inner, dotted)
+    return found
+
+
+def test_every_key_of_the_json_is_documented() -> None:
+    told = set(re.findall(r"^\| `([A-Za-z.]+)` \|", DOCUMENTED, re.MULTILINE))
+    shown = keys(report.as_json(made("training.maxSteps=100", "guards.pricePerNodeHour=25", "compile.runsOn=cpu")))
+    named = {key for key in shown if not key.startswith("estimate.cpuNodeHours.")}
+    assert told == named, "docs/plan.md, The JSON"
+
+
+@pytest.mark.parametrize("environment", ["trn1", "trn1-2node", "trn2", "cpu"])
+def test_people_and_programs_are_shown_the_same(environment: str) -> None:
+    found = made(file=ROOT / f"values/{environment}.yaml")
+    shown, text = report.as_json(found), report.as_text(found)
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+    flat = " ".join(text.split())
+    for choice in shown["choices"]:
+        assert re.search(rf"{re.escape(choice['key'])} {choice['value']} ", flat), choice["key"]
+        assert " ".join(choice["reason"].split())[:30] in flat
+    for other in shown["rejected"]:
+        assert f"{other['key']} {other['value']} {other['reason'][:30]}" in flat
+    assert (shown["memory"] is None) == ("Memory of a core" not in text) == (environment == "cpu")
+    for each in shown["assumptions"]:
+        assert each["assumed"] in flat
+
+
+def test_plain_text_has_no_boxes_no_colour_and_no_long_lines() -> None:
+    text = report.as_text(made("training.maxSteps=100"))
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_dollars_follow_the_price_that_is_written() -> None:
+    steps = "training.maxSteps=400"
+    shown = report.as_json(made(steps, "guards.pricePerNodeHour=25"))
+    assert shown["price"]["dollars"] == 25
+    assert shown["estimate"]["dollars"] == pytest.approx([25 * each for each in shown["estimate"]["trainiumNodeHours"]])
+    unknown = report.as_json(made(steps))
+    assert unknown["price"] is unknown["estimate"]["dollars"] is None
+    assert "give guards.pricePerNodeHour" in unknown["priceUnknown"]
+    on_ec2 = report.as_json(made(steps, "instance=trn1.32xlarge"))
+    assert (on_ec2["price"]["dollars"], on_ec2["price"]["region"]) == (21.5, "us-west-2")
+    assert report.as_json(made("instance=trn2.48xlarge", region="us-east-2"))["price"]["dollars"] == 35.76
+
+
+def test_steps_that_are_not_known_are_said_and_dollars_are_told_by_the_token() -> None:
+    found = made("guards.pricePerNodeHour=25")
+    shown = report.as_json(found)
+    assert shown["work"]["steps"] is shown["estimate"]["trainHours"] is shown["estimate"]["dollars"] is None
+    assert shown["estimate"]["dollarsPerMillionTokens"][0] > 0
+    assert "the rows of a dataset of the Hub are not counted" in shown["work"]["reason"]
+    assert "dollars a million tokens" in report.as_text(found)
+
+
+def test_a_local_files_rows_are_counted_on_the_cpu(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a line\n" * 100)
+    file = tmp_path / "finetune.yaml"
+    file.write_text(
+        "model: HuggingFaceTB/SmolLM2-135M\ndataset: {source: rows.txt, evalFraction: 0}\ninstance: cpu\n"
+        "training: {packing: false}\n"
+    )
+    assert report.as_json(made(file=file))["work"]["steps"] == [17, 17]
+
+
+def test_options_that_contradict_one_another_or_mean_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--live: asks AWS"):
+        made(live=True)
+    with pytest.raises(UserError, match="--region: 'moon' is no AWS region"):
+        made(region="moon")
+    with pytest.raises(UserError, match="needs a region"):
+        made("image=me/llama-lora:1", live=True, offline=False)
+    asked = []
+
+    def price(instance: str, region: str) -> Any:
+        from genvalues.plan.prices import Price
+
+        asked.append((instance, region))
+        return Price(30.0, "AWS Pricing API, on demand", region, "today")
+
+    monkeypatch.setattr("genvalues.plan.command.live_price", price)
+    assert made("guards.pricePerNodeHour=1", live=True, offline=False).price.dollars == 30  # type: ignore[union-attr]
+    made(live=True, offline=False, region="eu-west-1")
+    assert asked == [("ml.trn1.32xlarge", "us-west-2"), ("ml.trn1.32xlarge", "eu-west-1")]
+
+
+def test_the_command_prints_text_to_a_pipe_and_json_when_asked() -> None:
+    runner = CliRunner()
+    plain = runner.invoke(command, [str(TRN1), "--offline"])
+    assert plain.exit_code == 0
+    assert plain.stdout == report.as_text(made())
+    shown = runner.invoke(command, [str(TRN1), "--offline", "--json", "--set", "nodes=2"])
+    assert json.loads(shown.stdout)["layout"]["nodes"] == 2
+
+
+def test_a_terminal_is_shown_tables() -> None:
+    """In a terminal of 80 columns: every cell is there, nothing is wider."""
+    master, slave = pty.openpty()
+    code = "from genvalues.commands.plan import plan; plan()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(TRN1), "--offline"],
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while part := os.read(master, 65536):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    assert "\u2500" in text, "a rule"
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    for section in report.sections(made()):
+        assert section.title in text
+        for cells in section.lines:
+            assert cells[0].split()[0] in text
+
+
+def test_check_and_write_print_no_plan_and_import_neither_rich_nor_boto3() -> None:
+    code = (
+        "import json, sys; from pathlib import Path; from genvalues.sources import Sources; "
+        "from genvalues.write import checked; checked(Sources((Path(sys.argv[1]),))); "
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(TRN1)], capture_output=True, text=True, check=True)
+    assert not {"rich", "boto3", "botocore", "requests", "pydantic", "torch", "transformers"} & set(
+        json.loads(done.stdout)
+    )
+    assert "http.client" not in done.stdout
