@@ -56,6 +56,7 @@ class Asking:
                 connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries={"total_max_attempts": 1}
             )
             core.set_default_client_config(limits)
+            core.register_component("data_loader", models(core.get_config_variable("data_path")))
             self._session = boto3.session.Session(botocore_session=core)
         return self._session.client(service, region_name=self.region)
 
@@ -76,6 +77,14 @@ class Asking:
         with self.calling(service, operation) as client:
             for page in client.get_paginator(operation).paginate(**parameters):
                 yield from page.get(key) or []
+
+
+@functools.cache
+def models(path: str | None) -> Any:
+    """AWS's descriptions of its services, which are large: read once, for several regions."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
 
 
 def action_of(service: str, operation: str) -> str:
@@ -299,7 +308,34 @@ def check_image(asking: Asking, wanted: Wanted) -> list[Finding]:
 
 
 def check_file_system(asking: Asking, wanted: Wanted) -> list[Finding]:
-    return judge.judge_file_system(file_systems_of(asking, wanted), wanted, asking.region)
+    """The file system that exists, and whether its security groups let nodes in: a mount that they don't hangs."""
+    there = file_systems_of(asking, wanted)
+    findings = judge.judge_file_system(there, wanted, asking.region)
+    if not there or any(finding.level == "error" for finding in findings):
+        return findings
+
+    def groups(asking: Asking, wanted: Wanted) -> list[Finding]:
+        interfaces = list(there[0].get("NetworkInterfaceIds") or [])[:1]  # all of a file system's have the same groups
+        subnets = list(there[0].get("SubnetIds") or [])
+        if not interfaces:
+            return []
+        answer = asking.ask("ec2", "describe_network_interfaces", NetworkInterfaceIds=interfaces)
+        listed = [group for one in answer.get("NetworkInterfaces") or [] for group in one.get("Groups") or []]
+        names = [str(group.get("GroupId")) for group in listed]
+        subnet = find_subnet(asking, subnets[0]) if subnets else None
+        return (
+            judge.judge_security_groups(groups_of(asking, names), names, subnet, asking.region, exists=True)
+            if names
+            else []
+        )
+
+    return [*findings, *guarded(f"security groups of {wanted.file_system}", groups, asking, wanted)]
+
+
+def groups_of(asking: Asking, names: list[str]) -> list[Answer]:
+    """Those of them that there are."""
+    by_id = [{"Name": "group-id", "Values": names}]
+    return list(asking.list("ec2", "describe_security_groups", "SecurityGroups", Filters=by_id))
 
 
 def check_size(wanted: Wanted) -> list[Finding]:
@@ -312,14 +348,14 @@ def check_network(asking: Asking, wanted: Wanted) -> list[Finding]:
     subnet, denied = attempt(f"subnet {wanted.subnet}", wanted, lambda: find_subnet(asking, wanted.subnet))
     findings = denied or [judge.judge_subnet(subnet, wanted, asking.region)]
 
-    def groups(asking: Asking, wanted: Wanted) -> list[Finding]:
-        by_id = [{"Name": "group-id", "Values": wanted.security_groups}]  # which answers with those there are
-        found = list(asking.list("ec2", "describe_security_groups", "SecurityGroups", Filters=by_id))
-        return judge.judge_security_groups(found, subnet, wanted, asking.region)
-
-    if not wanted.security_groups:
+    names = wanted.security_groups
+    if not names:
         return findings
-    subject = f"security groups {', '.join(wanted.security_groups)}"
+
+    def groups(asking: Asking, wanted: Wanted) -> list[Finding]:
+        return judge.judge_security_groups(groups_of(asking, names), names, subnet, asking.region)
+
+    subject = f"security groups {', '.join(names)}"
     return [*findings, *guarded(subject, groups, asking, wanted)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -231,6 +232,19 @@ def ask(endpoint: str, path: str, token: str, method: str = "GET") -> Answer:
     return Answer(0, problem="too many redirects")
 
 
+def trusted() -> ssl.SSLContext:
+    """The system's certificates and those of $REQUESTS_CA_BUNDLE, as huggingface_hub has them behind a proxy; certifi's
+    where the system has none (Python from python.org on a Mac)."""
+    context = ssl.create_default_context()
+    if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+        context.load_verify_locations(bundle)
+    elif not context.cert_store_stats()["x509_ca"]:
+        import certifi  # comes with the Kubernetes client
+
+        context.load_verify_locations(certifi.where())
+    return context
+
+
 def send(url: str, token: str, method: str) -> Answer:
     import http.client
     import urllib.error
@@ -245,7 +259,8 @@ def send(url: str, token: str, method: str) -> Answer:
         if token:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
-            with urllib.request.build_opener(NoRedirects).open(request, timeout=SECONDS) as response:
+            opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=trusted()))
+            with opener.open(request, timeout=SECONDS) as response:
                 return Answer(response.status, small(response.headers), response.read(LARGEST_ANSWER))
         except urllib.error.HTTPError as error:
             with error:

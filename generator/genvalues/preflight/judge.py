@@ -380,17 +380,18 @@ def judge_subnet(subnet: Answer | None, wanted: Wanted, region: str) -> Finding:
 
 
 def judge_security_groups(
-    groups: Sequence[Answer], subnet: Answer | None, wanted: Wanted, region: str
+    groups: Sequence[Answer], asked: Sequence[str], subnet: Answer | None, region: str, exists: bool = False
 ) -> list[Finding]:
     """Of EC2 DescribeSecurityGroups: Lustre's ports open between the nodes and the file system.
 
     A rule counts that names one of the file system's own groups (which nodes can have too) or addresses that hold its
-    subnet's; one that names another group may be the nodes', which is not known here.
+    subnet's. One that names another group may be the nodes', which is not known here; so may one for other addresses,
+    of a file system that ``exists``, and so can talk to itself.
     """
-    subject = f"security groups {', '.join(wanted.security_groups)}"
+    subject = f"security groups {', '.join(asked)}"
     look = f"aws ec2 describe-security-groups --region {region}"
     there = {str(group.get("GroupId")): group for group in groups}
-    if missing := [group for group in wanted.security_groups if group not in there]:
+    if missing := [group for group in asked if group not in there]:
         fix = f"{look}   # then chartValues.storage.fsx.securityGroupIds"
         return [Finding("error", subject, f"there is no {', '.join(missing)} in {region}", fix)]
     network = (subnet or {}).get("VpcId")
@@ -398,26 +399,24 @@ def judge_security_groups(
         found = f"{', '.join(strangers)} is of another VPC than the subnet's {network}"
         return [Finding("error", subject, found, f"{look} --filters Name=vpc-id,Values={network}")]
     cidr = str((subnet or {}).get("CidrBlock", ""))
-    inbound = [rule for group in groups for rule in group.get("IpPermissions") or []]
-    outbound = [rule for group in groups for rule in group.get("IpPermissionsEgress") or []]
-    problems = [
-        *closed(inbound, set(there), cidr),
-        *(f"{port} outbound" for port in closed(outbound, set(there), cidr)),
-    ]
+    ways = {
+        way: [rule for group in groups for rule in group.get(key) or []]
+        for way, key in (("", "IpPermissions"), (" outbound", "IpPermissionsEgress"))
+    }
+    problems = [f"{ports}{way}" for way, rules in ways.items() for ports in closed(rules, set(there), cidr)]
     if not problems:
-        return [
-            Finding("ok", subject, "TCP 988 and 1018-1023 are open, from the group itself or the subnet's addresses")
-        ]
-    first = wanted.security_groups[0]
-    fix = "; ".join(authorize(first, problem, region) for problem in problems)
-    if not closed(inbound, None, cidr) and not closed(outbound, None, cidr):
-        found = f"TCP {', '.join(problems)} open for other groups alone, which may be the nodes'"
+        found = "TCP 988 and 1018-1023 are open, from the group itself or the subnet's addresses"
+        return [Finding("ok", subject, found)]
+    fix = "; ".join(authorize(asked[0], problem, region) for problem in problems)
+    if not any(closed(rules, None, "" if exists else cidr) for rules in ways.values()):
+        found = f"TCP {', '.join(problems)} open for others alone, who may be the nodes"
         return [Finding("warning", subject, found, fix)]
     return [Finding("error", subject, f"TCP {', '.join(problems)} closed between nodes and file system (Lustre)", fix)]
 
 
 def closed(rules: Sequence[Answer], own: set[str] | None, cidr: str) -> list[str]:
-    """The ranges of Lustre's ports that no rule opens. ``own``: the groups that count as a source; None: any."""
+    """The ranges of Lustre's ports that no rule opens. ``own``: the groups that count as a source; None: any.
+    ``cidr``: the addresses that must be among a source's; empty: any will do."""
     open_ports = [ports_of(rule) for rule in rules if has_source(rule, own, cidr)]
     return [
         str(low) if low == high else f"{low}-{high}"
@@ -447,9 +446,10 @@ def has_source(rule: Answer, own: set[str] | None, cidr: str) -> bool:
 
 def holds(wide: str, narrow: str) -> bool:
     try:
-        return ipaddress.IPv4Network(narrow, strict=False).subnet_of(ipaddress.IPv4Network(wide, strict=False))
-    except ValueError:  # no addresses are known: everybody's are held all the same
-        return wide == "0.0.0.0/0"
+        network = ipaddress.IPv4Network(wide, strict=False)
+        return not narrow or ipaddress.IPv4Network(narrow, strict=False).subnet_of(network)
+    except ValueError:
+        return False
 
 
 def authorize(group: str, problem: str, region: str) -> str:

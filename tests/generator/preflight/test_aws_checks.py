@@ -410,6 +410,29 @@ def test_a_file_system_that_is_not_as_written(
     assert (found.level, found.found) == (level, said) and fix in found.fix
 
 
+def test_the_security_groups_of_a_file_system_that_exists_must_let_nodes_in(stub: Stub, asking: Asking) -> None:
+    """Of its network interfaces. Rules for other addresses than its subnet's may be the nodes'."""
+    interface = "eni-0123456789abcdef0"
+    for inbound, level in [
+        ([rule(988, 1023, group="sg-1")], "ok"),
+        ([rule(988, 1023, cidr="10.0.2.0/24")], "warning"),
+        ([rule(988, 1023, group="sg-of-the-nodes")], "warning"),
+        ([rule(988, 988, cidr="10.0.2.0/24")], "error"),
+        ([], "error"),
+    ]:
+        ec2 = stub("ec2")
+        groups = [{"Groups": [{"GroupId": "sg-1"}]}]
+        expected = {"NetworkInterfaceIds": [interface]}
+        ec2.add_response("describe_network_interfaces", {"NetworkInterfaces": groups}, expected)
+        ec2.add_response("describe_subnets", {"Subnets": [SUBNET]}, {"SubnetIds": ["subnet-0123456789"]})
+        group = {"GroupId": "sg-1", "VpcId": "vpc-1", "IpPermissions": inbound, "IpPermissionsEgress": EVERYWHERE}
+        ec2.add_response("describe_security_groups", {"SecurityGroups": [group]})
+        there = {"NetworkInterfaceIds": [interface, interface], "SubnetIds": ["subnet-0123456789"]}
+        _, found = file_system(stub, asking, **there)
+        assert (found.level, found.subject) == (level, "security groups sg-1"), inbound
+        assert level == "ok" or "aws ec2 authorize-security-group-ingress --group-id sg-1" in found.fix
+
+
 def test_a_file_system_smaller_than_its_volume_says_is_a_warning(stub: Stub, asking: Asking) -> None:
     found = one(file_system(stub, asking, {"storage": {"size": "2400Gi"}}))
     assert found.level == "warning" and found.fix.endswith("--set storage.size=1200Gi")
@@ -518,7 +541,7 @@ def test_a_port_of_lustre_that_is_closed_is_an_error_with_the_command_that_opens
 
 def test_ports_open_for_another_group_are_a_warning_and_closed_outbound_an_error(stub: Stub, asking: Asking) -> None:
     _, other = network(stub, asking, [rule(988, 1023, group="sg-of-the-nodes")])
-    assert other.level == "warning" and "which may be the nodes'" in other.found
+    assert other.level == "warning" and "who may be the nodes" in other.found
     _, outbound = network(stub, asking, [rule(988, 1023, group="sg-1")], egress=[])
     assert outbound.level == "error" and "aws ec2 authorize-security-group-egress --group-id sg-1" in outbound.fix
 
