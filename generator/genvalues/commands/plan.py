@@ -13,7 +13,7 @@ from genvalues.sources import Sources
 @json_option
 @click.option("--live", is_flag=True, help="Ask the AWS Pricing API for today's price of a node-hour.")
 @click.option("--offline", is_flag=True, help="Ask nobody: neither the Hub for a model's sizes nor AWS.")
-@click.option("--region", help="Where the nodes are; the region of the image in ECR when left out.")
+@click.option("--region", metavar="REGION", help="Where the nodes are; the region of the image in ECR when left out.")
 def plan(sources: Sources, as_json: bool, live: bool, offline: bool, region: str | None) -> None:
     """Show what a run would be, before a node is paid for: layout and batch with their reasons, memory, hours, dollars.
 
