@@ -27,6 +27,7 @@ ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}
 POLICY = "docs/preflight.md has a policy to paste"
 
 Found = TypeVar("Found")
+Another = TypeVar("Another")
 
 
 class Asking:
@@ -195,53 +196,53 @@ def or_none(ask: Callable[[], Found]) -> Found | None:
         return None
 
 
+def side_by_side(one: Callable[[], Found], other: Callable[[], Another]) -> tuple[Found, Another]:
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(one)
+        answer = other()
+        return beside.result(), answer
+
+
 # --- the checks
 
 
 def check_capacity(asking: Asking, wanted: Wanted) -> list[Finding]:
     """The quota of On-Demand instances, and what is reserved: either may do without the other's answer."""
-    by_type = [{"Name": "instance-type", "Values": [wanted.ec2_type]}]
-    listed = ("ec2", "describe_capacity_reservations", "CapacityReservations")
-    reservations, denied = attempt(
-        f"capacity of {wanted.ec2_type}", wanted, lambda: list(asking.list(*listed, Filters=by_type))
+    (quota, unknown), (reservations, unseen) = side_by_side(
+        lambda: attempt(f"quota of {wanted.ec2_type}", wanted, lambda: find_quota(asking)),
+        lambda: attempt(f"capacity of {wanted.ec2_type}", wanted, lambda: reservations_of(asking, wanted)),
     )
     blocks = [one for one in judge.active(reservations or []) if judge.is_block(one)]
     in_blocks = judge.instances_in(blocks)
-    asked = {"ServiceCode": "ec2", "QuotaCode": judge.TRN_QUOTA}
-    quota = guarded(
-        f"quota of {wanted.ec2_type}",
-        lambda asking, wanted: [
-            judge.judge_quota(
-                (or_none(lambda: asking.ask("service-quotas", "get_service_quota", **asked)) or {}).get("Quota"),
-                wanted,
-                asking.region,
-                in_blocks,
-            )
-        ],
-        asking,
-        wanted,
-    )
     now = datetime.now(timezone.utc)
-    if reservations is None:
-        return [*quota, *denied]
-    return [*quota, *judge.judge_reservations(reservations, wanted, asking.region, now)]
+    return [
+        *(unknown or [judge.judge_quota(quota, wanted, asking.region, in_blocks)]),
+        *(unseen or judge.judge_reservations(reservations or [], wanted, asking.region, now)),
+    ]
+
+
+def find_quota(asking: Asking) -> Answer | None:
+    code = judge.TRN_QUOTA
+    answer = or_none(lambda: asking.ask("service-quotas", "get_service_quota", ServiceCode="ec2", QuotaCode=code))
+    return (answer or {}).get("Quota")
+
+
+def reservations_of(asking: Asking, wanted: Wanted) -> list[Answer]:
+    by_type = [{"Name": "instance-type", "Values": [wanted.ec2_type]}]
+    return list(asking.list("ec2", "describe_capacity_reservations", "CapacityReservations", Filters=by_type))
 
 
 def check_hyperpod(asking: Asking, wanted: Wanted) -> list[Finding]:
     """The clusters, and SageMaker's quota, which one that has its nodes does not need."""
-    clusters, denied = attempt("HyperPod", wanted, lambda: clusters_of(asking))
-    standing = judge.standing_nodes(clusters or [], wanted.instance)
-    quota = guarded(
-        f"quota of {wanted.instance}",
-        lambda asking, wanted: [
-            judge.judge_cluster_quota(find_cluster_quota(asking, wanted), wanted, asking.region, standing)
-        ],
-        asking,
-        wanted,
+    (quota, unknown), (clusters, unseen) = side_by_side(
+        lambda: attempt(f"quota of {wanted.instance}", wanted, lambda: find_cluster_quota(asking, wanted)),
+        lambda: attempt("HyperPod", wanted, lambda: clusters_of(asking)),
     )
-    if clusters is None:
-        return [*quota, *denied]
-    return [*quota, judge.judge_hyperpod(clusters, wanted, asking.region)]
+    standing = judge.standing_nodes(clusters or [], wanted.instance)
+    return [
+        *(unknown or [judge.judge_cluster_quota(quota, wanted, asking.region, standing)]),
+        *(unseen or [judge.judge_hyperpod(clusters or [], wanted, asking.region)]),
+    ]
 
 
 def clusters_of(asking: Asking) -> list[Answer]:
