@@ -54,17 +54,11 @@ DEFAULT_MOUNT = "/workspace"
 
 def check(document: Document) -> Inputs:
     """The inputs, or every mistake in them."""
-    mistakes = [*document.mistakes, *schema_mistakes(document.value), *rule_mistakes(document), *tokens(document.value)]
-    document.raise_mistakes(first_of_each_place(mistakes, document))
-    return inputs_from(document.value)
-
-
-def first_of_each_place(mistakes: list[Mistake], document: Document) -> Iterator[Mistake]:
-    """A value that YAML itself made senseless is not also told that its type is wrong."""
+    found = [*schema_mistakes(document.value), *rule_mistakes(document), *tokens(document.value)]
+    # A value that YAML itself made senseless is not also told that its type is wrong.
     read_badly = {mistake.key for mistake in document.mistakes if mistake.key}
-    for mistake in mistakes:
-        if mistake in document.mistakes or mistake.key not in read_badly:
-            yield mistake
+    document.raise_mistakes([*document.mistakes, *(other for other in found if other.key not in read_badly)])
+    return inputs_from(document.value)
 
 
 # --- by the rules that span keys

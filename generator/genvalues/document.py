@@ -22,6 +22,7 @@ from genvalues.wording import KeyPath, dotted, one_line, redacted
 from genvalues.yamltext import CORE_SCHEMA, DEPTH, PREFIX, UnreadableYAML, compose, decode, place
 
 DIGITS = 300  # of a number: more is no number that anybody means
+MOST_MISTAKES = 200  # of a file; with more, it is not the file that was meant
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
 KEY_FIX = "Write key: value, the key a name."
 
@@ -163,11 +164,14 @@ class Document:
         return UserError(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
 
     def raise_mistakes(self, mistakes: Iterable[Mistake]) -> None:
-        """Raise all of them at once, in the order of their places; do nothing when there are none."""
+        """Raise all of them at once, in the order of their places (of very many, the first); nothing where none is."""
         unique = dict.fromkeys(mistakes)
         ordered = sorted(unique, key=lambda mistake: mistake.position or self.position(mistake.key))
         if ordered:
-            raise UserErrors([self.error(mistake) for mistake in ordered])
+            errors = [self.error(mistake) for mistake in ordered[:MOST_MISTAKES]]
+            if len(ordered) > MOST_MISTAKES:
+                errors.append(UserError("and there are more mistakes", fix="Correct these first."))
+            raise UserErrors(errors)
 
 
 class Reader:
@@ -229,6 +233,9 @@ class Reader:
                 self.mistake(key, "a key must be one line of text", KEY_FIX, key_node)
                 continue
             inner = (*key, name)
+            if name == "<<" and key_node.style is None:
+                self.mistake(key, "the merge key << is not read here", "Write out the keys it stands for.", key_node)
+                continue
             if name in seen:
                 self.mistake(inner, f"written twice, first in line {seen[name].line}", "Keep one of the two.", key_node)
                 continue

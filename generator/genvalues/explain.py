@@ -6,12 +6,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import jsonschema
 from jsonschema.exceptions import ValidationError
 
-from genvalues.document import Mistake
+from genvalues.document import MOST_MISTAKES, Mistake
 from genvalues.instances import HYPERPOD
 from genvalues.keys import inputs_schema, resolve
 from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
@@ -46,8 +47,8 @@ ALSO_CALLED = {  # names from other tools for ours
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
     validator = InputsValidator(schema)
-    for error in telling(validator.iter_errors(value)):
-        yield from explain(error, schema)
+    for error in telling(islice(validator.iter_errors(value), MOST_MISTAKES)):
+        yield from islice(explain(error, schema), MOST_MISTAKES)
 
 
 def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:

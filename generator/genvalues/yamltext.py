@@ -39,13 +39,48 @@ HELM_SCHEMA = {
 }
 
 
-class CoreSchemaLoader(yaml.SafeLoader):
-    """PyYAML with YAML 1.2's idea of what is a number and what is text."""
+class UnreadableYAML(Exception):
+    """Text that is not YAML, from ``line`` and ``column`` on."""
+
+    def __init__(self, what: str, fix: str = "", line: int = 1, column: int = 1) -> None:
+        super().__init__(what)
+        self.what, self.fix, self.line, self.column = what, fix, line, column
+
+    def at(self, name: str) -> UserError:
+        """As an error of the file of that name."""
+        return UserError(redacted(self.what), where=f"{name}:{self.line}:{self.column}", fix=redacted(self.fix))
 
 
-class HelmLoader(yaml.SafeLoader):
-    """PyYAML with Helm's idea of what is a number and what is text."""
+class ShallowLoader(yaml.SafeLoader):
+    """PyYAML, which recurses into a document no deeper than ours are, and by default follows no alias.
 
+    Not its C loader, which has other marks and words, and ends the process where a document is deep.
+    """
+
+    aliases = False
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and not self.aliases:
+            what = f"the alias *{one_line(event.anchor or '')} is not read here"
+            raise UnreadableYAML(what, "Write its value out.", *place(event.start_mark))
+        if isinstance(event, yaml.CollectionStartEvent) and self.depth == DEPTH:
+            raise UnreadableYAML(f"more than {DEPTH} levels deep", "Write it flatter.", *place(event.start_mark))
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class CoreSchemaLoader(ShallowLoader):
+    """YAML 1.2's idea of what is a number and what is text."""
+
+
+class HelmLoader(ShallowLoader):
+    """Helm's idea of what is a number and what is text."""
+
+    aliases = True
     bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
 
@@ -66,18 +101,6 @@ HelmLoader.yaml_implicit_resolvers = {}
 resolve_by(CORE_SCHEMA, CoreSchemaLoader)
 resolve_by(CORE_SCHEMA, UnambiguousDumper)
 resolve_by(HELM_SCHEMA, HelmLoader)
-
-
-class UnreadableYAML(Exception):
-    """Text that is not YAML, from ``line`` and ``column`` on."""
-
-    def __init__(self, what: str, fix: str = "", line: int = 1, column: int = 1) -> None:
-        super().__init__(what)
-        self.what, self.fix, self.line, self.column = what, fix, line, column
-
-    def at(self, name: str) -> UserError:
-        """As an error of the file of that name."""
-        return UserError(redacted(self.what), where=f"{name}:{self.line}:{self.column}", fix=redacted(self.fix))
 
 
 def decode(path: Path, name: str) -> str:
@@ -104,7 +127,6 @@ def decode(path: Path, name: str) -> str:
 def compose(text: str) -> yaml.Node | None:
     """The nodes of one YAML document, None for an empty one."""
     with errors_placed(text):
-        check_shape(text, aliases=False)
         node: yaml.Node | None = yaml.compose(text, Loader=CoreSchemaLoader)
         return node
 
@@ -112,7 +134,6 @@ def compose(text: str) -> yaml.Node | None:
 def load_as_helm(text: str) -> Any:
     """The data of a YAML document as Helm reads it: aliases, merge keys and all."""
     with errors_placed(text):
-        check_shape(text, aliases=True)
         return yaml.load(text, Loader=HelmLoader)
 
 
@@ -132,19 +153,6 @@ def replaced(text: str, key: str, old: str, new: str) -> str | None:
             if written.count(old) == 1:
                 return text[:start] + written.replace(old, new) + text[end:]
     return None
-
-
-def check_shape(text: str, *, aliases: bool) -> None:
-    """Whether the document is as deep as ours are, before anything recurses into it."""
-    depth = 0
-    for event in yaml.parse(text, Loader=CoreSchemaLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH:
-            raise UnreadableYAML(f"more than {DEPTH} levels deep", "Write it flatter.", *place(event.start_mark))
-        if isinstance(event, yaml.AliasEvent) and not aliases:
-            mark = event.start_mark
-            what = f"the alias *{one_line(event.anchor or '')} is not read here"
-            raise UnreadableYAML(what, "Write its value out.", *place(mark))
 
 
 @contextmanager

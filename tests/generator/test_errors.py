@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,12 @@ def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.Capture
         (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:1: not valid YAML: an escape in it stands for no character"),
         (b"a: " + b"[" * 20000 + b"]" * 20000, "f.yaml:1:53: more than 50 levels deep"),
         (b"a: 1\n" * 100000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
+        (b"#" * 10_000_000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
+        (b"model: a/b\0", "f.yaml:1:11: the character U+0000 is not allowed in YAML. Remove it."),
+        (RIGHT.encode("utf-16"), "f.yaml:1:1: not UTF-8 text. Save the file as UTF-8."),
+        (RIGHT.encode() + b"d\xe9: x\n", "f.yaml:22:2: not UTF-8 text. Save the file as UTF-8."),
+        (b"lora: &l {r: 8}\nname: *l\n", "f.yaml:2:7: the alias *l is not read here. Write its value out."),
+        (b"%YAML 3.0\n---\na: 1\n", "f.yaml:1:1: not valid YAML: found incompatible YAML document (version 1.* is re"),
     ],
 )
 def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
@@ -182,6 +189,13 @@ def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
             "f.yaml:22:11 lora.r: holds half of a character (a lone surrogate). Remove the escape.",
         ),
         ("lora: {r: !!set {1}}", "f.yaml:22:11 lora.r: the tag !!set is not used here. Remove it."),
+        (
+            "lora: {<<: {r: 8}}",
+            "f.yaml:22:8 lora: the merge key << is not read here. Write out the keys it stands for.",
+        ),
+        ("lora: {r: yes}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "yes". (rank)'),
+        ("lora: {r: 1_000}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1_000". (rank)'),
+        ("lora: {r: 1:30}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1:30". (rank)'),
         ("lora: {1: 2}", "f.yaml:22:8 lora: a key must be text, not 1. Write key: value, the key a name."),
         (
             "lora:",
@@ -198,6 +212,28 @@ def test_a_value_that_yaml_makes_strange_is_told_in_its_place(
     )
     assert genvalues("check", "f.yaml") == 2
     assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake_and_move_no_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("f.yaml").write_bytes(b"\xef\xbb\xbf" + RIGHT.replace("\n", "\r\n").encode())
+    assert genvalues("check", "f.yaml") == 0
+    Path("f.yaml").write_bytes(b"\xef\xbb\xbf" + RIGHT.replace("name", "nome").replace("\n", "\r\n").encode())
+    capsys.readouterr()
+    assert genvalues("check", "f.yaml") == 2
+    assert capsys.readouterr().err.startswith("f.yaml:1:1 nome: unknown key. Did you mean name? ")
+
+
+@pytest.mark.parametrize("line", ["a: 1", "{number}: 1", "k{number}: 1", "k{number}: .nan", "? [{number}]"])
+def test_a_file_of_mistakes_is_told_in_time_and_not_without_end(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(8000)))
+    started = time.monotonic()
+    assert genvalues("check", "f.yaml") == 2
+    assert time.monotonic() - started < 20
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 201
+    assert told[-1] == "and there are more mistakes. Correct these first."
 
 
 def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
