@@ -20,6 +20,9 @@ Answer = TypeVar("Answer")
 GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/docs/intro/install/"
 
 
+STDERR = 2  # the file descriptor, for Helm's words where stdout is for a document
+
+
 def find_helm() -> str:
     """The helm beside this Python (where `make setup` puts it), else the one on PATH."""
     beside = Path(sys.executable).with_name("helm")

@@ -17,7 +17,7 @@ from typing import Any
 from genvalues.chart import need_chart
 from genvalues.errors import Unavailable, UserError
 from genvalues.files import write_text
-from genvalues.helm import find_helm, run_helm
+from genvalues.helm import STDERR, find_helm, run_helm
 from genvalues.inputs import DNS_NAME
 from genvalues.process import STOP_SIGNALS
 from genvalues.sources import Sources
@@ -59,8 +59,10 @@ def install(
     release = release_name(where.release, values["name"], file, mode)
     find_helm()
     progress = Progress(release, mode)
+    if line := plan_line(found):
+        say(line)
     with told_when_stopped(progress), tempfile.TemporaryDirectory() as folder:
-        if preflight and (status := preflight_status(found, release, where)):
+        if preflight and (status := preflight_status(found, release, where, chart)):
             return status
         namespace = progress.namespace = make_way(release, where.namespace, where.context)
         values_file = Path(folder) / "values.yaml"
@@ -89,17 +91,32 @@ class Progress:
         return f"Stopped. What the cluster has begun of {self.release} goes on; the same command takes it up again."
 
 
-def preflight_status(found: Checked, release: str, where: Where) -> int:
+def plan_line(found: Checked) -> str:
+    """What the run takes, as far as it is known; nothing on the CPU, which costs nobody by the hour."""
+    from genvalues.plan.report import figures
+
+    plan = found.plan
+    costed = plan.estimate
+    if costed is None:
+        return ""
+    layout = plan.layout
+    copies = f"tensor parallel {layout.tensor_parallel} x {layout.data_parallel} copies"
+    parts = [f"{layout.nodes} x {plan.instance}, {copies}"]
+    if costed.training_hours:
+        parts.append(f"{figures(costed.training_hours)} hours of training")
+    if costed.dollars:
+        parts.append(figures(costed.dollars, "$"))
+    return f"plan: {', '.join(parts)} (why: genvalues plan)"
+
+
+def preflight_status(found: Checked, release: str, where: Where, chart: Path) -> int:
     """0 to go on. Asks AWS, the Hub and the cluster, and says what they answer; an error stops before Helm.
 
     The one seam to genvalues.preflight. Who gives no answer stops nothing: Helm and the stages will say so.
     """
     from genvalues import findings, preflight
 
-    try:
-        answers = preflight.run(found, namespace=where.namespace, context=where.context, release=release)
-    except NotImplementedError:  # until it has landed
-        return 0
+    answers = preflight.run(found, namespace=where.namespace, context=where.context, release=release, chart=chart)
     findings.show(answers, say)
     status = findings.exit_status(answers)
     return status if status != findings.EXIT_UNANSWERED else 0
@@ -122,7 +139,7 @@ class Following:
         status = run_helm(
             arguments,
             meanwhile=self.look if attached and follow else None,
-            output=sys.stderr.fileno() if as_json else None,  # whose notes are not the document
+            output=STDERR if as_json else None,  # whose notes are not the document
         )
         self.progress.is_installed = status == 0
         if not follow and not as_json:

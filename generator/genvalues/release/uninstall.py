@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
 from genvalues.errors import UserError
-from genvalues.helm import run_helm, user_values
+from genvalues.helm import STDERR, run_helm, user_values
 from genvalues.nested import get
 
 from .records import Record, need_record
@@ -54,7 +53,7 @@ def uninstall(
     arguments = ["uninstall", release, "--namespace", namespace, *(["--kube-context", context] if context else [])]
     arguments += ["--timeout", f"{seconds}s"]
     say(f"Running: helm {shlex.join(arguments)}")
-    failed = run_helm(arguments, output=sys.stderr.fileno())
+    failed = run_helm(arguments, output=STDERR)
     document = {"release": release, "namespace": namespace, "uninstalled": not failed}
     if failed:
         say(

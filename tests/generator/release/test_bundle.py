@@ -1,0 +1,280 @@
+"""genvalues bundle: what a bug report needs and nothing secret; and genvalues local, which runs its values again."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import FakeApi
+from generator.release.fake_helm import FakeHelm
+from generator.release.run import Outer, Run
+from generator.release.test_status import genvalues
+from genvalues import __version__, local
+from genvalues.errors import UserError
+from genvalues.release import bundle
+from genvalues.release.redact import redact_object, redact_text
+
+# What must not come out; each in the form of its kind, none a real one. Assembled, so that no scanner finds it here.
+TOKENS = ["hf_" + "planted0123456789", "AKIA" + "PLANTED012345678"[:16], "ghp_" + "planted0123456789planted"]
+SECRET = "only-its-name-tells"
+ACCOUNT = "210987654321"
+
+
+@pytest.fixture
+def run(fake: FakeApi, helm: FakeHelm) -> Run:
+    return Run(fake, helm)
+
+
+def pack(*arguments: str, release: str = "demo") -> dict[str, str]:
+    assert genvalues("bundle", release, "-n", "team-a", "-o", "b.tar.gz", *arguments) == 0
+    with tarfile.open("b.tar.gz") as tar:
+        return {one.name: tar.extractfile(one).read().decode() for one in tar}  # type: ignore[union-attr]
+
+
+def test_it_has_what_a_bug_report_needs(run: Run, fake: FakeApi) -> None:
+    first, _ = run.to_train()
+    fake.logs[first] = ["step 1"]
+    fake.previous_logs[first] = ["before the restart"]
+    fake.merge(
+        "pods",
+        first,
+        {"status": {"containerStatuses": [{"name": "pytorch", "state": {"running": {}}, "restartCount": 1}]}},
+    )
+    fake.add("nodes", {"metadata": {"name": "node-0", "labels": {"node.kubernetes.io/instance-type": "trn1.32xlarge"}}})
+    fake.add("events", {"metadata": {"name": "e1"}, "involvedObject": {"name": "demo-train-1"}, "message": "ours"})
+    fake.add("events", {"metadata": {"name": "e2"}, "involvedObject": {"name": "others"}, "message": "theirs"})
+    files = pack()
+    about = json.loads(files["bundle/about.json"])
+    assert (about["genvalues"], about["chart"], about["helm"]) == (__version__, "0.1.0", "3.22.0")
+    assert "org/model" in files["bundle/values.yaml"]
+    assert "demo-train-gate" in files["bundle/release/hooks.yaml"] and "Running" in files["bundle/release/hooks.yaml"]
+    assert "demo-config" in files["bundle/release/manifest.yaml"]
+    assert "backend: cpu" in files["bundle/release/config/run.yaml"]
+    assert "tensor" not in files["bundle/objects/nodes.yaml"] and "trn1.32xlarge" in files["bundle/objects/nodes.yaml"]
+    assert "ours" in files["bundle/objects/events.yaml"] and "theirs" not in files["bundle/objects/events.yaml"]
+    assert files[f"bundle/logs/{first}/pytorch.log"].endswith("Z step 1\n")
+    assert files[f"bundle/logs/{first}/pytorch.previous.log"].endswith("Z before the restart\n")
+    assert json.loads(files["bundle/status.json"])["outcome"] == "running"
+    assert {"bundle/objects/jobs.yaml", "bundle/objects/pods.yaml", "bundle/objects/pytorchjobs.yaml"} <= files.keys()
+
+
+def test_the_inner_release_of_a_detached_one_is_in_it(fake: FakeApi, helm: FakeHelm) -> None:
+    Outer(fake, helm).inner().to_train()
+    files = pack()
+    assert "demo-run-train-gate" in files["bundle/release-run/hooks.yaml"]
+    assert "mode: attached" in files["bundle/release/config/values.yaml"]
+
+
+def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: FakeApi, helm: FakeHelm) -> None:
+    first, _ = run.to_train()
+    everything = " ".join(TOKENS)
+    env = [{"name": "WANDB_API_KEY", "value": SECRET}, {"name": "NOTE", "value": TOKENS[0]}]
+    run.values = {**run.values, "stageDefaults": {"extraEnv": {"MY_SECRET": SECRET, "NOTE": everything}}}
+    run.values["image"] = {"repository": f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/llama-lora"}
+    run.record()
+    fake.merge("pods", first, {"spec": {"containers": [{"name": "pytorch", "env": env}]}})
+    fake.merge(
+        "pods", first, {"metadata": {"annotations": {"kubectl.kubernetes.io/last-applied-configuration": SECRET}}}
+    )
+    fake.merge("jobs", "demo-tokenize", {"metadata": {"annotations": {"note": everything, everything: "x"}}})
+    fake.logs[first] = [everything, f"HF_TOKEN={SECRET}", f"password: '{SECRET}'", f"https://u:{SECRET}@host/x"]
+    fake.logs[first] += [
+        f'"aws_secret_access_key": "{SECRET}"',
+        f"Authorization: Bearer {SECRET}",
+        f"arn:aws:iam::{ACCOUNT}:x",
+    ]
+    fake.logs[first] += [f"https://b.s3.amazonaws.com/k?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}"]
+    fake.add("events", {"metadata": {"name": "e"}, "involvedObject": {"name": "demo-x"}, "message": everything})
+    fake.add("secrets", {"metadata": {"name": "hf-token"}, "data": {"token": SECRET}})
+    files = pack()
+    for planted in [*TOKENS, SECRET, ACCOUNT]:
+        assert [name for name, text in files.items() if planted in text] == [], planted
+    assert "secrets" not in {request[1] for request in fake.requests}
+    with gzip.open("b.tar.gz") as unpacked:  # names in the archive too
+        whole = unpacked.read().decode()
+    assert not [planted for planted in [*TOKENS, SECRET, ACCOUNT] if planted in whole]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eos_token: </s>", "max_new_tokens=128", "tokensPerSecond: 5120", "tokenSecret: hf-token", "tokenKey: token",
+        "763104351884.dkr.ecr.us-west-2.amazonaws.com/huggingface", "read 1234567890123 bytes", "5120 tokens/s",
+        "uid: 1c2d3e4f-0000-4000-8000-123456789012",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact_text(text) == text
+
+
+def test_objects_keep_their_form() -> None:
+    item = {
+        "env": [{"name": "A_TOKEN", "value": "x"}, {"name": "B", "value": "y"}],
+        "n": [1, None, True],
+        "eos_token": "s",
+    }
+    expected = {**item, "env": [{"name": "A_TOKEN", "value": "(redacted)"}, {"name": "B", "value": "y"}]}
+    assert redact_object(item) == expected
+    assert redact_object({"token": ""}) == {"token": ""}
+
+
+def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: Run) -> None:
+    run.through("preflight")
+    pack()
+    first = Path("b.tar.gz").read_bytes()
+    pack()
+    assert Path("b.tar.gz").read_bytes() == first
+    assert stat.S_IMODE(Path("b.tar.gz").stat().st_mode) == 0o600
+    assert [path.name for path in Path().iterdir() if "partial" in path.name] == []
+
+
+def test_what_cannot_be_read_is_said_in_it_and_the_rest_is_there(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.to_train()
+    fake.forbidden |= {("list", "nodes"), ("get", "pods/log"), ("list", "configmaps")}
+    files = pack()
+    for resource in ("nodes", "pods/log", "configmaps"):
+        assert resource in files["bundle/not-read.txt"]
+    assert "bundle/objects/jobs.yaml" in files
+    assert capsys.readouterr().err.count("not read: ") == len(files["bundle/not-read.txt"].splitlines())
+
+
+def test_the_end_of_a_long_log_is_kept(run: Run, fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "LOG_BYTES", 100)
+    first, _ = run.to_train()
+    fake.logs[first] = [f"line {number}" for number in range(100)]
+    log = pack()[f"bundle/logs/{first}/pytorch.log"]
+    assert log.endswith(" line 99\n") and len(log) <= 100 and log.startswith("2025-")
+
+
+def test_json_says_where_it_is_and_a_place_that_cannot_be_written_is_one_line(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack("--json")
+    document = json.loads(capsys.readouterr().out)
+    assert document["file"] == "b.tar.gz" and "bundle/values.yaml" in document["files"]
+    Path("here").mkdir()
+    assert genvalues("bundle", "demo", "-n", "team-a", "-o", "here") == 2
+    assert "-o here: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- replayed
+
+
+def archive(files: dict[str, Any], path: str = "b.tar.gz") -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return Path(path)
+
+
+def about(**changes: Any) -> str:
+    return json.dumps({"release": "demo", "chart": "0.1.0", **changes})
+
+
+CHART = Path(__file__).parents[3] / "chart"
+
+
+def test_a_bundle_s_values_are_read_again_with_the_release_s_name(run: Run) -> None:
+    pack()
+    values = local.of_bundle(Path("b.tar.gz"), CHART)
+    assert values["name"] == "demo" and values["model"] == {"id": "org/model"}
+
+
+def test_another_chart_and_redacted_values_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = archive({"bundle/about.json": about(chart="9.9.9"), "bundle/values.yaml": "note: (redacted)\n"})
+    local.of_bundle(packed, CHART)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: b.tar.gz is of chart 9.9.9") and "redacted" in second
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "it does not begin with"),
+        ({"bundle/about.json": about()}, "it does not begin with"),
+        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is no bundle"),
+        ({"bundle/about.json": "[]", "bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is no bundle"),
+        ({"../bundle/about.json": about(), "/bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({f"x{number}": "" for number in range(9)} | {"bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "it unpacks to more than"),
+    ],
+)
+def test_what_is_no_bundle_or_unpacks_to_too_much_is_one_line_and_writes_nothing(
+    files: dict[str, Any], said: str
+) -> None:
+    packed = archive(files)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError) as error:
+        bundle.read_bundle(packed)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"text"), gzip.compress(b"x" * 2000)[:-9]])
+def test_a_broken_archive_is_one_line(content: bytes) -> None:
+    Path("b.tar.gz").write_bytes(content)
+    with pytest.raises(UserError):
+        bundle.read_bundle(Path("b.tar.gz"))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        bundle.read_bundle(Path("nowhere.tar.gz"))
+
+
+def test_a_link_in_an_archive_is_not_followed() -> None:
+    with tarfile.open("b.tar.gz", "w:gz") as tar:
+        for name in ("bundle/about.json", "bundle/values.yaml"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            tar.addfile(info)
+    with pytest.raises(UserError, match="does not begin with"):
+        bundle.read_bundle(Path("b.tar.gz"))
+
+
+NEURON = """
+name: demo
+instance: trn1.32xlarge
+backend: neuron
+model: {id: org/model}
+dataset: {source: org/rows, format: text}
+training: {attention: flash, perDeviceBatchSize: 2}
+parallelism: {nodes: 2, processesPerNode: 32, tensorParallelSize: 8, dataParallelSize: 8}
+devices: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}
+"""
+
+
+@pytest.mark.parametrize("form", ["values", "bundle"])
+def test_values_for_trainium_say_what_to_set_here_and_run_on_the_cpu_as_one_process(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("values.yaml").write_text(NEURON)
+    file = Path("values.yaml")
+    if form == "bundle":
+        file = archive({"bundle/about.json": about(), "bundle/values.yaml": NEURON})
+    monkeypatch.setattr(local, "NEURON_DEVICE", Path("nowhere"))
+    with pytest.raises(UserError) as error:
+        local.rendered(file, CHART)
+    assert str(error.value).endswith("Run its stages on the CPU, which takes a small model: --cpu")
+    objects = local.rendered(file, CHART, on_cpu=True)
+    train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
+    assert train["spec"]["nprocPerNode"] == "1"
+    config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
+    assert "backend: cpu" in config and "attention: eager" in config and "perDeviceBatchSize: 2" in config
+
+
+def test_on_a_trainium_host_they_run_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("values.yaml").write_text(NEURON)
+    monkeypatch.setattr(local, "NEURON_DEVICE", tmp_path)
+    objects = local.rendered(Path("values.yaml"), CHART)
+    assert next(item for item in objects if item["kind"] == "PyTorchJob")["spec"]["nprocPerNode"] == "32"
