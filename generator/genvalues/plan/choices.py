@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from genvalues.contradictions import FLASH_ROWS
 from genvalues.instances import HYPERPOD, TRAINIUM, Instance, refusal, trainium
@@ -28,8 +28,7 @@ LIBRARIES_GIB = 3
 HOST_SHARE = 0.75
 
 
-@dataclass(frozen=True)
-class Wishes:
+class Wishes(NamedTuple):
     """What the inputs say; None: to be chosen."""
 
     nodes: int | None = None
@@ -41,8 +40,7 @@ class Wishes:
     checkpointing: str | None = None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What is given: the settings that nothing is chosen about. ``rows`` are fewest and most, where they are known."""
 
     instance: str
@@ -58,8 +56,7 @@ class Run:
         return Step(self.length, per_device, self.attention, checkpointing, self.r, self.targets, self.dropout)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How the processes divide the work, and how many rows a step has."""
 
     nodes: int
@@ -76,8 +73,7 @@ class Layout:
         return self.per_device * self.accumulation * self.data_parallel
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A key of the inputs (or what follows from them), its value, and why. ``wished``: the inputs say so."""
 
     key: str
@@ -86,8 +82,7 @@ class Choice:
     wished: bool = False
 
 
-@dataclass(frozen=True)
-class Rejection:
+class Rejection(NamedTuple):
     """An alternative, and the rule that it breaks or why another is better. ``possible``: it would work."""
 
     key: str
@@ -96,8 +91,7 @@ class Rejection:
     possible: bool = False
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A wish that cannot work, or a run that cannot: where, why, and what to write instead."""
 
     key: KeyPath
@@ -113,8 +107,7 @@ class Refused(Exception):
         self.problems = problems
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     layout: Layout
     choices: tuple[Choice, ...]
     rejected: tuple[Rejection, ...]
@@ -183,7 +176,7 @@ def fewest_nodes(
         if reason := refusal(run.instance, nodes):
             tried.append(Rejection("nodes", nodes, reason))
             break
-        kept = replace(wishes, accumulation=wishes.accumulation or sharing(rows, wishes, instance, nodes))
+        kept = wishes._replace(accumulation=wishes.accumulation or sharing(rows, wishes, instance, nodes))
         try:
             found = arrange(run, kept if wishes.global_batch is None else wishes, model, instance, nodes, "")
         except Refused as refused:
@@ -204,8 +197,8 @@ def fewest_nodes(
         if needed[1] <= most:
             wished = wishes.nodes is not None
             reason = f"{said}, within parallelism.maxHours {most:g}" + ("" if wished else "; the fewest that are")
-            first = replace(found.choices[0], reason=reason, wished=wished)
-            return replace(found, choices=(first, *found.choices[1:]), rejected=(*tried, *found.rejected))
+            first = found.choices[0]._replace(reason=reason, wished=wished)
+            return found._replace(choices=(first, *found.choices[1:]), rejected=(*tried, *found.rejected))
         tried.append(Rejection("nodes", nodes, f"takes {said}, more than parallelism.maxHours {most:g}"))
     slow = [each for each in tried if each.rule.startswith("takes")]
     nearest, last = (slow or tried)[-1], tried[-1]
@@ -231,8 +224,7 @@ def sharing(rows: int, wishes: Wishes, instance: Instance, nodes: int) -> int:
 # --- one number of nodes
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A tensor-parallel size, with what is wrong with it: (kind, text) in the order of the rules."""
 
     size: int
@@ -342,7 +334,7 @@ def candidate(
     if architecture is None or problems:
         return Candidate(size, tuple(problems), layout)
     for checkpointing in [wishes.checkpointing] if wishes.checkpointing else CHECKPOINTING:
-        layout = replace(layout, checkpointing=checkpointing)
+        layout = layout._replace(checkpointing=checkpointing)
         counted = memory(architecture, run.step(per_device, checkpointing), size, copies, instance.hbm)
         if counted.fits:
             return Candidate(size, (), layout, counted)
@@ -582,7 +574,7 @@ def refused(
             Problem(("parallelism", "tensorParallelSize"), f"{found.size} {what}", f"Write {working}, or remove it.")
         )
     by_memory = [each.size for each in tried if each.kinds == {"memory"}]
-    without = replace(wishes, per_device=None, checkpointing=None)
+    without = wishes._replace(per_device=None, checkpointing=None)
     if without != wishes and any(_fits(run, without, model, instance, nodes, size) for size in by_memory):
         return _memory_refused(run, wishes, model, instance, nodes, tried)
     # The rules that one change of the inputs would satisfy, the mildest first.
@@ -653,7 +645,7 @@ def _memory_refused(
     sizes = [wishes.tensor_parallel] if wishes.tensor_parallel else [each.size for each in by_memory]
 
     def fits(length: int, per_device: int, options: tuple[str, ...]) -> bool:
-        shorter = replace(run, length=length)
+        shorter = run._replace(length=length)
         return any(
             memory(
                 architecture, shorter.step(per_device, each), size, nodes * instance.cores // size, instance.hbm
@@ -692,7 +684,7 @@ def _works_on(run: Run, wishes: Wishes, model: Model, name: str) -> bool:
         return False
     other = Wishes(per_device=wishes.per_device, checkpointing=wishes.checkpointing)
     for size in (group for group in instance.generation.groups if group <= instance.cores):
-        if candidate(replace(run, instance=name), other, model.architecture, instance, 1, size).works:
+        if candidate(run._replace(instance=name), other, model.architecture, instance, 1, size).works:
             return True
     return False
 

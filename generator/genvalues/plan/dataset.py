@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MOST_BYTES = 32 << 20  # of a file that is counted: it must not be felt
 # A token of Llama 3's vocabulary is some four characters of English text (Meta, "Introducing Meta Llama 3"); templates,
@@ -13,8 +12,7 @@ MOST_BYTES = 32 << 20  # of a file that is counted: it must not be felt
 BYTES_PER_TOKEN = (3.0, 6.0)
 
 
-@dataclass(frozen=True)
-class Examples:
+class Examples(NamedTuple):
     """A dataset's examples, and the bytes of its file."""
 
     number: int
@@ -36,7 +34,7 @@ def count(path: Path) -> Examples | None:
         if size > MOST_BYTES or not path.is_file():
             return None
         number = _count(path)
-    except (OSError, ValueError, csv.Error, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     return Examples(number, size) if number else None
 
@@ -49,8 +47,13 @@ def _count(path: Path) -> int | None:
         with path.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
     if path.suffix == ".csv":
+        import csv  # takes longer than the rest of this module
+
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return max(0, sum(1 for _ in csv.reader(file)) - 1)
+            try:
+                return max(0, sum(1 for _ in csv.reader(file)) - 1)
+            except csv.Error:
+                return None
     if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         return len(rows) if isinstance(rows, list) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from genvalues.instances import Instance
 from genvalues.plan.architectures import Architecture
@@ -29,8 +29,7 @@ CPU_FLOPS: Range = (0.1e12, 1.5e12)
 DOWNLOAD: Range = (100e6, 500e6)  # bytes a second, from the Hub, S3 and FSx, to a pod
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Operations for one token of a training step, by where they go."""
 
     forward: float
@@ -67,8 +66,7 @@ def flops_per_token(architecture: Architecture, step: Step) -> Flops:
     )
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """How much there is to train: ``steps`` of ``global_batch`` rows, None where nobody knows, and from what."""
 
     steps: tuple[int, int] | None
@@ -97,8 +95,7 @@ def work(
     return Work((fewest, most), global_batch, length, f"{said} rows, {epochs:g} epochs")
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Seconds, hours and dollars as (low, high). Hours are of the whole job, node-hours those times the nodes."""
 
     flops: Flops

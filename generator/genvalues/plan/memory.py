@@ -8,7 +8,7 @@ optimum-neuron 0.4.5 has written, and activations with what autograd really save
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from genvalues.plan.architectures import Architecture
 
@@ -20,8 +20,7 @@ QUERY_KEY_VALUE, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_pro
 RESERVED = 1 / 8
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What of a training step takes memory. ``rows`` of ``length`` tokens are the micro-batch of one copy."""
 
     length: int
@@ -37,8 +36,7 @@ class Step:
         return self.length * self.rows
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one core. ``total`` is to be at most ``limit``; ``hbm`` is what the core has."""
 
     weights: int

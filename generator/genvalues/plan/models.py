@@ -6,9 +6,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genvalues.plan.architectures import Architecture, from_config, known
 
@@ -17,8 +16,7 @@ MOST_BYTES = 1 << 20  # of a config.json; the largest have a few kilobytes
 HUB = "https://huggingface.co"
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A model as far as it is known. ``unknown`` says why there is no architecture."""
 
     name: str

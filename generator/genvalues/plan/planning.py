@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from genvalues.check import is_file, row_format
 from genvalues.contradictions import FLASH_ROWS
@@ -20,8 +20,7 @@ from genvalues.plan.prices import Price, price_per_node_hour, region_of
 Priced = tuple[Price | None, str]  # (dollars a node-hour, "") or (None, why there is none and what to write)
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What was found about model and dataset. ``rows_unknown`` says why there are no examples."""
 
     model: Model
@@ -29,8 +28,7 @@ class Seen:
     rows_unknown: str = "the rows of a dataset that is not on this computer are not counted"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a run would be. ``memory`` and ``estimate`` are None on the CPU and where the model is not known."""
 
     instance: str
@@ -47,7 +45,7 @@ class Plan:
     price_unknown: str
     lora_parameters: int | None
     notes: tuple[str, ...] = ()
-    assumptions: tuple[tuple[str, str], ...] = field(default=())
+    assumptions: tuple[tuple[str, str], ...] = ()
 
 
 def look(inputs: Inputs, offline: bool = False) -> Seen:

@@ -6,9 +6,8 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genvalues.errors import Unavailable, UserError
 from genvalues.instances import HYPERPOD
@@ -20,8 +19,7 @@ PRICING_API = "us-east-1"  # one of the few regions that answer for all (AWS doc
 TIMEOUT = 10  # seconds, for connecting and for an answer
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """Dollars for one node and hour. ``kind`` says how it is bought, ``dated`` when that was the price."""
 
     dollars: float

@@ -184,7 +184,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"key": each.key, "value": each.value, "reason": each.rule, "possible": each.possible}
             for each in plan.rejected
         ],
-        "memory": {**camel(asdict(plan.memory)), "total": plan.memory.total} if plan.memory else None,
+        "memory": {**camel(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
         "work": {
             "steps": ranged(plan.work.steps),
             "tokens": ranged(plan.work.tokens),
@@ -192,7 +192,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "reason": plan.work.reason,
         },
         "estimate": {
-            "flopsPerToken": {**asdict(costed.flops), "total": costed.flops.total},
+            "flopsPerToken": {**costed.flops._asdict(), "total": costed.flops.total},
             "peakFlops": costed.peak,
             "tokensPerSecond": ranged(costed.tokens_per_second),
             "stepSeconds": ranged(costed.step_seconds),
@@ -207,7 +207,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         }
         if costed
         else None,
-        "price": camel(asdict(plan.price)) if plan.price else None,
+        "price": camel(plan.price._asdict()) if plan.price else None,
         "priceUnknown": plan.price_unknown or None,
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
         "notes": list(plan.notes),
