@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,6 @@ from genvalues.errors import Unavailable, UserError
 from genvalues.instances import HYPERPOD
 
 TABLE = Path(__file__).with_name("prices.json")
-REGION = re.compile(r"^[a-z]{2}(-[a-z]+)+-[0-9]$")
-ECR = re.compile(r"^[0-9]{12}\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(\.cn)?/")
 PRICING_API = "us-east-1"  # one of the few regions that answer for all (AWS docs, Using the AWS Price List Query API)
 TIMEOUT = 10  # seconds, for connecting and for an answer
 
@@ -50,9 +47,10 @@ def _row(instance: str, region: str) -> Price | None:
 
 
 def region_of(image: str | None) -> str | None:
-    """The region of an image in ECR, which is where its nodes are as a rule."""
-    match = ECR.match(image or "")
-    return match[1] if match else None
+    """The region of an image in ECR, ACCOUNT.dkr.ecr.REGION.amazonaws.com/..., where its nodes are as a rule."""
+    registry, slash, _ = (image or "").partition("/")
+    host = registry.split(".")
+    return host[3] if slash and len(host) > 5 and host[1:3] == ["dkr", "ecr"] and host[4] == "amazonaws" else None
 
 
 def live_price(instance: str, region: str, client: Any = None) -> Price:
