@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from genvalues.cluster.objects import (
+    COST,
     FINGERPRINT,
     INSTANCE,
     JOB_NAME,
+    PROGRESS,
     QUEUE_NAME,
     annotations_of,
     component_of,
@@ -42,10 +44,10 @@ from .records import Hook
 Object = dict[str, Any]
 State = Literal["waiting", "running", "done", "skipped", "failed", "stopped"]
 
-PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # annotations that the gate writes on the PyTorchJob
 GATE = "-gate"
 # What a stage, or a gate, says in its log when it had nothing to do (trainer: llama_lora/stage.py; gate.py).
 SKIPPED = ("nothing changed, skipped", "up to date, nothing to run")
+STOPPED = "stopped: "  # begins a gate's reason where a guard has ended the stage
 NO_DEVICES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
 
 
@@ -151,8 +153,11 @@ def of_failed_job(status: StageStatus, job: Object, seen: Seen) -> StageStatus:
         reason = str(end) if end else f"{failed.get('reason', 'Failed')}: {failed.get('message', '')}".rstrip(": ")
         if failed.get("reason") == "DeadlineExceeded":
             reason = f"did not end within its {limit} s (activeDeadlineSeconds)"
+    # A guard's end (guards.maxCost, guards.stallTimeout) is no failure of the stage's own.
+    state: State = "stopped" if reason.startswith(STOPPED) else "failed"
+    reason = reason.removeprefix(STOPPED)
     return replace(
-        status, state="failed", reason=reason, exit_status=end.code if end else None, tail_of=tail_of, tail=tail
+        status, state=state, reason=reason, exit_status=end.code if end else None, tail_of=tail_of, tail=tail
     )
 
 

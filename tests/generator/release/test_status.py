@@ -179,6 +179,18 @@ def test_of_a_stage_with_a_gate_the_gate_s_last_words_count(run: Run, fake: Fake
     assert told_by_gate("train", ["secret x is not there"]) == ("secret x is not there", "", ())
 
 
+def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_something(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"deletionTimestamp": now()}})
+    run.end("train-gate", "train failed: stopped: guards.maxCost 40 dollars is reached. Raise it", code=2)
+    run.ends("failed")
+    found = look()
+    assert (found.outcome, found.exit_status) == ("stopped", 2)
+    assert found.reason == "train stopped: guards.maxCost 40 dollars is reached. Raise it"
+    gate_text = (ROOT / "generator/genvalues/cluster/gate.py").read_text()
+    assert 'f"stopped: {why()}' in gate_text, "the gate's words"
+
+
 def test_a_stage_past_its_deadline_says_so_and_one_that_a_cleanup_stopped_is_stopped(run: Run, fake: FakeApi) -> None:
     run.begin("preflight")
     fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 600}})
