@@ -84,16 +84,6 @@ class Instance:
         }
 
 
-@dataclass(frozen=True)
-class Parallelism:
-    """How a job's processes divide the work: nodes x processes a node = tensor parallel x data parallel."""
-
-    nodes: int
-    processes_per_node: int
-    tensor_parallel: int
-    data_parallel: int
-
-
 # Every Trainium type, those too that refusal() says no to, after the AWS instance pages.
 # trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
 TRAINIUM = {
@@ -126,11 +116,3 @@ def refusal(name: str, nodes: int) -> str | None:
     if instance.neuron_devices == 1:
         return f"{name} has one device, and Neuron has jobs of several nodes with 16 devices each only"
     return None
-
-
-def parallelism(name: str, nodes: int, cpu_processes: int) -> Parallelism:
-    """One process a core on Trainium, tensor parallel as its generation likes it; on the CPU, data parallel only."""
-    instance = trainium(name)
-    processes = instance.cores if instance else cpu_processes
-    tensor_parallel = min(instance.cores, instance.generation.tensor_parallel) if instance else 1
-    return Parallelism(nodes, processes, tensor_parallel, nodes * processes // tensor_parallel)

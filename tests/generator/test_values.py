@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from genvalues import __version__, chart, helm, inputs, inputs_schema, instances
 from genvalues.errors import UserError
 from genvalues.inputs import inputs_from
+from genvalues.plan.choices import Layout
 from genvalues.plan.planning import look, plan
 from genvalues.sources import Sources
 from genvalues.values import values_from
@@ -116,17 +117,23 @@ def test_cpu_needs_three_keys_and_runs_attached(tmp_path: Path) -> None:
     assert list(values["parallelism"].values()) == [2, 3, 1, 6]
 
 
+def layout_of(instance: str, nodes: int) -> Layout:
+    least = {"model": "a/b", "dataset": {"source": "a/b"}, "image": "a:1"}
+    inputs = inputs_from({**least, "instance": instance, "nodes": nodes})
+    return plan(inputs, look(inputs)).layout
+
+
 @pytest.mark.parametrize("name", instances.TRAINIUM)
 @pytest.mark.parametrize("nodes", [1, 2, 5])
 def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> None:
-    layout = instances.parallelism(name, nodes, 2)
+    layout, prefixed = (layout_of(prefix + name, nodes) for prefix in ("", instances.HYPERPOD))
     instance = instances.TRAINIUM[name]
     assert layout.processes_per_node == instance.cores
     assert layout.tensor_parallel * layout.data_parallel == nodes * layout.processes_per_node
     assert instance.cores % layout.tensor_parallel == 0  # a tensor-parallel group stays within a node
     assert instance.request_cpu < instance.vcpu
     assert instance.request_memory_gib < instance.memory_gib * 0.9
-    assert instances.parallelism(f"ml.{name}", nodes, 2) == layout
+    assert prefixed == layout
 
 
 ON_TRAINIUM = "model: meta-llama/Llama-3.1-8B\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
