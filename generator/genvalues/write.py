@@ -62,7 +62,8 @@ def checked(sources: Sources, offline: bool = False, price: PriceOf = known_pric
     for found in warnings(values):
         print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
     for note in made.notes:
-        print(f"warning: {document.error(Mistake(('model',), note))}", file=sys.stderr)
+        if note.warns:
+            print(f"warning: {document.error(Mistake(note.key, note.text))}", file=sys.stderr)
     return Checked(document, inputs, values, made)
 
 

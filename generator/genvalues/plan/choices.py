@@ -99,6 +99,14 @@ class Problem(NamedTuple):
     fix: str
 
 
+class Note(NamedTuple):
+    """What to know of a plan, and the key it is about. ``warns``: where values are written, too."""
+
+    key: KeyPath
+    text: str
+    warns: bool = True
+
+
 class Refused(Exception):
     """There is no layout for the wishes."""
 
@@ -112,7 +120,7 @@ class Chosen(NamedTuple):
     choices: tuple[Choice, ...]
     rejected: tuple[Rejection, ...]
     memory: Memory | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def choose(run: Run, wishes: Wishes, model: Model, hours: Callable[[Layout], tuple[float, float] | None]) -> Chosen:
@@ -292,17 +300,19 @@ def arrange(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: i
     ]
     notes = []
     if run.rows and layout.global_batch > run.rows[1]:
-        notes.append(
+        padding = (
             f"A step takes {layout.global_batch} rows, and the dataset has {run.rows[1]}: the rest of each step is "
             "padding. Fewer nodes do the same."
         )
-    if model.architecture and (note := host_memory(model.architecture, instance, found.size)):
-        notes.append(note)
+        notes.append(Note(("nodes",), padding))
+    if model.architecture and (tight := host_memory(model.architecture, instance, found.size)):
+        notes.append(Note(("instance",), tight))
     if model.architecture is None:
-        notes.append(
+        unknown = (
             f"The architecture of {model.name} is not known: {model.unknown}. Neither its heads nor memory are "
             "checked here; the stage tokenize checks heads before a Trainium node is asked for."
         )
+        notes.append(Note(("model",), unknown))
     return Chosen(layout, tuple(choices), tuple(rejected), found.memory, tuple(notes))
 
 

@@ -11,7 +11,7 @@ from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import trainium
 from genvalues.plan import dataset, models
 from genvalues.plan.architectures import target_names
-from genvalues.plan.choices import Choice, Layout, Refused, Rejection, Run, Wishes, choose, length_problems
+from genvalues.plan.choices import Choice, Layout, Note, Refused, Rejection, Run, Wishes, choose, length_problems
 from genvalues.plan.estimate import Estimate, Work, assumptions, cpu_node_hours, estimate, work
 from genvalues.plan.memory import Memory
 from genvalues.plan.models import Model
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     price: Price | None
     price_unknown: str
     lora_parameters: int | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
 
 
@@ -203,7 +203,7 @@ def known_price(inputs: Inputs, region: str | None = None) -> Priced:
     return None, told
 
 
-def overrides(inputs: Inputs) -> list[str]:
+def overrides(inputs: Inputs) -> list[Note]:
     """chartValues are merged last, over what is planned."""
     over = inputs.chart_values
     named = [
@@ -211,4 +211,7 @@ def overrides(inputs: Inputs) -> list[str]:
         for section in ("parallelism", "training", "lora", "model", "devices")
         if over.get(section)
     ]
-    return [f"{', '.join(named)} changes what is planned here: the values have it, this plan has not."] if named else []
+    if not named:
+        return []
+    text = f"{', '.join(named)} changes what is planned here: the values have it, this plan has not."
+    return [Note(("chartValues",), text, warns=False)]

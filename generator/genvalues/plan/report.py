@@ -48,7 +48,7 @@ def sections(plan: Plan) -> list[Section]:
         Section("Memory of a core", ("what", "GiB", ""), memory_lines(plan)),
         Section("Time and cost, estimated", ("what", "range", ""), cost_lines(plan)),
         Section("Assumptions", ("",), [(f"{assumed} ({source})",) for assumed, source in plan.assumptions]),
-        Section("Notes", ("",), [(note,) for note in plan.notes]),
+        Section("Notes", ("",), [(note.text,) for note in plan.notes]),
     ]
     return [section for section in found if section.lines]
 
@@ -210,7 +210,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "price": camel(plan.price._asdict()) if plan.price else None,
         "priceUnknown": plan.price_unknown or None,
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
-        "notes": list(plan.notes),
+        "notes": [note.text for note in plan.notes],
     }
 
 
