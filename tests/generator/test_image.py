@@ -401,6 +401,7 @@ def test_an_account_that_has_not_12_digits_is_told_as_that(
     assert genvalues("image", "build", "f.yaml") == 2
     said = last_line(capsys)
     assert f"the account number {account} has {len(account)} digits, not 12" in said and "AWS_REGION" not in said
+    assert not registries.parse(IMAGE.replace(ACCOUNT, account)).in_ecr, "no registry is logged in at by that account"
     assert builder.calls == []
 
 
