@@ -179,12 +179,12 @@ def step(rows: int, length: int, targets: Any, dropout: float, checkpointing: st
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 @pytest.mark.parametrize("kind", ["llama", "tied", "qwen3", "granite"])
 def test_activations_are_what_autograd_keeps(kind: str, targets: Any, dropout: float) -> None:
-    """For a small model on the CPU, in bf16, within 6 %: what is not counted is cosines, variances and the like.
+    """For a small model on the CPU, in bf16, within 1 %: what is not counted is variances and the like.
 
     Layers are compared by the difference of two depths, so that nothing outside of them counts. The first layer of a
     frozen base keeps nothing before its first LoRA factor, so the difference is of layers that have others below.
     """
-    rows, length = 2, 128
+    rows, length = 2, 32
     kept = [
         saved_by_autograd(
             wrapped(KINDS[kind] | {"num_hidden_layers": layers}, targets, dropout), rows, length, loss=False
@@ -196,7 +196,7 @@ def test_activations_are_what_autograd_keeps(kind: str, targets: Any, dropout: f
     # PEFT's A for gate and for up are two here, one on Neuron.
     if targets == "all-linear" and dropout:
         counted += wanted.tokens * 4 * a.hidden
-    assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.06)
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.01)
 
 
 def test_logits_are_the_largest_tensors_of_the_loss() -> None:
@@ -205,7 +205,7 @@ def test_logits_are_the_largest_tensors_of_the_loss() -> None:
     without, with_loss = (saved_by_autograd(model, rows, length, loss) for loss in (False, True))
     # torch's own loss keeps log-probabilities in fp32 and the labels; the bf16 logits and their fp32 copy live beside.
     softmax = 4 * rows * length * a.vocabulary
-    assert with_loss - without == pytest.approx(softmax, rel=0.02)
+    assert with_loss - without == pytest.approx(softmax, rel=0.005)
     assert logit_bytes(a, step(rows, length, ["q_proj"], 0.0), 1) == 2.5 * softmax
 
 
@@ -232,7 +232,7 @@ def test_recomputing_the_attention_keeps_no_scores() -> None:
     finally:
         modeling_llama.eager_attention_forward = attention
     counted = layer_bytes(architecture(SMALL), step(rows, length, targets, 0.1, "selective"), 1)
-    assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.08)
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.01)
 
 
 def test_whole_layers_keep_their_input_alone() -> None:
@@ -251,7 +251,7 @@ def test_whole_layers_keep_their_input_alone() -> None:
         for layers in (1, 3)
     )
     assert (three - one) / 2 == 2 * rows * length * a.hidden, "2 s b h"
-    assert (kept[1] - kept[0]) / 2 == pytest.approx(2 * rows * length * a.hidden, rel=0.05)
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(2 * rows * length * a.hidden, rel=0.01)
 
 
 LLAMA_8B = known("meta-llama/Llama-3.1-8B")
