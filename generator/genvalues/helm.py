@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from genvalues.errors import Unavailable, UserError
+from genvalues.wording import one_line
 
 Answer = TypeVar("Answer")
 
@@ -21,6 +22,15 @@ GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/doc
 
 
 STDERR = 2  # the file descriptor, for Helm's words where stdout is for a document
+
+
+class NoSuchRelease(UserError):
+    """Names those ``there`` are."""
+
+    def __init__(self, release: str, namespace: str, there: Sequence[str]) -> None:
+        names = ", ".join(sorted(there))
+        fix = f"There: {names}." if names else "There is none here: look in another with --namespace."
+        super().__init__(f'no release "{one_line(release)}"', where=f"namespace {namespace}", fix=fix)
 
 
 def find_helm() -> str:

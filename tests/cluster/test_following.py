@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from chart.manifests import Values, merged
+from chart.manifests import CHART, Values, merged
 from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, stand_in
 from trainer.conftest import make_model, write_rows
 
@@ -164,6 +165,44 @@ def test_a_failing_stage_is_told_with_its_reason_and_the_log_s_tail_last(
     assert failed["outcome"] == "failed" and stage(failed, "compile")["tail"][-1] == "the compiler is out of memory"
     log = with_helm_4("logs", "llama", "compile")
     assert log.status == 0 and "the compiler is out of memory" in log.output
+
+
+def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
+    """An inputs file for these values, as test_recovery has it: what inputs have no word for under chartValues."""
+    chart_values = values(*more, **scripts)
+    written = {
+        "name": "llama",
+        "mode": "detached",
+        "model": chart_values.pop("model"),
+        "dataset": chart_values.pop("dataset"),
+        "instance": "cpu",
+        "nodes": chart_values["parallelism"]["nodes"],
+        "cpu": {"processes": 1},
+        "chartValues": chart_values,
+    }
+    file = folder / "finetune.yaml"
+    file.write_text(json.dumps(written, indent=2))  # YAML too, and without aliases, which are refused
+    return file
+
+
+def test_install_follows_a_detached_run_and_ctrl_c_stops_the_following_alone(
+    space: Space, with_helm_4: Genvalues, tmp_path: Path
+) -> None:
+    following = with_helm_4.start("install", str(inputs(tmp_path, train=UNTIL_TOLD)), "--chart", str(CHART))
+    space.wait("the training to be told", lambda: "train: running" in following.output, 120)
+    assert "claim work: Bound" in following.output, "what preflight has found"
+    following.kill(signal.SIGINT)
+    again = f"genvalues status llama --watch --namespace {space.name}"
+    assert following.process.returncode == 130 and following.output.rstrip().endswith(f"Follow it again: {again}")
+
+    watching = with_helm_4.start("status", "llama", "--watch")
+    space.volume.run("touch told")
+    assert watching.wait(120).status == 0
+
+    broken = inputs(tmp_path, {"dataset": {"split": "other"}}, tokenize="echo no column q; exit 2")
+    ended = with_helm_4("install", str(broken), "--chart", str(CHART), "--skip-preflight")
+    assert ended.status == 2, ended.output
+    assert told_last(ended.output, "tokenize")[-1].strip() == "no column q"
 
 
 def test_no_such_release_is_one_line_that_names_those_there_are(space: Space, genvalues: Genvalues) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from genvalues.errors import Unavailable
 
@@ -21,7 +22,7 @@ class Follower:
         self.watcher = watcher
         self.say = say
         self.status: ReleaseStatus | None = None
-        self._told: dict[str, object] = {}
+        self._told: dict[str, News] = {}
         self._away_since: float | None = None
 
     def look(self) -> ReleaseStatus | None:
@@ -44,11 +45,13 @@ class Follower:
         return status
 
     def tell(self, status: ReleaseStatus) -> None:
-        for stage in (status.runner, *status.stages):
+        for stage in (*status.stages, status.runner):
             if stage is None or (stage.name not in self._told and stage.state == "waiting"):
                 continue
-            if self._told.get(stage.name) != (news := worth_a_line(stage)):
-                self._told[stage.name] = news
+            before, news = self._told.get(stage.name), worth_a_line(stage)
+            self._told[stage.name] = news
+            # That its workers have ended is told with its end, a moment later.
+            if news != before and not (before and news == replace(before, nodes=())):
                 self.say(describe(stage, time.time()))
 
     def to_the_end(self) -> ReleaseStatus:
@@ -60,10 +63,20 @@ class Follower:
             time.sleep(INTERVAL)
 
 
-def worth_a_line(stage: StageStatus) -> object:
-    """What is told again when it differs; not how long it has taken so far."""
+@dataclass(frozen=True)
+class News:
+    """What of a stage is told again when it differs; not how long it has taken so far."""
+
+    state: str
+    note: str
+    restarts: int
+    step: object
+    nodes: tuple[str, ...]  # that it holds with their devices
+
+
+def worth_a_line(stage: StageStatus) -> News:
     step = (stage.progress or {}).get("updated"), (stage.progress or {}).get("step")
-    return stage.state, stage.note, stage.restarts, stage.nodes if stage.devices else (), step
+    return News(stage.state, stage.note, stage.restarts, step, stage.nodes if stage.devices else ())
 
 
 def closing(status: ReleaseStatus) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from genvalues.chart import need_chart
 from genvalues.errors import Unavailable, UserError
 from genvalues.files import write_text
-from genvalues.helm import STDERR, find_helm, run_helm
+from genvalues.helm import STDERR, NoSuchRelease, find_helm, run_helm
 from genvalues.inputs import DNS_NAME
 from genvalues.process import STOP_SIGNALS
 from genvalues.sources import Sources
@@ -131,6 +131,7 @@ class Following:
 
         self.mode = mode
         self.progress = progress
+        self._said = ""
         self.follower = follow.Follower(watcher(release, namespace, context), say)
 
     def install(self, arguments: list[str], follow: bool, as_json: bool) -> int:
@@ -152,9 +153,15 @@ class Following:
         """One look while Helm works. Whatever keeps us from looking is no reason to stop Helm."""
         try:
             self.follower.look()
+        except NoSuchRelease:  # Helm has not written its record yet
+            pass
         except (UserError, Unavailable) as problem:
-            if "no release" not in str(problem):  # Helm has not written its record yet
-                say(str(problem))
+            self.say_once(str(problem))
+
+    def say_once(self, line: str) -> None:
+        if line != self._said:
+            self._said = line
+            say(line)
 
     def end(self, of_helm: int, follow: bool, as_json: bool) -> int:
         import json
@@ -162,11 +169,13 @@ class Following:
         from .follow import closing
         from .status import as_json as document_of
 
+        last = None
         try:
             last = self.follower.look()
+        except NoSuchRelease:  # Helm has refused it, and said why
+            pass
         except (UserError, Unavailable) as problem:
-            say(str(problem))
-            last = None
+            self.say_once(str(problem))
         ours = 1 if of_helm else 0
         if last is not None and follow:
             # A stage that failed says more than Helm's own status, which is 1 for everything.

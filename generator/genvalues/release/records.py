@@ -7,14 +7,11 @@ each; not from Helm's Secrets, which are not where $HELM_DRIVER says otherwise. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from genvalues import helm
 from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, labels_of, name_of
-from genvalues.errors import UserError
-from genvalues.wording import one_line
 
 Object = dict[str, Any]
 
@@ -104,11 +101,5 @@ def find_record(release: str, namespace: str, context: str | None) -> Record | N
 def need_record(release: str, namespace: str, context: str | None) -> Record:
     found = find_record(release, namespace, context)
     if found is None:
-        raise no_such_release(release, namespace, helm.releases(namespace, context))
+        raise helm.NoSuchRelease(release, namespace, helm.releases(namespace, context))
     return found
-
-
-def no_such_release(release: str, namespace: str, there: Sequence[str]) -> UserError:
-    names = ", ".join(sorted(there))
-    fix = f"There: {names}." if names else "There is none here: look in another with --namespace."
-    return UserError(f'no release "{one_line(release)}"', where=f"namespace {namespace}", fix=fix)

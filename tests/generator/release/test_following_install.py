@@ -122,6 +122,14 @@ def test_helm_s_own_failure_is_status_1_where_no_stage_has_failed(fake: FakeApi,
     assert install() == 1
 
 
+def test_what_helm_refuses_leaves_no_release_to_tell_about(
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    helm.ends_with(1)
+    assert install() == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "Error:", "Helm's own words are the last"
+
+
 def test_detached_it_follows_after_helm_and_ends_as_the_runner_does(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
