@@ -118,6 +118,32 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(bf16_model: Path, 
     assert len(digests) == 1
 
 
+def test_a_run_that_is_told_to_stop_saves_and_equals_an_undisturbed_one(bf16_model: Path, tmp_path: Path) -> None:
+    """With a step still in flight, at a step at which nothing would have been saved."""
+    settings: dict[str, Any] = {"lora": {"dropout": 0.1}, "training": {"maxSteps": 12, "saveSteps": 100}}
+    undisturbed = make_neuron_run(tmp_path / "undisturbed", bf16_model, 2, 1, **settings)
+    stopped = undisturbed.copy(tmp_path / "stopped")
+    trained(undisturbed)
+
+    say_compiled(stopped)
+    checkpoints = stopped.paths.checkpoints(json.loads(stopped("fingerprint", "train"))["fingerprint"])
+    trainer = subprocess.Popen(train_command(stopped), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(stopped.paths.progress.exists, seconds=300)
+    trainer.send_signal(signal.SIGTERM)
+    said, _ = trainer.communicate(timeout=200)
+    assert trainer.returncode == 143, said
+    assert not stopped.paths.manifest("train").exists()
+    (saved,) = checkpoints.glob("step-*")
+    assert "step-000012" > saved.name > "step-000000"
+    assert len(metrics(stopped)) == int(saved.name[-6:]), "the step in flight has been read back before"
+
+    assert saved.name in stopped("train")
+    assert losses(stopped) == losses(undisturbed)
+    for run in (undisturbed, stopped):
+        run("consolidate")
+    assert len({files.sha256(run.paths.adapter / "adapter_model.safetensors") for run in (undisturbed, stopped)}) == 1
+
+
 def test_another_topology_goes_on_with_the_weights_and_says_what_it_does_not_have(
     trained_run: Callable[[int, int], Run], tmp_path: Path
 ) -> None:

@@ -473,6 +473,7 @@ def test_without_a_limit_and_in_compile_standing_still_is_no_failure(
 ) -> None:
     trainer.says("c1", up_to_date=False, of="compile")
     running = Guarded(fake, api, config, stage=stage, stallTimeoutSeconds=limit).release()
+    nothing_happens(fake)
     running.clock.ahead = 1e6
     nothing_happens(fake)
     assert not is_going(fake, running.own)
