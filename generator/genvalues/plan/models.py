@@ -72,16 +72,32 @@ def _model(name: str, config: Any, source: str) -> Model:
 
 
 def fetch(url: str, secret: str | None) -> tuple[str | None, str]:
-    """(text, "") or (None, what the Hub did, as one says it). The token is never part of what is said."""
+    """(text, "") or (None, what the Hub did, as one says it). The token is never part of what is said.
+
+    It goes on with a redirection within the Hub, as with huggingface_hub, and to no other host.
+    """
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
+    from urllib.parse import urlsplit
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    class Redirections(HTTPRedirectHandler):
+        http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 has it not
+
+        def redirect_request(
+            self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        ) -> Request | None:
+            further = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+            if further and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
+                for name, value in req.unredirected_hdrs.items():
+                    further.add_unredirected_header(name, value)
+            return further
 
     try:
         request = Request(url, headers={"User-Agent": "genvalues"})
         if secret:
-            request.add_unredirected_header("Authorization", f"Bearer {secret}")  # not sent on to where files are
-        with urlopen(request, timeout=TIMEOUT) as response:
+            request.add_unredirected_header("Authorization", f"Bearer {secret}")
+        with build_opener(Redirections).open(request, timeout=TIMEOUT) as response:
             data = response.read(MOST_BYTES + 1)
     except HTTPError as error:
         return None, {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             made.asked.append((self.path, self.headers.get("Authorization")))
             status, body = made.answers.get(self.path, (404, b""))
             self.send_response(status)
-            if status == 302:
+            if 300 < status < 400:
                 self.send_header("Location", body.decode())
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -55,7 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     yield made
     server.shutdown()
     server.server_close()
@@ -84,19 +85,26 @@ def test_offline_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("status", [302, 307, 308])
 @pytest.mark.parametrize("stored", ["HF_TOKEN", "file"])
 def test_the_token_goes_to_the_hub_alone_and_is_never_told(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: str
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: str, status: int
 ) -> None:
     if stored == "file":
         (tmp_path / "hf").mkdir()
         (tmp_path / "hf/token").write_text(f"{TOKEN}\n")
     else:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.has("/gated/model/resolve/main/config.json", b"/elsewhere", status=302)
+    elsewhere = models.endpoint(os.environ).replace("127.0.0.1", "localhost") + "/elsewhere"
+    hub.has("/gated/model/resolve/main/config.json", b"/api/resolve-cache", status=status)
+    hub.has("/api/resolve-cache", elsewhere.encode(), status=302)
     hub.has("/elsewhere", CONFIG)
     assert models.on_hub("gated/model", "", offline=False).architecture
-    assert hub.asked[0] == ("/gated/model/resolve/main/config.json", f"Bearer {TOKEN}")
+    assert hub.asked == [
+        ("/gated/model/resolve/main/config.json", f"Bearer {TOKEN}"),
+        ("/api/resolve-cache", f"Bearer {TOKEN}"),
+        ("/elsewhere", None),
+    ]
     hub.has("/closed/model/resolve/main/config.json", b"no", status=403)
     refused = models.on_hub("closed/model", "", offline=False)
     assert "accept the model's terms" in refused.unknown
