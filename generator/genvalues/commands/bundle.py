@@ -8,7 +8,7 @@ import click
 from genvalues.commands.options import context_option, json_option, namespace_option, path
 
 
-@click.command()
+@click.command(short_help="Pack what a bug report of a release needs.")
 @click.argument("name")
 @namespace_option
 @context_option

@@ -6,7 +6,7 @@ from genvalues.commands.options import inputs
 from genvalues.sources import Sources
 
 
-@click.command()
+@click.command(short_help="Check an inputs file: every mistake at once.")
 @inputs
 def check(sources: Sources) -> None:
     """Check an inputs file: every mistake at once, with its place and what to write instead.

@@ -8,7 +8,7 @@ import click
 from genvalues.commands.options import Command, decorated
 
 
-@click.group()
+@click.group(short_help="Build and push the image of the stages.")
 def image() -> None:
     """The image of the stages: build it, push it, and have its digest written into the inputs file."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Write a first inputs file, with every key explained.")
 @click.argument("file", type=click.Path(path_type=Path), default="finetune.yaml")
 @click.option("--model", metavar="ID", help="A hub id, or id@revision.")
 @click.option("--dataset", metavar="SOURCE", help="A hub id, s3://bucket/key, or a file.")

@@ -8,7 +8,7 @@ from genvalues.commands.options import context_option, inputs, json_option, name
 from genvalues.sources import Sources
 
 
-@click.command()
+@click.command(short_help="Check everything, run the pipeline on a cluster, follow it.")
 @inputs
 @click.option("--release", metavar="NAME", help="The release's name; the inputs' name when left out.")
 @namespace_option

@@ -8,7 +8,7 @@ import click
 from genvalues.commands.options import chart_option, path
 
 
-@click.command()
+@click.command(short_help="Run the chart's stages on this computer.")
 @click.argument("values", type=click.Path(path_type=Path))
 @path("--workspace", required=True, metavar="DIR", help="Folder that takes the volume's place.")
 @click.option("--cpu", is_flag=True, help="Run values for Trainium on the CPU: one process, eager attention.")

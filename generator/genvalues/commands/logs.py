@@ -8,7 +8,7 @@ import click
 from genvalues.commands.options import context_option, json_option, namespace_option
 
 
-@click.command()
+@click.command(short_help="Print the log of a release's stage.")
 @click.argument("name")
 @click.argument("stage", required=False)
 @namespace_option

@@ -8,7 +8,7 @@ from genvalues.commands.options import inputs, json_option
 from genvalues.sources import Sources
 
 
-@click.command()
+@click.command(short_help="Show what a run would be: layout, memory, hours, dollars.")
 @inputs
 @json_option
 @click.option("--live", is_flag=True, help="Ask the AWS Pricing API for today's price of a node-hour.")

@@ -8,7 +8,7 @@ from genvalues.commands.options import context_option, inputs, json_option, name
 from genvalues.sources import Sources
 
 
-@click.command()
+@click.command(short_help="Ask AWS, the Hub and the cluster whether a run can begin.")
 @inputs
 @click.option("--aws", is_flag=True, help="AWS alone: credentials, quota, capacity, image, storage, dataset.")
 @click.option("--cluster", is_flag=True, help="The cluster alone: all that the chart's own preflight checks.")

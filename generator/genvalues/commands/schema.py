@@ -7,7 +7,7 @@ import click
 from genvalues.commands.options import chart_option
 
 
-@click.command()
+@click.command(short_help="Print the JSON schema of an inputs file.")
 @click.option("--values", is_flag=True, help="That of the chart's values instead.")
 @chart_option
 def schema(values: bool, chart: Path | None) -> None:

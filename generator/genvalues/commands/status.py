@@ -8,7 +8,7 @@ import click
 from genvalues.commands.options import context_option, json_option, namespace_option
 
 
-@click.command()
+@click.command(short_help="Show where a release stands: stages, progress, cost.")
 @click.argument("name")
 @namespace_option
 @context_option

@@ -8,7 +8,7 @@ from genvalues.commands.options import inputs
 from genvalues.sources import Sources
 
 
-@click.command()
+@click.command(short_help="Check an inputs file and write the chart's values.")
 @inputs
 @click.option(
     "-o", "--output", default="values.yaml", show_default=True, metavar="FILE", help="Where to; - for stdout."
