@@ -199,7 +199,7 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_the_following_alone(
     space.volume.run("touch told")
     assert watching.wait(120).status == 0
 
-    broken = inputs(tmp_path, {"dataset": {"split": "other"}}, tokenize="echo no column q; exit 2")
+    broken = inputs(tmp_path, {"dataset": {"evalFraction": 0.1}}, tokenize="echo no column q; exit 2")
     ended = with_helm_4("install", str(broken), "--chart", str(CHART), "--skip-preflight")
     assert ended.status == 2, ended.output
     assert told_last(ended.output, "tokenize")[-1].strip() == "no column q"

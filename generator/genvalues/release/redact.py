@@ -18,12 +18,15 @@ PUBLIC_ACCOUNTS = {"763104351884"}
 ACCOUNT = re.compile(r"(?<![\w.-])\d{12}(?![\w-])")
 ANY_ACCOUNT = "000000000000"
 # A tokenizer's tokens are no secrets, and a bug report may be about them.
-NO_SECRETS = re.compile(r"(?i)^(bos|eos|pad|unk|cls|sep|mask|num|max|new|input|output|total|prompt)?_?tokens?(_id)?s?$")
-WORD = r"(?:token|secret|passw(?:or)?d|credentials?|signature|(?:api|access|secret_access)[-_]?key)"
-ASSIGNED = re.compile(
-    rf"(?i)(?P<name>(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[-_])*{WORD}(?:[-_][A-Za-z0-9]+)*)"
-    r"(?P<between>\\?[\"']?\s*[=:]\s*\\?[\"']?)(?P<value>[^\s\"'\\,;&}]+)"
+NO_SECRETS = re.compile(r"(?i)^(bos|eos|pad|unk|cls|sep|mask|num|max|new|input|output|total|prompt)_token(_ids?)?$")
+SECRET_WORD = re.compile(
+    r"(?i)(?:^|[-_])(?:(?:session[-_]?)?token|secret|passw(?:or)?d|credentials?|signature"
+    r"|(?:secret[-_]?)?access[-_]?key|api[-_]?key)(?:$|[-_])"
 )
+# NAME= and NAME: before a value, also quoted, or quoted in a text that is quoted itself. A name begins where no other
+# could have begun before, so that a long text is gone through once.
+NAMED = re.compile(r"""(?P<name>(?<![A-Za-z0-9_-])[A-Za-z0-9_-]+)\\*["']?\s*[=:]\s*\\*["']?""")
+VALUE = re.compile(r"""[^\s"'\\,;&}]+""")
 BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 IN_URL = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")  # https://user:password@host
 # kubectl's own copy of an object as text, and who wrote which field.
@@ -60,11 +63,17 @@ def redact_text(text: str) -> str:
     text = TOKEN.sub(lambda token: f"{token[0][:3]}{HIDDEN}", text)
     text = BEARER.sub(lambda found: f"{found[1]} {HIDDEN}", text)
     text = IN_URL.sub(HIDDEN, text)
-    text = ASSIGNED.sub(hide_value, text)
+    text = without_named_secrets(text)
     return ACCOUNT.sub(lambda found: found[0] if found[0] in PUBLIC_ACCOUNTS else ANY_ACCOUNT, text)
 
 
-def hide_value(found: re.Match[str]) -> str:
-    if NO_SECRETS.match(found["name"]) or found["value"].startswith("(redacted"):
-        return found[0]
-    return f"{found['name']}{found['between']}{HIDDEN}"
+def without_named_secrets(text: str) -> str:
+    """The same text without what stands behind a name that says it is secret."""
+    parts, done = [], 0
+    for found in NAMED.finditer(text):
+        if found.start() < done or not SECRET_WORD.search(found["name"]) or NO_SECRETS.match(found["name"]):
+            continue
+        if (value := VALUE.match(text, found.end())) and value[0] != HIDDEN:
+            parts += [text[done : found.end()], HIDDEN]
+            done = value.end()
+    return "".join([*parts, text[done:]])

@@ -7,6 +7,7 @@ import io
 import json
 import stat
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,27 @@ def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: F
 @pytest.mark.parametrize(
     "text",
     [
+        f"--hf-token={SECRET}", f"{{'SecretAccessKey': '{SECRET}'}}", f'"SessionToken":"{SECRET}"',
+        f"api_key: {SECRET}",
+        f"AWS_SECRET_ACCESS_KEY={SECRET}", f"my-db-password = {SECRET}", f'{{\\"token\\": \\"{SECRET}\\"}}',
+    ],
+)  # fmt: skip
+def test_what_is_named_like_a_secret_is_hidden_however_it_is_written(text: str) -> None:
+    assert SECRET not in redact_text(text)
+
+
+@pytest.mark.parametrize(
+    "piece", ["a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+"]
+)
+def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
+    began = time.monotonic()
+    redact_text(piece * (500_000 // len(piece)))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "eos_token: </s>", "max_new_tokens=128", "tokensPerSecond: 5120", "tokenSecret: hf-token", "tokenKey: token",
         "763104351884.dkr.ecr.us-west-2.amazonaws.com/huggingface", "read 1234567890123 bytes", "5120 tokens/s",
         "uid: 1c2d3e4f-0000-4000-8000-123456789012",
@@ -123,6 +145,7 @@ def test_objects_keep_their_form() -> None:
     expected = {**item, "env": [{"name": "A_TOKEN", "value": "(redacted)"}, {"name": "B", "value": "y"}]}
     assert redact_object(item) == expected
     assert redact_object({"token": ""}) == {"token": ""}
+    assert redact_object({"token": "x"}) == {"token": "(redacted)"}
 
 
 def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: Run) -> None:
