@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, ServerAway
 from genvalues.cluster.objects import INSTANCE, component_of, created, is_over, name_of
 from genvalues.errors import EXIT_USER_ERROR, Unavailable, UserError
+from genvalues.inputs import DNS_NAME
 from genvalues.nested import get
+from genvalues.wording import one_line
 
 from .records import Hook, Object, Record, find_record, need_record
 from .stages import Seen, StageStatus, devices_of, find, of_job, stages_of, with_pods
@@ -24,6 +27,7 @@ Outcome = Literal["running", "done", "failed", "stopped", "idle"]
 
 FIRST_ANSWER_SECONDS = 10.0  # for what a person waits for
 TAIL_LINES = 40
+LONGEST_NAME = 53  # of a release, by Helm's rule
 RECORD_SECONDS = 30.0  # how old what Helm said may be when no Job has come or gone since
 STAGE_FAILED = 1
 
@@ -277,6 +281,9 @@ def watcher(
     release: str, namespace: str | None, context: str | None, say: Callable[[str], None] = lambda line: None
 ) -> Watcher:
     """Of a release on the cluster and in the namespace that Helm would choose."""
+    if len(release) > LONGEST_NAME or not re.fullmatch(DNS_NAME, release):
+        fix = f"Names have at most {LONGEST_NAME} of a-z, 0-9, hyphens and dots: helm list"
+        raise UserError(f'"{one_line(release)}" is no name of a release', fix=fix)
     server = kinds.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS, interval=1.0, say=say)
     return Watcher(server, release, context)
 

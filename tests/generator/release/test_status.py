@@ -325,6 +325,17 @@ def test_what_cannot_be_done_without_is_one_line_and_status_2(
     assert line.startswith("namespace team-a: ") and resource in line
 
 
+@pytest.mark.parametrize("name", ["A_b", "x" * 54, "", "-x", "a b"])
+@pytest.mark.parametrize("command", ["status", "logs", "bundle", "uninstall"])
+def test_what_is_no_name_of_a_release_is_one_line_and_nobody_is_asked(
+    run: Run, fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    assert genvalues(command, "-n", "team-a", "--", name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no name of a release. Names have at most 53" in line
+    assert not fake.requests and not helm.calls
+
+
 def test_no_such_release_names_those_that_are_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert genvalues("status", "dem", "-n", "team-a") == 2
     assert capsys.readouterr().err == 'namespace team-a: no release "dem". There: demo.\n'
