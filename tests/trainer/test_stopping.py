@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,27 @@ from trainer.test_training import adapter_digest, free_port, losses, prepared, t
 LONG: dict[str, Any] = {"training": {"maxSteps": 5000, "saveSteps": 5000}, "parallelism": TWO_PROCESSES}
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that fails leaves no trainer behind; workers die with theirs."""
+    yield
+    for trainer in STARTED:
+        trainer.kill()
+        trainer.wait()
+    STARTED.clear()
+
+
 def start(run: Run, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        train_command(run),
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return started(train_command(run), **environment)
+
+
+def started(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    STARTED.append(subprocess.Popen(command, env={**os.environ, **environment}, **streams))
+    return STARTED[-1]
 
 
 def end(trainer: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
@@ -236,7 +249,7 @@ def trainer_with(run: Run, worker: str, launcher: str = "", stage: str = "train"
         "train.worker_command = compile.worker_command = command\n"
         f"main([{stage!r}, '--config', {str(config)!r}, '--workspace', {str(run.workspace)!r}])\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started([sys.executable, "-c", code])
 
 
 def test_a_training_that_fails_is_not_one_that_was_stopped() -> None:
