@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from genvalues.accepts import accepts
 from genvalues.errors import UserError
 from genvalues.nested import merge, without_null
 from genvalues.wording import KeyPath, dotted, one_line
@@ -95,9 +96,11 @@ def shortened(description: str, width: int = 100) -> str:
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """What the chart's schema has against values that are on top of its defaults: key and reason."""
+    schema = values_schema(chart)
+    if accepts(schema, values):
+        return
     import jsonschema
 
-    schema = values_schema(chart)
     try:
         errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
     except Exception as failure:  # whatever its code stumbles over, a schema that is none is not checked for that first

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema
-from jsonschema.exceptions import ValidationError
-
+from genvalues.accepts import accepts
 from genvalues.document import MOST_MISTAKES, Mistake
 from genvalues.instances import HYPERPOD
 from genvalues.keys import inputs_schema, resolve
 from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
 
 ALSO_CALLED = {  # names from other tools for ours
     "rank": "r",
@@ -46,18 +46,21 @@ ALSO_CALLED = {  # names from other tools for ours
 
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
-    validator = InputsValidator(schema)
-    for error in telling(islice(validator.iter_errors(value), MOST_MISTAKES)):
+    if accepts(schema, value):
+        return
+    import jsonschema
+
+    inputs_validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
+    for error in telling(islice(inputs_validator(schema).iter_errors(value), MOST_MISTAKES)):
         yield from islice(explain(error, schema), MOST_MISTAKES)
 
 
 def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
     """The keyword pattern, by ECMA 262's rule that $ is the end; Python's lets a last line break through."""
+    from jsonschema.exceptions import ValidationError
+
     if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
-
-
-InputsValidator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
 
 
 def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
@@ -111,7 +114,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword in ("enum", "const"):
         choices = wanted if keyword == "enum" else [wanted]
         beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
-        close = difflib.get_close_matches(str(found), choices, 1) or beginning
+        close = close_matches(str(found), choices) or beginning
         guess = f"Did you mean {close[0]}? " if close else ""
         listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
         also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
@@ -129,6 +132,13 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         yield Mistake(key, f"longer than {wanted} characters", described)
     else:
         yield Mistake(key, one_line(error.message, 200), described)
+
+
+def close_matches(word: str, choices: Iterable[str], least: float = 0.6) -> list[str]:
+    """The choice that is most like the word, if one is at all."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, list(choices), 1, cutoff=least)
 
 
 BOUNDS = {
@@ -240,8 +250,8 @@ def did_you_mean(
     elif elsewhere := keys_named(ALSO_CALLED.get(plain, plain).lower(), schema):
         guess = elsewhere
     elif close := [
-        *difflib.get_close_matches(plain, [key.lower() for key in needed], 1, cutoff=0.7),
-        *difflib.get_close_matches(plain, here, 1, cutoff=0.7),
+        *close_matches(plain, [key.lower() for key in needed], 0.7),
+        *close_matches(plain, here, 0.7),
     ]:
         guess = dotted((*inside, here[close[0]]))
     return f"{f'Did you mean {guess}? ' if guess else ''}(keys: {', '.join(properties)})"

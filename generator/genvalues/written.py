@@ -5,7 +5,6 @@ The digest is of all other lines, so that any edit shows; line ends and a BOM, w
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -48,6 +47,8 @@ def is_as_written(text: str) -> bool:
 
 def difference(there: str, wanted: str, name: str) -> str:
     """What overwriting would change, as a unified diff that shows no secret."""
+    import difflib
+
     diff = difflib.unified_diff(
         there.splitlines(), wanted.splitlines(), f"{name} (as it is)", f"{name} (as it would be)", lineterm="", n=1
     )

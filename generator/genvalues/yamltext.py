@@ -100,6 +100,7 @@ CoreSchemaLoader.yaml_implicit_resolvers = {}
 HelmLoader.yaml_implicit_resolvers = {}
 resolve_by(CORE_SCHEMA, CoreSchemaLoader)
 resolve_by(CORE_SCHEMA, UnambiguousDumper)
+resolve_by(HELM_SCHEMA, UnambiguousDumper)  # y is text to PyYAML, and true to Helm
 resolve_by(HELM_SCHEMA, HelmLoader)
 
 
