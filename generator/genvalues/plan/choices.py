@@ -306,7 +306,7 @@ def arrange(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: i
         )
         notes.append(Note(("nodes",), padding))
     if model.architecture and (tight := host_memory(model.architecture, instance, found.size)):
-        notes.append(Note(("instance",), tight))
+        notes.append(Note(("instance",), tight, warns=False))  # a guess, with what nobody has measured in it
     if model.architecture is None:
         unknown = (
             f"The architecture of {model.name} is not known: {model.unknown}. Neither its heads nor memory are "

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 from genvalues.plan.architectures import Architecture, from_config, known
 
-TIMEOUT = 10  # seconds for the Hub's answer
 MOST_BYTES = 1 << 20  # of a config.json; the largest have a few kilobytes
-HUB = "https://huggingface.co"
 
 
 class Model(NamedTuple):
@@ -51,7 +49,7 @@ def on_hub(model_id: str, revision: str, offline: bool) -> Model:
         pass
     if offline or is_offline(os.environ):
         return Model(model_id, None, unknown="it is not in genvalues' table, and the Hub is not asked (offline)")
-    text, problem = fetch(f"{endpoint(os.environ)}/{model_id}/resolve/{revision}/config.json", token(os.environ))
+    text, problem = fetch(model_id, revision)
     if text is None:
         return Model(model_id, None, unknown=f"it is not in genvalues' table, and the Hub {problem}")
     try:
@@ -71,47 +69,26 @@ def _model(name: str, config: Any, source: str) -> Model:
     return Model(name, None, source, unknown=f"its config.json (model_type {kind}) has not the sizes of a Llama")
 
 
-def fetch(url: str, secret: str | None) -> tuple[str | None, str]:
-    """(text, "") or (None, what the Hub did, as one says it). The token is never part of what is said.
+def fetch(model_id: str, revision: str) -> tuple[str | None, str]:
+    """(config.json, "") or (None, what the Hub did, as one says it)."""
+    from urllib.parse import quote
 
-    It goes on with a redirection within the Hub, as with huggingface_hub, and to no other host.
-    """
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.parse import urlsplit
-    from urllib.request import HTTPRedirectHandler, Request, build_opener
+    from genvalues import hub
 
-    class Redirections(HTTPRedirectHandler):
-        http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 has it not
-
-        def redirect_request(
-            self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
-        ) -> Request | None:
-            further = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
-            if further and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
-                for name, value in req.unredirected_hdrs.items():
-                    further.add_unredirected_header(name, value)
-            return further
-
-    try:
-        request = Request(url, headers={"User-Agent": "genvalues"})
-        if secret:
-            request.add_unredirected_header("Authorization", f"Bearer {secret}")
-        with build_opener(Redirections).open(request, timeout=TIMEOUT) as response:
-            data = response.read(MOST_BYTES + 1)
-    except HTTPError as error:
+    path = f"/{model_id}/resolve/{quote(revision, safe='')}/config.json"
+    answer = hub.ask(hub.endpoint_of_environment(), path, hub.token_of_environment())
+    if not answer.status:
+        return None, f"cannot be reached ({answer.problem})"
+    if answer.status != 200:
         return None, {
             401: "wants a token that may read it (HF_TOKEN, or `hf auth login`)",
             403: "says that this token has no access to it (accept the model's terms there)",
             404: "has no such model or revision",
-        }.get(error.code, f"answers {error.code}")
-    except (URLError, HTTPException, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return None, f"cannot be reached ({type(reason).__name__})"
-    if len(data) > MOST_BYTES:
+        }.get(answer.status, f"answers {answer.status}")
+    if len(answer.body) > MOST_BYTES:
         return None, "has a config.json of more than 1 MiB"
     try:
-        return data.decode("utf-8"), ""
+        return answer.body.decode("utf-8"), ""
     except UnicodeDecodeError:
         return None, "has a config.json that is not text"
 
@@ -119,21 +96,6 @@ def fetch(url: str, secret: str | None) -> tuple[str | None, str]:
 def is_offline(environment: Mapping[str, str]) -> bool:
     """As huggingface_hub reads HF_HUB_OFFLINE."""
     return environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def endpoint(environment: Mapping[str, str]) -> str:
-    return environment.get("HF_ENDPOINT", "").rstrip("/") or HUB
-
-
-def token(environment: Mapping[str, str]) -> str | None:
-    """HF_TOKEN, or what `hf auth login` has left; as huggingface_hub looks for it."""
-    if written := environment.get("HF_TOKEN", "").strip():
-        return written
-    home = environment.get("HF_HOME") or "~/.cache/huggingface"
-    try:
-        return (Path(home).expanduser() / "token").read_text(encoding="utf-8").strip() or None
-    except (OSError, ValueError, RuntimeError):
-        return None
 
 
 def cache_file(model_id: str, revision: str) -> Path:
