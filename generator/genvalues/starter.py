@@ -27,13 +27,18 @@ COLUMNS_OF = {DATASET: {"instruction": "instruction", "input": "context", "outpu
 WRITTEN_OUT = ("lora", "training")  # what people try first
 TRIED_FIRST = ("maxSequenceLength", "perDeviceBatchSize", "gradientAccumulationSteps", "epochs", "learningRate")
 # What the schema has no default for that could be shown.
-EXAMPLES = {
+EXAMPLES: dict[str, Any] = {
     "cpu": {"processes": 2},
     "huggingFace": {"tokenSecret": "hf-token", "tokenKey": "token"},
     "storage": {"kind": "fsx", "size": "1200Gi", "storageClass": "fsx-sc"},
     "mode": "detached",
 }
-ON_CPU = {"storage": {"kind": "generic", "size": "100Gi"}, "mode": "attached", "huggingFace": None, "image": IMAGE}
+ON_CPU: dict[str, Any] = {
+    "storage": {"kind": "generic", "size": "100Gi"},
+    "mode": "attached",
+    "huggingFace": None,
+    "image": IMAGE,
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class Answers:
     @property
     def inputs(self) -> dict[str, Any]:
         """As an inputs file has them."""
-        dataset = {"source": self.dataset, "format": self.format or usual_format(self.dataset)}
-        if dataset["source"] in COLUMNS_OF and dataset["format"] == "instruction":
-            dataset["columns"] = COLUMNS_OF[dataset["source"]]
+        format_ = self.format or usual_format(self.dataset)
+        dataset: dict[str, Any] = {"source": self.dataset, "format": format_}
+        if self.dataset in COLUMNS_OF and format_ == "instruction":
+            dataset["columns"] = COLUMNS_OF[self.dataset]
         inputs = {"name": self.name, "model": self.model, "dataset": dataset, "instance": self.instance}
         image = {} if self.instance == CPU and self.image is None else {"image": self.image or IMAGE}
         return {**inputs, "nodes": self.nodes, **image}
@@ -67,7 +73,7 @@ def check_answers(answers: Answers, file: Path) -> None:
     """Raises every mistake in them, by the flag that gives it."""
     document = Document(file)
     document.value = answers.inputs
-    given = {
+    given: dict[KeyPath, str] = {
         ("name",): f"--name {answers.name}",
         ("model",): f"--model {answers.model}",
         ("dataset", "source"): f"--dataset {answers.dataset}",
@@ -76,7 +82,7 @@ def check_answers(answers: Answers, file: Path) -> None:
         ("nodes",): f"--nodes {answers.nodes}",
         ("image",): f"--image {answers.image or IMAGE}",
     }
-    keys: dict[KeyPath, str] = {**given, ("dataset",): given["dataset", "source"]}
+    keys = {**given, ("dataset",): given["dataset", "source"]}
     for order, (key, flag) in enumerate(keys.items()):
         document.positions[key] = Position(0, order, 0, one_line(flag), file.parent)
     check(document)
