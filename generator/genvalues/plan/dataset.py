@@ -1,4 +1,4 @@
-"""How much there is to train on, where that can be known without the network: a file that is on this computer."""
+"""How much there is to train on: a file on this computer is counted; the Hub is asked, where it may be."""
 
 from __future__ import annotations
 
@@ -25,6 +25,28 @@ class Examples(NamedTuple):
             return kept, kept
         fewest, most = (self.bytes * (1 - held_out) / each / length for each in reversed(BYTES_PER_TOKEN))
         return min(kept, max(1, round(fewest))), min(kept, max(1, round(most)))
+
+
+def on_hub(name: str, config: str | None, split: str) -> Examples | None:
+    """What the Hub's dataset viewer has counted in a split; None where it has not, or does not answer.
+
+    Its endpoint /size (Hugging Face docs, Dataset viewer: Get the number of rows and the size in bytes). Where a split
+    is too large for it, it has estimated the number of rows. Its bytes are those in memory: texts and little more.
+    """
+    from urllib.parse import quote
+
+    from genvalues.hub import ask, endpoint_of_environment, token_of_environment
+
+    viewer = endpoint_of_environment().replace("://", "://datasets-server.")  # as the library datasets finds it
+    answer = ask(viewer, f"/size?dataset={quote(name, safe='')}", token_of_environment()).json()
+    listed = answer.get("size")
+    splits = listed.get("splits") if isinstance(listed, dict) else None
+    named = [one for one in splits if isinstance(one, dict)] if isinstance(splits, list) else []
+    found = [one for one in named if one.get("split") == split and (not config or one.get("config") == config)]
+    if len(found) != 1:  # several configurations, and none was named
+        return None
+    rows, size = found[0].get("estimated_num_rows") or found[0].get("num_rows"), found[0].get("num_bytes_memory")
+    return Examples(rows, size) if isinstance(rows, int) and isinstance(size, int) and rows > 0 else None
 
 
 def count(path: Path) -> Examples | None:

@@ -179,7 +179,6 @@ def cpu_node_hours(
 
     stages = {
         "tokenize": plus(moved, (0.05, 0.5)),
-        "rehearse": (0.02, 0.1),
         "consolidate": plus(forward(probe_tokens), plus(moved, (0.02, 0.05))),
         "merge": plus(forward(probe_tokens), plus(times(moved, 2), (0.02, 0.05))),
     }

@@ -21,11 +21,16 @@ Priced = tuple[Price | None, str]  # (dollars a node-hour, "") or (None, why the
 
 
 class Seen(NamedTuple):
-    """What was found about model and dataset. ``rows_unknown`` says why there are no examples."""
+    """What was found about model and dataset. ``rows_unknown`` says why there are no examples.
+
+    ``of_hub`` is what the Hub has counted: for hours and dollars alone, because what is chosen must not depend on who
+    answers today.
+    """
 
     model: Model
     examples: dataset.Examples | None = None
     rows_unknown: str = "the rows of a dataset that is not on this computer are not counted"
+    of_hub: dataset.Examples | None = None
 
 
 class Plan(NamedTuple):
@@ -60,8 +65,13 @@ def look(inputs: Inputs, offline: bool = False) -> Seen:
     if inputs.on_cpu and is_file(source):
         examples = dataset.count(Path(source))
         return Seen(model, examples, "this file's rows cannot be counted cheaply")
-    where = "of the Hub" if not source.startswith("s3://") and not is_file(source) else "on S3 or on the volume"
-    return Seen(model, None, f"the rows of a dataset {where} are not counted here")
+    if is_of_hub(source):
+        return Seen(model, None, "nobody here knows how many rows this dataset of the Hub has")
+    return Seen(model, None, "the rows of a dataset on S3 or on the volume are not counted here")
+
+
+def is_of_hub(source: str) -> bool:
+    return not source.startswith("s3://") and not is_file(source)
 
 
 def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
@@ -72,9 +82,11 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     instance = trainium(inputs.instance)
     uses = attention(inputs)
     training = inputs.training
-    rows = seen.examples and seen.examples.rows(
-        training.max_sequence_length, training.packing, inputs.dataset.eval_fraction
-    )
+
+    def rows_of(examples: dataset.Examples | None) -> tuple[int, int] | None:
+        return examples and examples.rows(training.max_sequence_length, training.packing, inputs.dataset.eval_fraction)
+
+    rows = rows_of(seen.examples)
     run = Run(
         instance=inputs.instance,
         length=training.max_sequence_length,
@@ -89,10 +101,10 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         raise Refused(*problems)
     price, price_unknown = priced or known_price(inputs)
 
-    def todo(layout: Layout) -> Work:
-        return work(run.rows, training.epochs, training.max_steps, layout.global_batch, run.length, seen.rows_unknown)
+    def todo(layout: Layout, rows: tuple[int, int] | None = run.rows) -> Work:
+        return work(rows, training.epochs, training.max_steps, layout.global_batch, run.length, seen.rows_unknown)
 
-    def costs(layout: Layout) -> Estimate | None:
+    def costs(layout: Layout, todo: Work) -> Estimate | None:
         architecture = seen.model.architecture
         if instance is None or architecture is None:
             return None
@@ -105,7 +117,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
             run.step(layout.per_device, layout.checkpointing),
             instance,
             nodes=layout.nodes,
-            todo=todo(layout),
+            todo=todo,
             price=price,
             compile_on_cpu=on_cpu,
             cpu_stages=cpu_node_hours(
@@ -119,7 +131,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         )
 
     def hours(layout: Layout) -> tuple[float, float] | None:
-        costed = costs(layout)
+        costed = costs(layout, todo(layout))
         if costed is None or costed.training_hours is None:
             return None
         return tuple(
@@ -127,7 +139,8 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         )  # type: ignore[return-value]
 
     chosen = choose(run, wishes(inputs), seen.model, hours)
-    costed = costs(chosen.layout)
+    to_train = todo(chosen.layout, run.rows or rows_of(seen.of_hub))
+    costed = costs(chosen.layout, to_train)
     architecture = seen.model.architecture
     return Plan(
         instance=inputs.instance,
@@ -138,7 +151,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         choices=chosen.choices,
         rejected=chosen.rejected,
         memory=chosen.memory,
-        work=todo(chosen.layout),
+        work=to_train,
         estimate=costed,
         price=price,
         price_unknown=price_unknown,

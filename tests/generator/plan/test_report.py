@@ -94,7 +94,7 @@ def test_steps_that_are_not_known_are_said_and_dollars_are_told_by_the_token() -
     shown = report.as_json(found)
     assert shown["work"]["steps"] is shown["estimate"]["trainHours"] is shown["estimate"]["dollars"] is None
     assert shown["estimate"]["dollarsPerMillionTokens"][0] > 0
-    assert "the rows of a dataset of the Hub are not counted" in shown["work"]["reason"]
+    assert "nobody here knows how many rows this dataset of the Hub has" in shown["work"]["reason"]
     assert "dollars a million tokens" in report.as_text(found)
 
 

@@ -1,0 +1,83 @@
+"""`genvalues plan` asks the Hub how many rows a dataset has; what is chosen does not depend on the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genvalues import hub
+from genvalues.hub import Answer
+from genvalues.plan import dataset
+from genvalues.plan.command import planned
+from genvalues.sources import Sources
+from genvalues.write import checked
+
+FILE = Path(__file__).parents[3] / "values/trn1.yaml"  # databricks/databricks-dolly-15k, packed
+DOLLY = {"config": "default", "split": "train", "num_rows": 15011, "num_bytes_memory": 12_325_014}
+
+
+def answered(splits: list[dict[str, Any]]) -> Answer:
+    return Answer(200, body=json.dumps({"size": {"splits": splits}}).encode())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dataset viewer has counted Dolly; what it is asked."""
+    urls: list[str] = []
+
+    def ask(endpoint: str, path: str, token: str) -> Answer:
+        urls.append(endpoint + path)
+        return answered([DOLLY, {**DOLLY, "split": "test", "num_rows": 7}])
+
+    monkeypatch.setattr(hub, "ask", ask)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    return urls
+
+
+def test_the_hours_of_a_dataset_of_the_hub_are_estimated(asked: list[str]) -> None:
+    plan = planned(Sources((FILE,)), live=False, offline=False, region=None)
+    assert asked == ["https://datasets-server.huggingface.co/size?dataset=databricks%2Fdatabricks-dolly-15k"]
+    # 98 % of the bytes, 3 to 6 to a token, 2048 tokens to a row, 12 rows to a step
+    assert plan.work.steps == (82, 164)
+    assert plan.estimate and plan.estimate.training_hours
+
+
+def test_what_is_chosen_is_what_write_writes(asked: list[str]) -> None:
+    plan = planned(Sources((FILE,)), live=False, offline=False, region=None)
+    written = checked(Sources((FILE,))).plan
+    assert (plan.layout, plan.choices, plan.rejected) == (written.layout, written.choices, written.rejected)
+    assert written.work.steps is None
+
+
+def test_offline_nobody_is_asked(asked: list[str]) -> None:
+    plan = planned(Sources((FILE,)), live=False, offline=True, region=None)
+    assert asked == []
+    assert plan.work.steps is None
+
+
+@pytest.mark.parametrize(
+    ("splits", "config", "counted"),
+    [
+        ([DOLLY], None, dataset.Examples(15011, 12_325_014)),
+        ([{**DOLLY, "estimated_num_rows": 20000}], None, dataset.Examples(20000, 12_325_014)),
+        ([DOLLY, {**DOLLY, "config": "other", "num_rows": 3}], "other", dataset.Examples(3, 12_325_014)),
+        ([DOLLY, {**DOLLY, "config": "other"}], None, None),
+        ([{**DOLLY, "num_rows": None}], None, None),
+        ([], None, None),
+    ],
+)
+def test_what_the_viewer_has_counted(
+    monkeypatch: pytest.MonkeyPatch, splits: list[dict[str, Any]], config: str | None, counted: dataset.Examples | None
+) -> None:
+    monkeypatch.setattr(hub, "ask", lambda endpoint, path, token: answered(splits))
+    assert dataset.on_hub("a/b", config, "train") == counted
+
+
+@pytest.mark.parametrize("answer", [Answer(0, problem="away"), Answer(404), Answer(200, body=b"<html>")])
+def test_a_viewer_that_does_not_answer_counts_nothing(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
+    monkeypatch.setattr(hub, "ask", lambda endpoint, path, token: answer)
+    assert dataset.on_hub("a/b", None, "train") is None
