@@ -12,11 +12,19 @@ MOST_BYTES = 32 << 20  # of a file that is counted: it must not be felt
 BYTES_PER_TOKEN = (3.0, 6.0)
 
 
+SHORTEST = 50.0  # tokens of an example of which nothing is known
+
+
 class Examples(NamedTuple):
     """A dataset's examples, and the bytes of its file."""
 
     number: int
     bytes: int
+
+    def tokens(self, length: int) -> tuple[float, float]:
+        """Fewest and most tokens of an example, on average, cut at ``length``."""
+        fewest, most = (self.bytes / self.number / each for each in reversed(BYTES_PER_TOKEN))
+        return min(length, fewest), min(length, most)
 
     def rows(self, length: int, packing: bool, held_out: float) -> tuple[int, int]:
         """Fewest and most rows of ``length`` tokens that are trained on. Packed, several examples share one."""

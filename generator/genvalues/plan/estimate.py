@@ -160,33 +160,32 @@ def estimate(
 def cpu_node_hours(
     architecture: Architecture,
     *,
-    length: int,
     probe_tokens: int,
-    eval_tokens: int,
+    eval_tokens: Range,
     generated_tokens: int,
     compile_on_cpu: bool,
 ) -> dict[str, Range]:
-    """Node-hours of the stages on CPU nodes, of 16 vCPU. ``eval_tokens`` of 0: the stage evaluate is left out.
+    """Node-hours of the stages on CPU nodes, of 16 vCPU. ``eval_tokens`` of (0, 0): evaluate is left out.
 
     A forward pass is 2 P operations a token; generating one token reads every weight once, which memory limits.
     """
     weights = 2.0 * architecture.parameters
     moved = (weights / DOWNLOAD[1] / 3600, weights / DOWNLOAD[0] / 3600)
 
-    def forward(tokens: float) -> Range:
-        work = 2.0 * architecture.matrix_parameters * tokens
-        return work / CPU_FLOPS[1] / 3600, work / CPU_FLOPS[0] / 3600
+    def forward(fewest: float, most: float) -> Range:
+        work = 2.0 * architecture.matrix_parameters / 3600
+        return work * fewest / CPU_FLOPS[1], work * most / CPU_FLOPS[0]
 
     stages = {
         "tokenize": plus(moved, (0.05, 0.5)),
-        "consolidate": plus(forward(probe_tokens), plus(moved, (0.02, 0.05))),
-        "merge": plus(forward(probe_tokens), plus(times(moved, 2), (0.02, 0.05))),
+        "consolidate": plus(forward(probe_tokens, probe_tokens), plus(moved, (0.02, 0.05))),
+        "merge": plus(forward(probe_tokens, probe_tokens), plus(times(moved, 2), (0.02, 0.05))),
     }
     if compile_on_cpu:
         stages["neff"] = (0.5, 1.5)
-    if eval_tokens:
+    if eval_tokens[1]:
         answers = generated_tokens * weights / 100e9 / 3600, generated_tokens * weights / 10e9 / 3600
-        stages["evaluate"] = times(plus(forward(eval_tokens), plus(answers, moved)), 2)  # base and merged
+        stages["evaluate"] = times(plus(forward(*eval_tokens), plus(answers, moved)), 2)  # base and merged
     return stages
 
 

@@ -112,6 +112,10 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         enabled = evaluated.enabled if evaluated.enabled is not None else inputs.dataset.eval_fraction > 0
         on_cpu = inputs.compile.runs_on == "cpu"
         probe = inputs.probe
+        # Held-out examples are not packed: each is a row of its own length.
+        examples = seen.examples or seen.of_hub
+        shortest, longest = examples.tokens(run.length) if examples else (min(dataset.SHORTEST, run.length), run.length)
+        eval_tokens = evaluated.max_rows * shortest, evaluated.max_rows * longest
         return estimate(
             architecture,
             run.step(layout.per_device, layout.checkpointing),
@@ -122,9 +126,8 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
             compile_on_cpu=on_cpu,
             cpu_stages=cpu_node_hours(
                 architecture,
-                length=run.length,
                 probe_tokens=probe.rows * min(probe.max_tokens, run.length),
-                eval_tokens=evaluated.max_rows * run.length if enabled else 0,
+                eval_tokens=eval_tokens if enabled else (0, 0),
                 generated_tokens=evaluated.samples * evaluated.max_new_tokens,
                 compile_on_cpu=on_cpu,
             ),

@@ -44,6 +44,8 @@ def test_the_hours_of_a_dataset_of_the_hub_are_estimated(asked: list[str]) -> No
     # 98 % of the bytes, 3 to 6 to a token, 2048 tokens to a row, 12 rows to a step
     assert plan.work.steps == (82, 164)
     assert plan.estimate and plan.estimate.training_hours
+    unknown = checked(Sources((FILE,))).plan.estimate
+    assert unknown and plan.estimate.cpu_node_hours["evaluate"][1] < unknown.cpu_node_hours["evaluate"][1] / 5
 
 
 def test_what_is_chosen_is_what_write_writes(asked: list[str]) -> None:
