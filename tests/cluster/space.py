@@ -192,6 +192,13 @@ class History:
         """When an object was first in a state."""
         return next((one.at for one in list(self.sightings) if what(one.item)), None)
 
+    def first_version(self, what: Callable[[Object], bool]) -> int | None:
+        """The same by the API server's own count, which is one for all kinds (etcd's revision): each kind has a watch
+        of its own here, and on a busy machine they tell of things out of step."""
+        return next(
+            (int(one.item["metadata"]["resourceVersion"]) for one in list(self.sightings) if what(one.item)), None
+        )
+
 
 class Volume:
     """The claim's files, through a pod that has it mounted: works on any cluster."""
@@ -434,11 +441,11 @@ BEFORE = {
 def stages_in_order(history: History) -> None:
     """No pod of a stage was there before what comes before it had succeeded, the PyTorchJob as well as its gate."""
 
-    def first_pod(stage: str) -> float | None:
-        return history.first(lambda item: item["kind"] == "Pod" and is_stage(item, stage))
+    def first_pod(stage: str) -> int | None:
+        return history.first_version(lambda item: item["kind"] == "Pod" and is_stage(item, stage))
 
-    def end(stage: str) -> float | None:
-        return history.first(lambda item: item["kind"] != "Pod" and is_stage(item, stage) and succeeded(item))
+    def end(stage: str) -> int | None:
+        return history.first_version(lambda item: item["kind"] != "Pod" and is_stage(item, stage) and succeeded(item))
 
     for stage, stages_before in BEFORE.items():
         for before in stages_before:
