@@ -119,7 +119,7 @@ def real(space: Space, tmp_path: Path) -> Space:
 
 def training(**guards: Any) -> Values:
     """Long enough to be ended in the middle, with no checkpoint of its own accord."""
-    longer = {"training": {"maxSteps": 100_000, "saveSteps": 100_000, "epochs": 100_000, "learningRate": 1e-4}}
+    longer = {"training": {"maxSteps": 100_000, "saveSteps": 100_000, "learningRate": 1e-4}}
     return guarded(merged(TRAINING, image(TRAINER_IMAGE), longer), **guards)
 
 
