@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from generator.cluster.fake_api import FakeApi
 from generator.release.fake_helm import FakeHelm
@@ -109,14 +110,67 @@ def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: F
         f"--hf-token={SECRET}", f"{{'SecretAccessKey': '{SECRET}'}}", f'"SessionToken":"{SECRET}"',
         f"api_key: {SECRET}",
         f"AWS_SECRET_ACCESS_KEY={SECRET}", f"my-db-password = {SECRET}", f'{{\\"token\\": \\"{SECRET}\\"}}',
+        f"hfToken={SECRET}", f"clientSecret: {SECRET}", f"privateKey: {SECRET}", f"PGPASSWORD={SECRET}",
+        f"MYSQL_PWD={SECRET}", f"DB_PASS={SECRET}", f"MY_PW={SECRET}", f"Cookie: a=1; session={SECRET}",
+        f"--token {SECRET}", f"run --db-password '{SECRET}' now", f'["--token", "{SECRET}"]', f"- --token\n- {SECRET}",
+        f"Authorization: token {SECRET}", f"curl -H 'Authorization: {SECRET}'", f'"auth": "{SECRET}"',
+        f"password: 'two {SECRET}'", f'password: "two \\" {SECRET}"', f"password: 'it''s {SECRET}'",
+        f"password: 'cut {SECRET}", f'{{\\"token\\": \\"two {SECRET}\\"}}', f"a=1 b=2 x:apiKey={SECRET}",
+        f"eyJ{SECRET}.{SECRET}.{SECRET}", f"a: 1\n  dbPassword: correct horse {SECRET}\nb: 2",
     ],
 )  # fmt: skip
 def test_what_is_named_like_a_secret_is_hidden_however_it_is_written(text: str) -> None:
     assert SECRET not in redact_text(text)
+    assert redact_text(redact_text(text)) == redact_text(text)
+
+
+def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
+    assert redact_text("password: 'two words here', n: 1") == "password: '(redacted)', n: 1"
+    assert redact_text("Authorization: token abcdef and so on") == "Authorization: token (redacted) and so on"
 
 
 @pytest.mark.parametrize(
-    "piece", ["a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+"]
+    "text",
+    [
+        f"s3://sagemaker-us-west-2-{ACCOUNT}/rows", f"bucket-{ACCOUNT}", f"{ACCOUNT}-logs", f"x_{ACCOUNT}_y",
+        f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/x", f"arn:aws:iam::{ACCOUNT}:role/x", f"logs.{ACCOUNT}.json",
+    ],
+)  # fmt: skip
+def test_an_account_s_number_is_hidden_in_whatever_name_it_stands(text: str) -> None:
+    assert redact_text(text) == text.replace(ACCOUNT, "000000000000")
+
+
+@pytest.mark.parametrize(
+    "key", ["DB_PASS", "hfToken", "secretKey", "auth", "Authorization", "clientSecret", "identitytoken", "MY_PW"]
+)
+def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
+    assert redact_object({key: SECRET}) == {key: "(redacted)"}
+    assert redact_object({"name": key, "value": SECRET}) == {"name": key, "value": "(redacted)"}
+    assert redact_object(["run", f"--{key}", SECRET, "--r", "8"]) == ["run", f"--{key}", "(redacted)", "--r", "8"]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"tolerations": [{"key": "aws.amazon.com/neuron", "operator": "Exists"}], "topologyKey": "zone"},
+        {"automountServiceAccountToken": False, "imagePullSecrets": [{"name": "registry"}]},
+        {"volumes": [{"secret": {"secretName": "hf-token"}}], "huggingFace": {"tokenSecret": "hf-token"}},
+        {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "token"}}}]},
+        {"tokensPerSecond": 5120.5, "max_tokens": 5, "author": "me", "authenticationMode": "API", "tokenKey": "token"},
+        {"args": ["--max-new-tokens", "128", "--token", "--verbose"]},
+    ],
+)
+def test_what_a_reader_needs_of_objects_stays(item: dict[str, Any]) -> None:
+    assert redact_object(item) == item
+    assert redact_text(yaml.safe_dump(item)) == yaml.safe_dump(item)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+", "token='", "--token "),
+        *("eyJ", "eyJ0000000.", "a ", "A", "1", "a-1", "authorization:", "token=\\'", "\n", "a ,\n", "cookie:"),
+    ],
 )
 def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
     began = time.monotonic()
@@ -129,7 +183,10 @@ def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
     [
         "eos_token: </s>", "max_new_tokens=128", "tokensPerSecond: 5120", "tokenSecret: hf-token", "tokenKey: token",
         "763104351884.dkr.ecr.us-west-2.amazonaws.com/huggingface", "read 1234567890123 bytes", "5120 tokens/s",
-        "uid: 1c2d3e4f-0000-4000-8000-123456789012",
+        "uid: 1c2d3e4f-0000-4000-8000-123456789012", "loss 0.123456789012", "123456789012.5 FLOPs",
+        f"sha256:{'a1' * 10}{'123456789012'}{'b' * 32}", "fs-012345678901abcde", "max_tokens: 5", "author: me",
+        "authentication modes: API_AND_CONFIG_MAP", "PWD=/workspace", "loss per token: 1.25", "second pass: 12",
+        "secretName: hf-token", "--max-new-tokens 128", "token\nnext: line", "secret:\n  secretName: x",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text: str) -> None:
