@@ -10,7 +10,7 @@ from typing import Any
 from genvalues.chart import BESIDE_THE_SOURCES, NAME, chart_name
 from genvalues.check import REQUIRED_COLUMNS, check
 from genvalues.document import Document, Position
-from genvalues.errors import UserError
+from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
 from genvalues.inputs import SCHEMA
 from genvalues.instances import CPU
@@ -88,6 +88,20 @@ def check_answers(answers: Answers, file: Path) -> None:
     check(document)
 
 
+def mistakes(answers: Answers, file: Path) -> list[UserError]:
+    """The mistakes in them, each of which ``option_of`` names the answer of."""
+    try:
+        check_answers(answers, file)
+    except UserError as error:
+        return error.errors if isinstance(error, UserErrors) else [error]
+    return []
+
+
+def option_of(error: UserError) -> str:
+    """Which of the answers an error of ``mistakes`` is at: the option's name without its dashes."""
+    return error.where.split(" ")[0].removeprefix("--")
+
+
 def starter(answers: Answers, file: Path) -> str:
     """The text of an inputs file that is to be written to ``file``."""
     inputs = answers.inputs
@@ -147,8 +161,8 @@ def in_a_line(key: str, value: Any) -> str:
     return dump({key: value}).strip()
 
 
-def write_starter(file: Path, text: str, *, force: bool) -> None:
-    """A new file; over one that is there only by ``force``."""
+def check_place(file: Path, *, force: bool) -> None:
+    """Raises UserError where no first file may be written: before anybody is asked anything."""
     try:
         if file.is_dir():
             raise UserError("this is a folder", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
@@ -156,8 +170,20 @@ def write_starter(file: Path, text: str, *, force: bool) -> None:
             raise UserError(
                 "is there already", where=str(file), fix="Name another file, or write over it with --force."
             )
+    except (OSError, ValueError) as error:
+        raise cannot_be_written(file, error) from None
+
+
+def write_starter(file: Path, text: str, *, force: bool) -> None:
+    """A new file; over one that is there only by ``force``."""
+    check_place(file, force=force)
+    try:
         write_text(file, text)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        fix = "Name a file in a folder that is there and that you may write to."
-        raise UserError(f"cannot be written: {reason}", where=str(file), fix=fix) from None
+        raise cannot_be_written(file, error) from None
+
+
+def cannot_be_written(file: Path, error: OSError | ValueError) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    fix = "Name a file in a folder that is there and that you may write to."
+    return UserError(f"cannot be written: {reason}", where=str(file), fix=fix)

@@ -152,14 +152,46 @@ def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
 
 
 def test_on_a_terminal_it_asks_for_what_was_not_given() -> None:
-    status, shown = on_a_terminal("\na/b\nchat\ntrn1.32xlarge\n2\nme/llama-lora:1\nmine\n", "--model", "c/d")
-    assert status == 2, "the first answer is empty: the dataset's default; a/b is then no format"
     status, shown = on_a_terminal("a/b\nchat\ntrn1.32xlarge\n2\nme/llama-lora:1\nmine\n", "--model", "c/d")
     assert status == 0, shown
     assert "Model" not in shown and "Dataset" in shown
     inputs = yaml.safe_load(Path("finetune.yaml").read_text())
     assert (inputs["model"], inputs["dataset"]) == ("c/d", {"source": "a/b", "format": "chat"})
     assert (inputs["nodes"], inputs["image"], inputs["name"]) == (2, "me/llama-lora:1", "mine")
+
+
+def test_an_answer_that_is_wrong_is_told_at_once_and_asked_for_again() -> None:
+    wrong = "bad model\nc/d\nrows.tsv\na/b\nchad\nchat\np5\ntrn1.32xlarge\n"
+    wrong += "0\ntwo\n2\nllama-lora\nme/llama-lora:1\nA_b\nmine\n"
+    status, shown = on_a_terminal(wrong)
+    assert status == 0, shown
+    assert shown.count("Model (") == shown.count("Instance type") == shown.count("Name of the run") == 2
+    assert shown.count("Nodes [") == 3
+    first, _, rest = shown.partition("Dataset (")
+    assert 'Error: the text "bad model" is not a hub id' in first, "before the next question"
+    assert "--model" not in shown
+    assert "is a kind of file that is not read" in rest
+    inputs = yaml.safe_load(Path("finetune.yaml").read_text())
+    assert (inputs["model"], inputs["dataset"]) == ("c/d", {"source": "a/b", "format": "chat"})
+    assert (inputs["nodes"], inputs["image"], inputs["name"]) == (2, "me/llama-lora:1", "mine")
+
+
+def test_answers_that_do_not_fit_together_are_asked_for_again_and_the_others_kept() -> None:
+    Path("rows.jsonl").write_text("{}\n")
+    status, shown = on_a_terminal("c/d\nrows.jsonl\nchat\ntrn1.32xlarge\n1\nme/a:1\nmine\na/b\n")
+    assert status == 0, shown
+    assert "--dataset rows.jsonl: rows.jsonl is on this computer" in shown
+    assert (shown.count("Model ("), shown.count("Dataset (")) == (1, 2)
+    assert yaml.safe_load(Path("finetune.yaml").read_text())["dataset"] == {"source": "a/b", "format": "chat"}
+
+
+def test_a_file_that_is_there_and_an_option_that_is_wrong_are_told_before_any_question() -> None:
+    status, shown = on_a_terminal("", "--model", "bad model")
+    assert status == 2 and "--model bad model: " in shown and "Dataset" not in shown
+    Path("finetune.yaml").touch()
+    status, shown = on_a_terminal("")
+    assert (status, shown.split(".yaml: ")[1][:16]) == (2, "is there already")
+    assert "Model" not in shown
 
 
 def test_on_the_cpu_it_asks_for_neither_nodes_nor_image_and_with_yes_for_nothing() -> None:

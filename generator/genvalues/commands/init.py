@@ -37,28 +37,69 @@ def init(
     Example:
         genvalues init --model meta-llama/Llama-3.2-1B --dataset ./rows.jsonl --instance cpu
     """
+    from dataclasses import replace
+
+    from genvalues.errors import UserErrors
     from genvalues.instances import CPU, refusal
-    from genvalues.starter import IMAGE, Answers, check_answers, starter, usual_format, write_starter
+    from genvalues.starter import (
+        IMAGE,
+        Answers,
+        check_answers,
+        check_place,
+        mistakes,
+        option_of,
+        starter,
+        usual_format,
+        write_starter,
+    )
 
+    check_place(file, force=force)
     usual = Answers()
+    options = {
+        **{"model": model, "dataset": dataset, "format": format_, "instance": instance},
+        **{"nodes": nodes, "image": image, "name": name},
+    }
+    given = {field: value for field, value in options.items() if value is not None}
     ask = not yes and sys.stdin is not None and sys.stdin.isatty()
-
-    def answer(given: str | None, question: str, default: str) -> str:
-        if given is not None or not ask:
-            return given if given is not None else default
-        return str(click.prompt(question, default=default, err=True))
-
-    model = answer(model, "Model (hub id)", usual.model)
-    dataset = answer(dataset, "Dataset (hub id, s3://bucket/key, or a file)", usual.dataset)
-    format_ = answer(format_, "Format (text, instruction, prompt-completion, chat)", usual_format(dataset))
-    instance = answer(instance, "Instance type, or cpu", usual.instance)
-    if nodes is None:
-        several = ask and instance != CPU and refusal(instance, 2) is None
-        nodes = click.prompt("Nodes", default=usual.nodes, err=True) if several else usual.nodes
-    if image is None and ask and instance != CPU:
-        image = click.prompt("Image (docs/image.md says how to build it)", default=IMAGE, err=True)
-    name = answer(name, "Name of the run", usual.name)
-    answers = Answers(model, dataset, format_, instance, nodes, image, name)
+    # Until the instance is told, what would be right on the CPU is not refused: it has the fewest rules.
+    answers = Answers(**{**({"instance": CPU} if ask else {}), **given})
     check_answers(answers, file)
+
+    def answered(field: str, question: str, default: str | int) -> Answers:
+        def right(text: str) -> Answers:
+            value = click.INT.convert(text, None, None) if field == "nodes" else text
+            trial = replace(answers, **{field: value})
+            wrong = [error for error in mistakes(trial, file) if option_of(error) == field]
+            if wrong:
+                raise click.UsageError("\n".join(f"{error.what}. {error.fix}".strip() for error in wrong))
+            return trial
+
+        found: Answers = click.prompt(question, default=default, err=True, value_proc=right)
+        return found
+
+    to_ask = [field for field in options if field not in given] if ask else []
+    while to_ask:
+        if "model" in to_ask:
+            answers = answered("model", "Model (hub id)", usual.model)
+        if "dataset" in to_ask:
+            answers = answered("dataset", "Dataset (hub id, s3://bucket/key, or a file)", usual.dataset)
+        if "format" in to_ask:
+            question = "Format (text, instruction, prompt-completion, chat)"
+            answers = answered("format", question, usual_format(answers.dataset))
+        if "instance" in to_ask:
+            answers = answered("instance", "Instance type, or cpu", usual.instance)
+        if "nodes" in to_ask and answers.instance != CPU and refusal(answers.instance, 2) is None:
+            answers = answered("nodes", "Nodes", usual.nodes)
+        if "image" in to_ask and answers.instance != CPU:
+            answers = answered("image", "Image (docs/image.md says how to build it)", IMAGE)
+        if "name" in to_ask:
+            answers = answered("name", "Name of the run", usual.name)
+        # What each is right in by itself may not fit together: such as a file here, and an instance in the cloud.
+        wrong = mistakes(answers, file)
+        to_ask = [field for field in options if field in map(option_of, wrong)]
+        if wrong and not to_ask:
+            raise UserErrors(wrong)
+        for error in wrong:
+            click.echo(str(error), err=True)
     write_starter(file, starter(answers, file), force=force)
     click.echo(f"Wrote {file}. Next: genvalues check {file}", err=True)
