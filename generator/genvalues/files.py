@@ -5,6 +5,7 @@ Everything is written beside its place and renamed into it, after the data is on
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,18 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_named(path: Path, content: bytes, mode: int | None = None) -> None:
+    """``write_bytes`` to a place that a person named, and may have mistyped: no folder is made for it."""
+    need_folder(path)
+    write_bytes(path, content, mode)
+
+
+def need_folder(path: Path) -> None:
+    """Raises OSError where ``path`` is in no folder that is there."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
 
 
 def write_json(path: Path, value: Any) -> None:

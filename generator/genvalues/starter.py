@@ -11,7 +11,7 @@ from genvalues.chart import BESIDE_THE_SOURCES, NAME, chart_name
 from genvalues.check import REQUIRED_COLUMNS, check
 from genvalues.document import Document, Position
 from genvalues.errors import UserError, UserErrors
-from genvalues.files import write_text
+from genvalues.files import need_folder, write_named
 from genvalues.inputs import SCHEMA
 from genvalues.instances import CPU
 from genvalues.keys import inputs_schema
@@ -170,6 +170,7 @@ def check_place(file: Path, *, force: bool) -> None:
             raise UserError(
                 "is there already", where=str(file), fix="Name another file, or write over it with --force."
             )
+        need_folder(file)
     except (OSError, ValueError) as error:
         raise cannot_be_written(file, error) from None
 
@@ -178,7 +179,7 @@ def write_starter(file: Path, text: str, *, force: bool) -> None:
     """A new file; over one that is there only by ``force``."""
     check_place(file, force=force)
     try:
-        write_text(file, text)
+        write_named(file, text.encode("utf-8"))
     except (OSError, ValueError) as error:
         raise cannot_be_written(file, error) from None
 

@@ -22,7 +22,7 @@ from genvalues.check import absolute, check, paths, placed
 from genvalues.contradictions import contradictions, warnings
 from genvalues.document import Document, Mistake, read
 from genvalues.errors import UserError, UserErrors
-from genvalues.files import write_text
+from genvalues.files import write_named
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.nested import get
 from genvalues.plan.choices import Refused
@@ -149,7 +149,7 @@ def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool
                     "was edited since genvalues wrote it" if claimed_digest(there) else "was not written by genvalues"
                 )
                 raise UserError(what, where=where, fix="Write to another file, or over this one with --force.")
-        write_text(output, text)
+        write_named(output, text.encode("utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"cannot be written: {reason}", where=where, fix=NOT_WRITABLE) from None

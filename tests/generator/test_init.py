@@ -76,6 +76,7 @@ def test_flags_are_written_and_columns_are_those_of_the_format() -> None:
         "--image": "ghcr.io/me/llama-lora:1.0",
     }
     given = [word for flag in flags.items() for word in flag]
+    Path("deep/er").mkdir(parents=True)
     assert genvalues("init", "deep/er/mine.yaml", *given).returncode == 0
     inputs = yaml.safe_load(Path("deep/er/mine.yaml").read_text())
     assert (inputs["name"], inputs["nodes"], inputs["instance"]) == ("mine", 2, "trn1.32xlarge")
@@ -118,6 +119,10 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line() -> None:
     Path("file").touch()
     for place, said in [
         (".", "this is a folder"),
+        (
+            "no/such/f.yaml",
+            "no/such/f.yaml: cannot be written: there is no folder no/such. Name a file",
+        ),
         ("file/f.yaml", "cannot be written: "),
         ("/dev/null", "is there al"),
     ]:
@@ -125,6 +130,7 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line() -> None:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert said in line
+    assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:

@@ -265,6 +265,14 @@ def test_what_is_no_file_is_not_replaced_by_one(place: str, tmp_path: Path) -> N
     assert not (tmp_path / place).is_file()
 
 
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(CPU)
+    done = genvalues("write", "f.yaml", "-o", "no/such/values.yaml", cwd=tmp_path)
+    said = "-o no/such/values.yaml: cannot be written: there is no folder no/such. Name a file in a folder that is"
+    assert (done.returncode, done.stderr) == (2, f"{said} there and that you may write to.\n")
+    assert not (tmp_path / "no").exists()
+
+
 def test_neither_the_inputs_nor_an_overlay_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text(CPU)
     (tmp_path / "over.yaml").write_text("lora: {r: 8}\n")

@@ -23,7 +23,7 @@ from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
 from genvalues.cluster.objects import INSTANCE, container_statuses, last_seen, name_of
 from genvalues.errors import Unavailable, UserError
-from genvalues.files import write_bytes
+from genvalues.files import write_named
 from genvalues.helm import client, user_values
 from genvalues.nested import get
 from genvalues.yamltext import dump
@@ -91,7 +91,7 @@ def bundle(watcher: Watcher, output: Path, say: Callable[[str], None]) -> dict[s
     made = collected(watcher, record)
     content = made.packed()
     try:
-        write_bytes(output, content, mode=0o600)
+        write_named(output, content, mode=0o600)
     except OSError as error:
         fix = "Name a file in a folder that is there and that you may write to."
         raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}", fix=fix) from None
