@@ -7,6 +7,7 @@ AWS bills instances, not pods: a node that idles before or after is not in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -75,9 +76,17 @@ class Ledger:
     @classmethod
     def from_json(cls, read: dict[str, Any]) -> Ledger:
         """Raises ValueError, KeyError, TypeError or AttributeError for what ``as_json`` has not made."""
-        pods = {uid: Held(**{**pod, "since": float(pod["since"])}) for uid, pod in read["pods"].items()}
+        pods = {uid: held_of(pod) for uid, pod in read["pods"].items()}
         stopped = read["stopped"] or {"job": "", "why": ""}
-        return cls(pods, stopped["job"], stopped["why"])
+        return cls(pods, str(stopped["job"]), str(stopped["why"]))
+
+
+def held_of(read: dict[str, Any]) -> Held:
+    """A pod of costs.json; raises as ``Ledger.from_json`` for what is none: a sum of what is no time is no cost."""
+    since, until = float(read["since"]), float(read["until"])
+    if not (math.isfinite(since) and math.isfinite(until)):  # JSON as Python reads it has NaN, too
+        raise ValueError(f"no times: {since}, {until}")
+    return Held(**{**read, "since": since, "until": until})
 
 
 def ended_at(pod: Object) -> float:

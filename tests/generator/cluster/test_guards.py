@@ -87,6 +87,33 @@ def test_a_ledger_is_read_as_it_was_written() -> None:
     assert Ledger.from_json(Ledger().as_json()) == Ledger()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"pods": {"a": {"name": "p", "stage": "train", "since": 1, "until": "x"}}, "stopped": null}',
+        '{"pods": {"a": {"name": "p", "stage": "train", "since": 1, "until": null}}, "stopped": null}',
+        '{"pods": {"a": {"name": "p", "stage": "train", "since": 1, "until": NaN}}, "stopped": null}',
+        '{"pods": {"a": {"name": "p", "stage": "train", "since": Infinity, "until": 1}}, "stopped": null}',
+        '{"pods": {"a": {"name": "p", "stage": "train", "since": 1}}, "stopped": null}',
+        '{"pods": {"a": "p"}, "stopped": null}',
+        '{"pods": {}, "stopped": "train"}',
+        '{"pods": []}',
+        "[]",
+        "{",
+    ],
+)
+def test_costs_that_no_gate_has_written_are_told_with_their_file(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, text: str
+) -> None:
+    file = trainer.progress.with_name("costs.json")
+    file.write_text(text)
+    running = Guarded(fake, api, config, maxCost=200, pricePerNodeHour=21.5)
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    running.look_after()
+    assert str(file) in str(running.fails(UserError))
+    assert not is_released(fake), "nothing is paid for that cannot be counted"
+
+
 def test_the_limit_is_reached_when_what_is_left_is_what_ending_takes() -> None:
     job = pytorch_job(OWN)
     job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"] = {"spec": {"terminationGracePeriodSeconds": 120}}
