@@ -31,7 +31,7 @@ from genvalues import files
 from genvalues.errors import EXIT_USER_ERROR, UserError
 
 from . import api as kinds
-from .api import Api, Object
+from .api import Api, ApiError, Object
 from .config import ClusterConfig
 from .guards import (
     Ledger,
@@ -360,6 +360,7 @@ class Follower:
         self._since: dict[str, float] = {}
         self._progress_at = float("-inf")
         self._published_at = float("-inf")
+        self._cannot_publish = False
         self._stale = ""
         self.job_started = 0.0
 
@@ -424,13 +425,23 @@ class Follower:
         return pods
 
     def publish(self, state: StageState) -> None:
-        """Progress and cost, as annotations of the job: `genvalues status` sees no volume."""
+        """Progress and cost, as annotations of the job: `genvalues status` sees no volume.
+
+        They are for people: where the API takes none, that is said once, and the job is followed on.
+        """
         self._published_at = time.monotonic()
         now = datetime.fromtimestamp(self.account.clock(), timezone.utc).isoformat(timespec="seconds")
         annotations = {COST: compact(self.account.limit.as_annotation(self.account.ledger.node_hours, now))}
         if progress := self.new_progress(state):
             annotations[PROGRESS] = compact(progress)
-        self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": annotations}})
+        try:
+            self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": annotations}})
+        except ApiError as error:
+            if not self._cannot_publish:
+                self.say(f"{self.stage}: progress and cost cannot be written to PyTorchJob {self.job}: {error.message}")
+            self._cannot_publish = True
+        else:
+            self._cannot_publish = False
 
     def new_progress(self, state: StageState) -> dict[str, Any]:
         """What this job has last said of its progress; nothing where it has said none yet.

@@ -44,6 +44,7 @@ class FakeApi:
         self.previous_logs: dict[str, list[str]] = {}  # by pod: of the container before its restart
         self.crds = {"pytorchjobs"}  # those of GROUPS' custom kinds that are served
         self.forbidden: set[tuple[str, str]] = set()  # verb, resource
+        self.denied: dict[tuple[str, str], str] = {}  # verb, plural: what an admission webhook says
         self.requests: list[tuple[str, str]] = []  # verb, resource as in an RBAC rule
         self.paths: list[str] = []
         self.away = False
@@ -150,6 +151,8 @@ class FakeApi:
             return refuse(handler, 403, f"cannot {verb} {resource} at the cluster scope")
         if (verb, resource) in self.forbidden:
             return refuse(handler, 403, f'User "sa" cannot {verb} resource "{resource}" in namespace "{NAMESPACE}"')
+        if (verb, plural) in self.denied:
+            return refuse(handler, 422, self.denied[verb, plural])
         if verb == "watch":
             return self._watch(handler, plural, query)
         if verb == "list":

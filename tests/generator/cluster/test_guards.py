@@ -589,3 +589,38 @@ def test_annotations_come_at_most_every_so_often_and_at_the_end(
     assert fake.requests.count(("patch", "pytorchjobs.kubeflow.org")) == patches
     running.succeeds(trainer)
     assert running.annotation("progress")["step"] == 1000
+
+
+def test_annotations_that_are_refused_are_said_once_and_the_job_is_followed_on(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running = Guarded(fake, api, config, maxCost=200, pricePerNodeHour=21.5).release()
+    fake.denied["patch", "pytorchjobs"] = "admission webhook denied the request"
+    nothing_happens(fake)
+    nothing_happens(fake)
+    assert sum("admission webhook denied" in line for line in running.said) == 1
+    fake.denied.clear()
+    running.clock.ahead = HOUR
+    until(lambda: (running.annotation("cost").get("cost") or 0) >= 43)
+    fake.denied["patch", "pytorchjobs"] = "admission webhook denied the request"
+    running.clock.ahead = 5 * HOUR
+    until(lambda: is_going(fake, OWN), "the guard still ends it")
+    running.end_pods()
+    running.fails(StoppedByGuard)
+
+
+def test_a_stage_that_is_done_is_done_though_its_last_annotations_are_refused(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running = Guarded(fake, api, config, pace=replace(QUICK, progress=HOUR)).release()
+    fake.denied["patch", "pytorchjobs"] = "admission webhook denied the request"
+    running.succeeds(trainer)
+    assert any("admission webhook denied" in line for line in running.said)
+
+
+def test_a_job_that_is_deleted_before_its_annotations_are_written_is_told_as_deleted(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running = Guarded(fake, api, config).release()
+    fake.after.append(("get", "pytorchjobs", lambda job: fake.remove("pytorchjobs", OWN)))
+    assert "was deleted while it ran" in running.fails().reason
