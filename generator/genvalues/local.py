@@ -102,8 +102,9 @@ def of_bundle(path: Path, chart: Path) -> dict[str, Any]:
     about, text = read_bundle(path)
     values = values_in(text, f"{path}: {VALUES}")
     ours = part(chart, "Chart.yaml", yaml.safe_load).get("version")
-    if about.get("chart") != ours:
-        warn(f"{path} is of chart {one_line(str(about.get('chart')))}; it is run with {chart}, which is {ours}")
+    if (theirs := about.get("chart")) != ours:
+        of = f"is of chart {one_line(str(theirs))}" if theirs else "does not say of which chart it is"
+        warn(f"{path} {of}; it is run with {chart}, which is {ours}")
     if HIDDEN in text:
         warn(f"values in {path} were redacted; a stage that needs them fails")
     release = about.get("release")

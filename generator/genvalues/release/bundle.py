@@ -26,6 +26,7 @@ from genvalues.errors import Unavailable, UserError
 from genvalues.files import write_named
 from genvalues.helm import client, user_values
 from genvalues.nested import get
+from genvalues.wording import one_line
 from genvalues.yamltext import dump
 
 from .records import Object, Record, find_record, need_record
@@ -34,6 +35,7 @@ from .status import Watcher, as_json, cluster_config
 
 ROOT = "bundle"
 ABOUT, VALUES = f"{ROOT}/about.json", f"{ROOT}/values.yaml"  # first in the archive: a replay reads no further
+FORMAT = 1  # of the archive: another number where a reader of this one would misread it
 CONFIG_MAPS = ApiKind("api/v1", "configmaps")
 DEPLOYMENTS = ApiKind("apis/apps/v1", "deployments")
 OPERATOR = "training-operator"  # the Deployment of Kubeflow's training operator v1, in namespace kubeflow
@@ -158,7 +160,7 @@ def add_record(made: Bundle, record: Record, folder: str) -> None:
 def about(made: Bundle, watcher: Watcher, record: Record) -> dict[str, Any]:
     """Versions, and which release it was. Last, because all of these are asked for."""
     found: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "genvalues": __version__,
         "release": record.release,
         "namespace": record.namespace,
@@ -258,6 +260,11 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"is no bundle: {' '.join(str(error).split())}", where=where, fix=fix) from None
     if VALUES not in found or not isinstance(about, dict):
         raise UserError(f"is no bundle: it does not begin with {ABOUT} and {VALUES}", where=where, fix=fix)
+    if type(about.get("format")) is not int or about["format"] != FORMAT:
+        said = one_line(json.dumps(about["format"])) if "format" in about else "none"
+        by = one_line(str(about.get("genvalues") or "another"))
+        what = f"is a bundle of format {said}; genvalues {__version__} reads format {FORMAT}"
+        raise UserError(what, where=where, fix=f"Use the genvalues that wrote it: {by}.")
     return about, found[VALUES]
 
 

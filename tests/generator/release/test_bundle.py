@@ -244,6 +244,9 @@ def test_json_says_where_it_is_and_a_place_that_cannot_be_written_is_one_line(
     Path("here").mkdir()
     assert genvalues("bundle", "demo", "-n", "team-a", "-o", "here") == 2
     assert "-o here: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert genvalues("bundle", "demo", "-n", "team-a", "-o", "no/such.tar.gz") == 2
+    assert "-o no/such.tar.gz: cannot be written: there is no folder no." in capsys.readouterr().err
+    assert not Path("no").exists()
 
 
 # --- replayed
@@ -260,7 +263,7 @@ def archive(files: dict[str, Any], path: str = "b.tar.gz") -> Path:
 
 
 def about(**changes: Any) -> str:
-    return json.dumps({"release": "demo", "chart": "0.1.0", **changes})
+    return json.dumps({"format": 1, "release": "demo", "chart": "0.1.0", **changes})
 
 
 CHART = Path(__file__).parents[3] / "chart"
@@ -277,6 +280,26 @@ def test_another_chart_and_redacted_values_are_warned_about(capsys: pytest.Captu
     local.of_bundle(packed, CHART)
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: b.tar.gz is of chart 9.9.9") and "redacted" in second
+
+
+def test_a_bundle_that_does_not_say_its_chart_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = archive({"bundle/about.json": about(chart=None), "bundle/values.yaml": "a: 1\n"})
+    local.of_bundle(packed, CHART)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: b.tar.gz does not say of which chart it is; it is run with") and "None" not in line
+
+
+@pytest.mark.parametrize("of", [2, 0, "1", None, True, 1.0, [1]])
+def test_a_bundle_of_another_format_is_refused_with_the_genvalues_that_reads_it(of: Any) -> None:
+    packed = archive({"bundle/about.json": about(format=of, genvalues="9.9.9"), "bundle/values.yaml": "a: 1"})
+    with pytest.raises(UserError, match=r"of format .*reads format 1.*9\.9\.9"):
+        bundle.read_bundle(packed)
+
+
+def test_a_bundle_that_says_no_format_is_refused() -> None:
+    packed = archive({"bundle/about.json": '{"chart": "0.1.0"}', "bundle/values.yaml": "a: 1"})
+    with pytest.raises(UserError, match="of format none"):
+        bundle.read_bundle(packed)
 
 
 @pytest.mark.parametrize(
