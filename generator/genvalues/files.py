@@ -45,15 +45,30 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
 
 
 def write_named(path: Path, content: bytes, mode: int | None = None) -> None:
-    """``write_bytes`` to a place that a person named, and may have mistyped: no folder is made for it."""
-    need_folder(path)
-    write_bytes(path, content, mode)
+    """``write_bytes`` to a place that a person named: a link and the mode of what is there stay. Raises OSError also
+    for what ``place_of`` refuses.
+    """
+    place = place_of(path)
+    if mode is None and place.exists():
+        mode = stat.S_IMODE(place.stat().st_mode)
+    write_bytes(place, content, mode)
 
 
-def need_folder(path: Path) -> None:
-    """Raises OSError where ``path`` is in no folder that is there."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
+def place_of(path: Path) -> Path:
+    """The file that ``path``, as a person named it, is or will be. Raises OSError where its folder is not there (it may
+    be mistyped: none is made), and where the file may not be written to, though it could be replaced.
+    """
+    place = Path(os.path.realpath(path))
+    for folder in (path.parent, place.parent):
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}")
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if place.exists():
+        mode = stat.S_IMODE(place.stat().st_mode)
+        if not mode & 0o222 or not os.access(place, os.W_OK):  # root has access whatever the mode says
+            raise PermissionError(errno.EACCES, f"the file that is there is read-only (mode {mode:o})")
+    return place
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from genvalues.chart import BESIDE_THE_SOURCES, NAME, chart_name
 from genvalues.check import REQUIRED_COLUMNS, check
 from genvalues.document import Document, Position
 from genvalues.errors import UserError, UserErrors
-from genvalues.files import need_folder, write_named
+from genvalues.files import place_of, write_named
 from genvalues.inputs import SCHEMA
 from genvalues.instances import CPU
 from genvalues.keys import inputs_schema
@@ -170,7 +170,7 @@ def check_place(file: Path, *, force: bool) -> None:
             raise UserError(
                 "is there already", where=str(file), fix="Name another file, or write over it with --force."
             )
-        need_folder(file)
+        place_of(file)
     except (OSError, ValueError) as error:
         raise cannot_be_written(file, error) from None
 

@@ -133,6 +133,22 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line() -> None:
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
+def test_a_link_and_a_mode_stay_and_what_is_read_only_is_refused_by_force_too() -> None:
+    Path("real.yaml").write_text("mine: 1\n")
+    Path("real.yaml").chmod(0o640)
+    Path("finetune.yaml").symlink_to("real.yaml")
+    assert genvalues("init", "--force").returncode == 0
+    assert Path("finetune.yaml").is_symlink() and Path("real.yaml").read_text() != "mine: 1\n"
+    assert Path("real.yaml").stat().st_mode & 0o777 == 0o640
+    Path("real.yaml").chmod(0o444)
+    done = genvalues("init", "--force", "--model", "bad model")
+    assert done.returncode == 2
+    assert done.stderr.startswith("finetune.yaml: cannot be written: the file that is there is read-only (mode 444).")
+    Path("loop").symlink_to("loop")
+    done = genvalues("init", "loop")
+    assert (done.returncode, Path("loop").is_symlink()) == (2, True), done.stderr
+
+
 def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
     """The status and what the terminal showed."""
     pid, terminal = pty.fork()

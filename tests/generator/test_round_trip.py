@@ -273,6 +273,30 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_a_link_stays_one_and_what_it_leads_to_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(CPU)
+    (tmp_path / "there").mkdir()
+    link, real = tmp_path / "values.yaml", tmp_path / "there" / "real.yaml"
+    link.symlink_to("there/real.yaml")
+    assert genvalues("write", "f.yaml", cwd=tmp_path).returncode == 0
+    first = real.read_text()
+    assert link.is_symlink()
+    real.chmod(0o640)
+    assert genvalues("write", "f.yaml", "--set", "lora.r=8", cwd=tmp_path).returncode == 0
+    assert link.is_symlink() and real.read_text() != first
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_a_file_that_is_read_only_is_not_replaced(options: list[str], tmp_path: Path) -> None:
+    output = put(tmp_path, with_digest(["written"], "a: 1\n"))
+    output.chmod(0o444)
+    done = genvalues("write", "f.yaml", *options, cwd=tmp_path)
+    assert (done.returncode, output.stat().st_mode & 0o777) == (2, 0o444)
+    assert done.stderr.startswith("-o values.yaml: cannot be written: the file that is there is read-only (mode 444).")
+    assert output.read_text() == with_digest(["written"], "a: 1\n")
+
+
 def test_neither_the_inputs_nor_an_overlay_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text(CPU)
     (tmp_path / "over.yaml").write_text("lora: {r: 8}\n")
