@@ -7,10 +7,21 @@ import click
 
 from genvalues.commands.options import context_option, json_option, namespace_option
 
+# The chart's, in the order in which they run, and the detached mode's runner: to complete what is typed without asking
+# a cluster. A release may have fewer; what is not among them is asked for all the same, e.g. train-gate.
+STAGES = (
+    *("preflight", "storage-prepare", "tokenize", "compile", "neff", "train", "consolidate", "merge", "evaluate"),
+    "runner",
+)
+
+
+def beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [stage for stage in STAGES if stage.startswith(incomplete)]
+
 
 @click.command(short_help="Print the log of a release's stage.")
 @click.argument("name")
-@click.argument("stage", required=False)
+@click.argument("stage", required=False, shell_complete=beginning_with)
 @namespace_option
 @context_option
 @click.option("-f", "--follow", is_flag=True, help="Go on until the stage ends, through restarts and new pods.")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +15,12 @@ from generator.cluster.waiting import PATIENCE, beside, until
 from generator.release.fake_helm import FakeHelm
 from generator.release.run import Outer, Run
 from generator.release.test_status import genvalues
+from genvalues import local
+from genvalues.commands.logs import STAGES
+from genvalues.helm import render
 from genvalues.release import logs, status
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -122,3 +131,31 @@ def test_json_is_one_document(run: Run, fake: FakeApi, capsys: pytest.CaptureFix
     fake.logs["demo-tokenize-x1"] = ["a", "b"]
     (text,) = ["\n".join(shown(capsys, "--json"))]
     assert json.loads(text) == {"release": "demo", "stage": "tokenize", "lines": ["a", "b"]}
+
+
+def completed(words: str) -> list[str]:
+    asked = {"_GENVALUES_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    program = Path(sys.executable).with_name("genvalues")
+    done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=True)
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines()]
+
+
+def test_the_shell_completes_stages_without_a_cluster() -> None:
+    assert completed("genvalues logs demo ") == list(STAGES)
+    assert completed("genvalues logs -f demo co") == ["compile", "consolidate"]
+    assert completed("genvalues logs demo nothing-so") == [""], "nothing of that name"
+
+
+def test_what_is_completed_are_the_chart_s_stages_in_their_order() -> None:
+    values = local.read_values(ROOT / "values" / "trn1.values.yaml")
+    values["compile"]["runsOn"] = "cpu"  # which has one stage more
+    values |= {"storage": {**values.get("storage", {}), "prepare": {"enabled": True}}, "evaluation": {"enabled": True}}
+    objects = [
+        item
+        for mode in ("attached", "detached")
+        for item in render(ROOT / "chart", "demo", {**values, "pipeline": {"mode": mode}})
+    ]
+    stages = [local.annotation(item, local.STAGE) for item in local.in_order(objects)]
+    assert [stage for stage in stages if not stage.endswith("-gate")] == list(STAGES[:-1])
+    jobs = [item for item in objects if item["kind"] == "Job" and not local.annotation(item, "helm.sh/hook")]
+    assert [local.annotation(item, local.STAGE) for item in jobs] == [STAGES[-1]]
