@@ -58,6 +58,7 @@ class Document:
         self.value: dict[str, Any] = {}
         self.positions: dict[KeyPath, Position] = {}
         self.mistakes: list[Mistake] = []
+        self.is_whole = True  # no file is left out because it could not be read
 
     def position(self, key: KeyPath) -> Position:
         """Where ``key`` was written, or the nearest key around it."""
@@ -274,7 +275,8 @@ class Reader:
 def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Iterable[str] = ()) -> Document:
     """Read a file, those laid over it, and the --set that change them.
 
-    Raises what leaves nothing to check, of all files at once; notes the other mistakes.
+    Notes the mistakes; a file that cannot be read is one of them, and what the others say stays to be checked. Raises
+    where no file can be read.
     """
     document = Document(file)
     unreadable: list[UserError] = []
@@ -284,12 +286,14 @@ def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Ite
             value = reader.value(empty=bool(overlays))
         except UserError as error:
             unreadable.append(error)
+            document.is_whole = False
+            document.mistakes.append(Mistake((), error.what, error.fix, Position(order, 0, 0, error.where)))
             continue
         if order == 0:
             document.value, document.positions, document.mistakes = value, reader.positions, reader.mistakes
         else:
             document.lay_over(value, reader.positions, reader.mistakes)
-    if unreadable:
+    if len(unreadable) > len(overlays):
         raise unreadable[0] if len(unreadable) == 1 else UserErrors(unreadable)
     order = len(overlays)
     for as_text, texts in ((False, sets), (True, set_strings)):  # Helm's order

@@ -17,6 +17,7 @@ from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
+MISSING = "missing"
 ALSO_CALLED = {  # names from other tools for ours
     "rank": "r",
     "lorar": "r",
@@ -108,7 +109,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword == "required":
         for name in wanted:
             if name not in found:
-                yield Mistake((*key, name), "missing", purpose((*key, name), schema))
+                yield Mistake((*key, name), MISSING, purpose((*key, name), schema))
     elif keyword == "type":
         yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
     elif keyword in ("enum", "const"):

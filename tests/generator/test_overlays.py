@@ -173,6 +173,36 @@ def test_a_syntax_error_is_told_of_every_file_that_has_one_whatever_is_overridde
     assert [line.split(": ")[0] for line in lines] == ["base.yaml:2:1", "mine.yaml:1:4", "absent.yaml"]
 
 
+def test_what_the_readable_files_have_is_told_beside_the_syntax_errors_of_the_others() -> None:
+    paths = files(
+        bad="model: {id: a}\nlora: {rank: 16}\ntraining: {maxSteps: ten}\nnodes: 1\n",
+        tab="a:\n\t- b\n",
+        dup="name: a\nname: b\nevaluation: !!set {}\n",
+        latin="",
+        last="nodes: 2\n",
+    )
+    paths[3].write_bytes(b"name: caf\xe9\n")
+    lines = told(*paths, sets=("lora.r=x",))
+    assert [line.split(": ")[0] for line in lines] == [
+        "bad.yaml:1:9 model.id",
+        "bad.yaml:2:8 lora.rank",
+        "bad.yaml:3:12 training.maxSteps",
+        "tab.yaml:2:1",
+        "dup.yaml:2:1 name",
+        "dup.yaml:3:13 evaluation",
+        "latin.yaml:1:10",
+        "--set lora.r=x",
+    ]
+
+
+def test_what_an_unreadable_file_may_have_is_not_told_to_be_missing_or_not_to_fit() -> None:
+    base = "instance: trn1.2xlarge\nnodes: 2\nmodel: a/b\nstorage: {kind: fsx-static, static: {dnsName: a}}\n"
+    (line,) = told(*files(base=base, mine="image: [\n"))
+    assert line.startswith("mine.yaml:2:1: ")
+    (line,) = told(*files(base=base, mine="nodes: two\n"), Path("absent.yaml"))[:-1]
+    assert line.startswith("mine.yaml:1:1 nodes: ")
+
+
 def test_a_relative_path_is_seen_from_the_file_that_it_is_written_in(tmp_path: Path) -> None:
     for place in ("a", "b/c"):
         (tmp_path / place).mkdir(parents=True)
