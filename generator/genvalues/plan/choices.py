@@ -577,12 +577,34 @@ def refused(
     run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: int, found: Candidate, tried: list[Candidate]
 ) -> Refused:
     """What to tell where nothing works: the wish that is in the way, else the mildest rule of all sizes."""
-    working = " or ".join(str(each.size) for each in sorted(tried, key=lambda each: each.size) if each.works)
-    if wishes.tensor_parallel and working:
-        what = "; ".join(text for _, text in found.problems)
-        return Refused(
-            Problem(("parallelism", "tensorParallelSize"), f"{found.size} {what}", f"Write {working}, or remove it.")
-        )
+    where, what = ("parallelism", "tensorParallelSize"), "; ".join(text for _, text in found.problems)
+    if not wishes.tensor_parallel:
+        return _mildest(run, wishes, model, instance, nodes, tried) or _cannot_be_cut(run, model, tried)
+    if working := " or ".join(str(each.size) for each in sorted(tried, key=lambda each: each.size) if each.works):
+        return Refused(Problem(where, f"{found.size} {what}", f"Write {working}, or remove it."))
+    # The size stays as it is written where changing something else makes it work. Else its rule is told, and what would
+    # be told without the wish.
+    alone = _mildest(run, wishes, model, instance, nodes, [found])
+    if alone and alone.problems[0].key != ("instance",):
+        return alone
+    without = wishes._replace(tensor_parallel=None)
+    others = [each for each in tried if each.size in instance.generation.groups]
+    beside = _mildest(run, without, model, instance, nodes, others) or _cannot_be_cut(run, model, others)
+    if alone and beside.problems[0].key == ("instance",):
+        return beside
+    return Refused(Problem(where, f"{found.size} {what}", "Remove it."), *beside.problems)
+
+
+def _cannot_be_cut(run: Run, model: Model, tried: list[Candidate]) -> Refused:
+    told = "; ".join(f"{each.size} {each.problems[0][1]}" for each in sorted(tried, key=lambda each: each.size))
+    what = f"{model.name} cannot be cut for {run.instance}: tensorParallelSize {told}"
+    return Refused(Problem(("model",), what, "Use another model or instance."))
+
+
+def _mildest(
+    run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: int, tried: list[Candidate]
+) -> Refused | None:
+    """The rule of these sizes that the smallest change satisfies; None where no single change does."""
     by_memory = [each.size for each in tried if each.kinds == {"memory"}]
     without = wishes._replace(per_device=None, checkpointing=None)
     if without != wishes and any(_fits(run, without, model, instance, nodes, size) for size in by_memory):
@@ -611,16 +633,7 @@ def refused(
         around = (run.length // step * step, -(-run.length // step) * step)
         fitting = " or ".join(str(length) for length in around if length)
         return Refused(Problem(key, f"tensorParallelSize {near.size} {near.problems[0][1]}", f"Write {fitting}."))
-    if by_memory:
-        return _memory_refused(run, wishes, model, instance, nodes, tried)
-    told = "; ".join(f"{each.size} {each.problems[0][1]}" for each in sorted(tried, key=lambda each: each.size))
-    return Refused(
-        Problem(
-            ("model",),
-            f"{model.name} cannot be cut for {run.instance}: tensorParallelSize {told}",
-            "Use another model or instance.",
-        )
-    )
+    return _memory_refused(run, wishes, model, instance, nodes, tried) if by_memory else None
 
 
 def _fits(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: int, size: int) -> bool:
@@ -652,7 +665,7 @@ def _memory_refused(
     best = min(by_memory, key=lambda each: each.memory.total if each.memory else 0)
     assert best.layout is not None and best.memory is not None
     told = f"{model.name} {needs(best.memory, best.layout)}, tensorParallelSize {best.size}"
-    sizes = [wishes.tensor_parallel] if wishes.tensor_parallel else [each.size for each in by_memory]
+    sizes = [each.size for each in by_memory]  # those that keep the rules
 
     def fits(length: int, per_device: int, options: tuple[str, ...]) -> bool:
         shorter = run._replace(length=length)
@@ -676,10 +689,13 @@ def _memory_refused(
             Problem(("training", "activationCheckpointing"), told, f"Write {' or '.join(fitting)}, or remove it.")
         )
     unit = math.lcm(max(sizes), FLASH_ROWS if run.attention == "flash" else 256)
-    shorter = next(
-        (length for length in range((run.length - 1) // unit * unit, 0, -unit) if fits(length, 1, CHECKPOINTING)),
-        None,
-    )
+    lengths = range((run.length - 1) // unit * unit, 0, -unit)
+    shorter = next((length for length in lengths if fits(length, at_once, options)), None)
+    if shorter is None and at_once > 1 and wishes.checkpointing:  # one wish after the other
+        if any(fits(length, 1, CHECKPOINTING) for length in lengths):
+            return Refused(Problem(("training", "perDeviceBatchSize"), told, "Write 1, or remove it."))
+    elif shorter is None:
+        shorter = next((length for length in lengths if fits(length, 1, CHECKPOINTING)), None)
     if shorter:
         return Refused(Problem(("training", "maxSequenceLength"), told, f"Write {shorter}, or use a larger instance."))
     prefix = HYPERPOD if run.instance.startswith(HYPERPOD) else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 
 from genvalues import instances
 from genvalues.errors import UserError
@@ -211,6 +214,76 @@ def test_rows_and_micro_batches_that_do_not_fit_are_told_how_many_do() -> None:
     assert long.startswith("training.maxSequenceLength: ")
     fitting = int(long.split("Write ")[1].split(",")[0])
     assert planned(training={"maxSequenceLength": fitting}).memory
+
+
+def test_a_written_size_that_breaks_a_rule_is_told_by_that_rule_and_not_by_memory() -> None:
+    """16 fits in the memory of trn2's cores, and is forbidden; 4 is allowed, and its weights alone do not fit."""
+    told = refused(
+        model="meta-llama/Llama-3.1-70B",
+        instance="ml.trn2.48xlarge",
+        lora=EVERY_LAYER,
+        parallelism={"tensorParallelSize": 16},
+    ).splitlines()
+    assert told[0].startswith(f"{TP}: 16 is more than 8 key-value heads") and told[0].endswith("Remove it.")
+    assert told[1].startswith("instance: meta-llama/Llama-3.1-70B needs 39.0 of 24.0 GiB")
+    assert told[1].endswith("Use ml.trn1.32xlarge or ml.trn1n.32xlarge, or a smaller model.")
+    # What the written size lacks alone is told instead, where that makes it work.
+    told = refused(model="meta-llama/Llama-3.1-70B", parallelism={"tensorParallelSize": 16}).splitlines()
+    assert len(told) == 1 and told[0].endswith("Add k_proj, or write all-linear.")
+
+
+MODELS = ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "Qwen/Qwen3-14B", "HuggingFaceTB/SmolLM2-135M"]
+LEFT_OUT = [None, None, None]
+RUNS = {
+    "model": MODELS,
+    "instance": ["trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge"],
+    "lora.targetModules": ["all-linear", ["q_proj", "v_proj"]],
+    "parallelism.tensorParallelSize": [*LEFT_OUT, 1, 2, 4, 8, 16, 32, 64],
+    "training.maxSequenceLength": [1000, 2048, 2047, 8192, 32768, 65536, 131072],
+    "training.perDeviceBatchSize": [*LEFT_OUT, 2, 16],
+    "training.globalBatchSize": [*LEFT_OUT, 10, 64],
+    "training.activationCheckpointing": [*LEFT_OUT, "none", "selective", "full"],
+    "training.attention": ["eager", "flash"],
+}
+
+
+def nested(written: dict[str, Any]) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    for dotted, value in written.items():
+        section, _, key = dotted.rpartition(".")
+        (inputs.setdefault(section, {}) if section else inputs)[key] = value
+    return inputs
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(st.fixed_dictionaries({key: st.sampled_from(values) for key, values in RUNS.items()}))
+def test_what_is_told_to_be_written_is_an_end_of_that_mistake(written: dict[str, Any]) -> None:
+    """Each "Write X" of a refusal, written, makes the run work or leads to a mistake at another key."""
+    flash, length = written["training.attention"] == "flash", written["training.maxSequenceLength"]
+    assume(not flash or length % 2048 == 0)
+    try:
+        planned(**nested(written))
+        return
+    except Refused as told:
+        problems = told.problems
+    for problem in problems:
+        if (
+            "positions the model knows" in problem.what
+        ):  # the longest row; a shorter one may be what memory has room for
+            continue
+        key = ".".join(map(str, problem.key))
+        written_out = problem.fix.partition("Write ")[2].partition(".")[0].partition(",")[0]
+        for fitting in re.findall(r"[0-9]+|none|selective|full|eager", written_out):
+            value = int(fitting) if fitting.isdigit() else fitting
+            try:
+                planned(**nested({**written, key: value}))
+            except Refused as after:
+                assert all(each.key != problem.key for each in after.problems), (written, problem, after)
+        if "Remove it" in problem.fix or "or remove it" in problem.fix:
+            try:
+                planned(**nested({**written, key: None}))
+            except Refused as after:
+                assert all(each.key != problem.key for each in after.problems), (written, problem, after)
 
 
 def test_longer_rows_get_whole_layers_recomputed_before_they_are_refused() -> None:
