@@ -88,6 +88,15 @@ def test_the_values_file_names_every_file_and_set() -> None:
     assert lines[1:3] == ["#   --set lora.r=8", "#   --set-string dataset.config=5"]
 
 
+def test_every_file_is_called_right() -> None:
+    files(base=BASE, trn2=TRN2, mine=MINE)
+    said = "base.yaml, trn2.yaml and mine.yaml are right."
+    done = genvalues("check", "base.yaml", "-f", "trn2.yaml", "-f", "mine.yaml")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, said)
+    done = genvalues("write", "base.yaml", "-f", "trn2.yaml", "-f", "mine.yaml")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, f"{said} Wrote values.yaml.")
+
+
 def test_null_takes_a_key_away_so_that_it_has_its_default() -> None:
     found = values(*files(base=BASE, trn2=TRN2, mine="lora: null\ntraining: {maxSteps: null, learningRate:}\nname:\n"))
     assert (found["lora"]["r"], found["lora"]["targetModules"]) == (16, ["q_proj", "v_proj"])

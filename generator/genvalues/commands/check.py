@@ -18,4 +18,4 @@ def check(sources: Sources) -> None:
     from genvalues.write import checked
 
     checked(sources)
-    click.echo(f"{sources.file} is right.", err=True)
+    click.echo(f"{sources.are_right}.", err=True)

@@ -30,4 +30,4 @@ def write(sources: Sources, output: str, force: bool) -> None:
         click.echo(text.encode("utf-8"), nl=False)
         return
     write_values(Path(output), text, sources.files, force=force)
-    click.echo(f"{sources.file} is right. Wrote {output}.", err=True)
+    click.echo(f"{sources.are_right}. Wrote {output}.", err=True)
