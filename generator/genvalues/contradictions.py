@@ -25,6 +25,7 @@ SECRETS_FIX = (
 
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
 DURATION = re.compile(r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?")  # the chart's rule
+GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl), which the gate keeps back
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
@@ -173,6 +174,15 @@ def guards(values: Values) -> Iterator[Contradiction]:
             at("guards.maxCost", "guards.pricePerNodeHour"),
             f"the price of a {values.get('instance', '')} node, which the cost is counted by, is not known",
             "Write guards.pricePerNodeHour, the dollars that one node costs an hour.",
+        )
+    most, price = get(values, "guards.maxCost", float), get(values, "guards.pricePerNodeHour", float)
+    nodes = get(values, "parallelism.nodes", int) or 1
+    if most and price and most <= (kept := nodes * GRACE_SECONDS / 3600 * price):
+        yield Contradiction(
+            at("guards.maxCost", "guards.pricePerNodeHour"),
+            f"{most:g} dollars start nothing: to end {nodes} node{'s' if nodes > 1 else ''} takes up to {kept:.2f}, "
+            "which are kept back",
+            "Write more; `genvalues plan` estimates the run.",
         )
     timeout = get(values, "guards.stallTimeout", str)
     if timeout and not (DURATION.fullmatch(timeout) and re.search("[1-9]", timeout)):

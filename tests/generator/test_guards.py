@@ -24,9 +24,18 @@ def test_a_limit_on_the_cost_needs_a_price() -> None:
         "guards.maxCost: the price of a cpu node, which the cost is counted by, is not known. "
         "Write guards.pricePerNodeHour, the dollars that one node costs an hour."
     )
-    assert told(maxCost=200) and told(maxCost=0.5)
+    assert told(maxCost=200)
+    assert told(maxCost=0.5)
     assert not told(maxCost=200, pricePerNodeHour=21.5)
     assert not told(maxCost=None) and not told(pricePerNodeHour=21.5) and not told()
+
+
+def test_a_limit_that_ending_the_nodes_takes_whole_starts_nothing() -> None:
+    (found,) = told(maxCost=0.5, pricePerNodeHour=21.5)
+    assert found.startswith("guards.maxCost: 0.5 dollars start nothing: to end 1 node takes up to 0.72")
+    assert not told(maxCost=0.73, pricePerNodeHour=21.5)
+    pod = (CHART / "templates/_stage-pod.tpl").read_text(encoding="utf-8")
+    assert f"terminationGracePeriodSeconds: {contradictions.GRACE_SECONDS} " in pod
 
 
 DURATIONS = {
