@@ -299,12 +299,6 @@ def arrange(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: i
         ),
     ]
     notes = []
-    if run.rows and layout.global_batch > run.rows[1]:
-        padding = (
-            f"A step takes {layout.global_batch} rows, and the dataset has {run.rows[1]}: the rest of each step is "
-            "padding. Fewer nodes do the same."
-        )
-        notes.append(Note(("nodes",), padding))
     if model.architecture and (tight := host_memory(model.architecture, instance, found.size)):
         notes.append(Note(("instance",), tight, warns=False))  # a guess, with what nobody has measured in it
     if model.architecture is None:
@@ -416,6 +410,29 @@ def batch(run: Run, wishes: Wishes, copies: int) -> tuple[int, int]:
             f"Write {fitting}.",
         )
     )
+
+
+def too_few_rows(layout: Layout, rows: tuple[int, int] | None, total: int | None, wishes: Wishes) -> Note | None:
+    """A word where a step takes more rows than the dataset has, at the key that makes it so.
+
+    ``total`` are the rows of all epochs, None with training.maxSteps, where rows come round again
+    (trainer/llama_lora/plan.py, step_rows).
+    """
+    if rows is None or layout.global_batch <= rows[1]:
+        return None
+    happens = "rows come round again within a step"
+    if total is not None and layout.global_batch > total:
+        happens = f"the run is one step, and {layout.global_batch - total} of its rows are padding"
+    if wishes.global_batch:
+        key: KeyPath = ("training", "globalBatchSize")
+    elif layout.accumulation > 1:
+        key = ("training", "gradientAccumulationSteps")
+    else:
+        key = ("training", "perDeviceBatchSize") if layout.per_device > 1 else ("nodes",)
+    fix = "Fewer do the same" if key == ("nodes",) and layout.nodes > 1 else "A smaller batch, or more data, is better"
+    if key == ("nodes",) and layout.nodes == 1:
+        fix = "The copies of the model alone are more than the rows: use more data"
+    return Note(key, f"A step takes {layout.global_batch} rows, and the dataset has {rows[1]}: {happens}. {fix}.")
 
 
 # --- reasons

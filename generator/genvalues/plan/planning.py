@@ -11,7 +11,18 @@ from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import trainium
 from genvalues.plan import dataset, models
 from genvalues.plan.architectures import target_names
-from genvalues.plan.choices import Choice, Layout, Note, Refused, Rejection, Run, Wishes, choose, length_problems
+from genvalues.plan.choices import (
+    Choice,
+    Layout,
+    Note,
+    Refused,
+    Rejection,
+    Run,
+    Wishes,
+    choose,
+    length_problems,
+    too_few_rows,
+)
 from genvalues.plan.estimate import Estimate, Work, assumptions, cpu_node_hours, estimate, work
 from genvalues.plan.memory import Memory
 from genvalues.plan.models import Model
@@ -142,8 +153,16 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         )  # type: ignore[return-value]
 
     chosen = choose(run, wishes(inputs), seen.model, hours)
-    to_train = todo(chosen.layout, run.rows or rows_of(seen.of_hub))
+    rows = run.rows or rows_of(seen.of_hub)
+    to_train = todo(chosen.layout, rows)
     costed = costs(chosen.layout, to_train)
+    total = None if training.max_steps is not None or not rows else max(1, round(rows[1] * training.epochs))
+    few = too_few_rows(chosen.layout, rows, total, wishes(inputs))
+    most = inputs.guards.max_cost
+    notes = [*chosen.notes, *([few] if few else []), *overrides(inputs)]
+    if most and costed and costed.dollars and most < costed.dollars[1]:
+        text = f"{most:g} dollars may stop the run before its end: it takes up to {costed.dollars[1]:,.0f} by estimate."
+        notes.append(Note(("guards", "maxCost"), text))
     architecture = seen.model.architecture
     return Plan(
         instance=inputs.instance,
@@ -159,7 +178,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         price=price,
         price_unknown=price_unknown,
         lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
-        notes=(*chosen.notes, *overrides(inputs)),
+        notes=tuple(notes),
         assumptions=tuple(assumptions(inputs.compile.runs_on == "cpu")) if costed else (),
     )
 

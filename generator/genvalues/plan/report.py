@@ -186,8 +186,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "memory": {**camel(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
         "work": {
-            "steps": ranged(plan.work.steps),
-            "tokens": ranged(plan.work.tokens),
+            "steps": list(plan.work.steps) if plan.work.steps else None,
+            "tokens": list(plan.work.tokens) if plan.work.tokens else None,
             "globalBatchSize": plan.work.global_batch,
             "reason": plan.work.reason,
         },

@@ -175,3 +175,32 @@ def test_check_and_write_print_no_plan_and_import_neither_rich_nor_boto3() -> No
     assert not {"rich", "boto3", "botocore", "requests", "pydantic", "torch", "transformers"} & set(
         json.loads(done.stdout)
     )
+
+
+def test_a_step_of_more_rows_than_a_file_has_is_told_at_its_key(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a line\n" * 5)
+    file = tmp_path / "finetune.yaml"
+    file.write_text(
+        "model: HuggingFaceTB/SmolLM2-135M\ndataset: {source: rows.txt, evalFraction: 0}\ninstance: cpu\n"
+        "training: {packing: false, gradientAccumulationSteps: 4}\n"
+    )
+    (note,) = made(file=file).notes
+    assert note.key == ("training", "gradientAccumulationSteps")
+    assert note.text.startswith("A step takes 8 rows, and the dataset has 5: the run is one step, and 3 of its rows")
+    (note,) = made("training.maxSteps=9", file=file).notes
+    assert "rows come round again" in note.text
+    assert made("training.gradientAccumulationSteps=2", file=file).notes == ()
+
+
+def test_a_limit_below_the_estimate_is_told() -> None:
+    given = ("training.maxSteps=400", "guards.pricePerNodeHour=25")
+    (note,) = made(*given, "guards.maxCost=20").notes
+    assert note.key == ("guards", "maxCost")
+    assert "may stop the run before its end" in note.text
+    assert made(*given, "guards.maxCost=2000").notes == ()
+
+
+def test_steps_and_tokens_are_whole_numbers() -> None:
+    work = report.as_json(made("training.maxSteps=1234567"))["work"]
+    assert work["steps"] == [1234567, 1234567]
+    assert all(type(each) is int for each in (*work["steps"], *work["tokens"]))
