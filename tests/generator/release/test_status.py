@@ -367,3 +367,23 @@ def test_an_api_server_that_is_away_is_one_line_and_status_1(
     assert genvalues("status", "demo", "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+
+
+@pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall", "preflight"])
+def test_no_kubeconfig_ends_a_command_with_2_and_is_one_finding_of_preflight(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/preflight.md has it."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    arguments = {
+        "install": [str(ROOT / "values" / "cpu.yaml"), "--release", "demo"],
+        "preflight": [str(ROOT / "values" / "cpu.yaml"), "--cluster"],
+    }.get(command, ["demo"])
+    ended = genvalues(command, *arguments)
+    printed = capsys.readouterr()
+    if command == "preflight":
+        assert ended == 1 and printed.out.startswith("not checked  cluster: ")
+    else:
+        assert ended == 2 and printed.err.splitlines()[-1].startswith("no cluster to talk to: ")
+    said = (ROOT / "docs" / "preflight.md").read_text().partition("can do nothing without a kubeconfig and end with 2")
+    assert command == "preflight" or f"`{command}`" in said[0].splitlines()[-1]
