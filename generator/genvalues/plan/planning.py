@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     estimate: Estimate | None
     price: Price | None
     price_unknown: str
+    dollars_on_ec2: tuple[float, float] | None  # at EC2's price, where HyperPod's is not known
     lora_parameters: int | None
     notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
@@ -158,6 +159,9 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     costed = costs(chosen.layout, to_train)
     total = None if training.max_steps is not None or not rows else max(1, round(rows[1] * training.epochs))
     few = too_few_rows(chosen.layout, rows, total, wishes(inputs))
+    ec2 = price_on_ec2(inputs) if price is None else None
+    node_hours = costed.trainium_node_hours if costed else None
+    on_ec2 = (node_hours[0] * ec2.dollars, node_hours[1] * ec2.dollars) if ec2 and node_hours else None
     most = inputs.guards.max_cost
     notes = [*chosen.notes, *([few] if few else []), *overrides(inputs)]
     if most and costed and costed.dollars and most < costed.dollars[1]:
@@ -177,6 +181,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         estimate=costed,
         price=price,
         price_unknown=price_unknown,
+        dollars_on_ec2=on_ec2,
         lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
         notes=tuple(notes),
         assumptions=tuple(assumptions(inputs.compile.runs_on == "cpu")) if costed else (),
@@ -232,10 +237,16 @@ def known_price(inputs: Inputs, region: str | None = None) -> Priced:
         return found, ""
     told = f"no price known for {inputs.instance}" + (f" in {region}" if region else "")
     told += ": give guards.pricePerNodeHour, or ask with --live"
-    plain = inputs.instance.removeprefix("ml.")
-    if plain != inputs.instance and (ec2 := price_per_node_hour(plain, region)):
+    if ec2 := price_on_ec2(inputs, region):
+        plain = inputs.instance.removeprefix("ml.")
         told += f" (on EC2, where HyperPod's price is not the same, {plain} is ${ec2.dollars:g})"
     return None, told
+
+
+def price_on_ec2(inputs: Inputs, region: str | None = None) -> Price | None:
+    """EC2's price for a HyperPod instance whose own nobody here knows: to show, never for guards.pricePerNodeHour."""
+    plain = inputs.instance.removeprefix("ml.")
+    return None if plain == inputs.instance else price_per_node_hour(plain, region or region_of(inputs.image))
 
 
 def overrides(inputs: Inputs) -> list[Note]:

@@ -114,7 +114,11 @@ def cost_lines(plan: Plan) -> list[tuple[str, ...]]:
         )
     )
     if plan.price is None:
-        return [*lines, ("dollars", "not known", plan.price_unknown)]
+        lines.append(("dollars", "not known", plan.price_unknown))
+        if plan.dollars_on_ec2:
+            why = "HyperPod's price is another and not known here"
+            lines.append(("dollars, at EC2's price", figures(plan.dollars_on_ec2, "$"), why))
+        return lines
     price = plan.price
     where = ", ".join(part for part in (price.kind, price.region, price.dated) if part)
     lines.append(("a node-hour", f"${price.dollars:g}", where))
@@ -202,6 +206,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "trainiumNodeHours": ranged(costed.trainium_node_hours),
             "cpuNodeHours": {name: ranged(hours) for name, hours in costed.cpu_node_hours.items()},
             "dollars": ranged(costed.dollars),
+            "dollarsAtEc2Price": ranged(plan.dollars_on_ec2),
             "dollarsPerMillionTokens": ranged(costed.million_token_dollars),
             "dollarsToCompileAndStart": ranged(costed.fixed_dollars),
         }

@@ -44,7 +44,7 @@ def keys(value: Any, prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_the_json_is_documented() -> None:
-    told = set(re.findall(r"^\| `([A-Za-z.]+)` \|", DOCUMENTED.partition("## The JSON")[2], re.MULTILINE))
+    told = set(re.findall(r"^\| `([A-Za-z0-9.]+)` \|", DOCUMENTED.partition("## The JSON")[2], re.MULTILINE))
     shown = keys(report.as_json(made("training.maxSteps=100", "guards.pricePerNodeHour=25", "compile.runsOn=cpu")))
     named = {key for key in shown if not key.startswith("estimate.cpuNodeHours.")}
     assert told == named, "docs/plan.md, The JSON"
@@ -204,3 +204,14 @@ def test_steps_and_tokens_are_whole_numbers() -> None:
     work = report.as_json(made("training.maxSteps=1234567"))["work"]
     assert work["steps"] == [1234567, 1234567]
     assert all(type(each) is int for each in (*work["steps"], *work["tokens"]))
+
+
+def test_hyperpods_dollars_are_shown_at_ec2s_price_and_called_so() -> None:
+    found = made("training.maxSteps=400")
+    shown = report.as_json(found)
+    hours = shown["estimate"]["trainiumNodeHours"]
+    assert shown["estimate"]["dollarsAtEc2Price"] == pytest.approx([21.5 * each for each in hours], rel=1e-4)
+    assert shown["price"] is shown["estimate"]["dollars"] is None
+    assert "dollars, at EC2's price" in report.as_text(found)
+    priced = report.as_json(made("training.maxSteps=400", "guards.pricePerNodeHour=25"))
+    assert priced["estimate"]["dollarsAtEc2Price"] is None
