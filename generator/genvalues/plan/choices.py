@@ -123,8 +123,17 @@ class Chosen(NamedTuple):
     notes: tuple[Note, ...] = ()
 
 
-def choose(run: Run, wishes: Wishes, model: Model, hours: Callable[[Layout], tuple[float, float] | None]) -> Chosen:
-    """The layout for a run. ``hours`` estimates a layout's training, None where that cannot be. Raises Refused."""
+def choose(
+    run: Run,
+    wishes: Wishes,
+    model: Model,
+    hours: Callable[[Layout], tuple[float, float] | None],
+    least: float | None = None,
+) -> Chosen:
+    """The layout for a run. ``hours`` estimates a layout's training, None where that cannot be. Raises Refused.
+
+    ``least``: see ``fewest_nodes``.
+    """
     instance = trainium(run.instance)
     if instance is None:
         return on_cpu(run, wishes)
@@ -134,7 +143,7 @@ def choose(run: Run, wishes: Wishes, model: Model, hours: Callable[[Layout], tup
         nodes = wishes.nodes or 1
         reason = "" if wishes.nodes else "one, where the inputs say neither nodes nor parallelism.maxHours"
         return arrange(run, wishes, model, instance, nodes, reason)
-    return fewest_nodes(run, wishes, model, instance, hours)
+    return fewest_nodes(run, wishes, model, instance, hours, least)
 
 
 def on_cpu(run: Run, wishes: Wishes) -> Chosen:
@@ -174,8 +183,12 @@ def fewest_nodes(
     model: Model,
     instance: Instance,
     hours: Callable[[Layout], tuple[float, float] | None],
+    least: float | None = None,
 ) -> Chosen:
-    """The fewest nodes that are estimated to finish in parallelism.maxHours, by the estimate's upper end."""
+    """The fewest nodes that are estimated to finish in parallelism.maxHours, by the estimate's upper end.
+
+    ``least`` are the hours, at the upper end, that no fewer steps and no more nodes shorten.
+    """
     where, most = ("parallelism", "maxHours"), wishes.max_hours or 0.0
     # More nodes are faster where a step's rows stay as many as one node's would be.
     rows = wishes.global_batch or arrange(run, wishes, model, instance, 1, "").layout.global_batch
@@ -211,13 +224,19 @@ def fewest_nodes(
     slow = [each for each in tried if each.rule.startswith("takes")]
     nearest, last = (slow or tried)[-1], tried[-1]
     limit = "" if last is nearest else f"; {last.rule}"
+    if last is nearest and last.value == MOST_NODES and not wishes.nodes:
+        limit = f"; more than {MOST_NODES} nodes are not looked at (write nodes for more)"
+    if least is not None and least > most:
+        fix = "Write more hours, or remove it: compiling and starting alone take longer."
+    elif last is not nearest or wishes.nodes:
+        fix = "Write more hours or fewer steps, or remove it."
+    else:
+        fix = "Write more hours, fewer steps, a larger training.globalBatchSize, or remove it."
     raise Refused(
         Problem(
             where,
             f"{nearest.value} node{'s' if nearest.value != 1 else ''}: {nearest.rule}{limit}",
-            "Write more hours or fewer steps, or remove it."
-            if last is not nearest or wishes.nodes
-            else "Write more hours, fewer steps, a larger training.globalBatchSize, or remove it.",
+            fix,
         )
     )
 

@@ -23,7 +23,17 @@ from genvalues.plan.choices import (
     length_problems,
     too_few_rows,
 )
-from genvalues.plan.estimate import Estimate, Work, assumptions, cpu_node_hours, estimate, work
+from genvalues.plan.estimate import (
+    COLLECT_HOURS,
+    COMPILE_HOURS,
+    START_HOURS,
+    Estimate,
+    Work,
+    assumptions,
+    cpu_node_hours,
+    estimate,
+    work,
+)
 from genvalues.plan.memory import Memory
 from genvalues.plan.models import Model
 from genvalues.plan.prices import Price, price_per_node_hour, region_of
@@ -153,7 +163,8 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
             train + compiling for train, compiling in zip(costed.training_hours, costed.compile_hours, strict=True)
         )  # type: ignore[return-value]
 
-    chosen = choose(run, wishes(inputs), seen.model, hours)
+    compiling = COLLECT_HOURS if inputs.compile.runs_on == "cpu" else COMPILE_HOURS
+    chosen = choose(run, wishes(inputs), seen.model, hours, compiling[1] + START_HOURS[1])
     rows = run.rows or rows_of(seen.of_hub)
     to_train = todo(chosen.layout, rows)
     costed = costs(chosen.layout, to_train)

@@ -363,6 +363,11 @@ def test_hours_that_cannot_be_kept_or_are_not_known_are_mistakes() -> None:
     assert "2 nodes: takes" in refused(nodes=2, parallelism={"maxHours": 1.5}, training=STEPS)
     assert refused(parallelism={"maxHours": 0.1}, training=STEPS).startswith("parallelism.maxHours: 64 nodes: takes")
     assert "is for Trainium" in refused(instance="cpu", parallelism={"maxHours": 3}, training=STEPS)
+    compiling = refused(parallelism={"maxHours": 1}, training={"maxSteps": 1})
+    assert compiling.endswith("Write more hours, or remove it: compiling and starting alone take longer.")
+    endless = refused(parallelism={"maxHours": 3}, training={"maxSteps": 1_000_000})
+    assert "more than 64 nodes are not looked at (write nodes for more)" in endless
+    assert "fewer steps" in endless
 
 
 # --- what is not known
