@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,15 +60,16 @@ def init(
         **{"model": model, "dataset": dataset, "format": format_, "instance": instance},
         **{"nodes": nodes, "image": image, "name": name},
     }
-    given = {field: value for field, value in options.items() if value is not None}
+    given: dict[str, Any] = {field: value for field, value in options.items() if value is not None}
     ask = not yes and sys.stdin is not None and sys.stdin.isatty()
     # Until the instance is told, what would be right on the CPU is not refused: it has the fewest rules.
-    answers = Answers(**{**({"instance": CPU} if ask else {}), **given})
+    at_first: dict[str, Any] = {"instance": CPU} if ask else {}
+    answers = Answers(**{**at_first, **given})
     check_answers(answers, file)
 
-    def answered(field: str, question: str, default: str | int) -> Answers:
-        def right(text: str) -> Answers:
-            value = click.INT.convert(text, None, None) if field == "nodes" else text
+    def answered(field: str, question: str, default: Any) -> Answers:
+        def right(text: Any) -> Any:
+            value: Any = click.INT.convert(text, None, None) if field == "nodes" else text
             trial = replace(answers, **{field: value})
             wrong = [error for error in mistakes(trial, file) if option_of(error) == field]
             if wrong:
