@@ -50,6 +50,7 @@ REQUIRED_COLUMNS = {
 }
 OPTIONAL_COLUMNS = {"instruction": ["input"]}
 DEFAULT_MOUNT = "/workspace"
+STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
 
 
 def check(document: Document) -> Inputs:
@@ -165,6 +166,8 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                 f"{one_line(path)} is on this computer, which the pods on {value['instance']} cannot see",
                 f"Use a hub id, s3://, or an absolute path under {mount}, the volume.",
             )
+        elif on_cpu and not on_volume and key == ("dataset", "source") and (lacks := lacking(path, document, key)):
+            yield lacks
         elif on_cpu and not there.is_absolute():
             here = absolute(path, document.position(key).folder)
             if not os.path.exists(here):  # noqa: PTH110 - which never raises
@@ -179,6 +182,21 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                     f"{one_line(str(here), 200)} is under {mount}, where the stages have their volume",
                     "Move it elsewhere, or set chartValues.workspace.mountPath to another folder.",
                 )
+
+
+def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
+    """A dataset's file that is not here or has nothing in it; None where pods have a volume of their own for it."""
+    mounts = [get(document.value, f"chartValues.{where}.extraVolumeMounts", dict) for where in STAGES_WITH_MOUNTS]
+    here = absolute(path, document.position(key).folder)
+    if any(mounts) or (not path.startswith("/") and not os.path.exists(here)):  # noqa: PTH110 - which never raises
+        return None
+    if not os.path.exists(here):  # noqa: PTH110
+        what, fix = "no such file or folder", "Write the path of a file that is there, or one under the volume's path."
+    elif os.path.isfile(here) and not os.path.getsize(here):  # noqa: PTH113, PTH202
+        what, fix = "there is nothing in this file", "Write the path of a file with rows."
+    else:
+        return None
+    return Mistake(key, f"{what}: {one_line(str(here), 200)}", fix)
 
 
 def image_rules(value: dict[str, Any]) -> Iterator[Mistake]:

@@ -258,7 +258,7 @@ chartValues: {stages: {train: {extraEnv: {OMP_NUM_THREADS: 4}}}}
 def files_for_cpu() -> None:
     Path("models/llama").mkdir(parents=True, exist_ok=True)
     Path("data").mkdir(exist_ok=True)
-    Path("data/rows.jsonl").touch()
+    Path("data/rows.jsonl").write_text('{"instruction": "a", "answer": "b"}\n')
 
 
 @pytest.mark.parametrize(
@@ -433,13 +433,14 @@ def test_rules_that_span_keys(changes: dict[str, str | None], said: str, capsys:
 
 def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.CaptureFixture[str]) -> None:
     Path("f.yaml").write_text(
-        "model: gpt2\ninstance: cpu\ndataset: {source: /data/a.txt, format: chat, revision: main, evalFraction: 0}\n"
+        "model: gpt2\ninstance: cpu\n"
+        "dataset: {source: /workspace/a.txt, format: chat, revision: main, evalFraction: 0}\n"
         "evaluation: {enabled: true}\n"
     )
     assert genvalues("check", "f.yaml") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "f.yaml:3:32 dataset.format: a .txt file has no columns for chat. Write format: text.",
-        "f.yaml:3:46 dataset.revision: is for hub datasets, and this one is a file. Remove it.",
+        "f.yaml:3:37 dataset.format: a .txt file has no columns for chat. Write format: text.",
+        "f.yaml:3:51 dataset.revision: is for hub datasets, and this one is a file. Remove it.",
         "f.yaml:4:14 evaluation.enabled: there are no held-out rows to evaluate on. "
         "Raise dataset.evalFraction above 0.",
     ]
@@ -478,7 +479,9 @@ def test_a_source_that_the_trainer_does_not_read_is_refused(
     assert f'f.yaml:3:11 dataset.source: the text "{source}" {said}' in line
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/a/rows.jsonl", "squad", "org/set-v1.0", "org/rows.v2", "/data/a.csv"])
+@pytest.mark.parametrize(
+    "source", ["s3://bucket/a/rows.jsonl", "squad", "org/set-v1.0", "org/rows.v2", "/workspace/a.csv"]
+)
 def test_a_source_that_the_trainer_reads_is_right(source: str) -> None:
     Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{source: '{source}'}}\n")
     assert genvalues("check", "f.yaml") == 0

@@ -200,7 +200,7 @@ def put(case: Case, folder: Path) -> None:
 def prepared(folder: Path) -> None:
     (folder / "models" / "llama").mkdir(parents=True)
     (folder / "data").mkdir()
-    (folder / "data" / "rows.jsonl").touch()
+    (folder / "data" / "rows.jsonl").write_text("{}\n")
 
 
 def judge(number: int, status: int, out: str, err: str, folder: Path, before: bytes | None) -> None:

@@ -215,7 +215,7 @@ def test_what_an_unreadable_file_may_have_is_not_told_to_be_missing_or_not_to_fi
 def test_a_relative_path_is_seen_from_the_file_that_it_is_written_in(tmp_path: Path) -> None:
     for place in ("a", "b/c"):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "rows.jsonl").touch()
+        (tmp_path / place / "rows.jsonl").write_text("{}\n")
     (tmp_path / "llama").mkdir()
     Path("a/base.yaml").write_text("model: {path: ../llama}\ninstance: cpu\ndataset: {source: rows.jsonl}\n")
     Path("b/c/mine.yaml").write_text("dataset: {source: rows.jsonl}\n")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from genvalues.check import is_file, row_format
+from genvalues.check import DEFAULT_MOUNT, is_file, row_format
 from genvalues.contradictions import FLASH_ROWS
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import trainium
@@ -175,6 +175,10 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     on_ec2 = (node_hours[0] * ec2.dollars, node_hours[1] * ec2.dollars) if ec2 and node_hours else None
     most = inputs.guards.max_cost
     notes = [*chosen.notes, *([few] if few else []), *overrides(inputs)]
+    if inputs.on_cpu and isinstance(inputs.model, ModelPath) and "cannot be read" in seen.model.unknown:
+        mount = inputs.chart_values.get("workspace", {}).get("mountPath") or DEFAULT_MOUNT
+        if PurePosixPath(mount) not in PurePosixPath(inputs.model.path).parents:  # a path there is a pod's, as a rule
+            notes.append(Note(("model", "path"), f"{seen.model.unknown}: no stage here can load this model."))
     if most and costed and costed.dollars and most < costed.dollars[1]:
         text = f"{most:g} dollars may stop the run before its end: it takes up to {costed.dollars[1]:,.0f} by estimate."
         notes.append(Note(("guards", "maxCost"), text))

@@ -215,3 +215,36 @@ def test_hyperpods_dollars_are_shown_at_ec2s_price_and_called_so() -> None:
     assert "dollars, at EC2's price" in report.as_text(found)
     priced = report.as_json(made("training.maxSteps=400", "guards.pricePerNodeHour=25"))
     assert priced["estimate"]["dollarsAtEc2Price"] is None
+
+
+def test_a_local_model_whose_config_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    file = tmp_path / "finetune.yaml"
+
+    def notes(path: Path | str) -> list[str]:
+        file.write_text(f"model: {{path: {path}}}\ndataset: {{source: a/b}}\ninstance: cpu\n")
+        return [note.text for note in made(file=file).notes if note.warns]
+
+    (told,) = notes(model)
+    assert "config.json cannot be read (FileNotFoundError): no stage here can load this model" in told
+    (model / "config.json").write_text("{")
+    assert "cannot be read (JSONDecodeError)" in notes(model)[0]
+    (model / "config.json").write_text('{"model_type": "gpt2"}')
+    assert notes(model) == notes("/workspace/models/mine") == []
+
+
+def test_a_file_of_rows_that_is_missing_or_empty_is_a_mistake_on_the_cpu(tmp_path: Path) -> None:
+    file, rows = tmp_path / "finetune.yaml", tmp_path / "rows.txt"
+    for source in (str(rows), "rows.txt"):
+        rows.unlink(missing_ok=True)
+        file.write_text(f"model: HuggingFaceTB/SmolLM2-135M\ndataset: {{source: {source}}}\ninstance: cpu\n")
+        with pytest.raises(UserError, match=r"dataset\.source: no such file or folder: "):
+            made(file=file)
+        rows.write_text("")
+        with pytest.raises(UserError, match=r"dataset\.source: there is nothing in this file: "):
+            made(file=file)
+    made("dataset.source=/workspace/rows.txt", file=file)
+    mounts = "{extraVolumes: {a: {emptyDir: {}}}, extraVolumeMounts: {a: {mountPath: /a}}}"
+    file.write_text(file.read_text() + f"chartValues: {{stageDefaults: {mounts}}}\n")
+    made("dataset.source=/a/rows.txt", file=file)
