@@ -71,7 +71,7 @@ def install(
         arguments = ["upgrade", "--install", release, str(chart.resolve()), "-f", str(values_file)]
         arguments += ["--namespace", namespace, *(["--kube-context", where.context] if where.context else [])]
         arguments += ["--timeout", TIMEOUT[mode]]
-        say(f"{file} is right. Running: helm {shlex.join(arguments)}")
+        say(f"{sources.are_right}. Running: helm {shlex.join(arguments)}")
         return Following(release, namespace, where.context, mode, progress).install(arguments, follow, as_json)
 
 
