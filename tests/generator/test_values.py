@@ -234,7 +234,8 @@ def test_relative_paths_on_the_cpu_are_seen_from_the_inputs_file(
 
 
 def test_a_txt_file_is_text_and_no_held_out_rows_is_no_evaluation(tmp_path: Path) -> None:
-    values = values_of(tmp_path, "model: gpt2\ndataset: {source: /data/a.txt, evalFraction: 0}\ninstance: cpu\n")
+    (tmp_path / "a.txt").write_text("A text.\n")
+    values = values_of(tmp_path, "model: gpt2\ndataset: {source: a.txt, evalFraction: 0}\ninstance: cpu\n")
     assert (values["dataset"]["format"], values["dataset"]["columns"]) == ("text", {"text": "text"})
     assert values["evaluation"]["enabled"] is False
 
