@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_hub() -> Iterator[None]:
+    """For the generator's modules alone: the trainer's tests have a Hub of their own, in the same process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield

@@ -33,8 +33,9 @@ Another = TypeVar("Another")
 class Asking:
     """AWS in one region, with clients that are made once and give up soon. Safe to use from several threads."""
 
-    def __init__(self, region: str) -> None:
+    def __init__(self, region: str, now: datetime | None = None) -> None:
         self.region = region
+        self.now = now or datetime.now(timezone.utc)  # one for all checks: what is judged by it agrees
         self._session: Any = None
         self._clients: dict[str, Any] = {}
         self._lock = threading.Lock()  # making a client is not for two threads at once (boto3's guide); using one is
@@ -214,10 +215,9 @@ def check_capacity(asking: Asking, wanted: Wanted) -> list[Finding]:
     )
     blocks = [one for one in judge.active(reservations or []) if judge.is_block(one)]
     in_blocks = judge.instances_in(blocks)
-    now = datetime.now(timezone.utc)
     return [
         *(unknown or [judge.judge_quota(quota, wanted, asking.region, in_blocks)]),
-        *(unseen or judge.judge_reservations(reservations or [], wanted, asking.region, now)),
+        *(unseen or judge.judge_reservations(reservations or [], wanted, asking.region, asking.now)),
     ]
 
 

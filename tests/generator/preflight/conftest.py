@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from genvalues.preflight.aws import Asking
 from genvalues.preflight.wanted import Wanted
 
 REGION, ACCOUNT = "us-west-2", "123456789012"
+NOW = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 VALUES: dict[str, Any] = {
     "name": "llama-lora",
@@ -67,7 +69,7 @@ def nobodys_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def asking() -> Asking:
-    return Asking(REGION)
+    return Asking(REGION, NOW)
 
 
 @pytest.fixture

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from botocore.stub import Stubber
 
-from generator.preflight.conftest import ACCOUNT, DIGEST, HYPERPOD, REGION, STATIC, own_storage_class, wanted
+from generator.preflight.conftest import ACCOUNT, DIGEST, HYPERPOD, NOW, REGION, STATIC, own_storage_class, wanted
 from genvalues.findings import Finding
 from genvalues.preflight import aws, judge
 from genvalues.preflight.aws import Asking
 from genvalues.preflight.wanted import Wanted
 
 Stub = Callable[[str], Stubber]
-NOW = datetime.now(timezone.utc)
 BY_TYPE = {"Filters": [{"Name": "instance-type", "Values": ["trn1.32xlarge"]}]}
 
 
