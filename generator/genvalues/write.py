@@ -25,7 +25,7 @@ from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_named
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.nested import get
-from genvalues.plan.choices import Refused
+from genvalues.plan.layout import Refused
 from genvalues.plan.planning import Plan, Priced, known_price, look, plan
 from genvalues.sources import Sources
 from genvalues.values import values_from

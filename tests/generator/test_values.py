@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from genvalues import __version__, chart, helm, inputs, inputs_schema, instances
 from genvalues.errors import UserError
 from genvalues.inputs import inputs_from
-from genvalues.plan.choices import Layout
+from genvalues.plan.layout import Layout
 from genvalues.plan.planning import look, plan
 from genvalues.sources import Sources
 from genvalues.values import values_from

@@ -11,18 +11,8 @@ from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import trainium
 from genvalues.plan import dataset, models
 from genvalues.plan.architectures import target_names
-from genvalues.plan.choices import (
-    Choice,
-    Layout,
-    Note,
-    Refused,
-    Rejection,
-    Run,
-    Wishes,
-    choose,
-    length_problems,
-    too_few_rows,
-)
+from genvalues.plan.candidates import length_problems, too_few_rows
+from genvalues.plan.choices import choose
 from genvalues.plan.estimate import (
     COLLECT_HOURS,
     COMPILE_HOURS,
@@ -34,6 +24,7 @@ from genvalues.plan.estimate import (
     estimate,
     work,
 )
+from genvalues.plan.layout import Choice, Layout, Note, Refused, Rejection, Run, Wishes
 from genvalues.plan.memory import Memory
 from genvalues.plan.models import Model
 from genvalues.plan.prices import Price, price_per_node_hour, region_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from genvalues.plan.choices import gib
+from genvalues.plan.candidates import gib
 from genvalues.plan.estimate import Range
 from genvalues.plan.planning import Plan
 

@@ -16,7 +16,7 @@ from genvalues.errors import UserError
 from genvalues.inputs import inputs_from
 from genvalues.plan import dataset
 from genvalues.plan.architectures import known, table
-from genvalues.plan.choices import Refused
+from genvalues.plan.layout import Refused
 from genvalues.plan.models import Model
 from genvalues.plan.planning import Plan, Seen, look, plan
 from genvalues.sources import Sources
@@ -111,7 +111,8 @@ def test_every_layout_that_is_chosen_is_one_that_the_trainer_takes(model: str, i
 @pytest.mark.parametrize("target", ["trn1", "trn2"])
 def test_the_rules_of_sizes_are_the_trainers(model: str, target: str) -> None:
     """A size that one of the two refuses for a model, the other does."""
-    from genvalues.plan.choices import Run, size_problems
+    from genvalues.plan.candidates import size_problems
+    from genvalues.plan.layout import Run
 
     rules = pytest.importorskip("llama_lora.backends.neuron.rules")
     instance = instances.TRAINIUM[{"trn1": "trn1.32xlarge", "trn2": "trn2.48xlarge"}[target]]
