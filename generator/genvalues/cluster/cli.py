@@ -35,7 +35,7 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
     @user_errors_end_with_status_2
     def wrapper(**options: Any) -> None:
         from .api import ApiError, NotAllowed
-        from .gate import CannotAsk
+        from .asking import CannotAsk
 
         # A container's first process ignores SIGTERM unless it says otherwise, and would cost its pod 30 s.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
@@ -97,15 +97,18 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
         genvalues cluster gate --config /etc/llama-lora/cluster.yaml --run-config /etc/llama-lora/run.yaml \\
           --stage train --job llama-lora-train-3
     """
-    from . import api, gate
+    from . import api
+    from .asking import ask_trainer
     from .config import load
+    from .failures import StageFailed, describe_failure
+    from .gate import gate
 
     settings = load(config)
     server = api.connect(settings.namespace, say=click.echo)
     try:
-        gate.gate(server, settings, stage, job, lambda of: gate.ask_trainer(of, run_config), click.echo)
-    except gate.StageFailed as failure:
-        click.echo(gate.describe_failure(stage, failure))
+        gate(server, settings, stage, job, lambda of: ask_trainer(of, run_config), click.echo)
+    except StageFailed as failure:
+        click.echo(describe_failure(stage, failure))
         return failure.status
     return 0
 

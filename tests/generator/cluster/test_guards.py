@@ -17,8 +17,11 @@ from generator.cluster.objects import Object, Operator, pod, pytorch_job
 from generator.cluster.test_gate import EARLIER, OWN, QUICK, is_going, is_released, nothing_happens
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
+from genvalues.cluster.asking import ask_trainer
 from genvalues.cluster.config import ClusterConfig, Guards
-from genvalues.cluster.gate import Pace, StageFailed, StoppedByGuard, ask_trainer, describe_failure, gate
+from genvalues.cluster.failures import StageFailed, StoppedByGuard, describe_failure
+from genvalues.cluster.follower import Pace
+from genvalues.cluster.gate import gate
 from genvalues.cluster.guards import (
     Ledger,
     Limit,

@@ -187,8 +187,8 @@ def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_some
     found = look()
     assert (found.outcome, found.exit_status) == ("stopped", 2)
     assert found.reason == "train stopped: guards.maxCost 40 dollars is reached. Raise it"
-    gate_text = (ROOT / "generator/genvalues/cluster/gate.py").read_text()
-    assert 'f"stopped: {why()}' in gate_text, "the gate's words"
+    follower_text = (ROOT / "generator/genvalues/cluster/follower.py").read_text()
+    assert 'f"stopped: {why()}' in follower_text, "the gate's words"
 
 
 def test_a_stage_past_its_deadline_says_so_and_one_that_a_cleanup_stopped_is_stopped(run: Run, fake: FakeApi) -> None:
