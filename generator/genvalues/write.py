@@ -47,16 +47,23 @@ class Checked:
     plan: Plan
 
 
-def checked(sources: Sources, offline: bool = False, price: PriceOf = known_price) -> Checked:
+def checked(
+    sources: Sources, offline: bool = False, price: PriceOf = known_price, *, count_rows: bool = False
+) -> Checked:
     """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr.
 
-    ``offline``: the Hub is not asked about a model that nobody here knows. ``price``: see ``planned``.
+    ``offline``: the Hub is not asked about a model that nobody here knows. ``price`` gives another price than the
+    table's. ``count_rows``: see ``look``.
     """
     document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
     inputs = check(document)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
-    made = planned(inputs, document, offline, price)
+    try:
+        made = plan(inputs, look(inputs, offline, count_rows), price(inputs))
+    except Refused as refused:  # a wish that cannot be kept is a mistake at its key
+        document.raise_mistakes(Mistake(problem.key, problem.what, problem.fix) for problem in refused.problems)
+        raise
     values = values_from(inputs, made)
     check_against(find_chart(sources.chart), values, document)
     for found in warnings(values):
@@ -65,15 +72,6 @@ def checked(sources: Sources, offline: bool = False, price: PriceOf = known_pric
         if note.warns:
             print(f"warning: {document.error(Mistake(note.key, note.text))}", file=sys.stderr)
     return Checked(document, inputs, values, made)
-
-
-def planned(inputs: Inputs, document: Document, offline: bool, price: PriceOf) -> Plan:
-    """The plan; a wish that cannot be kept is a mistake at its key. ``price`` gives another price than the table's."""
-    try:
-        return plan(inputs, look(inputs, offline), price(inputs))
-    except Refused as refused:
-        document.raise_mistakes(Mistake(problem.key, problem.what, problem.fix) for problem in refused.problems)
-        raise
 
 
 def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:

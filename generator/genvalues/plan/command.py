@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from genvalues.errors import UserError
 from genvalues.inputs import Inputs
-from genvalues.plan import dataset
-from genvalues.plan.models import is_offline
-from genvalues.plan.planning import Plan, Priced, is_of_hub, known_price, look, plan
+from genvalues.plan.planning import Plan, Priced, known_price
 from genvalues.plan.prices import live_price, region_of
 from genvalues.sources import Sources
 from genvalues.write import checked
@@ -28,11 +25,6 @@ def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) 
         where = region or region_of(inputs.image)
         if where is None:
             raise UserError("needs a region", where="--live", fix="Write --region, such as us-west-2.")
-        return live_price(inputs.instance, where), ""
+        return Priced(live_price(inputs.instance, where))
 
-    found = checked(sources, offline, price)
-    wanted = found.inputs.dataset
-    if offline or is_offline(os.environ) or found.plan.estimate is None or not is_of_hub(wanted.source):
-        return found.plan
-    counted = dataset.on_hub(wanted.source, wanted.config, wanted.split or "train")
-    return plan(found.inputs, look(found.inputs)._replace(of_hub=counted), price(found.inputs))
+    return checked(sources, offline, price, count_rows=True).plan

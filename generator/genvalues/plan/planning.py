@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from genvalues.check import DEFAULT_MOUNT, is_file, row_format
 from genvalues.contradictions import FLASH_ROWS
 from genvalues.inputs import Inputs, ModelPath
-from genvalues.instances import trainium
+from genvalues.instances import HYPERPOD, trainium
 from genvalues.plan import dataset, models
 from genvalues.plan.architectures import target_names
 from genvalues.plan.candidates import length_problems, too_few_rows
@@ -29,7 +30,13 @@ from genvalues.plan.memory import Memory
 from genvalues.plan.models import Model
 from genvalues.plan.prices import Price, price_per_node_hour, region_of
 
-Priced = tuple[Price | None, str]  # (dollars a node-hour, "") or (None, why there is none and what to write)
+
+class Priced(NamedTuple):
+    """What a node-hour costs; or why that is not known, and, for HyperPod, what it is on EC2 in the same region."""
+
+    price: Price | None
+    unknown: str = ""
+    on_ec2: Price | None = None
 
 
 class Seen(NamedTuple):
@@ -60,26 +67,33 @@ class Plan(NamedTuple):
     estimate: Estimate | None
     price: Price | None
     price_unknown: str
-    dollars_on_ec2: tuple[float, float] | None  # at EC2's price, where HyperPod's is not known
+    price_on_ec2: Price | None  # where HyperPod's own is not known
+    dollars_on_ec2: tuple[float, float] | None
     lora_parameters: int | None
     notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
 
 
-def look(inputs: Inputs, offline: bool = False) -> Seen:
-    """Model and dataset, as far as they can be seen from here. On the CPU their paths are absolute by now."""
+def look(inputs: Inputs, offline: bool = False, count_rows: bool = False) -> Seen:
+    """Model and dataset, as far as they can be seen from here. On the CPU their paths are absolute by now.
+
+    ``count_rows``: the Hub is asked how many rows its dataset has, where hours and dollars follow from that.
+    """
     if isinstance(inputs.model, ModelPath):
         model = models.at_path(inputs.model.path, here=inputs.on_cpu)
     else:
         hub_id, _, revision = inputs.model.partition("@")
         # On the CPU nothing is chosen by the model, so nobody waits for the Hub.
         model = models.on_hub(hub_id, revision, offline or inputs.on_cpu)
-    source = inputs.dataset.source
+    wanted = inputs.dataset
+    source = wanted.source
     if inputs.on_cpu and is_file(source):
         examples = dataset.count(Path(source))
         return Seen(model, examples, "this file's rows cannot be counted cheaply")
     if is_of_hub(source):
-        return Seen(model, None, "nobody here knows how many rows this dataset of the Hub has")
+        asks = count_rows and not (offline or models.is_offline(os.environ) or inputs.on_cpu) and model.architecture
+        counted = dataset.on_hub(source, wanted.config, wanted.split or "train") if asks else None
+        return Seen(model, None, "nobody here knows how many rows this dataset of the Hub has", counted)
     return Seen(model, None, "the rows of a dataset on S3 or on the volume are not counted here")
 
 
@@ -112,7 +126,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     )
     if instance and (problems := list(length_problems(run, seen.model.architecture))):
         raise Refused(*problems)
-    price, price_unknown = priced or known_price(inputs)
+    price, price_unknown, ec2 = priced or known_price(inputs)
 
     def todo(layout: Layout, rows: tuple[int, int] | None = run.rows) -> Work:
         return work(rows, training.epochs, training.max_steps, layout.global_batch, run.length, seen.rows_unknown)
@@ -161,7 +175,6 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     costed = costs(chosen.layout, to_train)
     total = None if training.max_steps is not None or not rows else max(1, round(rows[1] * training.epochs))
     few = too_few_rows(chosen.layout, rows, total, wishes(inputs))
-    ec2 = price_on_ec2(inputs) if price is None else None
     node_hours = costed.trainium_node_hours if costed else None
     on_ec2 = (node_hours[0] * ec2.dollars, node_hours[1] * ec2.dollars) if ec2 and node_hours else None
     most = inputs.guards.max_cost
@@ -187,6 +200,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         estimate=costed,
         price=price,
         price_unknown=price_unknown,
+        price_on_ec2=ec2,
         dollars_on_ec2=on_ec2,
         lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
         notes=tuple(notes),
@@ -235,24 +249,20 @@ def known_price(inputs: Inputs, region: str | None = None) -> Priced:
     """The inputs' guards.pricePerNodeHour, else the table's price in ``region`` (left out: the image's)."""
     written = inputs.guards.price_per_node_hour
     if written is not None:
-        return Price(written, "guards.pricePerNodeHour"), ""
+        return Priced(Price(written, "guards.pricePerNodeHour"))
     if inputs.on_cpu:
-        return None, "a CPU node may be anything"
+        return Priced(None, "a CPU node may be anything")
     region = region or region_of(inputs.image)
     if found := price_per_node_hour(inputs.instance, region):
-        return found, ""
+        return Priced(found)
     told = f"no price known for {inputs.instance}" + (f" in {region}" if region else "")
     told += ": give guards.pricePerNodeHour, or ask with --live"
-    if ec2 := price_on_ec2(inputs, region):
-        plain = inputs.instance.removeprefix("ml.")
-        told += f" (on EC2, where HyperPod's price is not the same, {plain} is ${ec2.dollars:g})"
-    return None, told
-
-
-def price_on_ec2(inputs: Inputs, region: str | None = None) -> Price | None:
-    """EC2's price for a HyperPod instance whose own nobody here knows: to show, never for guards.pricePerNodeHour."""
-    plain = inputs.instance.removeprefix("ml.")
-    return None if plain == inputs.instance else price_per_node_hour(plain, region or region_of(inputs.image))
+    # EC2's price for a HyperPod instance: to show, never for guards.pricePerNodeHour.
+    plain = inputs.instance.removeprefix(HYPERPOD)
+    ec2 = price_per_node_hour(plain, region) if plain != inputs.instance else None
+    if ec2:
+        told += f" (on EC2, where HyperPod's price is not the same, {plain} is ${ec2.dollars:g} in {ec2.region})"
+    return Priced(None, told, ec2)
 
 
 def overrides(inputs: Inputs) -> list[Note]:

@@ -115,8 +115,8 @@ def cost_lines(plan: Plan) -> list[tuple[str, ...]]:
     )
     if plan.price is None:
         lines.append(("dollars", "not known", plan.price_unknown))
-        if plan.dollars_on_ec2:
-            why = "HyperPod's price is another and not known here"
+        if plan.dollars_on_ec2 and plan.price_on_ec2:
+            why = f"in {plan.price_on_ec2.region}; HyperPod's price is another and not known here"
             lines.append(("dollars, at EC2's price", figures(plan.dollars_on_ec2, "$"), why))
         return lines
     price = plan.price
@@ -214,6 +214,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         else None,
         "price": camel(plan.price._asdict()) if plan.price else None,
         "priceUnknown": plan.price_unknown or None,
+        "priceOnEc2": camel(plan.price_on_ec2._asdict()) if plan.price_on_ec2 else None,
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
         "notes": [note.text for note in plan.notes],
     }

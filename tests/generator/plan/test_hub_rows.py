@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from genvalues import hub
+from genvalues.errors import UserError
 from genvalues.hub import Answer
-from genvalues.plan import dataset
+from genvalues.plan import choices, dataset
 from genvalues.plan.command import planned
+from genvalues.plan.prices import Price
 from genvalues.sources import Sources
 from genvalues.write import checked
 
@@ -53,6 +55,43 @@ def test_what_is_chosen_is_what_write_writes(asked: list[str]) -> None:
     written = checked(Sources((FILE,))).plan
     assert (plan.layout, plan.choices, plan.rejected) == (written.layout, written.choices, written.rejected)
     assert written.work.steps is None
+
+
+def test_a_plan_is_made_once_by_one_price(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, prices = [], []
+
+    def choose(*arguments: Any) -> Any:
+        plans.append(arguments)
+        return choices.choose(*arguments)
+
+    def live_price(instance: str, region: str) -> Price:
+        prices.append(instance)
+        return Price(20.0, "AWS Pricing API, on demand", region, "today")
+
+    monkeypatch.setattr("genvalues.plan.planning.choose", choose)
+    monkeypatch.setattr("genvalues.plan.command.live_price", live_price)
+    assert planned(Sources((FILE,)), live=True, offline=False, region=None).work.steps == (82, 164)
+    assert (len(plans), len(prices), len(asked)) == (1, 1, 1)
+
+
+def test_a_limit_below_the_estimate_from_the_hubs_rows_is_a_warning_too(
+    asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("guards.pricePerNodeHour=25", "guards.maxCost=5")
+    planned(Sources((FILE,), sets), live=False, offline=False, region=None)
+    assert "--set guards.maxCost=5: 5 dollars may stop the run before its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["lora.rank=3", "nodes=two"])
+def test_nobody_is_asked_about_inputs_with_a_mistake(asked: list[str], wrong: str) -> None:
+    with pytest.raises(UserError):
+        planned(Sources((FILE,), (wrong,)), live=False, offline=False, region=None)
+    assert asked == []
+
+
+def test_neither_check_nor_write_asks_for_rows(asked: list[str]) -> None:
+    checked(Sources((FILE,)))
+    assert asked == []
 
 
 def test_offline_nobody_is_asked(asked: list[str]) -> None:

@@ -213,8 +213,28 @@ def test_hyperpods_dollars_are_shown_at_ec2s_price_and_called_so() -> None:
     assert shown["estimate"]["dollarsAtEc2Price"] == pytest.approx([21.5 * each for each in hours], rel=1e-4)
     assert shown["price"] is shown["estimate"]["dollars"] is None
     assert "dollars, at EC2's price" in report.as_text(found)
+    assert shown["priceOnEc2"]["dollars"] == 21.5
     priced = report.as_json(made("training.maxSteps=400", "guards.pricePerNodeHour=25"))
-    assert priced["estimate"]["dollarsAtEc2Price"] is None
+    assert priced["estimate"]["dollarsAtEc2Price"] is priced["priceOnEc2"] is None
+
+
+def test_every_price_is_that_of_the_region_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """values/trn1.yaml has its image in us-west-2."""
+    rows = {"us-west-2": {"trn1.32xlarge": [20.0, "a"]}, "us-east-2": {"trn1.32xlarge": [30.0, "a"]}}
+    monkeypatch.setattr("genvalues.plan.prices.table", lambda: {"regions": rows, "dated": "2026-01-01"})
+    for region, dollars in ((None, 20), ("us-east-2", 30)):
+        of_ec2 = made("training.maxSteps=400", "instance=trn1.32xlarge", region=region)
+        assert of_ec2.price and (of_ec2.price.dollars, of_ec2.price.region) == (dollars, region or "us-west-2")
+        assert of_ec2.price.region in report.as_text(of_ec2)
+        found = made("training.maxSteps=400", region=region)
+        assert found.estimate and found.dollars_on_ec2
+        assert found.dollars_on_ec2[0] == pytest.approx(dollars * found.estimate.trainium_node_hours[0])  # type: ignore[index]
+        assert f"trn1.32xlarge is ${dollars} in {region or 'us-west-2'}" in found.price_unknown
+        line = next(line for line in report.as_text(found).splitlines() if "dollars, at EC2's price" in line)
+        assert f"in {region or 'us-west-2'}; HyperPod's price is another" in line
+    elsewhere = made("training.maxSteps=400", region="eu-west-1")
+    assert elsewhere.price_on_ec2 is elsewhere.dollars_on_ec2 is None
+    assert "no price known for ml.trn1.32xlarge in eu-west-1" in report.as_text(elsewhere)
 
 
 def test_a_local_model_whose_config_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
