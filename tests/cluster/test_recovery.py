@@ -25,7 +25,7 @@ from cluster.space import (
     Space,
     asking_for_neuron,
     run,
-    seconds_of_jobs,
+    skipping,
     stand_in,
     uids,
 )
@@ -199,10 +199,9 @@ def test_upgrade_with_nothing_changed_asks_for_no_neuron_and_takes_5_s_a_stage_a
 
     with no_neuron_node():
         began = time.monotonic()
-        llama.upgrade(values())
+        took = skipping(space, lambda: llama.upgrade(values()))
     assert manifests(space, BEFORE_TRAINING) + manifests(space, FROM_TRAINING_ON) == before + after
     assert asking_for_neuron(space, began) == set()
-    took = seconds_of_jobs(space, began)
     assert took.keys() == {"preflight", "tokenize", "compile-gate", "train-gate", "consolidate", "merge"}
     assert {stage: seconds for stage, seconds in took.items() if seconds > 5} == {}
 
