@@ -12,7 +12,7 @@ from typing import Any
 from genvalues.chart import written_in_chart_values
 from genvalues.contradictions import Contradiction, contradictions
 from genvalues.document import Document, Mistake
-from genvalues.explain import MISSING, schema_mistakes, shown
+from genvalues.explain import MISSING, UNKNOWN, schema_mistakes, shown
 from genvalues.inputs import Inputs, inputs_from
 from genvalues.instances import CPU, HYPERPOD, NAMES, refusal
 from genvalues.nested import get, merge, without_null
@@ -61,8 +61,9 @@ def check(document: Document) -> Inputs:
     else:  # what is missing, or does not go together, may be otherwise in the file that could not be read
         found = [mistake for mistake in found if mistake.what != MISSING]
     # A value that YAML itself made senseless is not also told that its type is wrong.
-    read_badly = {mistake.key for mistake in document.mistakes if mistake.key}
-    document.raise_mistakes([*document.mistakes, *(other for other in found if other.key not in read_badly)])
+    read_badly = {mistake.key for mistake in document.mistakes if not document.holds(mistake.key)}
+    told = [mistake for mistake in found if mistake.what == UNKNOWN or mistake.key not in read_badly]
+    document.raise_mistakes([*document.mistakes, *told])
     return inputs_from(document.value)
 
 

@@ -1,7 +1,7 @@
 """YAML files, one laid over the other, that know where every key stands, so that a mistake is shown where it was made.
 
 YAML 1.2's core schema: 5e-5 is a number, yes and on are text, 2024-01-01 is text. What has no place in such a file
-(tags, aliases, two keys of one name, NaN) is a mistake, not a surprise.
+(tags, anchors, aliases, two keys of one name, NaN) is a mistake, not a surprise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from genvalues.assignments import NUMBER, Assignment, NotAnAssignment, assignmen
 from genvalues.errors import UserError, UserErrors
 from genvalues.keys import kinds, may_be_null
 from genvalues.wording import KeyPath, dotted, one_line, redacted
-from genvalues.yamltext import CORE_SCHEMA, DEPTH, PREFIX, UnreadableYAML, compose, decode, place
+from genvalues.yamltext import (
+    ALIAS,
+    CORE_SCHEMA,
+    DEPTH,
+    PREFIX,
+    UnreadableYAML,
+    anchor_of,
+    compose,
+    decode,
+    place,
+)
 
 DIGITS = 300  # of a number: more is no number that anybody means
 MOST_MISTAKES = 200  # of a file; with more, it is not the file that was meant
@@ -59,6 +69,16 @@ class Document:
         self.positions: dict[KeyPath, Position] = {}
         self.mistakes: list[Mistake] = []
         self.is_whole = True  # no file is left out because it could not be read
+
+    def holds(self, key: KeyPath) -> bool:
+        """Whether anything was read there: not where all that is written is a mistake."""
+        value: Any = self.value
+        for part in key:
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return value not in (None, {}, [])
 
     def position(self, key: KeyPath) -> Position:
         """Where ``key`` was written, or the nearest key around it."""
@@ -208,6 +228,7 @@ class Reader:
     def plain(self, node: yaml.Node | None, key: KeyPath = ()) -> Any:
         if node is None:
             return None
+        self.refuse_anchor(node, key)
         if isinstance(node, yaml.MappingNode) and node.tag == PREFIX + "map":
             return dict(self.items(node, key))
         if isinstance(node, yaml.SequenceNode) and node.tag == PREFIX + "seq":
@@ -223,6 +244,9 @@ class Reader:
     def items(self, node: yaml.MappingNode, key: KeyPath) -> Iterator[tuple[str, Any]]:
         seen: dict[str, Position] = {}
         for key_node, value_node in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag == ALIAS:
+                self.scalar(key_node, key)
+                continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != PREFIX + "str":
                 shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
                 self.mistake(
@@ -234,6 +258,7 @@ class Reader:
                 self.mistake(key, "a key must be one line of text", KEY_FIX, key_node)
                 continue
             inner = (*key, name)
+            self.refuse_anchor(key_node, inner)
             if name == "<<" and key_node.style is None:
                 self.mistake(key, "the merge key << is not read here", "Write out the keys it stands for.", key_node)
                 continue
@@ -243,8 +268,14 @@ class Reader:
             seen[name] = self.positions[inner] = self.position_of(key_node)
             yield name, self.plain(value_node, inner)
 
+    def refuse_anchor(self, node: yaml.Node, key: KeyPath) -> None:
+        if name := anchor_of(node):
+            self.mistake(key, f"the anchor &{one_line(name)} is not read here", f"Remove &{one_line(name)}.", node)
+
     def scalar(self, node: yaml.ScalarNode, key: KeyPath) -> Any:
         text = node.value
+        if node.tag == ALIAS:
+            return self.mistake(key, f"the alias *{one_line(text)} is not read here", "Write its value out.", node)
         kind = node.tag.removeprefix(PREFIX)
         if kind == "str":
             if has_surrogate(text):
@@ -275,17 +306,14 @@ class Reader:
 def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Iterable[str] = ()) -> Document:
     """Read a file, those laid over it, and the --set that change them.
 
-    Notes the mistakes; a file that cannot be read is one of them, and what the others say stays to be checked. Raises
-    where no file can be read.
+    Notes the mistakes; a file that cannot be read is one of them, and what the others say stays to be checked.
     """
     document = Document(file)
-    unreadable: list[UserError] = []
     for order, path in enumerate((file, *overlays)):
         try:
             reader = Reader(path, order)
             value = reader.value(empty=bool(overlays))
         except UserError as error:
-            unreadable.append(error)
             document.is_whole = False
             document.mistakes.append(Mistake((), error.what, error.fix, Position(order, 0, 0, error.where)))
             continue
@@ -293,8 +321,6 @@ def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Ite
             document.value, document.positions, document.mistakes = value, reader.positions, reader.mistakes
         else:
             document.lay_over(value, reader.positions, reader.mistakes)
-    if len(unreadable) > len(overlays):
-        raise unreadable[0] if len(unreadable) == 1 else UserErrors(unreadable)
     order = len(overlays)
     for as_text, texts in ((False, sets), (True, set_strings)):  # Helm's order
         for text in texts:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
 MISSING = "missing"
+UNKNOWN = "unknown key"
 ALSO_CALLED = {  # names from other tools for ours
     "rank": "r",
     "lorar": "r",
@@ -105,7 +106,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         for name in found:
             if name not in properties:
                 needed = [key for key in rules.get("required", []) if key not in found]
-                yield Mistake((*key, name), "unknown key", did_you_mean(name, key, properties, needed, schema))
+                yield Mistake((*key, name), UNKNOWN, did_you_mean(name, key, properties, needed, schema))
     elif keyword == "required":
         for name in wanted:
             if name not in found:
@@ -125,8 +126,10 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword in BOUNDS:
         yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
     elif keyword == "uniqueItems":
-        twice = sorted({str(item) for item in found if found.count(item) > 1})
-        yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
+        # nulls are told one by one
+        twice = sorted({str(item) for item in found if item is not None and found.count(item) > 1})
+        if twice:
+            yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
     elif keyword in ("minLength", "minItems"):
         yield Mistake(key, "must not be empty", described)
     elif keyword == "maxLength":

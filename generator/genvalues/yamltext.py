@@ -18,6 +18,7 @@ NOT_READABLE = "Name a file that you may read."
 SYNTAX_FIX = "Write key: value lines, and text with : # [ { or % in it in single quotes."
 DEPTH = 50  # levels of keys and lists; those we know are 7 deep
 PREFIX = "tag:yaml.org,2002:"
+ALIAS = "alias"  # the tag of the node that stands in an alias's place, whose value is its name
 
 FLOAT = (
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -52,19 +53,15 @@ class UnreadableYAML(Exception):
 
 
 class ShallowLoader(yaml.SafeLoader):
-    """PyYAML, which recurses into a document no deeper than ours are, and by default follows no alias.
+    """PyYAML, which recurses into a document no deeper than ours are.
 
     Not its C loader, which has other marks and words, and ends the process where a document is deep.
     """
 
-    aliases = False
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) and not self.aliases:
-            what = f"the alias *{one_line(event.anchor or '')} is not read here"
-            raise UnreadableYAML(what, "Write its value out.", *place(event.start_mark))
         if isinstance(event, yaml.CollectionStartEvent) and self.depth == DEPTH:
             raise UnreadableYAML(f"more than {DEPTH} levels deep", "Write it flatter.", *place(event.start_mark))
         self.depth += 1
@@ -74,13 +71,29 @@ class ShallowLoader(yaml.SafeLoader):
 
 
 class CoreSchemaLoader(ShallowLoader):
-    """YAML 1.2's idea of what is a number and what is text."""
+    """YAML 1.2's idea of what is a number and what is text. Follows no alias: see ``anchor_of`` and ``ALIAS``."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()
+            start: Any = event.start_mark
+            return yaml.ScalarNode(ALIAS, event.anchor, start)
+        name, event.anchor = event.anchor, None  # PyYAML would refuse two of one name, in words of its own
+        node = super().compose_node(parent, index)
+        if node is not None:
+            vars(node)["anchor"] = name
+        return node
+
+
+def anchor_of(node: yaml.Node) -> str:
+    """The name of the anchor that a node of ``compose`` has; empty where it has none."""
+    return getattr(node, "anchor", None) or ""
 
 
 class HelmLoader(ShallowLoader):
     """Helm's idea of what is a number and what is text."""
 
-    aliases = True
     bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
 

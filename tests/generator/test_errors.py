@@ -151,7 +151,6 @@ def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.Capture
         (b"a: [1, 2\nb: 3\n", "f.yaml:2:2: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
         (b"a: caf\xe9\n", "f.yaml:1:7: not UTF-8 text. Save the file as UTF-8."),
         (b"a: 1\n---\nb: 1\n", "f.yaml:2:1: not valid YAML: expected a single document in the stream"),
-        (b"a: &x 1\nb: *x\n", "f.yaml:2:4: the alias *x is not read here. Write its value out."),
         (b"a: \x07\n", "f.yaml:1:4: the character U+0007 is not allowed in YAML. Remove it."),
         (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:1: not valid YAML: an escape in it stands for no character"),
         (b"a: " + b"[" * 20000 + b"]" * 20000, "f.yaml:1:53: more than 50 levels deep"),
@@ -160,7 +159,6 @@ def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.Capture
         (b"model: a/b\0", "f.yaml:1:11: the character U+0000 is not allowed in YAML. Remove it."),
         (RIGHT.encode("utf-16"), "f.yaml:1:1: not UTF-8 text. Save the file as UTF-8."),
         (RIGHT.encode() + b"d\xe9: x\n", "f.yaml:22:2: not UTF-8 text. Save the file as UTF-8."),
-        (b"lora: &l {r: 8}\nname: *l\n", "f.yaml:2:7: the alias *l is not read here. Write its value out."),
         (b"%YAML 3.0\n---\na: 1\n", "f.yaml:1:1: not valid YAML: found incompatible YAML document (version 1.* is re"),
     ],
 )
@@ -193,6 +191,11 @@ def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
             "lora: {<<: {r: 8}}",
             "f.yaml:22:8 lora: the merge key << is not read here. Write out the keys it stands for.",
         ),
+        ("lora: {r: &x 8}", "f.yaml:22:11 lora.r: the anchor &x is not read here. Remove &x."),
+        ("lora: {r: *x}", "f.yaml:22:11 lora.r: the alias *x is not read here. Write its value out."),
+        ("lora: {&x r: 8}", "f.yaml:22:8 lora.r: the anchor &x is not read here. Remove &x."),
+        ("lora: {*x : 8}", "f.yaml:22:8 lora: the alias *x is not read here. Write its value out."),
+        ("lora: &x", "f.yaml:22:7 lora: the anchor &x is not read here. Remove &x."),
         ("lora: {r: yes}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "yes". (rank)'),
         ("lora: {r: 1_000}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1_000". (rank)'),
         ("lora: {r: 1:30}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1:30". (rank)'),
@@ -212,6 +215,79 @@ def test_a_value_that_yaml_makes_strange_is_told_in_its_place(
     )
     assert genvalues("check", "f.yaml") == 2
     assert said in capsys.readouterr().err.splitlines()
+
+
+ANCHORS = """\
+name: &x foo
+model: &m
+  path: *x
+dataset: &d {source: &s a/b, <<: *m, format: &x texts}
+instance: *undefined
+lora: &l {targetModules: [&q q_proj, *q, *q], rank: *r}
+training: !!map &t {epochs: &e zero}
+nodes: &n two
+"""
+
+
+def test_anchors_and_aliases_are_told_each_in_its_place_and_hide_no_other_mistake(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("f.yaml").write_text(ANCHORS)
+    assert genvalues("check", "f.yaml") == 2
+    assert [": ".join(line.split(". ")[0].split(": ")[:2]) for line in capsys.readouterr().err.splitlines()] == [
+        "f.yaml:1:7 name: the anchor &x is not read here",
+        "f.yaml:2:8 model: the anchor &m is not read here",
+        "f.yaml:3:9 model.path: the alias *x is not read here",
+        "f.yaml:4:10 dataset: the anchor &d is not read here",
+        "f.yaml:4:22 dataset.source: the anchor &s is not read here",
+        "f.yaml:4:30 dataset: the merge key << is not read here",
+        'f.yaml:4:38 dataset.format: the text "texts" is not one of its values',
+        "f.yaml:4:46 dataset.format: the anchor &x is not read here",
+        "f.yaml:5:11 instance: the alias *undefined is not read here",
+        "f.yaml:6:7 lora: the anchor &l is not read here",
+        "f.yaml:6:27 lora.targetModules[0]: the anchor &q is not read here",
+        "f.yaml:6:38 lora.targetModules[1]: the alias *q is not read here",
+        "f.yaml:6:42 lora.targetModules[2]: the alias *q is not read here",
+        "f.yaml:6:47 lora.rank: unknown key",
+        "f.yaml:6:53 lora.rank: the alias *r is not read here",
+        "f.yaml:7:11 training: the anchor &t is not read here",
+        'f.yaml:7:21 training.epochs: must be a number, not the text "zero"',
+        "f.yaml:7:29 training.epochs: the anchor &e is not read here",
+        'f.yaml:8:1 nodes: must be a whole number or null, not the text "two"',
+        "f.yaml:8:8 nodes: the anchor &n is not read here",
+    ]
+
+
+def test_a_file_of_aliases_of_aliases_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"l{number}: &l{number} [{', '.join([f'*l{number - 1}'] * 9)}]" for number in range(1, 60)]
+    Path("f.yaml").write_text("\n".join([RIGHT, *lines]))
+    started = time.monotonic()
+    assert genvalues("check", "f.yaml") == 2
+    assert time.monotonic() - started < 10
+    assert "f.yaml:23:10 l1[0]: the alias *l0 is not read here. " in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_set_is_told_beside_a_file_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.yaml").write_text("")
+    Path("syntax.yaml").write_text("a: [\n")
+    Path("latin.yaml").write_bytes(b"a: caf\xe9\n")
+    sets = ("--set-string", "x", "--set", "lora", "--set", "lora.rank=3,lora.r=x", "--set", "lora.r=1e999")
+    for name, where in (
+        *[("absent.yaml", ""), (".", ""), ("empty.yaml", ""), ("syntax.yaml", ":2:1")],
+        *[("latin.yaml", ":1:7")],
+    ):
+        assert genvalues("check", name, *sets) == 2
+        assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+            name + where,
+            "--set lora",
+            "--set lora.rank=3",
+            "--set lora.r=1e999",
+            "--set-string x",
+        ]
+    assert genvalues("check", "absent.yaml", "-f", "syntax.yaml", *sets[:2]) == 2
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *("absent.yaml", "syntax.yaml:2:1", "--set-string x"),
+    ]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake_and_move_no_place(

@@ -178,8 +178,8 @@ def test_a_mapping_takes_the_place_of_what_is_none_and_the_other_way_round() -> 
 
 
 def test_a_syntax_error_is_told_of_every_file_that_has_one_whatever_is_overridden() -> None:
-    lines = told(*files(base="name: [\n", trn2=TRN2, mine="a: *b\n"), Path("absent.yaml"))
-    assert [line.split(": ")[0] for line in lines] == ["base.yaml:2:1", "mine.yaml:1:4", "absent.yaml"]
+    lines = told(*files(base="name: [\n", trn2=TRN2, mine="a: b: c\n"), Path("absent.yaml"))
+    assert [line.split(": ")[0] for line in lines] == ["base.yaml:2:1", "mine.yaml:1:5", "absent.yaml"]
 
 
 def test_what_the_readable_files_have_is_told_beside_the_syntax_errors_of_the_others() -> None:
