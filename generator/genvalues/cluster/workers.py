@@ -12,46 +12,21 @@ from collections import deque
 from . import api as kinds
 from .api import Api, ApiError, Object
 from .objects import JOB_NAME, End, ends_of, is_over, name_of, started_container
+from .podlog import PodLog
 
 TAIL_LINES = 40
 LINE_LENGTH = 500
 
 
-class Tail(threading.Thread):
+class Tail:
     """The end of one pod's log, across restarts of its container."""
 
     def __init__(self, api: Api, pod: str, container: str, interval: float) -> None:
-        super().__init__(daemon=True)
         self.pod = pod
         self.lines: deque[str] = deque(maxlen=TAIL_LINES)
-        self.over = threading.Event()  # nothing new will come
-        self._api = api
-        self._container = container
-        self._interval = interval
-        self._last_time = ""
+        self.log = PodLog(api, pod, container, self.keep, interval=interval, tail=TAIL_LINES, every=False)
 
-    def run(self) -> None:
-        while True:
-            last_look = self.over.is_set()
-            try:
-                for line in self._api.log(self.pod, self._container, tail=TAIL_LINES):
-                    self._keep(line)
-            except ApiError as error:
-                if error.status == 404:
-                    return
-            except kinds.TRANSPORT_ERRORS:
-                pass  # the API server is away; the lines are still there when it is back
-            if last_look:
-                return
-            self.over.wait(self._interval)
-
-    def _keep(self, line: str) -> None:
-        """A line with its time in front. What was seen before the stream broke off comes again and is left out."""
-        written, _, text = line.partition(" ")
-        if written <= self._last_time or not written[:1].isdigit():  # the kubelet's own words have no time
-            return
-        self._last_time = written
-        text = text.rstrip().rsplit("\r", 1)[-1]  # a progress bar draws its line again and again
+    def keep(self, text: str) -> None:
         self.lines.append(text[:LINE_LENGTH])
 
 
@@ -77,9 +52,9 @@ class Workers:
         with self._lock:
             tails = list(self._tails.values())
         for tail in tails:
-            tail.over.set()
+            tail.log.over.set()
         for tail in tails:
-            tail.join(max(0.0, ends - time.monotonic()))
+            tail.log.join(max(0.0, ends - time.monotonic()))
 
     def observe(self, pod: Object) -> None:
         """Take in one state of a pod; the order in which states come does not matter."""
@@ -88,9 +63,9 @@ class Workers:
             uid = pod["metadata"]["uid"]
             if uid not in self._tails and (container := started_container(pod)) and not self._closed.is_set():
                 self._tails[uid] = Tail(self._api, name_of(pod), container, self._interval)
-                self._tails[uid].start()
+                self._tails[uid].log.start()
             if uid in self._tails and is_over(pod):
-                self._tails[uid].over.set()
+                self._tails[uid].log.over.set()
 
     def first_failure(self) -> End | None:
         """The end that most likely caused the others: a status 2 first, else the earliest that is not success.

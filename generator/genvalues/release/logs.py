@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, NotAllowed
+from genvalues.cluster.api import Api
 from genvalues.cluster.objects import COMPONENT, INSTANCE, created, is_over, name_of, started_container
+from genvalues.cluster.podlog import PodLog
 from genvalues.errors import Unavailable, UserError
 from genvalues.wording import one_line
 
 from .stages import GATE, Object, StageStatus
-from .status import ReleaseStatus, Watcher, text_of_line, told_in_a_line
+from .status import ReleaseStatus, Watcher, told_in_a_line
 
 INTERVAL = 2.0  # seconds between two looks at which pods there are
 STAGE_SECONDS = 10.0  # and at whether the stage has ended
@@ -130,8 +131,7 @@ class Reader:
         for pod in pods:
             uid = pod["metadata"]["uid"]
             if uid not in self._follows and (container := started_container(pod)):
-                self._follows[uid] = PodLog(self, name_of(pod), container)
-                self._follows[uid].start()
+                self._follows[uid] = self.begun(name_of(pod), container)
             if uid in self._follows and is_over(pod):
                 self._follows[uid].over.set()
         living = {pod["metadata"]["uid"] for pod in pods}
@@ -139,6 +139,17 @@ class Reader:
             if uid not in living:
                 log.over.set()
         return bool(self._follows)
+
+    def begun(self, pod: str, container: str) -> PodLog:
+        def take(text: str) -> None:
+            with self._lock:
+                self.write(f"[{pod}] {text}" if self.prefixed else text)
+
+        log = PodLog(self.server, pod, container, take, interval=INTERVAL, tail=self.tail)
+        if not self.follow:
+            log.over.set()
+        log.start()
+        return log
 
     def pods(self, component: str) -> Sequence[Object]:
         labels = f"{INSTANCE} in ({self.release},{self.release}-run),{COMPONENT}={component}"
@@ -154,51 +165,6 @@ class Reader:
         for log in self._follows.values():
             if log.refused:
                 raise log.refused
-
-    def line(self, pod: str, text: str) -> None:
-        with self._lock:
-            self.write(f"[{pod}] {text}" if self.prefixed else text)
-
-
-class PodLog(threading.Thread):
-    """One pod's log. A stream that breaks off, or ends because the container starts again, is taken up where it was."""
-
-    def __init__(self, reader: Reader, pod: str, container: str) -> None:
-        super().__init__(daemon=True)
-        self.reader = reader
-        self.pod = pod
-        self.container = container
-        self.over = threading.Event()
-        self.refused: NotAllowed | None = None
-        self._last_time = ""
-
-    def run(self) -> None:
-        tail = self.reader.tail
-        while True:
-            last_look = self.over.is_set() or not self.reader.follow
-            try:
-                for line in self.reader.server.log(self.pod, self.container, tail=tail, follow=not last_look):
-                    self.take(line)
-            except NotAllowed as error:
-                self.refused = error
-                return
-            except ApiError as error:
-                if error.status == 404:
-                    return
-            except kinds.TRANSPORT_ERRORS:
-                pass  # the API server is away; the lines are still there when it is back
-            if last_look:
-                return
-            tail = None if self._last_time else tail
-            self.over.wait(INTERVAL)
-
-    def take(self, line: str) -> None:
-        """What was seen before the stream broke off comes again and is left out."""
-        written = line.partition(" ")[0]
-        if written <= self._last_time or not written[:1].isdigit():  # the kubelet's own words have no time
-            return
-        self._last_time = written
-        self.reader.line(self.pod, text_of_line(line))
 
 
 def is_worker(pod: Object) -> bool:

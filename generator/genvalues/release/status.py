@@ -15,6 +15,7 @@ import yaml
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, ServerAway
 from genvalues.cluster.objects import INSTANCE, component_of, created, is_over, name_of
+from genvalues.cluster.podlog import text_of_line
 from genvalues.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.inputs import DNS_NAME
 from genvalues.nested import get
@@ -258,11 +259,6 @@ class Watcher:
             inner = find_record(inner_name, self.server.namespace, self.context) if record.runner else None
             self._records, self._records_of, self._records_at = (record, inner), state, time.monotonic()
         return record, inner
-
-
-def text_of_line(line: str) -> str:
-    """A line of a log without the time in front; of a progress bar, which draws its line again, the last state."""
-    return line.partition(" ")[2].rstrip().rsplit("\r", 1)[-1]
 
 
 @contextmanager

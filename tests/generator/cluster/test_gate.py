@@ -21,7 +21,6 @@ from genvalues.cluster.failures import StageFailed, describe_failure
 from genvalues.cluster.follower import Pace
 from genvalues.cluster.gate import gate
 from genvalues.cluster.progress import describe_progress
-from genvalues.cluster.workers import Tail
 from genvalues.errors import UserError
 
 OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
@@ -176,14 +175,6 @@ def test_the_tail_keeps_what_a_container_wrote_before_its_restart(
     failure = running.fails()
     assert failure.tail == ["Traceback", "ValueError: bad shard", "starting"]
     assert "ended with status 1" in failure.reason
-
-
-def test_what_the_kubelet_says_when_there_is_no_log_is_no_line_of_it(api: Api) -> None:
-    tail = Tail(api, "worker-0", "pytorch", 0.1)
-    lost = "unable to retrieve container logs for containerd://1f89"
-    for line in ("2026-01-01T00:00:00Z one", lost, "2026-01-01T00:00:01Z two"):
-        tail._keep(line)
-    assert list(tail.lines) == ["one", "two"]
 
 
 def test_out_of_memory_is_named(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
