@@ -56,7 +56,8 @@ def write_named(path: Path, content: bytes, mode: int | None = None) -> None:
 
 def place_of(path: Path) -> Path:
     """The file that ``path``, as a person named it, is or will be. Raises OSError where its folder is not there (it may
-    be mistyped: none is made), and where the file may not be written to, though it could be replaced.
+    be mistyped: none is made) or takes no file, where it is a folder itself, and where the file may not be written to,
+    though it could be replaced.
     """
     place = Path(os.path.realpath(path))
     for folder in (path.parent, place.parent):
@@ -64,6 +65,10 @@ def place_of(path: Path) -> Path:
             raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}")
     if place.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"you may not write to the folder {path.parent}")
     if place.exists():
         mode = stat.S_IMODE(place.stat().st_mode)
         if not mode & 0o222 or not os.access(place, os.W_OK):  # root has access whatever the mode says

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import stat
 import tarfile
 import time
@@ -235,17 +236,39 @@ def test_the_end_of_a_long_log_is_kept(run: Run, fake: FakeApi, monkeypatch: pyt
     assert log.endswith(" line 99\n") and len(log) <= 100 and log.startswith("2025-")
 
 
-def test_json_says_where_it_is_and_a_place_that_cannot_be_written_is_one_line(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_says_where_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pack("--json")
     document = json.loads(capsys.readouterr().out)
     assert document["file"] == "b.tar.gz" and "bundle/values.yaml" in document["files"]
-    Path("here").mkdir()
-    assert genvalues("bundle", "demo", "-n", "team-a", "-o", "here") == 2
-    assert "-o here: cannot be written" in capsys.readouterr().err.splitlines()[-1]
-    assert genvalues("bundle", "demo", "-n", "team-a", "-o", "no/such.tar.gz") == 2
-    assert "-o no/such.tar.gz: cannot be written: there is no folder no." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("folder", "-o folder: cannot be written: this is a folder. Name a file"),
+        ("no/such.tar.gz", "-o no/such.tar.gz: cannot be written: there is no folder no. Name a file"),
+        ("read-only.tar.gz", "-o read-only.tar.gz: cannot be written: the file that is there is read-only (mode 444)."),
+        ("closed/b.tar.gz", "-o closed/b.tar.gz: cannot be written: you may not write to the folder closed."),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_asked(
+    run: Run,
+    fake: FakeApi,
+    helm: FakeHelm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    said: str,
+) -> None:
+    Path("folder").mkdir()
+    Path("closed").mkdir()
+    Path("read-only.tar.gz").touch(mode=0o444)
+    access = os.access  # root, as whom tests may run, has it everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
+    assert genvalues("bundle", "demo", "-n", "team-a", "-o", output) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert not fake.requests and not helm.calls
     assert not Path("no").exists()
 
 
