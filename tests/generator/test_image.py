@@ -271,6 +271,36 @@ def test_a_link_to_the_file_stays_a_link(aws: Aws, builder: Builder) -> None:
     assert Path("f.yaml").is_symlink() and DIGEST in Path("real.yaml").read_text()
 
 
+def test_a_file_that_is_read_only_is_told_before_anything_is_built(
+    aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").chmod(0o444)
+    assert genvalues("image", "push", "f.yaml") == 2
+    assert last_line(capsys) == (
+        "f.yaml: cannot be written: the file that is there is read-only (mode 444). Make it writable: its image's "
+        "digest is to be written there."
+    )
+    assert builder.commands == []
+
+
+def test_a_file_made_read_only_during_the_build_stays_and_the_digest_is_told(
+    aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aws.repository()
+    aws.passwords(2)
+    done = build.build_image
+
+    def build_image(job: build.Job) -> None:
+        done(job)
+        Path("f.yaml").chmod(0o444)
+
+    monkeypatch.setattr(build, "build_image", build_image)
+    assert genvalues("image", "push", "f.yaml") == 2
+    line = last_line(capsys)
+    assert line.startswith("f.yaml: cannot be written: ") and f"Write image: {IMAGE}@{DIGEST} into it." in line
+    assert Path("f.yaml").read_bytes() == INPUTS.encode()
+
+
 def test_another_registry_is_pushed_to_with_the_users_own_login(
     aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

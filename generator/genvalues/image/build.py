@@ -19,7 +19,7 @@ from genvalues import __version__
 from genvalues.check import check
 from genvalues.document import Document, read
 from genvalues.errors import UserError
-from genvalues.files import write_text
+from genvalues.files import place_of, write_named
 from genvalues.image import ecr
 from genvalues.image.plan import (
     BUILDERS,
@@ -210,18 +210,20 @@ def run(step: str, job: Job, arguments: tuple[str, ...], *, secret: str = "", re
 
 
 def check_unchanged(job: Job) -> None:
-    """Raises UserError where the file has the reference in no way that we could change: before hours of building."""
+    """Raises UserError where the digest could not be written into the file: before hours of building."""
     with_reference(job, job.reference)
+    try:
+        place_of(job.file)
+    except OSError as error:
+        fix = "Make it writable: its image's digest is to be written there."
+        raise UserError(f"cannot be written: {error.strerror}", where=str(job.file), fix=fix) from None
 
 
 def write_digest(job: Job, digest: str) -> None:
     """Into the file, the rest of it byte for byte as it is. A build takes long: the file is read anew."""
     text = with_reference(job, job.image.at(digest))
-    path = job.file.resolve()  # a link stays one
-    mode = path.stat().st_mode
     try:
-        write_text(path, text)
-        path.chmod(mode & 0o7777)
+        write_named(job.file, text.encode("utf-8"))
     except OSError as error:
         fix = f"Write image: {job.image.at(digest)} into it."
         raise UserError(f"cannot be written: {error.strerror}", where=str(job.file), fix=fix) from None
