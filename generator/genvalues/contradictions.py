@@ -25,6 +25,8 @@ SECRETS_FIX = (
 
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
 DURATION = re.compile(r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?")  # the chart's rule
+STALL_TIMEOUT = "30m"  # of a training whose graphs are compiled: the chart's, too
+COMPILING_STALL_TIMEOUT = "2h"  # of one that may compile for an hour in its first step (chart/values.yaml, guards)
 GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl), which the gate keeps back
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
@@ -73,6 +75,16 @@ def warnings(values: Values) -> Iterator[Contradiction]:
             (*at("image.repository"), ("image",)),
             "123456789012 is the account of AWS's examples, not yours: nothing can be pulled from there",
             "Write your own, then: genvalues image push.",
+        )
+
+    timeout = get(values, "guards.stallTimeout", str)
+    compiles = get(values, "backend", str) == "neuron" and get(values, "compile.onMismatch", str) == "warn"
+    if compiles and timeout and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
+        yield Contradiction(
+            at("guards.stallTimeout", "compile.onMismatch"),
+            f"{timeout} may end the training in its first step, which with compile.onMismatch: warn may compile for an "
+            "hour",
+            f"Write {COMPILING_STALL_TIMEOUT}, or leave it out, which is that.",
         )
 
 
@@ -191,6 +203,13 @@ def guards(values: Values) -> Iterator[Contradiction]:
             f"{one_line(timeout)!r} is no time to wait for a step",
             "Write one like 45m or 1h30m, or '' for none.",
         )
+
+
+def seconds(duration: str) -> int:
+    """Of a text that DURATION takes."""
+    return sum(
+        int(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in re.findall("([0-9]+)([hms])", duration)
+    )
 
 
 def storage(values: Values) -> Iterator[Contradiction]:

@@ -202,7 +202,7 @@ class Guards:
         pattern=DURATION,
         max_length=32,
         description="train is stopped after so long without a step, such as 45m or 1h30m; empty: never. "
-        "30m on Trainium, never on cpu, when left out",
+        "30m on Trainium, 2h with compile.onMismatch: warn, never on cpu, when left out",
     )
     price_per_node_hour: float | None = setting(
         None, gt=0, le=LARGE, description="dollars that a node costs an hour; the price list's, when left out"

@@ -8,11 +8,10 @@ from genvalues.check import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format, spli
 from genvalues.inputs import Dataset, Inputs, ModelPath, Storage, plain
 from genvalues.instances import HYPERPOD, trainium
 from genvalues.nested import merge
-from genvalues.plan.planning import Plan
+from genvalues.plan.planning import Plan, stall_timeout
 
 # A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
 HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
-STALL_TIMEOUT = "30m"  # the chart's, too
 
 
 def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """As written; a price of the table where there is one. A laptop may stand still as long as it likes."""
     written = plain(inputs.guards)
     if written["stallTimeout"] is None:
-        written["stallTimeout"] = "" if inputs.on_cpu else STALL_TIMEOUT
+        written["stallTimeout"] = "" if inputs.on_cpu else stall_timeout(inputs).value
     return written | {"pricePerNodeHour": plan.price.dollars if plan.price else None}
 
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from genvalues import contradictions, inputs
+from genvalues.sources import Sources
+from genvalues.write import checked
 
 CHART = Path(__file__).parents[2] / "chart"
+TRN1 = CHART.parent / "values/trn1.yaml"
 
 
 def told(**guards: Any) -> list[str]:
@@ -49,6 +53,52 @@ def test_a_time_is_one_or_is_refused(written: str, right: bool) -> None:
     found = told(stallTimeout=written)
     assert (not found) == right
     assert all("Write one like 45m or 1h30m, or '' for none." in message for message in found)
+
+
+@pytest.mark.parametrize(
+    ("sets", "timeout", "warned"),
+    [
+        ((), "30m", ""),
+        (("compile.onMismatch=warn",), "2h", ""),
+        (("chartValues.compile.onMismatch=warn",), "2h", ""),
+        (("compile.onMismatch=warn", "chartValues.compile.onMismatch=refuse"), "30m", ""),
+        (("compile.onMismatch=warn", "instance=cpu", "image=null", "nodes=1"), "", ""),
+        (("compile.onMismatch=warn", "guards.stallTimeout=3h"), "3h", ""),
+        (("compile.onMismatch=warn", "guards.stallTimeout=120m"), "120m", ""),
+        (("compile.onMismatch=warn", "guards.stallTimeout=1h59m60s"), "1h59m60s", ""),
+        (("compile.onMismatch=warn", "guards.stallTimeout="), "", ""),
+        (("guards.stallTimeout=1h59m59s",), "1h59m59s", ""),
+        (("compile.onMismatch=warn", "guards.stallTimeout=1h59m59s"), "1h59m59s", "guards.stallTimeout"),
+        (("compile.onMismatch=warn", "guards.stallTimeout=30m"), "30m", "guards.stallTimeout"),
+        (
+            ("chartValues.compile.onMismatch=warn", "chartValues.guards.stallTimeout=30m"),
+            *("30m", "chartValues.guards.stallTimeout"),
+        ),
+    ],
+)
+def test_a_training_that_may_compile_may_stand_still_for_so_long(
+    sets: tuple[str, ...], timeout: str, warned: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = checked(Sources((TRN1,), sets))
+    assert made.values["guards"]["stallTimeout"] == timeout
+    lines = [line for line in capsys.readouterr().err.splitlines() if "onMismatch: warn may compile" in line]
+    assert [line.split(": ")[:2] for line in lines] == ([["warning", f"--set {warned}={timeout}"]] if warned else [])
+    assert all(line.endswith(". Write 2h, or leave it out, which is that.") for line in lines)
+
+
+def test_the_plan_says_how_long_a_training_may_stand_still_and_why() -> None:
+    def chosen(*sets: str) -> list[tuple[Any, str]]:
+        choices = checked(Sources((TRN1,), sets)).plan.choices
+        return [(choice.value, choice.reason) for choice in choices if choice.key == "guards.stallTimeout"]
+
+    ((plain, _),) = chosen()
+    ((compiling, why),) = chosen("compile.onMismatch=warn")
+    assert (plain, compiling) == ("30m", "2h") and "compile.onMismatch: warn" in why
+    assert chosen("guards.stallTimeout=5h") == [("5h", "as written")]
+    assert chosen("guards.stallTimeout=") == [("never", "as written")]
+    assert chosen("instance=cpu", "image=null", "nodes=1") == []
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert values["guards"]["stallTimeout"] == plain, "the chart's, too"
 
 
 def test_inputs_and_chart_take_the_same_times() -> None:

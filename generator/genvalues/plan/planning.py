@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from genvalues.check import DEFAULT_MOUNT, is_file, row_format
-from genvalues.contradictions import FLASH_ROWS
+from genvalues.contradictions import COMPILING_STALL_TIMEOUT, FLASH_ROWS, STALL_TIMEOUT
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import HYPERPOD, trainium
+from genvalues.nested import get
 from genvalues.plan import dataset, models
 from genvalues.plan.architectures import target_names
 from genvalues.plan.candidates import length_problems, too_few_rows
@@ -193,7 +194,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         attention=uses,
         attention_reason=attention_reason(inputs, uses),
         layout=chosen.layout,
-        choices=chosen.choices,
+        choices=(*chosen.choices, *([stall_timeout(inputs)] if instance else [])),
         rejected=chosen.rejected,
         memory=chosen.memory,
         work=to_train,
@@ -245,6 +246,17 @@ def attention_reason(inputs: Inputs, uses: str) -> str:
     return f"flash takes rows of a multiple of {FLASH_ROWS}, not of {inputs.training.max_sequence_length}"
 
 
+def stall_timeout(inputs: Inputs) -> Choice:
+    """guards.stallTimeout, which on Trainium must be longer than what comes before the first step."""
+    key, written = "guards.stallTimeout", inputs.guards.stall_timeout
+    if written is not None:
+        return Choice(key, written or "never", "as written", wished=True)
+    if (get(inputs.chart_values, "compile.onMismatch", str) or inputs.compile.on_mismatch) == "warn":
+        reason = "with compile.onMismatch: warn the first step may wait for an hour of compiling"
+        return Choice(key, COMPILING_STALL_TIMEOUT, reason)
+    return Choice(key, STALL_TIMEOUT, "nothing is compiled in train; longer than reading the model takes, as a rule")
+
+
 def known_price(inputs: Inputs, region: str | None = None) -> Priced:
     """The inputs' guards.pricePerNodeHour, else the table's price in ``region`` (left out: the image's)."""
     written = inputs.guards.price_per_node_hour
@@ -270,7 +282,7 @@ def overrides(inputs: Inputs) -> list[Note]:
     over = inputs.chart_values
     named = [
         f"chartValues.{section}"
-        for section in ("parallelism", "training", "lora", "model", "devices")
+        for section in ("parallelism", "training", "lora", "model", "devices", "compile", "guards")
         if over.get(section)
     ]
     if not named:
