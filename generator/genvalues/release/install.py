@@ -17,7 +17,7 @@ from typing import Any
 from genvalues.chart import need_chart
 from genvalues.errors import Unavailable, UserError
 from genvalues.files import write_text
-from genvalues.helm import STDERR, NoSuchRelease, find_helm, run_helm
+from genvalues.helm import NoSuchRelease, find_helm, run_helm
 from genvalues.inputs import DNS_NAME
 from genvalues.process import STOP_SIGNALS
 from genvalues.sources import Sources
@@ -86,9 +86,16 @@ class Progress:
 
     def when_stopped(self) -> str:
         if self.is_installed and self.mode == "detached":
-            again = f"genvalues status {self.release} --watch --namespace {self.namespace}"
-            return f"Stopped following. The cluster goes on with {self.release}. Follow it again: {again}"
+            return f"Stopped following. The cluster goes on with {self.release}. Follow it again: {self.watched()}"
         return f"Stopped. What the cluster has begun of {self.release} goes on; the same command takes it up again."
+
+    def when_not_followed(self) -> str:
+        if self.mode == "detached":
+            return f"The cluster goes on with {self.release}. Follow it: {self.watched()}"
+        return f"{self.release}: done. Look: genvalues status {self.release} --namespace {self.namespace}"
+
+    def watched(self) -> str:
+        return f"genvalues status {self.release} --watch --namespace {self.namespace}"
 
 
 def plan_line(found: Checked) -> str:
@@ -137,14 +144,22 @@ class Following:
     def install(self, arguments: list[str], follow: bool, as_json: bool) -> int:
         # Attached, Helm itself stays to the end: there the stages are told meanwhile.
         attached = self.mode == "attached"
-        status = run_helm(
-            arguments,
-            meanwhile=self.look if attached and follow else None,
-            output=STDERR if as_json else None,  # whose notes are not the document
-        )
+        # Helm's notes are for who installs with Helm alone: what they tell is told here. Not every Helm that we allow
+        # has --hide-notes, and those that have it print more than notes.
+        with tempfile.TemporaryFile() as held_back:
+            status = run_helm(
+                arguments, meanwhile=self.look if attached and follow else None, output=held_back.fileno()
+            )
+            if status:
+                held_back.seek(0)
+                for line in held_back.read().decode(errors="replace").splitlines():
+                    say(line)
         self.progress.is_installed = status == 0
-        if not follow and not as_json:
-            return 1 if status else 0
+        if not follow:
+            if status == 0:
+                say(self.progress.when_not_followed())
+            if not as_json:
+                return 1 if status else 0
         if follow and not attached and status == 0:
             self.follower.to_the_end()
         return self.end(status, follow, as_json)

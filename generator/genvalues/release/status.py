@@ -53,6 +53,7 @@ class ReleaseStatus:
     devices: dict[str, int] = field(default_factory=dict)  # held now
     nodes: tuple[str, ...] = ()  # on which pods of this release run
     not_read: tuple[str, ...] = ()
+    result: str = ""  # where the merged model is, once the pipeline is done
 
     @property
     def is_over(self) -> bool:
@@ -121,8 +122,14 @@ def judged(record: Record, inner: Record | None, seen: Seen, not_read: Sequence[
         devices=devices_of(living),
         nodes=tuple(sorted({pod["spec"]["nodeName"] for pod in living if pod["spec"].get("nodeName")})),
         not_read=tuple(not_read),
+        result=result_of(record) if outcome == "done" else "",
     )
     return replace(status, reason=reason_of(status, record))
+
+
+def result_of(record: Record) -> str:
+    name, claim = parsed(record, "run.yaml").get("name"), get(cluster_config(record), "claim.name", str)
+    return f"runs/{name}/merged on the volume of claim {claim}" if name and claim else ""
 
 
 def outcome_of(record: Record, stages: Sequence[StageStatus], runner: StageStatus | None) -> Outcome:
@@ -174,8 +181,12 @@ def runner_of(record: Record, seen: Seen) -> StageStatus:
 
 def cluster_config(record: Record) -> dict[str, Any]:
     """cluster.yaml, with which the chart tells about the release."""
+    return parsed(record, "cluster.yaml")
+
+
+def parsed(record: Record, file: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(record.config("cluster.yaml"))
+        found = yaml.safe_load(record.config(file))
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -375,7 +386,7 @@ def failure_lines(status: ReleaseStatus) -> list[str]:
 
 def closing_lines(status: ReleaseStatus) -> list[str]:
     """What is said below the stages."""
-    lines = []
+    lines = [f"the merged model: {status.result}"] if status.result else []
     if money := cost_words(status.cost, status.max_cost):
         lines.append(f"cost: {money}")
     if status.devices:

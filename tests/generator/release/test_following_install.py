@@ -127,7 +127,7 @@ def test_what_helm_refuses_leaves_no_release_to_tell_about(
 ) -> None:
     helm.ends_with(1)
     assert install() == 1
-    assert capfd.readouterr().err.splitlines()[-1] == "Error:", "Helm's own words are the last"
+    assert capfd.readouterr().err.splitlines()[-2:] == ["Error:", "NOTES"], "Helm's own words are the last"
 
 
 def test_detached_it_follows_after_helm_and_ends_as_the_runner_does(
@@ -151,7 +151,8 @@ def test_detached_it_follows_after_helm_and_ends_as_the_runner_does(
     assert install("--set", "mode=detached") == 0
     going_on.result(PATIENCE)
     err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("demo: done, 8 stages run")
+    assert err[-2].startswith("demo: done, 8 stages run")
+    assert err[-1] == "the merged model: runs/demo/merged on the volume of claim demo-workspace"
 
 
 def test_detached_no_follow_ends_when_helm_does_and_json_says_what_there_is(

@@ -92,17 +92,33 @@ def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
     assert fake.paths[1:] == ["/api/v1/namespaces/of-the-environment/secrets"]
 
 
-@pytest.mark.parametrize(("of_helm", "ours"), [(0, 0), (1, 1), (2, 1), (127, 1)])
-def test_helms_output_comes_through_and_its_failure_is_status_1(
+@pytest.mark.parametrize(("of_helm", "ours"), [(1, 1), (2, 1), (127, 1)])
+def test_what_helm_says_is_shown_where_it_fails_and_its_failure_is_status_1(
     fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], of_helm: int, ours: int
 ) -> None:
     helm.ends_with(of_helm)
     assert install("-n", "x") == ours
     out, err = capfd.readouterr()
-    assert out == "NOTES\n"
-    told, of_stderr = err.splitlines()
+    told, *of_stderr_and_stdout = err.splitlines()
+    assert out == ""
     assert told.startswith("f.yaml is right. Running: helm upgrade --install demo ")
-    assert of_stderr == "Error:"
+    assert of_stderr_and_stdout == ["Error:", "NOTES"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("attached", "demo: done. Look: genvalues status demo --namespace x"),
+        ("detached", "The cluster goes on with demo. Follow it: genvalues status demo --watch --namespace x"),
+    ],
+)
+def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], mode: str, said: str
+) -> None:
+    assert install("--set", f"mode={mode}", "-n", "x") == 0
+    out, err = capfd.readouterr()
+    _, of_stderr, last = err.splitlines()
+    assert (out, of_stderr, last) == ("", "Error:", said), "what Helm warns about on stderr comes through"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +226,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
         "waiting",
         "demo",  # is pending-install
         "f.yaml",
+        "demo:",  # done
     ]
 
 
