@@ -32,6 +32,7 @@ from genvalues.yamltext import (
 )
 
 DIGITS = 300  # of a number: more is no number that anybody means
+LONGEST_PATH = 4096  # characters, as on Linux
 MOST_MISTAKES = 200  # of a file; with more, it is not the file that was meant
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
 KEY_FIX = "Write key: value, the key a name."
@@ -85,7 +86,7 @@ class Document:
         for length in range(len(key), -1, -1):
             if key[:length] in self.positions:
                 return self.positions[key[:length]]
-        return Position(0, 1, 1, f"{self.path}:1:1", self.path.parent)
+        return Position(0, 1, 1, f"{shown(self.path)}:1:1", self.path.parent)
 
     def lay_over(self, value: dict[str, Any], positions: dict[KeyPath, Position], mistakes: list[Mistake]) -> None:
         """Take what a later file says: mappings key by key, all else instead of what was there; null takes away."""
@@ -205,11 +206,13 @@ class Reader:
 
     def value(self, *, empty: bool) -> dict[str, Any]:
         """What the file holds. Raises what leaves nothing to check; nothing at all is such, unless it may be empty."""
-        name = str(self.path)
+        name = shown(self.path)
         try:
             node = compose(decode(self.path, name))
         except UnreadableYAML as error:
             raise error.at(name) from None
+        if isinstance(node, yaml.ScalarNode) and node.tag == PREFIX + "null":  # --- and no more
+            node = None
         if node is None and empty:
             return {}
         if node is None:
@@ -223,7 +226,7 @@ class Reader:
 
     def position_of(self, node: yaml.Node) -> Position:
         line, column = place(node.start_mark)
-        return Position(self.order, line, column, f"{self.path}:{line}:{column}", self.path.parent)
+        return Position(self.order, line, column, f"{shown(self.path)}:{line}:{column}", self.path.parent)
 
     def plain(self, node: yaml.Node | None, key: KeyPath = ()) -> Any:
         if node is None:
@@ -327,6 +330,11 @@ def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Ite
             order += 1
             document.set(text, order, as_text=as_text)
     return document
+
+
+def shown(path: Path) -> str:
+    """A file's name, whole and in one line."""
+    return one_line(str(path), LONGEST_PATH)
 
 
 def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from genvalues.accepts import accepts
 from genvalues.document import MOST_MISTAKES, Mistake
 from genvalues.instances import HYPERPOD
-from genvalues.keys import inputs_schema, resolve
+from genvalues.keys import inputs_schema, kinds, resolve
 from genvalues.wording import SECRET_KEYS, KeyPath, dotted, one_line
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
     return [error for error in found if rank.get(str(error.validator), 2) == best[tuple(error.absolute_path)]]
 
 
+def words_of(branches: list[dict[str, Any]]) -> list[Any]:
+    """What may stand there that is one word, where the schema names it."""
+    return [branch["const"] for branch in branches if "const" in branch]
+
+
 def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
     """What a list may hold, where the schema names it all."""
     items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
@@ -92,6 +98,10 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     described = purpose(key, schema)
     if keyword == "anyOf" and any(found in items_of(branch, schema) for branch in wanted):
         yield Mistake(key, f"must be a list, not {shown(found, key)}", f"Write [{found}].")
+    elif keyword == "anyOf" and (
+        alone := [each for each in words_of(wanted) if isinstance(found, list) and each in found]
+    ):
+        yield Mistake(key, f"{alone[0]} stands by itself, not in a list", f"Write {alone[0]} without brackets.")
     elif keyword == "anyOf":
         fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
         if len(fitting) == 1:
@@ -196,9 +206,9 @@ def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
         branches = [branch for node in properties + items for branch in (node, *node.get("anyOf", []))]
         described = next((node["description"] for node in properties if "description" in node), described)
         nodes = [resolve(branch, schema) for branch in branches]
-    kinds = [node for node in nodes if node.get("type", "null") != "null"]
-    blocks = [node["properties"] for node in kinds if key and "properties" in node]
-    inside = blocks[0] if len(blocks) == len(kinds) == 1 else []
+    not_null = [node for node in nodes if node.get("type", "null") != "null"]
+    blocks = [node["properties"] for node in not_null if key and "properties" in node]
+    inside = blocks[0] if len(blocks) == len(not_null) == 1 else []
     words = [described.rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
     return f"({'; '.join(filter(None, words))})" if any(words) else ""
 
@@ -244,7 +254,14 @@ def did_you_mean(
     name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
 ) -> str:
     """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
+    listed = f"(keys: {', '.join(properties)})"
+    parts = name.split(".")
+    if len(parts) > 1 and kinds((*inside, *parts)):  # as errors and --set have it
+        nested = functools.reduce(lambda inner, part: f"{{{part}: {inner}}}", reversed(parts), "...")
+        return f"Write {nested[1:-1]}. {listed}"
     plain = re.sub(r"[-_ ]", "", name).lower()
+    if inside == ("model",) and plain in ("id", "name", "revision"):  # as the chart's values have it
+        return f"A model of the Hub is written model: ID@REVISION. {listed}"
     here = {key.lower(): key for key in properties}
     guess = ""
     if plain in here:
@@ -258,7 +275,7 @@ def did_you_mean(
         *close_matches(plain, here, 0.7),
     ]:
         guess = dotted((*inside, here[close[0]]))
-    return f"{f'Did you mean {guess}? ' if guess else ''}(keys: {', '.join(properties)})"
+    return f"{f'Did you mean {guess}? ' if guess else ''}{listed}"
 
 
 def keys_named(name: str, schema: dict[str, Any]) -> str:

@@ -15,10 +15,16 @@ from genvalues.wording import one_line, redacted
 
 MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
 NOT_READABLE = "Name a file that you may read."
-SYNTAX_FIX = "Write key: value lines, and text with : # [ { or % in it in single quotes."
+SYNTAX_FIX = (
+    "Write key: value lines, those of a block indented alike, and text with : # [ { or % in it in single quotes."
+)
 DEPTH = 50  # levels of keys and lists; those we know are 7 deep
 PREFIX = "tag:yaml.org,2002:"
 ALIAS = "alias"  # the tag of the node that stands in an alias's place, whose value is its name
+
+# What PyYAML says of a quote or bracket that is not closed, and of a line without its colon.
+UNFINISHED = re.compile("end of stream|<stream end>|could not find expected ':'")
+NO_CHARACTER = re.compile(r"\\U(?!000[0-9a-fA-F]|0010)[0-9a-fA-F]{8}")  # above U+10FFFF
 
 FLOAT = (
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -181,14 +187,22 @@ def errors_placed(text: str) -> Iterator[None]:
         raise UnreadableYAML(f"the character U+{code:04X} is not allowed in YAML", "Remove it.", line, column) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if error.context_mark and UNFINISHED.search(error.problem or ""):  # found where the text ends, or much later
+            mark = error.context_mark
         line, column = place(mark)
         what = f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}"
         fix = SYNTAX_FIX
         if "'\\t'" in what:
-            what, fix = "a tab, which YAML does not allow here", "Indent with spaces."
+            what, fix = "a tab, which YAML does not allow here", "Write spaces instead."
+        elif "another document" in what:
+            what, fix = "not valid YAML: a second document begins here", "Remove the line ---, or what follows it."
         raise UnreadableYAML(what, fix, line, column) from None
     except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
-        raise UnreadableYAML("not valid YAML: an escape in it stands for no character", "Remove the escape.") from None
+        escape = NO_CHARACTER.search(text)
+        before = text[: escape.start()] if escape else ""
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        what = "not valid YAML: an escape in it stands for no character"
+        raise UnreadableYAML(what, "Remove the escape.", line, column) from None
 
 
 def place(mark: Any) -> tuple[int, int]:

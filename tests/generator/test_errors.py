@@ -147,12 +147,25 @@ def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.Capture
         (b"# nothing\n", "f.yaml: the file is empty. Write at least model, dataset and instance."),
         (b"- a\n- b\n", "f.yaml:1:1: the file must hold keys and values, not a list. Write key: value lines."),
         (b"word", "f.yaml:1:1: the file must hold keys and values, not a single value. Write key: value lines."),
-        (b"a:\n\tb: 1\n", "f.yaml:2:1: a tab, which YAML does not allow here. Indent with spaces."),
+        (b"a:\n\tb: 1\n", "f.yaml:2:1: a tab, which YAML does not allow here. Write spaces instead."),
+        (b"a:\t1\n", "f.yaml:1:3: a tab, which YAML does not allow here. Write spaces instead."),
+        (b"---\n", "f.yaml: the file is empty. Write at least model, dataset and instance."),
         (b"a: [1, 2\nb: 3\n", "f.yaml:2:2: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
         (b"a: caf\xe9\n", "f.yaml:1:7: not UTF-8 text. Save the file as UTF-8."),
-        (b"a: 1\n---\nb: 1\n", "f.yaml:2:1: not valid YAML: expected a single document in the stream"),
+        (b"a: 1\n---\nb: 1\n", "f.yaml:2:1: not valid YAML: a second document begins here. Remove"),
+        (
+            b"a: 1\nb: 'x\nc: 1\n\n\n",
+            "f.yaml:2:4: not valid YAML: while scanning a quoted scalar, found unexpected end",
+        ),
+        (b"a: 1\nb: {x: 1\n\n\n", "f.yaml:2:4: not valid YAML: while parsing a flow mapping, expected ',' or '}'"),
+        (
+            b"a: 1\nb = 2\nc: 1\n",
+            "f.yaml:2:1: not valid YAML: while scanning a simple key, could not find expected ':'",
+        ),
+        (b"a:\n   b: 1\n  c: 1\n", "f.yaml:3:3: not valid YAML: while parsing a block mapping, expected <block end>"),
+        (b'a: 1\nb: "x\\U00110000"\n', "f.yaml:2:6: not valid YAML: an escape in it stands for no character"),
         (b"a: \x07\n", "f.yaml:1:4: the character U+0007 is not allowed in YAML. Remove it."),
-        (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:1: not valid YAML: an escape in it stands for no character"),
+        (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:5: not valid YAML: an escape in it stands for no character"),
         (b"a: " + b"[" * 20000 + b"]" * 20000, "f.yaml:1:53: more than 50 levels deep"),
         (b"a: 1\n" * 100000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
         (b"#" * 10_000_000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
@@ -312,6 +325,16 @@ def test_a_file_of_mistakes_is_told_in_time_and_not_without_end(line: str, capsy
     assert told[-1] == "and there are more mistakes. Correct these first."
 
 
+def test_a_files_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a\n\x1b[31mb.yaml").write_text("nodes: 1\n")
+    assert (genvalues("check", "a\nb.yaml"), genvalues("check", "a\n\x1b[31mb.yaml")) == (2, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "a?b.yaml",
+        *(f"a??[31mb.yaml:1:1 {key}" for key in ("model", "dataset", "instance")),
+    ]
+
+
 def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert (genvalues("check", "."), genvalues("check", "absent.yaml")) == (2, 2)
     assert (
@@ -365,6 +388,22 @@ def test_what_is_no_path_is_told_in_a_line(line: str, said: str, capsys: pytest.
         (
             "lora: {targetModules: [up_proj, [gate_proj]]}",
             ["targetModules[1]: a list is not", "up_proj without gate_proj"],
+        ),
+        (
+            "lora: {targetModules: [all-linear, q_proj]}",
+            ["lora.targetModules: all-linear stands by itself, not in a list. Write all-linear without brackets."],
+        ),
+        ("lora.r: 8", ["mine.yaml:1:1 lora.r: unknown key. Write lora: {r: ...}. (keys: name, "]),
+        ("storage.static.dnsName: x", ["unknown key. Write storage: {static: {dnsName: ...}}. (keys: "]),
+        ("lora: {id: 8}", ["mine.yaml:1:8 lora.id: unknown key. (keys: r, alpha, "]),
+        ("lora.x: 8", ["mine.yaml:1:1 lora.x: unknown key. Did you mean lora? (keys: "]),
+        (
+            "model: {id: a/b, pth: x}",
+            [
+                "model.id: unknown key. A model of the Hub is written model: ID@REVISION. (keys: path)",
+                "model.pth: unknown key. Did you mean model.path? (keys: path)",
+                "model.path: missing. (folder",
+            ],
         ),
         (
             "lora: {targetModules: [3]}",

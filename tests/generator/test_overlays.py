@@ -122,7 +122,13 @@ def test_a_key_that_is_needed_and_taken_away_is_missing_where_that_was_done() ->
 
 def test_required_keys_may_come_from_any_file_and_a_file_may_be_empty() -> None:
     paths = files(
-        nothing="# nothing\n", a="model: a/b\n", b="instance: cpu\n", c="dataset: {source: a/b}\n", empty="", e="{}\n"
+        nothing="# nothing\n",
+        a="model: a/b\n",
+        b="instance: cpu\n",
+        c="dataset: {source: a/b}\n",
+        empty="",
+        e="{}\n",
+        f="---\n# x\n",
     )
     assert values(*paths)["model"]["id"] == "a/b"
     assert told(paths[0])[0].startswith("nothing.yaml: the file is empty.")
