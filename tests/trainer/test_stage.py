@@ -15,6 +15,7 @@ import pytest
 
 from genvalues import files
 from genvalues.errors import UserError
+from genvalues.manifests import manifests_in
 from llama_lora import backends, stage
 from llama_lora.stages.train import training_job
 from trainer.conftest import Run
@@ -108,8 +109,13 @@ def test_a_second_run_skips_every_stage_in_seconds_and_writes_nothing(finished_r
     before = {path: path.stat().st_mtime_ns for path in finished_run.workspace.rglob("*") if path.is_file()}
     for name in ORDER:
         began = time.monotonic()
-        assert "nothing changed, skipped" in finished_run(name, COLUMNS="80")  # as a process, as a pod does
+        said = finished_run(name, COLUMNS="80")  # as a process, as a pod does
         assert time.monotonic() - began < 2, "torch was imported, or something was read again"
+        assert "nothing changed, skipped" in said
+        told = manifests_in(said)  # for `genvalues bundle`, which sees logs and no volume
+        assert {of: manifest["fingerprint"] for of, manifest in told.items()} == {
+            name: finished_run.manifest(name)["fingerprint"]
+        }
     assert {path: path.stat().st_mtime_ns for path in finished_run.workspace.rglob("*") if path.is_file()} == before
 
 

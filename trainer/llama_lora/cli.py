@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from genvalues import manifests
 from genvalues.errors import UserError, user_errors_end_with_status_2
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
@@ -98,6 +99,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
             config, paths = load(config_file, workspace)
             make_run_folder(paths)
             stage.run(declared.name, config, paths)
+            if line := manifests.line_of(paths.manifest(declared.name)):
+                click.echo(line)
             return
         if config_file is not None or given != tool_options:
             together = " ".join(f"--{name} DIR" for name in tool_options)

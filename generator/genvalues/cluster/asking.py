@@ -20,6 +20,7 @@ class StageState:
     fingerprint: str | None  # None: a stage it reads from is not done
     up_to_date: bool
     progress: Path
+    manifest: Path
 
 
 Ask = Callable[[str], StageState]  # of a stage
@@ -48,7 +49,8 @@ def ask_trainer(stage: str, run_config: Path) -> StageState:
 def read_state(stage: str, text: str) -> StageState:
     try:
         answer = json.loads(text)
-        fingerprint, up_to_date, progress = answer["fingerprint"], answer["upToDate"], answer["progress"]
+        fingerprint, up_to_date = answer["fingerprint"], answer["upToDate"]
+        progress, manifest = Path(answer["progress"]), Path(answer["manifest"])
     except (ValueError, KeyError, TypeError) as error:
         raise CannotAsk(f"llama-lora fingerprint {stage} did not answer as agreed: {text.strip()[:200]}") from error
-    return StageState(fingerprint, up_to_date, Path(progress))
+    return StageState(fingerprint, up_to_date, progress, manifest)

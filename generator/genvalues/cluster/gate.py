@@ -16,12 +16,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from genvalues import manifests
 from genvalues.errors import UserError
 
 from . import api as kinds
 from .account import Account, Clock
 from .api import Api, Object
-from .asking import Ask
+from .asking import Ask, StageState
 from .config import ClusterConfig
 from .decision import in_the_way, plan
 from .failures import StoppedByGuard
@@ -66,6 +67,7 @@ def gate(
     if stop or decided.release:
         wait_for_pods(api, config.run, stage, stop, decided.follow, pace, account)
     if state.up_to_date:
+        tell_manifest(state, say)
         say(f"{stage}: up to date, nothing to run")
         return
     assert account is not None
@@ -82,7 +84,14 @@ def gate(
         release(api, own, state.fingerprint, config.job.queue_name)
     say(f"{stage}: {'released' if decided.release else 'following'} PyTorchJob {decided.follow}")
     follower.follow(state)
+    tell_manifest(state, say)
     say(f"{stage}: done")
+
+
+def tell_manifest(state: StageState, say: Callable[[str], None]) -> None:
+    """The stage's own pods, which say so too, are gone with the Trainium nodes that an autoscaler takes back."""
+    if line := manifests.line_of(state.manifest):
+        say(line)
 
 
 def release(api: Api, name: str, fingerprint: str, queue: str) -> None:

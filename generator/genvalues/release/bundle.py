@@ -1,4 +1,4 @@
-"""One archive for a bug report: values, manifests, objects, events and logs of a release, redacted.
+"""One archive for a bug report: values, objects, events, logs and the stages' manifests of a release, redacted.
 
 Names in it are always the same, so that it can be read by a program; ``genvalues local`` runs its values again.
 What could not be read is said in it (not-read.txt), never fatal: half a report is better than none.
@@ -25,6 +25,7 @@ from genvalues.cluster.objects import INSTANCE, container_statuses, last_seen, n
 from genvalues.errors import Unavailable, UserError
 from genvalues.files import place_of, write_named
 from genvalues.helm import client, user_values
+from genvalues.manifests import manifests_in
 from genvalues.nested import get
 from genvalues.wording import one_line
 from genvalues.yamltext import dump
@@ -52,6 +53,7 @@ class Bundle:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.not_read: list[str] = []
+        self.manifests: dict[str, dict[str, Any]] = {}  # by stage, as the logs tell it
 
     def text(self, name: str, text: str) -> None:
         self.files[f"{ROOT}/{name}"] = redact_text(text).encode(errors="replace")
@@ -146,6 +148,8 @@ def collected(watcher: Watcher, record: Record) -> Bundle:
         made.yaml("objects/nodes.yaml", [node_summary(node) for node in sorted(server.list(kinds.NODES), key=name_of)])
     for pod in pods:
         add_logs(made, server, pod)
+    for stage, manifest in made.manifests.items():
+        made.json(f"stages/{stage}.json", manifest)
     made.json("about.json", about(made, watcher, record))
     return made
 
@@ -218,10 +222,18 @@ def add_logs(made: Bundle, server: Api, pod: Object) -> None:
             continue  # nothing in it yet
         name = f"logs/{name_of(pod)}/{container['name']}"
         with made.reading(f"log of {name_of(pod)}"):
-            made.text(f"{name}.log", log_end(server, name_of(pod), container["name"], previous=False))
+            log = log_end(server, name_of(pod), container["name"], previous=False)
+            made.text(f"{name}.log", log)
+            for stage, manifest in manifests_in(log).items():
+                made.manifests[stage] = newer(made.manifests.get(stage), manifest)
         if container.get("restartCount") or before:
             with made.reading(f"log of {name_of(pod)} before its restart"):
                 made.text(f"{name}.previous.log", log_end(server, name_of(pod), container["name"], previous=True))
+
+
+def newer(known: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """A stage's pods tell of its manifest, and so does its gate; an earlier revision's may be there, too."""
+    return found if known is None or str(found.get("finished")) >= str(known.get("finished")) else known
 
 
 def log_end(server: Api, pod: str, container: str, *, previous: bool) -> str:

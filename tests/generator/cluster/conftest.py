@@ -78,6 +78,7 @@ class Trainer:
     def __init__(self, folder: Path) -> None:
         self.answer = folder / "train.json"
         self.progress = folder / "progress.json"
+        self.manifest = folder / "manifest.json"
         self.status = folder / "status"
         self.says("f1", up_to_date=False)
         self.ends_with(0)
@@ -86,7 +87,7 @@ class Trainer:
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
 
     def says(self, fingerprint: str | None, *, up_to_date: bool, of: str = "train") -> None:
-        answer = {"stage": of, "fingerprint": fingerprint, "upToDate": up_to_date, "manifest": "/m.json"}
+        answer = {"stage": of, "fingerprint": fingerprint, "upToDate": up_to_date, "manifest": str(self.manifest)}
         partial = self.answer.with_name("partial")
         partial.write_text(json.dumps({**answer, "progress": str(self.progress)}))
         partial.replace(self.answer.with_name(f"{of}.json"))

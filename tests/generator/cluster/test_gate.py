@@ -24,6 +24,14 @@ from genvalues.cluster.progress import describe_progress
 from genvalues.errors import UserError
 
 OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
+MANIFEST = {
+    **{"stage": "train", "fingerprint": "f1", "started": "s", "finished": "f", "versions": {}, "facts": {"steps": 6}},
+    "outputs": {"runs/demo/x": {"bytes": 3, "sha256": "abc"}},
+}
+TOLD = (
+    'train: manifest {"stage":"train","fingerprint":"f1","started":"s","finished":"f","versions":{},'
+    '"facts":{"steps":6},"files":1,"bytes":3,"outputs":{"runs/demo/x":3}}'
+)
 QUICK = Pace(interval=0.03, progress=0.0, cannot_start=0.2, others_end=0.3, last_words=0.3, manifest=0.2, pods_gone=0.5)
 
 
@@ -77,9 +85,11 @@ def test_an_up_to_date_stage_deletes_its_suspended_job_and_asks_for_no_node(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     trainer.says("f1", up_to_date=True)
+    trainer.manifest.write_text(json.dumps(MANIFEST))
     fake.add("pytorchjobs", pytorch_job(OWN))
-    Gate(api, config).succeeds()
+    (running := Gate(api, config)).succeeds()
     assert fake.names("pytorchjobs") == []
+    assert running.said[-2:] == [TOLD, "train: up to date, nothing to run"]
     assert ("patch", "pytorchjobs.kubeflow.org") not in fake.requests
 
 
@@ -94,9 +104,10 @@ def test_the_gate_succeeds_when_every_worker_has_and_the_manifest_is_there(
     until(lambda: any("Succeeded" in line for line in running.said))
     assert not running.future.done()
     trainer.says("f1", up_to_date=True)
+    trainer.manifest.write_text(json.dumps(MANIFEST))
     operator.end_worker(1, 0)
     running.succeeds()
-    assert running.said[-1] == "train: done"
+    assert running.said[-2:] == [TOLD, "train: done"]
 
 
 def test_workers_that_still_run_long_after_the_first_success_fail_the_stage(

@@ -75,6 +75,23 @@ def test_the_inner_release_of_a_detached_one_is_in_it(fake: FakeApi, helm: FakeH
     assert "mode: attached" in files["bundle/release/config/values.yaml"]
 
 
+def test_the_stages_manifests_are_in_it_as_their_logs_tell_them(run: Run, fake: FakeApi) -> None:
+    def line(stage: str, finished: str, **facts: str) -> str:
+        return f"{stage}: manifest " + json.dumps({"stage": stage, "finished": finished, "facts": facts})
+
+    first, _ = run.to_train()
+    run.end("train-gate", "x", line("train", "2026-01-02", steps="6"), "train: done")
+    fake.logs[first] = [line("train", "2026-01-01", steps="of an earlier one"), line("train", "x")[:-5]]
+    fake.logs["demo-tokenize-x1"] += [line("tokenize", "2026-01-01", note=TOKENS[0]), line("tokenize", "2026-01-01")]
+    fake.logs["demo-tokenize-x1"] += ["tokenize: manifest {}", line("../x", "1"), 'tokenize: manifest {"stage": "x"}']
+    files = pack()
+    told = {name: json.loads(text) for name, text in files.items() if name.startswith("bundle/stages/")}
+    assert told == {
+        "bundle/stages/train.json": {"stage": "train", "finished": "2026-01-02", "facts": {"steps": "6"}},
+        "bundle/stages/tokenize.json": {"stage": "tokenize", "finished": "2026-01-01", "facts": {}},
+    }
+
+
 def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: FakeApi, helm: FakeHelm) -> None:
     first, _ = run.to_train()
     everything = " ".join(TOKENS)
