@@ -89,6 +89,14 @@ def test_nobody_is_asked_about_inputs_with_a_mistake(asked: list[str], wrong: st
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    "sets", [("model.path=/workspace/m",), ("instance=cpu", "image=null"), ("dataset.source=s3://b/a.jsonl",)]
+)
+def test_nobody_is_asked_for_rows_from_which_no_hours_follow(asked: list[str], sets: tuple[str, ...]) -> None:
+    planned(Sources((FILE,), sets), live=False, offline=False, region=None)
+    assert asked == []
+
+
 def test_neither_check_nor_write_asks_for_rows(asked: list[str]) -> None:
     checked(Sources((FILE,)))
     assert asked == []
