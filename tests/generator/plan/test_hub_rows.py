@@ -90,7 +90,7 @@ def test_nobody_is_asked_about_inputs_with_a_mistake(asked: list[str], wrong: st
 
 
 @pytest.mark.parametrize(
-    "sets", [("model.path=/workspace/m",), ("instance=cpu", "image=null"), ("dataset.source=s3://b/a.jsonl",)]
+    "sets", [("model.path=/workspace/m",), ("instance=cpu", "image=null"), ("dataset.source=s3://rows/a.jsonl",)]
 )
 def test_nobody_is_asked_for_rows_from_which_no_hours_follow(asked: list[str], sets: tuple[str, ...]) -> None:
     planned(Sources((FILE,), sets), live=False, offline=False, region=None)
