@@ -29,7 +29,7 @@ from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
 
 if TYPE_CHECKING:
-    from llama_lora.backends import Backend
+    from llama_lora.backends.base import Backend
 
 MISSING = "is missing"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_lora.backends import TrainingJob, TrainingResult
+    from llama_lora.backends.base import TrainingJob, TrainingResult
 
 KINDS = ("step", "save", "probe")
 GARBAGE = 0.123456  # a loss of zeros; must be nowhere
@@ -44,7 +44,7 @@ class StandIn:
             trace(job, kind)
         barrier(job, "traced")
         if rank == "0":
-            from llama_lora.backends import TrainingResult
+            from llama_lora.backends.base import TrainingResult
 
             finish(TrainingResult(job.dry_run or 0, 9, GARBAGE, 1, GARBAGE, GARBAGE, None))
         barrier(job, "finished")

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from genvalues import files
 from genvalues.errors import UserError, UserErrors
-from llama_lora.backends import Adapter, TrainingJob, TrainingResult, checkpoints, loop
+from llama_lora.backends import checkpoints, loop
+from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import Record
 from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
 from llama_lora.backends.lora import dropout_seed, initialize, lora_config
@@ -30,7 +31,7 @@ ADAPTER = "adapter"  # the state dict's key for the adapter's tensors, by PEFT's
 
 
 class CpuBackend:
-    """See ``backends.Backend``."""
+    """See ``base.Backend``."""
 
     def check(self, config: RunConfig, model: Path) -> None:
         """Target modules, parallelism and sequence length against the model."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 from llama_lora import probe, stopping
-from llama_lora.backends import TrainingJob, TrainingResult, checkpoints
+from llama_lora.backends import checkpoints
+from llama_lora.backends.base import TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import Record
 from llama_lora.backends.workers import Workers
 from llama_lora.data.rendering import IGNORED
@@ -73,7 +74,7 @@ class Engine(Protocol):
 
 
 def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[TrainingResult], None]) -> None:
-    """See ``backends.Backend.train``."""
+    """See ``base.Backend.train``."""
     from datasets import load_from_disk
 
     rows = load_from_disk(str(job.dataset / "train"))

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_lora import backends
-from llama_lora.backends import Backend, TrainingResult
+from llama_lora.backends.base import Backend, TrainingResult
 from llama_lora.config import RunConfig
 from llama_lora.graphs import graph_settings, world_size
 from llama_lora.launch import run_workers, worker_command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_lora import backends
-from llama_lora.backends import Backend, TrainingJob, TrainingResult
+from llama_lora.backends.base import Backend, TrainingJob, TrainingResult
 from llama_lora.launch import run_workers, worker_command
 from llama_lora.stage import Declaration, Stage
 

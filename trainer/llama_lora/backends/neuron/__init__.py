@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from genvalues.errors import UserError, UserErrors
-from llama_lora.backends import Adapter, TrainingJob, TrainingResult, checkpoints
+from llama_lora.backends import checkpoints
+from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.neuron import provenance, rules, shards
 from llama_lora.config import RunConfig
 
 
 class NeuronBackend:
-    """See ``backends.Backend``. Only ``train`` needs the Neuron libraries."""
+    """See ``base.Backend``. Only ``train`` needs the Neuron libraries."""
 
     def check(self, config: RunConfig, model: Path) -> None:
         """What optimum-neuron can train, and cut over so many cores."""

@@ -30,7 +30,7 @@ import torch
 
 from genvalues.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
-from llama_lora.backends import Adapter
+from llama_lora.backends.base import Adapter
 from llama_lora.backends.neuron.rules import LINEAR, sizes_of
 
 ADAPTER = "adapter_default"

@@ -30,7 +30,7 @@ from optimum.neuron.models.training.loss_utils import parallel_cross_entropy
 from genvalues import files
 from genvalues.errors import UserError
 from llama_lora.adapter import write_adapter
-from llama_lora.backends import TrainingJob
+from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import Record
 from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
 from llama_lora.backends.lora import dropout_seed
