@@ -121,7 +121,8 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                 if name not in cause.instance:
                     yield (*key, name), "is required, and not there or null"
         else:
-            yield key, one_line(cause.message, 200)
+            value = repr(cause.instance)  # which comes before the reason, and may be long
+            yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:

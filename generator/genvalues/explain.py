@@ -247,7 +247,7 @@ def number(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return one_line(text, 40)
+    return text if len(text) <= 40 else f"a number of {len(text.lstrip('-'))} digits"
 
 
 def did_you_mean(

@@ -409,6 +409,17 @@ def test_what_is_no_path_is_told_in_a_line(line: str, said: str, capsys: pytest.
             "lora: {targetModules: [3]}",
             ["lora.targetModules[0]: 3 is not one of its values. (q_proj, k_proj, v_proj,"],
         ),
+        (
+            f"lora: {{r: 0x{'f' * 90}, alpha: -{'9' * 40}}}",
+            [
+                "mine.yaml:1:8 lora.r: must be at most 1024, not a number of 109 digits. (rank)",
+                "lora.alpha: must be at least 1, not a number of 40 digits. (scaling",
+            ],
+        ),
+        (
+            f"chartValues: {{training: {{seed: {'9' * 300}}}}}",
+            [f"chartValues.training.seed: {'9' * 57}... is greater than the maximum of 4294967295. (the schema of "],
+        ),
         ("instance: 5", ["mine.yaml:1:1 instance: 5 is not one of its values. (cpu, trn1.2xlarge,"]),
         ("lora: {r: 0.5}", ["mine.yaml:1:8 lora.r: must be a whole number, not 0.5. (rank)"]),
         (
