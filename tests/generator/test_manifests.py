@@ -56,6 +56,11 @@ def test_a_long_one_is_a_short_line_that_still_says_which_and_how_much(tmp_path:
     assert (found["files"], found["bytes"]) == (len(outputs), sum(one["bytes"] for one in outputs.values()))
 
 
+def test_of_many_outputs_some_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    _, found = told(tmp_path, outputs={f"{number:02}": {"bytes": number} for number in range(30)})
+    assert list(found["outputs"]) == [f"{number:02}" for number in range(20)] and found["files"] == 30
+
+
 def test_a_long_fact_says_so_and_leaves_the_others(tmp_path: Path) -> None:
     _, found = told(tmp_path, facts={"samples": "x" * 5000, "loss": 1.5})
     assert found["facts"] == {"samples": "(left out: 5002 characters)", "loss": 1.5}

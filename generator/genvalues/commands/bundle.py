@@ -15,7 +15,8 @@ from genvalues.commands.options import context_option, json_option, namespace_op
 @path("-o", "--output", metavar="FILE", help="Where to; NAME-bundle.tar.gz when left out.")
 @json_option
 def bundle(name: str, namespace: str | None, context: str | None, output: Path | None, as_json: bool) -> None:
-    """Pack what a bug report needs of the release NAME into one archive: values, objects, events and logs, redacted.
+    """Pack what a bug report needs of the release NAME into one archive, redacted: values, objects, events, logs, and
+    the stages' manifests as the logs tell them.
 
     \b
     Example:

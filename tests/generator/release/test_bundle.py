@@ -79,16 +79,17 @@ def test_the_stages_manifests_are_in_it_as_their_logs_tell_them(run: Run, fake: 
     def line(stage: str, finished: str, **facts: str) -> str:
         return f"{stage}: manifest " + json.dumps({"stage": stage, "finished": finished, "facts": facts})
 
-    first, _ = run.to_train()
-    run.end("train-gate", "x", line("train", "2026-01-02", steps="6"), "train: done")
-    fake.logs[first] = [line("train", "2026-01-01", steps="of an earlier one"), line("train", "x")[:-5]]
-    fake.logs["demo-tokenize-x1"] += [line("tokenize", "2026-01-01", note=TOKENS[0]), line("tokenize", "2026-01-01")]
+    first, second = run.to_train()
+    run.end("train-gate", "x", line("train", "2026-01-01", steps="of an earlier one"), "train: done")
+    fake.logs[first] = [line("train", "2026-01-01", steps="of an earlier one")]
+    fake.logs[second] = [line("train", "2026-01-02", steps="6"), line("train", "x")[:-5]]
+    fake.logs["demo-tokenize-x1"] += [line("tokenize", "2025-01-01"), line("tokenize", "2026-01-01", note=TOKENS[0])]
     fake.logs["demo-tokenize-x1"] += ["tokenize: manifest {}", line("../x", "1"), 'tokenize: manifest {"stage": "x"}']
     files = pack()
     told = {name: json.loads(text) for name, text in files.items() if name.startswith("bundle/stages/")}
-    assert told == {
-        "bundle/stages/train.json": {"stage": "train", "finished": "2026-01-02", "facts": {"steps": "6"}},
-        "bundle/stages/tokenize.json": {"stage": "tokenize", "finished": "2026-01-01", "facts": {}},
+    assert {name: (one["stage"], one["finished"], one["facts"]) for name, one in told.items()} == {
+        "bundle/stages/train.json": ("train", "2026-01-02", {"steps": "6"}),
+        "bundle/stages/tokenize.json": ("tokenize", "2026-01-01", {"note": "hf_(redacted)"}),
     }
 
 
