@@ -69,8 +69,8 @@ def checked(
     for found in warnings(values):
         print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
     for note in made.notes:
-        if note.warns:
-            print(f"warning: {document.error(Mistake(note.key, note.text))}", file=sys.stderr)
+        if note.warns:  # a sentence, of which an error leaves the full stop out
+            print(f"warning: {document.error(Mistake(note.key, note.text))}.", file=sys.stderr)
     return Checked(document, inputs, values, made)
 
 

@@ -158,26 +158,34 @@ def host_memory(architecture: Architecture, instance: Instance, size: int) -> st
     )
 
 
-def too_few_rows(layout: Layout, rows: tuple[int, int] | None, total: int | None, wishes: Wishes) -> Note | None:
+def too_few_rows(
+    layout: Layout, rows: tuple[int, int] | None, total: int | None, wishes: Wishes, processes: int | None = None
+) -> Note | None:
     """A word where a step takes more rows than the dataset has, at the key that makes it so.
 
     ``total`` are the rows of all epochs, None with training.maxSteps, where rows come round again
-    (trainer/llama_lora/plan.py, step_rows).
+    (trainer/llama_lora/plan.py, step_rows). ``processes`` is cpu.processes, where it is written.
     """
     if rows is None or layout.global_batch <= rows[1]:
         return None
     happens = "rows come round again within a step"
     if total is not None and layout.global_batch > total:
-        happens = f"the run is one step, and {layout.global_batch - total} of its rows are padding"
+        padding = layout.global_batch - total
+        happens = f"the run is one step, and {padding} of its rows {'is' if padding == 1 else 'are'} padding"
+    key: KeyPath
+    fix = "A smaller batch, or more data, is better"
     if wishes.global_batch:
-        key: KeyPath = ("training", "globalBatchSize")
+        key = ("training", "globalBatchSize")
     elif layout.accumulation > 1:
         key = ("training", "gradientAccumulationSteps")
+    elif layout.per_device > 1:
+        key = ("training", "perDeviceBatchSize")
+    elif layout.nodes > 1:
+        key, fix = ("nodes",), "Fewer do the same"
+    elif processes:
+        key, fix = ("cpu", "processes"), "Fewer do the same; more data is better"
     else:
-        key = ("training", "perDeviceBatchSize") if layout.per_device > 1 else ("nodes",)
-    fix = "Fewer do the same" if key == ("nodes",) and layout.nodes > 1 else "A smaller batch, or more data, is better"
-    if key == ("nodes",) and layout.nodes == 1:
-        fix = "The copies of the model alone are more than the rows: use more data"
+        key, fix = ("dataset", "source"), "The copies of the model alone are more than the rows: use more data"
     return Note(key, f"A step takes {layout.global_batch} rows, and the dataset has {rows[1]}: {happens}. {fix}.")
 
 

@@ -192,6 +192,33 @@ def test_a_step_of_more_rows_than_a_file_has_is_told_at_its_key(tmp_path: Path) 
     assert made("training.gradientAccumulationSteps=2", file=file).notes == ()
 
 
+def test_a_small_dataset_is_told_at_a_key_that_is_written_in_a_whole_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.txt").write_text("a line\n" * 3)
+    file = tmp_path / "finetune.yaml"
+
+    def warned(*sets: str, dataset: str = "rows.txt", cpu: str = "cpu: {processes: 4}\n") -> str:
+        file.write_text(
+            f"model: HuggingFaceTB/SmolLM2-135M\ndataset: {{source: {dataset}, evalFraction: 0}}\ninstance: cpu\n"
+            f"training: {{packing: false}}\n{cpu}"
+        )
+        made(*sets, file=file)
+        return capsys.readouterr().err
+
+    assert warned() == (
+        f"warning: {file}:5:7 cpu.processes: A step takes 4 rows, and the dataset has 3: the run is one step, and 1 of "
+        "its rows is padding. Fewer do the same; more data is better.\n"
+    )
+    assert "and 2 of its rows are padding" in warned("cpu.processes=5")
+    nodes = warned("nodes=2", "cpu.processes=2")
+    assert nodes.startswith("warning: --set nodes=2: A step") and nodes.endswith("Fewer do the same.\n")
+    (tmp_path / "one.txt").write_text("a line\n")
+    usual = warned(dataset="one.txt", cpu="")
+    assert usual.startswith(f"warning: {file}:2:11 dataset.source: A step takes 2 rows, and the dataset has 1: ")
+    assert usual.endswith("The copies of the model alone are more than the rows: use more data.\n")
+
+
 def test_a_limit_below_the_estimate_is_told() -> None:
     given = ("training.maxSteps=400", "guards.pricePerNodeHour=25")
     (note,) = made(*given, "guards.maxCost=20").notes
