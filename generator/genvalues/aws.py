@@ -12,7 +12,7 @@ from genvalues.wording import one_line, redacted
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 WRONG = {
     *("UnrecognizedClientException", "InvalidClientTokenId", "InvalidSignatureException", "SignatureDoesNotMatch"),
-    *("AuthFailure", "IncompleteSignature", "InvalidAccessKeyId"),
+    *("AuthFailure", "IncompleteSignature", "IncompleteSignatureException", "InvalidAccessKeyId"),
 }
 # 403: all that an answer without a body says (S3's HeadObject).
 DENIED = {
@@ -22,7 +22,7 @@ DENIED = {
 LATER = {
     *("ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
     *("ServerException", "InternalFailure", "InternalError", "InternalServerError", "ServiceException"),
-    *("ServiceUnavailable", "Unavailable", "503", "500"),
+    *("InternalErrorException", "ServiceUnavailable", "Unavailable", "503", "500"),
 }
 MISSING = {
     *("RepositoryNotFoundException", "ImageNotFoundException"),  # ECR

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from genvalues.errors import Unavailable, UserError
+from genvalues.aws import Missing, told
+from genvalues.errors import UserError
 from genvalues.instances import HYPERPOD
 
 TABLE = Path(__file__).with_name("prices.json")
 PRICING_API = "us-east-1"  # one of the few regions that answer for all (AWS docs, Using the AWS Price List Query API)
 TIMEOUT = 10  # seconds, for connecting and for an answer
+WRITE_PRICE = "Write guards.pricePerNodeHour"
 
 
 class Price(NamedTuple):
@@ -56,40 +59,24 @@ def region_of(image: str | None) -> str | None:
 def live_price(instance: str, region: str, client: Any = None) -> Price:
     """Today's on-demand price of the AWS Pricing API (GetProducts).
 
-    Raises UserError where the API has no such price, or the account may not ask, Unavailable where it does not answer.
-    ``client`` is boto3's of "pricing"; made here when left out.
+    Raises UserError where the API has no such price, or takes no question from these credentials, Unavailable where it
+    does not answer. ``client`` is boto3's of "pricing"; made here when left out.
     """
-    import botocore.exceptions
-
     service, filters = _product(instance, region)
-    try:
-        client = client or _client()
-        pages = client.get_paginator("get_products").paginate(
+    prices: set[float] = set()
+    with suppress(Missing), told("--live", needs="pricing:GetProducts", look=f"{WRITE_PRICE}."):
+        products = (client or _client()).get_paginator("get_products")
+        pages = products.paginate(
             ServiceCode=service,
             Filters=[{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in filters.items()],
         )
-        prices = set(_hourly(json.loads(product) for page in pages for product in page["PriceList"]))
-    except botocore.exceptions.NoCredentialsError:
-        raise UserError(
-            "there are no AWS credentials", where="--live", fix="Sign in (`aws sso login`, `aws configure`)."
-        ) from None
-    except botocore.exceptions.ClientError as error:
-        told = error.response.get("Error", {})
-        if told.get("Code") in ("ThrottlingException", "InternalErrorException"):
-            raise Unavailable(f"--live: the AWS Pricing API says {told.get('Code')}. Try again.") from None
-        raise UserError(
-            f"the AWS Pricing API says {told.get('Code')}: {_one_line(told.get('Message', ''))}",
-            where="--live",
-            fix="It needs the permission pricing:GetProducts.",
-        ) from None
-    except botocore.exceptions.BotoCoreError as error:
-        raise Unavailable(f"--live: the AWS Pricing API does not answer: {_one_line(str(error))}") from None
+        prices.update(_hourly(json.loads(product) for page in pages for product in page["PriceList"]))
     if len(prices) != 1:
         several = f"has {len(prices)} prices" if prices else "has no price"
         raise UserError(
             f"the AWS Pricing API {several} for {instance} in {region}",
             where="--live",
-            fix="Write guards.pricePerNodeHour, or another --region.",
+            fix=f"{WRITE_PRICE}, or another --region.",
         )
     return Price(prices.pop(), "AWS Pricing API, on demand", region, "today")
 
@@ -130,7 +117,3 @@ def _client() -> Any:
 
     config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"total_max_attempts": 1})
     return boto3.client("pricing", region_name=PRICING_API, config=config)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError, UnauthorizedSSOTokenError
 from botocore.stub import ANY, Stubber
 
+from genvalues import aws
 from genvalues.errors import Unavailable, UserError
 from genvalues.instances import NAMES
 from genvalues.plan.prices import Price, live_price, price_per_node_hour, region_of, table
@@ -145,26 +147,62 @@ def test_an_answer_without_one_price_is_told_what_to_write(products: list[str], 
 @pytest.mark.parametrize(
     ("code", "kind", "said"),
     [
-        ("AccessDeniedException", UserError, "the AWS Pricing API says AccessDeniedException: not for you"),
-        ("UnrecognizedClientException", UserError, "UnrecognizedClientException"),
-        ("ThrottlingException", Unavailable, "ThrottlingException"),
+        (
+            "AccessDeniedException",
+            UserError,
+            "not allowed to these credentials: not for?you. "
+            "Have pricing:GetProducts allowed for them, or use others: AWS_PROFILE=NAME.",
+        ),
+        ("ExpiredTokenException", UserError, f"the AWS credentials have expired. {aws.LOG_IN_AGAIN}"),
+        *(
+            (code, UserError, f"AWS does not know these credentials ({code}). {aws.LOG_IN}")
+            for code in ("UnrecognizedClientException", "InvalidSignatureException", "IncompleteSignatureException")
+        ),
+        (
+            "InvalidParameterException",
+            UserError,
+            "AWS answers InvalidParameterException: not for?you. Write guards.pricePerNodeHour.",
+        ),
+        *(
+            (code, Unavailable, f"AWS answers {code}: not for?you. Try again.")
+            for code in ("ThrottlingException", "InternalErrorException")
+        ),
+        (
+            "404",
+            UserError,
+            "the AWS Pricing API has no price for trn1.32xlarge in us-west-2. "
+            "Write guards.pricePerNodeHour, or another --region.",
+        ),
     ],
 )
-def test_an_error_is_one_line(code: str, kind: type[Exception], said: str) -> None:
+def test_an_error_is_one_line_with_what_helps_against_it(code: str, kind: type[Exception], said: str) -> None:
     with pytest.raises(kind) as told:
         live_price("trn1.32xlarge", "us-west-2", client(code))
-    assert said in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(told.value) == f"--live: {said}"
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
-    [(NoCredentialsError(), UserError), (EndpointConnectionError(endpoint_url="https://api.pricing"), Unavailable)],
+    ("error", "kind", "fix"),
+    [
+        (NoCredentialsError(), UserError, aws.LOG_IN),
+        (UnauthorizedSSOTokenError(), UserError, aws.LOG_IN_AGAIN),
+        (EndpointConnectionError(endpoint_url="https://api.pricing"), Unavailable, "Look at the network."),
+    ],
 )
-def test_no_credentials_and_no_network_are_one_line(error: Exception, kind: type[Exception]) -> None:
+def test_no_credentials_and_no_network_are_one_line(error: Exception, kind: type[Exception], fix: str) -> None:
     class Broken:
         def get_paginator(self, name: str) -> Any:
             raise error
 
-    with pytest.raises(kind, match="--live"):
+    with pytest.raises(kind, match=r"^--live: ") as told:
         live_price("trn1.32xlarge", "us-west-2", Broken())
+    assert str(told.value).endswith(fix)
+
+
+def test_a_profile_that_is_not_there_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    with pytest.raises(UserError, match=r"^--live: The config profile \(absent\) could not be found\. Log in: "):
+        live_price("trn1.32xlarge", "us-west-2")
