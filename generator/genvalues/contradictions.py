@@ -27,6 +27,9 @@ EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's document
 DURATION = re.compile(r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?")  # the chart's rule
 STALL_TIMEOUT = "30m"  # of a training whose graphs are compiled: the chart's, too
 COMPILING_STALL_TIMEOUT = "2h"  # of one that may compile for an hour in its first step (chart/values.yaml, guards)
+STARTING_STALL_TIMEOUT = "18m"  # what a start may take, by the plan's estimate (plan/estimate.py, START_HOURS)
+# Not measured, and below any guess: a node's workers (32 on trn1) load their libraries, meet and read the model first.
+SHORTEST_STALL_TIMEOUT = "2m"
 GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl), which the gate keeps back
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
@@ -77,14 +80,28 @@ def warnings(values: Values) -> Iterator[Contradiction]:
             "Write your own, then: genvalues image push.",
         )
 
+    yield from short_standstill(values)
+
+
+def short_standstill(values: Values) -> Iterator[Contradiction]:
+    """A guards.stallTimeout that a training may well need until its first step is done."""
     timeout = get(values, "guards.stallTimeout", str)
-    compiles = get(values, "backend", str) == "neuron" and get(values, "compile.onMismatch", str) == "warn"
-    if compiles and timeout and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
+    if not timeout or get(values, "backend", str) != "neuron":
+        return
+    compiles = get(values, "compile.onMismatch", str) == "warn"
+    if compiles and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
         yield Contradiction(
             at("guards.stallTimeout", "compile.onMismatch"),
             f"{timeout} may end the training in its first step, which with compile.onMismatch: warn may compile for an "
             "hour",
             f"Write {COMPILING_STALL_TIMEOUT}, or leave it out, which is that.",
+        )
+    elif not compiles and seconds(timeout) < seconds(STARTING_STALL_TIMEOUT):
+        yield Contradiction(
+            at("guards.stallTimeout"),
+            f"{timeout} may end the training before its first step: to start and to read the model may take "
+            f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
+            f"Write {STALL_TIMEOUT}, or leave it out, which is that.",
         )
 
 
@@ -202,6 +219,12 @@ def guards(values: Values) -> Iterator[Contradiction]:
             at("guards.stallTimeout"),
             f"{one_line(timeout)!r} is no time to wait for a step",
             "Write one like 45m or 1h30m, or '' for none.",
+        )
+    elif timeout and get(values, "backend", str) == "neuron" and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
+        yield Contradiction(
+            at("guards.stallTimeout"),
+            f"{timeout} ends every training before its first step: to start and to read the model takes longer",
+            "Leave it out: what is long enough is chosen then.",
         )
 
 

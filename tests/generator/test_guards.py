@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from genvalues import contradictions, inputs
+from genvalues.errors import UserError
+from genvalues.plan.estimate import START_HOURS
 from genvalues.sources import Sources
 from genvalues.write import checked
 
@@ -84,6 +86,57 @@ def test_a_training_that_may_compile_may_stand_still_for_so_long(
     lines = [line for line in capsys.readouterr().err.splitlines() if "onMismatch: warn may compile" in line]
     assert [line.split(": ")[:2] for line in lines] == ([["warning", f"--set {warned}={timeout}"]] if warned else [])
     assert all(line.endswith(". Write 2h, or leave it out, which is that.") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("sets", "right"),
+    [
+        (("guards.stallTimeout=1s",), False),
+        (("guards.stallTimeout=1m59s",), False),
+        (("compile.onMismatch=warn", "guards.stallTimeout=1m"), False),
+        (("chartValues.guards.stallTimeout=1m",), False),
+        (("guards.stallTimeout=2m",), True),
+        (("guards.stallTimeout=",), True),
+        (("guards.stallTimeout=1s", "instance=cpu", "image=null", "nodes=1"), True),
+    ],
+)
+def test_a_time_that_can_only_fail_on_trainium_is_a_mistake(sets: tuple[str, ...], right: bool) -> None:
+    if right:
+        checked(Sources((TRN1,), sets))
+        return
+    with pytest.raises(UserError) as told:
+        checked(Sources((TRN1,), sets))
+    key, timeout = sets[-1].split("=")
+    assert str(told.value) == (
+        f"--set {key}={timeout}: {timeout} ends every training before its first step: to start and to read the model "
+        "takes longer. Leave it out: what is long enough is chosen then."
+    )
+
+
+@pytest.mark.parametrize(("timeout", "warned"), [("2m", True), ("17m59s", True), ("18m", False), ("0h18m", False)])
+def test_a_time_in_which_no_start_may_fit_is_a_warning(
+    timeout: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked(Sources((TRN1,), (f"guards.stallTimeout={timeout}",)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stallTimeout" in line]
+    said = (
+        f"warning: --set guards.stallTimeout={timeout}: {timeout} may end the training before its first step: to start "
+        "and to read the model may take 18m, by the plan's estimate. Write 30m, or leave it out, which is that."
+    )
+    assert lines == ([said] if warned else [])
+    assert contradictions.seconds(contradictions.STARTING_STALL_TIMEOUT) == 3600 * START_HOURS[1]
+
+
+def test_a_time_that_is_shorter_than_a_step_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    def warned(*sets: str) -> list[str]:
+        checked(Sources((TRN1,), ("training.gradientAccumulationSteps=2000", *sets)))
+        return [line for line in capsys.readouterr().err.splitlines() if "within a step" in line]
+
+    (said,) = warned()
+    assert re.search(r"guards\.stallTimeout: 30m may end the training within a step: one takes up to 3\d minutes", said)
+    assert said.endswith(" by estimate. Write more, or take smaller steps.")
+    assert not warned("guards.stallTimeout=1h") and not warned("guards.stallTimeout=")
+    assert not warned("instance=cpu", "image=null", "nodes=1")
 
 
 def test_the_plan_says_how_long_a_training_may_stand_still_and_why() -> None:

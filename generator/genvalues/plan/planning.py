@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from genvalues.check import DEFAULT_MOUNT, is_file, row_format
-from genvalues.contradictions import COMPILING_STALL_TIMEOUT, FLASH_ROWS, STALL_TIMEOUT
+from genvalues.contradictions import COMPILING_STALL_TIMEOUT, FLASH_ROWS, STALL_TIMEOUT, seconds
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.instances import HYPERPOD, trainium
 from genvalues.nested import get
@@ -188,6 +188,10 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
     if most and costed and costed.dollars and most < costed.dollars[1]:
         text = f"{most:g} dollars may stop the run before its end: it takes up to {costed.dollars[1]:,.0f} by estimate."
         notes.append(Note(("guards", "maxCost"), text))
+    limit = stall_timeout(inputs)
+    if costed and 0 < seconds(str(limit.value)) < costed.step_seconds[1]:
+        text = f"{limit.value} may end the training within a step: one takes up to {costed.step_seconds[1] / 60:,.0f} "
+        notes.append(Note(("guards", "stallTimeout"), text + "minutes by estimate. Write more, or take smaller steps."))
     architecture = seen.model.architecture
     return Plan(
         instance=inputs.instance,
@@ -195,7 +199,7 @@ def plan(inputs: Inputs, seen: Seen, priced: Priced | None = None) -> Plan:
         attention=uses,
         attention_reason=attention_reason(inputs, uses),
         layout=chosen.layout,
-        choices=(*chosen.choices, *([stall_timeout(inputs)] if instance else [])),
+        choices=(*chosen.choices, *([limit] if instance else [])),
         rejected=chosen.rejected,
         memory=chosen.memory,
         work=to_train,
