@@ -30,7 +30,7 @@ from genvalues.nested import get
 from genvalues.wording import one_line
 from genvalues.yamltext import dump
 
-from .records import Object, Record, find_record, need_record
+from .records import Object, Record, find_record
 from .redact import redact_object, redact_text
 from .status import Watcher, as_json, cluster_config
 
@@ -93,7 +93,7 @@ def bundle(watcher: Watcher, output: Path, say: Callable[[str], None]) -> dict[s
     """Write the archive; what --json prints. Raises UserError for no such release or a place that cannot be written."""
     with told_when_not_written(output):
         place_of(output)  # before anything is asked: collecting may take minutes
-    record = need_record(watcher.release, watcher.server.namespace, watcher.context)
+    record = watcher.need_record()
     made = collected(watcher, record)
     content = made.packed()
     with told_when_not_written(output):

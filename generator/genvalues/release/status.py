@@ -220,6 +220,21 @@ class Watcher:
             record, inner = self.records(seen)
             return judged(record, inner, seen, not_read)
 
+    def need_record(self) -> Record:
+        """Helm's record of the release, by itself. Raises as ``look`` does.
+
+        The API server is asked first, for what every user may read: Helm waits for one that never answers without an
+        end and without a word.
+        """
+        try:
+            self.server.discover("version")
+        except ServerAway:
+            with told_in_a_line(self.server.namespace):
+                raise
+        except ApiError:  # an answer: Helm may be allowed what we are not
+            pass
+        return need_record(self.release, self.server.namespace, self.context)
+
     def fetch(self) -> tuple[Seen, list[str]]:
         not_read: list[str] = []
 

@@ -14,7 +14,7 @@ from genvalues.errors import UserError
 from genvalues.helm import STDERR, run_helm, user_values
 from genvalues.nested import get
 
-from .records import Record, need_record
+from .records import Record
 from .status import ReleaseStatus, Watcher, camel_case, cluster_config, told_in_a_line
 
 VOLUMES = ApiKind("api/v1", "persistentvolumes", namespaced=False)
@@ -38,7 +38,7 @@ def uninstall(
 ) -> tuple[int, dict[str, Any]]:
     """Uninstall the release; exit status and what --json prints. ``confirm`` is asked once, before anything is done."""
     release, namespace, context = watcher.release, watcher.server.namespace, watcher.context
-    record = need_record(release, namespace, context)
+    record = watcher.need_record()
     refuse_inner(record, context)
     status = watcher.look()
     with told_in_a_line(namespace):

@@ -324,6 +324,18 @@ def matches(item: Object, query: dict[str, str]) -> bool:
     return True
 
 
+def write_kubeconfig(file: Path, url: str) -> None:
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "fake",
+        "clusters": [{"name": "fake", "cluster": {"server": url}}],
+        "users": [{"name": "fake", "user": {"token": "fake"}}],
+        "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
+    }
+    file.write_text(json.dumps(content))
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
     """The server, and a kubeconfig for it."""
@@ -331,18 +343,7 @@ def serving(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
     thread = threading.Thread(target=fake.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     kubeconfig = folder / "kubeconfig"
-    kubeconfig.write_text(
-        json.dumps(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "fake",
-                "clusters": [{"name": "fake", "cluster": {"server": fake.url}}],
-                "users": [{"name": "fake", "user": {"token": "fake"}}],
-                "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
-            }
-        )
-    )
+    write_kubeconfig(kubeconfig, fake.url)
     try:
         yield fake, kubeconfig
     finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generator.cluster.fake_api import FakeApi, now
+from generator.cluster.fake_api import FakeApi, now, write_kubeconfig
 from generator.cluster.waiting import PATIENCE, beside, until
 from generator.release.fake_helm import FakeHelm
 from generator.release.run import Outer, Run
@@ -367,6 +368,22 @@ def test_an_api_server_that_is_away_is_one_line_and_status_1(
     assert genvalues("status", "demo", "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+
+
+@pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall"])
+def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and_status_1(
+    command: str, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Helm would wait for it without an end: so it is not asked."""
+    Path("f.yaml").write_text("name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        about = ["f.yaml", "--skip-preflight"] if command == "install" else ["demo"]
+        assert genvalues(command, *about, "-n", "team-a") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert not helm.calls
 
 
 @pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall", "preflight"])
