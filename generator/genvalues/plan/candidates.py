@@ -41,6 +41,10 @@ class Candidate(NamedTuple):
     def kinds(self) -> set[str]:
         return {kind for kind, _ in self.problems}
 
+    def text(self, kind: str) -> str:
+        """Its first problem of that kind."""
+        return next(text for each, text in self.problems if each == kind)
+
 
 def candidate(
     run: Run, wishes: Wishes, architecture: Architecture | None, instance: Instance, nodes: int, size: int
@@ -118,7 +122,10 @@ def batch(run: Run, wishes: Wishes, copies: int) -> tuple[int, int]:
         return at_once, accumulation or wanted // each
     unit = (per_device or 1) * copies * (accumulation or 1)
     lower, upper = wanted // unit * unit, -(-wanted // unit) * unit
-    parts = [f"{copies} copies of the model", f"{per_device or 1} a time (perDeviceBatchSize)"]
+    parts = [
+        "1 copy of the model" if copies == 1 else f"{copies} copies of the model",
+        f"{per_device or 1} a time (perDeviceBatchSize)",
+    ]
     if accumulation:
         parts.append(f"{accumulation} times (gradientAccumulationSteps)")
     fitting = " or ".join(str(rows) for rows in sorted({lower, upper}) if rows)

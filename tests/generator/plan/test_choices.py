@@ -287,6 +287,54 @@ def test_what_is_told_to_be_written_is_an_end_of_that_mistake(written: dict[str,
                 assert all(each.key != problem.key for each in after.problems), (written, problem, after)
 
 
+BATCHES = {
+    "training.globalBatchSize": [None, 10, 64, 100, 128, 999],
+    "training.gradientAccumulationSteps": [None, 1, 3, 7],
+}
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(st.fixed_dictionaries({key: st.sampled_from(values) for key, values in {**RUNS, **BATCHES}.items()}))
+def test_who_does_what_is_told_has_a_plan_soon(written: dict[str, Any]) -> None:
+    """Or is told to use another machine or model; whatever rules the batch and its micro-batches break together."""
+    assume(written["training.attention"] != "flash" or written["training.maxSequenceLength"] % 2048 == 0)
+    told: list[str] = []
+    while len(told) < 6:
+        try:
+            planned(**nested(written))
+            return
+        except Refused as refusal:
+            problem = refusal.problems[0]
+        key = ".".join(map(str, problem.key))
+        assert f"{key}: {problem.what}" not in told, told
+        told.append(f"{key}: {problem.what}")
+        if key in ("instance", "model"):
+            return
+        if key == "lora.targetModules":
+            value: Any = "all-linear"
+        elif (choice := re.search(r"Write (\w+)", problem.fix)) is not None:
+            value = int(choice[1]) if choice[1].isdigit() else choice[1]
+        else:
+            assert "emove" in problem.fix, problem
+            value = None
+            if "Remove gradientAccumulationSteps" in problem.fix:
+                key = "training.gradientAccumulationSteps"
+        written = {**written, key: value}
+    pytest.fail("no end:\n" + "\n".join(told))
+
+
+def test_rows_at_once_that_follow_from_a_batch_and_its_micro_batches_are_told_with_them() -> None:
+    """What one row at once would need says nothing of them."""
+    batch = {"globalBatchSize": 128, "gradientAccumulationSteps": 1}
+    for checkpointing in (None, "selective", "full"):
+        told = refused(training={**batch, "activationCheckpointing": checkpointing})
+        assert told.startswith("training.globalBatchSize: 128 rows a step are "), told
+        fitting = told.split("Write ")[1].split(",")[0]
+        assert told.endswith(f"Write {fitting}, or remove gradientAccumulationSteps.")
+        for change in ({"globalBatchSize": int(fitting)}, {"gradientAccumulationSteps": None}):
+            assert planned(training={**batch, "activationCheckpointing": checkpointing, **change}).memory
+
+
 def test_longer_rows_get_whole_layers_recomputed_before_they_are_refused() -> None:
     seen = [planned(training={"maxSequenceLength": length}).layout.checkpointing for length in (2048, 8192, 10240)]
     assert seen == ["selective", "selective", "full"]
@@ -317,7 +365,10 @@ def test_a_batch_is_shared_out_over_the_copies(written: dict[str, int], layout: 
     [
         ({"globalBatchSize": 10}, "Write 8 or 12."),
         ({"globalBatchSize": 3}, "Write 4."),
-        ({"globalBatchSize": 20, "gradientAccumulationSteps": 2}, "Write 16 or 24."),
+        (
+            {"globalBatchSize": 20, "gradientAccumulationSteps": 2},
+            "Write 16 or 24, or remove gradientAccumulationSteps.",
+        ),
         ({"globalBatchSize": 64, "gradientAccumulationSteps": 2, "perDeviceBatchSize": 1}, "Write 8."),
     ],
 )
