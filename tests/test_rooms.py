@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED_BY_BOTH = {"genvalues.errors", "genvalues.files", "genvalues.process"}
+SHARED_BY_BOTH = {"genvalues.errors", "genvalues.files", "genvalues.manifests", "genvalues.process"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
 
 
@@ -29,7 +29,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_trainer_knows_nothing_of_kubernetes_and_shares_three_modules_with_the_generator() -> None:
+def test_the_trainer_knows_nothing_of_kubernetes_and_shares_four_modules_with_the_generator() -> None:
     for path in (ROOT / "trainer").rglob("*.py"):
         names = imports(path)
         assert not any(name.split(".")[0] in ("kubernetes", "pyhelm3") for name in names), path

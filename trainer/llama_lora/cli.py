@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -99,8 +100,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
             config, paths = load(config_file, workspace)
             make_run_folder(paths)
             stage.run(declared.name, config, paths)
-            if line := manifests.line_of(paths.manifest(declared.name)):
-                click.echo(line)
+            if not sys.stdout.isatty() and (line := manifests.line_of(paths.manifest(declared.name))):
+                click.echo(line)  # for a pod's log; on a terminal it is a long line, of a file that is here
             return
         if config_file is not None or given != tool_options:
             together = " ".join(f"--{name} DIR" for name in tool_options)
