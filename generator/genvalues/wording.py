@@ -31,6 +31,11 @@ def one_line(text: str, width: int = 80) -> str:
     return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
+def number_of(number: float, thing: str) -> str:
+    """1 row, 1.5 epochs, 15,011 rows."""
+    return f"{number:,.10g} {thing}{'' if number == 1 else 's'}"
+
+
 def redacted(text: str) -> str:
     """Nothing that looks like a token gets printed."""
     return TOKEN.sub(lambda token: f"{token[0][:3]}...", text)

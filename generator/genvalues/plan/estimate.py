@@ -9,6 +9,7 @@ from genvalues.instances import Instance
 from genvalues.plan.architectures import Architecture
 from genvalues.plan.memory import Step
 from genvalues.plan.prices import Price
+from genvalues.wording import number_of
 
 Range = tuple[float, float]
 
@@ -91,8 +92,8 @@ def work(
     if rows is None:
         return Work(None, global_batch, length, unknown)
     fewest, most = (max(1, math.ceil(max(1, round(number * epochs)) / global_batch)) for number in rows)
-    said = f"{rows[0]:,}" if rows[0] == rows[1] else f"{rows[0]:,} to {rows[1]:,}"
-    return Work((fewest, most), global_batch, length, f"{said} rows, {epochs:g} epochs")
+    said = number_of(rows[1], "row") if rows[0] == rows[1] else f"{rows[0]:,} to {number_of(rows[1], 'row')}"
+    return Work((fewest, most), global_batch, length, f"{said}, {number_of(epochs, 'epoch')}")
 
 
 class Estimate(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 from genvalues.plan.candidates import gib
 from genvalues.plan.estimate import Range
 from genvalues.plan.planning import Plan
+from genvalues.wording import number_of
 
 MEMORY_LINES = {
     "weights": "base weights, bf16, this core's part",
@@ -66,25 +67,31 @@ def run_lines(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def memory_lines(plan: Plan) -> list[tuple[str, ...]]:
-    counted = plan.memory
-    if counted is None:
+    needs = plan.memory
+    if needs is None:
         return []
-    lines: list[tuple[str, ...]] = [(name, gib(getattr(counted, name)), text) for name, text in MEMORY_LINES.items()]
-    return [*lines, ("total", gib(counted.total), f"of {gib(counted.hbm)} GiB, {counted.total / counted.hbm:.0%}")]
+    lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in MEMORY_LINES.items()]
+    return [*lines, ("total", gib(needs.total), f"of {gib(needs.hbm)} GiB, {needs.total / needs.hbm:.0%}")]
 
 
 def cost_lines(plan: Plan) -> list[tuple[str, ...]]:
+    return [*work_lines(plan), *time_lines(plan), *price_lines(plan)]
+
+
+def work_lines(plan: Plan) -> list[tuple[str, ...]]:
+    todo = plan.work
+    if todo.steps is None or todo.tokens is None:
+        return [("steps", "not known", f"{todo.reason}; training.maxSteps says how many")]
+    rows = f"{number_of(todo.global_batch, 'row')} of {todo.length} a step"
+    return [("steps", numbers(todo.steps), todo.reason), ("tokens", numbers(todo.tokens), rows)]
+
+
+def time_lines(plan: Plan) -> list[tuple[str, ...]]:
     costed, todo = plan.estimate, plan.work
     if costed is None:
         return []
-    lines: list[tuple[str, ...]] = []
-    if todo.steps is None:
-        lines.append(("steps", "not known", f"{todo.reason}; training.maxSteps says how many"))
-    else:
-        lines.append(("steps", numbers(todo.steps), todo.reason))
-        lines.append(("tokens", numbers(todo.tokens or (0, 0)), f"{todo.global_batch} rows of {todo.length} a step"))
     flops = costed.flops
-    lines += [
+    lines: list[tuple[str, ...]] = [
         (
             "operations a token",
             f"{flops.total / 1e9:.1f} GFLOP",
@@ -113,15 +120,23 @@ def cost_lines(plan: Plan) -> list[tuple[str, ...]]:
             "Trainium is free meanwhile: " + ", ".join(f"{name} {figures(each)}" for name, each in stages.items()),
         )
     )
-    if plan.price is None:
+    return lines
+
+
+def price_lines(plan: Plan) -> list[tuple[str, ...]]:
+    """Of a node-hour; and of the run, where its hours are estimated."""
+    price, costed = plan.price, plan.estimate
+    lines: list[tuple[str, ...]] = []
+    if price is None:
         lines.append(("dollars", "not known", plan.price_unknown))
         if plan.dollars_on_ec2 and plan.price_on_ec2:
             why = f"in {plan.price_on_ec2.region}; HyperPod's price is another and not known here"
             lines.append(("dollars, at EC2's price", figures(plan.dollars_on_ec2, "$"), why))
         return lines
-    price = plan.price
     where = ", ".join(part for part in (price.kind, price.region, price.dated) if part)
     lines.append(("a node-hour", f"${price.dollars:g}", where))
+    if costed is None:
+        return lines
     if costed.dollars:
         lines.append(("dollars", figures(costed.dollars, "$"), "Trainium nodes; CPU nodes and storage come on top"))
     elif costed.million_token_dollars and costed.fixed_dollars:

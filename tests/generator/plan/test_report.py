@@ -64,6 +64,40 @@ def test_people_and_programs_are_shown_the_same(environment: str) -> None:
     assert (shown["memory"] is None) == ("Memory of a core" not in text) == (environment == "cpu")
     for each in shown["assumptions"]:
         assert each["assumed"] in flat
+    work = shown["work"]
+    assert work["steps"] is None or f"steps {report.numbers(work['steps'])} {work['reason']}" in flat
+    assert work["tokens"] is None or f"tokens {report.numbers(work['tokens'])} " in flat
+    assert work["steps"] or f"steps not known {work['reason']}" in flat
+    price = shown["price"]
+    told = f"a node-hour ${price['dollars']:g}" if price else f"dollars not known {shown['priceUnknown']}"
+    assert told in flat
+
+
+def test_steps_and_a_price_that_are_known_are_shown_where_no_hours_are() -> None:
+    """On the CPU, and where the model's sizes are not known."""
+    given = ("training.maxSteps=100", "guards.pricePerNodeHour=2")
+    for found in (made(*given, file=ROOT / "values/cpu.yaml"), made(*given, "model.path=/workspace/m")):
+        assert found.estimate is None
+        lines = [" ".join(line.split()) for line in report.as_text(found).splitlines()]
+        assert "steps 100 training.maxSteps 100" in lines
+        tokens = 100 * found.work.global_batch * found.work.length
+        assert f"tokens {tokens:,} {found.work.global_batch} rows of {found.work.length} a step" in lines
+        assert "a node-hour $2 guards.pricePerNodeHour" in lines
+        assert not any(line.startswith(("compile, hours", "dollars")) for line in lines)
+
+
+def test_one_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a line\n")
+    file = tmp_path / "finetune.yaml"
+    file.write_text(
+        "model: HuggingFaceTB/SmolLM2-135M\ndataset: {source: rows.txt, evalFraction: 0}\ninstance: cpu\n"
+        "cpu: {processes: 1}\ntraining: {packing: false, epochs: 1}\n"
+    )
+    one, more = report.as_text(made(file=file)), report.as_text(made("training.epochs=1.5", file=file))
+    assert "1 row, 1 epoch\n" in one and "1 row of " in one
+    assert "1 row, 1.5 epochs\n" in more
+    (tmp_path / "rows.txt").write_text("a line\n" * 1200)
+    assert "1,200 rows, 1 epoch\n" in report.as_text(made(file=file))
 
 
 def test_plain_text_has_no_boxes_no_colour_and_no_long_lines() -> None:
