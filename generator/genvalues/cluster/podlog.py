@@ -48,10 +48,8 @@ class PodLog(threading.Thread):
                 for line in self._api.log(self.pod, self._container, tail=tail, follow=not last_look):
                     self._keep(line)
                 self.refused = None
-            except (
-                NotAllowed
-            ) as error:  # perhaps of a server that has just come back, before it has read the RBAC rules
-                self.refused = error
+            except NotAllowed as error:
+                self.refused = error  # for now, perhaps: a server that has just come back has not read its RBAC rules
             except ApiError as error:
                 if error.status == 404:
                     return
