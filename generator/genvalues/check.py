@@ -185,6 +185,21 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                 )
 
 
+def unseen_by_pods(values: dict[str, Any]) -> Iterator[Contradiction]:
+    """What the values, which may be right for `genvalues local`, name on this computer and no pod could read."""
+    mount = get(values, "workspace.mountPath", str) or DEFAULT_MOUNT
+    stages = [get(values, "stageDefaults", dict), *(get(values, "stages", dict) or {}).values()]
+    volumes = [volume for stage in stages for volume in (get(stage, "extraVolumeMounts", dict) or {}).values()]
+    folders = [PurePosixPath(mount), *(PurePosixPath(get(volume, "mountPath", str) or mount) for volume in volumes)]
+    for key, path in paths(values):
+        there = PurePosixPath(posixpath.normpath(path))
+        if not any(folder in (there, *there.parents) for folder in folders):
+            what = f"{one_line(path, 200)} is not on the volume ({mount}): the pods do not see this computer's files"
+            elsewhere = "a hub id" if key == ("model", "path") else "a hub id, s3://,"
+            fix = f"`genvalues local` runs it here; for a cluster use {elsewhere} or an absolute path under {mount}."
+            yield Contradiction((key,), what, fix)
+
+
 def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
     """A dataset's file that is not here or has nothing in it; None where pods have a volume of their own for it."""
     mounts = [get(document.value, f"chartValues.{where}.extraVolumeMounts", dict) for where in STAGES_WITH_MOUNTS]

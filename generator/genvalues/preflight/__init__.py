@@ -32,6 +32,7 @@ def run(
     chart: Path | None = None,
 ) -> list[Finding]:
     """All findings of what is asked for: AWS first, then the Hub, then the cluster; the three are asked side by side.
+    Before them, unless AWS alone is asked, the files of this computer that no pod could read.
 
     Whatever the world answers is a finding. Raises UserError for what is wrong here: no chart, no Helm, a release's
     name that Helm does not take.
@@ -39,7 +40,7 @@ def run(
     from concurrent.futures import ThreadPoolExecutor
 
     from genvalues.chart import need_chart
-    from genvalues.preflight.judge import with_nodes_there
+    from genvalues.preflight.judge import judge_files, with_nodes_there
     from genvalues.preflight.wanted import Wanted
 
     wanted = Wanted(shlex.quote(str(checked.document.path)), checked.values)
@@ -62,4 +63,5 @@ def run(
         found = dict(zip(parts, pool.map(lambda part: part(), parts.values()), strict=True))
     if "aws" in found and "cluster" in found:
         found["aws"] = with_nodes_there(found["aws"], found["cluster"], wanted)
-    return [finding for findings in found.values() for finding in findings]
+    here = judge_files(wanted) if hub or cluster else []
+    return [*here, *(finding for findings in found.values() for finding in findings)]

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from genvalues.check import unseen_by_pods
 from genvalues.contradictions import fsx_size
 from genvalues.findings import Finding, Level
 from genvalues.image.registries import Image
 from genvalues.preflight.wanted import Wanted
-from genvalues.wording import one_line
+from genvalues.wording import dotted, one_line
 
 Answer = Mapping[str, Any]
 
@@ -463,7 +464,16 @@ def authorize(group: str, problem: str, region: str) -> str:
     return f"aws ec2 authorize-security-group-{way} --group-id {group} {what} --region {region}"
 
 
-# --- dataset
+# --- model and dataset
+
+
+def judge_files(wanted: Wanted) -> list[Finding]:
+    """Model and dataset that are files here, where `genvalues local` finds them and no pod does."""
+    run_here = f"genvalues write {wanted.file} -o values.yaml && genvalues local values.yaml --workspace ./workspace"
+    return [
+        Finding("error", dotted(found.keys[0]), found.what, f"{run_here}   # {found.fix.partition('; ')[2]}")
+        for found in unseen_by_pods(wanted.values)
+    ]
 
 
 def judge_object(head: Answer | None, bucket_region: str, wanted: Wanted, region: str) -> Finding:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from genvalues.check import is_file
 from genvalues.image.registries import Image, mistaken_account, parse
 from genvalues.instances import HYPERPOD, Instance, trainium
 from genvalues.nested import get
@@ -111,9 +112,3 @@ class Wanted:
             named.append(("the file system's address", address["region"]))
         named.append(("AWS_REGION or the profile", configured or ""))
         return [(who, region) for who, region in named if region]
-
-
-def is_file(source: str) -> bool:
-    from genvalues.check import FILE_SUFFIXES
-
-    return source.endswith(FILE_SUFFIXES)

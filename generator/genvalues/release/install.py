@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from genvalues import findings
 from genvalues.chart import need_chart
-from genvalues.errors import Unavailable, UserError
+from genvalues.check import placed, unseen_by_pods
+from genvalues.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.files import write_text
 from genvalues.helm import NoSuchRelease, find_helm, run_helm
 from genvalues.inputs import DNS_NAME
@@ -54,6 +57,7 @@ def install(
     error that preflight has found, before Helm), 1 what else failed."""
     found = checked(sources)
     values, file = found.values, sources.file
+    found.document.raise_mistakes(placed(one, found.document) for one in unseen_by_pods(values))
     chart = need_chart(sources.chart)
     mode = values["pipeline"]["mode"]
     release = release_name(where.release, values["name"], file, mode)
@@ -62,8 +66,10 @@ def install(
     if line := plan_line(found):
         say(line)
     with told_when_stopped(progress), tempfile.TemporaryDirectory() as folder:
-        if preflight and (status := preflight_status(found, release, where, chart)):
-            return status
+        if preflight and (answers := what_stops(found, release, where, chart)):
+            if as_json:
+                print(json.dumps({"release": release, **findings.as_json(answers)}, indent=2, ensure_ascii=False))
+            return findings.exit_status(answers)
         namespace = progress.namespace = make_way(release, where.namespace, where.context)
         values_file = Path(folder) / "values.yaml"
         write_text(values_file, text_of(found, sources))
@@ -116,17 +122,17 @@ def plan_line(found: Checked) -> str:
     return f"plan: {', '.join(parts)} (why: genvalues plan)"
 
 
-def preflight_status(found: Checked, release: str, where: Where, chart: Path) -> int:
-    """0 to go on. Asks AWS, the Hub and the cluster, and says what they answer; an error stops before Helm.
+def what_stops(found: Checked, release: str, where: Where, chart: Path) -> list[findings.Finding]:
+    """All findings where an error is among them, which stops before Helm; none to go on. Asks AWS, the Hub and the
+    cluster, and says what they answer.
 
     The one seam to genvalues.preflight. Who gives no answer stops nothing: Helm and the stages will say so.
     """
-    from genvalues import findings, preflight
+    from genvalues import preflight
 
     answers = preflight.run(found, namespace=where.namespace, context=where.context, release=release, chart=chart)
     findings.show(answers, say)
-    status = findings.exit_status(answers)
-    return status if status != findings.EXIT_UNANSWERED else 0
+    return answers if findings.exit_status(answers) == EXIT_USER_ERROR else []
 
 
 class Following:
@@ -179,8 +185,6 @@ class Following:
             say(line)
 
     def end(self, of_helm: int, follow: bool, as_json: bool) -> int:
-        import json
-
         from .follow import closing
         from .status import as_json as document_of
 

@@ -126,6 +126,42 @@ def test_a_fix_can_be_pasted_whatever_the_file_is_called(tmp_path: Path) -> None
     assert shlex.split(found.fix, comments=True)[:3] == ["genvalues", "preflight", str(path)]
 
 
+CPU = "model: {path: %s}\ndataset: {source: %s, format: text}\ninstance: cpu\n"
+MOUNTED = "chartValues: {stages: {tokenize: {extraVolumeMounts: {more: {mountPath: /data}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "unseen"),
+    [
+        (CPU % (".", "rows.jsonl"), ["model.path", "dataset.source"]),
+        (CPU % ("/workspace/m", "rows.jsonl"), ["dataset.source"]),
+        (CPU % (".", "/workspace/rows.jsonl"), ["model.path"]),
+        (CPU % ("/workspace/m", "/workspace/rows.jsonl"), []),
+        (CPU % ("/workspace/../m", "/workspace/rows.jsonl") + MOUNTED, ["model.path"]),
+        (CPU % ("/data/m", "/data/sub/rows.jsonl") + MOUNTED, []),
+        (CPU % ("/workspace/m", "/v/x.txt") + "chartValues: {workspace: {mountPath: /v}}\n", ["model.path"]),
+        (CPU % ("/workspace/m", "s3://our-bucket/x.txt"), []),
+        (CPU % ("/workspace/m", "a/b") + "chartValues: {dataset: {source: /home/me/x.jsonl}}\n", ["dataset.source"]),
+        ("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n", []),
+    ],
+)
+def test_a_file_that_no_pod_could_read_is_an_error_which_needs_nobodys_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str, unseen: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "a"}\n' * 8)
+    Path("cpu.yaml").write_text(inputs)
+    for alone in ([], ["--cluster"]):
+        result = run("cpu.yaml", "--offline", "--json", *alone)
+        errors = [one for one in json.loads(result.stdout)["findings"] if one["level"] == "error"]
+        assert [one["subject"] for one in errors] == unseen
+        assert result.exit_code == (2 if unseen else 0)
+    for one in errors:
+        assert "is not on the volume" in one["found"]
+        command = " ".join(shlex.split(one["fix"], comments=True))
+        assert command.startswith("genvalues write cpu.yaml -o values.yaml && genvalues local values.yaml --workspace")
+
+
 def test_a_mistake_in_the_inputs_comes_first(file: Path) -> None:
     file.write_text(INPUTS.replace("model:", "modle:"))
     done = subprocess.run(

@@ -54,6 +54,31 @@ def test_an_error_of_preflight_is_told_with_its_fix_and_helm_is_not_run(
     assert not helm.asked and not fake.requests
 
 
+def test_json_is_one_document_of_the_findings_where_preflight_stops(
+    fake: FakeApi, helm: FakeHelm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "run", lambda checked, **options: [OK, BAD])
+    assert install("--json") == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document == {"release": "demo", "findings": [OK.as_json(), BAD.as_json()], "exitStatus": 2}
+    assert "secret hf-token: is not there" in err
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-preflight"]])
+def test_what_no_pod_could_read_is_told_in_its_place_before_any_cluster_is_asked(
+    fake: FakeApi, helm: FakeHelm, world: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], skip: list[str]
+) -> None:
+    Path("rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 8)
+    Path("f.yaml").write_text(ON_CPU.replace("a/b", "rows.jsonl"))
+    assert install(*skip) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    here = Path("rows.jsonl").resolve()
+    assert line.startswith(f"f.yaml:3:11 dataset.source: {here} is not on the volume (/workspace): the pods do not see")
+    assert "`genvalues local` runs it here; for a cluster use a hub id, s3://, or an absolute path" in line
+    assert not world and not fake.requests and not helm.calls
+
+
 def test_preflight_asks_about_this_release_and_who_gives_no_answer_stops_nothing(
     fake: FakeApi, helm: FakeHelm, world: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
