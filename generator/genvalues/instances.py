@@ -42,7 +42,6 @@ class Instance:
     cores: int  # NeuronCores a process can have: the logical ones (LNC=2 on trn2), one process each
     efa: int
     vcpu: int
-    memory_gib: int
     request_cpu: int  # for the one training pod of a node: below what is allocatable, with room for daemon sets
     request_memory_gib: int
 
@@ -87,12 +86,12 @@ class Instance:
 # Every Trainium type, those too that refusal() says no to, after the AWS instance pages.
 # trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
 TRAINIUM = {
-    "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, 32, request_cpu=6, request_memory_gib=26),
-    "trn1.32xlarge": Instance(TRN1, 16, 32, 8, 128, 512, request_cpu=112, request_memory_gib=440),
-    "trn1n.32xlarge": Instance(TRN1, 16, 32, 16, 128, 512, request_cpu=112, request_memory_gib=440),
-    "trn2.3xlarge": Instance(TRN2, 1, 4, 1, 12, 128, request_cpu=10, request_memory_gib=110),
-    "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
-    "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, 2048, request_cpu=168, request_memory_gib=1760),
+    "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, request_cpu=6, request_memory_gib=26),
+    "trn1.32xlarge": Instance(TRN1, 16, 32, 8, 128, request_cpu=112, request_memory_gib=440),
+    "trn1n.32xlarge": Instance(TRN1, 16, 32, 16, 128, request_cpu=112, request_memory_gib=440),
+    "trn2.3xlarge": Instance(TRN2, 1, 4, 1, 12, request_cpu=10, request_memory_gib=110),
+    "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
+    "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
 }
 NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
 

@@ -98,7 +98,7 @@ def judge(
     if answer.status >= 500 or answer.status == 429:
         return Finding("not checked", subject, f"the Hub answers {answer.status}", preflight, unanswered=True)
     if answer.status < 400:
-        return readable(repository, listed, wanted, has_token)
+        return readable(repository, listed, wanted)
     if answer.error == "GatedRepo":
         return gated(repository, answer, wanted, page, has_token)
     if answer.error == "RevisionNotFound":
@@ -116,7 +116,7 @@ def judge(
     return Finding(level, subject, f"the Hub refuses: {said}", f"open {page}")
 
 
-def readable(repository: Repository, listed: Answer, wanted: Wanted, has_token: bool) -> Finding:
+def readable(repository: Repository, listed: Answer, wanted: Wanted) -> Finding:
     subject = str(repository)
     description = listed.json()
     commit = str(description.get("sha") or "")[:12]

@@ -109,7 +109,7 @@ def stage_of(name: str, hooks: Sequence[Hook], seen: Seen) -> StageStatus:
     status = of_job(name, job, seen)
     if pytorch is not None:
         return of_pytorch_job(name, status, pytorch, seen)
-    return with_pods(status, pods_of(job.name, seen) if status.state != "waiting" else [], seen)
+    return with_pods(status, pods_of(job.name, seen) if status.state != "waiting" else [])
 
 
 # --- a Job: a stage's own, or a gate's
@@ -209,7 +209,7 @@ def of_pytorch_job(name: str, gate: StageStatus, hook: Hook, seen: Seen) -> Stag
     if status.state in ("waiting", "skipped"):
         return status
     status = replace(status, progress=annotated(job, PROGRESS, name), cost=annotated(job, COST))
-    status = with_pods(status, workers, seen)
+    status = with_pods(status, workers)
     if status.state == "running" and not status.note:
         status = replace(status, note=why_no_workers(job, workers, seen))
     return status
@@ -263,7 +263,7 @@ def annotated(job: Object, annotation: str, stage: str = "") -> dict[str, Any] |
 # --- pods
 
 
-def with_pods(status: StageStatus, pods: Sequence[Object], seen: Seen) -> StageStatus:
+def with_pods(status: StageStatus, pods: Sequence[Object]) -> StageStatus:
     living = [pod for pod in pods if not is_over(pod)]
     note = status.note
     if status.state == "running" and not note:

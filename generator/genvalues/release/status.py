@@ -176,7 +176,7 @@ def runner_of(record: Record, seen: Seen) -> StageStatus:
         return replace(status, state="stopped", reason="stopped by a cleanup")
     uid = job["metadata"]["uid"]
     owned = [pod for pod in seen.pods if any(one["uid"] == uid for one in pod["metadata"].get("ownerReferences") or [])]
-    return with_pods(status, owned, seen)
+    return with_pods(status, owned)
 
 
 def cluster_config(record: Record) -> dict[str, Any]:
