@@ -11,8 +11,10 @@ import click
 import pytest
 
 from generate_genvalues import REFERENCE, commands, reference, split_help
+from genvalues.check import REQUIRED_COLUMNS as FORMATS
 from genvalues.cli import genvalues
 from genvalues.commands import IN_PODS, MODULES
+from genvalues.instances import NAMES
 
 FOUND = {path: command for path, command, _ in commands(genvalues, click.Context(genvalues, info_name="genvalues"))}
 
@@ -57,6 +59,22 @@ def test_shells_complete_commands_and_options(shell: str, words: str, completed:
     last = words.split()[-1] if shell == "fish" else str(len(words.split()) - 1)
     asked = {"_GENVALUES_COMPLETE": f"{shell}_complete", "COMP_WORDS": words, "COMP_CWORD": last}
     assert run(program, asked).startswith(completed)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("init --instance ", NAMES),
+        ("init --instance ml.trn2", ["ml.trn2.3xlarge", "ml.trn2.48xlarge", "ml.trn2u.48xlarge"]),
+        ("init --format ", list(FORMATS)),
+        ("init --format ch", ["chat"]),
+    ],
+)
+def test_what_is_one_of_a_few_is_completed(words: str, completed: list[str]) -> None:
+    program = Path(sys.executable).with_name("genvalues")
+    typed = f"genvalues {words}"
+    asked = {"_GENVALUES_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    assert run(program, asked).split() == [f"plain,{value}" for value in completed]
 
 
 def run(program: Path, variables: dict[str, str]) -> str:

@@ -7,12 +7,35 @@ from typing import Any
 import click
 
 
+def formats_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from genvalues.check import REQUIRED_COLUMNS
+
+    return [name for name in REQUIRED_COLUMNS if name.startswith(incomplete)]
+
+
+def instances_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from genvalues.instances import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
 @click.command(short_help="Write a first inputs file, with every key explained.")
 @click.argument("file", type=click.Path(path_type=Path), default="finetune.yaml")
 @click.option("--model", metavar="ID", help="A hub id, or id@revision.")
 @click.option("--dataset", metavar="SOURCE", help="A hub id, s3://bucket/key, or a file.")
-@click.option("--format", "format_", metavar="FORMAT", help="text, instruction, prompt-completion or chat.")
-@click.option("--instance", metavar="TYPE", help="The instance type to train on, such as ml.trn1.32xlarge, or cpu.")
+@click.option(
+    "--format",
+    "format_",
+    metavar="FORMAT",
+    shell_complete=formats_beginning_with,
+    help="text, instruction, prompt-completion or chat.",
+)
+@click.option(
+    "--instance",
+    metavar="TYPE",
+    shell_complete=instances_beginning_with,
+    help="The instance type to train on, such as ml.trn1.32xlarge, or cpu.",
+)
 @click.option("--nodes", type=int, metavar="COUNT", help="How many of them.")
 @click.option("--image", metavar="IMAGE", help="The stages' image, by tag or digest.")
 @click.option("--name", metavar="NAME", help="The run's name.")
