@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -85,14 +85,23 @@ def load_all() -> None:
     for minor in OPERATORS:
         binary = program(f"training-operator-{minor}")
         wanted[operator(minor)] = lambda name, binary=binary: around(binary, name, ["/manager"], as_="manager")
-    for name in there:
-        if name.startswith("localhost/llama-lora") and name not in wanted:
-            ctr("images", "rm", name)
+    forget_images_but(wanted)
     for name, make in wanted.items():
         if name not in there:
             print(f"making the image {name}", flush=True)
             make(name)
     forget_all_but(base("debian"), base("libraries"))
+
+
+def forget_images_but(wanted: Container[str]) -> None:
+    """Those of the kubelet's service, too, which keeps each image once more, by digest: gigabytes for every source."""
+    listed = [line.split()[:3] for line in ctr("images", "ls").stdout.splitlines()[1:]]
+    ours = "localhost/llama-lora"
+    kept = {digest for name, _, digest in listed if name.startswith("localhost/") and not name.startswith(ours)}
+    kept |= {digest for name, _, digest in listed if name in wanted}
+    for name, _, digest in listed:
+        if name.startswith((ours, "sha256:")) and digest not in kept:
+            ctr("images", "rm", name)
 
 
 def make_trainer(name: str) -> None:
