@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import site
 import socket
@@ -20,12 +21,12 @@ from typing import IO, Any
 import yaml
 
 from genvalues import helm
-from genvalues.chart import NAME, need_chart, part
-from genvalues.errors import UserError
+from genvalues.chart import NAME, need_chart, on_top_of_defaults, part, refusals
+from genvalues.errors import UserError, UserErrors
 from genvalues.files import write_text
 from genvalues.nested import merge
 from genvalues.process import Command, Interrupted, run_together
-from genvalues.wording import one_line
+from genvalues.wording import dotted, one_line
 from genvalues.yamltext import UnreadableYAML, decode, dump, load_as_helm
 
 STAGE = "llama-lora/stage"
@@ -83,11 +84,38 @@ def rendered(values_file: Path, chart: Path | None, on_cpu: bool = False) -> lis
         fix = "Run its stages on the CPU, which takes a small model: --cpu"
         what = "is for Trainium (backend: neuron), which this computer does not have"
         raise UserError(what, where=str(values_file), fix=fix)
+    check_against(found, values, values_file)
     values = merge(values, {"pipeline": {"mode": "attached"}})  # as the runner in a cluster does
     objects = helm.render(found, RELEASE, values)
     if all(annotation(item, NEEDS_CLUSTER) for item in in_order(objects)):
         raise UserError("has no stage that runs here", where=str(found), fix=f"Name the folder of the chart {NAME}.")
     return objects
+
+
+def check_against(chart: Path, values: dict[str, Any], file: Path) -> None:
+    """What Helm would have against the values by the chart's schema, told of the file; it names the chart alone."""
+    if not (chart / "values.schema.json").exists():
+        return
+    found = list(refusals(chart, on_top_of_defaults(chart, values)))
+    if not found:
+        return
+    if not is_bundle(file) and mistakes_as_inputs(file) < len(found):
+        fix = f"First: genvalues write {shlex.quote(str(file))} -o values.yaml, then give values.yaml."
+        raise UserError("this is an inputs file, and no values file", where=str(file), fix=fix)
+    where, fix = one_line(str(file), 200), f"The chart is {chart}; `genvalues write` writes values that are right."
+    raise UserErrors([UserError(reason, where=f"{where}: {dotted(key) or 'values'}", fix=fix) for key, reason in found])
+
+
+def mistakes_as_inputs(file: Path) -> int:
+    """How many there are if it is meant as an inputs file."""
+    from genvalues.check import check
+    from genvalues.document import read
+
+    try:
+        check(read(file))
+    except UserErrors as mistakes:
+        return len(mistakes.errors)
+    return 0
 
 
 def is_bundle(path: Path) -> bool:
@@ -155,7 +183,8 @@ def locked(workspace: Path) -> Iterator[int]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}") from None
+        fix = "Name a folder that you may write to, or one that is not there yet."
+        raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}", fix=fix) from None
     with file:
         deadline = time.monotonic() + ENDING
         while not taken(file):

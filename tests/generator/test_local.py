@@ -21,6 +21,7 @@ import yaml
 from genvalues.local import translated
 from genvalues.process import Command, run_together
 
+ROOT = Path(__file__).parents[2]
 POD_VOLUMES = [
     {"name": "workspace", "persistentVolumeClaim": {"claimName": "w"}},
     {"name": "config", "configMap": {"name": "config"}},
@@ -426,6 +427,49 @@ def test_values_that_cannot_be_read_are_told_in_a_line(laptop: Laptop, content: 
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith("values.yaml")
     assert not laptop.workspace.exists()
+
+
+def of_our_chart(folder: Path, text: str, *more: str) -> list[str]:
+    """What is said of a file that is not to be run with the chart of this repository."""
+    (folder / "my file.yaml").write_text(text)
+    command = [sys.executable, "-m", "genvalues.cli", "local", "my file.yaml", "--workspace", "w", *more]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=90)
+    assert (done.returncode, done.stdout, (folder / "w").exists()) == (2, "", False), done.stderr
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments"), [("", []), ("", ["--cpu"]), ("nodez: 3\n", []), ("dataset: {source: gone.jsonl}\n", [])]
+)
+def test_an_inputs_file_is_told_as_one_with_the_command_that_makes_values_of_it(
+    tmp_path: Path, more: str, arguments: list[str]
+) -> None:
+    """Also one with a mistake, which that command tells."""
+    dataset = "" if "dataset" in more else "dataset: {source: a/b}\n"
+    text = f"model: gpt2\n{dataset}instance: cpu\ncpu: {{processes: 2}}\n{more}"
+    assert of_our_chart(tmp_path, text, *arguments) == [
+        "my file.yaml: this is an inputs file, and no values file. "
+        "First: genvalues write 'my file.yaml' -o values.yaml, then give values.yaml."
+    ]
+
+
+def test_values_that_the_chart_s_schema_refuses_are_told_line_by_line_with_the_file_s_name(tmp_path: Path) -> None:
+    values = (ROOT / "values" / "cpu.values.yaml").read_text()
+    wrong = values.replace("mode: attached", "mode: sideways").replace("maxCost: null", "maxKost: 3")
+    first, second = of_our_chart(tmp_path, wrong)
+    assert first.startswith("my file.yaml: pipeline.mode: 'sideways' is not one of ")
+    assert second.startswith("my file.yaml: guards.maxKost: unknown key")
+
+
+def test_a_workspace_that_is_a_file_is_told_with_what_to_do(laptop: Laptop) -> None:
+    laptop.chart(job("one", 1, "true"))
+    laptop.workspace.write_text("")
+    status, out, err = laptop.run()
+    assert (status, out) == (2, "")
+    assert err == (
+        "--workspace workspace: cannot be used: Not a directory. "
+        "Name a folder that you may write to, or one that is not there yet.\n"
+    )
 
 
 def test_progress_bars_and_broken_bytes_become_lines(tmp_path: Path) -> None:
