@@ -5,6 +5,7 @@ The exit statuses are in the help. Where nobody reads its output any more, a com
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -13,6 +14,8 @@ import click
 from genvalues import __version__
 from genvalues.commands import Commands
 from genvalues.errors import defect, traceback_wanted, user_errors_end_with_status_2
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the file's limit
 
 
 def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -41,13 +44,29 @@ def genvalues() -> None:
 def main() -> None:
     """The entry point: whatever happens ends in a status and, where there is something to say, in a message."""
     try:
-        sys.exit(command())
+        try:
+            sys.exit(command())
+        finally:
+            if sys.stdout:  # which may be closed
+                sys.stdout.flush()  # here, where a failure can be told
     except BrokenPipeError:  # in what is printed here; click takes care of the rest
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
         sys.exit(1)
     except Exception as error:
-        print(defect(error, with_traceback=traceback_wanted()), file=sys.stderr)
+        told = not_written(error) if isinstance(error, OSError) else ""
+        print(told or defect(error, with_traceback=traceback_wanted()), file=sys.stderr)
         sys.exit(1)
+
+
+def not_written(error: OSError) -> str:
+    """The line for a full disk, which is no defect; empty for any other error."""
+    import traceback
+
+    if error.errno not in FULL:
+        return ""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].name
+    where = "stdout" if innermost in ("main", click.echo.__name__) else error.filename or "stdout, or a file"
+    return f"{where}: cannot be written: {error.strerror}"
 
 
 @user_errors_end_with_status_2

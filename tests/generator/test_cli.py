@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from genvalues.cli import not_written
 
 HEAVY = ["boto3", "botocore", "kubernetes", "pyhelm3", "torch", "transformers", "datasets"]
 
@@ -63,6 +67,43 @@ def test_values_go_to_stdout_and_talk_to_stderr(tmp_path: Path) -> None:
     assert (tmp_path / "values.yaml").read_text() == on_stdout.stdout
     checked = genvalues("check", "f.yaml", cwd=tmp_path)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "f.yaml is right.\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["write", "f.yaml", "-o", "-"],
+        ["plan", "f.yaml", "--offline"],
+        ["plan", "f.yaml", "--json"],
+        ["schema"],
+    ],
+)
+def test_a_full_disk_is_told_as_one_and_is_no_defect(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    command = [sys.executable, "-m", "genvalues.cli", *arguments]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "stdout: cannot be written: No space left on device\n")
+
+
+def test_a_full_disk_elsewhere_is_told_too_and_another_error_is_still_a_defect() -> None:
+    def raised(number: int, *file: str) -> OSError:
+        try:
+            raise OSError(number, os.strerror(number), *file)
+        except OSError as error:
+            return error
+
+    assert not_written(raised(errno.ENOSPC, "/tmp/x")) == "/tmp/x: cannot be written: No space left on device"
+    assert not_written(raised(errno.ENOSPC)) == "stdout, or a file: cannot be written: No space left on device"
+    assert not_written(raised(errno.EIO)) == ""
+
+
+def test_a_closed_stdout_takes_nothing_away() -> None:
+    command = f'"{sys.executable}" -m genvalues.cli --version >&-'
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_wrong_command_line_ends_with_status_2() -> None:
