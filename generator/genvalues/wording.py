@@ -6,10 +6,11 @@ import re
 
 KeyPath = tuple[str | int, ...]
 
-# Hugging Face, AWS, GitHub, OpenAI, Slack, private keys: what their tokens and keys look like. A private key goes on to
-# its end, or to the text's, where that was cut.
+# Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, private keys: what their tokens and keys look like. A private key
+# goes on to its end, or to the text's, where that was cut.
 TOKEN = re.compile(
     r"hf_[A-Za-z0-9]{4,}|api_org_[A-Za-z0-9]{4,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgl(pat|ptt|dt|rt|cbt|ft|soat|agent|oas|imt|ffct)-[A-Za-z0-9_-][A-Za-z0-9_.-]{18,}[A-Za-z0-9_-]"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bxox[a-z]-[A-Za-z0-9-]{10,}"
     r"|-----BEGIN (?s:.*?)(-----END [A-Z0-9 ]*-----|\Z)"
 )

@@ -143,6 +143,14 @@ def test_what_is_named_like_a_secret_is_hidden_however_it_is_written(text: str) 
     assert redact_text(redact_text(text)) == redact_text(text)
 
 
+def test_a_gitlab_token_of_any_kind_is_hidden_whole() -> None:
+    for kind in ("glpat-", "glrt-", "glcbt-64_", "SIE-glpat-"):  # GitLab's, and with an instance's own prefix
+        token = kind + "planted_0123456-planted"
+        told = redact_text(f"pip: https://x/{token}.git, {token}.01.0a1b2c3d4 and so on.")
+        assert "planted" not in told and "0a1b2c3d4" not in told and told.endswith(" and so on.")
+    assert redact_text("glpat- is a prefix, glft-short is none") == "glpat- is a prefix, glft-short is none"
+
+
 def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
     assert redact_text("password: 'two words here', n: 1") == "password: '(redacted)', n: 1"
     assert redact_text("Authorization: token abcdef and so on") == "Authorization: token (redacted) and so on"
