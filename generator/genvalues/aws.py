@@ -97,6 +97,10 @@ def told(where: str, needs: str = "", look: str = LOOK_AT_THE_ADDRESS) -> Iterat
         raise Unavailable(f"{where}: AWS does not answer: {one_line(str(error), 200)}. Look at the network.") from None
     except exceptions.BotoCoreError as error:
         raise UserError(one_line(redacted(str(error)), 200), where=where, fix=LOG_IN) from None
+    except ValueError as error:  # of botocore's own: no error of its classes
+        if not str(error).startswith("Invalid endpoint"):
+            raise
+        raise UserError(one_line(str(error), 200), where=where, fix="Look at AWS_ENDPOINT_URL.") from None
 
 
 def refusal(code: str, message: str, where: str, needs: str, look: str = LOOK_AT_THE_ADDRESS) -> Exception:

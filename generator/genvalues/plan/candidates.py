@@ -13,7 +13,7 @@ from genvalues.instances import Instance
 from genvalues.plan.architectures import Architecture
 from genvalues.plan.layout import Layout, Note, Problem, Refused, Run, Wishes
 from genvalues.plan.memory import BF16, QUERY_KEY_VALUE, Memory, memory, weights
-from genvalues.wording import KeyPath
+from genvalues.wording import KeyPath, number_of
 
 FLASH_HEAD = 128  # NKI's flash attention takes heads of up to 128 (rules.py)
 ACCUMULATION = 3  # of the seed's example: 12 rows a step on one trn1.32xlarge
@@ -134,7 +134,7 @@ def batch(run: Run, wishes: Wishes, copies: int) -> tuple[int, int]:
     raise Refused(
         Problem(
             ("training", "globalBatchSize"),
-            f"{wanted} rows a step cannot be shared out: {', '.join(parts)}",
+            f"{number_of(wanted, 'row')} a step cannot be shared out: {', '.join(parts)}",
             f"Write {fitting}.",
         )
     )

@@ -12,6 +12,7 @@ from genvalues.plan.models import Model
 from genvalues.plan.reasons import (
     batch_choices,
     checkpointing_reason,
+    copies_of,
     micro_batch_reason,
     rejected_settings,
     rejected_sizes,
@@ -192,7 +193,7 @@ def arrange(run: Run, wishes: Wishes, model: Model, instance: Instance, nodes: i
         Choice(
             "ZeRO-1",
             "on",
-            f"always: AdamW's fp32 weights and moments are shared out over the {layout.data_parallel} copies "
+            f"always: AdamW's fp32 weights and moments are shared out over {copies_of(layout.data_parallel)} "
             "(the base is frozen and has none)",
         ),
     ]

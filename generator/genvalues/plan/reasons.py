@@ -39,11 +39,13 @@ def micro_batch_reason(run: Run, model: Model, instance: Instance, found: Candid
 def batch_choices(run: Run, wishes: Wishes, layout: Layout, micro_batch: str) -> list[Choice]:
     if wishes.per_device:
         micro_batch = "as written"
-    copies = f"{layout.per_device} x {layout.accumulation} x {layout.data_parallel} copies"
+    copies = f"{layout.per_device} x {layout.accumulation} x {copies_of(layout.data_parallel)}"
     if wishes.accumulation:
         accumulated = "as written"
     elif wishes.global_batch:
-        accumulated = f"globalBatchSize {wishes.global_batch} / ({layout.data_parallel} copies x {layout.per_device})"
+        accumulated = (
+            f"globalBatchSize {wishes.global_batch} / ({copies_of(layout.data_parallel)} x {layout.per_device})"
+        )
     elif layout.accumulation < ACCUMULATION and run.rows:
         accumulated = f"{ACCUMULATION} would take more rows a step than the dataset's {run.rows[1]}"
     else:
@@ -65,6 +67,10 @@ def batch_choices(run: Run, wishes: Wishes, layout: Layout, micro_batch: str) ->
             wished=bool(wishes.global_batch),
         ),
     ]
+
+
+def copies_of(number: int) -> str:
+    return "1 copy" if number == 1 else f"{number} copies"
 
 
 def checkpointing_reason(run: Run, wishes: Wishes, model: Model, instance: Instance, found: Candidate) -> str:

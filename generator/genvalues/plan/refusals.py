@@ -15,6 +15,7 @@ from genvalues.plan.candidates import CHECKPOINTING, Candidate, candidate, needs
 from genvalues.plan.layout import Problem, Refused, Run, Wishes
 from genvalues.plan.memory import QUERY_KEY_VALUE
 from genvalues.plan.models import Model
+from genvalues.wording import number_of
 
 CHANGEABLE = {"batch", "targets", "length"}  # kinds of rules that another batch, LoRA or length keeps
 
@@ -143,7 +144,7 @@ def _global_batch(case: Case) -> Problem | None:
     derived = wishes.accumulation and not wishes.per_device and not case.alone
     if wishes.global_batch is None or not (near or (derived and case.too_much)):
         return None
-    what = near.text("batch") if near else f"{wishes.global_batch} rows a step are {case.too_much}"
+    what = near.text("batch") if near else f"{number_of(wishes.global_batch, 'row')} a step are {case.too_much}"
     sizes = [near.size] if near and case.alone else [each.size for each in case.tried]
     fitting = next(filter(None, (_batches(case, size) for size in sizes)), [])
     fixes = [f"Write {' or '.join(map(str, fitting))}"] if fitting else []

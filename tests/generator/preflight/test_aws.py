@@ -375,6 +375,12 @@ def test_an_aws_that_does_not_answer_is_waited_for_once_by_all_checks_side_by_si
     assert took < 5, "credentials first, then all others"
 
 
+def test_an_endpoint_that_is_no_address_is_a_mistake_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
+    findings = check_aws(wanted(S3))
+    assert any(finding.found.endswith("Invalid endpoint: foo. Look at AWS_ENDPOINT_URL.") for finding in findings)
+
+
 # --- offline, and cpu
 
 
