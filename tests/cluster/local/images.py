@@ -203,12 +203,15 @@ def load(name: str) -> None:
         target = f"docker-archive:{stream}:{name}"
         push = ["buildah", *STORE, "push", "--quiet", "--disable-compression", name, target]
         with ThreadPoolExecutor(1) as beside:
+            pushing = subprocess.Popen(push, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
             loading = beside.submit(ctr, "images", "import", stream, check=False)
-            pushed = subprocess.run(push, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+            # A full disk, for one: what nobody reads any more would be written for ever.
+            loading.add_done_callback(lambda loaded: pushing.kill() if loaded.result().returncode else None)
+            _, complaint = pushing.communicate()
             os.close(held)
             loaded = loading.result()
-        if pushed.returncode or loaded.returncode:
-            raise UserError(f"{name} cannot be loaded: {pushed.stderr}{loaded.stderr}")
+        if pushing.returncode or loaded.returncode:
+            raise UserError(f"{name} cannot be loaded: {loaded.stderr}{complaint}")
 
 
 STORE = ["--root", str(STORAGE), "--runroot", str(CACHE / "buildah-run")]
