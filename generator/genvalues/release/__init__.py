@@ -15,8 +15,9 @@ changes. What each command asks of the API, with the rights of whoever calls it,
     uninstall  persistentvolumes                  get        # optional, cluster-wide: whether it outlives its claim
     bundle     as status; configmaps, persistentvolumeclaims list; nodes list (cluster-wide); all optional
 
-Helm 4's ``helm status`` also gets each ordinary object of the release. What is optional and refused is said in the
-answer ("not read"), never fatal. Exit statuses, of every command:
+``bundle`` and ``uninstall`` first get /version, which everybody may. Helm 4's ``helm status`` also gets each ordinary
+object of the release. What is optional and refused is said in the answer ("not read"), never fatal. Exit statuses, of
+every command:
 
     0    shown, or done; ``install`` and ``status --watch``: the pipeline is done
     1    may be tried again: no API server; a stage failed; Helm failed; stopped
