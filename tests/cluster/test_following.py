@@ -111,7 +111,8 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert "[llama-train-1-worker-0] the first words" in read.output
     assert watched.status == 0, watched.output
     lines = watched.output.splitlines()
-    assert [line for line in lines if line.startswith("merge: done in ")] and lines[-1].startswith("llama: done")
+    assert [line for line in lines if line.startswith("merge: done in ")] and lines[-2].startswith("llama: done")
+    assert re.fullmatch(r"the merged model: runs/llama/merged on the volume of claim \S+", lines[-1])
 
     shown = genvalues("status", "llama")
     assert shown.status == 0 and re.search(r"^train +done in ", shown.output, re.MULTILINE), shown.output
