@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from genvalues.chart import written_in_chart_values
-from genvalues.contradictions import Contradiction, contradictions
+from genvalues.contradictions import DURATION, Contradiction, contradictions
 from genvalues.document import Document, Mistake
 from genvalues.explain import MISSING, UNKNOWN, schema_mistakes, shown
 from genvalues.inputs import Inputs, inputs_from
@@ -246,14 +246,23 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
 
 def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
     """What can be said of the values before everything is right: sections of one form in inputs and values."""
-    named = ("dataset", "training", "evaluation", "storage")
+    named = ("dataset", "training", "evaluation", "storage", "guards")
     sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
+    if guards := sections.get("guards"):
+        sections["guards"] = {key: written for key, written in guards.items() if can_be_judged(key, guards)}
     instance = get(value, "instance", str)
     below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
     if instance:
         below["backend"] = "cpu" if instance == CPU else "neuron"
     below = merge(below, without_null(sections))
     return dict(without_null(merge(below, get(value, "chartValues", dict) or {})))
+
+
+def can_be_judged(key: str, guards: dict[str, Any]) -> bool:
+    """Whether a guard is what it will be: the price list may have a price, and the schema tells what is no time."""
+    if key == "maxCost":
+        return get(guards, "pricePerNodeHour", float) is not None
+    return key != "stallTimeout" or bool(DURATION.fullmatch(get(guards, key, str) or ""))
 
 
 def placed(found: Contradiction, document: Document) -> Mistake:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from genvalues import contradictions, inputs
-from genvalues.errors import UserError
+from genvalues.errors import UserError, UserErrors
 from genvalues.plan.estimate import START_HOURS
 from genvalues.sources import Sources
 from genvalues.write import checked
@@ -164,3 +164,18 @@ def test_all_of_them_may_be_left_out() -> None:
     guards = inputs.Guards()
     assert (guards.max_cost, guards.stall_timeout, guards.price_per_node_hour) == (None, None, None)
     assert re.fullmatch(inputs.DURATION, "30m")
+
+
+def test_limits_are_told_with_all_other_mistakes_each_once() -> None:
+    sets = ("guards.maxCost=0.5", "guards.pricePerNodeHour=21.5", "guards.stallTimeout=1s", "training.attention=flash")
+    with pytest.raises(UserErrors) as mistakes:
+        checked(Sources((TRN1,), sets=(*sets, "training.maxSequenceLength=1000")))
+    keys = [str(mistake).partition("=")[0] for mistake in mistakes.value.errors]
+    assert keys == ["--set guards.maxCost", "--set guards.stallTimeout", "--set training.attention"]
+    with pytest.raises(UserError) as mistake:
+        checked(Sources((TRN1,), sets=("guards.stallTimeout=3",)))
+    assert "is not of the right form" in str(mistake.value) and "\n" not in str(mistake.value)
+    assert (
+        checked(Sources((TRN1,), sets=("guards.maxCost=40", "instance=trn1.32xlarge"))).values["guards"]["maxCost"]
+        == 40
+    )
