@@ -246,6 +246,9 @@ def test_schema_prints_the_committed_files() -> None:
     assert (inputs.returncode, inputs.stderr, values.returncode, values.stderr) == (0, "", 0, "")
     assert inputs.stdout == SCHEMA.read_text()
     assert values.stdout == (ROOT / "chart" / "values.schema.json").read_text()
+    neither = genvalues("schema", "--chart", "c")
+    told = "--chart c: is for the schema of its values. Add --values, or remove it.\n"
+    assert (neither.returncode, neither.stdout, neither.stderr) == (2, "", told)
     lost = genvalues("schema", "--values", "--chart", "nowhere")
     assert lost.returncode == 2 and lost.stdout == ""
 

@@ -18,7 +18,10 @@ def schema(values: bool, chart: Path | None) -> None:
         genvalues schema > inputs.schema.json
     """
     from genvalues.chart import need_chart, values_schema_text
+    from genvalues.errors import UserError
     from genvalues.inputs import SCHEMA
 
+    if chart and not values:
+        raise UserError("is for the schema of its values", where=f"--chart {chart}", fix="Add --values, or remove it.")
     text = values_schema_text(need_chart(chart)) if values else SCHEMA.read_text(encoding="utf-8")
     click.echo(text.encode("utf-8"), nl=False)
