@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,18 @@ class UserErrors(UserError):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+@contextmanager
+def told_when_not_written(
+    where: str, fix: str = "Name a file in a folder that is there and that you may write to."
+) -> Iterator[None]:
+    """Around writing what the user has named: what the system says against it, or against its name, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot be written: {reason}", where=where, fix=fix) from None
 
 
 class Unavailable(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 from genvalues.chart import BESIDE_THE_SOURCES, NAME, chart_name
 from genvalues.check import REQUIRED_COLUMNS, check
 from genvalues.document import Document, Position
-from genvalues.errors import UserError, UserErrors
+from genvalues.errors import UserError, UserErrors, told_when_not_written
 from genvalues.files import place_of, write_named
 from genvalues.inputs import SCHEMA
 from genvalues.instances import CPU
@@ -163,7 +163,7 @@ def in_a_line(key: str, value: Any) -> str:
 
 def check_place(file: Path, *, force: bool) -> None:
     """Raises UserError where no first file may be written: before anybody is asked anything."""
-    try:
+    with told_when_not_written(str(file)):
         if file.is_dir():
             raise UserError("this is a folder", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
         if file.exists() and not (force and file.is_file()):
@@ -171,20 +171,10 @@ def check_place(file: Path, *, force: bool) -> None:
                 "is there already", where=str(file), fix="Name another file, or write over it with --force."
             )
         place_of(file)
-    except (OSError, ValueError) as error:
-        raise cannot_be_written(file, error) from None
 
 
 def write_starter(file: Path, text: str, *, force: bool) -> None:
     """A new file; over one that is there only by ``force``."""
     check_place(file, force=force)
-    try:
+    with told_when_not_written(str(file)):
         write_named(file, text.encode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise cannot_be_written(file, error) from None
-
-
-def cannot_be_written(file: Path, error: OSError | ValueError) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    fix = "Name a file in a folder that is there and that you may write to."
-    return UserError(f"cannot be written: {reason}", where=str(file), fix=fix)

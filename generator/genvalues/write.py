@@ -21,7 +21,7 @@ from genvalues.chart import (
 from genvalues.check import absolute, check, paths, placed
 from genvalues.contradictions import contradictions, warnings
 from genvalues.document import Document, Mistake, read
-from genvalues.errors import UserError, UserErrors
+from genvalues.errors import UserError, UserErrors, told_when_not_written
 from genvalues.files import write_named
 from genvalues.inputs import Inputs, ModelPath
 from genvalues.nested import get
@@ -34,7 +34,6 @@ from genvalues.written import claimed_digest, difference, is_as_written, schema_
 from genvalues.yamltext import dump
 
 PriceOf = Callable[[Inputs], Priced]
-NOT_WRITABLE = "Name a file in a folder that is there and that you may write to."
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def check_against(chart: Path | None, values: dict[str, Any], document: Document
 def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool) -> None:
     """Whole or not at all; never over the inputs, and over a file that somebody edited, or wrote, only by ``force``."""
     where = f"-o {output}"
-    try:
+    with told_when_not_written(where):
         if output.is_dir():
             raise UserError("this is a folder", where=where, fix=f"Write -o {output / 'values.yaml'}.")
         if output.exists():
@@ -148,6 +147,3 @@ def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool
                 )
                 raise UserError(what, where=where, fix="Write to another file, or over this one with --force.")
         write_named(output, text.encode("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot be written: {reason}", where=where, fix=NOT_WRITABLE) from None

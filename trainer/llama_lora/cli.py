@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from genvalues import manifests
-from genvalues.errors import UserError, user_errors_end_with_status_2
+from genvalues.errors import UserError, told_when_not_written, user_errors_end_with_status_2
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora import stage, stopping
@@ -40,14 +40,8 @@ def load(config_file: Path | None, workspace: Path | None) -> tuple[run_config.R
 
 def make_run_folder(paths: Paths) -> None:
     """Raises UserError where the workspace is not to be written to."""
-    try:
+    with told_when_not_written(f"--workspace {paths.workspace}", "Give a folder you may write to."):
         paths.run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}",
-            where=f"--workspace {paths.workspace}",
-            fix="Give a folder you may write to.",
-        ) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -18,7 +18,7 @@ from pathlib import Path
 from genvalues import __version__
 from genvalues.check import check
 from genvalues.document import Document, read
-from genvalues.errors import UserError
+from genvalues.errors import UserError, told_when_not_written
 from genvalues.files import place_of, write_named
 from genvalues.image import ecr
 from genvalues.image.plan import (
@@ -212,21 +212,15 @@ def run(step: str, job: Job, arguments: tuple[str, ...], *, secret: str = "", re
 def check_unchanged(job: Job) -> None:
     """Raises UserError where the digest could not be written into the file: before hours of building."""
     with_reference(job, job.reference)
-    try:
+    with told_when_not_written(str(job.file), "Make it writable: its image's digest is to be written there."):
         place_of(job.file)
-    except OSError as error:
-        fix = "Make it writable: its image's digest is to be written there."
-        raise UserError(f"cannot be written: {error.strerror}", where=str(job.file), fix=fix) from None
 
 
 def write_digest(job: Job, digest: str) -> None:
     """Into the file, the rest of it byte for byte as it is. A build takes long: the file is read anew."""
     text = with_reference(job, job.image.at(digest))
-    try:
+    with told_when_not_written(str(job.file), f"Write image: {job.image.at(digest)} into it."):
         write_named(job.file, text.encode("utf-8"))
-    except OSError as error:
-        fix = f"Write image: {job.image.at(digest)} into it."
-        raise UserError(f"cannot be written: {error.strerror}", where=str(job.file), fix=fix) from None
 
 
 def with_reference(job: Job, new: str) -> str:

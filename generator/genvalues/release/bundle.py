@@ -22,7 +22,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
 from genvalues.cluster.objects import INSTANCE, container_statuses, last_seen, name_of
-from genvalues.errors import Unavailable, UserError
+from genvalues.errors import Unavailable, UserError, told_when_not_written
 from genvalues.files import place_of, write_named
 from genvalues.helm import client, user_values
 from genvalues.manifests import manifests_in
@@ -91,12 +91,12 @@ class Bundle:
 
 def bundle(watcher: Watcher, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Write the archive; what --json prints. Raises UserError for no such release or a place that cannot be written."""
-    with told_when_not_written(output):
+    with told_when_not_written(f"-o {output}"):
         place_of(output)  # before anything is asked: collecting may take minutes
     record = watcher.need_record()
     made = collected(watcher, record)
     content = made.packed()
-    with told_when_not_written(output):
+    with told_when_not_written(f"-o {output}"):
         write_named(output, content, mode=0o600)
     for line in made.not_read:
         say(f"not read: {line}")
@@ -105,15 +105,6 @@ def bundle(watcher: Watcher, output: Path, say: Callable[[str], None]) -> dict[s
         "It names your model, dataset and buckets, and its logs may quote rows: look before you send it."
     )
     return {"file": str(output), "bytes": len(content), "files": sorted(made.files), "notRead": made.not_read}
-
-
-@contextmanager
-def told_when_not_written(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        fix = "Name a file in a folder that is there and that you may write to."
-        raise UserError(f"cannot be written: {error.strerror}", where=f"-o {output}", fix=fix) from None
 
 
 def collected(watcher: Watcher, record: Record) -> Bundle:
