@@ -44,7 +44,7 @@ image: $(READY)
 
 # What is generated and committed; make test says when it is out of date.
 schema: $(READY)
-	.venv/bin/python -m genvalues.inputs_schema
+	.venv/bin/python -m genvalues.settings.inputs_schema
 
 values: $(READY)
 	for environment in $(ENVIRONMENTS); do \

@@ -21,8 +21,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from genvalues.errors import UserError, user_errors_end_with_status_2
-from genvalues.files import whole_folder
+from genvalues.common.errors import UserError, user_errors_end_with_status_2
+from genvalues.common.files import whole_folder
 
 OLDEST = (3, 14)
 GET_HELM = "Install Helm 3.14 or newer: https://helm.sh/docs/intro/install/"

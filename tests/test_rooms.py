@@ -13,7 +13,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED_BY_BOTH = {"genvalues.errors", "genvalues.files", "genvalues.manifests", "genvalues.process"}
+GENERATOR, TRAINER = ROOT / "generator/genvalues", ROOT / "trainer/llama_lora"
+# Which rooms of the generator a room may import. "commands" includes cli.py, the entry point.
+MAY_IMPORT: dict[str, set[str]] = {
+    "common": set(),
+    "accelerators": {"common"},
+    "settings": {"common", "accelerators"},
+    "planner": {"common", "accelerators", "settings"},
+    "inputs": {"common", "accelerators", "settings", "planner"},
+    "cluster": {"common", "accelerators", "settings"},
+    "ops": {"common", "accelerators", "settings", "planner", "inputs", "cluster"},
+    "commands": {"common", "accelerators", "settings", "planner", "inputs", "cluster", "ops"},
+}
+TRAINER_MAY_IMPORT = {"common", "settings", "accelerators"}
+MOST_FLOORS = 8
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
 
 
@@ -29,12 +42,71 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_trainer_knows_nothing_of_kubernetes_and_shares_four_modules_with_the_generator() -> None:
+def module_name(path: Path) -> str:
+    """``genvalues.common.errors`` of its path; a package has its __init__'s."""
+    parts = (
+        path.relative_to(GENERATOR.parent if path.is_relative_to(GENERATOR) else TRAINER.parent).with_suffix("").parts
+    )
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def module_graph(package: Path) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports, at any depth of the code."""
+    modules = {module_name(path): path for path in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module in modules:
+                inner = {
+                    f"{node.module}.{alias.name}" for alias in node.names
+                }  # modules, or names of the package's own
+                graph[name] |= inner & modules.keys() or {node.module}
+    return graph
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return "commands" if parts[1:2] in ([], ["cli"]) else parts[1]
+
+
+def test_a_room_of_the_generator_imports_only_rooms_below_it() -> None:
+    for module, imported in module_graph(GENERATOR).items():
+        for other in imported - {"genvalues"}:  # the package itself holds only the version
+            room, below = room_of(module), room_of(other)
+            assert room == below or below in MAY_IMPORT[room], f"{module} imports {other}"
+
+
+def test_the_rooms_have_at_most_eight_floors() -> None:
+    floors: dict[str, int] = {}
+    for room in MAY_IMPORT:  # from the ground up
+        floors[room] = 1 + max((floors[below] for below in MAY_IMPORT[room]), default=0)
+    assert max(floors.values()) <= MOST_FLOORS
+
+
+@pytest.mark.parametrize("package", [GENERATOR, TRAINER], ids=["genvalues", "llama_lora"])
+def test_no_module_imports_itself_through_others(package: Path) -> None:
+    graph = module_graph(package)
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle of imports: {' -> '.join((*path, module))}"
+        if module not in finished:
+            for imported in graph[module]:
+                visit(imported, (*path, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_trainer_knows_nothing_of_kubernetes_and_imports_three_rooms_of_the_generator() -> None:
     for path in (ROOT / "trainer").rglob("*.py"):
         names = imports(path)
         assert not any(name.split(".")[0] in ("kubernetes", "pyhelm3") for name in names), path
-        of_generator = {".".join(name.split(".")[:2]) for name in names if name.startswith("genvalues.")}
-        assert of_generator <= SHARED_BY_BOTH, f"{path} imports {of_generator - SHARED_BY_BOTH}"
+        rooms = {name.split(".")[1] for name in names if name.startswith("genvalues.")}
+        assert rooms <= TRAINER_MAY_IMPORT, f"{path} imports {rooms - TRAINER_MAY_IMPORT}"
 
 
 def test_the_generator_knows_nothing_of_training() -> None:

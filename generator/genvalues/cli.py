@@ -13,7 +13,7 @@ import click
 
 from genvalues import __version__
 from genvalues.commands import Commands
-from genvalues.errors import defect, traceback_wanted, user_errors_end_with_status_2
+from genvalues.common.errors import defect, traceback_wanted, user_errors_end_with_status_2
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the file's limit
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import helm_binaries
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from helm_binaries import OLDEST, helm_binary, helm_on_path
 
 ACCEPTED = ["v3.14.0", "v3.22.0", "v4.3.1+g123", "v10.0.0-rc.1"]

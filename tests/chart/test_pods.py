@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, pod, pods, render
-from genvalues.errors import UserError
-from genvalues.instances import HYPERPOD, TRAINIUM
-from genvalues.sources import Sources
-from genvalues.write import checked
+from genvalues.accelerators.instances import HYPERPOD, TRAINIUM
+from genvalues.common.errors import UserError
+from genvalues.inputs.input_options import Sources
+from genvalues.inputs.write import checked
 
 Row = dict[str, str]
 PAGE = (ROOT / "docs/pods.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chart.manifests import CHART, MINIMAL, Object, annotation, config, hooks, merged, pod, render, run_helm
-from genvalues.local import is_stage
+from genvalues.ops.local import is_stage
 
 
 def test_helm_test_runs_one_pod_of_its_own_and_nothing_else_runs_it(objects: list[Object]) -> None:

@@ -25,7 +25,7 @@ from typing import IO
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster.local import binaries, images, node, operators
-from genvalues.errors import UserError, user_errors_end_with_status_2
+from genvalues.common.errors import UserError, user_errors_end_with_status_2
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -24,7 +24,7 @@ from cluster.space import EFA, HELMS, NEURON, Client, Space, stand_in, succeeded
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
 from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, condition, name_of
-from genvalues.errors import EXIT_USER_ERROR
+from genvalues.common.errors import EXIT_USER_ERROR
 
 UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
 # Small enough that others train on the node at the same time; and one stage less to wait for.

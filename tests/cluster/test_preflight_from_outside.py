@@ -17,8 +17,8 @@ import yaml
 from chart.manifests import CHART, Values, merged
 from cluster.space import CLAIM, EFA, NEURON, Ended, Space, run
 from cluster.test_preflight import PROMISED_SECONDS, STOPS, TOKEN, problems
-from genvalues.findings import Finding
-from genvalues.preflight.cluster import check_cluster
+from genvalues.common.findings import Finding
+from genvalues.ops.preflight.cluster_checks import check_cluster
 
 OK_DEVICES = [
     f"ok {NEURON}: 8 on each of 1 nodes of type ml.trn1.32xlarge",

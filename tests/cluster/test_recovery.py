@@ -29,14 +29,7 @@ from cluster.space import (
     stand_in,
     uids,
 )
-from genvalues.cluster.objects import (
-    COMPONENT,
-    FINGERPRINT,
-    JOB_NAME,
-    annotations_of,
-    labels_of,
-    name_of,
-)
+from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotations_of, labels_of, name_of
 
 UNTIL_TOLD = "until [ -e /workspace/told ]; do sleep 0.2; done"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"

@@ -13,7 +13,7 @@ import docstrings
 import pytest
 import run_demo
 
-from genvalues import files
+from genvalues.common import files
 from trainer.conftest import make_model
 
 STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]

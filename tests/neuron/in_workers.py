@@ -94,7 +94,7 @@ def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
 
 def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
     """What a save says after one worker's copy of a factor has been changed."""
-    from genvalues.errors import UserError
+    from genvalues.common.errors import UserError
 
     if engine.tensor_rank == 1:
         next(iter(engine.replicated.values())).data.add_(0.5)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from genvalues import files
+from genvalues.common import files
 from llama_lora import backends, probe
 from llama_lora.data.batches import batch
 from llama_lora.losses import loss_sum

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora import backends, launch, stage
 from llama_lora.backends.neuron import cache, compiling, provenance, tool
 from llama_lora.graphs import graph_settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from genvalues import files
+from genvalues.common import files
 from trainer.conftest import Run, llama_lora_here, make_model
 
 

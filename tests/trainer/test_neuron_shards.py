@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.adapter import write_adapter
 from llama_lora.backends.neuron import shards
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from genvalues import files
+from genvalues.common import files
 from llama_lora import backends, probe
 from llama_lora.backends.checkpoints import RECORD
 from llama_lora.config import Probe as Settings

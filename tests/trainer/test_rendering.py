@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
+from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import IGNORED, TEMPLATE_DATE, Dropped, Renderer
-from llama_lora.data.sources import Row
 from trainer.conftest import byte_tokenizer
 
 

@@ -15,7 +15,7 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora import resolve
 from llama_lora.config import Model
 from llama_lora.snapshot import take_snapshot
@@ -146,7 +146,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubber]:
 
     client = boto3.client("s3", region_name="us-west-2", aws_access_key_id="x", aws_secret_access_key="x")
     monkeypatch.setattr(resolve, "s3_client", lambda: client)
-    monkeypatch.setattr("llama_lora.data.sources.s3_client", lambda: client)
+    monkeypatch.setattr("llama_lora.data.dataset_readers.s3_client", lambda: client)
     with Stubber(client) as stubber:
         yield stubber
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from genvalues.errors import UserError
-from llama_lora.data.sources import read_file
+from genvalues.common.errors import UserError
+from llama_lora.data.dataset_readers import read_file
 from llama_lora.resolve import s3_parts
 
 ROWS = [{"q": "How much is 1 + 1?", "a": "2"}, {"q": 'Größe, in "cm"?\nExactly.', "a": "10"}]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from genvalues import files
-from genvalues.errors import UserError
-from genvalues.manifests import manifests_in
+from genvalues.common import files
+from genvalues.common.errors import UserError
+from genvalues.common.manifests import manifests_in
 from llama_lora import backends, stage
 from llama_lora.stages.train import training_job
 from trainer.conftest import Run

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from genvalues import files
+from genvalues.common import files
 from trainer.conftest import TWO_PROCESSES, Run
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from genvalues import manifests
-from genvalues.errors import UserError, told_when_not_written, user_errors_end_with_status_2
+from genvalues.common import manifests
+from genvalues.common.errors import UserError, user_errors_end_with_status_2, write_errors_as_user_errors
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
 from llama_lora import stage, stopping
@@ -40,7 +40,7 @@ def load(config_file: Path | None, workspace: Path | None) -> tuple[run_config.R
 
 def make_run_folder(paths: Paths) -> None:
     """Raises UserError where the workspace is not to be written to."""
-    with told_when_not_written(f"--workspace {paths.workspace}", "Give a folder you may write to."):
+    with write_errors_as_user_errors(f"--workspace {paths.workspace}", "Give a folder you may write to."):
         paths.run.mkdir(parents=True, exist_ok=True)
 
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
-from genvalues.errors import UserError, UserErrors
+from genvalues.common.errors import UserError, UserErrors
 
 
 class Section(BaseModel):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from genvalues.errors import Unavailable, UserError
+from genvalues.common.errors import Unavailable, UserError
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
 
 
 @contextmanager
-def told(key: str, name: str, *, dataset: bool = False) -> Iterator[None]:
+def translate_errors(key: str, name: str, *, dataset: bool = False) -> Iterator[None]:
     """Around a call to the Hub: its refusals become UserErrors that name ``key``.
 
     Gated repositories answer for their metadata and refuse their files. Raises Unavailable where it cannot be reached.

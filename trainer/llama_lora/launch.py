@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from genvalues.errors import EXIT_USER_ERROR, UserError, UserErrors
-from genvalues.process import noted_signals, processes
+from genvalues.common.errors import EXIT_USER_ERROR, UserError, UserErrors
+from genvalues.common.process import noted_signals, processes
 from llama_lora import config as run_config
 from llama_lora import environment, stopping
 from llama_lora.config import RunConfig

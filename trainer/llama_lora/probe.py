@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora import config
 from llama_lora.data.rendering import IGNORED
 
@@ -76,7 +76,7 @@ def measured(dataset: Sequence[Row], settings: config.Probe, loss_of: Callable[[
     return Probe(list(rows), settings.max_tokens, losses, [trained_tokens(row) for row in rows.values()])
 
 
-def prove(
+def verify_loss(
     recorded: Probe, dataset: Sequence[Row], settings: config.Probe, model: Any, isolated: bool, what: Path
 ) -> str:
     """Recompute a probe with a plain model, and say so. At most ``settings.rows`` of the rows are looked at.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import hub
 from llama_lora.config import Dataset, Model, RunConfig
 from llama_lora.paths import Paths
@@ -148,7 +148,7 @@ def _ask_model(model: Model) -> dict[str, Any]:
         )
     from huggingface_hub import HfApi
 
-    with hub.told("model.id", model.id):
+    with hub.translate_errors("model.id", model.id):
         commit = HfApi().model_info(model.id, revision=model.revision or None).sha
     return {"asked": asked, "name": model.id.replace("/", "--"), "revision": commit, "state": {}}
 
@@ -166,7 +166,7 @@ def _ask_dataset(dataset: Dataset) -> dict[str, Any]:
         )
     from huggingface_hub import HfApi
 
-    with hub.told("dataset.source", dataset.source, dataset=True):
+    with hub.translate_errors("dataset.source", dataset.source, dataset=True):
         commit = HfApi().dataset_info(dataset.source, revision=dataset.revision or None).sha
     return {"asked": asked, "name": name, "revision": commit, "state": {}}
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora.paths import Paths
 from llama_lora.stage import now
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from genvalues import files
+from genvalues.common import files
 
 
 @contextmanager

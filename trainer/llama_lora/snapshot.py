@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import hub
 from llama_lora.config import Model
 from llama_lora.resolve import NOT_TAKEN, Source, taken_files
@@ -53,7 +53,7 @@ def _resumable_folder(target: Path) -> Iterator[Path]:
 def _download(repository: str, commit: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    with hub.told("model", repository):
+    with hub.translate_errors("model", repository):
         snapshot_download(repository, revision=commit, local_dir=folder, ignore_patterns=NOT_TAKEN)
 
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from genvalues import files
-from genvalues.errors import UserError, UserErrors
+from genvalues.common import files
+from genvalues.common.errors import UserError, UserErrors
 from llama_lora import resolve, stages
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from genvalues.errors import EXIT_USER_ERROR, UserError
+from genvalues.common.errors import EXIT_USER_ERROR, UserError
 from llama_lora import backends, launch, stopping
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported

@@ -18,7 +18,7 @@ import yaml
 from kubernetes import client, config, dynamic
 from kubernetes.utils.quantity import parse_quantity
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 Object = dict[str, Any]
 Query = list[tuple[str, Any]]

@@ -11,9 +11,9 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from . import api as kinds
-from .api import Api, Object
-from .objects import (
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, Object
+from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,
     RUN,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from genvalues.errors import UserError
-
-from .api import Object
-from .asking import Ask, StageState
-from .objects import (
+from genvalues.cluster.api import Object
+from genvalues.cluster.objects import (
     FINGERPRINT,
     INSTANCE,
     annotations_of,
@@ -19,6 +16,8 @@ from .objects import (
     labels_of,
     name_of,
 )
+from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.common.errors import UserError
 
 
 @dataclass(frozen=True)

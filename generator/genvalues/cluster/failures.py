@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genvalues.errors import EXIT_USER_ERROR
+from genvalues.common.errors import EXIT_USER_ERROR
 
 STAGE_FAILED = 1
 

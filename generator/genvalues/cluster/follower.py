@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from genvalues.errors import EXIT_USER_ERROR
-
-from . import api as kinds
-from .account import RAISE, Account
-from .api import Api, ApiError, Object
-from .asking import Ask, StageState
-from .config import ClusterConfig
-from .failures import STAGE_FAILED, StageFailed, StoppedByGuard
-from .guards import Standstill, describe_checkpoint, describe_standstill, reserve_hours
-from .objects import (
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, Object
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.cost_tracker import RAISE, Account
+from genvalues.cluster.failures import STAGE_FAILED, StageFailed, StoppedByGuard
+from genvalues.cluster.guards import Standstill, describe_checkpoint, describe_standstill, reserve_hours
+from genvalues.cluster.objects import (
     COST,
     JOB_NAME,
     OVERDUE,
@@ -43,8 +40,10 @@ from .objects import (
     why_not_started,
     workers_of,
 )
-from .progress import describe_progress, read_progress
-from .workers import Workers
+from genvalues.cluster.progress import describe_progress, read_progress
+from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.cluster.workers import Workers
+from genvalues.common.errors import EXIT_USER_ERROR
 
 
 @dataclass(frozen=True)

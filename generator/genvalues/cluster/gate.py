@@ -16,18 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from genvalues import manifests
-from genvalues.errors import UserError
-
-from . import api as kinds
-from .account import Account, Clock
-from .api import Api, Object
-from .asking import Ask, StageState
-from .config import ClusterConfig
-from .decision import in_the_way, plan
-from .failures import StoppedByGuard
-from .follower import PACE, Follower, Pace
-from .objects import (
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, Object
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.cost_tracker import Account, Clock
+from genvalues.cluster.decision import in_the_way, plan
+from genvalues.cluster.failures import StoppedByGuard
+from genvalues.cluster.follower import PACE, Follower, Pace
+from genvalues.cluster.objects import (
     FINGERPRINT,
     JOB_NAME,
     QUEUE_NAME,
@@ -37,6 +33,9 @@ from .objects import (
     labels_of,
     name_of,
 )
+from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.common import manifests
+from genvalues.common.errors import UserError
 
 
 def gate(

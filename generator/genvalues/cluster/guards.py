@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .api import Object
-from .objects import (
+from genvalues.cluster.api import Object
+from genvalues.cluster.objects import (
     COMPONENT,
     JOB_NAME,
     container_statuses,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from .api import Object
+from genvalues.cluster.api import Object
 
 STAGE = "llama-lora/stage"  # annotation on every stage object
 FINGERPRINT = "llama-lora/fingerprint"  # annotation on a PyTorchJob that a gate has released

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from . import api as kinds
-from .api import Api, ApiError, NotAllowed
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, NotAllowed
 
 
 class PodLog(threading.Thread):

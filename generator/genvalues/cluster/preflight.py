@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from genvalues.findings import Finding
-
-from . import api as kinds
-from .api import Api, ApiError, NotAllowed, Object, ServerAway
-from .config import ClusterConfig
-from .objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
+from genvalues.common.findings import Finding
 
 BUDGET_SECONDS = 25.0  # findings are promised within 30 s; the 600 s that the chart gives the Job are for its image
 CLAIM_SECONDS = 17.0  # a provisioner that is alive has said something by then; static volumes: see below
@@ -422,7 +421,7 @@ def wait_until(happens: Callable[[], bool], seconds: float, interval: float) -> 
     return True
 
 
-# What the chart's stage checks; genvalues preflight has the same from outside (genvalues/preflight/cluster.py).
+# What the chart's stage checks; genvalues preflight does the same from outside (ops/preflight/cluster_checks.py).
 CHECKS: dict[str, Check] = {
     "training operator": check_operator,
     "storage": check_storage,

@@ -14,12 +14,11 @@ import time
 import zlib
 from collections.abc import Callable
 
-from genvalues.errors import UserError
-
-from . import api as kinds
-from .api import Api, Object
-from .cleanup import QUIET_LOOKS, fail_job
-from .objects import INSTANCE, STAGE, annotations_of, component_of, is_finished, labels_of, name_of
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, Object
+from genvalues.cluster.cleanup import QUIET_LOOKS, fail_job
+from genvalues.cluster.objects import INSTANCE, STAGE, annotations_of, component_of, is_finished, labels_of, name_of
+from genvalues.common.errors import UserError
 
 PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zlib.error)

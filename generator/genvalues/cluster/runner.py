@@ -14,14 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from genvalues.errors import EXIT_USER_ERROR, UserError
-from genvalues.helm import run_helm
-
-from . import api as kinds
-from .api import Api, Object
-from .cleanup import is_stage, runners_of, stop_runners
-from .config import ClusterConfig
-from .objects import (
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, Object
+from genvalues.cluster.cleanup import is_stage, runners_of, stop_runners
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,
     condition,
@@ -30,7 +27,9 @@ from .objects import (
     name_of,
     owners_of,
 )
-from .recovery import AtWork, take_over
+from genvalues.cluster.recovery import AtWork, take_over
+from genvalues.common.errors import EXIT_USER_ERROR, UserError
+from genvalues.common.helm import run_helm
 
 # Helm's --timeout is per hook, and each stage has its own deadline: this one is never to be the first.
 HELM_TIMEOUT = "720h"

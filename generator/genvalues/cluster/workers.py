@@ -9,10 +9,10 @@ import threading
 import time
 from collections import deque
 
-from . import api as kinds
-from .api import Api, ApiError, Object
-from .objects import JOB_NAME, End, ends_of, is_over, name_of, started_container
-from .podlog import PodLog
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, Object
+from genvalues.cluster.objects import JOB_NAME, End, ends_of, is_over, name_of, started_container
+from genvalues.cluster.podlog import PodLog
 
 TAIL_LINES = 40
 LINE_LENGTH = 500

@@ -25,7 +25,7 @@ MODULES = {
     "uninstall": "genvalues.commands.uninstall",
     "local": "genvalues.commands.local",
     "schema": "genvalues.commands.schema",
-    "cluster": "genvalues.cluster.cli",
+    "cluster": "genvalues.commands.cluster",
 }
 IN_PODS = {"cluster"}  # not for people
 

@@ -23,8 +23,8 @@ def bundle(name: str, namespace: str | None, context: str | None, output: Path |
         genvalues bundle llama-lora --namespace kubeflow -o report.tar.gz
         genvalues local report.tar.gz --workspace ./workspace --cpu
     """
-    from genvalues.release.bundle import bundle
-    from genvalues.release.status import watcher
+    from genvalues.ops.bundle import bundle
+    from genvalues.ops.status import watcher
 
     def say(line: str) -> None:
         click.echo(line, err=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import click
 
 from genvalues.commands.options import inputs
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Check an inputs file: every mistake at once.")
@@ -15,7 +15,7 @@ def check(sources: Sources) -> None:
     Example:
         genvalues check finetune.yaml
     """
-    from genvalues.write import checked
+    from genvalues.inputs.write import checked
 
     checked(sources)
     click.echo(f"{sources.are_right}.", err=True)

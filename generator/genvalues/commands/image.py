@@ -35,7 +35,7 @@ def image_build(file: Path, builder: str | None, network: str | None, base: str 
     Example:
         genvalues image build finetune.yaml
     """
-    from genvalues.image.build import build
+    from genvalues.ops.image.build import build
 
     sys.exit(build(file, builder, network, base))
 
@@ -51,6 +51,6 @@ def image_push(file: Path, builder: str | None, network: str | None, base: str |
     Example:
         genvalues image push finetune.yaml
     """
-    from genvalues.image.build import push
+    from genvalues.ops.image.build import push
 
     sys.exit(push(file, builder, network, base))

@@ -8,13 +8,13 @@ import click
 
 
 def formats_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from genvalues.check import REQUIRED_COLUMNS
+    from genvalues.settings.datasets import REQUIRED_COLUMNS
 
     return [name for name in REQUIRED_COLUMNS if name.startswith(incomplete)]
 
 
 def instances_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from genvalues.instances import NAMES
+    from genvalues.accelerators.instances import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
 
@@ -63,16 +63,16 @@ def init(
     """
     from dataclasses import replace
 
-    from genvalues.errors import UserErrors
-    from genvalues.instances import CPU, refusal
-    from genvalues.starter import (
+    from genvalues.accelerators.instances import CPU, refusal
+    from genvalues.common.errors import UserErrors
+    from genvalues.inputs.template import (
         IMAGE,
         Answers,
         check_answers,
         check_place,
         mistakes,
         option_of,
-        starter,
+        template_text,
         usual_format,
         write_starter,
     )
@@ -126,5 +126,5 @@ def init(
             raise UserErrors(wrong)
         for error in wrong:
             click.echo(str(error), err=True)
-    write_starter(file, starter(answers, file), force=force)
+    write_starter(file, template_text(answers, file), force=force)
     click.echo(f"Wrote {file}. Next: genvalues check {file}", err=True)

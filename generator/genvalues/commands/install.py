@@ -5,7 +5,7 @@ import sys
 import click
 
 from genvalues.commands.options import context_option, inputs, json_option, namespace_option
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Check everything, run the pipeline on a cluster, follow it.")
@@ -35,7 +35,7 @@ def install(
     Example:
         genvalues install finetune.yaml --namespace kubeflow
     """
-    from genvalues.release.install import Where, install
+    from genvalues.ops.install import Where, install
 
     where = Where(release, namespace, context)
     sys.exit(install(sources, where, follow=not no_follow, preflight=not skip_preflight, as_json=as_json))

@@ -23,6 +23,6 @@ def local(values: Path, workspace: Path, cpu: bool, chart: Path | None) -> None:
         genvalues write finetune.yaml --set instance=cpu && genvalues local values.yaml --workspace ./workspace
         genvalues local llama-lora-bundle.tar.gz --workspace ./workspace --cpu
     """
-    from genvalues.local import run
+    from genvalues.ops.local import run
 
     sys.exit(run(values, workspace, chart, on_cpu=cpu))

@@ -44,8 +44,8 @@ def logs(
     Example:
         genvalues logs llama-lora train -f --namespace kubeflow
     """
-    from genvalues.release.logs import logs
-    from genvalues.release.status import watcher
+    from genvalues.ops.logs import logs
+    from genvalues.ops.status import watcher
 
     lines: list[str] = []
     write = lines.append if as_json else click.echo

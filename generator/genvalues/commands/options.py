@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 Command = Callable[..., Any]
 

@@ -5,7 +5,7 @@ import sys
 import click
 
 from genvalues.commands.options import inputs, json_option
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Show what a run would be: layout, memory, hours, dollars.")
@@ -21,8 +21,8 @@ def plan(sources: Sources, as_json: bool, live: bool, offline: bool, region: str
     Example:
         genvalues plan finetune.yaml --set nodes=2
     """
-    from genvalues.plan import report
-    from genvalues.plan.command import planned
+    from genvalues.ops.live_plan import planned
+    from genvalues.planner import report
 
     found = planned(sources, live=live, offline=offline, region=region)
     if as_json:

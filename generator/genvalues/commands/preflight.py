@@ -5,7 +5,7 @@ import sys
 import click
 
 from genvalues.commands.options import context_option, inputs, json_option, namespace_option
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Ask AWS, the Hub and the cluster whether a run can begin.")
@@ -40,10 +40,10 @@ def preflight(
     """
     import json
 
-    from genvalues.findings import as_json as document
-    from genvalues.findings import exit_status
-    from genvalues.preflight import run, show
-    from genvalues.write import checked
+    from genvalues.common.findings import as_json as document
+    from genvalues.common.findings import exit_status
+    from genvalues.inputs.write import checked
+    from genvalues.ops.preflight import run, show
 
     everything = not (aws or cluster)
     findings = run(

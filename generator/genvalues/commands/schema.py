@@ -17,9 +17,9 @@ def schema(values: bool, chart: Path | None) -> None:
     Example:
         genvalues schema > inputs.schema.json
     """
-    from genvalues.chart import need_chart, values_schema_text
-    from genvalues.errors import UserError
-    from genvalues.inputs import SCHEMA
+    from genvalues.common.errors import UserError
+    from genvalues.inputs.chart import need_chart, values_schema_text
+    from genvalues.settings.inputs import SCHEMA
 
     if chart and not values:
         raise UserError("is for the schema of its values", where=f"--chart {chart}", fix="Add --values, or remove it.")

@@ -24,9 +24,9 @@ def status(name: str, namespace: str | None, context: str | None, watch: bool, a
     Example:
         genvalues status llama-lora --namespace kubeflow --watch
     """
-    from genvalues.release import follow
-    from genvalues.release.status import as_json as document_of
-    from genvalues.release.status import print_status, watcher
+    from genvalues.ops import follow
+    from genvalues.ops.status import as_json as document_of
+    from genvalues.ops.status import print_status, watcher
 
     def say(line: str) -> None:
         click.echo(line, err=as_json)

@@ -21,8 +21,8 @@ def uninstall(name: str, namespace: str | None, context: str | None, yes: bool, 
     Example:
         genvalues uninstall llama-lora --namespace kubeflow
     """
-    from genvalues.release.status import watcher
-    from genvalues.release.uninstall import uninstall
+    from genvalues.ops.status import watcher
+    from genvalues.ops.uninstall import uninstall
 
     def confirm(question: str) -> bool:
         return yes or not sys.stdin.isatty() or click.confirm(question, err=True)

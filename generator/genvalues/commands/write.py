@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from genvalues.commands.options import inputs
-from genvalues.sources import Sources
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Check an inputs file and write the chart's values.")
@@ -22,7 +22,7 @@ def write(sources: Sources, output: str, force: bool) -> None:
         genvalues write finetune.yaml -f trn2.yaml -o values.yaml --set training.maxSteps=10
         helm install llama-lora ./chart -f values.yaml
     """
-    from genvalues.write import checked, text_of, write_values
+    from genvalues.inputs.write import checked, text_of, write_values
 
     to_stdout = output == "-"
     text = text_of(checked(sources), sources, None if to_stdout else Path(output))

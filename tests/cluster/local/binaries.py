@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from genvalues.errors import UserError
-from genvalues.files import whole_folder
+from genvalues.common.errors import UserError
+from genvalues.common.files import whole_folder
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-lora-tests"
 

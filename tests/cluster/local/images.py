@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 from .binaries import CACHE, OPERATORS, program
 from .node import BUSYBOX, ctr

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 from .binaries import CACHE, KUBERNETES_PROGRAMS, program
 

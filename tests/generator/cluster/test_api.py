@@ -8,7 +8,7 @@ from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import PODS, PYTORCH_JOBS, Api, NotAllowed, ServerAway, connect
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 
 def test_a_request_waits_for_a_server_that_is_away_and_says_so_once(fake: FakeApi) -> None:

@@ -22,7 +22,7 @@ from generator.cluster.objects import Operator, helm_record, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster import cleanup, gate, recovery, runner
 from genvalues.cluster.api import connect
-from genvalues.cluster.cli import cluster
+from genvalues.commands.cluster import cluster
 
 PYTHON = sys.executable  # the trainer's stand-in changes what sys.executable says
 OWN = "demo-llama-lora-train-3"
@@ -105,7 +105,7 @@ def test_sigterm_ends_the_gate_at_once_and_leaves_the_job_running(
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN))
     stand_in = f"import sys; sys.executable = {sys.executable!r}"
-    code = f"{stand_in}; from genvalues.cluster.cli import cluster; cluster()"
+    code = f"{stand_in}; from genvalues.commands.cluster import cluster; cluster()"
     with subprocess.Popen([PYTHON, "-c", code, *gate_arguments(config_file)]) as process:
         until(lambda: not (fake.get("pytorchjobs", OWN) or {})["spec"]["runPolicy"]["suspend"])
         process.send_signal(signal.SIGTERM)
@@ -168,7 +168,7 @@ def test_the_runner_runs_helm_and_passes_its_outcome_on(
 def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
     (helm / "sleep").touch()
     stand_in = f"import sys; sys.executable = {sys.executable!r}"
-    code = f"{stand_in}; from genvalues.cluster.cli import cluster; cluster()"
+    code = f"{stand_in}; from genvalues.commands.cluster import cluster; cluster()"
     with subprocess.Popen([PYTHON, "-c", code, *runner_arguments]) as process:
         until((helm / "asked").exists)
         process.send_signal(signal.SIGTERM)

@@ -15,13 +15,13 @@ from generator.cluster.fake_api import FakeApi, now
 from generator.cluster.objects import Operator, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import PYTORCH_JOBS, Api, connect
-from genvalues.cluster.asking import ask_trainer
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.failures import StageFailed, describe_failure
 from genvalues.cluster.follower import Pace
 from genvalues.cluster.gate import gate
 from genvalues.cluster.progress import describe_progress
-from genvalues.errors import UserError
+from genvalues.cluster.trainer_client import ask_trainer
+from genvalues.common.errors import UserError
 
 OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
 MANIFEST = {
@@ -708,7 +708,7 @@ def test_a_stage_whose_upstream_is_not_done_is_the_users_to_run_in_order(
 def test_a_trainer_that_breaks_down_or_talks_nonsense_is_worth_another_try(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    from genvalues.cluster.asking import CannotAsk
+    from genvalues.cluster.trainer_client import CannotAsk
 
     trainer.answer.write_text("Killed")
     Gate(api, config).fails(CannotAsk)

@@ -17,7 +17,6 @@ from generator.cluster.objects import Object, Operator, pod, pytorch_job
 from generator.cluster.test_gate import EARLIER, OWN, QUICK, is_going, is_released, nothing_happens
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
-from genvalues.cluster.asking import ask_trainer
 from genvalues.cluster.config import ClusterConfig, Guards
 from genvalues.cluster.failures import StageFailed, StoppedByGuard, describe_failure
 from genvalues.cluster.follower import Pace
@@ -31,7 +30,8 @@ from genvalues.cluster.guards import (
     describe_standstill,
     reserve_hours,
 )
-from genvalues.errors import UserError
+from genvalues.cluster.trainer_client import ask_trainer
+from genvalues.common.errors import UserError
 
 HOUR = 3600.0
 NOON = 1_800_000_000.0
@@ -540,7 +540,7 @@ def test_a_volume_that_takes_no_file_is_said_once_and_the_job_is_followed_on(
     def refuse(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("genvalues.files.write_json", refuse)
+    monkeypatch.setattr("genvalues.common.files.write_json", refuse)
     running = Guarded(fake, api, config, maxCost=200, pricePerNodeHour=21.5).release()
     nothing_happens(fake)
     assert sum("No space left on device" in line for line in running.said) == 1

@@ -12,7 +12,7 @@ from generator.cluster.fake_api import NAMESPACE, FakeApi, now
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.preflight import Pace, preflight
-from genvalues.findings import Finding
+from genvalues.common.findings import Finding
 
 Object = dict[str, Any]
 QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)

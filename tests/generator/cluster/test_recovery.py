@@ -11,7 +11,7 @@ from generator.cluster.objects import content_of, helm_record, job, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.recovery import AtWork, take_over
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 RECORD = "sh.helm.release.v1.demo.v2"
 

@@ -13,7 +13,7 @@ from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.runner import run
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 
 OWN = "demo-runner-2"
 

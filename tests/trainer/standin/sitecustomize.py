@@ -30,7 +30,7 @@ class StandIn:
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         rank = os.environ["RANK"]
         if os.environ.get("STANDIN_USER_ERROR"):
-            from genvalues.errors import UserError
+            from genvalues.common.errors import UserError
 
             raise UserError("is more than the model knows", where="training.maxSequenceLength", fix="Set it to 64.")
         if os.environ.get("STANDIN_SLEEP"):

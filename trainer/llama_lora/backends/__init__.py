@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.backends.base import Backend
 from llama_lora.probe import Probe
 

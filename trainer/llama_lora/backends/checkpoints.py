@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora.backends.workers import Workers
 
 RECORD = "checkpoint.json"
@@ -44,7 +44,7 @@ def save(folder: Path, record: Record, write: Callable[[Path], None], workers: W
     target = folder / f"step-{record.step:06d}"
     beside = files.whole_folder(target) if workers.rank == 0 else contextlib.nullcontext(target)
     with beside as own:
-        partial = workers.told_by_first(own)
+        partial = workers.broadcast(own)
         write(partial)
         workers.barrier()
         if workers.rank == 0:

@@ -14,12 +14,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from genvalues import files
-from genvalues.errors import UserError, UserErrors
+from genvalues.common import files
+from genvalues.common.errors import UserError, UserErrors
 from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import Record
-from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
+from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, StepResult
 from llama_lora.backends.lora import dropout_seed, initialize, lora_config
 from llama_lora.backends.workers import Workers
 from llama_lora.config import Lora, RunConfig
@@ -116,7 +116,7 @@ class CpuEngine:
 
     def step(
         self, step: int, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int, learning_rate: float
-    ) -> Callable[[], Taken]:
+    ) -> Callable[[], StepResult]:
         torch.manual_seed(dropout_seed(self.job.training.seed, step, self.data_rank))
         loss = torch.zeros(())
         for micro_batch in micro_batches:
@@ -131,7 +131,7 @@ class CpuEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        taken = Taken(loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"])
+        taken = StepResult(loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"])
         return lambda: taken
 
     def row_loss(self, row: Row) -> float:

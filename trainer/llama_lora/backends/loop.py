@@ -30,7 +30,7 @@ ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """A step as measured over all workers.
 
     ``loss`` is the mean in nats per trained token, ``grad_norm`` the gradient's norm before clipping, and
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
     def step(
         self, step: int, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int, learning_rate: float
-    ) -> Callable[[], Taken]:
+    ) -> Callable[[], StepResult]:
         """Take an optimizer step on this worker's rows (None is a row of padding); what came of it, to be read later.
 
         The loss is divided by ``trained_tokens``, those of all workers' rows.
@@ -203,7 +203,7 @@ class Checkpoints:
 
     def restore_newest(self) -> int:
         """Go on from the newest checkpoint, if there is one; the number of rows it had consumed."""
-        newest = self.workers.told_by_first(self.newest())
+        newest = self.workers.broadcast(self.newest())
         if newest is None:
             return 0
         if self.workers.rank == 0:

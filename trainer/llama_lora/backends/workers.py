@@ -29,7 +29,7 @@ class Workers:
     def barrier(self) -> None:
         dist.barrier(self.group)
 
-    def told_by_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the worker of rank 0 has given."""
         told = [value]
         dist.broadcast_object_list(told, src=0, group=self.group)

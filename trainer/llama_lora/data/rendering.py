@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from genvalues.errors import UserError
-from llama_lora.data.sources import Row
+from genvalues.common.errors import UserError
+from llama_lora.data.dataset_readers import Row
 
 IGNORED = -100  # the label that carries no loss, in torch and transformers alike
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import backends, evaluation, probe
 from llama_lora.adapter import write_adapter
 from llama_lora.probe import Probe
@@ -22,12 +22,12 @@ def consolidate(stage: Stage) -> None:
     probed = backends.probe_of(checkpoint)
     with stage.output(stage.paths.adapter) as folder:
         write_adapter(folder, adapter.tensors, adapter.config)
-        prove(stage, probed, lambda: evaluation.load_model(base, adapter=folder), stage.paths.adapter)
+        verify_loss(stage, probed, lambda: evaluation.load_model(base, adapter=folder), stage.paths.adapter)
         stage.facts = {"probe": probed.as_record() if probed else None}
     print(f"{len(adapter.tensors)} tensors of {checkpoint.name} -> {stage.paths.adapter}", flush=True)
 
 
-def prove(stage: Stage, recorded: Probe | None, load: Callable[[], Any], what: Path) -> None:
+def verify_loss(stage: Stage, recorded: Probe | None, load: Callable[[], Any], what: Path) -> None:
     """Recompute the probe's loss with the model that ``load`` gives, and say how they compare.
 
     Raises UserError where ``what`` is not what was trained.
@@ -41,7 +41,7 @@ def prove(stage: Stage, recorded: Probe | None, load: Callable[[], Any], what: P
         return
     rows = load_from_disk(str(stage.paths.workspace / stage.upstream("tokenize").facts["dataset"] / "train"))
     isolated = stage.config.training.attention == "eager"
-    print(probe.prove(recorded, rows, settings, load(), isolated, what), flush=True)
+    print(probe.verify_loss(recorded, rows, settings, load(), isolated, what), flush=True)
 
 
 def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import evaluation, report
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer

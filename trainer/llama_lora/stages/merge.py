@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import evaluation
 from llama_lora.adapter import Delta, read_deltas
 from llama_lora.probe import Probe
 from llama_lora.shards import DTYPES, StoredTensor, add_in_place, stored_tensors
 from llama_lora.stage import Declaration, Stage
-from llama_lora.stages.consolidate import prove, refuse_to_overwrite
+from llama_lora.stages.consolidate import refuse_to_overwrite, verify_loss
 
 
 def merge(stage: Stage) -> None:
@@ -29,7 +29,7 @@ def merge(stage: Stage) -> None:
     with stage.output(stage.paths.merged) as folder:
         write_merged(base, tensors, deltas, folder)
         probed = Probe(**recorded) if recorded else None
-        prove(stage, probed, lambda: evaluation.load_model(folder), stage.paths.merged)
+        verify_loss(stage, probed, lambda: evaluation.load_model(folder), stage.paths.merged)
     print(f"{len(deltas)} of {len(tensors)} tensors merged -> {stage.paths.merged}", flush=True)
 
 

@@ -6,7 +6,7 @@ It frees the Trainium nodes while the compiler works. Not verified by us on hard
 
 from __future__ import annotations
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.stage import Declaration, Stage
 
 

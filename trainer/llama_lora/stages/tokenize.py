@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import backends
 from llama_lora.config import RunConfig, Training
+from llama_lora.data.dataset_readers import read_rows
 from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
-from llama_lora.data.sources import read_rows
 from llama_lora.resolve import Sources
 from llama_lora.shared import making
 from llama_lora.snapshot import take_snapshot

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from genvalues.errors import UserError, UserErrors
+from genvalues.common.errors import UserError, UserErrors
 from llama_lora.backends import checkpoints
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.neuron import provenance, rules, shards

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genvalues import files
-from genvalues.errors import Unavailable, UserError, UserErrors
+from genvalues.common import files
+from genvalues.common.errors import Unavailable, UserError, UserErrors
 from llama_lora import launch
 from llama_lora.backends.neuron import cache, tool
 from llama_lora.backends.neuron.cache import Module, Use

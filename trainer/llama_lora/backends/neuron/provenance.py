@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.backends.neuron import cache
 from llama_lora.graphs import graph_settings, world_size
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.config import RunConfig
 
 # optimum/neuron/models/training/auto_models.py registers these three for text-generation, by model_type. Llama is all

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from genvalues.errors import UserError
+from genvalues.common.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.neuron.rules import LINEAR, sizes_of

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from genvalues.errors import UserError
-from genvalues.process import Command, Interrupted, run_together
+from genvalues.common.errors import UserError
+from genvalues.common.process import Command, Interrupted, run_together
 
 PROGRAM = "neuron_parallel_compile"
 What = Literal["collect-and-compile", "collect", "compile", "clear-locks"]

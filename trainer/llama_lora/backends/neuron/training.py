@@ -27,12 +27,12 @@ from neuronx_distributed.optimizer import NeuronZero1Optimizer
 from neuronx_distributed.parallel_layers import parallel_state
 from optimum.neuron.models.training.loss_utils import parallel_cross_entropy
 
-from genvalues import files
-from genvalues.errors import UserError
+from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora.adapter import write_adapter
 from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import Record
-from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, Taken
+from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, StepResult
 from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.neuron import model as neuron_model
 from llama_lora.backends.neuron import shards
@@ -96,7 +96,7 @@ class NeuronEngine:
 
     def step(
         self, step: int, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int, learning_rate: float
-    ) -> Callable[[], Taken]:
+    ) -> Callable[[], StepResult]:
         xm.set_rng_state(dropout_seed(self.job.training.seed, step, dist.get_rank()))
         # The optimizer takes the mean over the data-parallel workers; the loss is a sum divided by all their tokens.
         # As a tensor: a number of 0 or 1 would be written into the graph.
@@ -119,14 +119,14 @@ class NeuronEngine:
 
     def _taken(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, used: float, wanted: float, trained_tokens: int
-    ) -> Taken:
+    ) -> StepResult:
         """What a step gave, off the device. Raises RuntimeError where the optimizer did not follow the schedule."""
         if used != wanted:
             raise RuntimeError(f"step {step + 1} was taken at a learning rate of {used}, not {wanted}")
         (summed,) = self.workers.summed([loss.cpu().item() / self.tensor_size])  # a group's workers have the same loss
         if self.extracting:
-            return Taken(0.0, 0.0, used)
-        return Taken(summed / trained_tokens, norm.cpu().item(), used)
+            return StepResult(0.0, 0.0, used)
+        return StepResult(summed / trained_tokens, norm.cpu().item(), used)
 
     def row_loss(self, row: Row) -> float:
         self.model.eval()

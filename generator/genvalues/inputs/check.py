@@ -1,0 +1,286 @@
+"""Every mistake of an inputs file at once: by the JSON schema, then by the rules that span keys."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, refusal
+from genvalues.common.dicts import get, merge, without_null
+from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
+from genvalues.inputs.chart import written_in_chart_values
+from genvalues.inputs.document import Document, Mistake
+from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, shown
+from genvalues.settings.datasets import (
+    FILE_SUFFIXES,
+    FILES,
+    MODEL_SUFFIXES,
+    OPTIONAL_COLUMNS,
+    OTHER_SUFFIXES,
+    REQUIRED_COLUMNS,
+    is_file,
+    row_format,
+)
+from genvalues.settings.images import split_image
+from genvalues.settings.inputs import Inputs, inputs_from
+from genvalues.settings.value_rules import DEFAULT_MOUNT, DURATION, Contradiction, contradictions
+
+LONGEST_NAME = 255  # bytes of a file's or folder's name, on every file system in use here
+STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
+
+
+def check(document: Document) -> Inputs:
+    """The inputs, or every mistake in them."""
+    found = [*schema_mistakes(document.value), *tokens(document.value)]
+    if document.all_files_read:
+        found += rule_mistakes(document)
+    else:  # what is missing, or does not go together, may be otherwise in the file that could not be read
+        found = [mistake for mistake in found if mistake.what != MISSING]
+    # A value that YAML itself made senseless is not also told that its type is wrong.
+    read_badly = {mistake.key for mistake in document.mistakes if not document.holds(mistake.key)}
+    told = [mistake for mistake in found if mistake.what == UNKNOWN or mistake.key not in read_badly]
+    document.raise_mistakes([*document.mistakes, *told])
+    return inputs_from(document.value)
+
+
+# --- by the rules that span keys
+
+
+def rule_mistakes(document: Document) -> Iterator[Mistake]:
+    """What no single key shows. A key whose type is wrong counts as left out: the schema has said so already."""
+    value = document.value
+    instance = get(value, "instance", str) or ""
+    if instance and instance not in NAMES:
+        return
+    on_cpu = instance == CPU
+    if instance:
+        yield from instance_rules(value, instance, on_cpu)
+        yield from path_rules(document, on_cpu)
+    yield from model_rules(value)
+    yield from dataset_rules(value)
+    yield from image_rules(value)
+    yield from storage_rules(value)
+    for found in contradictions(values_so_far(value)):
+        yield placed(found, document)
+
+
+def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterator[Mistake]:
+    if on_cpu:
+        return
+    if "image" not in value or value["image"] is None:
+        yield Mistake(("image",), "missing", f"{instance} needs the image that you built, by tag or digest.")
+    if value.get("cpu") is not None:
+        yield Mistake(("cpu",), f"is for instance cpu only, not for {instance}", "Remove it.")
+    if reason := refusal(instance, get(value, "nodes", int) or 1):
+        prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
+        yield Mistake(("nodes",), reason, f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge.")
+    targets = get(value, "lora.targetModules", list) or []
+    together = {"gate_proj", "up_proj"}
+    named = together.intersection(target for target in targets if isinstance(target, str))
+    if len(named) == 1:
+        (there,) = named
+        (absent,) = together - {there}
+        yield Mistake(
+            ("lora", "targetModules"),
+            f"{there} without {absent}: on Trainium the two are one layer",
+            f"Add {absent} or remove {there}.",
+        )
+
+
+def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:
+    model = get(value, "model", str) or ""
+    if model.lower().endswith(MODEL_SUFFIXES):
+        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "A file or folder is written {path: ...}.")
+
+
+def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
+    source = get(value, "dataset.source", str) or ""
+    format_ = row_format(get(value, "dataset.format", str), source)
+    if source.endswith(".txt") and format_ in REQUIRED_COLUMNS and format_ != "text":
+        yield Mistake(("dataset", "format"), f"a .txt file has no columns for {format_}", "Write format: text.")
+    columns = get(value, "dataset.columns", dict) or {}
+    known = {name for names in [*REQUIRED_COLUMNS.values(), *OPTIONAL_COLUMNS.values()] for name in names}
+    allowed = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]
+    for name in columns:
+        if allowed and name in known and name not in allowed:
+            yield Mistake(
+                ("dataset", "columns", name), f"format {format_} has no such column", f"(columns: {', '.join(allowed)})"
+            )
+    on_s3 = source.startswith("s3://")
+    if on_s3 and not (re.match(r"^s3://[a-z0-9][a-z0-9.-]+/[^\s?#]+$", source) and source.endswith(FILE_SUFFIXES)):
+        yield Mistake(
+            ("dataset", "source"),
+            f"{shown(source, ())} names no file in S3",
+            f"Write s3://bucket/key of a file. {FILES}",
+        )
+    if is_file(source) or on_s3:
+        for name in ("config", "revision", "split"):
+            if get(value, f"dataset.{name}", str):
+                yield Mistake(("dataset", name), "is for hub datasets, and this one is a file", "Remove it.")
+    elif source.lower().endswith(FILE_SUFFIXES + OTHER_SUFFIXES):
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} is a kind of file that is not read", FILES)
+    elif source and not re.match(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", source):
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} is neither a hub id nor s3://... nor a file", FILES)
+
+
+def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
+    """Paths are read by the stages: in pods, which don't see this computer, or here."""
+    value = document.value
+    mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
+    for key, path in paths(value):
+        if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
+            yield Mistake(
+                key,
+                f"{shown(path, ())} is no path: it has a NUL in it, or a name of more than {LONGEST_NAME} bytes",
+                "Write the path of the file or folder.",
+            )
+            continue
+        there = PurePosixPath(posixpath.normpath(path))
+        on_volume = PurePosixPath(mount) in there.parents
+        if not on_cpu and not on_volume:
+            yield Mistake(
+                key,
+                f"{one_line(path)} is on this computer, which the pods on {value['instance']} cannot see",
+                f"Use a hub id, s3://, or an absolute path under {mount}, the volume.",
+            )
+        elif on_cpu and not on_volume and key == ("dataset", "source") and (lacks := lacking(path, document, key)):
+            yield lacks
+        elif on_cpu and not there.is_absolute():
+            here = absolute(path, document.position(key).folder)
+            if not os.path.exists(here):  # noqa: PTH110 - which never raises
+                yield Mistake(
+                    key,
+                    f"no such file or folder: {one_line(str(here), 200)}",
+                    "Write its path as seen from the inputs file's folder (with --set: from here), or an absolute one.",
+                )
+            elif PurePosixPath(mount) in PurePosixPath(here).parents:
+                yield Mistake(
+                    key,
+                    f"{one_line(str(here), 200)} is under {mount}, where the stages have their volume",
+                    "Move it elsewhere, or set chartValues.workspace.mountPath to another folder.",
+                )
+
+
+def unseen_by_pods(values: dict[str, Any]) -> Iterator[Contradiction]:
+    """What the values, which may be right for `genvalues local`, name on this computer and no pod could read."""
+    mount = get(values, "workspace.mountPath", str) or DEFAULT_MOUNT
+    stages = [get(values, "stageDefaults", dict), *(get(values, "stages", dict) or {}).values()]
+    volumes = [volume for stage in stages for volume in (get(stage, "extraVolumeMounts", dict) or {}).values()]
+    folders = [PurePosixPath(mount), *(PurePosixPath(get(volume, "mountPath", str) or mount) for volume in volumes)]
+    for key, path in paths(values):
+        there = PurePosixPath(posixpath.normpath(path))
+        if not any(folder in (there, *there.parents) for folder in folders):
+            what = f"{one_line(path, 200)} is not on the volume ({mount}): the pods do not see this computer's files"
+            elsewhere = "a hub id" if key == ("model", "path") else "a hub id, s3://,"
+            fix = f"`genvalues local` runs it here; for a cluster use {elsewhere} or an absolute path under {mount}."
+            yield Contradiction((key,), what, fix)
+
+
+def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
+    """A dataset's file that is not here or has nothing in it; None where pods have a volume of their own for it."""
+    mounts = [get(document.value, f"chartValues.{where}.extraVolumeMounts", dict) for where in STAGES_WITH_MOUNTS]
+    here = absolute(path, document.position(key).folder)
+    if any(mounts) or (not path.startswith("/") and not os.path.exists(here)):  # noqa: PTH110 - which never raises
+        return None
+    if not os.path.exists(here):  # noqa: PTH110
+        what, fix = "no such file or folder", "Write the path of a file that is there, or one under the volume's path."
+    elif os.path.isfile(here) and not os.path.getsize(here):  # noqa: PTH113, PTH202
+        what, fix = "there is nothing in this file", "Write the path of a file with rows."
+    else:
+        return None
+    return Mistake(key, f"{what}: {one_line(str(here), 200)}", fix)
+
+
+def image_rules(value: dict[str, Any]) -> Iterator[Mistake]:
+    image = get(value, "image", str)
+    if not image:
+        return
+    _, tag, digest = split_image(image)
+    if not tag and not digest:
+        yield Mistake(
+            ("image",), "names neither tag nor digest", "Add :0.1.0 or @sha256:..., so that every stage runs the same."
+        )
+    elif tag == "latest" and not digest:
+        yield Mistake(("image",), ":latest is another image tomorrow", "Name a version's tag, or the digest.")
+
+
+def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
+    storage = get(value, "storage", dict) or {}
+    if storage.get("existingClaim"):
+        for name in ("kind", "size", "storageClass", "static"):
+            if storage.get(name):
+                yield Mistake(("storage", name), "means nothing beside existingClaim", "Remove one of the two.")
+        return
+    kind = storage.get("kind") or ("generic" if get(value, "instance", str) == CPU else "fsx")
+    if kind == "fsx-static" and not storage.get("static"):
+        yield Mistake(("storage", "static"), "missing", "fsx-static needs {fileSystemId, dnsName, mountName}.")
+    if kind != "fsx-static" and storage.get("static"):
+        yield Mistake(
+            ("storage", "static"), f"is for kind fsx-static, not {one_line(str(kind))}", "Remove it or change kind."
+        )
+
+
+def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
+    """What can be said of the values before everything is right: sections of one form in inputs and values."""
+    named = ("dataset", "training", "evaluation", "storage", "guards")
+    sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
+    if guards := sections.get("guards"):
+        sections["guards"] = {key: written for key, written in guards.items() if can_be_judged(key, guards)}
+    instance = get(value, "instance", str)
+    below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
+    if instance:
+        below["backend"] = "cpu" if instance == CPU else "neuron"
+    below = merge(below, without_null(sections))
+    return dict(without_null(merge(below, get(value, "chartValues", dict) or {})))
+
+
+def can_be_judged(key: str, guards: dict[str, Any]) -> bool:
+    """Whether a guard is what it will be: the price list may have a price, and the schema tells what is no time."""
+    if key == "maxCost":
+        return get(guards, "pricePerNodeHour", float) is not None
+    return key != "stallTimeout" or bool(DURATION.fullmatch(get(guards, key, str) or ""))
+
+
+def placed(found: Contradiction, document: Document) -> Mistake:
+    """Where the user wrote it: under chartValues, which come last, or in the inputs' own key."""
+    chart_values = get(document.value, "chartValues", dict) or {}
+    for key in found.keys:
+        if written_in_chart_values(key, chart_values):
+            return Mistake(("chartValues", *key), found.what, found.fix)
+    key = next((key for key in found.keys if key in document.positions), found.keys[0])
+    return Mistake(key, found.what, found.fix)
+
+
+def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
+    """A token anywhere in the file would end up in the release and in the logs."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from tokens(inner, (*key, name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from tokens(inner, (*key, index))
+    elif isinstance(value, str) and TOKEN.search(value) and key not in SECRET_KEYS:
+        yield Mistake(
+            key, "looks like a token", "Put a Hugging Face token in a Secret and name that in huggingFace.tokenSecret."
+        )
+
+
+# --- what the rules and the values share
+
+
+def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """The keys that name something on a disk, with what they name."""
+    if model := get(value, "model.path", str):
+        yield ("model", "path"), model
+    source = get(value, "dataset.source", str) or ""
+    if is_file(source):
+        yield ("dataset", "source"), source
+
+
+def absolute(path: str, folder: Path) -> Path:
+    """As seen from the folder of the file that it is written in."""
+    return Path(os.path.realpath(folder / path))

@@ -1,0 +1,291 @@
+"""What the JSON schema of an inputs file refuses, in words: what is wrong, and what to write instead."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from genvalues.accelerators.instances import HYPERPOD
+from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
+from genvalues.inputs.accepts import accepts
+from genvalues.inputs.document import MOST_MISTAKES, Mistake
+from genvalues.inputs.schema_lookup import inputs_schema, kinds, resolve
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+
+MISSING = "missing"
+UNKNOWN = "unknown key"
+ALSO_CALLED = {  # names from other tools for ours
+    "rank": "r",
+    "lorar": "r",
+    "loraalpha": "alpha",
+    "loradropout": "dropout",
+    "lr": "learningRate",
+    "lrschedulertype": "lrScheduler",
+    "scheduler": "lrScheduler",
+    "batchsize": "perDeviceBatchSize",
+    "perdevicetrainbatchsize": "perDeviceBatchSize",
+    "attnimplementation": "attention",
+    "gradientcheckpointing": "activationCheckpointing",
+    "maxlength": "maxSequenceLength",
+    "maxseqlength": "maxSequenceLength",
+    "modulestosave": "targetModules",
+    "numtrainepochs": "epochs",
+    "instancetype": "instance",
+    "modelid": "model",
+    "modelname": "model",
+    "numnodes": "nodes",
+    "nodecount": "nodes",
+    "steps": "maxSteps",
+    "token": "tokenSecret",
+    "values": "chartValues",
+}
+
+
+def schema_mistakes(value: Any) -> Iterator[Mistake]:
+    schema = inputs_schema()
+    if accepts(schema, value):
+        return
+    import jsonschema
+
+    inputs_validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
+    for error in telling(islice(inputs_validator(schema).iter_errors(value), MOST_MISTAKES)):
+        yield from islice(explain(error, schema), MOST_MISTAKES)
+
+
+def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """The keyword pattern, by ECMA 262's rule that $ is the end; Python's lets a last line break through."""
+    from jsonschema.exceptions import ValidationError
+
+    if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
+    """Where a value is none of those that are allowed, or of the wrong type, no other rule says more about it."""
+    found = list(errors)
+    rank = {"enum": 0, "const": 0, "type": 1}
+    best: dict[KeyPath, int] = {}
+    for error in found:
+        place = tuple(error.absolute_path)
+        best[place] = min(rank.get(str(error.validator), 2), best.get(place, 2))
+    return [error for error in found if rank.get(str(error.validator), 2) == best[tuple(error.absolute_path)]]
+
+
+def words_of(branches: list[dict[str, Any]]) -> list[Any]:
+    """What may stand there that is one word, where the schema names it."""
+    return [branch["const"] for branch in branches if "const" in branch]
+
+
+def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
+    """What a list may hold, where the schema names it all."""
+    items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
+    return list(items.get("enum", []))
+
+
+def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]:
+    """One error of the validator in words, with what to write instead."""
+    key: KeyPath = tuple(error.absolute_path)
+    keyword = str(error.validator)
+    found: Any = error.instance
+    wanted: Any = error.validator_value
+    rules: Any = error.schema
+    described = purpose(key, schema)
+    if keyword == "anyOf" and any(found in items_of(branch, schema) for branch in wanted):
+        yield Mistake(key, f"must be a list, not {shown(found, key)}", f"Write [{found}].")
+    elif keyword == "anyOf" and (
+        alone := [each for each in words_of(wanted) if isinstance(found, list) and each in found]
+    ):
+        yield Mistake(key, f"{alone[0]} stands by itself, not in a list", f"Write {alone[0]} without brackets.")
+    elif keyword == "anyOf":
+        fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
+        if len(fitting) == 1:
+            index = wanted.index(fitting[0])
+            for inner in telling(inner for inner in error.context or [] if inner.relative_schema_path[0] == index):
+                yield from explain(inner, schema)
+        else:
+            types = [kind for branch in wanted if (kind := type_words(resolve(branch, schema)))]
+            yield Mistake(key, f"must be {either(types)}, not {shown(found, key)}", described)
+    elif keyword == "additionalProperties":
+        properties = rules["properties"]
+        for name in found:
+            if name not in properties:
+                needed = [key for key in rules.get("required", []) if key not in found]
+                yield Mistake((*key, name), UNKNOWN, did_you_mean(name, key, properties, needed, schema))
+    elif keyword == "required":
+        for name in wanted:
+            if name not in found:
+                yield Mistake((*key, name), MISSING, purpose((*key, name), schema))
+    elif keyword == "type":
+        yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
+    elif keyword in ("enum", "const"):
+        choices = wanted if keyword == "enum" else [wanted]
+        beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
+        close = close_matches(str(found), choices) or beginning
+        guess = f"Did you mean {close[0]}? " if close else ""
+        listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
+        also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
+        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
+    elif keyword == "pattern":
+        yield form_mistake(key, found, schema)
+    elif keyword in BOUNDS:
+        yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
+    elif keyword == "uniqueItems":
+        # nulls are told one by one
+        twice = sorted({str(item) for item in found if item is not None and found.count(item) > 1})
+        if twice:
+            yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
+    elif keyword in ("minLength", "minItems"):
+        yield Mistake(key, "must not be empty", described)
+    elif keyword == "maxLength":
+        yield Mistake(key, f"longer than {wanted} characters", described)
+    else:
+        yield Mistake(key, one_line(error.message, 200), described)
+
+
+def close_matches(word: str, choices: Iterable[str], least: float = 0.6) -> list[str]:
+    """The choice that is most like the word, if one is at all."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, list(choices), 1, cutoff=least)
+
+
+BOUNDS = {
+    "minimum": "at least",
+    "maximum": "at most",
+    "exclusiveMinimum": "more than",
+    "exclusiveMaximum": "less than",
+}
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "keys and values",
+}
+PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def type_fits(value: Any, schema: dict[str, Any]) -> bool:
+    if "const" in schema:
+        return isinstance(value, str)
+    return not isinstance(value, bool) and isinstance(value, PYTHON_TYPES.get(schema.get("type", ""), ()))
+
+
+def type_words(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return either(list(schema["enum"]))
+    return TYPES.get(schema.get("type", ""), "")
+
+
+def either(words: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
+    """What a key is for, as a sentence, and which keys are in it: those of the schema, or of the nearest key around."""
+    described, nodes = "", [schema]
+    for part in key:
+        properties = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
+        items = [node["items"] for node in nodes if "items" in node] if isinstance(part, int) else []
+        branches = [branch for node in properties + items for branch in (node, *node.get("anyOf", []))]
+        described = next((node["description"] for node in properties if "description" in node), described)
+        nodes = [resolve(branch, schema) for branch in branches]
+    not_null = [node for node in nodes if node.get("type", "null") != "null"]
+    blocks = [node["properties"] for node in not_null if key and "properties" in node]
+    inside = blocks[0] if len(blocks) == len(not_null) == 1 else []
+    words = [described.rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
+    return f"({'; '.join(filter(None, words))})" if any(words) else ""
+
+
+def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
+    """A text that does not look as its key wants it."""
+    return Mistake(key, pattern_words(key, found), purpose(key, schema))
+
+
+def pattern_words(key: KeyPath, found: Any) -> str:
+    if key == ("model",):
+        return f"{shown(found, key)} is not a hub id; a folder or file is written {{path: ...}}"
+    if key == ("image",):
+        return (
+            f"{shown(found, key)} is not an image reference (registry/name:tag or registry/name@sha256:64 hex digits)"
+        )
+    if key in SECRET_KEYS:
+        return "is not a name that Kubernetes allows; the token itself must never be written here"
+    return f"{shown(found, key)} is not of the right form"
+
+
+def shown(value: Any, key: KeyPath) -> str:
+    """The offending value, as short as it can be recognised; never one where a token may stand."""
+    if key in SECRET_KEYS and value is not None:
+        return "what is there"
+    if isinstance(value, dict):
+        return "keys and values"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f"the text {json.dumps(one_line(value, 60), ensure_ascii=False)}"
+    return number(value)
+
+
+def number(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"a number of {len(text.lstrip('-'))} digits"
+
+
+def did_you_mean(
+    name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
+) -> str:
+    """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
+    listed = f"(keys: {', '.join(properties)})"
+    parts = name.split(".")
+    if len(parts) > 1 and kinds((*inside, *parts)):  # as errors and --set have it
+        nested = functools.reduce(lambda inner, part: f"{{{part}: {inner}}}", reversed(parts), "...")
+        return f"Write {nested[1:-1]}. {listed}"
+    plain = re.sub(r"[-_ ]", "", name).lower()
+    if inside == ("model",) and plain in ("id", "name", "revision"):  # as the chart's values have it
+        return f"A model of the Hub is written model: ID@REVISION. {listed}"
+    here = {key.lower(): key for key in properties}
+    guess = ""
+    if plain in here:
+        guess = dotted((*inside, here[plain]))
+    elif ALSO_CALLED.get(plain) in properties:
+        guess = dotted((*inside, ALSO_CALLED[plain]))
+    elif elsewhere := keys_named(ALSO_CALLED.get(plain, plain).lower(), schema):
+        guess = elsewhere
+    elif close := [
+        *close_matches(plain, [key.lower() for key in needed], 0.7),
+        *close_matches(plain, here, 0.7),
+    ]:
+        guess = dotted((*inside, here[close[0]]))
+    return f"{f'Did you mean {guess}? ' if guess else ''}{listed}"
+
+
+def keys_named(name: str, schema: dict[str, Any]) -> str:
+    """The path of the key with that name in the whole inputs file, if there is one."""
+    for block, block_schema in schema["properties"].items():
+        if block.lower() == name:
+            return block
+        references = [block_schema, *block_schema.get("anyOf", [])]
+        for reference in references:
+            for key in resolve(reference, schema).get("properties", {}):
+                if key.lower() == name:
+                    return f"{block}.{key}"
+    return ""

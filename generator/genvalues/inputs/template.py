@@ -1,0 +1,181 @@
+"""A first inputs file: what was answered, and beside it, commented out, every other key with the value it has."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genvalues.accelerators.instances import CPU
+from genvalues.common.errors import UserError, UserErrors, write_errors_as_user_errors
+from genvalues.common.files import place_of, write_named
+from genvalues.common.text import KeyPath, one_line
+from genvalues.inputs.chart import BESIDE_THE_SOURCES, NAME, chart_name
+from genvalues.inputs.check import check
+from genvalues.inputs.document import Document, Position
+from genvalues.inputs.generated_file import schema_comments
+from genvalues.inputs.schema_lookup import inputs_schema
+from genvalues.inputs.yaml_text import dump
+from genvalues.settings.datasets import REQUIRED_COLUMNS
+from genvalues.settings.inputs import SCHEMA
+
+MODEL = "meta-llama/Meta-Llama-3.1-8B"
+DATASET = "databricks/databricks-dolly-15k"
+# 123456789012 is the account in AWS's own examples: check says so until it is another.
+IMAGE = "123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0"
+COLUMNS_OF = {DATASET: {"instruction": "instruction", "input": "context", "output": "response"}}
+WRITTEN_OUT = ("lora", "training")  # what people try first
+TRIED_FIRST = ("maxSequenceLength", "perDeviceBatchSize", "gradientAccumulationSteps", "epochs", "learningRate")
+# What the schema has no default for that could be shown.
+EXAMPLES: dict[str, Any] = {
+    "cpu": {"processes": 2},
+    "huggingFace": {"tokenSecret": "hf-token", "tokenKey": "token"},
+    "storage": {"kind": "fsx", "size": "1200Gi", "storageClass": "fsx-sc"},
+    "mode": "detached",
+}
+ON_CPU: dict[str, Any] = {
+    "storage": {"kind": "generic", "size": "100Gi"},
+    "mode": "attached",
+    "huggingFace": None,
+    "image": IMAGE,
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What init was told; an image only where pods need one."""
+
+    model: str = MODEL
+    dataset: str = DATASET
+    format: str | None = None
+    instance: str = "ml.trn1.32xlarge"
+    nodes: int = 1
+    image: str | None = None
+    name: str = "llama-lora"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """As an inputs file has them."""
+        format_ = self.format or usual_format(self.dataset)
+        dataset: dict[str, Any] = {"source": self.dataset, "format": format_}
+        if self.dataset in COLUMNS_OF and format_ == "instruction":
+            dataset["columns"] = COLUMNS_OF[self.dataset]
+        inputs = {"name": self.name, "model": self.model, "dataset": dataset, "instance": self.instance}
+        image = {} if self.instance == CPU and self.image is None else {"image": self.image or IMAGE}
+        return {**inputs, "nodes": self.nodes, **image}
+
+
+def usual_format(source: str) -> str:
+    return "text" if source.endswith(".txt") else "instruction"
+
+
+def check_answers(answers: Answers, file: Path) -> None:
+    """Raises every mistake in them, by the flag that gives it."""
+    document = Document(file)
+    document.value = answers.inputs
+    given: dict[KeyPath, str] = {
+        ("name",): f"--name {answers.name}",
+        ("model",): f"--model {answers.model}",
+        ("dataset", "source"): f"--dataset {answers.dataset}",
+        ("dataset", "format"): f"--format {answers.format or usual_format(answers.dataset)}",
+        ("instance",): f"--instance {answers.instance}",
+        ("nodes",): f"--nodes {answers.nodes}",
+        ("image",): f"--image {answers.image or IMAGE}",
+    }
+    keys = {**given, ("dataset",): given["dataset", "source"]}
+    for order, (key, flag) in enumerate(keys.items()):
+        document.positions[key] = Position(0, order, 0, one_line(flag), file.parent)
+    check(document)
+
+
+def mistakes(answers: Answers, file: Path) -> list[UserError]:
+    """The mistakes in them, each of which ``option_of`` names the answer of."""
+    try:
+        check_answers(answers, file)
+    except UserError as error:
+        return error.errors if isinstance(error, UserErrors) else [error]
+    return []
+
+
+def option_of(error: UserError) -> str:
+    """Which of the answers an error of ``mistakes`` is at: the option's name without its dashes."""
+    return error.where.split(" ")[0].removeprefix("--")
+
+
+def template_text(answers: Answers, file: Path) -> str:
+    """The text of an inputs file that is to be written to ``file``."""
+    inputs = answers.inputs
+    tree = BESIDE_THE_SOURCES.parent if chart_name(BESIDE_THE_SOURCES) == NAME else None
+    name = one_line(file.name)
+    head = [
+        "What genvalues makes a fine-tune of. A line with # before its key has the value that it shows.",
+        f"    genvalues check {name}    says what is wrong in it",
+        f"    genvalues write {name}    makes the chart's values of it",
+        *schema_comments(SCHEMA, tree, file.parent, "genvalues schema"),
+    ]
+    sections = ["\n".join(f"# {line}" for line in head) + "\n"]
+    properties = inputs_schema()["properties"]
+    for key, rules in properties.items():
+        if key == CPU and answers.instance != CPU:
+            continue
+        purpose = "".join(f"# {line}\n" for line in textwrap.wrap(rules["description"], 98))
+        sections.append(purpose + section(key, inputs, answers.instance == CPU))
+    return "\n".join(sections)
+
+
+def section(key: str, inputs: dict[str, Any], on_cpu: bool) -> str:
+    """One top-level key: as answered, or its defaults, commented out where hardly anybody changes them."""
+    if key == "dataset":
+        return dataset_section(inputs["dataset"])
+    if key in inputs:
+        return dump({key: inputs[key]})
+    shown = ON_CPU[key] if on_cpu and key in ON_CPU else EXAMPLES.get(key, default_of(key))
+    if key in WRITTEN_OUT:
+        keys = shown if key != "training" else {name: shown[name] for name in TRIED_FIRST if name in shown}
+        return f"{key}:\n" + "".join(f"  {in_a_line(name, value)}\n" for name, value in keys.items())
+    return f"# {in_a_line(key, shown)}\n"
+
+
+def dataset_section(dataset: dict[str, Any]) -> str:
+    lines = [in_a_line(name, value) for name, value in dataset.items()]
+    if "columns" not in dataset:
+        columns = {name: name for name in REQUIRED_COLUMNS[dataset["format"]]}
+        lines.append(f"# {in_a_line('columns', columns)}")
+    lines.append("# evalFraction: 0.02")
+    return "dataset:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def default_of(key: str) -> Any:
+    """What a key left out has: a block without those of its keys that are null then."""
+    default = inputs_schema()["properties"][key].get("default")
+    if isinstance(default, dict):
+        return {name: value for name, value in default.items() if value is not None} or default
+    return default
+
+
+def in_a_line(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{key}: {{{', '.join(in_a_line(name, inner) for name, inner in value.items())}}}"
+    if isinstance(value, list):
+        return f"{key}: [{', '.join(value)}]"
+    return dump({key: value}).strip()
+
+
+def check_place(file: Path, *, force: bool) -> None:
+    """Raises UserError where no first file may be written: before anybody is asked anything."""
+    with write_errors_as_user_errors(str(file)):
+        if file.is_dir():
+            raise UserError("this is a folder", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
+        if file.exists() and not (force and file.is_file()):
+            raise UserError(
+                "is there already", where=str(file), fix="Name another file, or write over it with --force."
+            )
+        place_of(file)
+
+
+def write_starter(file: Path, text: str, *, force: bool) -> None:
+    """A new file; over one that is there only by ``force``."""
+    check_place(file, force=force)
+    with write_errors_as_user_errors(str(file)):
+        write_named(file, text.encode("utf-8"))

@@ -1,0 +1,144 @@
+"""Inputs to the chart's values: everything that can be derived, derived once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genvalues.accelerators.instances import HYPERPOD, trainium
+from genvalues.common.dicts import merge
+from genvalues.planner.planning import Plan, stall_timeout
+from genvalues.settings.datasets import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format
+from genvalues.settings.images import split_image
+from genvalues.settings.inputs import Dataset, Inputs, ModelPath, Storage, plain
+
+# A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
+HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
+
+
+def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """The values for a run, in the order of the chart's values.yaml; the inputs' chartValues merged last."""
+    instance = trainium(inputs.instance)
+    layout = plan.layout
+    evaluation = plain(inputs.evaluation)
+    if inputs.evaluation.enabled is None:
+        evaluation["enabled"] = inputs.dataset.eval_fraction > 0
+    values = {
+        "name": inputs.name,
+        "instance": inputs.instance,
+        "backend": "neuron" if instance else "cpu",
+        "image": image(inputs.image),
+        "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
+        "model": model(inputs.model),
+        "dataset": dataset(inputs.dataset),
+        "lora": plain(inputs.lora),
+        "training": training(inputs, plan),
+        "probe": plain(inputs.probe),
+        "compile": plain(inputs.compile),
+        "guards": guards(inputs, plan),
+        "evaluation": evaluation,
+        "parallelism": {
+            "nodes": layout.nodes,
+            "processesPerNode": layout.processes_per_node,
+            "tensorParallelSize": layout.tensor_parallel,
+            "dataParallelSize": layout.data_parallel,
+        },
+        "devices": instance.devices if instance else {},
+        **neuron(inputs),
+        "huggingFace": hugging_face(inputs),
+        # HyperPod replaces a broken node by itself, and restarts only the jobs that ask for it.
+        "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
+        "storage": storage(inputs.storage, "fsx" if instance else "generic"),
+    }
+    if instance:
+        trains, holds_model = {"resources": instance.resources}, {"resources": HOLDS_8B}
+        values["stages"] = {"compile": trains, "train": trains}
+        if inputs.probe.rows:
+            values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
+        values["stages"]["evaluate"] = holds_model
+    return merge(values, inputs.chart_values)
+
+
+def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """As written, with what the plan has chosen. The global batch follows from it, so the chart has no key for it."""
+    layout = plan.layout
+    chosen = {
+        "attention": plan.attention,
+        "activationCheckpointing": layout.checkpointing,
+        "perDeviceBatchSize": layout.per_device,
+        "gradientAccumulationSteps": layout.accumulation,
+    }
+    written = plain(inputs.training)
+    del written["globalBatchSize"]
+    return written | chosen
+
+
+def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """As written; a price of the table where there is one. A laptop may stand still as long as it likes."""
+    written = plain(inputs.guards)
+    if written["stallTimeout"] is None:
+        written["stallTimeout"] = "" if inputs.on_cpu else stall_timeout(inputs).value
+    return written | {"pricePerNodeHour": plan.price.dollars if plan.price else None}
+
+
+def neuron(inputs: Inputs) -> dict[str, Any]:
+    """What the pods of compile and train must know of the instance type; the chart's defaults are the CPU's."""
+    instance = trainium(inputs.instance)
+    if instance is None:
+        return {}
+    generation = instance.generation
+    return {
+        "neuron": {"target": generation.target, "logicalCoreSize": generation.logical_core_size},
+        "sharedMemory": instance.shared_memory,
+    }
+
+
+def image(reference: str | None) -> dict[str, str]:
+    if reference is None:
+        return {"repository": "llama-lora", "tag": "", "digest": ""}
+    repository, tag, digest = split_image(reference)
+    return {"repository": repository, "tag": tag, "digest": digest}
+
+
+def hugging_face(inputs: Inputs) -> dict[str, str]:
+    return plain(inputs.hugging_face) if inputs.hugging_face else {"tokenSecret": "", "tokenKey": "token"}
+
+
+def model(wanted: str | ModelPath) -> dict[str, str]:
+    if isinstance(wanted, ModelPath):
+        return {"id": "", "revision": "", "path": wanted.path}
+    hub_id, _, revision = wanted.partition("@")
+    return {"id": hub_id, "revision": revision, "path": ""}
+
+
+def dataset(wanted: Dataset) -> dict[str, Any]:
+    format_ = row_format(wanted.format, wanted.source)
+    named = {name: column for name, column in plain(wanted.columns).items() if column is not None}
+    columns = {name: named.get(name, name) for name in REQUIRED_COLUMNS[format_]}
+    columns |= {name: named[name] for name in OPTIONAL_COLUMNS.get(format_, []) if name in named}
+    return {
+        "source": wanted.source,
+        "config": wanted.config or "",
+        "revision": wanted.revision or "",
+        "split": wanted.split or "",
+        "format": format_,
+        "columns": columns,
+        "evalFraction": wanted.eval_fraction,
+    }
+
+
+def storage(wanted: Storage, kind: str) -> dict[str, Any]:
+    if wanted.existing_claim:
+        return {"enabled": True, "existingClaim": wanted.existing_claim}
+    kind = wanted.kind or kind
+    values: dict[str, Any] = {
+        "enabled": True,
+        "kind": kind,
+        "size": wanted.size or ("100Gi" if kind == "generic" else "1200Gi"),
+        "storageClass": wanted.storage_class if wanted.storage_class is not None else DEFAULT_CLASS[kind],
+    }
+    if wanted.static:
+        values["static"] = plain(wanted.static)
+    return values
+
+
+DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}

@@ -1,0 +1,149 @@
+"""Inputs file to values file: check, derive, check against the chart, write."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from genvalues import __version__
+from genvalues.common.dicts import get
+from genvalues.common.errors import UserError, UserErrors, write_errors_as_user_errors
+from genvalues.common.files import write_named
+from genvalues.common.text import one_line, redacted
+from genvalues.inputs.chart import (
+    find_chart,
+    on_top_of_defaults,
+    refusal_error,
+    refusals,
+    top_level_purposes,
+    written_in_chart_values,
+)
+from genvalues.inputs.check import absolute, check, paths, placed
+from genvalues.inputs.document import Document, Mistake, read
+from genvalues.inputs.generated_file import claimed_digest, difference, is_as_written, schema_comments, with_digest
+from genvalues.inputs.input_options import Sources
+from genvalues.inputs.values import values_from
+from genvalues.inputs.yaml_text import dump
+from genvalues.planner.layout import Refused
+from genvalues.planner.planning import Plan, Priced, gather_facts, known_price, plan
+from genvalues.settings.inputs import Inputs, ModelPath
+from genvalues.settings.value_rules import contradictions, warnings
+
+PriceOf = Callable[[Inputs], Priced]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Inputs in which there is no mistake, the plan for them, and the values for both."""
+
+    document: Document
+    inputs: Inputs
+    values: dict[str, Any]
+    plan: Plan
+
+
+def checked(
+    sources: Sources, offline: bool = False, price: PriceOf = known_price, *, count_rows: bool = False
+) -> Checked:
+    """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr.
+
+    ``offline``: the Hub is not asked about a model that nobody here knows. ``price`` gives another price than the
+    table's. ``count_rows``: see ``gather_facts``.
+    """
+    document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
+    inputs = check(document)
+    if inputs.on_cpu:
+        inputs = with_absolute_paths(inputs, document)
+    try:
+        made = plan(inputs, gather_facts(inputs, offline, count_rows), price(inputs))
+    except Refused as refused:  # a wish that cannot be kept is a mistake at its key
+        document.raise_mistakes(Mistake(problem.key, problem.what, problem.fix) for problem in refused.problems)
+        raise
+    values = values_from(inputs, made)
+    check_against(find_chart(sources.chart), values, document)
+    for found in warnings(values):
+        print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
+    for note in made.notes:
+        if note.warns:  # a sentence, of which an error leaves the full stop out
+            print(f"warning: {document.error(Mistake(note.key, note.text))}.", file=sys.stderr)
+    return Checked(document, inputs, values, made)
+
+
+def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:
+    """The values file, as it is written to ``output`` (None: stdout, or where no editor looks)."""
+    *files, last = (one_line(file.name) for file in sources.files)
+    names = f"{', '.join(files)} and {last}: change those" if files else f"{last}: change that file"
+    sets = [f"--set {assignment}" for assignment in sources.sets]
+    sets += [f"--set-string {assignment}" for assignment in sources.set_strings]
+    chart = find_chart(sources.chart)
+    comments = [
+        f"Written by genvalues {__version__} from {names} and write again, not this one.",
+        *(f"  {redacted(one_line(assignment, 200))}" for assignment in sets),
+        *schema_comments(
+            (chart or Path()) / "values.schema.json",
+            Path(os.path.realpath(chart)).parent if chart else None,
+            output.parent if output else Path(),
+            "genvalues schema --values",
+        ),
+    ]
+    purposes = top_level_purposes(chart) if chart else {}
+    sections = []
+    for key, value in found.values.items():
+        comment = f"# {purposes[key]}\n" if purposes.get(key) else ""
+        sections.append(f"\n{comment}{dump({key: value})}")
+    return with_digest(comments, "".join(sections))
+
+
+def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
+    """On the CPU the stages may run anywhere on this computer: paths as seen from the file they are written in."""
+    for key, path in paths(document.value):
+        folder = document.position(key).folder
+        if key == ("model", "path"):
+            inputs = replace(inputs, model=ModelPath(path=str(absolute(path, folder))))
+        else:
+            source = replace(inputs.dataset, source=str(absolute(path, folder)))
+            inputs = replace(inputs, dataset=source)
+    return inputs
+
+
+def check_against(chart: Path | None, values: dict[str, Any], document: Document) -> None:
+    """What the chart's templates refuse, and its schema where the chart is at hand: before Helm says it."""
+    if chart is None:
+        document.raise_mistakes(placed(found, document) for found in contradictions(values))
+        return
+    complete = on_top_of_defaults(chart, values)
+    mistakes = [placed(found, document) for found in contradictions(complete)]
+    mismatches = []
+    for key, reason in refusals(chart, complete):
+        if written_in_chart_values(key, get(document.value, "chartValues", dict) or {}):
+            mistakes.append(Mistake(("chartValues", *key), reason, f"(the schema of {chart} says so)"))
+        else:
+            mismatches.append(refusal_error(key, reason, chart))
+    document.raise_mistakes(mistakes)
+    if mismatches:
+        raise UserErrors(mismatches)
+
+
+def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool) -> None:
+    """Whole or not at all; never over the inputs, and over a file that somebody edited, or wrote, only by ``force``."""
+    where = f"-o {output}"
+    with write_errors_as_user_errors(where):
+        if output.is_dir():
+            raise UserError("this is a folder", where=where, fix=f"Write -o {output / 'values.yaml'}.")
+        if output.exists():
+            if not output.is_file():
+                raise UserError("this is no file", where=where, fix="Write -o values.yaml, or -o - for stdout.")
+            if any(output.samefile(file) for file in inputs):
+                raise UserError("that is the inputs file itself", where=where, fix="Write -o values.yaml.")
+            there = output.read_bytes().decode("utf-8", errors="surrogateescape")
+            if not (force or there == text or is_as_written(there)):
+                print(difference(there, text, one_line(str(output))), file=sys.stderr)
+                what = (
+                    "was edited since genvalues wrote it" if claimed_digest(there) else "was not written by genvalues"
+                )
+                raise UserError(what, where=where, fix="Write to another file, or over this one with --force.")
+        write_named(output, text.encode("utf-8"))

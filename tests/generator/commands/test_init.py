@@ -1,0 +1,265 @@
+"""genvalues init and genvalues schema: what people start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genvalues import cli
+from genvalues.settings.inputs import SCHEMA
+
+ROOT = Path(__file__).parents[3]
+KEYS = set(json.loads(SCHEMA.read_text())["properties"])
+COMMENTED = re.compile(rf"^( *)# ((?:{'|'.join(KEYS)}|columns|evalFraction): .*)$", re.M)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def genvalues(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "genvalues.cli", *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def test_with_nobody_to_ask_it_writes_what_check_accepts_and_check_names_the_placeholder() -> None:
+    done = genvalues("init")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert done.stderr == "Wrote finetune.yaml. Next: genvalues check finetune.yaml\n"
+    checked = genvalues("check", "finetune.yaml")
+    assert checked.returncode == 0, checked.stderr
+    (warning, right) = checked.stderr.splitlines()
+    assert re.match(r"warning: finetune\.yaml:\d+:1 image: 123456789012 is the account of AWS's examples", warning)
+    assert right == "finetune.yaml is right."
+    mine = genvalues("check", "finetune.yaml", "--set", "image=ghcr.io/me/llama-lora:1.0")
+    assert mine.stderr == "finetune.yaml is right.\n"
+
+
+@pytest.mark.parametrize("instance", ["cpu", "ml.trn1.32xlarge", "trn1.2xlarge", "trn2.48xlarge"])
+@pytest.mark.parametrize("format_", ["text", "instruction", "prompt-completion", "chat"])
+def test_every_key_that_is_commented_out_may_be_taken_in_as_it_is(instance: str, format_: str) -> None:
+    image = ["--image", "ghcr.io/me/llama-lora:1.0"]
+    assert genvalues("init", "--dataset", "a/b", "--format", format_, "--instance", instance, *image).returncode == 0
+    text = Path("finetune.yaml").read_text()
+    keys = KEYS - ({"cpu"} if instance != "cpu" else set())
+    assert len(COMMENTED.findall(text)) > 8
+    everything = COMMENTED.sub(r"\1\2", text)
+    assert yaml.safe_load(everything).keys() == keys
+    Path("everything.yaml").write_text(everything)
+    for file in ("finetune.yaml", "everything.yaml"):
+        written = genvalues("write", file, "-o", f"{file}.values")
+        assert (written.returncode, written.stderr) == (0, f"{file} is right. Wrote {file}.values.\n")
+    left_out, taken_in = (Path(f"{file}.yaml.values").read_text() for file in ("finetune", "everything"))
+    assert yaml.safe_load(left_out) == yaml.safe_load(taken_in), "what is shown is what a key left out has"
+
+
+def test_flags_are_written_and_columns_are_those_of_the_format() -> None:
+    flags = {
+        "--name": "mine",
+        "--model": "meta-llama/Llama-3.2-1B@main",
+        "--dataset": "s3://bucket/rows.jsonl",
+        "--format": "chat",
+        "--instance": "trn1.32xlarge",
+        "--nodes": "2",
+        "--image": "ghcr.io/me/llama-lora:1.0",
+    }
+    given = [word for flag in flags.items() for word in flag]
+    Path("deep/er").mkdir(parents=True)
+    assert genvalues("init", "deep/er/mine.yaml", *given).returncode == 0
+    inputs = yaml.safe_load(Path("deep/er/mine.yaml").read_text())
+    assert (inputs["name"], inputs["nodes"], inputs["instance"]) == ("mine", 2, "trn1.32xlarge")
+    assert inputs["dataset"] == {"source": "s3://bucket/rows.jsonl", "format": "chat"}
+    assert "  # columns: {messages: messages}\n" in Path("deep/er/mine.yaml").read_text()
+
+
+def test_every_flag_that_is_wrong_is_told_at_once_and_nothing_is_written() -> None:
+    done = genvalues(
+        *("init", "--model", "a/b/c", "--instance", "p5.48xlarge", "--nodes", "0", "--format", "chad"),
+        *("--name", "A_b", "--image", "llama-lora", "--dataset", "rows.tsv"),
+    )
+    assert done.returncode == 2
+    told = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in told if line.startswith("--")] == [
+        "--name A_b",
+        "--model a/b/c",
+        "--format chad",
+        "--instance p5.48xlarge",
+        "--nodes 0",
+    ]
+    assert len(told) == 5  # rules that span keys are told when there is an instance
+    done = genvalues("init", "--image", "llama-lora", "--dataset", "rows.tsv")
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["--dataset rows.tsv", "--image llama-lora"]
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_is_there_is_never_overwritten_unless_forced(force: bool) -> None:
+    Path("finetune.yaml").write_text("mine: 1\n")
+    done = genvalues("init", *(["--force"] if force else []))
+    assert done.returncode == (0 if force else 2)
+    if not force:
+        said = "finetune.yaml: is there already. Name another file, or write over it with --force.\n"
+        assert done.stderr == said
+    assert (Path("finetune.yaml").read_text() == "mine: 1\n") is not force
+
+
+def test_a_place_that_cannot_be_written_is_told_in_a_line() -> None:
+    Path("file").touch()
+    for place, said in [
+        (".", "this is a folder"),
+        (
+            "no/such/f.yaml",
+            "no/such/f.yaml: cannot be written: there is no folder no/such. Name a file",
+        ),
+        ("file/f.yaml", "cannot be written: "),
+        ("/dev/null", "is there al"),
+    ]:
+        done = genvalues("init", place, "--force" if place != "/dev/null" else "--yes")
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert said in line
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_a_link_and_a_mode_stay_and_what_is_read_only_is_refused_by_force_too() -> None:
+    Path("real.yaml").write_text("mine: 1\n")
+    Path("real.yaml").chmod(0o640)
+    Path("finetune.yaml").symlink_to("real.yaml")
+    assert genvalues("init", "--force").returncode == 0
+    assert Path("finetune.yaml").is_symlink() and Path("real.yaml").read_text() != "mine: 1\n"
+    assert Path("real.yaml").stat().st_mode & 0o777 == 0o640
+    Path("real.yaml").chmod(0o444)
+    done = genvalues("init", "--force", "--model", "bad model")
+    assert done.returncode == 2
+    assert done.stderr.startswith("finetune.yaml: cannot be written: the file that is there is read-only (mode 444).")
+    Path("loop").symlink_to("loop")
+    done = genvalues("init", "loop")
+    assert (done.returncode, Path("loop").is_symlink()) == (2, True), done.stderr
+
+
+def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
+    """The status and what the terminal showed."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which what started the tests may have had ignored
+        os.execv(sys.executable, [sys.executable, "-m", "genvalues.cli", "init", *arguments])
+    shown = b""
+    asked = not answers
+    while True:
+        if not asked and b"]:" in shown:  # the first question: no signal comes before the command is up
+            time.sleep(0.5)  # and it is waiting: CPython misses a signal between a prompt and its read
+            os.write(terminal, answers.encode())
+            asked = True
+        assert select.select([terminal], [], [], 30)[0], f"nothing more for 30 s after: {shown.decode()}"
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # the child has closed its side
+            break
+        if not piece:
+            break
+        shown += piece
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+def test_on_a_terminal_it_asks_for_what_was_not_given() -> None:
+    status, shown = on_a_terminal("a/b\nchat\ntrn1.32xlarge\n2\nme/llama-lora:1\nmine\n", "--model", "c/d")
+    assert status == 0, shown
+    assert "Model" not in shown and "Dataset" in shown
+    inputs = yaml.safe_load(Path("finetune.yaml").read_text())
+    assert (inputs["model"], inputs["dataset"]) == ("c/d", {"source": "a/b", "format": "chat"})
+    assert (inputs["nodes"], inputs["image"], inputs["name"]) == (2, "me/llama-lora:1", "mine")
+
+
+def test_an_answer_that_is_wrong_is_told_at_once_and_asked_for_again() -> None:
+    wrong = "bad model\nc/d\nrows.tsv\na/b\nchad\nchat\np5\ntrn1.32xlarge\n"
+    wrong += "0\ntwo\n2\nllama-lora\nme/llama-lora:1\nA_b\nmine\n"
+    status, shown = on_a_terminal(wrong)
+    assert status == 0, shown
+    assert shown.count("Model (") == shown.count("Instance type") == shown.count("Name of the run") == 2
+    assert shown.count("Nodes [") == 3
+    first, _, rest = shown.partition("Dataset (")
+    assert 'Error: the text "bad model" is not a hub id' in first, "before the next question"
+    assert "--model" not in shown
+    assert "is a kind of file that is not read" in rest
+    inputs = yaml.safe_load(Path("finetune.yaml").read_text())
+    assert (inputs["model"], inputs["dataset"]) == ("c/d", {"source": "a/b", "format": "chat"})
+    assert (inputs["nodes"], inputs["image"], inputs["name"]) == (2, "me/llama-lora:1", "mine")
+
+
+def test_answers_that_do_not_fit_together_are_asked_for_again_and_the_others_kept() -> None:
+    Path("rows.jsonl").write_text("{}\n")
+    status, shown = on_a_terminal("c/d\nrows.jsonl\nchat\ntrn1.32xlarge\n1\nme/a:1\nmine\na/b\n")
+    assert status == 0, shown
+    assert "--dataset rows.jsonl: rows.jsonl is on this computer" in shown
+    assert (shown.count("Model ("), shown.count("Dataset (")) == (1, 2)
+    assert yaml.safe_load(Path("finetune.yaml").read_text())["dataset"] == {"source": "a/b", "format": "chat"}
+
+
+def test_a_file_that_is_there_and_an_option_that_is_wrong_are_told_before_any_question() -> None:
+    status, shown = on_a_terminal("", "--model", "bad model")
+    assert status == 2 and "--model bad model: " in shown and "Dataset" not in shown
+    Path("finetune.yaml").touch()
+    status, shown = on_a_terminal("")
+    assert (status, shown.split(".yaml: ")[1][:16]) == (2, "is there already")
+    assert "Model" not in shown
+
+
+def test_on_the_cpu_it_asks_for_neither_nodes_nor_image_and_with_yes_for_nothing() -> None:
+    status, shown = on_a_terminal("c/d\na/b\ntext\ncpu\nmine\n")
+    assert status == 0, shown
+    assert "Nodes" not in shown and "Image" not in shown
+    status, shown = on_a_terminal("", "other.yaml", "--yes")
+    assert status == 0 and "Model" not in shown
+
+
+def test_ctrl_c_at_a_question_ends_with_130_and_writes_nothing() -> None:
+    status, shown = on_a_terminal("\x03")
+    assert status == 130
+    assert "Traceback" not in shown
+    assert not list(Path().iterdir())
+
+
+def test_editors_find_the_schema_from_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from genvalues.inputs.template import Answers, template_text
+
+    assert "\n# yaml-language-server: $schema=inputs.schema.json\n" in template_text(Answers(), Path("finetune.yaml"))
+    here = ROOT / "values" / "mine.yaml"
+    (line,) = re.findall(r"^# yaml-language-server: \$schema=(.*)$", template_text(Answers(), here), re.M)
+    assert line == "../generator/genvalues/settings/inputs.schema.json"
+    assert (here.parent / line).resolve() == SCHEMA.resolve()
+
+
+def test_schema_prints_the_committed_files() -> None:
+    inputs, values = genvalues("schema"), genvalues("schema", "--values", "--chart", str(ROOT / "chart"))
+    assert (inputs.returncode, inputs.stderr, values.returncode, values.stderr) == (0, "", 0, "")
+    assert inputs.stdout == SCHEMA.read_text()
+    assert values.stdout == (ROOT / "chart" / "values.schema.json").read_text()
+    neither = genvalues("schema", "--chart", "c")
+    told = "--chart c: is for the schema of its values. Add --values, or remove it.\n"
+    assert (neither.returncode, neither.stdout, neither.stderr) == (2, "", told)
+    lost = genvalues("schema", "--values", "--chart", "nowhere")
+    assert lost.returncode == 2 and lost.stdout == ""
+
+
+def test_a_reader_that_goes_away_is_no_defect() -> None:
+    script = f"{sys.executable} -m genvalues.cli schema | head -c 10 > head; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout in ("0\n", "1\n", "141\n")
+    assert Path("head").read_text() == SCHEMA.read_text()[:10]
+
+
+def test_the_entry_point_is_there() -> None:
+    assert callable(cli.main)

@@ -1,0 +1,700 @@
+"""What a user who made mistakes is told."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from genvalues import cli
+from genvalues.common.dicts import merge
+from genvalues.settings.inputs_schema import json_schema
+
+RIGHT = """\
+name: llama-lora
+model: meta-llama/Meta-Llama-3.1-8B
+dataset:
+  source: databricks/databricks-dolly-15k
+  format: instruction
+  columns: {instruction: instruction, input: context, output: response}
+  evalFraction: 0.02
+instance: ml.trn1.32xlarge
+nodes: 1
+lora: {r: 16, alpha: 16, dropout: 0.05, targetModules: [q_proj, v_proj]}
+training:
+  maxSequenceLength: 2048
+  packing: true
+  learningRate: 5e-5
+  maxSteps: null
+evaluation: {maxRows: 256, samples: 4, maxNewTokens: 128}
+storage: {kind: fsx, size: 1200Gi, storageClass: fsx-sc}
+huggingFace: {tokenSecret: hf-token, tokenKey: token}
+image: 111122223333.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0
+mode: detached
+chartValues: {kueue: {queueName: trainium}}
+"""
+
+MANY_MISTAKES = """\
+name: Llama_LoRA
+modle: meta-llama/Meta-Llama-3.1-8B
+dataset:
+  source: ./data.jsonl
+  format: text
+  columns: {prompt: question}
+  evalFraction: 1
+instance: ml.trn1.32xlarge
+nodes: two
+cpu: {processes: 2}
+lora:
+  rank: 16
+  alpha: 16
+  alpha: 32
+  dropout: 1.5
+  targetModules: [gate_proj, k, v_proj, v_proj]
+training:
+  learning_rate: 5e-5
+  packing: on
+  learningRate: .nan
+  epochs: 0
+  lrScheduler: linearr
+epochs: 3
+storage: {kind: fsx, size: 1300Gi}
+huggingFace: {tokenSecret: hf_abcdefghijklmnopqrstuvwxyz}
+image: llama-lora:latest
+"""
+
+SCHEMA_NOW = json_schema()
+TOP = f"(keys: {', '.join(SCHEMA_NOW['properties'])})"
+TRAINING = f"(keys: {', '.join(SCHEMA_NOW['$defs']['Training']['properties'])})"
+WHAT_IS_SAID = f"""\
+finetune.yaml:1:1 name: the text "Llama_LoRA" is not of the right form. (the run's name: a-z, 0-9 and hyphens)
+finetune.yaml:1:1 model: missing. (hub id, id@revision, or {{path: /somewhere}})
+finetune.yaml:2:1 modle: unknown key. Did you mean model? {TOP}
+finetune.yaml:4:3 dataset.source: ./data.jsonl is on this computer, which the pods on ml.trn1.32xlarge cannot see. \
+Use a hub id, s3://, or an absolute path under /workspace, the volume.
+finetune.yaml:6:13 dataset.columns.prompt: format text has no such column. (columns: text)
+finetune.yaml:7:3 dataset.evalFraction: must be less than 1, not 1. (share of the rows held out for evaluation)
+finetune.yaml:9:1 nodes: must be a whole number or null, not the text "two". (nodes to train on; 1, or what \
+parallelism.maxHours needs, when left out)
+finetune.yaml:10:1 cpu: is for instance cpu only, not for ml.trn1.32xlarge. Remove it.
+finetune.yaml:12:3 lora.rank: unknown key. Did you mean lora.r? (keys: r, alpha, dropout, targetModules)
+finetune.yaml:14:3 lora.alpha: written twice, first in line 13. Keep one of the two.
+finetune.yaml:15:3 lora.dropout: must be less than 1, not 1.5. (dropout on the adapter's input)
+finetune.yaml:16:3 lora.targetModules: names v_proj twice. Keep one.
+finetune.yaml:16:3 lora.targetModules: gate_proj without up_proj: on Trainium the two are one layer. \
+Add up_proj or remove gate_proj.
+finetune.yaml:16:30 lora.targetModules[1]: the text "k" is not one of its values. \
+Did you mean k_proj? (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)
+finetune.yaml:18:3 training.learning_rate: unknown key. Did you mean training.learningRate? {TRAINING}
+finetune.yaml:19:3 training.packing: must be true or false, not the text "on". \
+(several examples in a row, which cannot see each other)
+finetune.yaml:20:17 training.learningRate: .nan is not a finite number. Write a number such as 16 or 5e-5.
+finetune.yaml:21:3 training.epochs: must be more than 0, not 0. (times through the dataset)
+finetune.yaml:22:3 training.lrScheduler: the text "linearr" is not one of its values. \
+Did you mean linear? (linear, cosine, constant)
+finetune.yaml:23:1 epochs: unknown key. Did you mean training.epochs? {TOP}
+finetune.yaml:24:22 storage.size: FSx for Lustre is not made in 1300Gi. Use 2400Gi (1200Gi or a multiple of 2400Gi).
+finetune.yaml:25:15 huggingFace.tokenSecret: is not a name that Kubernetes allows; the token itself must never be \
+written here. (name of the Secret that holds the token)
+finetune.yaml:26:1 image: :latest is another image tomorrow. Name a version's tag, or the digest.
+--set training.maxSteps=x: must be a whole number or null, not the text "x". (optimizer steps, instead of epochs)
+--set lora.foo: not of the form key=value. Write --set lora.r=8.
+"""
+
+
+# A sentence, or in brackets what the key is for or may hold.
+ENDS_WITH_A_FIX = r"[^.]\. (\(.+\)|[^(].+[.)])$"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def genvalues(*arguments: str) -> int:
+    """The command's status; anything but an exit is a traceback, and fails the test."""
+    before = sys.argv
+    sys.argv = ["genvalues", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def test_every_mistake_is_told_at_once_with_place_and_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("finetune.yaml").write_text(MANY_MISTAKES)
+    status = genvalues("write", "finetune.yaml", "--set", "training.maxSteps=x", "--set", "lora.foo")
+    assert status == 2
+    assert capsys.readouterr().err == WHAT_IS_SAID
+    assert not Path("values.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "f.yaml: the file is empty. Write at least model, dataset and instance."),
+        (b"# nothing\n", "f.yaml: the file is empty. Write at least model, dataset and instance."),
+        (b"- a\n- b\n", "f.yaml:1:1: the file must hold keys and values, not a list. Write key: value lines."),
+        (b"word", "f.yaml:1:1: the file must hold keys and values, not a single value. Write key: value lines."),
+        (b"a:\n\tb: 1\n", "f.yaml:2:1: a tab, which YAML does not allow here. Write spaces instead."),
+        (b"a:\t1\n", "f.yaml:1:3: a tab, which YAML does not allow here. Write spaces instead."),
+        (b"---\n", "f.yaml: the file is empty. Write at least model, dataset and instance."),
+        (b"a: [1, 2\nb: 3\n", "f.yaml:2:2: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
+        (b"a: caf\xe9\n", "f.yaml:1:7: not UTF-8 text. Save the file as UTF-8."),
+        (b"a: 1\n---\nb: 1\n", "f.yaml:2:1: not valid YAML: a second document begins here. Remove"),
+        (
+            b"a: 1\nb: 'x\nc: 1\n\n\n",
+            "f.yaml:2:4: not valid YAML: while scanning a quoted scalar, found unexpected end",
+        ),
+        (b"a: 1\nb: {x: 1\n\n\n", "f.yaml:2:4: not valid YAML: while parsing a flow mapping, expected ',' or '}'"),
+        (
+            b"a: 1\nb = 2\nc: 1\n",
+            "f.yaml:2:1: not valid YAML: while scanning a simple key, could not find expected ':'",
+        ),
+        (b"a:\n   b: 1\n  c: 1\n", "f.yaml:3:3: not valid YAML: while parsing a block mapping, expected <block end>"),
+        (b'a: 1\nb: "x\\U00110000"\n', "f.yaml:2:6: not valid YAML: an escape in it stands for no character"),
+        (b"a: \x07\n", "f.yaml:1:4: the character U+0007 is not allowed in YAML. Remove it."),
+        (b'a: "\\UFFFFFFFF"\n', "f.yaml:1:5: not valid YAML: an escape in it stands for no character"),
+        (b"a: " + b"[" * 20000 + b"]" * 20000, "f.yaml:1:53: more than 50 levels deep"),
+        (b"a: 1\n" * 100000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
+        (b"#" * 10_000_000, "f.yaml: larger than 256 KiB. This is not the file you mean."),
+        (b"model: a/b\0", "f.yaml:1:11: the character U+0000 is not allowed in YAML. Remove it."),
+        (RIGHT.encode("utf-16"), "f.yaml:1:1: not UTF-8 text. Save the file as UTF-8."),
+        (RIGHT.encode() + b"d\xe9: x\n", "f.yaml:22:2: not UTF-8 text. Save the file as UTF-8."),
+        (b"%YAML 3.0\n---\na: 1\n", "f.yaml:1:1: not valid YAML: found incompatible YAML document (version 1.* is re"),
+    ],
+)
+def test_a_file_that_is_no_inputs_file_gets_one_clear_line(
+    content: bytes, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_bytes(content)
+    assert genvalues("check", "f.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert re.search(ENDS_WITH_A_FIX, line), line
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lora: {r: 1e400}", "f.yaml:22:11 lora.r: 1e400 is not a finite number. Write a number such as 16 or 5e-5."),
+        ("lora: {r: .inf}", "f.yaml:22:11 lora.r: .inf is not a finite number. Write a number such as 16 or 5e-5."),
+        (
+            f"lora: {{r: {'9' * 5000}}}",
+            "f.yaml:22:11 lora.r: a number of 5000 digits is too large. Write a number such as 16 or 5e-5.",
+        ),
+        ("lora: {r: 2024-01-01}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "2024-01-01". (rank)'),
+        (
+            'lora: {r: "\\ud800"}',
+            "f.yaml:22:11 lora.r: holds half of a character (a lone surrogate). Remove the escape.",
+        ),
+        ("lora: {r: !!set {1}}", "f.yaml:22:11 lora.r: the tag !!set is not used here. Remove it."),
+        (
+            "lora: {<<: {r: 8}}",
+            "f.yaml:22:8 lora: the merge key << is not read here. Write out the keys it stands for.",
+        ),
+        ("lora: {r: &x 8}", "f.yaml:22:11 lora.r: the anchor &x is not read here. Remove &x."),
+        ("lora: {r: *x}", "f.yaml:22:11 lora.r: the alias *x is not read here. Write its value out."),
+        ("lora: {&x r: 8}", "f.yaml:22:8 lora.r: the anchor &x is not read here. Remove &x."),
+        ("lora: {*x : 8}", "f.yaml:22:8 lora: the alias *x is not read here. Write its value out."),
+        ("lora: &x", "f.yaml:22:7 lora: the anchor &x is not read here. Remove &x."),
+        ("lora: {r: yes}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "yes". (rank)'),
+        ("lora: {r: 1_000}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1_000". (rank)'),
+        ("lora: {r: 1:30}", 'f.yaml:22:8 lora.r: must be a whole number, not the text "1:30". (rank)'),
+        ("lora: {1: 2}", "f.yaml:22:8 lora: a key must be text, not 1. Write key: value, the key a name."),
+        (
+            "lora:",
+            "f.yaml:22:1 lora: must be keys and values, not null. "
+            "(the adapter; keys: r, alpha, dropout, targetModules)",
+        ),
+    ],
+)
+def test_a_value_that_yaml_makes_strange_is_told_in_its_place(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(
+        "\n".join(kept for kept in [*RIGHT.splitlines(), "", line] if not kept.startswith("lora: {r: 16"))
+    )
+    assert genvalues("check", "f.yaml") == 2
+    assert said in capsys.readouterr().err.splitlines()
+
+
+ANCHORS = """\
+name: &x foo
+model: &m
+  path: *x
+dataset: &d {source: &s a/b, <<: *m, format: &x texts}
+instance: *undefined
+lora: &l {targetModules: [&q q_proj, *q, *q], rank: *r}
+training: !!map &t {epochs: &e zero}
+nodes: &n two
+"""
+
+
+def test_anchors_and_aliases_are_told_each_in_its_place_and_hide_no_other_mistake(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("f.yaml").write_text(ANCHORS)
+    assert genvalues("check", "f.yaml") == 2
+    assert [": ".join(line.split(". ")[0].split(": ")[:2]) for line in capsys.readouterr().err.splitlines()] == [
+        "f.yaml:1:7 name: the anchor &x is not read here",
+        "f.yaml:2:8 model: the anchor &m is not read here",
+        "f.yaml:3:9 model.path: the alias *x is not read here",
+        "f.yaml:4:10 dataset: the anchor &d is not read here",
+        "f.yaml:4:22 dataset.source: the anchor &s is not read here",
+        "f.yaml:4:30 dataset: the merge key << is not read here",
+        'f.yaml:4:38 dataset.format: the text "texts" is not one of its values',
+        "f.yaml:4:46 dataset.format: the anchor &x is not read here",
+        "f.yaml:5:11 instance: the alias *undefined is not read here",
+        "f.yaml:6:7 lora: the anchor &l is not read here",
+        "f.yaml:6:27 lora.targetModules[0]: the anchor &q is not read here",
+        "f.yaml:6:38 lora.targetModules[1]: the alias *q is not read here",
+        "f.yaml:6:42 lora.targetModules[2]: the alias *q is not read here",
+        "f.yaml:6:47 lora.rank: unknown key",
+        "f.yaml:6:53 lora.rank: the alias *r is not read here",
+        "f.yaml:7:11 training: the anchor &t is not read here",
+        'f.yaml:7:21 training.epochs: must be a number, not the text "zero"',
+        "f.yaml:7:29 training.epochs: the anchor &e is not read here",
+        'f.yaml:8:1 nodes: must be a whole number or null, not the text "two"',
+        "f.yaml:8:8 nodes: the anchor &n is not read here",
+    ]
+
+
+def test_a_file_of_aliases_of_aliases_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"l{number}: &l{number} [{', '.join([f'*l{number - 1}'] * 9)}]" for number in range(1, 60)]
+    Path("f.yaml").write_text("\n".join([RIGHT, *lines]))
+    started = time.monotonic()
+    assert genvalues("check", "f.yaml") == 2
+    assert time.monotonic() - started < 10
+    assert "f.yaml:23:10 l1[0]: the alias *l0 is not read here. " in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_set_is_told_beside_a_file_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.yaml").write_text("")
+    Path("syntax.yaml").write_text("a: [\n")
+    Path("latin.yaml").write_bytes(b"a: caf\xe9\n")
+    sets = ("--set-string", "x", "--set", "lora", "--set", "lora.rank=3,lora.r=x", "--set", "lora.r=1e999")
+    for name, where in (
+        *[("absent.yaml", ""), (".", ""), ("empty.yaml", ""), ("syntax.yaml", ":2:1")],
+        *[("latin.yaml", ":1:7")],
+    ):
+        assert genvalues("check", name, *sets) == 2
+        assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+            name + where,
+            "--set lora",
+            "--set lora.rank=3",
+            "--set lora.r=1e999",
+            "--set-string x",
+        ]
+    assert genvalues("check", "absent.yaml", "-f", "syntax.yaml", *sets[:2]) == 2
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *("absent.yaml", "syntax.yaml:2:1", "--set-string x"),
+    ]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake_and_move_no_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("f.yaml").write_bytes(b"\xef\xbb\xbf" + RIGHT.replace("\n", "\r\n").encode())
+    assert genvalues("check", "f.yaml") == 0
+    Path("f.yaml").write_bytes(b"\xef\xbb\xbf" + RIGHT.replace("name", "nome").replace("\n", "\r\n").encode())
+    capsys.readouterr()
+    assert genvalues("check", "f.yaml") == 2
+    assert capsys.readouterr().err.startswith("f.yaml:1:1 nome: unknown key. Did you mean name? ")
+
+
+@pytest.mark.parametrize("line", ["a: 1", "{number}: 1", "k{number}: 1", "k{number}: .nan", "? [{number}]"])
+def test_a_file_of_mistakes_is_told_in_time_and_not_without_end(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(8000)))
+    started = time.monotonic()
+    assert genvalues("check", "f.yaml") == 2
+    assert time.monotonic() - started < 20
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 201
+    assert told[-1] == "and there are more mistakes. Correct these first."
+
+
+def test_a_files_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a\n\x1b[31mb.yaml").write_text("nodes: 1\n")
+    assert (genvalues("check", "a\nb.yaml"), genvalues("check", "a\n\x1b[31mb.yaml")) == (2, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "a?b.yaml",
+        *(f"a??[31mb.yaml:1:1 {key}" for key in ("model", "dataset", "instance")),
+    ]
+
+
+def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (genvalues("check", "."), genvalues("check", "absent.yaml")) == (2, 2)
+    assert (
+        capsys.readouterr().err
+        == ".: this is a folder. Name the file in it.\nabsent.yaml: no such file. Name a file that is there.\n"
+    )
+
+
+RIGHT_ON_CPU = """\
+model: {path: ./models/llama}
+dataset: {source: data/rows.jsonl, columns: {output: answer}}
+instance: cpu
+cpu: {processes: 2}
+evaluation: {maxRows: 64}
+storage: {kind: generic, size: 1Ti, storageClass: ""}
+chartValues: {stages: {train: {extraEnv: {OMP_NUM_THREADS: 4}}}}
+"""
+
+
+def files_for_cpu() -> None:
+    Path("models/llama").mkdir(parents=True, exist_ok=True)
+    Path("data").mkdir(exist_ok=True)
+    Path("data/rows.jsonl").write_text('{"instruction": "a", "answer": "b"}\n')
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('model: {path: "x\\0y"}', 'model.path: the text "x?y" is no path: it has a NUL in it'),
+        ('model: {path: "/x\\0y"}', 'model.path: the text "/x?y" is no path: it has a NUL in it'),
+        ('dataset: {source: "a\\0.jsonl"}', 'dataset.source: the text "a?.jsonl" is no path: it has a NUL in it'),
+        (f"model: {{path: {'x' * 1000}}}", "or a name of more than 255 bytes. Write the path of the file or folder."),
+        (f"model: {{path: /a/{'é' * 128}}}", "or a name of more than 255 bytes. Write the path of the file or folder."),
+        ("model: {path: loop/x}", "model.path: no such file or folder: "),
+        ("dataset: {source: data/rows.jsonl/x.jsonl}", "dataset.source: no such file or folder: "),
+    ],
+)
+def test_what_is_no_path_is_told_in_a_line(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files_for_cpu()
+    Path("loop").symlink_to("loop")
+    kept = [other for other in RIGHT_ON_CPU.splitlines() if not other.startswith(line.partition(":")[0])]
+    Path("f.yaml").write_text("\n".join([*kept, line, ""]))
+    assert genvalues("check", "f.yaml") == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert said in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            "lora: {targetModules: [up_proj, [gate_proj]]}",
+            ["targetModules[1]: a list is not", "up_proj without gate_proj"],
+        ),
+        (
+            "lora: {targetModules: [all-linear, q_proj]}",
+            ["lora.targetModules: all-linear stands by itself, not in a list. Write all-linear without brackets."],
+        ),
+        ("lora.r: 8", ["mine.yaml:1:1 lora.r: unknown key. Write lora: {r: ...}. (keys: name, "]),
+        ("storage.static.dnsName: x", ["unknown key. Write storage: {static: {dnsName: ...}}. (keys: "]),
+        ("lora: {id: 8}", ["mine.yaml:1:8 lora.id: unknown key. (keys: r, alpha, "]),
+        ("lora.x: 8", ["mine.yaml:1:1 lora.x: unknown key. Did you mean lora? (keys: "]),
+        (
+            "model: {id: a/b, pth: x}",
+            [
+                "model.id: unknown key. A model of the Hub is written model: ID@REVISION. (keys: path)",
+                "model.pth: unknown key. Did you mean model.path? (keys: path)",
+                "model.path: missing. (folder",
+            ],
+        ),
+        (
+            "lora: {targetModules: [3]}",
+            ["lora.targetModules[0]: 3 is not one of its values. (q_proj, k_proj, v_proj,"],
+        ),
+        (
+            f"lora: {{r: 0x{'f' * 90}, alpha: -{'9' * 40}}}",
+            [
+                "mine.yaml:1:8 lora.r: must be at most 1024, not a number of 109 digits. (rank)",
+                "lora.alpha: must be at least 1, not a number of 40 digits. (scaling",
+            ],
+        ),
+        (
+            f"chartValues: {{training: {{seed: {'9' * 300}}}}}",
+            [f"chartValues.training.seed: {'9' * 57}... is greater than the maximum of 4294967295. (the schema of "],
+        ),
+        ("instance: 5", ["mine.yaml:1:1 instance: 5 is not one of its values. (cpu, trn1.2xlarge,"]),
+        ("lora: {r: 0.5}", ["mine.yaml:1:8 lora.r: must be a whole number, not 0.5. (rank)"]),
+        (
+            "dataset: org/rows",
+            ['keys and values, not the text "org/rows". (what to train on; keys: source, config, rev'],
+        ),
+        (
+            "dataset: {revision: -x}",
+            ['revision: the text "-x" is not of the right form. (branch, tag or commit of a hub'],
+        ),
+        (
+            "storage: {kind: fsx-static, static: {fileSystemId: fs-1}}",
+            ["static.dnsName: missing. (the", "(such as fs-0123", "static.mountName: missing. (the"],
+        ),
+    ],
+)
+def test_one_mistake_is_told_once_with_what_to_write_instead(
+    changes: str, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(RIGHT)
+    Path("mine.yaml").write_text(changes)
+    assert genvalues("check", "f.yaml", "-f", "mine.yaml") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said), lines
+    assert all(any(words in line for line in lines) for words in said), lines
+
+
+def keys_of(block: dict[str, Any], schema: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Every key of the inputs, with dots."""
+    for branch in [block, *block.get("anyOf", [])]:
+        named = schema["$defs"][branch["$ref"].rpartition("/")[2]] if "$ref" in branch else branch
+        for name, inner in named.get("properties", {}).items():
+            yield f"{above}{name}"
+            yield from keys_of(inner, schema, f"{above}{name}.")
+
+
+@pytest.mark.parametrize("wrong", ["[[]]", "[]", '"?\\n"', '"x\\n"', "-1", "{}", '""', "true", "null"])
+def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = json_schema()
+    for key in keys_of(schema, schema):
+        value = yaml.safe_load(wrong)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        Path("f.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(RIGHT), value)))
+        status = genvalues("check", "f.yaml")
+        told = capsys.readouterr().err.splitlines()
+        assert told
+        for line in told if status else []:
+            assert re.search(ENDS_WITH_A_FIX, line), line
+
+
+TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm123456"
+ACCESS_KEY = "AK" + "IA" + "QWERTYUIOPASDFGH"
+PRIVATE_KEY = "-----BE" + "GIN PRIVATE KEY-----\\nQwErTyUiOp"  # \n: as YAML writes it
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"huggingFace: {{tokenSecret: {TOKEN}}}",
+        f"huggingFace: {{tokenSecret: hf-token, tokenKey: '{TOKEN} '}}",
+        f"huggingFace: {TOKEN}",
+        "huggingFace: api_org_QwErTyUiOp",
+        f"huggingFace: {{{TOKEN}: 1}}",
+        f"token: {TOKEN}",
+        f"name: {TOKEN}",
+        f"chartValues: {{stages: {{train: {{extraEnv: {{HF_TOKEN: {TOKEN}}}}}}}}}",
+        f"name: [{TOKEN}",
+        f"name: *{TOKEN}",
+        f"--set huggingFace.tokenSecret={TOKEN}",
+        "--set huggingFace.tokenSecret=api_org_QwErTyUiOp",
+        f"--set name={TOKEN}",
+        f"--set {TOKEN}",
+        "--set chartValues.stages.train.extraEnv.WANDB_API_KEY=QwErTyUiOp",
+        "chartValues: {stageDefaults: {extraEnv: {db_password: QwErTyUiOp}}}",
+        f"chartValues: {{stages: {{train: {{extraEnv: {{REGION: {ACCESS_KEY}}}, podLabels: 5}}}}}}",
+        f'name: "{PRIVATE_KEY}"',
+        f'model: {{path: "{PRIVATE_KEY}\\n-----END PRIVATE KEY-----"}}',
+        f'--set dataset.config="{PRIVATE_KEY}"',
+        f'chartValues: {{kueue: "{PRIVATE_KEY}"}}',
+        f'"{PRIVATE_KEY}": 1',
+        "chartValues: {serviceAccount: {annotations: {x: ghp_QwErTyUiOpAsDfGhJkLzXcVbNm123456}}}",
+    ],
+)
+def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    is_set = line.startswith("--set ")
+    key = line.partition(":")[0]
+    kept = [other for other in RIGHT.splitlines() if is_set or not other.startswith(f"{key}:")]
+    Path("f.yaml").write_text("\n".join([*kept, "" if is_set else line, ""]))
+    assert genvalues("write", "f.yaml", *(line.split(" ", 1) if is_set else [])) == 2
+    out, err = capsys.readouterr()
+    assert err
+    assert "qwerty" not in (out + err).lower()
+    assert not Path("values.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"image": None},
+            "f.yaml:1:1 image: missing. ml.trn1.32xlarge needs the image that you built, by tag or digest.",
+        ),
+        ({"image": "repo/llama-lora"}, "names neither tag nor digest"),
+        ({"image": "localhost:5000/llama-lora"}, "names neither tag nor digest"),
+        ({"image": "repo/llama-lora@sha256:..."}, "is not an image reference"),
+        ({"instance": "trn1.2xlarge", "nodes": "2"}, "trn1.2xlarge has no EFA and cannot be one of 2 nodes"),
+        ({"instance": "p5.48xlarge"}, "(cpu, trn1.2xlarge, trn1.32xlarge,"),
+        ({"model": "{path: ./llama}"}, "./llama is on this computer"),
+        ({"model": "{path: /home/me/llama}"}, "/home/me/llama is on this computer"),
+        ({"model": "{path: /workspace/../etc/llama}"}, "is on this computer"),
+        ({"model": "./llama"}, "is not a hub id; a folder or file is written {path: ...}"),
+        ({"model": "a/b/c"}, "is not a hub id"),
+        ({"model": '"a/b\\n"'}, 'model: the text "a/b?" is not a hub id'),
+        ({"lora": "{targetModules: q_proj}"}, 'must be a list, not the text "q_proj". Write [q_proj].'),
+        ({"name": '"llama\\n"'}, 'name: the text "llama?" is not of the right form'),
+        ({"huggingFace": '{tokenSecret: "api-org-token\\n"}'}, "the token itself must never be written here"),
+        ({"storage": "{existingClaim: mine, size: 1200Gi}"}, "storage.size: means nothing beside existingClaim"),
+        ({"storage": "{kind: fsx-static}"}, "fsx-static needs {fileSystemId, dnsName, mountName}"),
+        ({"storage": "{size: 100Gi}"}, "Use 1200Gi (1200Gi or a multiple of 2400Gi)"),
+        ({"storage": "{size: 75Ti}"}, "storage.size: FSx for Lustre is not made in 75Ti. Use 76800Gi"),
+        ({"storage": "{size: 1228800Mi}"}, "Use 1200Gi"),
+        ({"storage": '{storageClass: ""}'}, "storage.storageClass: FSx has no default storage class. Name"),
+        ({"model": "llama.gguf"}, 'model: the text "llama.gguf" looks like a file. A file or folder is written {path:'),
+        ({"chartValues": "{stages: {trian: {}}}"}, "chartValues.stages"),
+        ({"chartValues": "{model: null}"}, "f.yaml:21:15 chartValues.model: is required, and not there or null. (the"),
+    ],
+)
+def test_rules_that_span_keys(changes: dict[str, str | None], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [line for line in RIGHT.splitlines() if line.partition(":")[0] not in changes]
+    Path("f.yaml").write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in changes.items() if value), ""]))
+    assert genvalues("check", "f.yaml") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(
+        "model: gpt2\ninstance: cpu\n"
+        "dataset: {source: /workspace/a.txt, format: chat, revision: main, evalFraction: 0}\n"
+        "evaluation: {enabled: true}\n"
+    )
+    assert genvalues("check", "f.yaml") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "f.yaml:3:37 dataset.format: a .txt file has no columns for chat. Write format: text.",
+        "f.yaml:3:51 dataset.revision: is for hub datasets, and this one is a file. Remove it.",
+        "f.yaml:4:14 evaluation.enabled: there are no held-out rows to evaluate on. "
+        "Raise dataset.evalFraction above 0.",
+    ]
+
+
+def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text("model: gpt2\ninstance: cpu\ndataset: {source: rows.jsonl}\n")
+    assert genvalues("check", "f.yaml") == 2
+    assert (
+        f"no such file or folder: {Path.cwd() / 'rows.jsonl'}. Write its path as seen from the inputs file's folder"
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("s3://bucket/dir/", "names no file in S3. Write s3://bucket/key of a file. (files end with .jsonl"),
+        ("s3://bucket/rows", "names no file in S3. "),
+        ("s3://bucket/rows.csv.gz", "names no file in S3. "),
+        ("s3://bucket/rows?x=.csv", "names no file in S3. "),
+        ("s3://bucket", "names no file in S3. "),
+        ("rows.csv.gz", "is a kind of file that is not read. (files end with .jsonl .json .csv .parquet .txt)"),
+        ("rows.JSONL", "is a kind of file that is not read. "),
+        ("data/rows.tsv", "is a kind of file that is not read. "),
+        ("./data", "is neither a hub id nor s3://... nor a file. (files end with .jsonl"),
+        ("data/", "is neither a hub id nor s3://... nor a file. "),
+        ("https://example.com/rows", "is neither a hub id nor s3://... nor a file. "),
+    ],
+)
+def test_a_source_that_the_trainer_does_not_read_is_refused(
+    source: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{source: '{source}'}}\n")
+    assert genvalues("check", "f.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'f.yaml:3:11 dataset.source: the text "{source}" {said}' in line
+
+
+@pytest.mark.parametrize(
+    "source", ["s3://bucket/a/rows.jsonl", "squad", "org/set-v1.0", "org/rows.v2", "/workspace/a.csv"]
+)
+def test_a_source_that_the_trainer_reads_is_right(source: str) -> None:
+    Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{source: '{source}'}}\n")
+    assert genvalues("check", "f.yaml") == 0
+
+
+def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(RIGHT)
+    assert [genvalues("write", "f.yaml", "-o", place) for place in ("f.yaml", ".", "/proc/values.yaml")] == [2, 2, 2]
+    assert Path("f.yaml").read_text() == RIGHT
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+WORDS = "null yes 0x1F 1e999 -1 [] {} 2024-01-01 &a *a !!int !x <<: ---".split(" ")  # noqa: SIM905
+NASTY = st.sampled_from([*"\t\n[]{}:|>'\"%@#~?é\0\x85\ufeff\ud7ff", ": ", "- ", *WORDS])
+MUTATION = st.tuples(
+    st.sampled_from(["insert", "delete", "replace", "value", "repeat line", "drop line", "indent"]),
+    st.integers(0, len(RIGHT) - 1),
+    NASTY | st.text(max_size=8),
+)
+
+
+def mutated(text: str, kind: str, at: int, with_what: str) -> str:
+    at %= max(len(text), 1)
+    lines = text.splitlines(keepends=True)
+    line = text.count("\n", 0, at)
+    if kind == "insert":
+        return text[:at] + with_what + text[at:]
+    if kind == "delete":
+        return text[:at] + text[at + 1 + len(with_what) :]
+    if kind == "replace":
+        return text[:at] + with_what + text[at + 1 :]
+    if line >= len(lines):
+        return text
+    if kind == "value":
+        lines[line] = lines[line].partition(":")[0] + ": " + with_what + "\n"
+    elif kind == "repeat line":
+        lines.insert(line, lines[line])
+    elif kind == "drop line":
+        del lines[line]
+    else:
+        lines[line] = " " + lines[line]
+    return "".join(lines)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.sampled_from([RIGHT, RIGHT_ON_CPU]), mutations=st.lists(MUTATION, max_size=4))
+def test_no_file_makes_a_traceback_or_a_half_written_output(
+    text: str, mutations: list[tuple[str, int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files_for_cpu()
+    for mutation in mutations:
+        text = mutated(text, *mutation)
+    Path("f.yaml").write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    Path("values.yaml").unlink(missing_ok=True)
+    status = genvalues("write", "f.yaml")
+    err = capsys.readouterr().err
+    assert status in (0, 2), err
+    assert status == 0 or mutations, err
+    assert Path("values.yaml").exists() == (status == 0)
+    assert err.strip()
+    for line in err.splitlines() if status else []:
+        assert re.search(ENDS_WITH_A_FIX, line), line
+    there = {path.name for path in Path().iterdir()} - {".hypothesis", "models", "data", "values.yaml"}
+    assert there == {"f.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": "{targetModules: [up_proj, [gate_proj]]}"}, "lora.targetModules[1]: "),
+        ({"dataset": "{source: s3://bucket/folder/}"}, "dataset.source: "),
+        ({"dataset": "{source: rows.csv.gz}"}, "dataset.source: "),
+        ({"storage": "{size: 75Ti}"}, "storage.size: "),
+        ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),
+        ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
+        ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
+        ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
+        ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device, and Neuron has jobs of several"),
+    ],
+)
+def test_what_chart_or_trainer_would_refuse_later_is_told_now_with_a_fix(
+    changes: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = yaml.safe_load(RIGHT)
+    right |= {key: yaml.safe_load(value) for key, value in changes.items()}
+    Path("f.yaml").write_text(yaml.safe_dump(right))
+    assert genvalues("write", "f.yaml") == 2
+    told = capsys.readouterr().err
+    assert said in told and all(". " in line for line in told.splitlines()), "no fix"
+    assert not Path("values.yaml").exists()

@@ -1,0 +1,417 @@
+"""All checks of AWS at once: against moto, which has some of AWS, and against everything that goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore import exceptions
+from botocore.awsrequest import AWSResponse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moto import mock_aws
+
+from generator.ops.preflight.conftest import ACCOUNT, HYPERPOD, REGION, STATIC, own_storage_class, wanted
+from genvalues.common.findings import Finding, exit_status
+from genvalues.ops import aws as aws_errors
+from genvalues.ops.preflight import aws_checks as aws
+from genvalues.ops.preflight.aws_checks import AwsClients, check_aws
+
+S3 = {"dataset": {"source": "s3://rows/train/rows.jsonl"}}
+# Every check that there is, in two runs: one on EC2 with a file system made on demand, one on HyperPod with its own.
+EVERY_CHECK = [
+    wanted(S3, own_storage_class("subnet-1", "sg-1")),
+    wanted(S3, HYPERPOD, STATIC),
+]
+
+
+def by_subject(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings}
+
+
+# --- moto
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[str, dict[str, Any]]) -> None:
+    """What moto lacks: these calls (service.Operation) get these answers, all others go to moto."""
+
+    def added(client: Any) -> Any:
+        for call, answer in answers.items():
+            answered = (AWSResponse("", 200, {}, None), answer)
+            client.meta.events.register(f"before-call.{call}", lambda answered=answered, **_: answered)
+        return client
+
+    original = AwsClients._make
+    monkeypatch.setattr(AwsClients, "_make", lambda self, service: added(original(self, service)))
+
+
+NO_RESERVATION = {"ec2.DescribeCapacityReservations": {"CapacityReservations": []}}
+EC2_QUOTA = {"service-quotas.GetServiceQuota": {"Quota": {"Value": 512.0}}}
+
+
+@pytest.fixture
+def cloud() -> Iterator[None]:
+    with mock_aws():
+        yield
+
+
+def client(service: str) -> Any:
+    return boto3.client(service, region_name=REGION)
+
+
+def push_image(tag: str = "0.1.0") -> str:
+    ecr = client("ecr")
+    ecr.create_repository(repositoryName="llama-lora")
+    manifest = '{"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "layers": []}'
+    pushed = ecr.put_image(repositoryName="llama-lora", imageManifest=manifest, imageTag=tag)
+    return str(pushed["image"]["imageId"]["imageDigest"])
+
+
+def make_network() -> tuple[str, str]:
+    ec2 = client("ec2")
+    vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.1.0/24", AvailabilityZone=f"{REGION}b")["Subnet"]["SubnetId"]
+    group = ec2.create_security_group(GroupName="lustre", Description="lustre", VpcId=vpc)["GroupId"]
+    itself = [{"GroupId": group}]
+    for low, high in ((988, 988), (1018, 1023)):
+        permission = {"IpProtocol": "tcp", "FromPort": low, "ToPort": high, "UserIdGroupPairs": itself}
+        ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[permission])
+    return subnet, group
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_account_that_has_everything_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    subnet, group = make_network()
+    digest = push_image()
+    location = {"LocationConstraint": REGION}
+    client("s3").create_bucket(Bucket="rows", CreateBucketConfiguration=location)  # type: ignore[arg-type]
+    client("s3").put_object(Bucket="rows", Key="train/rows.jsonl", Body=b"{}" * 1000)
+    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
+    findings = check_aws(wanted(S3, own_storage_class(subnet, group), {"image": {"digest": digest}}))
+    assert {finding.level for finding in findings} == {"ok"}, [str(finding) for finding in findings]
+    assert [finding.subject for finding in findings] == [
+        "AWS credentials",
+        "AWS region",
+        "quota of trn1.32xlarge",
+        "capacity of trn1.32xlarge",
+        "zones of trn1.32xlarge",
+        "image llama-lora:0.1.0",
+        f"subnet {subnet}",
+        f"security groups {group}",
+        "s3://rows/train/rows.jsonl",
+        "size of the file system",
+    ]
+    assert findings[0].found.startswith(f"account {ACCOUNT}, arn:aws:")
+    assert exit_status(findings) == 0
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_account_that_has_nothing_has_all_of_it_said_at_once_each_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answering(monkeypatch, {**NO_RESERVATION, "service-quotas.GetServiceQuota": {"Quota": {"Value": 0.0}}})
+    findings = check_aws(wanted(S3, own_storage_class("subnet-0123456789abcdef0", "sg-0123456789abcdef0")))
+    errors = [finding for finding in findings if finding.level == "error"]
+    assert [finding.subject for finding in errors] == [
+        "quota of trn1.32xlarge",
+        "image llama-lora:0.1.0",
+        "subnet subnet-0123456789abcdef0",
+        "security groups sg-0123456789abcdef0",
+        "s3://rows/train/rows.jsonl",
+    ]
+    assert all(finding.fix.startswith(("aws ", "genvalues ")) for finding in errors)
+    assert exit_status(findings) == 2
+
+
+@pytest.mark.usefixtures("cloud")
+def test_a_file_system_and_a_hyperpod_cluster_that_moto_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = push_image()
+    fsx = client("fsx").create_file_system(
+        FileSystemType="LUSTRE", StorageCapacity=1200, SubnetIds=["subnet-0123456789abcdef0"]
+    )["FileSystem"]
+    client("sagemaker").create_cluster(
+        ClusterName="pod",
+        InstanceGroups=[
+            {
+                "InstanceCount": 2,
+                "InstanceGroupName": "workers",
+                "ThreadsPerCore": 1,
+                "InstanceType": "ml.trn1.32xlarge",
+                "LifeCycleConfig": {"SourceS3Uri": "s3://sagemaker-lifecycle/x", "OnCreate": "on_create.sh"},
+                "ExecutionRole": f"arn:aws:iam::{ACCOUNT}:role/hyperpod",
+            }
+        ],
+    )
+    quota = {"QuotaName": "ml.trn1.32xlarge for cluster usage", "QuotaCode": "L-X", "Value": 4.0}
+    answering(monkeypatch, {"service-quotas.ListServiceQuotas": {"Quotas": [quota]}})
+    identity = {"fileSystemId": fsx["FileSystemId"], "dnsName": fsx.get("DNSName", "")}
+    findings = by_subject(
+        check_aws(wanted(HYPERPOD, STATIC, {"image": {"digest": digest}, "storage": {"static": identity}}))
+    )
+    assert findings["quota of ml.trn1.32xlarge"].level == "ok"
+    assert findings["HyperPod cluster pod"].found.startswith("is run by Slurm"), "moto knows no orchestrator"
+    assert findings[f"file system {fsx['FileSystemId']}"].found == "is in no known state", "moto gives it none"
+    client("fsx").delete_file_system(FileSystemId=fsx["FileSystemId"])
+    gone = by_subject(check_aws(wanted(HYPERPOD, STATIC, {"storage": {"static": identity}})))
+    assert gone[f"file system {fsx['FileSystemId']}"].found == "there is none of this id in us-west-2"
+
+
+@pytest.mark.usefixtures("cloud")
+def test_a_bucket_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3 = boto3.client("s3", region_name="eu-west-1")
+    s3.create_bucket(Bucket="rows", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    s3.put_object(Bucket="rows", Key="train/rows.jsonl", Body=b"{}")
+    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
+    found = by_subject(check_aws(wanted(S3)))["s3://rows/train/rows.jsonl"]
+    assert found.level == "warning" and "its bucket is in eu-west-1, not in us-west-2" in found.found
+
+
+# --- credentials
+
+
+def test_no_credentials_is_said_once_and_nobody_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    findings = check_aws(wanted())
+    assert [str(finding) for finding in findings] == [
+        "not checked  AWS credentials: no AWS credentials\n"
+        "             fix: aws sso login   # or: aws configure; or AWS_PROFILE=NAME for others",
+        "not checked  AWS: quota and capacity of trn1.32xlarge, zones of trn1.32xlarge, image: not without credentials,"
+        " see above",
+        "ok           size of the file system: 1200Gi, made on demand in about 10 minutes",
+    ]
+    assert exit_status(findings) == 1, "unanswered, which stops nobody who has the cluster's nodes"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("ExpiredToken", "the AWS credentials have expired"),
+        ("InvalidClientTokenId", "AWS does not know these credentials (InvalidClientTokenId)"),
+        ("SignatureDoesNotMatch", "AWS does not know these credentials (SignatureDoesNotMatch)"),
+    ],
+)
+def test_expired_and_wrong_credentials_are_said_as_such(code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, code, 403)
+    first, unasked, _ = check_aws(wanted())
+    assert (first.level, first.subject, first.found, first.unanswered) == ("not checked", "AWS credentials", said, True)
+    assert first.fix.startswith("aws sso login") and unasked.level == "not checked"
+
+
+def test_a_profile_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    first, *_ = check_aws(wanted())
+    assert first.unanswered and first.found == "The config profile (nobody) could not be found"
+
+
+def test_without_a_region_nobody_is_asked() -> None:
+    first, unasked, _ = check_aws(wanted({"image": {"repository": "me/llama-lora"}}))
+    assert first.subject == "AWS region" and first.unanswered
+    assert unasked.found.endswith("not without a region, see above")
+
+
+def test_a_region_that_is_none_is_an_error_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+    first, unasked, _ = check_aws(wanted(), region="us-wset-2")
+    assert first.level == "error" and unasked.level == "not checked"
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_image_of_another_account_is_said_beside_the_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
+    other = {"image": {"repository": f"999988887777.dkr.ecr.{REGION}.amazonaws.com/llama-lora"}}
+    assert check_aws(wanted(other))[0].found.endswith("; the image is in account 999988887777's registry")
+
+
+# --- whatever comes
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, code: str, status: int, message: str = "no") -> None:
+    """Every call of every service gets this error."""
+    parsed = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    response = AWSResponse("", status, {}, None)
+    patch_calls(monkeypatch, lambda **_: (response, parsed))
+
+
+CLIENTS: dict[str, Any] = {}  # making one takes a good part of a second, which the tests below have not
+HANDLER: list[Callable[..., Any]] = []
+
+
+def patch_calls(monkeypatch: pytest.MonkeyPatch, handler: Callable[..., Any]) -> None:
+    def client(self: AwsClients, service: str) -> Any:
+        if service not in CLIENTS:
+            CLIENTS[service] = self._make(service)
+            CLIENTS[service].meta.events.register(f"before-call.{service}", handle)
+        return CLIENTS[service]
+
+    def handle(**event: Any) -> Any:
+        return HANDLER[0](**event)
+
+    HANDLER[:] = [handler]
+    for service in ("sts", "ec2", "ecr", "fsx", "s3", "sagemaker", "service-quotas"):
+        client(AwsClients(REGION), service)
+    monkeypatch.setattr(AwsClients, "client", client)
+
+
+CODES = sorted(aws_errors.EXPIRED | aws_errors.WRONG | aws_errors.DENIED | aws_errors.LATER | aws_errors.MISSING)
+
+
+def check_findings(findings: list[Finding]) -> None:
+    assert findings
+    for finding in findings:
+        assert finding.found and "\n" not in str(finding.found), finding
+        assert finding.level == "ok" or finding.fix or finding.subject == "AWS", finding
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    code=st.sampled_from(CODES) | st.text(max_size=30),
+    status=st.sampled_from([400, 401, 403, 404, 409, 429, 500, 503]),
+    message=st.text(max_size=300),
+)
+def test_whatever_error_aws_answers_every_check_has_a_finding_and_nothing_is_raised(
+    code: str, status: int, message: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        refusing(patch, code, status, message)
+        for wishes in EVERY_CHECK:
+            check_findings(check_aws(wishes))
+            asking = AwsClients(REGION)
+            for subject, check in aws.applicable(wishes).items():  # those too that come after the credentials
+                check_findings(aws.guarded(subject, check, asking, wishes))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exceptions.EndpointConnectionError(endpoint_url="https://x"),
+        exceptions.ConnectTimeoutError(endpoint_url="https://x"),
+        exceptions.ReadTimeoutError(endpoint_url="https://x"),
+        exceptions.SSLError(endpoint_url="https://x", error="certificate"),
+        exceptions.ProxyConnectionError(proxy_url="http://user:password@proxy"),
+        exceptions.NoCredentialsError(),
+        exceptions.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+        exceptions.UnauthorizedSSOTokenError(),
+        exceptions.TokenRetrievalError(provider="sso", error_msg="expired"),
+        exceptions.CredentialRetrievalError(provider="process", error_msg="hf_abcdefgh"),
+        exceptions.ParamValidationError(report="no"),
+        exceptions.BotoCoreError(),
+        exceptions.InvalidRegionError(region_name="x y"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_botocore_raises_every_check_has_a_finding(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    patch_calls(monkeypatch, fail)
+    for wishes in EVERY_CHECK:
+        check_findings(check_aws(wishes))
+        asking = AwsClients(REGION)
+        for subject, check in aws.applicable(wishes).items():
+            found = aws.guarded(subject, check, asking, wishes)
+            check_findings(found)
+            assert "hf_abcdefgh" not in "".join(map(str, found))
+
+
+def test_empty_answers_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that lacks what it should have."""
+    response = AWSResponse("", 200, {}, None)
+    patch_calls(monkeypatch, lambda **_: (response, {"ResponseMetadata": {}}))
+    for wishes in EVERY_CHECK:
+        check_findings(check_aws(wishes))
+
+
+# --- time
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        taken: list[socket.socket] = []
+
+        def take() -> None:
+            while True:
+                try:
+                    taken.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=take, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        for one in taken:
+            one.close()
+
+
+def test_a_call_takes_10_seconds_at_most() -> None:
+    config = AwsClients(REGION).client("sts").meta.config
+    assert config.connect_timeout + config.read_timeout <= 10
+    assert config.retries["total_max_attempts"] == 1
+
+
+def test_an_aws_that_does_not_answer_is_waited_for_once_by_all_checks_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(aws, "READ_SECONDS", 1)
+    with silent_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        AwsClients(REGION).client("ec2")  # boto3 is read once, which takes seconds where others work
+        began = time.monotonic()
+        findings = check_aws(wanted(S3))
+        took = time.monotonic() - began
+    silent = [finding for finding in findings if finding.unanswered]
+    assert [finding.level for finding in silent] == ["not checked"] * 6
+    assert exit_status(findings) == 1
+    assert took < 5, "credentials first, then all others"
+
+
+def test_an_endpoint_that_is_no_address_is_a_mistake_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
+    findings = check_aws(wanted(S3))
+    assert any(finding.found.endswith("Invalid endpoint: foo. Look at AWS_ENDPOINT_URL.") for finding in findings)
+
+
+# --- offline, and cpu
+
+
+def test_offline_says_so_for_every_check_and_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+    findings = check_aws(wanted(S3), offline=True)
+    *unasked, size = findings
+    assert {(finding.level, finding.found) for finding in unasked} == {("not checked", "--offline")}
+    assert len(unasked) == 6 and size.level == "ok"
+    assert exit_status(findings) == 0
+
+
+def test_the_cpu_needs_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+    on_cpu = {"instance": "cpu", "image": {"repository": "llama-lora"}, "storage": {"kind": "generic"}}
+    for offline in (False, True):
+        [found] = check_aws(wanted(on_cpu), offline=offline)
+        assert str(found) == "ok           AWS: nothing to check at AWS: instance cpu"
+
+
+# --- docs/preflight.md
+
+
+def test_the_policy_to_paste_allows_what_is_asked_and_nothing_else() -> None:
+    root = Path(__file__).parents[4]
+    page = (root / "docs/preflight.md").read_text(encoding="utf-8")
+    policy = json.loads(page[page.index('    {\n      "Version"') : page.index("## The Hub")])
+    allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
+    source = Path(aws.__file__).read_text(encoding="utf-8")
+    calls = re.findall(r'\(\s*"([a-z0-9-]+)",\s*"((?:get|list|describe|head)_[a-z_]+)"', source)
+    asked = {aws.action_of(*call) for call in calls} - {"sts:GetCallerIdentity"}
+    assert len(calls) >= 13 and allowed == asked
+    for action in allowed:
+        assert f"`{action}`" in page, "in the table"

@@ -1,0 +1,238 @@
+"""The Hub: against a server of this machine's that answers as the Hub does (huggingface_hub, utils/_http.py)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.ops.preflight.conftest import wanted
+from genvalues.common.findings import Finding
+from genvalues.ops.preflight import hub_checks as hub
+from genvalues.ops.preflight.hub_checks import check_hub
+
+MODEL = "/api/models/meta-llama/Meta-Llama-3.1-8B/revision/main"
+CONFIG = "/meta-llama/Meta-Llama-3.1-8B/resolve/main/config.json"
+DATASET = "/api/datasets/databricks/databricks-dolly-15k/revision/main"
+ROWS = "/datasets/databricks/databricks-dolly-15k/resolve/main/rows.jsonl"
+TOKEN = "hf_" + "abcdefghij" * 3
+GATED = {"sha": "0123456789abcdef", "gated": "manual"}
+NO_TOKEN = {"huggingFace": {"tokenSecret": ""}}
+
+
+class Hub:
+    """Answers by path: a status, headers, a body. 404 for what is not there, as the Hub says it."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[int, dict[str, str], Any]] = {}
+        self.asked: list[tuple[str, str, str]] = []  # method, path, authorization
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def do_GET(self) -> None:
+                hub.asked.append((self.command, self.path, self.headers.get("Authorization", "")))
+                missing = (404, {"X-Error-Code": "RepoNotFound"}, {})
+                status, headers, body = hub.answers.get(self.path, missing)
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def has(self, path: str, status: int = 200, body: Any = None, **headers: str) -> None:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.answers[path] = (status, names, body if body is not None else {})
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with the model and the dataset, both open."""
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.has(MODEL, body={"sha": "0123456789abcdef", "gated": False})
+    hub.has(CONFIG)
+    files = [{"rfilename": name} for name in (".gitattributes", "README.md", "rows.jsonl")]
+    hub.has(DATASET, body={"sha": "fedcba9876543210", "siblings": files})
+    hub.has(ROWS)
+    threading.Thread(target=hub.server.serve_forever, args=(0.02,), daemon=True).start()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def model(*changes: dict[str, Any]) -> Finding:
+    finding, _ = check_hub(wanted(*changes))
+    assert TOKEN not in str(finding), "a token is never printed"
+    return finding
+
+
+def test_an_open_model_and_an_open_dataset_are_readable_at_a_commit(there: Hub) -> None:
+    assert [str(finding) for finding in check_hub(wanted())] == [
+        "ok           model meta-llama/Meta-Llama-3.1-8B: readable, at commit 0123456789ab",
+        "ok           dataset databricks/databricks-dolly-15k: readable, at commit fedcba987654",
+    ]
+    assert {authorization for _, _, authorization in there.asked} == {f"Bearer {TOKEN}"}
+    assert ("HEAD", ROWS, f"Bearer {TOKEN}") in there.asked, "a file tells more than the list, which is public"
+
+
+def test_a_gated_model_that_this_token_may_read_says_whose_token_the_run_uses(there: Hub) -> None:
+    there.has(MODEL, body=GATED)
+    found = model()
+    assert found.level == "ok" and "gated, and readable, at commit 0123456789ab with this token" in found.found
+    assert found.found.endswith("the run uses that of Secret hf-token, which may be another")
+
+
+def test_a_gated_model_and_a_run_without_a_token_is_an_error(there: Hub) -> None:
+    there.has(MODEL, body=GATED)
+    found = model(NO_TOKEN)
+    assert found.level == "error" and "huggingFace.tokenSecret is empty" in found.found
+    assert found.fix == "genvalues write finetune.yaml -o values.yaml --set huggingFace.tokenSecret=hf-token"
+
+
+def test_a_gated_model_whose_terms_are_not_accepted_gives_the_page_where_to(there: Hub) -> None:
+    there.has(MODEL, body=GATED)
+    said = "Access to model meta-llama/Meta-Llama-3.1-8B is restricted and you are not in the authorized list."
+    there.has(CONFIG, 403, X_Error_Code="GatedRepo", X_Error_Message=said)
+    found = model()
+    assert found.level == "error" and "gated, and its terms are not accepted" in found.found and said in found.found
+    assert found.fix.startswith(f"open {there.url}/meta-llama/Meta-Llama-3.1-8B   # accept its terms there")
+
+
+def test_a_gated_model_and_no_token_here_is_not_checked_unless_the_run_has_none_either(
+    there: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    there.has(MODEL, body=GATED)
+    there.has(CONFIG, 401, X_Error_Code="GatedRepo")
+    found = model()
+    assert found.level == "not checked" and "there is no token here to ask with" in found.found
+    assert found.fix.startswith("HF_TOKEN=hf_... genvalues preflight finetune.yaml")
+    assert model(NO_TOKEN).level == "error"
+    assert {authorization for _, _, authorization in there.asked} == {""}
+
+
+def test_no_such_model(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    typo = {"model": {"id": "meta-llama/Meta-Lama-3.1-8B"}}
+    found = model(typo)
+    assert found.level == "error" and found.found == "there is none of this name, or it is private to others"
+    assert found.fix == f"open '{there.url}/models?search=Meta-Lama-3.1-8B'"
+    monkeypatch.delenv("HF_TOKEN")
+    path = "/api/models/meta-llama/Meta-Lama-3.1-8B/revision/main"
+    there.has(path, 401, X_Error_Code="RepoNotFound")
+    assert model(typo).level == "warning", "it may be private, and the Secret's token may read it"
+    assert model(typo, NO_TOKEN).level == "error"
+
+
+def test_no_such_revision(there: Hub) -> None:
+    there.has(MODEL.replace("main", "v9"), 404, X_Error_Code="RevisionNotFound")
+    found = model({"model": {"revision": "v9"}})
+    assert (found.level, found.found) == ("error", "there is no revision v9")
+    assert f"open {there.url}/meta-llama/Meta-Llama-3.1-8B/tree/main" in found.fix
+
+
+def test_a_revision_with_a_slash_is_one_part_of_the_address(there: Hub) -> None:
+    there.has(MODEL.replace("main", "refs%2Fpr%2F1"), body={})
+    there.has(CONFIG.replace("main", "refs%2Fpr%2F1"))
+    assert model({"model": {"revision": "refs/pr/1"}}).level == "ok"
+
+
+def test_a_repository_without_a_config_is_no_model(there: Hub) -> None:
+    there.has(CONFIG, 404, X_Error_Code="EntryNotFound")
+    found = model()
+    assert found.level == "error" and "has no config.json" in found.found
+
+
+def test_a_token_that_the_hub_does_not_know(there: Hub) -> None:
+    there.has(MODEL, 401, X_Error_Message="Invalid credentials in Authorization header")
+    found = model()
+    assert (
+        found.level == "error" and "does not know this token" in found.found and found.fix.startswith("hf auth login")
+    )
+
+
+def test_a_fine_grained_token_without_the_right_is_told_in_the_hubs_words(there: Hub) -> None:
+    said = "Please enable access to public gated repositories in your fine-grained token settings"
+    there.has(CONFIG, 403, X_Error_Message=said)
+    found = model()
+    assert found.level == "error" and said in found.found
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_in_trouble_is_unanswered(there: Hub, status: int) -> None:
+    there.has(MODEL, status)
+    found = model()
+    assert found.level == "not checked" and found.unanswered
+
+
+def test_a_hub_that_is_away_is_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint in ("http://127.0.0.1:9", "http://no.such.host.invalid", "nonsense"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        findings = check_hub(wanted())
+        assert [(one.level, one.unanswered) for one in findings] == [("not checked", True)] * 2
+
+
+def test_a_renamed_repository_is_followed_with_the_token_and_another_host_never_gets_it(there: Hub) -> None:
+    stranger = Hub()
+    threading.Thread(target=stranger.server.serve_forever, args=(0.02,), daemon=True).start()
+    there.has(MODEL, 307, Location="/api/models/new/name/revision/main")
+    there.has("/api/models/new/name/revision/main", body=GATED)
+    there.has(CONFIG, 302, Location=f"{stranger.url}/file-store/config.json")
+    assert model().level == "ok", "a redirect to the file store is a yes"
+    assert ("GET", "/api/models/new/name/revision/main", f"Bearer {TOKEN}") in there.asked
+    assert stranger.asked == []
+    stranger.server.shutdown()
+    stranger.server.server_close()
+
+
+def test_a_circle_of_redirects_ends(there: Hub) -> None:
+    there.has(MODEL, 307, Location=MODEL)
+    assert model().found == "the Hub does not answer: too many redirects"
+
+
+def test_the_token_is_that_of_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.token_of_environment() == ""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "token").write_text("hf_fromhome\n")
+    monkeypatch.setenv("HF_HOME", str(home))
+    assert hub.token_of_environment() == "hf_fromhome"
+    (tmp_path / "elsewhere").write_text("hf_elsewhere")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    assert hub.token_of_environment() == "hf_elsewhere"
+    monkeypatch.setenv("HF_TOKEN", " hf_given ")
+    assert hub.token_of_environment() == "hf_given"
+
+
+def test_a_token_that_no_header_can_hold_is_not_a_traceback(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\N{SNOWMAN}")
+    finding, _ = check_hub(wanted())
+    assert finding.level == "not checked" and "SNOWMAN" not in str(finding)
+
+
+def test_what_is_not_on_the_hub_is_not_asked_for(there: Hub) -> None:
+    local = {"model": {"id": "", "path": "/workspace/model"}, "dataset": {"source": "/workspace/rows.jsonl"}}
+    [found] = check_hub(wanted(local))
+    assert found.level == "ok" and "nothing to check there" in found.found
+    for source in ("s3://bucket/rows.jsonl", "/workspace/rows.jsonl"):
+        [only] = check_hub(wanted({"dataset": {"source": source}}))
+        assert only.subject.startswith("model ")
+
+
+def test_offline_asks_nobody(there: Hub) -> None:
+    assert {finding.found for finding in check_hub(wanted(), offline=True)} == {"--offline"}
+    assert there.asked == []

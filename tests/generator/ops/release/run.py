@@ -1,0 +1,174 @@
+"""A run of the pipeline at the test's word: what Helm, the controllers, the gate and the kubelets leave in Helm's
+record and in the API, of the objects that the chart really renders."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from chart.manifests import MINIMAL, Values, merged, render
+from generator.cluster.fake_api import FakeApi, now
+from generator.ops.release.fake_helm import FakeHelm
+from genvalues.cluster.objects import annotations_of, name_of
+
+Object = dict[str, Any]
+VALUES: Values = merged(
+    MINIMAL, {"huggingFace": {"tokenSecret": "hf-token"}, "parallelism": {"nodes": 2, "dataParallelSize": 4}}
+)
+
+
+class Run:
+    """The release ``name``, attached unless said otherwise."""
+
+    def __init__(self, fake: FakeApi, helm: FakeHelm, *, name: str = "demo", values: Values | None = None) -> None:
+        self.fake, self.helm, self.name = fake, helm, name
+        self.values = merged(VALUES, values or {})
+        self.objects = render(self.values, release=name, namespace="team-a")
+        self.phases: dict[str, str] = {}
+        self.status = "pending-install"
+        self.revision = 1
+        self.updated = "2026-01-01T00:00:00.5Z"
+        self.record()
+
+    def record(self) -> None:
+        self.helm.has(
+            self.objects,
+            name=self.name,
+            status=self.status,
+            revision=self.revision,
+            updated=self.updated,
+            phases=self.phases,
+            values=self.values,
+            all_values=self.values,
+        )
+
+    def ends(self, status: str) -> None:
+        """The Helm client has ended."""
+        self.status = status
+        self.record()
+
+    def hook(self, stage: str, kind: str = "Job") -> Object:
+        """The rendered object of a stage, or of a gate or runner."""
+        return next(
+            item
+            for item in self.objects
+            if annotations_of(item).get("llama-lora/stage") == stage and item["kind"] == kind
+        )
+
+    def begin(self, stage: str) -> str:
+        """Helm makes the stage's Job, and the kubelet its pod; the pod's name."""
+        item = self.hook(stage)
+        name = name_of(item)
+        self.fake.remove("jobs", name)
+        self.phases[name] = "Running"
+        self.record()
+        job = self.fake.add("jobs", {**item, "status": {"startTime": now(), "active": 1}})
+        return self.add_pod(f"{name}-x1", job, container=stage)
+
+    def add_pod(
+        self, name: str, owner: Object, *, container: str, node: str = "node-1", limits: Object | None = None
+    ) -> str:
+        labels = {**owner["metadata"]["labels"]}
+        kind = owner["kind"]
+        if kind == "PyTorchJob":
+            labels["training.kubeflow.org/job-name"] = name_of(owner)
+        reference = {"kind": kind, "name": name_of(owner), "uid": owner["metadata"]["uid"]}
+        state = {"running": {"startedAt": now()}}
+        self.fake.add(
+            "pods",
+            {
+                "metadata": {"name": name, "labels": labels, "ownerReferences": [reference]},
+                "spec": {"nodeName": node, "containers": [{"name": container, "resources": {"limits": limits or {}}}]},
+                "status": {
+                    "phase": "Running",
+                    "containerStatuses": [{"name": container, "state": state, "restartCount": 0}],
+                },
+            },
+        )
+        return name
+
+    def release_workers(self, stage: str = "train", *, revision: int = 1, fingerprint: str = "f1") -> list[str]:
+        """The gate has released the PyTorchJob, and its two workers run, each on a node of its own."""
+        item = self.hook(stage, "PyTorchJob")
+        self.phases[name_of(item)] = "Succeeded"
+        self.record()
+        name = f"{name_of(item).rsplit('-', 1)[0]}-{revision}"
+        annotations = {**annotations_of(item), "llama-lora/fingerprint": fingerprint}
+        policy = {**item["spec"]["runPolicy"], "suspend": False}
+        job = self.fake.add(
+            "pytorchjobs",
+            {
+                **item,
+                "metadata": {**item["metadata"], "name": name, "annotations": annotations},
+                "spec": {**item["spec"], "runPolicy": policy},
+                "status": {"startTime": now(), "conditions": [{"type": "Running", "status": "True"}]},
+            },
+        )
+        limits = {"cpu": "1", "aws.amazon.com/neuron": "16"}
+        return [
+            self.add_pod(f"{name}-worker-{index}", job, container="pytorch", node=f"node-{index}", limits=limits)
+            for index in range(2)
+        ]
+
+    def annotate(self, job: str, **annotations: Object) -> None:
+        text = {f"llama-lora/{name}": json.dumps(value) for name, value in annotations.items()}
+        self.fake.merge("pytorchjobs", job, {"metadata": {"annotations": text}})
+
+    def end_pod(self, pod: str, code: int) -> None:
+        item = self.fake.get("pods", pod)
+        assert item
+        over = {"exitCode": code, "reason": "Error" if code else "Completed", "finishedAt": now()}
+        status = {**item["status"]["containerStatuses"][0], "state": {"terminated": over}}
+        phase = "Failed" if code else "Succeeded"
+        self.fake.merge("pods", pod, {"status": {"phase": phase, "containerStatuses": [status]}})
+
+    def end(self, stage: str, *log: str, code: int = 0, reason: str = "") -> None:
+        """The stage's pod ends, and its Job with it."""
+        name = name_of(self.hook(stage))
+        pod = f"{name}-x1"
+        self.fake.logs.setdefault(pod, []).extend(log)
+        self.end_pod(pod, code)
+        self.fake.merge("jobs", name, {"status": {"completionTime": now()}} if not code else {"status": {"failed": 1}})
+        if code:
+            reason = reason or ("PodFailurePolicy" if code == 2 else "BackoffLimitExceeded")
+            self.fake.set_condition("jobs", name, "Failed", f"Container {stage} ended", reason)
+        else:
+            self.fake.set_condition("jobs", name, "Complete")
+        self.phases[name] = "Failed" if code else "Succeeded"
+        self.record()
+
+    def through(self, *stages: str) -> None:
+        """These stages have run, and ended well."""
+        for stage in stages:
+            self.begin(stage)
+            self.end(stage, f"{stage}: done")
+
+    def to_train(self) -> list[str]:
+        """Train runs; the names of its workers."""
+        stages = {annotations_of(item).get("llama-lora/stage") for item in self.objects}
+        self.through("preflight", *(["storage-prepare"] if "storage-prepare" in stages else []), "tokenize")
+        for worker in self.release_workers("compile"):
+            self.end_pod(worker, 0)
+        self.fake.set_condition("pytorchjobs", f"{self.name}-compile-1", "Succeeded")
+        self.through("compile-gate")
+        workers = self.release_workers("train")
+        self.begin("train-gate")
+        return workers
+
+
+class Outer(Run):
+    """The release of mode detached: its runner runs."""
+
+    def __init__(self, fake: FakeApi, helm: FakeHelm) -> None:
+        super().__init__(fake, helm, values={"pipeline": {"mode": "detached"}})
+        self.ends("deployed")
+        item = self.hook("runner")
+        job = fake.add("jobs", {**item, "status": {"startTime": now(), "active": 1}})
+        self.pod = self.add_pod(f"{name_of(item)}-x1", job, container="runner")
+
+    def inner(self) -> Run:
+        """What the runner installs."""
+        made = Run(self.fake, self.helm, name="demo-run")
+        made.updated = "2099-01-01T00:00:00Z"  # after the runner's Job
+        made.record()
+        return made

@@ -1,0 +1,432 @@
+"""genvalues bundle: what a bug report needs and nothing secret; and genvalues local, which runs its values again."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import stat
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from generator.cluster.fake_api import FakeApi
+from generator.ops.release.fake_helm import FakeHelm
+from generator.ops.release.run import Outer, Run
+from generator.ops.release.test_status import genvalues
+from genvalues import __version__
+from genvalues.common.errors import UserError
+from genvalues.ops import bundle, local
+from genvalues.ops.redact import redact_object, redact_text
+
+# What must not come out; each in the form of its kind, none a real one. Assembled, so that no scanner finds it here.
+TOKENS = ["hf_" + "planted0123456789", "AKIA" + "PLANTED012345678"[:16], "ghp_" + "planted0123456789planted"]
+SECRET = "only-its-name-tells"
+ACCOUNT = "210987654321"
+
+
+@pytest.fixture
+def run(fake: FakeApi, helm: FakeHelm) -> Run:
+    return Run(fake, helm)
+
+
+def pack(*arguments: str, release: str = "demo") -> dict[str, str]:
+    assert genvalues("bundle", release, "-n", "team-a", "-o", "b.tar.gz", *arguments) == 0
+    with tarfile.open("b.tar.gz") as tar:
+        return {one.name: tar.extractfile(one).read().decode() for one in tar}  # type: ignore[union-attr]
+
+
+def test_it_has_what_a_bug_report_needs(run: Run, fake: FakeApi) -> None:
+    first, _ = run.to_train()
+    fake.logs[first] = ["step 1"]
+    fake.previous_logs[first] = ["before the restart"]
+    fake.merge(
+        "pods",
+        first,
+        {"status": {"containerStatuses": [{"name": "pytorch", "state": {"running": {}}, "restartCount": 1}]}},
+    )
+    fake.add("nodes", {"metadata": {"name": "node-0", "labels": {"node.kubernetes.io/instance-type": "trn1.32xlarge"}}})
+    fake.add("events", {"metadata": {"name": "e1"}, "involvedObject": {"name": "demo-train-1"}, "message": "ours"})
+    fake.add("events", {"metadata": {"name": "e2"}, "involvedObject": {"name": "others"}, "message": "theirs"})
+    files = pack()
+    about = json.loads(files["bundle/about.json"])
+    assert (about["genvalues"], about["chart"], about["helm"]) == (__version__, "0.1.0", "3.22.0")
+    assert "org/model" in files["bundle/values.yaml"]
+    assert "demo-train-gate" in files["bundle/release/hooks.yaml"] and "Running" in files["bundle/release/hooks.yaml"]
+    assert "demo-config" in files["bundle/release/manifest.yaml"]
+    assert "backend: cpu" in files["bundle/release/config/run.yaml"]
+    assert "tensor" not in files["bundle/objects/nodes.yaml"] and "trn1.32xlarge" in files["bundle/objects/nodes.yaml"]
+    assert "ours" in files["bundle/objects/events.yaml"] and "theirs" not in files["bundle/objects/events.yaml"]
+    assert files[f"bundle/logs/{first}/pytorch.log"].endswith("Z step 1\n")
+    assert files[f"bundle/logs/{first}/pytorch.previous.log"].endswith("Z before the restart\n")
+    assert json.loads(files["bundle/status.json"])["outcome"] == "running"
+    assert {"bundle/objects/jobs.yaml", "bundle/objects/pods.yaml", "bundle/objects/pytorchjobs.yaml"} <= files.keys()
+
+
+def test_the_inner_release_of_a_detached_one_is_in_it(fake: FakeApi, helm: FakeHelm) -> None:
+    Outer(fake, helm).inner().to_train()
+    files = pack()
+    assert "demo-run-train-gate" in files["bundle/release-run/hooks.yaml"]
+    assert "mode: attached" in files["bundle/release/config/values.yaml"]
+
+
+def test_the_stages_manifests_are_in_it_as_their_logs_tell_them(run: Run, fake: FakeApi) -> None:
+    def line(stage: str, finished: str, **facts: str) -> str:
+        return f"{stage}: manifest " + json.dumps({"stage": stage, "finished": finished, "facts": facts})
+
+    first, second = run.to_train()
+    run.end("train-gate", "x", line("train", "2026-01-01", steps="of an earlier one"), "train: done")
+    fake.logs[first] = [line("train", "2026-01-01", steps="of an earlier one")]
+    fake.logs[second] = [line("train", "2026-01-02", steps="6"), line("train", "x")[:-5]]
+    fake.logs["demo-tokenize-x1"] += [line("tokenize", "2025-01-01"), line("tokenize", "2026-01-01", note=TOKENS[0])]
+    fake.logs["demo-tokenize-x1"] += ["tokenize: manifest {}", line("../x", "1"), 'tokenize: manifest {"stage": "x"}']
+    files = pack()
+    told = {name: json.loads(text) for name, text in files.items() if name.startswith("bundle/stages/")}
+    assert {name: (one["stage"], one["finished"], one["facts"]) for name, one in told.items()} == {
+        "bundle/stages/train.json": ("train", "2026-01-02", {"steps": "6"}),
+        "bundle/stages/tokenize.json": ("tokenize", "2026-01-01", {"note": "hf_(redacted)"}),
+    }
+
+
+def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: FakeApi, helm: FakeHelm) -> None:
+    first, _ = run.to_train()
+    everything = " ".join(TOKENS)
+    env = [{"name": "WANDB_API_KEY", "value": SECRET}, {"name": "NOTE", "value": TOKENS[0]}]
+    run.values = {**run.values, "stageDefaults": {"extraEnv": {"MY_SECRET": SECRET, "NOTE": everything}}}
+    run.values["image"] = {"repository": f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/llama-lora"}
+    run.record()
+    fake.merge("pods", first, {"spec": {"containers": [{"name": "pytorch", "env": env}]}})
+    fake.merge(
+        "pods", first, {"metadata": {"annotations": {"kubectl.kubernetes.io/last-applied-configuration": SECRET}}}
+    )
+    fake.merge("jobs", "demo-tokenize", {"metadata": {"annotations": {"note": everything, everything: "x"}}})
+    fake.logs[first] = [everything, f"HF_TOKEN={SECRET}", f"password: '{SECRET}'", f"https://u:{SECRET}@host/x"]
+    fake.logs[first] += [
+        f'"aws_secret_access_key": "{SECRET}"',
+        f"Authorization: Bearer {SECRET}",
+        f"arn:aws:iam::{ACCOUNT}:x",
+    ]
+    fake.logs[first] += [f"https://b.s3.amazonaws.com/k?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}"]
+    fake.add("events", {"metadata": {"name": "e"}, "involvedObject": {"name": "demo-x"}, "message": everything})
+    fake.add("secrets", {"metadata": {"name": "hf-token"}, "data": {"token": SECRET}})
+    files = pack()
+    for planted in [*TOKENS, SECRET, ACCOUNT]:
+        assert [name for name, text in files.items() if planted in text] == [], planted
+    assert "secrets" not in {request[1] for request in fake.requests}
+    with gzip.open("b.tar.gz") as unpacked:  # names in the archive too
+        whole = unpacked.read().decode()
+    assert not [planted for planted in [*TOKENS, SECRET, ACCOUNT] if planted in whole]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"--hf-token={SECRET}", f"{{'SecretAccessKey': '{SECRET}'}}", f'"SessionToken":"{SECRET}"',
+        f"api_key: {SECRET}",
+        f"AWS_SECRET_ACCESS_KEY={SECRET}", f"my-db-password = {SECRET}", f'{{\\"token\\": \\"{SECRET}\\"}}',
+        f"hfToken={SECRET}", f"clientSecret: {SECRET}", f"privateKey: {SECRET}", f"PGPASSWORD={SECRET}",
+        f"MYSQL_PWD={SECRET}", f"DB_PASS={SECRET}", f"MY_PW={SECRET}", f"Cookie: a=1; session={SECRET}",
+        f"--token {SECRET}", f"run --db-password '{SECRET}' now", f'["--token", "{SECRET}"]', f"- --token\n- {SECRET}",
+        f"Authorization: token {SECRET}", f"curl -H 'Authorization: {SECRET}'", f'"auth": "{SECRET}"',
+        f"password: 'two {SECRET}'", f'password: "two \\" {SECRET}"', f"password: 'it''s {SECRET}'",
+        f"password: 'cut {SECRET}", f'{{\\"token\\": \\"two {SECRET}\\"}}', f"a=1 b=2 x:apiKey={SECRET}",
+        f"eyJ{SECRET}.{SECRET}.{SECRET}", f"a: 1\n  dbPassword: correct horse {SECRET}\nb: 2",
+    ],
+)  # fmt: skip
+def test_what_is_named_like_a_secret_is_hidden_however_it_is_written(text: str) -> None:
+    assert SECRET not in redact_text(text)
+    assert redact_text(redact_text(text)) == redact_text(text)
+
+
+def test_a_gitlab_token_of_any_kind_is_hidden_whole() -> None:
+    for kind in ("glpat-", "glrt-", "glcbt-64_", "SIE-glpat-"):  # GitLab's, and with an instance's own prefix
+        token = kind + "planted_0123456-planted"
+        told = redact_text(f"pip: https://x/{token}.git, {token}.01.0a1b2c3d4 and so on.")
+        assert "planted" not in told and "0a1b2c3d4" not in told and told.endswith(" and so on.")
+    assert redact_text("glpat- is a prefix, glft-short is none") == "glpat- is a prefix, glft-short is none"
+
+
+def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
+    assert redact_text("password: 'two words here', n: 1") == "password: '(redacted)', n: 1"
+    assert redact_text("Authorization: token abcdef and so on") == "Authorization: token (redacted) and so on"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"s3://sagemaker-us-west-2-{ACCOUNT}/rows", f"bucket-{ACCOUNT}", f"{ACCOUNT}-logs", f"x_{ACCOUNT}_y",
+        f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/x", f"arn:aws:iam::{ACCOUNT}:role/x", f"logs.{ACCOUNT}.json",
+    ],
+)  # fmt: skip
+def test_an_account_s_number_is_hidden_in_whatever_name_it_stands(text: str) -> None:
+    assert redact_text(text) == text.replace(ACCOUNT, "000000000000")
+
+
+@pytest.mark.parametrize(
+    "key", ["DB_PASS", "hfToken", "secretKey", "auth", "Authorization", "clientSecret", "identitytoken", "MY_PW"]
+)
+def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
+    assert redact_object({key: SECRET}) == {key: "(redacted)"}
+    assert redact_object({"name": key, "value": SECRET}) == {"name": key, "value": "(redacted)"}
+    assert redact_object(["run", f"--{key}", SECRET, "--r", "8"]) == ["run", f"--{key}", "(redacted)", "--r", "8"]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"tolerations": [{"key": "aws.amazon.com/neuron", "operator": "Exists"}], "topologyKey": "zone"},
+        {"automountServiceAccountToken": False, "imagePullSecrets": [{"name": "registry"}]},
+        {"volumes": [{"secret": {"secretName": "hf-token"}}], "huggingFace": {"tokenSecret": "hf-token"}},
+        {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "token"}}}]},
+        {"tokensPerSecond": 5120.5, "max_tokens": 5, "author": "me", "authenticationMode": "API", "tokenKey": "token"},
+        {"args": ["--max-new-tokens", "128", "--token", "--verbose"]},
+    ],
+)
+def test_what_a_reader_needs_of_objects_stays(item: dict[str, Any]) -> None:
+    assert redact_object(item) == item
+    assert redact_text(yaml.safe_dump(item)) == yaml.safe_dump(item)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+", "token='", "--token "),
+        *("eyJ", "eyJ0000000.", "a ", "A", "1", "a-1", "authorization:", "token=\\'", "\n", "a ,\n", "cookie:"),
+    ],
+)
+def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
+    began = time.monotonic()
+    redact_text(piece * (500_000 // len(piece)))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eos_token: </s>", "max_new_tokens=128", "tokensPerSecond: 5120", "tokenSecret: hf-token", "tokenKey: token",
+        "763104351884.dkr.ecr.us-west-2.amazonaws.com/huggingface", "read 1234567890123 bytes", "5120 tokens/s",
+        "uid: 1c2d3e4f-0000-4000-8000-123456789012", "loss 0.123456789012", "123456789012.5 FLOPs",
+        f"sha256:{'a1' * 10}{'123456789012'}{'b' * 32}", "fs-012345678901abcde", "max_tokens: 5", "author: me",
+        "authentication modes: API_AND_CONFIG_MAP", "PWD=/workspace", "loss per token: 1.25", "second pass: 12",
+        "secretName: hf-token", "--max-new-tokens 128", "token\nnext: line", "secret:\n  secretName: x",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact_text(text) == text
+
+
+def test_objects_keep_their_form() -> None:
+    item = {
+        "env": [{"name": "A_TOKEN", "value": "x"}, {"name": "B", "value": "y"}],
+        "n": [1, None, True],
+        "eos_token": "s",
+    }
+    expected = {**item, "env": [{"name": "A_TOKEN", "value": "(redacted)"}, {"name": "B", "value": "y"}]}
+    assert redact_object(item) == expected
+    assert redact_object({"token": ""}) == {"token": ""}
+    assert redact_object({"token": "x"}) == {"token": "(redacted)"}
+
+
+def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: Run) -> None:
+    run.through("preflight")
+    pack()
+    first = Path("b.tar.gz").read_bytes()
+    pack()
+    assert Path("b.tar.gz").read_bytes() == first
+    assert stat.S_IMODE(Path("b.tar.gz").stat().st_mode) == 0o600
+    assert [path.name for path in Path().iterdir() if "partial" in path.name] == []
+
+
+def test_what_cannot_be_read_is_said_in_it_and_the_rest_is_there(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.to_train()
+    fake.forbidden |= {("list", "nodes"), ("get", "pods/log"), ("list", "configmaps")}
+    files = pack()
+    for resource in ("nodes", "pods/log", "configmaps"):
+        assert resource in files["bundle/not-read.txt"]
+    assert "bundle/objects/jobs.yaml" in files
+    assert capsys.readouterr().err.count("not read: ") == len(files["bundle/not-read.txt"].splitlines())
+
+
+def test_the_end_of_a_long_log_is_kept(run: Run, fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "LOG_BYTES", 100)
+    first, _ = run.to_train()
+    fake.logs[first] = [f"line {number}" for number in range(100)]
+    log = pack()[f"bundle/logs/{first}/pytorch.log"]
+    assert log.endswith(" line 99\n") and len(log) <= 100 and log.startswith("2025-")
+
+
+def test_json_says_where_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pack("--json")
+    document = json.loads(capsys.readouterr().out)
+    assert document["file"] == "b.tar.gz" and "bundle/values.yaml" in document["files"]
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("folder", "-o folder: cannot be written: this is a folder. Name a file"),
+        ("no/such.tar.gz", "-o no/such.tar.gz: cannot be written: there is no folder no. Name a file"),
+        ("read-only.tar.gz", "-o read-only.tar.gz: cannot be written: the file that is there is read-only (mode 444)."),
+        ("closed/b.tar.gz", "-o closed/b.tar.gz: cannot be written: you may not write to the folder closed."),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_asked(
+    run: Run,
+    fake: FakeApi,
+    helm: FakeHelm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    said: str,
+) -> None:
+    Path("folder").mkdir()
+    Path("closed").mkdir()
+    Path("read-only.tar.gz").touch(mode=0o444)
+    access = os.access  # root, as whom tests may run, has it everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
+    assert genvalues("bundle", "demo", "-n", "team-a", "-o", output) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert not fake.requests and not helm.calls
+    assert not Path("no").exists()
+
+
+# --- replayed
+
+
+def archive(files: dict[str, Any], path: str = "b.tar.gz") -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return Path(path)
+
+
+def about(**changes: Any) -> str:
+    return json.dumps({"format": 1, "release": "demo", "chart": "0.1.0", **changes})
+
+
+CHART = Path(__file__).parents[4] / "chart"
+
+
+def test_a_bundle_s_values_are_read_again_with_the_release_s_name(run: Run) -> None:
+    pack()
+    values = local.of_bundle(Path("b.tar.gz"), CHART)
+    assert values["name"] == "demo" and values["model"] == {"id": "org/model"}
+
+
+def test_another_chart_and_redacted_values_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = archive({"bundle/about.json": about(chart="9.9.9"), "bundle/values.yaml": "note: (redacted)\n"})
+    local.of_bundle(packed, CHART)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: b.tar.gz is of chart 9.9.9") and "redacted" in second
+
+
+def test_a_bundle_that_does_not_say_its_chart_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = archive({"bundle/about.json": about(chart=None), "bundle/values.yaml": "a: 1\n"})
+    local.of_bundle(packed, CHART)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: b.tar.gz does not say of which chart it is; it is run with") and "None" not in line
+
+
+@pytest.mark.parametrize("of", [2, 0, "1", None, True, 1.0, [1]])
+def test_a_bundle_of_another_format_is_refused_with_the_genvalues_that_reads_it(of: Any) -> None:
+    packed = archive({"bundle/about.json": about(format=of, genvalues="9.9.9"), "bundle/values.yaml": "a: 1"})
+    with pytest.raises(UserError, match=r"of format .*reads format 1.*9\.9\.9"):
+        bundle.read_bundle(packed)
+
+
+def test_a_bundle_that_says_no_format_is_refused() -> None:
+    packed = archive({"bundle/about.json": '{"chart": "0.1.0"}', "bundle/values.yaml": "a: 1"})
+    with pytest.raises(UserError, match="of format none"):
+        bundle.read_bundle(packed)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "it does not begin with"),
+        ({"bundle/about.json": about()}, "it does not begin with"),
+        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is no bundle"),
+        ({"bundle/about.json": "[]", "bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is no bundle"),
+        ({"../bundle/about.json": about(), "/bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({f"x{number}": "" for number in range(9)} | {"bundle/values.yaml": "a: 1"}, "it does not begin with"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "it unpacks to more than"),
+    ],
+)
+def test_what_is_no_bundle_or_unpacks_to_too_much_is_one_line_and_writes_nothing(
+    files: dict[str, Any], said: str
+) -> None:
+    packed = archive(files)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError) as error:
+        bundle.read_bundle(packed)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"text"), gzip.compress(b"x" * 2000)[:-9]])
+def test_a_broken_archive_is_one_line(content: bytes) -> None:
+    Path("b.tar.gz").write_bytes(content)
+    with pytest.raises(UserError):
+        bundle.read_bundle(Path("b.tar.gz"))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        bundle.read_bundle(Path("nowhere.tar.gz"))
+
+
+def test_a_link_in_an_archive_is_not_followed() -> None:
+    with tarfile.open("b.tar.gz", "w:gz") as tar:
+        for name in ("bundle/about.json", "bundle/values.yaml"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            tar.addfile(info)
+    with pytest.raises(UserError, match="does not begin with"):
+        bundle.read_bundle(Path("b.tar.gz"))
+
+
+NEURON = """
+name: demo
+instance: trn1.32xlarge
+backend: neuron
+model: {id: org/model}
+dataset: {source: org/rows, format: text}
+training: {attention: flash, perDeviceBatchSize: 2}
+parallelism: {nodes: 2, processesPerNode: 32, tensorParallelSize: 8, dataParallelSize: 8}
+devices: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}
+"""
+
+
+@pytest.mark.parametrize("form", ["values", "bundle"])
+def test_values_for_trainium_say_what_to_set_here_and_run_on_the_cpu_as_one_process(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("values.yaml").write_text(NEURON)
+    file = Path("values.yaml")
+    if form == "bundle":
+        file = archive({"bundle/about.json": about(), "bundle/values.yaml": NEURON})
+    monkeypatch.setattr(local, "NEURON_DEVICE", Path("nowhere"))
+    with pytest.raises(UserError) as error:
+        local.rendered(file, CHART)
+    assert str(error.value).endswith("Run its stages on the CPU, which takes a small model: --cpu")
+    objects = local.rendered(file, CHART, on_cpu=True)
+    train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
+    assert train["spec"]["nprocPerNode"] == "1"
+    config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
+    assert "backend: cpu" in config and "attention: eager" in config and "perDeviceBatchSize: 2" in config
+
+
+def test_on_a_trainium_host_they_run_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("values.yaml").write_text(NEURON)
+    monkeypatch.setattr(local, "NEURON_DEVICE", tmp_path)
+    objects = local.rendered(Path("values.yaml"), CHART)
+    assert next(item for item in objects if item["kind"] == "PyTorchJob")["spec"]["nprocPerNode"] == "32"

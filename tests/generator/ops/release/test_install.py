@@ -1,0 +1,282 @@
+"""genvalues install, with a stand-in for Helm beside Python and a fake API server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import FakeApi
+from generator.cluster.objects import content_of, helm_record, job, pytorch_job
+from generator.cluster.waiting import PATIENCE, until
+from generator.ops.release.fake_helm import PYTHON, FakeHelm
+from genvalues import cli
+
+ROOT = Path(__file__).parents[4]
+ON_CPU = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
+ON_TRAINIUM = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: trn1.32xlarge\nimage: i:1\n"
+RECORD = "sh.helm.release.v1.demo.v1"
+
+
+@pytest.fixture(autouse=True)
+def inputs(here: None) -> None:
+    Path("f.yaml").write_text(ON_CPU)
+
+
+def genvalues(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["genvalues", *arguments])
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def install(*arguments: str) -> int:
+    """As it was before there was anything to follow: what follows and what comes before it have tests of their own."""
+    return genvalues("install", "f.yaml", "--no-follow", "--skip-preflight", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sets", "timeout"),
+    [
+        (ON_CPU, [], "48h"),
+        (ON_CPU, ["--set", "mode=detached"], "15m"),
+        (ON_TRAINIUM, [], "15m"),
+        (ON_TRAINIUM, ["--set", "chartValues.pipeline.mode=attached"], "48h"),
+    ],
+)
+def test_helm_gets_what_write_would_write_and_the_time_that_the_mode_needs(
+    fake: FakeApi, helm: FakeHelm, inputs: str, sets: list[str], timeout: str
+) -> None:
+    Path("f.yaml").write_text(inputs)
+    assert install(*sets, "-n", "team-a") == 0
+    values = Path(helm.asked[5])
+    start = ["upgrade", "--install", "demo", str(ROOT / "chart"), "-f", str(values)]
+    assert helm.asked == [*start, "--namespace", "team-a", "--timeout", timeout]
+    assert not values.exists(), "it was a temporary file"
+    assert genvalues("write", "f.yaml", *sets) == 0
+    assert (helm.folder / "values.yaml").read_text() == Path("values.yaml").read_text()
+
+
+def test_release_and_chart_are_those_that_are_asked_for(fake: FakeApi, helm: FakeHelm) -> None:
+    Path("ours").symlink_to(ROOT / "chart")
+    assert install("--release", "other.one", "--chart", "ours", "-n", "x") == 0
+    assert helm.asked[2:4] == ["other.one", str(ROOT / "chart")], "a relative path could be a repository's name to Helm"
+
+
+def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
+    fake: FakeApi, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeconfig = json.loads((tmp_path / "kubeconfig").read_text())
+    (there,) = kubeconfig["contexts"]
+    kubeconfig["contexts"] = [
+        {"name": "fake", "context": {**there["context"], "namespace": "of-the-context"}},
+        {"name": "away", "context": {**there["context"], "cluster": "away"}},
+    ]
+    kubeconfig["clusters"].append({"name": "away", "cluster": {"server": "http://127.0.0.1:1"}})
+    kubeconfig["current-context"] = "away"
+    (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
+    assert install("--kube-context", "fake") == 0
+    assert helm.asked[6:10] == ["--namespace", "of-the-context", "--kube-context", "fake"]
+    assert fake.paths == ["/api/v1/namespaces/of-the-context/secrets"]
+    monkeypatch.setenv("HELM_KUBECONTEXT", "fake")  # Helm's own words for the same
+    monkeypatch.setenv("HELM_NAMESPACE", "of-the-environment")
+    assert install() == 0
+    assert helm.asked[6:10] == ["--namespace", "of-the-environment", "--kube-context", "fake"]
+    assert fake.paths[1:] == ["/api/v1/namespaces/of-the-environment/secrets"]
+
+
+@pytest.mark.parametrize(("of_helm", "ours"), [(1, 1), (2, 1), (127, 1)])
+def test_what_helm_says_is_shown_where_it_fails_and_its_failure_is_status_1(
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], of_helm: int, ours: int
+) -> None:
+    helm.ends_with(of_helm)
+    assert install("-n", "x") == ours
+    out, err = capfd.readouterr()
+    told, *of_stderr_and_stdout = err.splitlines()
+    assert out == ""
+    assert told.startswith("f.yaml is right. Running: helm upgrade --install demo ")
+    assert of_stderr_and_stdout == ["Error:", "NOTES"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("attached", "demo: done. Look: genvalues status demo --namespace x"),
+        ("detached", "The cluster goes on with demo. Follow it: genvalues status demo --watch --namespace x"),
+    ],
+)
+def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], mode: str, said: str
+) -> None:
+    assert install("--set", f"mode={mode}", "-n", "x") == 0
+    out, err = capfd.readouterr()
+    _, of_stderr, last = err.splitlines()
+    assert (out, of_stderr, last) == ("", "Error:", said), "what Helm warns about on stderr comes through"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "nodes=none"], "--set nodes=none: must be a whole number"),
+        (["--release", "A_"], '--release: "A_" is no name for a release. Give --release at most 53 of'),
+        (["--release", ""], '--release: "" is no name for a release. Give --release at most 53 of'),
+        (["--release", "x" * 54], "is no name for a release. Give --release at most 53 of"),
+        (["--set", "mode=detached", "--release", "x" * 50], "is no name for a release. Give --release at most 49 of"),
+        (["--set", "chartValues.name=A_b"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
+        (["--chart", "nowhere"], "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert install(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not fake.paths and not helm.asked
+
+
+def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
+    helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> str:
+        assert install() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert told().startswith("no cluster to talk to: ") and not helm.asked
+    monkeypatch.setenv("KUBECONFIG", "bad")
+    for text in ("[", "- a", "a", "contexts: 3\ncurrent-context: a", "current-context: a"):
+        Path("bad").write_text(text)
+        assert told().startswith("no cluster to talk to: ")
+    with monkeypatch.context() as without:
+        without.setattr("genvalues.inputs.chart.BESIDE_THE_SOURCES", Path("nowhere"))
+        assert told() == "no chart here. Say where it is: --chart DIR."
+    (helm.folder / "helm").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert told().startswith("helm is not to be found. Run `make setup`, or install Helm")
+
+
+def test_a_helm_that_does_not_run_is_told_in_a_line(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (helm.folder / "helm").write_text("of another machine")
+    assert install("-n", "x") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm does not run: Exec format error. ")
+
+
+def test_a_cluster_that_does_not_answer_is_told_in_a_line_and_status_1(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.away = True
+    assert install("-n", "x") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the API server does not answer: ") and line.endswith(". Look: kubectl cluster-info")
+    assert not helm.asked
+
+
+def test_a_missing_right_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.forbidden.add(("list", "secrets"))
+    assert install("-n", "x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("namespace x: ") and 'cannot list resource "secrets"' in line and "--kube-context" in line
+
+
+def test_a_release_that_is_not_pending_has_none_of_its_jobs_touched(fake: FakeApi, helm: FakeHelm) -> None:
+    """A client that was stopped by a signal leaves a failed release and a running Job: Helm replaces that by itself."""
+    fake.add("secrets", helm_record("failed"))
+    fake.add("secrets", helm_record("pending-upgrade", release="other"))
+    fake.add("jobs", job("demo-train-gate", "train-gate"))
+    before = dict(fake.objects)
+    assert install("-n", "x") == 0
+    assert fake.objects == before
+    assert fake.requests == [("list", "secrets")]
+
+
+def test_a_pending_release_is_taken_over_before_helm_runs(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("secrets", helm_record("pending-install"))
+    fake.add("jobs", job("demo-train-gate", "train-gate"))
+    fake.add("pytorchjobs", pytorch_job("demo-train-1", fingerprint="f0"))
+    before = fake.get("pytorchjobs", "demo-train-1")
+    asked_then: list[list[str]] = []
+
+    def gate_ends(gate: dict[str, Any]) -> None:
+        asked_then.append(helm.asked)
+        fake.set_condition("jobs", gate["metadata"]["name"], "Failed", reason="DeadlineExceeded")
+
+    fake.after.append(("patch", "jobs", gate_ends))
+    too_late = threading.Timer(PATIENCE, fake.set_condition, ("jobs", "demo-train-gate", "Complete"))
+    too_late.start()
+    fake.after.append(("update", "secrets", lambda record: asked_then.append(helm.asked)))
+    assert install("-n", "x") == 0
+    too_late.cancel()
+    assert asked_then == [[], []] and helm.asked[2] == "demo"
+    assert fake.get("pytorchjobs", "demo-train-1") == before
+    assert content_of(fake.objects["secrets", RECORD])["info"]["status"] == "failed"
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
+        "stopping",  # the gate
+        "waiting",
+        "demo",  # is pending-install
+        "f.yaml",
+        "demo:",  # done
+    ]
+
+
+def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = fake.add("secrets", helm_record("pending-install"))
+    fake.add("jobs", job("demo-train-gate", "train-gate"))
+
+    def its_client_ends(gate: dict[str, Any]) -> None:
+        fake.set_condition("jobs", gate["metadata"]["name"], "Failed", reason="DeadlineExceeded")
+        fake.merge("secrets", record["metadata"]["name"], {"metadata": {"labels": {"status": "failed"}}})
+
+    fake.after.append(("patch", "jobs", its_client_ends))
+    assert install("-n", "x") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    wait = "Wait for it or stop it, then write the same command again"
+    assert told == f"another Helm client is at work on release demo. {wait}"
+    assert not helm.asked
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_stops_helm_and_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, number: int, status: int) -> None:
+    (helm.folder / "sleep").touch()
+    code = f"import sys; sys.executable = {sys.executable!r}; from genvalues.cli import main; main()"
+    command = [PYTHON, "-c", code, "install", "f.yaml", "-n", "x", "--no-follow", "--skip-preflight"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            until(lambda: helm.asked)
+            os.kill(process.pid, number)  # to us alone; a terminal's Ctrl-C goes to Helm as well
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            (helm.folder / "sleep").unlink()
+    assert process.returncode == status
+    assert (helm.folder / "stopped").exists()
+    _, of_helm, told = err.splitlines()
+    assert (of_helm, told) == (
+        "Error:",
+        "Stopped. What the cluster has begun of demo goes on; the same command takes it up again.",
+    )
+    assert not Path(helm.asked[5]).exists()
+
+
+def test_the_command_is_listed_and_imports_no_kubernetes_client_before_its_inputs_are_right() -> None:
+    code = (
+        "import sys; from genvalues.cli import main; sys.argv = ['genvalues', *sys.argv[1:]]\n"
+        "try: main()\nfinally: print('imported:', 'kubernetes' in sys.modules)"
+    )
+    Path("f.yaml").write_text("model: 3")
+    done = subprocess.run([PYTHON, "-c", code, "install", "f.yaml"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "imported: False\n")
+    done = subprocess.run([PYTHON, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert "\n  install " in done.stdout

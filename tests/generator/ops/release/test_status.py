@@ -1,0 +1,406 @@
+"""genvalues status: each stage's state, from Helm's record and the API, attached and detached."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator.cluster.fake_api import FakeApi, now, write_kubeconfig
+from generator.cluster.waiting import PATIENCE, beside, until
+from generator.ops.release.fake_helm import FakeHelm
+from generator.ops.release.run import Outer, Run
+from genvalues import cli
+from genvalues.ops import follow, status
+from genvalues.ops.stages import SKIPPED, StageStatus, told_by_gate
+
+ROOT = Path(__file__).parents[4]
+STAGES = ["preflight", "storage-prepare", "tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
+
+
+def genvalues(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["genvalues", *arguments])
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def look(release: str = "demo") -> status.ReleaseStatus:
+    return status.watcher(release, "team-a", None).look()
+
+
+def states(of: status.ReleaseStatus) -> dict[str, str]:
+    return {stage.name: stage.state for stage in of.stages}
+
+
+def stage(name: str, of: status.ReleaseStatus | None = None) -> StageStatus:
+    return next(one for one in (of or look()).stages if one.name == name)
+
+
+@pytest.fixture
+def run(fake: FakeApi, helm: FakeHelm) -> Run:
+    return Run(fake, helm, values={"storage": {"prepare": {"enabled": True}}})
+
+
+def test_stages_stand_in_the_order_of_their_hooks_and_one_not_begun_waits(run: Run) -> None:
+    assert states(look()) == dict.fromkeys(STAGES, "waiting")
+    run.through("preflight")
+    run.begin("storage-prepare")
+    found = look()
+    assert states(found) == {**dict.fromkeys(STAGES, "waiting"), "preflight": "done", "storage-prepare": "running"}
+    assert found.outcome == "running" and found.mode == "attached" and found.helm == "pending-install"
+
+
+def test_the_jobs_of_an_earlier_revision_are_not_this_one_s(run: Run) -> None:
+    run.to_train()
+    run.end("train-gate", "train: done")
+    run.through("consolidate", "merge", "evaluate")
+    run.ends("deployed")
+    assert look().outcome == "done"
+    run.revision, run.status, run.phases = 2, "pending-upgrade", {}
+    run.record()
+    run.begin("preflight")
+    found = look()
+    assert states(found)["preflight"] == "running" and states(found)["merge"] == "waiting"
+
+
+@pytest.mark.parametrize("words", SKIPPED)
+def test_a_stage_that_had_nothing_to_do_was_skipped(run: Run, words: str) -> None:
+    run.through("preflight", "storage-prepare")
+    run.begin("tokenize")
+    run.end("tokenize", f"tokenize: {words} (/workspace/x.json)")
+    assert states(look())["tokenize"] == "skipped"
+
+
+def test_the_words_for_nothing_to_do_are_those_of_trainer_and_gate() -> None:
+    stage_text = (ROOT / "trainer/llama_lora/stage.py").read_text()
+    gate_text = (ROOT / "generator/genvalues/cluster/gate.py").read_text()
+    assert SKIPPED[0] in stage_text and SKIPPED[1] in gate_text
+
+
+def test_the_stage_that_trains_has_progress_cost_and_the_nodes_it_holds(run: Run) -> None:
+    run.to_train()
+    progress = {
+        "stage": "train",
+        "step": 120,
+        "totalSteps": 1000,
+        "loss": 1.25,
+        "tokensPerSecond": 5120.4,
+        "etaSeconds": 3720,
+    }
+    cost = {"cost": 12.3, "nodeHours": 0.6, "pricePerNodeHour": 21.5, "maxCost": 40, "updated": now()}
+    run.annotate("demo-train-1", progress={**progress, "updated": now()}, cost=cost)
+    found = look()
+    train = stage("train", found)
+    assert train.state == "running" and train.progress and train.progress["step"] == 120
+    assert train.nodes == ("node-0", "node-1") and train.devices == {"aws.amazon.com/neuron": 32}
+    assert (found.cost, found.max_cost) == (12.3, 40)
+    line = status.describe(train, (train.started or 0) + 754)
+    assert line == (
+        "train: running for 12 min 34 s, step 120 of 1,000, loss 1.2500, 5,120 tokens/s, 1 h 02 min left, "
+        "$12.30 so far of at most $40.00, holds 2 nodes"
+    )
+
+
+@pytest.mark.parametrize(
+    "annotation", ["", "[]", "{", "null", '{"step": "many", "loss": null, "etaSeconds": true}', '{"stage": "compile"}']
+)
+def test_an_annotation_that_is_not_there_or_not_as_agreed_is_done_without(
+    run: Run, fake: FakeApi, annotation: str
+) -> None:
+    run.to_train()
+    annotations = {"llama-lora/progress": annotation, "llama-lora/cost": annotation}
+    fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"annotations": annotations}})
+    line = status.describe(stage("train"), 0)
+    assert line.startswith("train: running for 0 s") and "step" not in line and "$" not in line
+
+
+def test_what_a_stage_waits_for_is_told(run: Run, fake: FakeApi) -> None:
+    first, second = run.to_train()
+    lack = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}
+    fake.merge("pods", second, {"status": {"phase": "Pending", "conditions": [lack], "containerStatuses": None}})
+    assert stage("train").note == f"{second} fits on no node: 0/3 nodes are available"
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    fake.merge(
+        "pods", second, {"status": {"conditions": [], "containerStatuses": [{"name": "pytorch", "state": waiting}]}}
+    )
+    assert stage("train").note == f"{second}: ImagePullBackOff: no such image"
+    for worker in (first, second):
+        fake.remove("pods", worker)
+    uid = fake.objects["pytorchjobs", "demo-train-1"]["metadata"]["uid"]
+    event = {"metadata": {"name": "e"}, "type": "Warning", "reason": "FailedCreatePod", "message": "exceeded quota"}
+    fake.add("events", {**event, "involvedObject": {"uid": uid}, "lastTimestamp": now()})
+    assert stage("train").note == "0 of 2 worker pods: FailedCreatePod: exceeded quota"
+    fake.merge("pytorchjobs", "demo-train-1", {"spec": {"runPolicy": {"suspend": True}}})
+    assert stage("train").note == "suspended"
+    fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "team"}}})
+    assert stage("train").note == "waits in queue team"
+
+
+def test_a_failed_stage_has_the_reason_its_status_and_the_log_s_tail_last(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.through("preflight", "storage-prepare")
+    run.begin("tokenize")
+    run.end("tokenize", "reading rows.jsonl", "rows.jsonl has no column q", code=2)
+    run.ends("failed")
+    found = look()
+    assert (found.outcome, found.exit_status) == ("failed", 2)
+    assert genvalues("status", "demo", "-n", "team-a") == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "tokenize failed: demo-tokenize-x1 ended with status 2",
+        "last 2 lines of demo-tokenize-x1:",
+        "  reading rows.jsonl",
+        "  rows.jsonl has no column q",
+    ]
+
+
+def test_of_a_stage_with_a_gate_the_gate_s_last_words_count(run: Run, fake: FakeApi) -> None:
+    workers = run.to_train()
+    for worker in workers:
+        fake.remove("pods", worker)  # the operator deletes the pods of a failed job
+    fake.set_condition("pytorchjobs", "demo-train-1", "Failed", "1 Worker replica(s) failed.")
+    told = [
+        "train: released PyTorchJob demo-train-1",
+        "train failed: demo-train-1-worker-1 ended with status 137 (OOMKilled); PyTorchJob demo-train-1: 1 failed",
+        "last 2 lines of demo-train-1-worker-1:",
+        "  step 3",
+        "  allocating 80 GB",
+    ]
+    run.end("train-gate", *told, code=1, reason="PodFailurePolicy")
+    train = stage("train")
+    assert (train.state, train.exit_status, train.tail_of) == ("failed", 1, "demo-train-1-worker-1")
+    assert train.reason.startswith("demo-train-1-worker-1 ended with status 137 (OOMKilled)")
+    assert train.tail == ("step 3", "allocating 80 GB")
+    assert told_by_gate("train", ["secret x is not there"]) == ("secret x is not there", "", ())
+
+
+def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_something(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"deletionTimestamp": now()}})
+    run.end("train-gate", "train failed: stopped: guards.maxCost 40 dollars is reached. Raise it", code=2)
+    run.ends("failed")
+    found = look()
+    assert (found.outcome, found.exit_status) == ("stopped", 2)
+    assert found.reason == "train stopped: guards.maxCost 40 dollars is reached. Raise it"
+    follower_text = (ROOT / "generator/genvalues/cluster/follower.py").read_text()
+    assert 'f"stopped: {why()}' in follower_text, "the gate's words"
+
+
+def test_a_stage_past_its_deadline_says_so_and_one_that_a_cleanup_stopped_is_stopped(run: Run, fake: FakeApi) -> None:
+    run.begin("preflight")
+    fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 600}})
+    fake.set_condition("jobs", "demo-preflight", "Failed", "Job was active longer", "DeadlineExceeded")
+    assert stage("preflight").reason == "did not end within its 600 s (activeDeadlineSeconds)"
+    fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 1}})
+    run.ends("failed")
+    found = look()
+    assert (stage("preflight", found).state, found.outcome, found.exit_status) == ("stopped", "stopped", 1)
+
+
+def test_training_goes_on_without_its_gate_and_that_is_told(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    fake.merge("jobs", "demo-train-gate", {"spec": {"activeDeadlineSeconds": 1}})
+    fake.set_condition("jobs", "demo-train-gate", "Failed", "", "DeadlineExceeded")
+    run.ends("failed")
+    train = stage("train")
+    assert train.state == "running" and "runs without a gate" in train.note
+    assert "no Helm client follows" in look().reason
+
+
+def test_nothing_that_runs_or_will_is_told(run: Run) -> None:
+    run.ends("deployed")  # as after a rollback, or with --no-hooks
+    found = look()
+    assert found.outcome == "idle" and found.exit_status == 1 and "nothing will by itself" in found.reason
+
+
+def test_detached_the_stages_are_the_inner_release_s_and_the_outcome_the_runner_s(
+    fake: FakeApi, helm: FakeHelm
+) -> None:
+    outer = Outer(fake, helm)
+    found = look()
+    assert (found.mode, found.outcome, found.stages) == ("detached", "running", ())
+    inner = outer.inner()
+    inner.to_train()
+    found = look()
+    assert states(found)["train"] == "running" and found.runner and found.runner.state == "running"
+    # The gate has deleted the job, which stays until its workers have saved and ended.
+    fake.merge("pytorchjobs", "demo-run-train-1", {"metadata": {"deletionTimestamp": now()}})
+    inner.end("train-gate", "train failed: no memory", code=1)
+    outer.end("runner", "pipeline: demo-run-train-gate failed", code=1)
+    found = look()
+    assert (found.outcome, found.exit_status) == ("failed", 1) and found.reason == "train failed: no memory"
+    assert stage("train", found).nodes == ("node-0", "node-1"), "which they hold until then"
+
+
+def test_detached_what_an_earlier_runner_installed_is_not_told_as_this_one_s(fake: FakeApi, helm: FakeHelm) -> None:
+    inner = Outer(fake, helm).inner()
+    inner.through("preflight")
+    inner.updated = "2020-01-01T00:00:00Z"
+    inner.record()
+    assert set(states(look()).values()) == {"waiting"}
+
+
+def test_a_runner_that_fails_or_is_stopped_by_itself_is_told(fake: FakeApi, helm: FakeHelm) -> None:
+    outer = Outer(fake, helm)
+    outer.end("runner", "/opt/chart: pipeline.mode is detached.", code=2)
+    found = look()
+    assert (found.outcome, found.exit_status) == ("failed", 2)
+    assert status.failure_lines(found)[-1] == "  /opt/chart: pipeline.mode is detached."
+    fake.remove("jobs", "demo-runner-1")
+    assert look().outcome == "stopped"
+
+
+def test_json_has_every_key_and_nothing_else_is_on_stdout(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.to_train()
+    assert genvalues("status", "demo", "-n", "team-a", "--json") == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["exitStatus"] is None and document["outcome"] == "running"
+    train = next(one for one in document["stages"] if one["name"] == "train")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", train["started"]) and train["ended"] is None
+    assert train["devices"] == {"aws.amazon.com/neuron": 32} and {"tailOf", "exitStatus", "cost"} <= train.keys()
+
+
+def test_watch_says_each_change_once_and_ends_as_the_pipeline_does(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.to_train()
+    watching = beside(genvalues, "status", "demo", "-n", "team-a", "--watch")
+    try:
+        told = ""
+
+        def says(words: str) -> bool:
+            nonlocal told
+            told += capsys.readouterr().out
+            return words in told
+
+        until(lambda: says("train: running"))
+        looks = len(fake.requests)
+        until(lambda: len(fake.requests) > looks + 20)  # a few times, with nothing new
+        run.annotate("demo-train-1", progress={"stage": "train", "step": 7, "totalSteps": 9, "updated": now()})
+        until(lambda: says("step 7 of 9"))
+    finally:
+        fake.set_condition("pytorchjobs", "demo-train-1", "Failed")
+        run.end(
+            "train-gate", "train failed: worker-0 ended with status 2", "last 1 lines of w:", "  no column q", code=2
+        )
+        run.ends("failed")
+    assert watching.result(PATIENCE) == 2
+    says("")
+    lines = told.splitlines()
+    assert len([line for line in lines if line.startswith("tokenize:")]) == 1
+    assert len([line for line in lines if line.startswith("train: running") and "step" not in line]) == 1
+    assert lines[-1] == "  no column q"
+
+
+def test_watch_outlasts_an_api_server_that_is_away_for_a_while(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    told: list[str] = []
+    follower = follow.Follower(status.watcher("demo", "team-a", None), told.append)
+    follower.look()
+    fake.away = True
+    assert follower.look() is None and follower.look() is None
+    fake.away = False
+    assert follower.look()
+    assert len([line for line in told if line.endswith("Trying again.")]) == 1
+    assert told[-1] == "the API server answers again"
+
+
+def test_what_the_api_refuses_is_told_and_the_rest_shown(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    fake.forbidden |= {("list", "pods"), ("list", "events"), ("get", "pods/log")}
+    found = look()
+    assert states(found)["train"] == "running"
+    assert [line.split('"')[3] for line in found.not_read] == ["pods", "events"]
+
+
+@pytest.mark.parametrize("resource", ["jobs.batch", "pytorchjobs.kubeflow.org"])
+def test_what_cannot_be_done_without_is_one_line_and_status_2(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str], resource: str
+) -> None:
+    fake.forbidden.add(("list", resource))
+    assert genvalues("status", "demo", "-n", "team-a") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("namespace team-a: ") and resource in line
+
+
+@pytest.mark.parametrize("name", ["A_b", "x" * 54, "", "-x", "a b"])
+@pytest.mark.parametrize("command", ["status", "logs", "bundle", "uninstall"])
+def test_what_is_no_name_of_a_release_is_one_line_and_nobody_is_asked(
+    run: Run, fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    assert genvalues(command, "-n", "team-a", "--", name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no name of a release. Names have at most 53" in line
+    assert not fake.requests and not helm.calls
+
+
+def test_no_such_release_names_those_that_are_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert genvalues("status", "dem", "-n", "team-a") == 2
+    assert capsys.readouterr().err == 'namespace team-a: no release "dem". There: demo.\n'
+
+
+@pytest.mark.parametrize(
+    ("said", "ours", "told"),
+    [
+        ('secrets is forbidden: User "u" cannot list resource "secrets"', 2, "release demo: secrets is forbidden"),
+        ("Kubernetes cluster unreachable: connection refused", 1, "release demo: Kubernetes cluster unreachable"),
+    ],
+)
+def test_what_helm_refuses_is_one_line(
+    run: Run, helm: FakeHelm, capsys: pytest.CaptureFixture[str], said: str, ours: int, told: str
+) -> None:
+    helm.refuses(said)
+    assert genvalues("status", "demo", "-n", "team-a") == ours
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+
+
+def test_an_api_server_that_is_away_is_one_line_and_status_1(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.away = True
+    assert genvalues("status", "demo", "-n", "team-a") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+
+
+@pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall"])
+def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and_status_1(
+    command: str, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Helm would wait for it without an end: so it is not asked."""
+    Path("f.yaml").write_text("name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        about = ["f.yaml", "--skip-preflight"] if command == "install" else ["demo"]
+        assert genvalues(command, *about, "-n", "team-a") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert not helm.calls
+
+
+@pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall", "preflight"])
+def test_no_kubeconfig_ends_a_command_with_2_and_is_one_finding_of_preflight(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/preflight.md has it."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    arguments = {
+        "install": [str(ROOT / "values" / "cpu.yaml"), "--release", "demo"],
+        "preflight": [str(ROOT / "values" / "cpu.yaml"), "--cluster"],
+    }.get(command, ["demo"])
+    ended = genvalues(command, *arguments)
+    printed = capsys.readouterr()
+    if command == "preflight":
+        assert ended == 1 and printed.out.startswith("not checked  cluster: ")
+    else:
+        assert ended == 2 and printed.err.splitlines()[-1].startswith("no cluster to talk to: ")
+    said = (ROOT / "docs" / "preflight.md").read_text().partition("can do nothing without a kubeconfig and end with 2")
+    assert command == "preflight" or f"`{command}`" in said[0].splitlines()[-1]

@@ -1,0 +1,196 @@
+"""Operations, hours and dollars before the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genvalues.accelerators.architectures import LINEAR, from_config, known, table
+from genvalues.accelerators.instances import TRAINIUM
+from genvalues.accelerators.memory import Step
+from genvalues.planner import dataset
+from genvalues.planner.estimate import UTILIZATION, assumptions, cpu_node_hours, estimate, flops_per_token, work
+from genvalues.planner.prices import Price
+
+torch = pytest.importorskip("torch")
+ROOT = Path(__file__).parents[3]
+LLAMA_8B = known("meta-llama/Llama-3.1-8B")
+QV = ("q_proj", "v_proj")
+
+
+def step(checkpointing: str = "selective", attention: str = "eager", length: int = 2048) -> Step:
+    return Step(length, 1, attention, checkpointing, 16, QV, True)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "granite-3.0-2b"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    """Forward and backward of a frozen base with LoRA, by torch's own counter, of the model with two layers."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = {"num_hidden_layers": 2, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "head_dim": 32}
+    config = {**table()["configs"][name], **small, "num_attention_heads": 8, "num_key_value_heads": 4}
+    a = from_config(config)
+    assert a is not None
+    kind = {**config}
+    length = 256
+    with torch.device("cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(kind.pop("model_type"), **kind), attn_implementation="eager"
+        )
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=list(LINEAR)))
+        ids = torch.zeros((1, length), dtype=torch.long)
+        mask = torch.zeros((1, 1, length, length))
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum().backward()
+    counted = flops_per_token(a, Step(length, 1, "eager", "none", 16, tuple(LINEAR), False))
+    # The first layer of a frozen base needs no gradient of its input: 2 of the backward's 2 P of q, k and v less, and
+    # LoRA's A of the first layer none of its own.
+    first = 2.0 * a.hidden * (a.query + 2 * a.key)
+    assert counter.get_total_flops() / length == pytest.approx(counted.total - first, rel=0.02)
+
+
+def test_recomputation_costs_what_it_computes_again() -> None:
+    assert LLAMA_8B is not None
+    none, selective, full = (flops_per_token(LLAMA_8B, step(each)) for each in ("none", "selective", "full"))
+    scores = 4 * 32 * 4096 * 2048
+    assert none.again == 0
+    assert selective.again == scores
+    assert full.again == 2 * 32 * LLAMA_8B.layer_linear_parameters + scores
+    assert flops_per_token(LLAMA_8B, step(attention="flash")).again == 0
+    assert none.forward == 2 * (LLAMA_8B.parameters - 128256 * 4096 - 65 * 4096) + scores
+    assert none.backward == none.forward + scores, "gradients of activations, none of weights"
+
+
+def test_the_upper_end_of_utilization_is_what_aws_has_measured() -> None:
+    """41.99 rows of 8192 tokens a second on 32 trn1.32xlarge, Llama 3.1 8B, by PaLM's formula."""
+    assert LLAMA_8B is not None
+    measured = 41.99 * 8192 * (6 * LLAMA_8B.parameters + 12 * 32 * 4096 * 8192)
+    instance = TRAINIUM["trn1.32xlarge"]
+    peak = 32 * instance.cores * instance.flops
+    assert peak == 32 * 16 * 190e12
+    assert measured / peak == pytest.approx(UTILIZATION[1], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "max_steps", "steps"),
+    [
+        ((100, 100), 1, None, (9, 9)),
+        ((100, 150), 2, None, (17, 25)),
+        ((5, 5), 0.5, None, (1, 1)),
+        ((100, 100), 1, 7, (7, 7)),
+        (None, 1, 7, (7, 7)),
+        (None, 1, None, None),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(
+    rows: tuple[int, int] | None, epochs: float, max_steps: int | None, steps: tuple[int, int] | None
+) -> None:
+    from llama_lora.config import Training
+    from llama_lora.plan import Plan
+
+    todo = work(rows, epochs, max_steps, 12, 2048, "nobody knows")
+    assert todo.steps == steps
+    assert todo.tokens == (steps and tuple(each * 12 * 2048 for each in steps))
+    if rows and steps:
+        values = yaml.safe_load((ROOT / "values/trn1.values.yaml").read_text())["training"]
+        training = Training.model_validate({**values, "epochs": epochs, "maxSteps": max_steps})
+        assert tuple(Plan(number, 4, training).total_steps for number in rows) == steps
+
+
+def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
+    assert LLAMA_8B is not None
+    todo = work(None, 1, 1000, 12, 2048, "")
+
+    def costed(nodes: int, price: float | None = 20.0, on_cpu: bool = False):  # type: ignore[no-untyped-def]
+        return estimate(
+            LLAMA_8B,
+            step(),
+            TRAINIUM["trn1.32xlarge"],
+            nodes=nodes,
+            todo=todo,
+            price=Price(price, "test") if price else None,
+            compile_on_cpu=on_cpu,
+            cpu_stages={},
+        )
+
+    one, two = costed(1), costed(2)
+    tokens = 1000 * 12 * 2048
+    assert one.training_hours[0] == pytest.approx(tokens / one.tokens_per_second[1] / 3600 + 0.1)
+    assert one.training_hours[1] == pytest.approx(tokens / one.tokens_per_second[0] / 3600 + 0.3)
+    assert two.tokens_per_second == tuple(2 * each for each in one.tokens_per_second)
+    assert one.trainium_node_hours == (one.training_hours[0] + 0.5, one.training_hours[1] + 1.0)
+    assert two.trainium_node_hours[0] == pytest.approx(2 * (two.training_hours[0] + 0.5))
+    assert one.dollars == tuple(20 * each for each in one.trainium_node_hours)
+    assert two.step_seconds[0] == pytest.approx(one.step_seconds[0] / 2)
+    assert costed(1, price=None).dollars is None
+    assert costed(1, on_cpu=True).trainium_node_hours[1] < one.trainium_node_hours[1]
+    low, high = one.dollars
+    assert 10 < low < high < 100
+
+
+def test_stages_on_cpu_nodes_are_counted_apart() -> None:
+    assert LLAMA_8B is not None
+    wanted = {"probe_tokens": 4096, "generated_tokens": 512}
+    stages = cpu_node_hours(LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, **wanted)
+    assert list(stages) == ["tokenize", "consolidate", "merge", "neff", "evaluate"]
+    assert all(0 < low <= high for low, high in stages.values())
+    low, high = (2 * 2 * LLAMA_8B.matrix_parameters * 256 / 3600 * each for each in (100 / 1.5e12, 2048 / 0.1e12))
+    assert low < stages["evaluate"][0] < 10 * low, "base and merged, one forward pass each"
+    assert high < stages["evaluate"][1] < 2 * high
+    without = cpu_node_hours(LLAMA_8B, eval_tokens=(0, 0), compile_on_cpu=False, **wanted)
+    assert {"neff", "evaluate"}.isdisjoint(without)
+
+
+def test_every_assumption_says_where_it_is_from() -> None:
+    for on_cpu in (False, True):
+        for assumed, source in assumptions(on_cpu):
+            assert assumed
+            assert source
+
+
+# --- the rows of a file
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "number"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}', 2),
+        ("a.txt", "one\n\ntwo\nthree", 3),
+        ("a.csv", 'text\n"a\nb"\nc\n', 2),
+        ("a.json", json.dumps([{"text": "a"}] * 5), 5),
+        ("a.json", '{"text": "a"}', None),
+        ("a.json", "[", None),
+        ("a.jsonl", "", None),
+        ("a.parquet", "PAR1", None),
+    ],
+)
+def test_a_files_examples_are_counted(tmp_path: Path, name: str, text: str, number: int | None) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    found = dataset.count(file)
+    assert (found and found.number) == number
+    if found:
+        sources = pytest.importorskip("llama_lora.data.dataset_readers")
+        assert found.number == len(list(sources.read_file(file)))
+        assert found.bytes == file.stat().st_size
+
+
+def test_a_file_that_is_not_there_or_too_large_is_not_counted(tmp_path: Path) -> None:
+    assert dataset.count(tmp_path / "none.jsonl") is None
+    assert dataset.count(tmp_path) is None
+    large = tmp_path / "large.jsonl"
+    with large.open("wb") as file:
+        file.truncate(dataset.MOST_BYTES + 1)
+    assert dataset.count(large) is None
+
+
+def test_packed_rows_are_a_range_and_no_more_than_the_examples() -> None:
+    examples = dataset.Examples(1000, 6_000_000)
+    assert examples.rows(1000, False, 0.0) == (1000, 1000)
+    assert examples.rows(1000, False, 0.5) == (500, 500)
+    assert examples.rows(10_000, True, 0.0) == (100, 200)
+    assert examples.rows(100, True, 0.0) == (1000, 1000)
