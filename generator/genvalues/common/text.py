@@ -45,3 +45,20 @@ def redacted(text: str) -> str:
 def may_hold_a_secret(key: KeyPath) -> bool:
     """Whether what is written there must not be repeated."""
     return key in SECRET_KEYS or any(isinstance(part, str) and SECRET_NAME.search(part) for part in key)
+
+
+def duration(seconds: float) -> str:
+    """``48 s``, ``12 min 05 s`` or ``3 h 20 min``."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def camel_case(name: str) -> str:
+    """``per_device_batch_size`` as values spell it: ``perDeviceBatchSize``."""
+    first, *others = name.split("_")
+    return first + "".join(other.title() for other in others)

@@ -11,6 +11,7 @@ from typing import Any
 
 from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, refusal
 from genvalues.common.dicts import get, merge, without_null
+from genvalues.common.problems import Problem
 from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
 from genvalues.inputs.chart import written_in_chart_values
 from genvalues.inputs.document import Document, Mistake
@@ -27,7 +28,7 @@ from genvalues.settings.datasets import (
 )
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import Inputs, inputs_from
-from genvalues.settings.value_rules import DEFAULT_MOUNT, DURATION, Contradiction, contradictions
+from genvalues.settings.value_rules import DEFAULT_MOUNT, DURATION, contradictions
 
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on every file system in use here
 STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
@@ -165,7 +166,7 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                 )
 
 
-def unseen_by_pods(values: dict[str, Any]) -> Iterator[Contradiction]:
+def unseen_by_pods(values: dict[str, Any]) -> Iterator[Problem]:
     """What the values, which may be right for `genvalues local`, name on this computer and no pod could read."""
     mount = get(values, "workspace.mountPath", str) or DEFAULT_MOUNT
     stages = [get(values, "stageDefaults", dict), *(get(values, "stages", dict) or {}).values()]
@@ -177,7 +178,7 @@ def unseen_by_pods(values: dict[str, Any]) -> Iterator[Contradiction]:
             what = f"{one_line(path, 200)} is not on the volume ({mount}): the pods do not see this computer's files"
             elsewhere = "a hub id" if key == ("model", "path") else "a hub id, s3://,"
             fix = f"`genvalues local` runs it here; for a cluster use {elsewhere} or an absolute path under {mount}."
-            yield Contradiction((key,), what, fix)
+            yield Problem((key,), what, fix)
 
 
 def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
@@ -245,7 +246,7 @@ def can_be_judged(key: str, guards: dict[str, Any]) -> bool:
     return key != "stallTimeout" or bool(DURATION.fullmatch(get(guards, key, str) or ""))
 
 
-def placed(found: Contradiction, document: Document) -> Mistake:
+def placed(found: Problem, document: Document) -> Mistake:
     """Where the user wrote it: under chartValues, which come last, or in the inputs' own key."""
     chart_values = get(document.value, "chartValues", dict) or {}
     for key in found.keys:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from genvalues.accelerators.instances import trainium
 from genvalues.common.dicts import get
+from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, one_line
 
 Values = dict[str, Any]
@@ -35,16 +35,7 @@ GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod
 FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
-@dataclass(frozen=True)
-class Contradiction:
-    """What cannot work together: the keys that take part, the likeliest to be wrong first."""
-
-    keys: tuple[KeyPath, ...]
-    what: str
-    fix: str
-
-
-def contradictions(values: Values) -> Iterator[Contradiction]:
+def contradictions(values: Values) -> Iterator[Problem]:
     rules = (
         model,
         dataset,
@@ -62,12 +53,12 @@ def contradictions(values: Values) -> Iterator[Contradiction]:
         yield from rule(values)
 
 
-def warnings(values: Values) -> Iterator[Contradiction]:
+def warnings(values: Values) -> Iterator[Problem]:
     """What works, and may not be what was meant."""
     format_ = get(values, "dataset.format", str)
     flash = get(values, "training.attention", str) == "flash" and get(values, "training.packing", bool)
     if flash and get(values, "backend", str) == "neuron" and format_ != "text":
-        yield Contradiction(
+        yield Problem(
             key_paths("training.attention"),
             f"flash is causal only, so each packed example of format {format_} is trained with those before it in "
             "its row in sight",
@@ -75,7 +66,7 @@ def warnings(values: Values) -> Iterator[Contradiction]:
         )
 
     if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
-        yield Contradiction(
+        yield Problem(
             (*key_paths("image.repository"), ("image",)),
             "123456789012 is the account of AWS's examples, not yours: nothing can be pulled from there",
             "Write your own, then: genvalues image push.",
@@ -84,21 +75,21 @@ def warnings(values: Values) -> Iterator[Contradiction]:
     yield from short_standstill(values)
 
 
-def short_standstill(values: Values) -> Iterator[Contradiction]:
+def short_standstill(values: Values) -> Iterator[Problem]:
     """A guards.stallTimeout that a training may well need until its first step is done."""
     timeout = get(values, "guards.stallTimeout", str)
     if not timeout or get(values, "backend", str) != "neuron":
         return
     compiles = get(values, "compile.onMismatch", str) == "warn"
     if compiles and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.stallTimeout", "compile.onMismatch"),
             f"{timeout} may end the training in its first step, which with compile.onMismatch: warn may compile for an "
             "hour",
             f"Write {COMPILING_STALL_TIMEOUT}, or leave it out, which is that.",
         )
     elif not compiles and seconds(timeout) < seconds(STARTING_STALL_TIMEOUT):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.stallTimeout"),
             f"{timeout} may end the training before its first step: to start and to read the model may take "
             f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
@@ -106,62 +97,58 @@ def short_standstill(values: Values) -> Iterator[Contradiction]:
         )
 
 
-def key_paths(*keys: str) -> tuple[KeyPath, ...]:
-    return tuple(tuple(key.split(".")) for key in keys)
-
-
-def model(values: Values) -> Iterator[Contradiction]:
+def model(values: Values) -> Iterator[Problem]:
     hub_id, path = get(values, "model.id", str), get(values, "model.path", str)
     if hub_id and path:
-        yield Contradiction(key_paths("model.path", "model.id"), "model.id and model.path are both set", "Keep one.")
+        yield Problem(key_paths("model.path", "model.id"), "model.id and model.path are both set", "Keep one.")
     elif hub_id == path == "":
-        yield Contradiction(key_paths("model.id", "model.path"), "there is no model", "Write a hub id, or a path.")
+        yield Problem(key_paths("model.id", "model.path"), "there is no model", "Write a hub id, or a path.")
     if path and get(values, "model.revision", str):
-        yield Contradiction(key_paths("model.revision", "model.path"), "a model.path has no revisions", "Remove it.")
+        yield Problem(key_paths("model.revision", "model.path"), "a model.path has no revisions", "Remove it.")
 
 
-def dataset(values: Values) -> Iterator[Contradiction]:
+def dataset(values: Values) -> Iterator[Problem]:
     for key in ("dataset.source", "dataset.format"):
         if get(values, key, str) == "":
-            yield Contradiction(key_paths(key), "is empty", "Remove it here: the inputs say it.")
+            yield Problem(key_paths(key), "is empty", "Remove it here: the inputs say it.")
     if get(values, "evaluation.enabled", bool) and get(values, "dataset.evalFraction", float) == 0:
-        yield Contradiction(
+        yield Problem(
             key_paths("evaluation.enabled", "dataset.evalFraction"),
             "there are no held-out rows to evaluate on",
             "Raise dataset.evalFraction above 0.",
         )
 
 
-def attention(values: Values) -> Iterator[Contradiction]:
+def attention(values: Values) -> Iterator[Problem]:
     if get(values, "training.attention", str) != "flash":
         return
     length, backend = get(values, "training.maxSequenceLength", int), get(values, "backend", str)
     if backend == "cpu":
-        yield Contradiction(key_paths("training.attention"), "flash is for Trainium only", "Write eager, or remove it.")
+        yield Problem(key_paths("training.attention"), "flash is for Trainium only", "Write eager, or remove it.")
     elif backend == "neuron" and length is not None and length % FLASH_ROWS:
-        yield Contradiction(
+        yield Problem(
             key_paths("training.attention", "training.maxSequenceLength"),
             f"flash needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}",
             f"Write maxSequenceLength: {-(-length // FLASH_ROWS) * FLASH_ROWS}, or attention: eager.",
         )
 
 
-def parallelism(values: Values) -> Iterator[Contradiction]:
+def parallelism(values: Values) -> Iterator[Problem]:
     names = ("nodes", "processesPerNode", "tensorParallelSize", "dataParallelSize")
     nodes, per_node, tensor, data = (get(values, f"parallelism.{name}", int) for name in names)
     if all((nodes, per_node, tensor, data)) and nodes * per_node != tensor * data:
-        yield Contradiction(
+        yield Problem(
             key_paths(*(f"parallelism.{name}" for name in names)),
             f"nodes {nodes} * processesPerNode {per_node} is not tensorParallelSize {tensor} * dataParallelSize {data}",
             "Leave parallelism out: instance and nodes give it.",
         )
     if get(values, "backend", str) == "cpu" and (tensor or 1) > 1:
-        yield Contradiction(
+        yield Problem(
             key_paths("parallelism.tensorParallelSize", "backend"), "backend cpu is data parallel only", "Write 1."
         )
 
 
-def process_groups(values: Values) -> Iterator[Contradiction]:
+def process_groups(values: Values) -> Iterator[Problem]:
     """Groups of processes that Neuron cannot make, or that neuronx_distributed cannot place."""
     instance = trainium(get(values, "instance", str) or "")
     if instance is None:
@@ -171,36 +158,36 @@ def process_groups(values: Values) -> Iterator[Contradiction]:
         size = get(values, f"parallelism.{name}", int)
         if size is not None and (size not in groups or size > instance.cores):
             fitting = ", ".join(str(group) for group in groups if group <= instance.cores)
-            yield Contradiction(
+            yield Problem(
                 key_paths(f"parallelism.{name}", "instance"),
                 f"{values['instance']} has no groups of {size} processes",
                 f"Leave parallelism out, or write one of {fitting}.",
             )
 
 
-def devices(values: Values) -> Iterator[Contradiction]:
+def devices(values: Values) -> Iterator[Problem]:
     asked = get(values, "devices", dict)
     if get(values, "backend", str) == "neuron" and get(values, "instance", str) == "cpu":
-        yield Contradiction(
+        yield Problem(
             key_paths("backend", "instance"), "neuron needs a Trainium instance", "Change the inputs' instance."
         )
     elif get(values, "backend", str) == "neuron" and asked is not None and "aws.amazon.com/neuron" not in asked:
-        yield Contradiction(
+        yield Problem(
             key_paths("backend", "devices"), "neuron needs aws.amazon.com/neuron in devices", "Remove it here."
         )
     for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
         if name in (asked or {}):
-            yield Contradiction(
+            yield Problem(
                 (("devices", name),),
                 "the Neuron device plugin does not offer whole nodes by it",
                 "Use aws.amazon.com/neuron.",
             )
 
 
-def guards(values: Values) -> Iterator[Contradiction]:
+def guards(values: Values) -> Iterator[Problem]:
     """A limit on the cost needs a price, which the price list has for Trainium alone; a time must be one."""
     if get(values, "guards.maxCost", float) and not get(values, "guards.pricePerNodeHour", float):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
             f"the price of a {values.get('instance', '')} node, which the cost is counted by, is not known",
             "Write guards.pricePerNodeHour, the dollars that one node costs an hour.",
@@ -208,7 +195,7 @@ def guards(values: Values) -> Iterator[Contradiction]:
     most, price = get(values, "guards.maxCost", float), get(values, "guards.pricePerNodeHour", float)
     nodes = get(values, "parallelism.nodes", int) or 1
     if most and price and most <= (kept := nodes * GRACE_SECONDS / 3600 * price):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
             f"{most:g} dollars start nothing: to end {nodes} node{'s' if nodes > 1 else ''} takes up to {kept:.2f}, "
             "which are kept back",
@@ -216,13 +203,13 @@ def guards(values: Values) -> Iterator[Contradiction]:
         )
     timeout = get(values, "guards.stallTimeout", str)
     if timeout and not (DURATION.fullmatch(timeout) and re.search("[1-9]", timeout)):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.stallTimeout"),
             f"{one_line(timeout)!r} is no time to wait for a step",
             "Write one like 45m or 1h30m, or '' for none.",
         )
     elif timeout and get(values, "backend", str) == "neuron" and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
-        yield Contradiction(
+        yield Problem(
             key_paths("guards.stallTimeout"),
             f"{timeout} ends every training before its first step: to start and to read the model takes longer",
             "Leave it out: what is long enough is chosen then.",
@@ -236,18 +223,16 @@ def seconds(duration: str) -> int:
     )
 
 
-def storage(values: Values) -> Iterator[Contradiction]:
+def storage(values: Values) -> Iterator[Problem]:
     """The kinds' own rules, where the release makes a claim."""
     kind = get(values, "storage.kind", str)
     if get(values, "storage.existingClaim", str):
         return
     if get(values, "storage.enabled", bool) is False:
-        yield Contradiction(
-            key_paths("storage.enabled"), "without a claim to use", "Write storage: {existingClaim: NAME}."
-        )
+        yield Problem(key_paths("storage.enabled"), "without a claim to use", "Write storage: {existingClaim: NAME}.")
         return
     if kind == "fsx" and (fitting := fsx_size(get(values, "storage.size", str) or "")):
-        yield Contradiction(
+        yield Problem(
             key_paths("storage.size"),
             f"FSx for Lustre is not made in {one_line(values['storage']['size'])}",
             f"Use {fitting} (1200Gi or a multiple of 2400Gi).",
@@ -255,7 +240,7 @@ def storage(values: Values) -> Iterator[Contradiction]:
     if kind == "fsx-static":
         for name in ("fileSystemId", "dnsName", "mountName"):
             if get(values, f"storage.static.{name}", str) == "":
-                yield Contradiction(
+                yield Problem(
                     key_paths(f"storage.static.{name}", "storage.kind"),
                     f"fsx-static needs static.{name}",
                     "`aws fsx describe-file-systems` says it.",
@@ -264,13 +249,13 @@ def storage(values: Values) -> Iterator[Contradiction]:
     if kind == "fsx" and creates:
         for name, empty in (("subnetId", ""), ("securityGroupIds", [])):
             if get(values, f"storage.fsx.{name}", type(empty)) == empty:
-                yield Contradiction(
+                yield Problem(
                     key_paths("storage.fsx.createStorageClass", f"storage.fsx.{name}"),
                     f"needs storage.fsx.{name}",
                     f"Write chartValues.storage.fsx.{name}, of the Trainium nodes.",
                 )
     elif kind == "fsx" and get(values, "storage.storageClass", str) == "":
-        yield Contradiction(
+        yield Problem(
             key_paths("storage.storageClass"),
             "FSx has no default storage class",
             "Name the class of the FSx CSI driver (often fsx-sc).",
@@ -287,7 +272,7 @@ def fsx_size(size: str) -> str:
     return "" if size == f"{fitting}Gi" else f"{fitting}Gi"
 
 
-def access_modes(values: Values) -> Iterator[Contradiction]:
+def access_modes(values: Values) -> Iterator[Problem]:
     modes, nodes = get(values, "storage.accessModes", list), get(values, "parallelism.nodes", int) or 1
     if (
         not get(values, "storage.existingClaim", str)
@@ -295,7 +280,7 @@ def access_modes(values: Values) -> Iterator[Contradiction]:
         and nodes > 1
         and "ReadWriteMany" not in modes
     ):
-        yield Contradiction(
+        yield Problem(
             key_paths("storage.accessModes", "parallelism.nodes"),
             f"{nodes} nodes need ReadWriteMany",
             "Write [ReadWriteMany].",
@@ -315,7 +300,7 @@ CHARTS_OWN_ON_NEURON = {
 }
 
 
-def environment(values: Values) -> Iterator[Contradiction]:
+def environment(values: Values) -> Iterator[Problem]:
     """What extraEnv must not change, or must change in compile and train alike: llama-lora.validations.neuron."""
     common = get(values, "stageDefaults.extraEnv", dict) or {}
     stages = get(values, "stages", dict) or {}
@@ -325,16 +310,16 @@ def environment(values: Values) -> Iterator[Contradiction]:
     for stage in sorted(extra):
         taken = CHARTS_OWN | (CHARTS_OWN_ON_NEURON if stage in compiling else {})
         for name in sorted(taken.keys() & extra[stage].keys()):
-            yield Contradiction(variable(name, stage), *taken[name])
+            yield Problem(variable(name, stage), *taken[name])
         if stage in compiling and "--cache_dir" in as_text(extra[stage].get("NEURON_CC_FLAGS")):
             what = "--cache_dir moves the compiler's cache away from where the stages look for it"
-            yield Contradiction(variable("NEURON_CC_FLAGS", stage), what, "Remove --cache_dir.")
+            yield Problem(variable("NEURON_CC_FLAGS", stage), what, "Remove --cache_dir.")
     for name in sorted(set(extra.get("compile", ())) | set(extra.get("train", ()))) if on_neuron else []:
         if name.startswith("NEURON_RT_") or name in CHARTS_OWN_ON_NEURON:
             continue
         of_the_graphs = name.startswith(("NEURON_", "XLA_"))
         if of_the_graphs and as_text(extra["compile"].get(name)) != as_text(extra["train"].get(name)):
-            yield Contradiction(
+            yield Problem(
                 variable(name, "train", "compile"),
                 "differs between stages compile and train, so that train's graphs would not be those that compile made",
                 "Set it in both, or in chartValues.stageDefaults.extraEnv.",
@@ -352,13 +337,13 @@ def as_text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def secrets(values: Values) -> Iterator[Contradiction]:
+def secrets(values: Values) -> Iterator[Problem]:
     """A value is readable by everybody who can read the release."""
     stages = get(values, "stages", dict) or {}
     blocks: list[tuple[KeyPath, Any]] = [(("stages", stage), block) for stage, block in stages.items()]
     for key, block in [(("stageDefaults",), values.get("stageDefaults")), *blocks]:
         for name in get(block, "extraEnv", dict) or {}:
             if SECRET_NAME.search(name):
-                yield Contradiction(
+                yield Problem(
                     ((*key, "extraEnv", name),), "looks like a secret, and values are no place for one", SECRETS_FIX
                 )

@@ -28,7 +28,7 @@ from genvalues.inputs import chart
 from genvalues.inputs.accepts import accepts
 from genvalues.inputs.generated_file import is_as_written
 from genvalues.inputs.schema_lookup import inputs_schema
-from genvalues.inputs.template import Answers, starter
+from genvalues.inputs.template import Answers, template_text
 from genvalues.inputs.yaml_text import dump
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +46,7 @@ chartValues: {stages: {train: {extraEnv: {OMP_NUM_THREADS: 4}}}}
 REAL = [
     *(path.read_bytes() for path in sorted((ROOT / "values").glob("*.yaml")) if ".values." not in path.name),
     (ROOT / "tests" / "demo" / "finetune.yaml").read_bytes(),
-    starter(Answers(image="a/b:1"), Path("finetune.yaml")).encode(),
+    template_text(Answers(image="a/b:1"), Path("finetune.yaml")).encode(),
     ON_CPU.encode(),
 ]
 OVERLAYS = [

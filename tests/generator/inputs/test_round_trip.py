@@ -16,10 +16,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from generator.test_values import CHART, ISSUE, ON_TRAINIUM, right_inputs, written
 from hypothesis import HealthCheck, Phase, given, settings
 
 from chart.manifests import run_helm
+from generator.inputs.test_values import CHART, ISSUE, ON_TRAINIUM, right_inputs, written
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart
 from genvalues.inputs.generated_file import difference, is_as_written, with_digest

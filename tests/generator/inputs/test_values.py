@@ -24,7 +24,7 @@ from genvalues.inputs.values import values_from
 from genvalues.inputs.write import checked, text_of
 from genvalues.inputs.yaml_text import dump
 from genvalues.planner.layout import Layout
-from genvalues.planner.planning import look, plan
+from genvalues.planner.planning import gather_facts, plan
 from genvalues.settings import inputs, inputs_schema
 from genvalues.settings.inputs import inputs_from
 
@@ -105,7 +105,7 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
 def test_the_inputs_defaults_are_the_charts() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     least = inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"})
-    derived = values_from(least, plan(least, look(least)))
+    derived = values_from(least, plan(least, gather_facts(least)))
     for section in ("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "hyperpod"):
         assert derived[section] == defaults[section]
     assert derived["devices"] == defaults["devices"]
@@ -125,7 +125,7 @@ def test_cpu_needs_three_keys_and_runs_attached(tmp_path: Path) -> None:
 def layout_of(instance: str, nodes: int) -> Layout:
     least = {"model": "a/b", "dataset": {"source": "a/b"}, "image": "a:1"}
     inputs = inputs_from({**least, "instance": instance, "nodes": nodes})
-    return plan(inputs, look(inputs)).layout
+    return plan(inputs, gather_facts(inputs)).layout
 
 
 MEMORY_GIB = {  # of a node: the AWS instance pages
