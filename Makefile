@@ -43,15 +43,14 @@ image: $(READY)
 	.venv/bin/genvalues image push $(FILE)
 
 # What is generated and committed; make test says when it is out of date.
-schema: $(READY)
-	.venv/bin/python -m genvalues.settings.inputs_schema
+generate: $(READY)
+	.venv/bin/python -m genvalues.settings.generate
 
 values: $(READY)
 	for environment in $(ENVIRONMENTS); do \
 	  .venv/bin/genvalues write values/$$environment.yaml -o values/$$environment.values.yaml || exit; done
 
 docs: $(READY)
-	.venv/bin/python docs/generate_values.py
 	.venv/bin/python docs/generate_genvalues.py
 
 bench: $(READY)

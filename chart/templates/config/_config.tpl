@@ -1,14 +1,14 @@
-{{- /* What a stage reads: the values' own sections. */}}
+{{- /* The run config, which the stages read: whole sections of the values. */}}
 {{- define "llama-lora.config.run" -}}
 {{- $config := dict "name" (include "llama-lora.run.name" .) }}
-{{- range $section := list "backend" "model" "dataset" "lora" "training" "probe" "compile" "evaluation" "parallelism" }}
+{{- range $section := include "llama-lora.settings.sections" . | fromJsonArray }}
 {{- $_ := set $config $section (deepCopy (get $.Values $section)) }}
 {{- end }}
 {{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}
 {{- include "llama-lora.config.yaml" $config }}
 {{- end }}
 
-{{- /* What genvalues/cluster reads, besides its arguments. */}}
+{{- /* The config of genvalues cluster. */}}
 {{- define "llama-lora.config.cluster" -}}
 {{- $values := .Values }}
 {{- $secret := $values.huggingFace.tokenSecret }}
@@ -37,7 +37,7 @@
           "stallTimeoutSeconds" (include "llama-lora.seconds" $values.guards.stallTimeout | int))) }}
 {{- end }}
 
-{{- /* The seconds of a duration like 1h30m, 45m or 90s: what llama-lora.validations.guards lets through. */}}
+{{- /* The seconds of a duration such as 1h30m, 45m or 90s. */}}
 {{- define "llama-lora.seconds" -}}
 {{- $seconds := 0 }}
 {{- range $unit, $factor := dict "h" 3600 "m" 60 "s" 1 }}

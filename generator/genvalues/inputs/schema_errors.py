@@ -7,16 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jsonschema
+from jsonschema.exceptions import ValidationError
 
 from genvalues.accelerators.instances import HYPERPOD
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
-from genvalues.inputs.accepts import accepts
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, kinds, resolve
-
-if TYPE_CHECKING:
-    from jsonschema.exceptions import ValidationError
 
 MISSING = "missing"
 UNKNOWN = "unknown key"
@@ -49,10 +48,6 @@ ALSO_CALLED = {  # names from other tools for ours
 
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
-    if accepts(schema, value):
-        return
-    import jsonschema
-
     inputs_validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
     for error in telling(islice(inputs_validator(schema).iter_errors(value), MOST_MISTAKES)):
         yield from islice(explain(error, schema), MOST_MISTAKES)
@@ -60,8 +55,6 @@ def schema_mistakes(value: Any) -> Iterator[Mistake]:
 
 def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
     """The keyword pattern, by ECMA 262's rule that $ is the end; Python's lets a last line break through."""
-    from jsonschema.exceptions import ValidationError
-
     if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 

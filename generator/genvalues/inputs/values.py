@@ -7,9 +7,11 @@ from typing import Any
 from genvalues.accelerators.instances import HYPERPOD, trainium
 from genvalues.common.dicts import merge
 from genvalues.planner.planning import Plan, stall_timeout
+from genvalues.settings.base import Block
 from genvalues.settings.datasets import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format
 from genvalues.settings.images import split_image
-from genvalues.settings.inputs import Dataset, Inputs, ModelPath, Storage, plain
+from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
+from genvalues.settings.values import HuggingFace
 
 # A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
 HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
@@ -19,9 +21,9 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """The values for a run, in the order of the chart's values.yaml; the inputs' chartValues merged last."""
     instance = trainium(inputs.instance)
     layout = plan.layout
-    evaluation = plain(inputs.evaluation)
-    if inputs.evaluation.enabled is None:
-        evaluation["enabled"] = inputs.dataset.eval_fraction > 0
+    evaluation = inputs.evaluation
+    if evaluation.enabled is None:
+        evaluation = evaluation.model_copy(update={"enabled": inputs.dataset.eval_fraction > 0})
     values = {
         "name": inputs.name,
         "instance": inputs.instance,
@@ -30,12 +32,12 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
         "model": model(inputs.model),
         "dataset": dataset(inputs.dataset),
-        "lora": plain(inputs.lora),
+        "lora": as_values(inputs.lora),
         "training": training(inputs, plan),
-        "probe": plain(inputs.probe),
-        "compile": plain(inputs.compile),
+        "probe": as_values(inputs.probe),
+        "compile": as_values(inputs.compile),
         "guards": guards(inputs, plan),
-        "evaluation": evaluation,
+        "evaluation": as_values(evaluation),
         "parallelism": {
             "nodes": layout.nodes,
             "processesPerNode": layout.processes_per_node,
@@ -58,6 +60,11 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     return merge(values, inputs.chart_values)
 
 
+def as_values(block: Block) -> dict[str, Any]:
+    """A block as a values file has it: numbers as the user wrote them."""
+    return block.model_dump(by_alias=True, mode="json")
+
+
 def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """As written, with what the plan has chosen. The global batch follows from it, so the chart has no key for it."""
     layout = plan.layout
@@ -67,14 +74,14 @@ def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "perDeviceBatchSize": layout.per_device,
         "gradientAccumulationSteps": layout.accumulation,
     }
-    written = plain(inputs.training)
+    written = as_values(inputs.training)
     del written["globalBatchSize"]
     return written | chosen
 
 
 def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """As written; a price of the table where there is one. A laptop may stand still as long as it likes."""
-    written = plain(inputs.guards)
+    written = as_values(inputs.guards)
     if written["stallTimeout"] is None:
         written["stallTimeout"] = "" if inputs.on_cpu else stall_timeout(inputs).value
     return written | {"pricePerNodeHour": plan.price.dollars if plan.price else None}
@@ -100,7 +107,7 @@ def image(reference: str | None) -> dict[str, str]:
 
 
 def hugging_face(inputs: Inputs) -> dict[str, str]:
-    return plain(inputs.hugging_face) if inputs.hugging_face else {"tokenSecret": "", "tokenKey": "token"}
+    return as_values(inputs.hugging_face or HuggingFace())
 
 
 def model(wanted: str | ModelPath) -> dict[str, str]:
@@ -110,23 +117,23 @@ def model(wanted: str | ModelPath) -> dict[str, str]:
     return {"id": hub_id, "revision": revision, "path": ""}
 
 
-def dataset(wanted: Dataset) -> dict[str, Any]:
+def dataset(wanted: DatasetInputs) -> dict[str, Any]:
     format_ = row_format(wanted.format, wanted.source)
-    named = {name: column for name, column in plain(wanted.columns).items() if column is not None}
+    named = wanted.columns.named()
     columns = {name: named.get(name, name) for name in REQUIRED_COLUMNS[format_]}
     columns |= {name: named[name] for name in OPTIONAL_COLUMNS.get(format_, []) if name in named}
     return {
         "source": wanted.source,
-        "config": wanted.config or "",
-        "revision": wanted.revision or "",
-        "split": wanted.split or "",
+        "config": wanted.config,
+        "revision": wanted.revision,
+        "split": wanted.split,
         "format": format_,
         "columns": columns,
         "evalFraction": wanted.eval_fraction,
     }
 
 
-def storage(wanted: Storage, kind: str) -> dict[str, Any]:
+def storage(wanted: StorageInputs, kind: str) -> dict[str, Any]:
     if wanted.existing_claim:
         return {"enabled": True, "existingClaim": wanted.existing_claim}
     kind = wanted.kind or kind
@@ -137,7 +144,7 @@ def storage(wanted: Storage, kind: str) -> dict[str, Any]:
         "storageClass": wanted.storage_class if wanted.storage_class is not None else DEFAULT_CLASS[kind],
     }
     if wanted.static:
-        values["static"] = plain(wanted.static)
+        values["static"] = as_values(wanted.static)
     return values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,10 @@ def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
     for key, path in paths(document.value):
         folder = document.position(key).folder
         if key == ("model", "path"):
-            inputs = replace(inputs, model=ModelPath(path=str(absolute(path, folder))))
+            inputs = inputs.model_copy(update={"model": ModelPath(path=str(absolute(path, folder)))})
         else:
-            source = replace(inputs.dataset, source=str(absolute(path, folder)))
-            inputs = replace(inputs, dataset=source)
+            dataset = inputs.dataset.model_copy(update={"source": str(absolute(path, folder))})
+            inputs = inputs.model_copy(update={"dataset": dataset})
     return inputs
 
 

@@ -25,7 +25,7 @@ from genvalues.inputs.chart import need_chart
 from genvalues.inputs.check import placed, unseen_by_pods
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import Checked, checked, text_of
-from genvalues.settings.inputs import DNS_NAME
+from genvalues.settings.base import DNS_NAME
 
 # Helm's --timeout, for each hook. Attached, training is one; detached, only the cleanup before an install, which gives
 # up after 10 minutes of pulling the image and 200 s of work: that is told by its own Job.

@@ -21,7 +21,7 @@ from genvalues.common.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.common.text import one_line
 from genvalues.ops.records import Hook, Object, Record, find_record, need_record
 from genvalues.ops.stages import ReleaseObjects, StageStatus, devices_of, find, of_job, stages_of, with_pods
-from genvalues.settings.inputs import DNS_NAME
+from genvalues.settings.base import DNS_NAME
 
 Outcome = Literal["running", "done", "failed", "stopped", "idle"]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from genvalues import cli
 from genvalues.common.dicts import merge
-from genvalues.settings.inputs_schema import json_schema
+from genvalues.settings.schemas import inputs_schema
 
 RIGHT = """\
 name: llama-lora
@@ -71,7 +71,7 @@ huggingFace: {tokenSecret: hf_abcdefghijklmnopqrstuvwxyz}
 image: llama-lora:latest
 """
 
-SCHEMA_NOW = json_schema()
+SCHEMA_NOW = inputs_schema()
 TOP = f"(keys: {', '.join(SCHEMA_NOW['properties'])})"
 TRAINING = f"(keys: {', '.join(SCHEMA_NOW['$defs']['Training']['properties'])})"
 WHAT_IS_SAID = f"""\
@@ -460,7 +460,7 @@ def keys_of(block: dict[str, Any], schema: dict[str, Any], above: str = "") -> I
 def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    schema = json_schema()
+    schema = inputs_schema()
     for key in keys_of(schema, schema):
         value = yaml.safe_load(wrong)
         for part in reversed(key.split(".")):

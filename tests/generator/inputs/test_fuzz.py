@@ -19,17 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 from genvalues import cli
 from genvalues.inputs import chart
-from genvalues.inputs.accepts import accepts
 from genvalues.inputs.generated_file import is_as_written
-from genvalues.inputs.schema_lookup import inputs_schema
 from genvalues.inputs.template import Answers, template_text
-from genvalues.inputs.yaml_text import dump
 
 ROOT = Path(__file__).parents[3]
 CASES = 10_000
@@ -279,32 +275,3 @@ def test_nor_does_one_through_the_command_as_it_is_installed(tmp_path: Path) -> 
 def test_a_case_is_the_same_every_time() -> None:
     assert [spoilt(number) for number in range(50)] == [spoilt(number) for number in range(50)]
     assert len({spoilt(number).file for number in range(1000)}) > 950
-
-
-def test_what_is_accepted_without_jsonschema_is_what_jsonschema_accepts() -> None:
-    """And the right files are, which is what makes a command start in time."""
-    inputs_validator = jsonschema.Draft202012Validator(inputs_schema())
-    values_schema = chart.values_schema(ROOT / "chart")
-    values_validator = jsonschema.Draft7Validator(values_schema)
-    accepted = {True: 0, False: 0}
-    for number in range(3000):
-        try:
-            data = yaml.load(spoilt(number).file, Loader=chart.LOADER)
-        except (yaml.YAMLError, ValueError, TypeError, IndexError):
-            continue
-        found = accepts(inputs_schema(), data)
-        assert not (found and list(inputs_validator.iter_errors(data))), f"spoilt({number})"
-        accepted[found] += 1
-    assert min(accepted.values()) > 100
-    for path in sorted((ROOT / "values").glob("*.values.yaml")):
-        right = chart.on_top_of_defaults(ROOT / "chart", yaml.load(path.read_text(), Loader=chart.LOADER))
-        assert accepts(values_schema, right), path
-        for number in range(60):
-            data = chart.load(path.read_text())
-            for _ in range(1 + number % 3):
-                data = chart.load(spoil_structure(dump(data).encode(), random.Random(number)).decode())
-            try:
-                values = chart.on_top_of_defaults(ROOT / "chart", data)
-            except (TypeError, AttributeError):
-                continue
-            assert not (accepts(values_schema, values) and list(values_validator.iter_errors(values)))

@@ -69,7 +69,7 @@ def reads(config: RunConfig) -> Mapping[str, Any]:
     """
     if config.backend == "neuron":
         graphs = graph_settings(config, {}, world_size(config))
-        return {"backend": config.backend, "graphs": graphs, "on": config.compile.on}
+        return {"backend": config.backend, "graphs": graphs, "on": config.compile.runs_on}
     return {
         "backend": config.backend,
         "lora": config.lora.as_keys(),

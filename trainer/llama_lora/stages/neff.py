@@ -12,7 +12,7 @@ from llama_lora.stage import Declaration, Stage
 
 def neff(stage: Stage) -> None:
     """Compile everything that compile has collected."""
-    if stage.config.backend != "neuron" or stage.config.compile.on != "cpu":
+    if stage.config.backend != "neuron" or stage.config.compile.runs_on != "cpu":
         raise UserError(
             "has nothing to do: compile has compiled its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
         )

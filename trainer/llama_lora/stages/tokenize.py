@@ -90,7 +90,7 @@ def rows_of(examples: Sequence[Example], training: Training) -> list[PackedRow]:
 
 def write_dataset(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Fill ``folder`` with train/, eval/ (Arrow) and report.json. Raises UserError if nothing is left to train on."""
-    renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns)
+    renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns.named())
     examples, report = _examples(config, sources, renderer)
     train, held_out = split(examples, config.dataset.eval_fraction, config.training.seed)
     if not train:
@@ -125,7 +125,7 @@ def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[
             continue
         examples.append(example)
         truncated += cut
-    for key, column in config.dataset.columns.items():
+    for key, column in config.dataset.columns.named().items():
         if found and column not in found:  # one that rows may lack, misspelt: every row would silently be without it
             raise UserError(
                 f"no row has a column {column}",

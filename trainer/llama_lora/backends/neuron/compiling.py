@@ -64,7 +64,7 @@ def compile_graphs(stage: Stage) -> None:
         (folder / "trial.json").unlink(missing_ok=True)  # no trial run ends before every node has come by here
         clear_stale_locks(use)
         use.working()
-        only_collect = stage.config.compile.on == "cpu"
+        only_collect = stage.config.compile.runs_on == "cpu"
         status, said = tool.run(
             "collect" if only_collect else "collect-and-compile",
             launch.launcher_command(stage.name, stage.paths),

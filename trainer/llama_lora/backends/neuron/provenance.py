@@ -130,7 +130,7 @@ def check_provenance(stage: Stage) -> None:
     manifest of compile is taken away, so that the next `helm upgrade` compiles, unless the environment alone differs.
     """
     compiled = stage.upstream("compile").facts
-    if stage.config.compile.on == "cpu":
+    if stage.config.compile.runs_on == "cpu":
         stage.upstream("neff")
     now = json.loads(json.dumps(provenance(stage)))
     differing = differences(compiled.get("provenance", {}), now)

@@ -7,7 +7,7 @@ of a model come from its config.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ def sizes_of(model_config: Mapping[str, Any]) -> Sizes:
         raise UserError(f"has no {error}", where=MODEL, fix="Use a model of transformers' format.") from None
 
 
-def target_modules(wished: list[str] | Literal["all-linear"]) -> list[str]:
+def target_modules(wished: Sequence[str] | Literal["all-linear"]) -> list[str]:
     """The names to give optimum-neuron, which ends with an AttributeError for "all-linear".
 
     FusedLinearsSpec.adapt_peft_config (models/training/transformations_utils.py) takes names out of the word.

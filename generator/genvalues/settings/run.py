@@ -1,0 +1,236 @@
+"""The settings of a run: blocks of the chart's values that the stages read, and most of them what a user writes.
+
+The chart puts these blocks whole into the run config (a ConfigMap), which the trainer reads as ``RunConfig``. Where
+genvalues chooses a value that the inputs leave out, the type and description stand in an alias, which
+``inputs`` uses for the key that may be left out and this module for the key that has a value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+
+from genvalues.settings.base import HUB_ID, LARGE, REVISION, Block, Fraction, NullIsEmpty, Number, Text, optional
+
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RowFormat = Literal["text", "instruction", "prompt-completion", "chat"]
+
+# --- keys that genvalues chooses when the inputs leave them out
+
+Source = Annotated[
+    str,
+    Field(
+        max_length=1024,
+        description="Hub id, s3:// URI, or path of a .jsonl, .json, .csv, .parquet or .txt file. In a cluster an "
+        "absolute path under workspace.mountPath.",
+    ),
+]
+Format = Annotated[RowFormat, Field(description="What a row of the dataset is.")]
+Attention = Annotated[
+    Literal["eager", "flash"],
+    Field(
+        description="eager keeps packed examples apart. flash (backend neuron, maxSequenceLength a multiple of 2048) "
+        "is faster and takes less memory, but is causal only: a packed example sees those before it in its row, so "
+        "use it for format text.",
+    ),
+]
+ActivationCheckpointing = Annotated[
+    Literal["none", "selective", "full"],
+    Field(
+        description="What the backward pass recomputes to save memory: nothing, the attention (selective), or whole "
+        "layers (full).",
+    ),
+]
+PerDeviceBatchSize = Annotated[
+    int, Field(ge=1, le=1024, description="Rows that each copy of the model processes at once.")
+]
+GradientAccumulationSteps = Annotated[int, Field(ge=1, le=65536, description="Batches per optimizer step.")]
+TensorParallelSize = Annotated[
+    int, Field(ge=1, le=1024, description="Processes that share one copy of the model. Backend cpu: 1.")
+]
+Nodes = Annotated[int, Field(ge=1, le=1024, description="Nodes that compile and train.")]
+Processes = Annotated[int, Field(ge=1, le=1024, description="Training processes on each node.")]
+EvaluationEnabled = Annotated[
+    bool, Field(description="Run the evaluate stage. Requires held-out rows (dataset.evalFraction above 0).")
+]
+
+
+class Model(Block):
+    """The base model: id (and revision) of a Hugging Face Hub model, or path. One of the two is required."""
+
+    id: str = Field(
+        "", pattern=optional(HUB_ID), max_length=256, description="Hub id, such as meta-llama/Meta-Llama-3.1-8B."
+    )
+    revision: str = Field(
+        "",
+        pattern=optional(REVISION),
+        max_length=256,
+        description="Branch, tag or commit. Empty: the default branch. Resolved to a commit once and kept.",
+    )
+    path: str = Field(
+        "", pattern="^(/|$)", max_length=1024, description="Absolute path of a model folder or a GGUF file."
+    )
+
+
+class Columns(Block):
+    """Which column of the dataset holds what. A column left out has the name of its key."""
+
+    text: Text | None = Field(None, description="Format text: the text.")
+    instruction: Text | None = Field(None, description="Format instruction: the instruction.")
+    input: Text | None = Field(None, description="Format instruction: additional input, optional.")
+    output: Text | None = Field(None, description="Format instruction: the answer.")
+    prompt: Text | None = Field(None, description="Format prompt-completion: the prompt.")
+    completion: Text | None = Field(None, description="Format prompt-completion: the completion.")
+    messages: Text | None = Field(None, description="Format chat: a list of {role, content}.")
+
+    @model_serializer(mode="wrap")
+    def only_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, str]:
+        return {key: column for key, column in dump(self).items() if column is not None}
+
+    def named(self) -> dict[str, str]:
+        """The columns that are named: key of the format -> column of the dataset."""
+        return self.as_keys()
+
+
+class DatasetOptions(Block):
+    """What to train on."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ("source", "format")
+
+    config: NullIsEmpty = Field("", max_length=1024, description="Configuration of a Hub dataset that has several.")
+    revision: NullIsEmpty = Field(
+        "", pattern=optional(REVISION), max_length=256, description="Branch, tag or commit of a Hub dataset."
+    )
+    split: NullIsEmpty = Field("", max_length=1024, description="Split of a Hub dataset. Empty: train.")
+    columns: Columns = Columns()
+    eval_fraction: Fraction = Field(
+        0.02, description="Share of the rows held out for evaluation. 0 requires evaluation.enabled: false."
+    )
+
+
+class Dataset(DatasetOptions):
+    source: Source
+    format: Format
+
+
+class Lora(Block):
+    """The LoRA adapter: W + (alpha / r) B A on the target modules (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank. A higher rank can learn more and takes more memory.")
+    alpha: Number = Field(
+        16.0, gt=0, le=65536, description="Scaling: the adapter's weights are multiplied by alpha / r."
+    )
+    dropout: Fraction = Field(0.05, description="Dropout on the adapter's input.")
+    target_modules: (
+        Literal["all-linear"]
+        | Annotated[list[TargetModule], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+    ) = Field(["q_proj", "v_proj"], description="Linear layers that get an adapter, or all-linear.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def in_order(cls, modules: list[str] | str) -> list[str] | str:
+        """Their order means nothing, so it must not change a fingerprint."""
+        return sorted(set(modules)) if isinstance(modules, list) else modules
+
+
+class TrainingOptions(Block):
+    """Training. Batch sizes count rows of maxSequenceLength tokens, steps count optimizer steps.
+
+    A step trains on perDeviceBatchSize * gradientAccumulationSteps * parallelism.dataParallelSize rows.
+    """
+
+    max_sequence_length: int = Field(
+        2048, ge=8, le=131072, description="Tokens per row. Longer examples are truncated."
+    )
+    packing: bool = Field(True, description="Pack several examples into one row. They cannot attend to each other.")
+    epochs: Number = Field(1.0, gt=0, le=10000, description="Passes over the dataset.")
+    max_steps: int | None = Field(None, ge=1, le=LARGE, description="Optimizer steps. Overrides epochs.")
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate, after warm-up.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Learning rate schedule after warm-up."
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
+    save_steps: int = Field(
+        100, ge=1, le=LARGE, description="Optimizer steps between checkpoints: the most that a lost node costs."
+    )
+    save_total_limit: int = Field(2, ge=1, le=1000, description="Checkpoints to keep.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of shuffling, adapter initialization and dropout.")
+
+
+class Training(TrainingOptions):
+    attention: Attention = "eager"
+    activation_checkpointing: ActivationCheckpointing = "selective"
+    per_device_batch_size: PerDeviceBatchSize = 1
+    gradient_accumulation_steps: GradientAccumulationSteps = 3
+
+
+class Probe(Block):
+    """The check of the saved weights. train records the loss of a few fixed rows at its last save; consolidate and
+    merge recompute it on a CPU and refuse weights that are off.
+
+    They hold base model and adapter in memory for it (8B parameters in bf16: 16 GB; request about 40Gi). With rows: 0
+    there is no check, and stages.consolidate.resources and stages.merge.resources can be as small as 2Gi.
+    """
+
+    rows: int = Field(8, ge=0, le=10000, description="Rows to compute the loss of. 0: no check.")
+    max_tokens: int = Field(512, ge=8, le=131072, description="Tokens of each row.")
+    tolerance: float = Field(
+        0.02, gt=0, le=100, description="Allowed difference, in nats per trained token, between two computations."
+    )
+
+
+class Compile(Block):
+    """How backend neuron compiles its graphs."""
+
+    # Not "on", which Helm and other readers of YAML 1.1 take for the boolean true.
+    runs_on: Literal["accelerator", "cpu"] = Field(
+        "accelerator",
+        description="accelerator: compile on the nodes that train. cpu: those nodes only collect the graphs, and a "
+        "CPU pod compiles them.",
+    )
+    on_mismatch: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="What train does when the cache was made with other settings or versions: refuse to start, or warn "
+        "and compile while training.",
+    )
+
+
+class EvaluationOptions(Block):
+    """The evaluate stage: held-out loss and sample answers of the base and the merged model."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ("enabled",)
+
+    max_rows: int = Field(256, ge=1, le=LARGE, description="Held-out rows to compute the loss on.")
+    samples: int = Field(4, ge=0, le=1000, description="Answers to generate with each model.")
+    max_new_tokens: int = Field(128, ge=1, le=131072, description="Maximum length of a generated answer, in tokens.")
+
+
+class Evaluation(EvaluationOptions):
+    enabled: EvaluationEnabled = True
+
+
+class Parallelism(Block):
+    """How the work is divided: nodes * processesPerNode must equal tensorParallelSize * dataParallelSize."""
+
+    nodes: Nodes = 1
+    processes_per_node: Processes = 2
+    tensor_parallel_size: TensorParallelSize = 1
+    data_parallel_size: int = Field(2, ge=1, le=1048576, description="Copies of the model, over all nodes.")
+
+
+class RunConfig(Block):
+    """Everything a stage reads, as the chart's ConfigMap holds it."""
+
+    name: str
+    backend: Literal["cpu", "neuron"]
+    model: Model
+    dataset: Dataset
+    lora: Lora = Lora()
+    training: Training = Training()
+    probe: Probe = Probe()
+    compile: Compile = Compile()
+    evaluation: Evaluation = Evaluation()
+    parallelism: Parallelism = Parallelism()

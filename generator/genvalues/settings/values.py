@@ -1,0 +1,566 @@
+"""The values of the chart: the settings of a run, and how the cluster runs it.
+
+``chart/values.schema.json`` and ``chart/values.yaml`` are generated from ``Values``: a field's default is the chart's
+default, its description the comment. Kubernetes' own structures (affinity, tolerations, volume sources) are not
+declared key by key; the API server checks them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, WithJsonSchema
+
+from genvalues.settings.base import (
+    DIGEST,
+    DNS_LABEL,
+    DNS_NAME,
+    LARGE,
+    REPOSITORY,
+    TAG,
+    Block,
+    Name,
+    optional,
+)
+from genvalues.settings.run import (
+    Compile,
+    DatasetOptions,
+    Evaluation,
+    Format,
+    Lora,
+    Model,
+    Parallelism,
+    Probe,
+    Source,
+    Training,
+)
+
+# --- keys that genvalues chooses or fills in when the inputs leave them out
+
+StallTimeout = Annotated[
+    str,
+    Field(
+        pattern=r"^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?$",
+        max_length=32,
+        description="End train after this long without a step while all its pods run, such as 45m or 1h30m. Empty: "
+        "never. Must be longer than what precedes the first step: reading the model, and with compile.onMismatch: warn "
+        "compiling, which can take an hour.",
+    ),
+]
+StorageKind = Annotated[
+    Literal["fsx", "fsx-static", "generic"],
+    Field(
+        description="fsx: a new FSx for Lustre file system (about 10 minutes). fsx-static: an existing one. generic: "
+        "any storage class."
+    ),
+]
+Size = Annotated[
+    str,
+    Field(
+        pattern=r"^[1-9][0-9]{0,6}(Mi|Gi|Ti)$",
+        description="Size of the claim. FSx: 1200Gi, 2400Gi or a multiple of 2400Gi.",
+    ),
+]
+StorageClass = Annotated[
+    str,
+    Field(
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="Storage class of the claim. Empty (kind generic only): the cluster's default class.",
+    ),
+]
+ExistingClaim = Annotated[
+    str,
+    Field(
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="An existing PersistentVolumeClaim of the release's namespace to use instead of creating one.",
+    ),
+]
+TokenSecret = Annotated[
+    str,
+    Field(
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="Name of the Secret that holds the token, never the token itself. Empty: no token.",
+    ),
+]
+TokenKey = Annotated[
+    str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="Key of the token in the Secret.")
+]
+
+# --- Kubernetes
+
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+Quantity = Annotated[
+    str | float,
+    WithJsonSchema({"title": "Quantity", "type": ["string", "number"], "minimum": 0, "pattern": QUANTITY}),
+]
+ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+DEVICE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+Labels = dict[str, str]
+Environment = dict[Annotated[str, Field(pattern=ENVIRONMENT_NAME)], str | float | bool]
+KubernetesObject = dict[str, Any]
+
+
+class ResourceList(Block):
+    """Resources of one container. Devices do not belong here but in devices."""
+
+    cpu: Quantity | None = Field(None, description="Cores. 500m is half a core.")
+    memory: Quantity | None = Field(None, description="Bytes, such as 512Mi or 8Gi.")
+    ephemeral_storage: Quantity | None = Field(
+        None, alias="ephemeral-storage", description="Disk space of the node, for logs and /tmp."
+    )
+    hugepages_2mi: Quantity | None = Field(
+        None,
+        alias="hugepages-2Mi",
+        description="Huge pages of 2 MiB. On a node that has none set aside the pod stays Pending.",
+    )
+    hugepages_1gi: Quantity | None = Field(None, alias="hugepages-1Gi", description="Huge pages of 1 GiB.")
+
+
+class Resources(Block):
+    """Resources of the container."""
+
+    requests: ResourceList | None = Field(None, description="Resources that a node must have free.")
+    limits: ResourceList | None = Field(None, description="Resources that the container may use at most.")
+
+
+class VolumeSource(Block):
+    """A volume source that Pod Security `restricted` allows; exactly one key."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    config_map: KubernetesObject | None = Field(None, description="Files of a ConfigMap.")
+    csi: KubernetesObject | None = Field(None, description="A volume of a CSI driver, for the lifetime of the pod.")
+    downward_api: KubernetesObject | None = Field(
+        None, alias="downwardAPI", description="Files with information about the pod."
+    )
+    empty_dir: KubernetesObject | None = Field(
+        None, description="An empty directory for the lifetime of the pod. {}: on the node's disk."
+    )
+    ephemeral: KubernetesObject | None = Field(None, description="A claim for the lifetime of the pod.")
+    persistent_volume_claim: KubernetesObject | None = Field(None, description="An existing claim: {claimName: ...}.")
+    projected: KubernetesObject | None = Field(None, description="Several of these in one directory.")
+    secret: KubernetesObject | None = Field(None, description="Files of a Secret: {secretName: ...}.")
+
+
+class VolumeMount(Block):
+    """Where a volume is mounted."""
+
+    mount_path: str = Field(pattern="^/", description="Absolute path, not used by another volume.")
+    read_only: bool | None = Field(None, description="Mount read-only.")
+    sub_path: str | None = Field(None, description="A directory of the volume to mount instead of its root.")
+
+
+class StageSettings(Block):
+    """Pods of one stage. A key that is not set here is taken from stageDefaults."""
+
+    resources: Resources | None = None
+    node_selector: Labels | None = Field(
+        None, description="Labels of the nodes to run on. compile and train also select their instance type."
+    )
+    tolerations: list[KubernetesObject] | None = Field(
+        None, description="Taints to tolerate. compile and train also tolerate those of their devices."
+    )
+    affinity: KubernetesObject | None = Field(None, description="Affinity of the pods.")
+    priority_class_name: Name | None = Field(
+        None, description="PriorityClass of the pods. Empty: the cluster's default."
+    )
+    extra_env: Environment | None = Field(None, description="Environment variables, NAME: value. No secrets.")
+    extra_volumes: dict[str, VolumeSource] | None = Field(
+        None, description="Volumes, NAME: {volume source}, such as scratch: {emptyDir: {}}."
+    )
+    extra_volume_mounts: dict[str, VolumeMount] | None = Field(
+        None, description="Mounts of these volumes, NAME: {mountPath: ..., readOnly: true}."
+    )
+    pod_labels: Labels | None = Field(None, description="Labels of the pods.")
+    pod_annotations: Labels | None = Field(None, description="Annotations of the pods.")
+    backoff_limit: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Retries of a failed pod. Exit status 2 (the user must change something) is never retried.",
+    )
+    active_deadline_seconds: int | None = Field(None, ge=1, description="Fail the stage after this many seconds.")
+
+
+def resources(cpu: str, memory: str, limit_cpu: str, limit_memory: str) -> Resources:
+    return Resources(
+        requests=ResourceList(cpu=cpu, memory=memory), limits=ResourceList(cpu=limit_cpu, memory=limit_memory)
+    )
+
+
+# --- blocks of the values that no stage reads
+
+
+class DatasetValues(DatasetOptions):
+    # Empty in the chart's own defaults; its templates refuse an empty one with an example.
+    source: Source = ""
+    format: Format | Literal[""] = ""
+
+
+class Image(Block):
+    """The image of every pod. It contains both commands, llama-lora and genvalues. There is no public image: build it
+    from trainer/Dockerfile.
+    """
+
+    repository: str = Field(
+        "llama-lora", pattern=f"^{REPOSITORY}$", description="Registry and name, without tag and digest."
+    )
+    tag: str = Field("", pattern=optional(TAG), description="Tag. Empty: the chart's appVersion.")
+    digest: str = Field("", pattern=optional(DIGEST), description="sha256:... Overrides the tag.")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        "IfNotPresent", description="When to pull the image."
+    )
+    pull_secrets: dict[str, bool] = Field(
+        {}, description="Secrets of type kubernetes.io/dockerconfigjson to pull the image with, NAME: true."
+    )
+
+
+class Pipeline(Block):
+    """How the stages run."""
+
+    mode: Literal["attached", "detached"] = Field(
+        "attached",
+        description="attached: the stages are hooks of this release and the Helm client waits for them; its "
+        "--timeout must be as long as the longest stage (train), such as --timeout 48h. detached: one runner Job "
+        "installs this chart again, attached, from inside the cluster; helm returns in seconds.",
+    )
+    unschedulable_timeout_seconds: int = Field(
+        1800,
+        ge=1,
+        le=LARGE,
+        description="Fail compile or train when one of its pods has been unschedulable for this long. Time suspended "
+        "by Kueue does not count.",
+    )
+
+
+class GuardOptions(Block):
+    """Limits that end compile and train early: a checkpoint is saved, the nodes are freed, and the release fails
+    with the reason. See docs/operations.md.
+    """
+
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        le=LARGE,
+        description="Dollars that the run's nodes may cost, over all upgrades and retries. Requires pricePerNodeHour.",
+    )
+    price_per_node_hour: float | None = Field(
+        None, gt=0, le=LARGE, description="Dollars per node and hour, by which the cost is counted."
+    )
+
+
+class Guards(GuardOptions):
+    stall_timeout: StallTimeout = "30m"
+
+
+class NeuronSettings(Block):
+    """What compiler and runtime must know of the instance type (backend neuron)."""
+
+    target: Literal["trn1", "trn2"] = Field(
+        "trn1", description="Compiler target: trn1 (trn1, trn1n) or trn2 (trn2, trn2u)."
+    )
+    logical_core_size: int = Field(
+        1, ge=1, le=2, description="Physical NeuronCores per logical core: 1 on trn1, 1 or (usually) 2 on trn2."
+    )
+
+
+class HuggingFace(Block):
+    """The Secret with the Hugging Face token for gated models. Only the tokenize stage gets it, as HF_TOKEN. Create it
+    with kubectl create secret generic hf-token --from-file=token=/dev/stdin, so that the token is in no command line.
+    """
+
+    token_secret: TokenSecret = ""
+    token_key: TokenKey = "token"
+
+
+class HyperPod(Block):
+    """SageMaker HyperPod."""
+
+    auto_resume: bool = Field(
+        False, description="Job auto-resume for compile and train, on nodes that HyperPod reports as healthy."
+    )
+    max_retries: int = Field(1, ge=0, le=100, description="How often HyperPod restarts a job on replaced nodes.")
+
+
+class Kueue(Block):
+    """Kueue admission of compile and train. The queue label is added when the stage is released, not before."""
+
+    queue_name: Name = Field("", description="LocalQueue of compile and train. Empty: no Kueue.")
+    priority_class: Name = Field("", description="WorkloadPriorityClass of compile and train. Empty: none.")
+
+
+class Workspace(Block):
+    """The volume in the pods."""
+
+    mount_path: str = Field(
+        "/workspace",
+        pattern=r"^(/[A-Za-z0-9_-]+)+$",
+        description="Mount path in every pod: letters, digits, - and _ only, because the Neuron compiler accepts no "
+        "other characters in the path of its cache.",
+    )
+
+
+class SecurityContext(Block):
+    """The user of every stage except storage-prepare."""
+
+    run_as_user: int = Field(1000, ge=1, le=4294967294, description="User ID, not root.")
+    run_as_group: int = Field(1000, ge=1, le=4294967294, description="Group ID.")
+
+
+class ServiceAccount(Block):
+    """The service account of the tokenize stage, which reads s3:// datasets. With EKS Pod Identity, associate the
+    service account RELEASE-tokenize instead.
+    """
+
+    annotations: Labels = Field(
+        {}, description="Annotations, for IRSA eks.amazonaws.com/role-arn: arn:aws:iam::ACCOUNT:role/NAME."
+    )
+
+
+class Rbac(Block):
+    """Service accounts and roles."""
+
+    create: bool = Field(
+        True,
+        description="Create them. false: they exist, named namePrefix-preflight, -gate, -stage, -tokenize, -cleanup "
+        "and -runner.",
+    )
+    name_prefix: str = Field(
+        "",
+        pattern=r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$",
+        max_length=50,
+        description="Prefix of their names. Empty: that of every other object.",
+    )
+    cluster_scoped_reads: bool = Field(
+        True,
+        description='Let preflight read nodes and storage classes. Without it these findings say "not checked".',
+    )
+
+
+class Cleanup(Block):
+    """The hook that stops running stages before uninstall and rollback, and waits until their pods are gone."""
+
+    enabled: bool = Field(True, description="Run it. false: uninstall leaves training running.")
+    timeout_seconds: int = Field(
+        180,
+        ge=140,
+        le=3600,
+        description="How long it waits, from the start of its pod. A train pod may take 120 s to save a checkpoint. "
+        "A cleanup pod that cannot start is given up after 130 s.",
+    )
+
+
+class Fsx(Block):
+    """kind fsx: the storage class of the FSx for Lustre CSI driver."""
+
+    create_storage_class: bool = Field(
+        False, description="Create a storage class from the following keys instead of using storageClass."
+    )
+    subnet_id: str = Field("", pattern=r"^(subnet-[0-9a-f]{8,40})?$", description="Subnet of the Trainium nodes.")
+    security_group_ids: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]{8,40}$")]] = Field(
+        [],
+        description="Security groups that allow ports 988 and 1018-1023 between the nodes and the file system.",
+    )
+    deployment_type: Literal["SCRATCH_2", "PERSISTENT_1", "PERSISTENT_2"] = Field(
+        "PERSISTENT_2", description="Deployment type."
+    )
+    per_unit_storage_throughput: Literal[50, 100, 125, 200, 250, 500, 1000] = Field(
+        250, description="Throughput of the PERSISTENT types, in MB/s per TiB."
+    )
+
+
+class FileSystem(Block):
+    """kind fsx-static: the file system, as `aws fsx describe-file-systems` shows it."""
+
+    file_system_id: str = Field(
+        "", pattern=r"^(fs-[0-9a-f]{8,40})?$", description="FileSystemId, such as fs-0123456789abcdef0."
+    )
+    dns_name: str = Field(
+        "",
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="DNSName, such as fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com.",
+    )
+    mount_name: str = Field(
+        "", pattern=r"^[A-Za-z0-9_-]{0,64}$", description="LustreConfiguration.MountName: fsx, or 8 characters."
+    )
+
+
+class PrepareStorage(Block):
+    """One Job, as root, that gives the volume's root directory to securityContext's user: fsGroup has no effect on FSx.
+    Pod Security `restricted` forbids it: there, disable it and change the owner once by other means.
+    """
+
+    enabled: bool = Field(True, description="Run it.")
+
+
+class Storage(Block):
+    """The volume that all stages share. helm uninstall never deletes it."""
+
+    enabled: bool = Field(True, description="Create a claim. false: existingClaim names the claim to use.")
+    existing_claim: ExistingClaim = ""
+    kind: StorageKind = "fsx"
+    size: Size = "1200Gi"
+    storage_class: StorageClass = "fsx-sc"
+    access_modes: Annotated[
+        list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    ] = Field(["ReadWriteMany"], description="Access modes of the claim. More than one node requires ReadWriteMany.")
+    mount_options: list[str] = Field(
+        ["flock"], description="Mount options of kind fsx (with createStorageClass) and fsx-static."
+    )
+    fsx: Fsx = Fsx()
+    static: FileSystem = FileSystem()
+    prepare: PrepareStorage = PrepareStorage()
+    global_values: KubernetesObject | None = Field(
+        None, alias="global", description="Helm's own key; the chart ignores it."
+    )
+
+
+class Stages(Block):
+    """Settings of each stage, which take the same keys as stageDefaults. The defaults fit small models on CPUs.
+    genvalues writes what a Trainium node offers (about 119 vCPU and 460 GiB of a trn1.32xlarge are allocatable).
+    """
+
+    preflight: StageSettings = Field(
+        StageSettings(active_deadline_seconds=600),  # an image that cannot be pulled must not wait for Helm's --timeout
+        description="Checks that the cluster has what the pipeline needs. Mounts nothing.",
+    )
+    storage_prepare: StageSettings = Field(
+        StageSettings(active_deadline_seconds=2400),  # creating an FSx file system takes about 10 minutes
+        description="Gives the volume's root directory to securityContext's user, once, as root.",
+    )
+    tokenize: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
+        description="Downloads model and dataset; renders, tokenizes and packs the rows.",
+    )
+    compile: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
+        description="Compiles what train will run, on the nodes that train. On the CPU: ten trial steps.",
+    )
+    neff: StageSettings = Field(
+        StageSettings(resources=resources("8", "64Gi", "32", "128Gi")),
+        description="Only with compile.runsOn: cpu. Compiles the collected graphs on a CPU node, with one compiler per "
+        "64Gi of the memory limit.",
+    )
+    train: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
+        description="Trains, on the Trainium nodes. On nodes with huge pages set aside, add hugepages-2Mi: 5120Mi to "
+        "requests and limits.",
+    )
+    gate: StageSettings = Field(
+        StageSettings(), description="Releases compile and train, follows them, and ends as they end. One after each."
+    )
+    consolidate: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
+        description="Consolidates checkpoint shards into a PEFT adapter.",
+    )
+    merge: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
+        description="Merges the adapter into the base model.",
+    )
+    evaluate: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
+        description="Held-out loss and sample answers of the base and the merged model.",
+    )
+    verify: StageSettings = Field(
+        StageSettings(),
+        description="The pod of `helm test`, which verifies the files of the merged model. Never retried.",
+    )
+    cleanup: StageSettings = Field(StageSettings(), description="The cleanup hook; see cleanup.")
+    runner: StageSettings = Field(
+        StageSettings(), description="Mode detached: installs the stages from inside the cluster."
+    )
+
+
+class Values(Block):
+    """Values of the chart llama-lora.
+
+    `genvalues write finetune.yaml -o values.yaml` writes such a file from a short, checked inputs file and derives
+    processes, parallelism, devices and resources. Required: model.id or model.path, dataset.source, dataset.format.
+    Helm refuses unknown keys. docs/values.md has the same as tables, with the limits of each key.
+    """
+
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$",
+        max_length=63,
+        description="Name of the run: its results are in WORKSPACE/runs/NAME on the volume. Empty: the release's name.",
+    )
+    name_override: str = Field(
+        "",
+        pattern=optional(DNS_LABEL),
+        max_length=63,
+        description="The label app.kubernetes.io/name of every object. Empty: the chart's name.",
+    )
+    fullname_override: str = Field(
+        "",
+        pattern=r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$",
+        max_length=38,
+        description="Prefix of every object's name; at most 38 characters, because the names of worker pods are host "
+        "names. Empty: the release's name (shortened, with a hash, when it is long).",
+    )
+    instance: str = Field(
+        "cpu",
+        pattern=r"^(cpu|(ml\.)?[a-z0-9-]+\.[a-z0-9-]+)$",
+        description="cpu, or the instance type of the nodes that compile and train, as in their label "
+        "node.kubernetes.io/instance-type (HyperPod: with ml.).",
+    )
+    backend: Literal["cpu", "neuron"] = Field(
+        "cpu", description="Training backend: cpu (any node, small models) or neuron (Trainium)."
+    )
+    image: Image = Image()
+    pipeline: Pipeline = Pipeline()
+    model: Model = Model()
+    dataset: DatasetValues = DatasetValues()
+    lora: Lora = Lora()
+    training: Training = Training()
+    probe: Probe = Probe()
+    compile: Compile = Compile()
+    guards: Guards = Guards()
+    evaluation: Evaluation = Evaluation()
+    parallelism: Parallelism = Parallelism()
+    devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
+        {},
+        description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "
+        "tolerated as a taint (NoSchedule). trn1.32xlarge: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.",
+    )
+    neuron: NeuronSettings = NeuronSettings()
+    shared_memory: Quantity = Field(
+        "2Gi",
+        description="Size of /dev/shm in the pods of compile and train: about 1Gi per process. It counts against the "
+        "pod's memory limit.",
+    )
+    hugging_face: HuggingFace = HuggingFace()
+    hyperpod: HyperPod = HyperPod()
+    kueue: Kueue = Kueue()
+    workspace: Workspace = Workspace()
+    security_context: SecurityContext = SecurityContext()
+    service_account: ServiceAccount = ServiceAccount()
+    rbac: Rbac = Rbac()
+    cleanup: Cleanup = Cleanup()
+    storage: Storage = Storage()
+    stage_defaults: StageSettings = Field(
+        StageSettings(
+            resources=resources("100m", "256Mi", "1", "1Gi"),
+            node_selector={},
+            tolerations=[],
+            affinity={},
+            priority_class_name="",
+            extra_env={},
+            extra_volumes={},
+            extra_volume_mounts={},
+            pod_labels={},
+            pod_annotations={},
+            backoff_limit=3,
+            active_deadline_seconds=None,
+        ),
+        description="Settings of every stage. A stage's own settings override them key by key.",
+    )
+    stages: Stages = Stages()
+    global_values: KubernetesObject | None = Field(
+        None, alias="global", description="Helm's own key; the chart ignores it."
+    )
