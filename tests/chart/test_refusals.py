@@ -14,8 +14,6 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "unknown key": ({"lora": {"rank": 8}}, "rank"),
     "unknown stage": ({"stages": {"rehearse": {}}}, "rehearse"),
     "unknown key of a stage": ({"stages": {"train": {"replicas": 2}}}, "replicas"),
-    "section removed": ({"training": None}, "training"),
-    "default removed": ({"stageDefaults": {"resources": {"limits": None}}}, "limits"),
     "text for a number": ({"training": {"learningRate": "5e-5 or so"}}, "learningRate"),
     "number for text": ({"model": {"revision": 20241001}}, "revision"),
     "text for a truth value": ({"training": {"packing": "False"}}, "packing"),

@@ -46,7 +46,7 @@
  },
  "lora": {
   "r": 16,
-  "alpha": 16.0,
+  "alpha": 16,
   "dropout": 0.05,
   "targetModules": [
    "q_proj",
@@ -56,12 +56,12 @@
  "training": {
   "maxSequenceLength": 2048,
   "packing": true,
-  "epochs": 1.0,
+  "epochs": 1,
   "learningRate": 5e-05,
   "lrScheduler": "linear",
   "warmupRatio": 0.03,
-  "weightDecay": 0.0,
-  "maxGradNorm": 1.0,
+  "weightDecay": 0,
+  "maxGradNorm": 1,
   "saveSteps": 100,
   "saveTotalLimit": 2,
   "seed": 42,

@@ -100,7 +100,7 @@ def read_key(scanner: Scanner, key: list[str | int]) -> None:
         if stop == "[":
             index, closed = scanner.until("]")
             if not closed or not re.fullmatch("[0-9]{1,9}", index) or int(index) > LARGEST_INDEX:
-                raise ValueError("what is in [ ] is no place in a list", "Write a[0] for the first.")
+                raise ValueError("the text in [ ] is not a valid index", "Write a[0] for the first.")
             key.append(int(index))
             between, stop = scanner.until("[.=,")
             if between.strip() or stop in (",", ""):
@@ -109,9 +109,9 @@ def read_key(scanner: Scanner, key: list[str | int]) -> None:
         name, stop = scanner.until("=[.,")
         name = name.strip()
         if stop in (",", ""):
-            raise ValueError("not of the form key=value", f"{FORM} {COMMA}" if "," in scanner.text else FORM)
+            raise ValueError("is not of the form key=value", f"{FORM} {COMMA}" if "," in scanner.text else FORM)
         if not name:
-            raise ValueError("not of the form key=value: a key has no name", FORM)
+            raise ValueError("is not of the form key=value: a key has no name", FORM)
         key.append(name)
 
 
@@ -125,9 +125,9 @@ def read_value(scanner: Scanner) -> str | tuple[str, ...]:
             item, stop = scanner.until(",}")
             items.append(item)
         if not stop:
-            raise ValueError("a list without its end }", "Write {a,b}.")
+            raise ValueError("the list has no closing }", "Write {a,b}.")
         if scanner.rest and not scanner.rest.startswith(","):
-            raise ValueError("there is more after a list's end }", f"{FORM} {COMMA}")
+            raise ValueError("unexpected text after the closing }", f"{FORM} {COMMA}")
         scanner.at += 1
         return () if items == [""] else tuple(items)
     text, _ = scanner.until(",")

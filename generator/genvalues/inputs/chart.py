@@ -16,7 +16,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.text import KeyPath, dotted, one_line
 
 NAME = "llama-lora"
-NAME_OURS = f"Name the folder of the chart {NAME}."
+NAME_OURS = f"Name the directory of the chart {NAME}."
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the chart's files are ours, and long
 BESIDE_THE_SOURCES = Path(__file__).parents[3] / "chart"
 
@@ -25,7 +25,7 @@ def find_chart(wanted: Path | None) -> Path | None:
     """The chart that was asked for, else ./chart if it is ours, else the one of the source tree, else none."""
     if wanted is not None:
         if not os.path.isfile(wanted / "Chart.yaml"):  # noqa: PTH113 - which never raises
-            raise UserError("is not a chart: it has no Chart.yaml", where=f"--chart {wanted}", fix=NAME_OURS)
+            raise UserError("not a chart: Chart.yaml not found", where=f"--chart {wanted}", fix=NAME_OURS)
         return wanted
     for candidate in (Path("chart"), BESIDE_THE_SOURCES):
         if chart_name(candidate) == NAME:
@@ -37,7 +37,7 @@ def need_chart(wanted: Path | None) -> Path:
     """The same, for what cannot do without."""
     found = find_chart(wanted)
     if found is None:
-        raise UserError("no chart here", fix="Say where it is: --chart DIR.")
+        raise UserError("no chart found", fix="Name its directory: --chart DIR.")
     return found
 
 
@@ -71,7 +71,7 @@ def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise UserError(f"cannot be read: {reason}", where=str(chart / name), fix=NAME_OURS) from None
     if not isinstance(found, dict):
-        raise UserError("holds no keys and values", where=str(chart / name), fix=NAME_OURS)
+        raise UserError("must contain keys and values", where=str(chart / name), fix=NAME_OURS)
     return found
 
 
@@ -105,7 +105,7 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
         if wrong is None:
             raise
         where = str(chart / "values.schema.json")
-        raise UserError(f"is no JSON schema: {one_line(wrong.message)}", where=where, fix=NAME_OURS) from failure
+        raise UserError(f"not a valid JSON schema: {one_line(wrong.message)}", where=where, fix=NAME_OURS) from failure
     for error in errors:
         cause = jsonschema.exceptions.best_match([error])
         key = tuple(cause.absolute_path)
@@ -116,7 +116,7 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
         elif cause.validator == "required":
             for name in cause.validator_value:
                 if name not in cause.instance:
-                    yield (*key, name), "is required, and not there or null"
+                    yield (*key, name), "is required"
         else:
             value = repr(cause.instance)  # which comes before the reason, and may be long
             yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)

@@ -28,7 +28,8 @@ from genvalues.settings.datasets import (
 )
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import Inputs, inputs_from
-from genvalues.settings.value_rules import DEFAULT_MOUNT, DURATION, contradictions
+from genvalues.settings.value_rules import DEFAULT_MOUNT, contradictions
+from genvalues.settings.values import DURATION
 
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on every file system in use here
 STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
@@ -73,9 +74,9 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
     if on_cpu:
         return
     if "image" not in value or value["image"] is None:
-        yield Mistake(("image",), "missing", f"{instance} needs the image that you built, by tag or digest.")
+        yield Mistake(("image",), "missing", f"{instance} requires the image that you built, with tag or digest.")
     if value.get("cpu") is not None:
-        yield Mistake(("cpu",), f"is for instance cpu only, not for {instance}", "Remove it.")
+        yield Mistake(("cpu",), f"applies to instance: cpu only, not to {instance}", "Remove it.")
     if reason := refusal(instance, get(value, "nodes", int) or 1):
         prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
         yield Mistake(("nodes",), reason, f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge.")
@@ -115,17 +116,17 @@ def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
     if on_s3 and not (re.match(r"^s3://[a-z0-9][a-z0-9.-]+/[^\s?#]+$", source) and source.endswith(FILE_SUFFIXES)):
         yield Mistake(
             ("dataset", "source"),
-            f"{shown(source, ())} names no file in S3",
+            f"{shown(source, ())} is not a file in S3",
             f"Write s3://bucket/key of a file. {FILES}",
         )
     if is_file(source) or on_s3:
         for name in ("config", "revision", "split"):
             if get(value, f"dataset.{name}", str):
-                yield Mistake(("dataset", name), "is for hub datasets, and this one is a file", "Remove it.")
+                yield Mistake(("dataset", name), "applies to Hub datasets only, and this is a file", "Remove it.")
     elif source.lower().endswith(FILE_SUFFIXES + OTHER_SUFFIXES):
-        yield Mistake(("dataset", "source"), f"{shown(source, ())} is a kind of file that is not read", FILES)
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} has an unsupported file format", FILES)
     elif source and not re.match(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", source):
-        yield Mistake(("dataset", "source"), f"{shown(source, ())} is neither a hub id nor s3://... nor a file", FILES)
+        yield Mistake(("dataset", "source"), f"{shown(source, ())} is not a Hub id, an s3:// URI or a file", FILES)
 
 
 def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
@@ -136,7 +137,7 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
         if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
             yield Mistake(
                 key,
-                f"{shown(path, ())} is no path: it has a NUL in it, or a name of more than {LONGEST_NAME} bytes",
+                f"{shown(path, ())} is not a valid path: a NUL byte, or a name of more than {LONGEST_NAME} bytes",
                 "Write the path of the file or folder.",
             )
             continue
@@ -145,7 +146,7 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
         if not on_cpu and not on_volume:
             yield Mistake(
                 key,
-                f"{one_line(path)} is on this computer, which the pods on {value['instance']} cannot see",
+                f"{one_line(path)} is a path on this machine, and the pods on {value['instance']} cannot see",
                 f"Use a hub id, s3://, or an absolute path under {mount}, the volume.",
             )
         elif on_cpu and not on_volume and key == ("dataset", "source") and (lacks := lacking(path, document, key)):
@@ -190,7 +191,7 @@ def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
     if not os.path.exists(here):  # noqa: PTH110
         what, fix = "no such file or folder", "Write the path of a file that is there, or one under the volume's path."
     elif os.path.isfile(here) and not os.path.getsize(here):  # noqa: PTH113, PTH202
-        what, fix = "there is nothing in this file", "Write the path of a file with rows."
+        what, fix = "the file is empty", "Name a file with rows."
     else:
         return None
     return Mistake(key, f"{what}: {one_line(str(here), 200)}", fix)
@@ -203,10 +204,10 @@ def image_rules(value: dict[str, Any]) -> Iterator[Mistake]:
     _, tag, digest = split_image(image)
     if not tag and not digest:
         yield Mistake(
-            ("image",), "names neither tag nor digest", "Add :0.1.0 or @sha256:..., so that every stage runs the same."
+            ("image",), "has no tag or digest", "Add :0.1.0 or @sha256:..., so that every stage runs the same."
         )
     elif tag == "latest" and not digest:
-        yield Mistake(("image",), ":latest is another image tomorrow", "Name a version's tag, or the digest.")
+        yield Mistake(("image",), "the tag latest can change between stages", "Pin a version's tag or a digest.")
 
 
 def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
@@ -214,7 +215,7 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
     if storage.get("existingClaim"):
         for name in ("kind", "size", "storageClass", "static"):
             if storage.get(name):
-                yield Mistake(("storage", name), "means nothing beside existingClaim", "Remove one of the two.")
+                yield Mistake(("storage", name), "cannot be combined with existingClaim", "Remove one of the two.")
         return
     kind = storage.get("kind") or ("generic" if get(value, "instance", str) == CPU else "fsx")
     if kind == "fsx-static" and not storage.get("static"):
@@ -243,7 +244,7 @@ def can_be_judged(key: str, guards: dict[str, Any]) -> bool:
     """Whether a guard is what it will be: the price list may have a price, and the schema tells what is no time."""
     if key == "maxCost":
         return get(guards, "pricePerNodeHour", float) is not None
-    return key != "stallTimeout" or bool(DURATION.fullmatch(get(guards, key, str) or ""))
+    return key != "stallTimeout" or bool(re.fullmatch(DURATION, get(guards, key, str) or ""))
 
 
 def placed(found: Problem, document: Document) -> Mistake:

@@ -220,7 +220,9 @@ class Reader:
         if not isinstance(node, yaml.MappingNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
             raise UserError(
-                f"the file must hold keys and values, not {kind}", where=f"{name}:1:1", fix="Write key: value lines."
+                f"the file must be a mapping, not {kind}",
+                where=f"{name}:1:1",
+                fix="Write lines of the form key: value.",
             )
         return self.plain(node) or {}
 
@@ -253,7 +255,7 @@ class Reader:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != PREFIX + "str":
                 shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
                 self.mistake(
-                    key, f"a key must be text, not{one_line(shown) or ' a list or mapping'}", KEY_FIX, key_node
+                    key, f"a key must be a string, not{one_line(shown) or ' a list or mapping'}", KEY_FIX, key_node
                 )
                 continue
             name = key_node.value
@@ -263,31 +265,31 @@ class Reader:
             inner = (*key, name)
             self.refuse_anchor(key_node, inner)
             if name == "<<" and key_node.style is None:
-                self.mistake(key, "the merge key << is not read here", "Write out the keys it stands for.", key_node)
+                self.mistake(key, "the merge key << is not supported", "Write out the keys it stands for.", key_node)
                 continue
             if name in seen:
-                self.mistake(inner, f"written twice, first in line {seen[name].line}", "Keep one of the two.", key_node)
+                self.mistake(inner, f"duplicate key, first in line {seen[name].line}", "Keep one of the two.", key_node)
                 continue
             seen[name] = self.positions[inner] = self.position_of(key_node)
             yield name, self.plain(value_node, inner)
 
     def refuse_anchor(self, node: yaml.Node, key: KeyPath) -> None:
         if name := anchor_of(node):
-            self.mistake(key, f"the anchor &{one_line(name)} is not read here", f"Remove &{one_line(name)}.", node)
+            self.mistake(key, f"the anchor &{one_line(name)} is not supported", f"Remove &{one_line(name)}.", node)
 
     def scalar(self, node: yaml.ScalarNode, key: KeyPath) -> Any:
         text = node.value
         if node.tag == ALIAS:
-            return self.mistake(key, f"the alias *{one_line(text)} is not read here", "Write its value out.", node)
+            return self.mistake(key, f"the alias *{one_line(text)} is not supported", "Write its value out.", node)
         kind = node.tag.removeprefix(PREFIX)
         if kind == "str":
             if has_surrogate(text):
-                return self.mistake(key, "holds half of a character (a lone surrogate)", "Remove the escape.", node)
+                return self.mistake(key, "contains a lone surrogate", "Remove the escape.", node)
             return text
         if kind not in CORE_SCHEMA:
             return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not used here", "Remove it.", node)
         if not re.match(f"^(?:{CORE_SCHEMA[kind][0]})\\Z", text):
-            what = f"{one_line(text)} is not of the type that its tag !!{kind} says"
+            what = f"{one_line(text)} does not match its tag !!{kind} says"
             return self.mistake(key, what, "Remove the tag.", node)
         if kind == "null":
             return None

@@ -1,4 +1,4 @@
-"""What the JSON schema of an inputs file refuses, in words: what is wrong, and what to write instead."""
+"""Errors of the JSON schema of an inputs file, as messages: what is wrong, and what to write instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genvalues.inputs.schema_lookup import inputs_schema, kinds, resolve
 
 MISSING = "missing"
 UNKNOWN = "unknown key"
-ALSO_CALLED = {  # names from other tools for ours
+ALSO_CALLED = {  # names that other tools have for our keys
     "rank": "r",
     "lorar": "r",
     "loraalpha": "alpha",
@@ -54,13 +54,15 @@ def schema_mistakes(value: Any) -> Iterator[Mistake]:
 
 
 def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
-    """The keyword pattern, by ECMA 262's rule that $ is the end; Python's lets a last line break through."""
+    """The keyword pattern as in ECMA 262, where $ matches only at the end; in Python also before a final line break."""
     if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 
 
 def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
-    """Where a value is none of those that are allowed, or of the wrong type, no other rule says more about it."""
+    """Per place, only the errors that matter: a value that is not allowed, or of the wrong type, needs no other
+    error.
+    """
     found = list(errors)
     rank = {"enum": 0, "const": 0, "type": 1}
     best: dict[KeyPath, int] = {}
@@ -71,18 +73,18 @@ def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:
 
 
 def words_of(branches: list[dict[str, Any]]) -> list[Any]:
-    """What may stand there that is one word, where the schema names it."""
+    """The words that a schema allows, such as all-linear."""
     return [branch["const"] for branch in branches if "const" in branch]
 
 
 def items_of(branch: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
-    """What a list may hold, where the schema names it all."""
+    """The allowed items of a list, if the schema lists them."""
     items: dict[str, Any] = resolve(resolve(branch, schema).get("items", {}), schema)
     return list(items.get("enum", []))
 
 
 def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]:
-    """One error of the validator in words, with what to write instead."""
+    """The message of one error of the validator."""
     key: KeyPath = tuple(error.absolute_path)
     keyword = str(error.validator)
     found: Any = error.instance
@@ -94,7 +96,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword == "anyOf" and (
         alone := [each for each in words_of(wanted) if isinstance(found, list) and each in found]
     ):
-        yield Mistake(key, f"{alone[0]} stands by itself, not in a list", f"Write {alone[0]} without brackets.")
+        yield Mistake(key, f"{alone[0]} is not a list item", f"Write {alone[0]} without brackets.")
     elif keyword == "anyOf":
         fitting = [branch for branch in wanted if type_fits(found, resolve(branch, schema))]
         if len(fitting) == 1:
@@ -122,17 +124,16 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         close = close_matches(str(found), choices) or beginning
         guess = f"Did you mean {close[0]}? " if close else ""
         listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
-        also = f"; on HyperPod with {HYPERPOD} before it" if key == ("instance",) else ""
-        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}({listed}{also})")
+        also = f"; on HyperPod with the prefix {HYPERPOD}" if key == ("instance",) else ""
+        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}Allowed values: {listed}{also}.")
     elif keyword == "pattern":
         yield form_mistake(key, found, schema)
     elif keyword in BOUNDS:
         yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
     elif keyword == "uniqueItems":
-        # nulls are told one by one
         twice = sorted({str(item) for item in found if item is not None and found.count(item) > 1})
         if twice:
-            yield Mistake(key, f"names {', '.join(map(one_line, twice))} twice", "Keep one.")
+            yield Mistake(key, f"duplicate item {', '.join(map(one_line, twice))}", "Remove one.")
     elif keyword in ("minLength", "minItems"):
         yield Mistake(key, "must not be empty", described)
     elif keyword == "maxLength":
@@ -142,7 +143,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
 
 
 def close_matches(word: str, choices: Iterable[str], least: float = 0.6) -> list[str]:
-    """The choice that is most like the word, if one is at all."""
+    """The most similar choice, if any is similar."""
     from difflib import get_close_matches
 
     return get_close_matches(word, list(choices), 1, cutoff=least)
@@ -155,13 +156,13 @@ BOUNDS = {
     "exclusiveMaximum": "less than",
 }
 TYPES = {
-    "integer": "a whole number",
+    "integer": "an integer",
     "number": "a number",
-    "string": "text",
+    "string": "a string",
     "boolean": "true or false",
     "null": "null",
     "array": "a list",
-    "object": "keys and values",
+    "object": "a mapping",
 }
 PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
@@ -191,7 +192,9 @@ def either(words: list[str]) -> str:
 
 
 def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
-    """What a key is for, as a sentence, and which keys are in it: those of the schema, or of the nearest key around."""
+    """The first sentence of a key's description (or of the nearest block around it) and the keys inside, in
+    brackets.
+    """
     described, nodes = "", [schema]
     for part in key:
         properties = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
@@ -202,12 +205,12 @@ def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
     not_null = [node for node in nodes if node.get("type", "null") != "null"]
     blocks = [node["properties"] for node in not_null if key and "properties" in node]
     inside = blocks[0] if len(blocks) == len(not_null) == 1 else []
-    words = [described.rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
+    words = [described.split(". ")[0].rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
     return f"({'; '.join(filter(None, words))})" if any(words) else ""
 
 
 def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
-    """A text that does not look as its key wants it."""
+    """The message for a string that does not match its key's pattern."""
     return Mistake(key, pattern_words(key, found), purpose(key, schema))
 
 
@@ -219,20 +222,20 @@ def pattern_words(key: KeyPath, found: Any) -> str:
             f"{shown(found, key)} is not an image reference (registry/name:tag or registry/name@sha256:64 hex digits)"
         )
     if key in SECRET_KEYS:
-        return "is not a name that Kubernetes allows; the token itself must never be written here"
-    return f"{shown(found, key)} is not of the right form"
+        return "is not a valid Kubernetes name. Never write the token itself here"
+    return f"{shown(found, key)} is invalid"
 
 
 def shown(value: Any, key: KeyPath) -> str:
-    """The offending value, as short as it can be recognised; never one where a token may stand."""
+    """The offending value, shortened; never the value of a key that may hold a token."""
     if key in SECRET_KEYS and value is not None:
-        return "what is there"
+        return "the value"
     if isinstance(value, dict):
-        return "keys and values"
+        return "a mapping"
     if isinstance(value, list):
         return "a list"
     if isinstance(value, str):
-        return f"the text {json.dumps(one_line(value, 60), ensure_ascii=False)}"
+        return json.dumps(one_line(value, 60), ensure_ascii=False)
     return number(value)
 
 
@@ -246,15 +249,15 @@ def number(value: Any) -> str:
 def did_you_mean(
     name: str, inside: KeyPath, properties: dict[str, Any], needed: list[str], schema: dict[str, Any]
 ) -> str:
-    """The closest key here (one that is needed first), else the same name in another block; and the keys there are."""
+    """The most similar key here (a required one first), else the same name in another block; and the allowed keys."""
     listed = f"(keys: {', '.join(properties)})"
     parts = name.split(".")
-    if len(parts) > 1 and kinds((*inside, *parts)):  # as errors and --set have it
+    if len(parts) > 1 and kinds((*inside, *parts)):  # spelled as in errors and --set
         nested = functools.reduce(lambda inner, part: f"{{{part}: {inner}}}", reversed(parts), "...")
         return f"Write {nested[1:-1]}. {listed}"
     plain = re.sub(r"[-_ ]", "", name).lower()
-    if inside == ("model",) and plain in ("id", "name", "revision"):  # as the chart's values have it
-        return f"A model of the Hub is written model: ID@REVISION. {listed}"
+    if inside == ("model",) and plain in ("id", "name", "revision"):  # as in the chart's values
+        return f"Write model: ID@REVISION for a model of the Hub. {listed}"
     here = {key.lower(): key for key in properties}
     guess = ""
     if plain in here:
@@ -272,7 +275,7 @@ def did_you_mean(
 
 
 def keys_named(name: str, schema: dict[str, Any]) -> str:
-    """The path of the key with that name in the whole inputs file, if there is one."""
+    """The path of the key with that name anywhere in an inputs file, or an empty string."""
     for block, block_schema in schema["properties"].items():
         if block.lower() == name:
             return block

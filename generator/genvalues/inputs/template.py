@@ -166,11 +166,9 @@ def check_place(file: Path, *, force: bool) -> None:
     """Raises UserError where no first file may be written: before anybody is asked anything."""
     with write_errors_as_user_errors(str(file)):
         if file.is_dir():
-            raise UserError("this is a folder", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
+            raise UserError("is a directory", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
         if file.exists() and not (force and file.is_file()):
-            raise UserError(
-                "is there already", where=str(file), fix="Name another file, or write over it with --force."
-            )
+            raise UserError("already exists", where=str(file), fix="Name another file, or overwrite it with --force.")
         place_of(file)
 
 

@@ -133,17 +133,17 @@ def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool
     where = f"-o {output}"
     with write_errors_as_user_errors(where):
         if output.is_dir():
-            raise UserError("this is a folder", where=where, fix=f"Write -o {output / 'values.yaml'}.")
+            raise UserError("is a directory", where=where, fix=f"Write -o {output / 'values.yaml'}.")
         if output.exists():
             if not output.is_file():
-                raise UserError("this is no file", where=where, fix="Write -o values.yaml, or -o - for stdout.")
+                raise UserError("not a regular file", where=where, fix="Write -o values.yaml, or -o - for stdout.")
             if any(output.samefile(file) for file in inputs):
-                raise UserError("that is the inputs file itself", where=where, fix="Write -o values.yaml.")
+                raise UserError("is the inputs file itself", where=where, fix="Write -o values.yaml.")
             there = output.read_bytes().decode("utf-8", errors="surrogateescape")
             if not (force or there == text or is_as_written(there)):
                 print(difference(there, text, one_line(str(output))), file=sys.stderr)
                 what = (
-                    "was edited since genvalues wrote it" if claimed_digest(there) else "was not written by genvalues"
+                    "was edited after genvalues wrote it" if claimed_digest(there) else "was not written by genvalues"
                 )
-                raise UserError(what, where=where, fix="Write to another file, or over this one with --force.")
+                raise UserError(what, where=where, fix="Write to another file, or overwrite this one with --force.")
         write_named(output, text.encode("utf-8"))

@@ -126,7 +126,7 @@ resolve_by(HELM_SCHEMA, HelmLoader)
 def decode(path: Path, name: str) -> str:
     try:
         if path.is_dir():
-            raise UserError("this is a folder", where=name, fix="Name the file in it.")
+            raise UserError("is a directory", where=name, fix="Name the file in it.")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -193,15 +193,15 @@ def errors_placed(text: str) -> Iterator[None]:
         what = f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}"
         fix = SYNTAX_FIX
         if "'\\t'" in what:
-            what, fix = "a tab, which YAML does not allow here", "Write spaces instead."
+            what, fix = "a tab, which YAML does not allow for indentation", "Write spaces instead."
         elif "another document" in what:
-            what, fix = "not valid YAML: a second document begins here", "Remove the line ---, or what follows it."
+            what, fix = "not valid YAML: a second document starts here", "Remove the line ---, or what follows it."
         raise UnreadableYAML(what, fix, line, column) from None
     except (ValueError, OverflowError, IndexError):  # PyYAML on escapes such as "\UFFFFFFFF"
         escape = NO_CHARACTER.search(text)
         before = text[: escape.start()] if escape else ""
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        what = "not valid YAML: an escape in it stands for no character"
+        what = "not valid YAML: an escape is not a valid character"
         raise UnreadableYAML(what, "Remove the escape.", line, column) from None
 
 

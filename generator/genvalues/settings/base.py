@@ -73,4 +73,4 @@ Name = Annotated[str, Field(pattern=optional(DNS_NAME), max_length=253)]  # of a
 NullIsEmpty = Annotated[str, BeforeValidator(empty_for_null)]  # in an inputs file null says "left out", too
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # A number for the trainer (16.0 in fingerprints), and in values files as the user wrote it (16).
-Number = Annotated[float, PlainSerializer(as_written, return_type=float, when_used="json")]
+Number = Annotated[float, PlainSerializer(as_written, return_type=Any, when_used="json")]

@@ -115,7 +115,7 @@ class Dataset(DatasetOptions):
 
 
 class Lora(Block):
-    """The LoRA adapter: W + (alpha / r) B A on the target modules (Hu et al. 2021, arXiv:2106.09685)."""
+    """The LoRA adapter (arXiv:2106.09685): W + (alpha / r) B A on the target modules."""
 
     r: int = Field(16, ge=1, le=1024, description="Rank. A higher rank can learn more and takes more memory.")
     alpha: Number = Field(
@@ -135,7 +135,7 @@ class Lora(Block):
 
 
 class TrainingOptions(Block):
-    """Training. Batch sizes count rows of maxSequenceLength tokens, steps count optimizer steps.
+    """Training: batch sizes count rows of maxSequenceLength tokens, steps count optimizer steps.
 
     A step trains on perDeviceBatchSize * gradientAccumulationSteps * parallelism.dataParallelSize rows.
     """
@@ -151,8 +151,8 @@ class TrainingOptions(Block):
         "linear", description="Learning rate schedule after warm-up."
     )
     warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
+    weight_decay: Number = Field(0.0, ge=0, le=1, description="Weight decay of AdamW.")
+    max_grad_norm: Number = Field(1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
     save_steps: int = Field(
         100, ge=1, le=LARGE, description="Optimizer steps between checkpoints: the most that a lost node costs."
     )

@@ -14,7 +14,8 @@ from typing import Any
 from genvalues.accelerators.instances import trainium
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
-from genvalues.common.text import SECRET_NAME, KeyPath, one_line
+from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.settings.values import DURATION
 
 Values = dict[str, Any]
 SECRETS_FIX = (
@@ -25,7 +26,6 @@ SECRETS_FIX = (
 
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
 DEFAULT_MOUNT = "/workspace"  # workspace.mountPath (chart/values.yaml)
-DURATION = re.compile(r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?")  # the chart's rule
 STALL_TIMEOUT = "30m"  # of a training whose graphs are compiled: the chart's, too
 COMPILING_STALL_TIMEOUT = "2h"  # of one that may compile for an hour in its first step (chart/values.yaml, guards)
 STARTING_STALL_TIMEOUT = "18m"  # what a start may take, by the plan's estimate (plan/estimate.py, START_HOURS)
@@ -68,8 +68,8 @@ def warnings(values: Values) -> Iterator[Problem]:
     if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
         yield Problem(
             (*key_paths("image.repository"), ("image",)),
-            "123456789012 is the account of AWS's examples, not yours: nothing can be pulled from there",
-            "Write your own, then: genvalues image push.",
+            "123456789012 is the example account of AWS documentation, so the image cannot be pulled",
+            "Use your own account, then run genvalues image push.",
         )
 
     yield from short_standstill(values)
@@ -100,11 +100,13 @@ def short_standstill(values: Values) -> Iterator[Problem]:
 def model(values: Values) -> Iterator[Problem]:
     hub_id, path = get(values, "model.id", str), get(values, "model.path", str)
     if hub_id and path:
-        yield Problem(key_paths("model.path", "model.id"), "model.id and model.path are both set", "Keep one.")
+        yield Problem(key_paths("model.path", "model.id"), "model.id and model.path are both set", "Remove one.")
     elif hub_id == path == "":
-        yield Problem(key_paths("model.id", "model.path"), "there is no model", "Write a hub id, or a path.")
+        yield Problem(key_paths("model.id", "model.path"), "no model is set", "Write a hub id, or a path.")
     if path and get(values, "model.revision", str):
-        yield Problem(key_paths("model.revision", "model.path"), "a model.path has no revisions", "Remove it.")
+        yield Problem(
+            key_paths("model.revision", "model.path"), "model.path cannot be combined with a revision", "Remove it."
+        )
 
 
 def dataset(values: Values) -> Iterator[Problem]:
@@ -114,7 +116,7 @@ def dataset(values: Values) -> Iterator[Problem]:
     if get(values, "evaluation.enabled", bool) and get(values, "dataset.evalFraction", float) == 0:
         yield Problem(
             key_paths("evaluation.enabled", "dataset.evalFraction"),
-            "there are no held-out rows to evaluate on",
+            "evaluation is enabled, but no rows are held out",
             "Raise dataset.evalFraction above 0.",
         )
 
@@ -124,7 +126,7 @@ def attention(values: Values) -> Iterator[Problem]:
         return
     length, backend = get(values, "training.maxSequenceLength", int), get(values, "backend", str)
     if backend == "cpu":
-        yield Problem(key_paths("training.attention"), "flash is for Trainium only", "Write eager, or remove it.")
+        yield Problem(key_paths("training.attention"), "flash requires backend neuron", "Write eager, or remove it.")
     elif backend == "neuron" and length is not None and length % FLASH_ROWS:
         yield Problem(
             key_paths("training.attention", "training.maxSequenceLength"),
@@ -160,7 +162,7 @@ def process_groups(values: Values) -> Iterator[Problem]:
             fitting = ", ".join(str(group) for group in groups if group <= instance.cores)
             yield Problem(
                 key_paths(f"parallelism.{name}", "instance"),
-                f"{values['instance']} has no groups of {size} processes",
+                f"{values['instance']} does not support process groups of {size} processes",
                 f"Leave parallelism out, or write one of {fitting}.",
             )
 
@@ -169,17 +171,21 @@ def devices(values: Values) -> Iterator[Problem]:
     asked = get(values, "devices", dict)
     if get(values, "backend", str) == "neuron" and get(values, "instance", str) == "cpu":
         yield Problem(
-            key_paths("backend", "instance"), "neuron needs a Trainium instance", "Change the inputs' instance."
+            key_paths("backend", "instance"),
+            "backend neuron requires a Trainium instance",
+            "Change the inputs' instance.",
         )
     elif get(values, "backend", str) == "neuron" and asked is not None and "aws.amazon.com/neuron" not in asked:
         yield Problem(
-            key_paths("backend", "devices"), "neuron needs aws.amazon.com/neuron in devices", "Remove it here."
+            key_paths("backend", "devices"),
+            "backend neuron requires aws.amazon.com/neuron in devices",
+            "Remove it here.",
         )
     for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
         if name in (asked or {}):
             yield Problem(
                 (("devices", name),),
-                "the Neuron device plugin does not offer whole nodes by it",
+                "the Neuron device plugin does not offer whole nodes under this name",
                 "Use aws.amazon.com/neuron.",
             )
 
@@ -189,7 +195,7 @@ def guards(values: Values) -> Iterator[Problem]:
     if get(values, "guards.maxCost", float) and not get(values, "guards.pricePerNodeHour", float):
         yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
-            f"the price of a {values.get('instance', '')} node, which the cost is counted by, is not known",
+            f"the price of a {values.get('instance', '')} node is unknown, so the cost cannot be counted",
             "Write guards.pricePerNodeHour, the dollars that one node costs an hour.",
         )
     most, price = get(values, "guards.maxCost", float), get(values, "guards.pricePerNodeHour", float)
@@ -197,15 +203,14 @@ def guards(values: Values) -> Iterator[Problem]:
     if most and price and most <= (kept := nodes * GRACE_SECONDS / 3600 * price):
         yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
-            f"{most:g} dollars start nothing: to end {nodes} node{'s' if nodes > 1 else ''} takes up to {kept:.2f}, "
-            "which are kept back",
-            "Write more; `genvalues plan` estimates the run.",
+            f"${most:g} is too low to start: ${kept:.2f} is reserved for stopping {number_of(nodes, 'node')}",
+            "Raise it. `genvalues plan` estimates the cost of the run.",
         )
     timeout = get(values, "guards.stallTimeout", str)
-    if timeout and not (DURATION.fullmatch(timeout) and re.search("[1-9]", timeout)):
+    if timeout and not (re.fullmatch(DURATION, timeout) and re.search("[1-9]", timeout)):
         yield Problem(
             key_paths("guards.stallTimeout"),
-            f"{one_line(timeout)!r} is no time to wait for a step",
+            f"{one_line(timeout)!r} is not a valid duration",
             "Write one like 45m or 1h30m, or '' for none.",
         )
     elif timeout and get(values, "backend", str) == "neuron" and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
@@ -229,12 +234,16 @@ def storage(values: Values) -> Iterator[Problem]:
     if get(values, "storage.existingClaim", str):
         return
     if get(values, "storage.enabled", bool) is False:
-        yield Problem(key_paths("storage.enabled"), "without a claim to use", "Write storage: {existingClaim: NAME}.")
+        yield Problem(
+            key_paths("storage.enabled"),
+            "is false, but no existingClaim is set",
+            "Write storage: {existingClaim: NAME}.",
+        )
         return
     if kind == "fsx" and (fitting := fsx_size(get(values, "storage.size", str) or "")):
         yield Problem(
             key_paths("storage.size"),
-            f"FSx for Lustre is not made in {one_line(values['storage']['size'])}",
+            f"FSx for Lustre has no size of {one_line(values['storage']['size'])}",
             f"Use {fitting} (1200Gi or a multiple of 2400Gi).",
         )
     if kind == "fsx-static":
@@ -257,7 +266,7 @@ def storage(values: Values) -> Iterator[Problem]:
     elif kind == "fsx" and get(values, "storage.storageClass", str) == "":
         yield Problem(
             key_paths("storage.storageClass"),
-            "FSx has no default storage class",
+            "FSx for Lustre has no default storage class",
             "Name the class of the FSx CSI driver (often fsx-sc).",
         )
 

@@ -37,10 +37,11 @@ from genvalues.settings.run import (
 
 # --- keys that genvalues chooses or fills in when the inputs leave them out
 
+DURATION = r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?"
 StallTimeout = Annotated[
     str,
     Field(
-        pattern=r"^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?$",
+        pattern=f"^{DURATION}$",
         max_length=32,
         description="End train after this long without a step while all its pods run, such as 45m or 1h30m. Empty: "
         "never. Must be longer than what precedes the first step: reading the model, and with compile.onMismatch: warn "

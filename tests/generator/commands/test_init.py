@@ -110,7 +110,7 @@ def test_a_file_that_is_there_is_never_overwritten_unless_forced(force: bool) ->
     done = genvalues("init", *(["--force"] if force else []))
     assert done.returncode == (0 if force else 2)
     if not force:
-        said = "finetune.yaml: is there already. Name another file, or write over it with --force.\n"
+        said = "finetune.yaml: already exists. Name another file, or overwrite it with --force.\n"
         assert done.stderr == said
     assert (Path("finetune.yaml").read_text() == "mine: 1\n") is not force
 
@@ -118,7 +118,7 @@ def test_a_file_that_is_there_is_never_overwritten_unless_forced(force: bool) ->
 def test_a_place_that_cannot_be_written_is_told_in_a_line() -> None:
     Path("file").touch()
     for place, said in [
-        (".", "this is a folder"),
+        (".", "is a directory"),
         (
             "no/such/f.yaml",
             "no/such/f.yaml: cannot be written: there is no folder no/such. Name a file",
@@ -190,9 +190,9 @@ def test_an_answer_that_is_wrong_is_told_at_once_and_asked_for_again() -> None:
     assert shown.count("Model (") == shown.count("Instance type") == shown.count("Name of the run") == 2
     assert shown.count("Nodes [") == 3
     first, _, rest = shown.partition("Dataset (")
-    assert 'Error: the text "bad model" is not a hub id' in first, "before the next question"
+    assert 'Error: "bad model" is not a hub id' in first, "before the next question"
     assert "--model" not in shown
-    assert "is a kind of file that is not read" in rest
+    assert "has an unsupported file format" in rest
     inputs = yaml.safe_load(Path("finetune.yaml").read_text())
     assert (inputs["model"], inputs["dataset"]) == ("c/d", {"source": "a/b", "format": "chat"})
     assert (inputs["nodes"], inputs["image"], inputs["name"]) == (2, "me/llama-lora:1", "mine")
@@ -212,7 +212,7 @@ def test_a_file_that_is_there_and_an_option_that_is_wrong_are_told_before_any_qu
     assert status == 2 and "--model bad model: " in shown and "Dataset" not in shown
     Path("finetune.yaml").touch()
     status, shown = on_a_terminal("")
-    assert (status, shown.split(".yaml: ")[1][:16]) == (2, "is there already")
+    assert (status, shown.split(".yaml: ")[1][:16]) == (2, "already exists")
     assert "Model" not in shown
 
 

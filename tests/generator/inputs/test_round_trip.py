@@ -217,8 +217,8 @@ def test_what_genvalues_wrote_is_overwritten_without_a_word(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("edit", "said", "shown"),
     [
-        (lambda text: text.replace("r: 16", "r: 64"), "was edited since genvalues wrote it", "-  r: 64\n+  r: 16"),
-        (lambda text: text + "extra: 1\n", "was edited since genvalues wrote it", "-extra: 1"),
+        (lambda text: text.replace("r: 16", "r: 64"), "was edited after genvalues wrote it", "-  r: 64\n+  r: 16"),
+        (lambda text: text + "extra: 1\n", "was edited after genvalues wrote it", "-extra: 1"),
         (lambda text: text.replace("# The adapter.", "# ours"), "was edited", "-# ours\n+# The adapter."),
         (lambda text: re.sub("# digest: .*\n", "", text), "was not written by genvalues", "+# digest: "),
         (lambda text: re.sub("# digest: .*\n", "# digest: " + "0" * 16 + "\n", text), "was edited", "-# digest: 000"),
@@ -260,7 +260,7 @@ def test_what_is_no_file_is_not_replaced_by_one(place: str, tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "f.yaml").write_text(CPU)
     done = genvalues("write", "f.yaml", "-o", place, "--force", cwd=tmp_path)
-    said = f"-o {place}: this is no file. Write -o values.yaml, or -o - for stdout.\n"
+    said = f"-o {place}: not a regular file. Write -o values.yaml, or -o - for stdout.\n"
     assert (done.returncode, done.stderr) == (2, said)
     assert not (tmp_path / place).is_file()
 
@@ -302,7 +302,7 @@ def test_neither_the_inputs_nor_an_overlay_is_written_over(tmp_path: Path) -> No
     (tmp_path / "over.yaml").write_text("lora: {r: 8}\n")
     for place in ("f.yaml", "over.yaml"):
         done = genvalues("write", "f.yaml", "-f", "over.yaml", "-o", place, "--force", cwd=tmp_path)
-        assert (done.returncode, done.stderr.split(". ")[0]) == (2, f"-o {place}: that is the inputs file itself")
+        assert (done.returncode, done.stderr.split(". ")[0]) == (2, f"-o {place}: is the inputs file itself")
     assert (tmp_path / "over.yaml").read_text() == "lora: {r: 8}\n"
 
 

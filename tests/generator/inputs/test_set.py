@@ -85,29 +85,29 @@ def test_set_string_makes_text_and_comes_after_set(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "--set : not of the form key=value. Write --set lora.r=8."),
-        ("lora", "--set lora: not of the form key=value. Write --set lora.r=8."),
-        ("=5", "--set =5: not of the form key=value: a key has no name. Write --set lora.r=8."),
-        ("lora..r=5", "--set lora..r=5: not of the form key=value: a key has no name. Write --set lora.r=8."),
+        ("", "--set : is not of the form key=value. Write --set lora.r=8."),
+        ("lora", "--set lora: is not of the form key=value. Write --set lora.r=8."),
+        ("=5", "--set =5: is not of the form key=value: a key has no name. Write --set lora.r=8."),
+        ("lora..r=5", "--set lora..r=5: is not of the form key=value: a key has no name. Write --set lora.r=8."),
         (
             "dataset.config=a,b",
-            "--set b: not of the form key=value. Write --set lora.r=8. A comma in a value is written \\, and a list "
+            "--set b: is not of the form key=value. Write --set lora.r=8. A comma in a value is written \\, and a list "
             "{a,b}.",
         ),
         (
             "lora.targetModules=[q_proj,v_proj]",
-            "--set v_proj]: not of the form key=value. Write --set lora.r=8. A comma in a value is written \\, and a "
-            "list {a,b}.",
+            "--set v_proj]: is not of the form key=value. Write --set lora.r=8. A comma in a value is written "
+            "\\, and a list {a,b}.",
         ),
-        ("a={b", "--set a={b: a list without its end }. Write {a,b}."),
+        ("a={b", "--set a={b: the list has no closing }. Write {a,b}."),
         (
             "a={b}c",
-            "--set a={b}c: there is more after a list's end }. Write --set lora.r=8. A comma in",
+            "--set a={b}c: unexpected text after the closing }. Write --set lora.r=8. A comma in",
         ),
-        ("a[x]=1", "--set a[x]=1: what is in [ ] is no place in a list. Write a[0] for the first."),
-        ("a[-1]=1", "--set a[-1]=1: what is in [ ] is no place in a list. Write a[0] for the first."),
-        ("a[1", "--set a[1: what is in [ ] is no place in a list. Write a[0] for the first."),
-        ("a[99999]=1", "--set a[99999]=1: what is in [ ] is no place in a list. Write a[0] for the first."),
+        ("a[x]=1", "--set a[x]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
+        ("a[-1]=1", "--set a[-1]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
+        ("a[1", "--set a[1: the text in [ ] is not a valid index. Write a[0] for the first."),
+        ("a[99999]=1", "--set a[99999]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
         ("a[0]b=1", "--set a[0]b=1: a[0] has no value. Write --set lora.r=8. A comma in a value is written \\, an"),
         ("a[0]", "--set a[0]: a[0] has no value. Write --set lora.r=8."),
         (".".join("a" * 60) + "=1", "more than 50 levels deep. Write it flatter."),
@@ -124,7 +124,7 @@ def test_what_is_no_assignment_is_told_in_a_line(file: Path, text: str, said: st
 
 def test_every_assignment_that_is_wrong_is_told_by_itself(file: Path) -> None:
     document = read(file, sets=["lora.r=x,nodes=5,a={", "b"], set_strings=["c"])
-    assert told(document)[0] == "--set a={: a list without its end }. Write {a,b}."
+    assert told(document)[0] == "--set a={: the list has no closing }. Write {a,b}."
     assert [line.split(":")[0] for line in told(document)] == ["--set a={", "--set b", "--set-string c"]
     assert document.position(("lora", "r")).label == "--set lora.r=x"
     assert document.position(("nodes",)).label == "--set nodes=5"

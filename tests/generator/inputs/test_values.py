@@ -179,7 +179,7 @@ def test_flash_that_cannot_work_is_a_mistake_with_its_fix(tmp_path: Path, below:
         "flash needs a maxSequenceLength that is a multiple of 2048, not 3000. "
         "Write maxSequenceLength: 4096, or attention: eager."
     )
-    with pytest.raises(UserError, match=r"flash is for Trainium only\. Write eager, or remove it\."):
+    with pytest.raises(UserError, match=r"flash requires backend neuron\. Write eager, or remove it\."):
         values_of(tmp_path, ON_TRAINIUM % ("text", "cpu"), flash)
 
 
@@ -227,7 +227,9 @@ def test_groups_of_processes_that_neuron_does_not_have_are_mistakes(
     tmp_path: Path, instance: str, parallelism: dict[str, int], allowed: str
 ) -> None:
     text = ON_TRAINIUM % ("text", instance) + dump({"chartValues": {"parallelism": parallelism}})
-    with pytest.raises(UserError, match=f"has no groups of .* Leave parallelism out, or write one of {allowed}"):
+    with pytest.raises(
+        UserError, match=f"does not support process groups of .* Leave parallelism out, or write one of {allowed}"
+    ):
         values_of(tmp_path, text)
 
 
@@ -351,7 +353,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
         "training": st.fixed_dictionaries(
             {},
             # (globalBatchSize follows from the others: any of its values with any of theirs is a mistake)
-            optional={name: each for name, each in numbers("Training").items() if name != "globalBatchSize"}
+            optional={name: each for name, each in numbers("TrainingInputs").items() if name != "globalBatchSize"}
             | {
                 "packing": st.booleans(),
                 "lrScheduler": st.sampled_from(["linear", "cosine", "constant"]),
@@ -367,7 +369,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
                 "onMismatch": st.sampled_from(["refuse", "warn"]),
             },
         ),
-        "evaluation": st.fixed_dictionaries({}, optional=numbers("Evaluation")),
+        "evaluation": st.fixed_dictionaries({}, optional=numbers("EvaluationInputs")),
         "huggingFace": st.none() | st.fixed_dictionaries({"tokenSecret": NAME}, optional={"tokenKey": NAME}),
         "mode": st.sampled_from(["attached", "detached", None]),
         "storage": st.sampled_from(
@@ -399,7 +401,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
                 },
                 optional={
                     "columns": st.fixed_dictionaries({}, optional=dict.fromkeys(columns, WORD)),
-                    "evalFraction": numbers("Dataset")["evalFraction"],
+                    "evalFraction": numbers("DatasetInputs")["evalFraction"],
                     "revision": st.just("v1"),
                 },
             )

@@ -377,8 +377,11 @@ def test_without_a_builder_a_line_names_them(
     ("image", "said"),
     [
         (None, "f.yaml:1:1 image: missing. Write where the image goes: ACCOUNT.dkr.ecr.REGION.amazonaws.com/"),
-        ("x/llama-lora:latest", "f.yaml:4:1 image: :latest is another image tomorrow. Name a version's tag, or"),
-        (f"{IMAGE[:-6]}:latest@{DIGEST}", "f.yaml:4:1 image: :latest is another image tomorrow. Name a version's tag,"),
+        ("x/llama-lora:latest", "f.yaml:4:1 image: the tag latest can change between stages. Name a version's tag, or"),
+        (
+            f"{IMAGE[:-6]}:latest@{DIGEST}",
+            "f.yaml:4:1 image: the tag latest can change between stages. Name a version's tag,",
+        ),
         (f"{IMAGE[:-6]}@{DIGEST}", "f.yaml:4:1 image: names no tag to build. Write REPOSITORY:TAG, such as"),
         (
             IMAGE.replace("us-west-2", "us-wset-2"),

@@ -323,7 +323,7 @@ def test_a_file_of_rows_that_is_missing_or_empty_is_a_mistake_on_the_cpu(tmp_pat
         with pytest.raises(UserError, match=r"dataset\.source: no such file or folder: "):
             made(file=file)
         rows.write_text("")
-        with pytest.raises(UserError, match=r"dataset\.source: there is nothing in this file: "):
+        with pytest.raises(UserError, match=r"dataset\.source: the file is empty: "):
             made(file=file)
     made("dataset.source=/workspace/rows.txt", file=file)
     mounts = "{extraVolumes: {a: {emptyDir: {}}}, extraVolumeMounts: {a: {mountPath: /a}}}"

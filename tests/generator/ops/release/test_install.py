@@ -130,7 +130,7 @@ def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
         (["--release", "x" * 54], "is no name for a release. Give --release at most 53 of"),
         (["--set", "mode=detached", "--release", "x" * 50], "is no name for a release. Give --release at most 49 of"),
         (["--set", "chartValues.name=A_b"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
-        (["--chart", "nowhere"], "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart"),
+        (["--chart", "nowhere"], "--chart nowhere: not a chart: Chart.yaml not found. Name the directory of the chart"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
@@ -157,7 +157,7 @@ def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
         assert told().startswith("no cluster to talk to: ")
     with monkeypatch.context() as without:
         without.setattr("genvalues.inputs.chart.BESIDE_THE_SOURCES", Path("nowhere"))
-        assert told() == "no chart here. Say where it is: --chart DIR."
+        assert told() == "no chart found. Name its directory: --chart DIR."
     (helm.folder / "helm").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert told().startswith("helm is not to be found. Run `make setup`, or install Helm")

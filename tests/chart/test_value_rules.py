@@ -1,0 +1,114 @@
+"""Rules that span settings: genvalues and the chart refuse the same values; and what a short values file may leave out."""
+
+from __future__ import annotations
+
+import pytest
+
+from chart.manifests import CHART, MINIMAL, Refused, Values, config, merged, render
+from genvalues.inputs.chart import on_top_of_defaults
+from genvalues.settings.value_rules import contradictions
+
+NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
+ENVIRONMENT = "stages.train.extraEnv"
+
+# Values, and a key that both name.
+REFUSED: dict[str, tuple[Values, str]] = {
+    "no model": ({"model": {"id": ""}}, "model.id"),
+    "two models": ({"model": {"path": "/a"}}, "model.path"),
+    "revision of a path": ({"model": {"id": "", "path": "/a", "revision": "main"}}, "model.revision"),
+    "no dataset": ({"dataset": {"source": ""}}, "dataset.source"),
+    "no format": ({"dataset": {"format": ""}}, "dataset.format"),
+    "nothing to evaluate on": ({"dataset": {"evalFraction": 0}}, "evaluation.enabled"),
+    "flash on CPUs": ({"training": {"attention": "flash"}}, "training.attention"),
+    "flash and odd rows": (
+        merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
+        "training.maxSequenceLength",
+    ),
+    "processes and copies": ({"parallelism": {"nodes": 3, "tensorParallelSize": 1}}, "parallelism.nodes"),
+    "tensor parallel on CPUs": (
+        {"parallelism": {"tensorParallelSize": 2, "dataParallelSize": 1}},
+        "parallelism.tensorParallelSize",
+    ),
+    "Neuron on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
+    "Neuron without devices": ({"instance": "trn1.32xlarge", "backend": "neuron"}, "devices"),
+    "the wrong device": (
+        merged(NEURON, {"devices": {"aws.amazon.com/neuroncore": 2}}),
+        "devices.aws.amazon.com/neuroncore",
+    ),
+    "a limit without a price": ({"guards": {"maxCost": 10}}, "guards.maxCost"),
+    "a timeout of nothing": ({"guards": {"stallTimeout": "0m"}}, "guards.stallTimeout"),
+    "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
+    "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
+    "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),
+    "a file system without its name": (
+        {"storage": {"kind": "fsx-static", "static": {"fileSystemId": "fs-0123456789abcdef0", "mountName": "fsx"}}},
+        "storage.static.dnsName",
+    ),
+    "a class without a subnet": (
+        {
+            "storage": {
+                "kind": "fsx",
+                "size": "1200Gi",
+                "fsx": {"createStorageClass": True, "securityGroupIds": ["sg-0123456789abcdef0"]},
+            }
+        },
+        "storage.fsx.subnetId",
+    ),
+    "nodes that cannot share a volume": (
+        {"parallelism": {"nodes": 2, "dataParallelSize": 4}, "storage": {"accessModes": ["ReadWriteOnce"]}},
+        "storage.accessModes",
+    ),
+    "a secret": ({"stages": {"train": {"extraEnv": {"API_KEY": "x"}}}}, f"{ENVIRONMENT}.API_KEY"),
+    "the chart's own variable": (
+        {"stages": {"train": {"extraEnv": {"LLAMA_LORA_WORKSPACE": "/x"}}}},
+        f"{ENVIRONMENT}.LLAMA_LORA_WORKSPACE",
+    ),
+    "another compile cache": (
+        merged(NEURON, {"stages": {"train": {"extraEnv": {"NEURON_COMPILE_CACHE_URL": "/x"}}}}),
+        f"{ENVIRONMENT}.NEURON_COMPILE_CACHE_URL",
+    ),
+    "flags of one stage": (
+        merged(NEURON, {"stages": {"train": {"extraEnv": {"NEURON_CC_FLAGS": "-O1"}}}}),
+        f"{ENVIRONMENT}.NEURON_CC_FLAGS",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "key"), REFUSED.values(), ids=REFUSED)
+def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: Values, key: str) -> None:
+    wrong = merged(MINIMAL, values)
+    keys = {".".join(each) for problem in contradictions(on_top_of_defaults(CHART, wrong)) for each in problem.keys}
+    assert key in keys
+    with pytest.raises(Refused) as refused:
+        render(wrong)
+    assert "the schema" not in str(refused.value)
+    assert all(part in str(refused.value) for part in key.rpartition(".extraEnv.")[0::2] if part)
+
+
+def test_neither_refuses_values_that_are_right() -> None:
+    assert list(contradictions(on_top_of_defaults(CHART, MINIMAL))) == []
+    assert render(MINIMAL)
+
+
+def test_a_section_or_key_set_to_null_has_its_defaults(helm: int) -> None:
+    taken_away: Values = {"training": None, "rbac": None, "pipeline": {"mode": None}, "lora": {"r": None}}
+    assert render(merged(MINIMAL, taken_away), helm=helm) == render(MINIMAL, helm=helm)
+
+
+def test_a_limit_of_a_container_set_to_null_is_no_limit(helm: int) -> None:
+    assert render(merged(MINIMAL, {"stageDefaults": {"resources": {"limits": {"cpu": None}}}}), helm=helm)
+
+
+def test_numbers_that_helm_set_passes_as_text_are_numbers(helm: int) -> None:
+    as_text: Values = {
+        "training": {"learningRate": "3e-5", "warmupRatio": "0.04"},
+        "guards": {"maxCost": "99.5", "pricePerNodeHour": "2.5"},
+    }
+    objects = render(merged(MINIMAL, as_text), helm=helm)
+    training = config(objects, "run.yaml")["training"]
+    assert (training["learningRate"], training["warmupRatio"]) == (3e-5, 0.04)
+    assert config(objects, "cluster.yaml")["guards"]["maxCost"] == 99.5
+    with pytest.raises(Refused, match=r"lora.dropout 1.5 is too large. Set it to less than 1"):
+        render(merged(MINIMAL, {"lora": {"dropout": "1.5"}}), helm=helm)
+    with pytest.raises(Refused, match=r"training.epochs 0.0 is too small. Set it to more than 0"):
+        render(merged(MINIMAL, {"training": {"epochs": "0.0"}}), helm=helm)
