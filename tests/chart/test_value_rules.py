@@ -1,4 +1,4 @@
-"""Rules that span settings: genvalues and the chart refuse the same values; and what a short values file may leave out."""
+"""Rules that span settings: genvalues and the chart refuse the same values. And what a values file may leave out."""
 
 from __future__ import annotations
 
