@@ -13,7 +13,7 @@ from typing import Any
 from genvalues.common.findings import Finding, Level
 from genvalues.common.text import dotted, one_line
 from genvalues.inputs.check import unseen_by_pods
-from genvalues.ops.image.registries import Image
+from genvalues.ops.registries import Image
 from genvalues.ops.preflight.run_requirements import RunRequirements
 from genvalues.settings.value_rules import fsx_size
 

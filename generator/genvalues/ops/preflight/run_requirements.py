@@ -8,7 +8,7 @@ from typing import Any
 
 from genvalues.accelerators.instances import HYPERPOD, Instance, trainium
 from genvalues.common.dicts import get
-from genvalues.ops.image.registries import Image, mistaken_account, parse
+from genvalues.ops.registries import Image, invalid_account, parse_image
 from genvalues.settings.datasets import is_file
 
 # fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com
@@ -54,12 +54,12 @@ class RunRequirements:
     def image(self) -> Image:
         tag, digest = self.text("image.tag"), self.text("image.digest")
         reference = self.text("image.repository") + (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
-        return parse(reference)
+        return parse_image(reference)
 
     @property
     def image_is_ecrs(self) -> bool:
         """By its address, even where that has a mistake."""
-        return self.image.in_ecr or bool(mistaken_account(self.image))
+        return self.image.in_ecr or bool(invalid_account(self.image))
 
     @property
     def makes_claim(self) -> bool:
