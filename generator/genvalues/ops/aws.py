@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line, redacted
 
 AwsAnswer = Mapping[str, Any]  # what boto3 returns for a call, or a part of it
+Found = TypeVar("Found")
 
 # A call takes at most 10 s: one attempt, with these limits for connecting and for each read.
 CONNECT_SECONDS, READ_SECONDS = 4, 6
@@ -60,6 +61,9 @@ class Denied(UserError):
 
 class Missing(Exception):
     """AWS has no resource of that name."""
+
+
+NO_ANSWER = (UserError, Unavailable, Missing)  # what a call raises, see translate_errors
 
 
 class AwsClients:
@@ -124,7 +128,7 @@ class AwsClients:
             for page in client.get_paginator(operation).paginate(**parameters):
                 yield from page.get(key) or []
 
-    def once(self, question: str, ask: Callable[[], Any]) -> Any:
+    def once(self, question: str, ask: Callable[[], Found]) -> Found:
         """Ask a question once for all threads: later calls get the same answer, or raise the same error."""
         with self._lock:
             is_first = question not in self._answers
@@ -134,7 +138,16 @@ class AwsClients:
                 answer.set_result(ask())
             except BaseException as error:
                 answer.set_exception(error)
-        return answer.result()
+        found: Found = answer.result()
+        return found
+
+
+def answer_or_none(ask: Callable[[], Found]) -> Found | None:
+    """The answer, or None if the call fails. For details of a finding that is useful without them."""
+    try:
+        return ask()
+    except NO_ANSWER:
+        return None
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from genvalues.cluster.api import connect
 from genvalues.cluster.preflight import Pace, preflight
 from genvalues.common.dicts import merge
 from genvalues.common.findings import Finding
+from genvalues.common.helm import render
 from genvalues.inputs.chart import BESIDE_THE_SOURCES as CHART
 from genvalues.ops.preflight import cluster_checks as outside
-from genvalues.ops.preflight.cluster_checks import check_cluster, rendered
+from genvalues.ops.preflight.cluster_checks import check_cluster
 
 QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)
 TRN1 = yaml.safe_load((CHART.parent / "values" / "trn1.values.yaml").read_text())
@@ -27,7 +28,7 @@ CLAIM, RELEASE = "llama-lora-workspace", "llama-lora"
 
 @pytest.fixture(scope="module")
 def objects() -> list[dict[str, Any]]:
-    return rendered(CHART, RELEASE, TRN1, NAMESPACE)
+    return render(CHART, RELEASE, TRN1, NAMESPACE)
 
 
 @pytest.fixture
@@ -55,9 +56,9 @@ def rendered_once(monkeypatch: pytest.MonkeyPatch, objects: list[dict[str, Any]]
     def once(chart: Path, release: str, values: dict[str, Any], namespace: str) -> list[dict[str, Any]]:
         if values == TRN1:
             return copy.deepcopy(objects)
-        return rendered(chart, release, values, namespace)
+        return render(chart, release, values, namespace)
 
-    monkeypatch.setattr(outside, "rendered", once)
+    monkeypatch.setattr(outside, "render", once)
 
 
 def check(values: dict[str, Any] = TRN1, context: str | None = None) -> list[Finding]:
@@ -82,7 +83,7 @@ def test_the_chart_tells_what_to_look_for(objects: list[dict[str, Any]]) -> None
 def test_before_the_first_install_a_claim_that_install_makes_is_right(ready: FakeApi) -> None:
     assert [str(finding) for finding in check()] == [
         "ok           training operator: knows PyTorchJob and acts on it",
-        f"ok           claim {CLAIM}: is not there yet: install makes it",
+        f"ok           claim {CLAIM}: does not exist yet: install creates it",
         "ok           storage class fsx-sc: provisioner fsx.csi.aws.com",
         f"ok           namespace {NAMESPACE}: enforces Pod Security baseline, which lets storage-prepare run as root",
         "ok           secret hf-token: has key token",
@@ -122,7 +123,7 @@ def test_a_storage_class_that_is_not_there_is_an_error_before_a_claim_waits_for_
 def test_without_a_default_class_a_claim_that_names_none_is_an_error(ready: FakeApi) -> None:
     generic = changed(kind="generic", storageClass="", size="100Gi")
     [found] = problems(generic)
-    assert found.level == "error" and "the cluster has no default" in found.found
+    assert found.level == "error" and "the cluster has no default class" in found.found
     default = {"storageclass.kubernetes.io/is-default-class": "true"}
     ready.add("storageclasses", {"metadata": {"name": "local", "annotations": default}, "provisioner": "x"})
     assert problems(generic) == []
@@ -138,7 +139,7 @@ def test_a_namespace_that_is_not_there_is_an_error_with_all_else_that_can_be_sai
     ready.remove("secrets", "hf-token")
     found = {finding.subject: finding for finding in check()}
     missing = found[f"namespace {NAMESPACE}"]
-    assert (missing.level, missing.found) == ("error", "there is no such namespace")
+    assert (missing.level, missing.found) == ("error", "not found")
     assert missing.fix.startswith(f"kubectl create namespace {NAMESPACE} && kubectl label namespace {NAMESPACE} ")
     assert found["secret hf-token"].level == "error"
     assert found["training operator"].level == "not checked", "there is no place for a test job"

@@ -16,7 +16,7 @@ from genvalues.commands.preflight import preflight
 from genvalues.common.findings import Finding, as_json, exit_status, show
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
-from genvalues.ops import preflight as module
+from genvalues.ops.preflight import run as module
 
 INPUTS = """\
 model: meta-llama/Meta-Llama-3.1-8B
@@ -72,7 +72,7 @@ def test_findings_are_shown_as_the_stage_shows_them(capsys: pytest.CaptureFixtur
 
 def test_neither_flag_is_everything_and_a_flag_is_that_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "run", lambda checked, **options: asked.append(options) or [ERROR])
+    monkeypatch.setattr(module, "run_preflight", lambda checked, **options: asked.append(options) or [ERROR])
     for flags in ([], ["--aws"], ["--cluster"], ["--aws", "--cluster"]):
         assert run(str(file), *flags).exit_code == 2
     assert [[one[key] for key in ("aws", "cluster", "hub")] for one in asked] == [
@@ -89,9 +89,9 @@ def test_offline_asks_nobody_and_says_so_for_each(file: Path) -> None:
     result = run(str(file), "--offline")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
-    assert "ok           size of the file system: 1200Gi, made on demand in about 10 minutes" in lines
+    assert "ok           size of the file system: 1200Gi, created on demand in about 10 minutes" in lines
     unasked = [line for line in lines if line.startswith("not checked")]
-    assert len(unasked) == len(lines) - 1 == 14 and all(line.endswith(": --offline") for line in unasked)
+    assert len(unasked) == len(lines) - 1 == 15 and all(line.endswith(": --offline") for line in unasked)
 
 
 def test_json_is_one_document(file: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_whole_of_it_with_nobody_there(file: Path, tmp_path: Path, monkeypat
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    findings = module.run(checked(Sources((file,))))
+    findings = module.run_preflight(checked(Sources((file,))))
     assert [finding.subject.partition(" ")[0] for finding in findings] == [
         *("AWS", "AWS", "size", "model", "dataset", "cluster")
     ]
@@ -122,7 +122,7 @@ def test_the_whole_of_it_with_nobody_there(file: Path, tmp_path: Path, monkeypat
 def test_a_fix_can_be_pasted_whatever_the_file_is_called(tmp_path: Path) -> None:
     path = tmp_path / "my file.yaml"
     path.write_text(INPUTS)
-    found, *_ = module.run(checked(Sources((path,))), hub=False, cluster=False, region="x")
+    found, *_ = module.run_preflight(checked(Sources((path,))), hub=False, cluster=False, region="x")
     assert shlex.split(found.fix, comments=True)[:3] == ["genvalues", "preflight", str(path)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from generator.ops.preflight.conftest import wanted
+from generator.ops.preflight.conftest import requirements
 from genvalues.common.findings import Finding
 from genvalues.ops.preflight import hub_checks as hub
 from genvalues.ops.preflight.hub_checks import check_hub
@@ -76,13 +76,13 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def model(*changes: dict[str, Any]) -> Finding:
-    finding, _ = check_hub(wanted(*changes))
+    finding, _ = check_hub(requirements(*changes))
     assert TOKEN not in str(finding), "a token is never printed"
     return finding
 
 
 def test_an_open_model_and_an_open_dataset_are_readable_at_a_commit(there: Hub) -> None:
-    assert [str(finding) for finding in check_hub(wanted())] == [
+    assert [str(finding) for finding in check_hub(requirements())] == [
         "ok           model meta-llama/Meta-Llama-3.1-8B: readable, at commit 0123456789ab",
         "ok           dataset databricks/databricks-dolly-15k: readable, at commit fedcba987654",
     ]
@@ -94,7 +94,7 @@ def test_a_gated_model_that_this_token_may_read_says_whose_token_the_run_uses(th
     there.has(MODEL, body=GATED)
     found = model()
     assert found.level == "ok" and "gated, and readable, at commit 0123456789ab with this token" in found.found
-    assert found.found.endswith("the run uses that of Secret hf-token, which may be another")
+    assert "the run uses the token of Secret hf-token" in found.found
 
 
 def test_a_gated_model_and_a_run_without_a_token_is_an_error(there: Hub) -> None:
@@ -109,8 +109,8 @@ def test_a_gated_model_whose_terms_are_not_accepted_gives_the_page_where_to(ther
     said = "Access to model meta-llama/Meta-Llama-3.1-8B is restricted and you are not in the authorized list."
     there.has(CONFIG, 403, X_Error_Code="GatedRepo", X_Error_Message=said)
     found = model()
-    assert found.level == "error" and "gated, and its terms are not accepted" in found.found and said in found.found
-    assert found.fix.startswith(f"open {there.url}/meta-llama/Meta-Llama-3.1-8B   # accept its terms there")
+    assert found.level == "error" and "has not accepted the terms" in found.found and said in found.found
+    assert found.fix.startswith(f"open {there.url}/meta-llama/Meta-Llama-3.1-8B   # and accept the terms")
 
 
 def test_a_gated_model_and_no_token_here_is_not_checked_unless_the_run_has_none_either(
@@ -120,7 +120,7 @@ def test_a_gated_model_and_no_token_here_is_not_checked_unless_the_run_has_none_
     there.has(MODEL, body=GATED)
     there.has(CONFIG, 401, X_Error_Code="GatedRepo")
     found = model()
-    assert found.level == "not checked" and "there is no token here to ask with" in found.found
+    assert found.level == "not checked" and "no token is set here" in found.found
     assert found.fix.startswith("HF_TOKEN=hf_... genvalues preflight finetune.yaml")
     assert model(NO_TOKEN).level == "error"
     assert {authorization for _, _, authorization in there.asked} == {""}
@@ -129,7 +129,7 @@ def test_a_gated_model_and_no_token_here_is_not_checked_unless_the_run_has_none_
 def test_no_such_model(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     typo = {"model": {"id": "meta-llama/Meta-Lama-3.1-8B"}}
     found = model(typo)
-    assert found.level == "error" and found.found == "there is none of this name, or it is private to others"
+    assert found.level == "error" and found.found == "not found, or private and not readable with this token"
     assert found.fix == f"open '{there.url}/models?search=Meta-Lama-3.1-8B'"
     monkeypatch.delenv("HF_TOKEN")
     path = "/api/models/meta-llama/Meta-Lama-3.1-8B/revision/main"
@@ -141,7 +141,7 @@ def test_no_such_model(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_such_revision(there: Hub) -> None:
     there.has(MODEL.replace("main", "v9"), 404, X_Error_Code="RevisionNotFound")
     found = model({"model": {"revision": "v9"}})
-    assert (found.level, found.found) == ("error", "there is no revision v9")
+    assert (found.level, found.found) == ("error", "revision v9 not found")
     assert f"open {there.url}/meta-llama/Meta-Llama-3.1-8B/tree/main" in found.fix
 
 
@@ -160,9 +160,7 @@ def test_a_repository_without_a_config_is_no_model(there: Hub) -> None:
 def test_a_token_that_the_hub_does_not_know(there: Hub) -> None:
     there.has(MODEL, 401, X_Error_Message="Invalid credentials in Authorization header")
     found = model()
-    assert (
-        found.level == "error" and "does not know this token" in found.found and found.fix.startswith("hf auth login")
-    )
+    assert found.level == "error" and "rejects this token" in found.found and found.fix.startswith("hf auth login")
 
 
 def test_a_fine_grained_token_without_the_right_is_told_in_the_hubs_words(there: Hub) -> None:
@@ -182,7 +180,7 @@ def test_a_hub_in_trouble_is_unanswered(there: Hub, status: int) -> None:
 def test_a_hub_that_is_away_is_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     for endpoint in ("http://127.0.0.1:9", "http://no.such.host.invalid", "nonsense"):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        findings = check_hub(wanted())
+        findings = check_hub(requirements())
         assert [(one.level, one.unanswered) for one in findings] == [("not checked", True)] * 2
 
 
@@ -220,19 +218,19 @@ def test_the_token_is_that_of_huggingface_hub(tmp_path: Path, monkeypatch: pytes
 
 def test_a_token_that_no_header_can_hold_is_not_a_traceback(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_\N{SNOWMAN}")
-    finding, _ = check_hub(wanted())
+    finding, _ = check_hub(requirements())
     assert finding.level == "not checked" and "SNOWMAN" not in str(finding)
 
 
 def test_what_is_not_on_the_hub_is_not_asked_for(there: Hub) -> None:
     local = {"model": {"id": "", "path": "/workspace/model"}, "dataset": {"source": "/workspace/rows.jsonl"}}
-    [found] = check_hub(wanted(local))
-    assert found.level == "ok" and "nothing to check there" in found.found
+    [found] = check_hub(requirements(local))
+    assert found.level == "ok" and "nothing to check" in found.found
     for source in ("s3://bucket/rows.jsonl", "/workspace/rows.jsonl"):
-        [only] = check_hub(wanted({"dataset": {"source": source}}))
+        [only] = check_hub(requirements({"dataset": {"source": source}}))
         assert only.subject.startswith("model ")
 
 
 def test_offline_asks_nobody(there: Hub) -> None:
-    assert {finding.found for finding in check_hub(wanted(), offline=True)} == {"--offline"}
+    assert {finding.found for finding in check_hub(requirements(), offline=True)} == {"--offline"}
     assert there.asked == []
