@@ -26,8 +26,8 @@ from genvalues.ops.registries import ACCOUNTS, invalid_account
 def check_aws(requirements: RunRequirements, region: str | None = None, offline: bool = False) -> list[Finding]:
     """All findings about AWS. ``region`` is that of --region.
 
-    Without credentials or a region nothing is checked. That is no error: a release itself calls AWS from the cluster
-    only.
+    Without credentials or a region nothing is checked. That is not an error: the run does not use this machine's
+    credentials.
     """
     checks = [check for check in CHECKS if check.applies(requirements)]
     subjects = [check.subject(requirements) for check in checks]
@@ -54,26 +54,27 @@ def check_aws(requirements: RunRequirements, region: str | None = None, offline:
 
 
 def skipped(subjects: Sequence[str], missing: str) -> Finding:
-    """One finding for all checks, which lack the same thing."""
+    """One finding for all checks that need what is missing."""
     return Finding("not checked", "AWS", f"{', '.join(subjects)}: skipped without {missing}, see above")
 
 
 def unanswered(subject: str, requirements: RunRequirements, error: Exception) -> Finding:
+    """The finding for a check whose call failed."""
     again = requirements.preflight_command("--aws")
     if isinstance(error, NotLoggedIn):
         log_in = "aws sso login   # or aws configure, or AWS_PROFILE=NAME"
         return Finding("not checked", subject, error.what, log_in, unanswered=True)
     if isinstance(error, Denied):
         fix = f"AWS_PROFILE=NAME {again}   # or allow {error.action}: docs/preflight.md has a policy to paste"
-        return Finding("not checked", subject, f"these credentials are not allowed {error.action}", fix)
+        return Finding("not checked", subject, f"these credentials do not allow {error.action}", fix)
     if isinstance(error, Missing):
         return Finding("not checked", subject, "not found in AWS", again)
     return Finding("not checked", subject, str(error), again, unanswered=isinstance(error, Unavailable))
 
 
 def check_identity(clients: AwsClients, requirements: RunRequirements) -> Finding:
-    """The credentials' account. One that differs from the image's may be a shared registry, or the wrong credentials,
-    whose quotas and reservations are not the run's."""
+    """The account of the credentials. If it differs from the image's, either accounts share a registry, or these are
+    the wrong credentials and all other findings are about the wrong account."""
     answer = clients.ask("sts", "get_caller_identity")
     account, registry = str(answer.get("Account", "?")), requirements.image.account
     other = f"; the image is in the registry of account {registry}" if registry not in {"", account} else ""
@@ -119,7 +120,7 @@ def check_image(clients: AwsClients, requirements: RunRequirements, _: str) -> l
     if mistake := invalid_account(image):
         return [Finding("error", subject, mistake, "aws sts get-caller-identity --query Account   # then image:")]
     if not image.in_ecr:
-        found = f"{PUBLIC_ECR} is public" if image.registry == PUBLIC_ECR else "not in an ECR registry"
+        found = f"in the public registry {PUBLIC_ECR}" if image.registry == PUBLIC_ECR else "not in an ECR registry"
         look = f"docker manifest inspect {shlex.quote(image.at(image.digest) if image.digest else image.tagged)}"
         return [Finding("not checked", subject, found, look)]
     which = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag}
@@ -209,12 +210,16 @@ def on_ec2(run: RunRequirements) -> bool:
     return run.hardware is not None and not run.on_hyperpod
 
 
+def on_hyperpod(run: RunRequirements) -> bool:
+    return run.hardware is not None and run.on_hyperpod
+
+
 # In the order of the output.
 CHECKS = (
     AwsCheck(lambda run: f"quota of {run.ec2_type}", on_ec2, instances.check_quota),
     AwsCheck(lambda run: f"capacity of {run.ec2_type}", on_ec2, instances.check_capacity),
-    AwsCheck(lambda run: f"quota of {run.instance}", lambda run: run.on_hyperpod, instances.check_cluster_quota),
-    AwsCheck(lambda run: "HyperPod", lambda run: run.on_hyperpod, instances.check_hyperpod),
+    AwsCheck(lambda run: f"quota of {run.instance}", on_hyperpod, instances.check_cluster_quota),
+    AwsCheck(lambda run: "HyperPod", on_hyperpod, instances.check_hyperpod),
     AwsCheck(lambda run: f"zones of {run.ec2_type}", lambda run: run.hardware, instances.check_zones),
     AwsCheck(lambda run: "image", lambda run: run.hardware or run.image_in_ecr, check_image),
     AwsCheck(lambda run: f"file system {run.file_system}", lambda run: run.file_system, storage.check_file_system),

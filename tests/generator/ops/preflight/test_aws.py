@@ -1,4 +1,4 @@
-"""All checks of AWS at once: against moto, which has some of AWS, and against everything that goes wrong on the way."""
+"""All checks of AWS together: against moto, which simulates a part of AWS, and against errors of every kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from genvalues.ops.preflight.run_requirements import RunRequirements
 from genvalues.ops.preflight.storage_checks import check_file_system_groups
 
 S3 = {"dataset": {"source": "s3://rows/train/rows.jsonl"}}
-# Every check that there is, in two runs: one on EC2 with a file system made on demand, one on HyperPod with its own.
+# Two runs that need every check: one on EC2 that creates a file system, one on HyperPod with an existing one.
 EVERY_CHECK = [
     requirements(S3, own_storage_class("subnet-1", "sg-1")),
     requirements(S3, HYPERPOD, STATIC),
@@ -44,7 +44,7 @@ def by_subject(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[str, dict[str, Any]]) -> None:
-    """What moto lacks: these calls (service.Operation) get these answers, all others go to moto."""
+    """Answer these calls (service.Operation), which moto does not support; moto answers all others."""
 
     def added(client: Any) -> Any:
         for call, answer in answers.items():
@@ -91,7 +91,7 @@ def make_network() -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_an_account_that_has_everything_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_account_with_everything_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     subnet, group = make_network()
     digest = push_image()
     location = {"LocationConstraint": REGION}
@@ -117,7 +117,7 @@ def test_an_account_that_has_everything_has_no_problem(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("cloud")
-def test_an_account_that_has_nothing_has_all_of_it_said_at_once_each_with_its_fix(
+def test_an_empty_account_gets_all_errors_at_once_each_with_a_fix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answering(monkeypatch, {**NO_RESERVATION, "service-quotas.GetServiceQuota": {"Quota": {"Value": 0.0}}})
@@ -135,7 +135,7 @@ def test_an_account_that_has_nothing_has_all_of_it_said_at_once_each_with_its_fi
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_file_system_and_a_hyperpod_cluster_that_moto_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_and_a_hyperpod_cluster_of_moto(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = push_image()
     fsx = client("fsx").create_file_system(
         FileSystemType="LUSTRE", StorageCapacity=1200, SubnetIds=["subnet-0123456789abcdef0"]
@@ -168,7 +168,7 @@ def test_a_file_system_and_a_hyperpod_cluster_that_moto_has(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_bucket_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_in_another_region_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     s3 = boto3.client("s3", region_name="eu-west-1")
     s3.create_bucket(Bucket="rows", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
     s3.put_object(Bucket="rows", Key="train/rows.jsonl", Body=b"{}")
@@ -180,7 +180,7 @@ def test_a_bucket_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- credentials
 
 
-def test_no_credentials_is_said_once_and_nobody_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_one_finding_and_nothing_else_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     findings = check_aws(requirements())
@@ -191,60 +191,67 @@ def test_no_credentials_is_said_once_and_nobody_else_is_asked(monkeypatch: pytes
         " without credentials, see above",
         "ok           size of the file system: 1200Gi, created on demand in about 10 minutes",
     ]
-    assert exit_status(findings) == 1, "unanswered, which stops nobody who has the cluster's nodes"
+    assert exit_status(findings) == 1, "unanswered, which does not stop the run"
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "words"),
     [
         ("ExpiredToken", "the AWS credentials have expired"),
         ("InvalidClientTokenId", "AWS rejects these credentials (InvalidClientTokenId)"),
         ("SignatureDoesNotMatch", "AWS rejects these credentials (SignatureDoesNotMatch)"),
     ],
 )
-def test_expired_and_wrong_credentials_are_said_as_such(code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_and_invalid_credentials_are_named_as_such(
+    code: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refusing(monkeypatch, code, 403)
     first, unasked, _ = check_aws(requirements())
-    assert (first.level, first.subject, first.found, first.unanswered) == ("not checked", "AWS credentials", said, True)
+    assert (first.level, first.subject, first.found, first.unanswered) == (
+        "not checked",
+        "AWS credentials",
+        words,
+        True,
+    )
     assert first.fix.startswith("aws sso login") and unasked.level == "not checked"
 
 
-def test_a_profile_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "nobody")
+def test_a_missing_profile_is_one_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "absent")
     first, *_ = check_aws(requirements())
-    assert first.unanswered and first.found == "The config profile (nobody) could not be found"
+    assert first.unanswered and first.found == "The config profile (absent) could not be found"
 
 
-def test_without_a_region_nobody_is_asked() -> None:
+def test_without_a_region_nothing_is_checked() -> None:
     first, unasked, _ = check_aws(requirements({"image": {"repository": "me/llama-lora"}}))
     assert first.subject == "AWS region" and first.unanswered
     assert unasked.found.endswith("skipped without a region, see above")
 
 
-def test_a_region_that_is_none_is_an_error_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+def test_an_invalid_region_is_an_error_and_no_call_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("a call was made"))
     first, unasked, _ = check_aws(requirements(), region="us-wset-2")
     assert first.level == "error" and unasked.level == "not checked"
 
 
 @pytest.mark.usefixtures("cloud")
-def test_an_image_of_another_account_is_said_beside_the_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_account_is_mentioned_with_the_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
     other = {"image": {"repository": f"999988887777.dkr.ecr.{REGION}.amazonaws.com/llama-lora"}}
     assert check_aws(requirements(other))[0].found.endswith("; the image is in the registry of account 999988887777")
 
 
-# --- whatever comes
+# --- errors of every kind
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, code: str, status: int, message: str = "no") -> None:
-    """Every call of every service gets this error."""
+    """Answer every call of every service with this error."""
     parsed = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     response = AWSResponse("", status, {}, None)
     patch_calls(monkeypatch, lambda **_: (response, parsed))
 
 
-CLIENTS: dict[str, Any] = {}  # making one takes a good part of a second, which the tests below have not
+CLIENTS: dict[str, Any] = {}  # shared, because creating one takes a good part of a second
 HANDLER: list[Callable[..., Any]] = []
 
 
@@ -279,7 +286,9 @@ def check_each_finding(run: RunRequirements) -> None:
     for check in CHECKS:
         if check.applies(run):
             found = check.findings(AwsClients(REGION), run)
-            assert found or check.check is check_file_system_groups, "whose file system has a finding already"
+            assert found or check.check is check_file_system_groups, (
+                "it has none without a file system, which is a finding already"
+            )
             if found:
                 check_findings(found)
             assert "hf_abcdefgh" not in "".join(map(str, found))
@@ -291,7 +300,7 @@ def check_each_finding(run: RunRequirements) -> None:
     status=st.sampled_from([400, 401, 403, 404, 409, 429, 500, 503]),
     message=st.text(max_size=300),
 )
-def test_whatever_error_aws_answers_every_check_has_a_finding_and_nothing_is_raised(
+def test_for_any_error_code_of_aws_every_check_has_a_finding_and_nothing_is_raised(
     code: str, status: int, message: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -320,7 +329,9 @@ def test_whatever_error_aws_answers_every_check_has_a_finding_and_nothing_is_rai
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_whatever_botocore_raises_every_check_has_a_finding(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_for_any_exception_of_botocore_every_check_has_a_finding(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(**_: Any) -> None:
         raise error
 
@@ -331,7 +342,7 @@ def test_whatever_botocore_raises_every_check_has_a_finding(error: Exception, mo
 
 
 def test_empty_answers_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that lacks what it should have."""
+    """Answers without any of their expected keys."""
     response = AWSResponse("", 200, {}, None)
     patch_calls(monkeypatch, lambda **_: (response, {"ResponseMetadata": {}}))
     for run in EVERY_CHECK:
@@ -343,7 +354,7 @@ def test_empty_answers_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def silent_server() -> Iterator[str]:
-    """Takes every connection and says nothing."""
+    """A server that accepts every connection and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         taken: list[socket.socket] = []
 
@@ -366,13 +377,13 @@ def test_a_call_takes_10_seconds_at_most() -> None:
     assert config.retries["total_max_attempts"] == 1
 
 
-def test_an_aws_that_does_not_answer_is_waited_for_once_by_all_checks_side_by_side(
+def test_if_aws_does_not_answer_all_checks_wait_in_parallel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(aws, "READ_SECONDS", 1)
     with silent_server() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        AwsClients(REGION).client("ec2")  # boto3 is read once, which takes seconds where others work
+        AwsClients(REGION).client("ec2")  # loads boto3 before the clock starts
         began = time.monotonic()
         findings = check_aws(requirements(S3))
         took = time.monotonic() - began
@@ -382,7 +393,7 @@ def test_an_aws_that_does_not_answer_is_waited_for_once_by_all_checks_side_by_si
     assert took < 5, "credentials first, then all others"
 
 
-def test_an_endpoint_that_is_no_address_is_a_mistake_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_endpoint_names_the_variable_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
     findings = check_aws(requirements(S3))
     assert any(finding.found.endswith("Invalid endpoint: foo. Check AWS_ENDPOINT_URL.") for finding in findings)
@@ -391,8 +402,8 @@ def test_an_endpoint_that_is_no_address_is_a_mistake_with_its_place(monkeypatch:
 # --- offline, and cpu
 
 
-def test_offline_says_so_for_every_check_and_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+def test_offline_is_a_finding_for_every_check_and_no_call_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("a call was made"))
     findings = check_aws(requirements(S3), offline=True)
     *unasked, size = findings
     assert {(finding.level, finding.found) for finding in unasked} == {("not checked", "--offline")}
@@ -401,7 +412,7 @@ def test_offline_says_so_for_every_check_and_asks_nobody(monkeypatch: pytest.Mon
 
 
 def test_the_cpu_needs_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(AwsClients, "_make", lambda *_: pytest.fail("a call was made"))
     on_cpu = {"instance": "cpu", "image": {"repository": "llama-lora"}, "storage": {"kind": "generic"}}
     for offline in (False, True):
         [found] = check_aws(requirements(on_cpu), offline=offline)
@@ -411,7 +422,7 @@ def test_the_cpu_needs_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- docs/preflight.md
 
 
-def test_the_policy_to_paste_allows_what_is_asked_and_nothing_else() -> None:
+def test_the_policy_to_paste_allows_the_calls_that_are_made_and_nothing_else() -> None:
     root = Path(__file__).parents[4]
     page = (root / "docs/preflight.md").read_text(encoding="utf-8")
     policy = json.loads(page[page.index('    {\n      "Version"') : page.index("## The Hub")])

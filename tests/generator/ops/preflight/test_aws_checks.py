@@ -78,7 +78,9 @@ def test_the_quota_is_counted_in_vcpu_of_all_nodes(stub: Stub, clients: AwsClien
     )
 
 
-def test_a_quota_that_is_too_small_is_an_error_with_the_request_that_raises_it(stub: Stub, clients: AwsClients) -> None:
+def test_a_quota_that_is_too_small_is_an_error_with_the_command_that_requests_more(
+    stub: Stub, clients: AwsClients
+) -> None:
     short, _ = capacity(stub, clients, 255)
     assert short.level == "error" and "255 vCPU" in short.found and "256 needed for 2 x trn1.32xlarge" in short.found
     assert short.fix == (
@@ -102,7 +104,7 @@ def test_a_region_without_that_quota_is_not_checked(stub: Stub, clients: AwsClie
     assert found.level == "not checked" and "us-west-2 has no quota" in found.found and found.fix.startswith("aws ")
 
 
-def test_without_a_right_to_see_reservations_the_quota_is_judged_all_the_same(stub: Stub, clients: AwsClients) -> None:
+def test_without_permission_to_list_reservations_the_quota_is_still_checked(stub: Stub, clients: AwsClients) -> None:
     stub("ec2").add_client_error("describe_capacity_reservations", "UnauthorizedOperation")
     stub("service-quotas").add_response("get_service_quota", quota(512))
     found, unseen = on_demand(clients)
@@ -110,14 +112,14 @@ def test_without_a_right_to_see_reservations_the_quota_is_judged_all_the_same(st
     assert unseen == Finding(
         "not checked",
         "capacity of trn1.32xlarge",
-        "these credentials are not allowed ec2:DescribeCapacityReservations",
+        "these credentials do not allow ec2:DescribeCapacityReservations",
         "AWS_PROFILE=NAME genvalues preflight finetune.yaml --aws   # or allow ec2:DescribeCapacityReservations:"
         " docs/preflight.md has a policy to paste",
     )
 
 
 @pytest.mark.parametrize(
-    ("reservations", "level", "said"),
+    ("reservations", "level", "words"),
     [
         ([], "ok", "no reservation: nodes are On-Demand"),
         ([reservation("expired")], "ok", "(capacity reservation cr-1 is expired)"),
@@ -137,11 +139,11 @@ def test_without_a_right_to_see_reservations_the_quota_is_judged_all_the_same(st
         ([reservation(ReservationType="capacity-block", EndDate=NOW + timedelta(days=3))], "ok", "its nodes end at"),
     ],
 )
-def test_what_is_reserved(
-    stub: Stub, clients: AwsClients, reservations: list[dict[str, Any]], level: str, said: str
+def test_reservations(
+    stub: Stub, clients: AwsClients, reservations: list[dict[str, Any]], level: str, words: str
 ) -> None:
     _, *found = capacity(stub, clients, 256, *reservations)
-    assert one(found).level == level and said in one(found).found
+    assert one(found).level == level and words in one(found).found
     assert one(found).fix.startswith("aws ec2 describe-capacity-") or found[0].level == "ok"
 
 
@@ -196,7 +198,7 @@ def hyperpod(stub: Stub, clients: AwsClients, value: float | None, *clusters: di
     return findings_of(clients, requirements(HYPERPOD), instances.check_cluster_quota, instances.check_hyperpod)
 
 
-def test_a_hyperpod_cluster_with_the_nodes_is_right_and_its_quota_is_found_by_name_on_any_page(
+def test_a_hyperpod_cluster_with_the_nodes_is_ok_and_its_quota_is_found_by_name_on_any_page(
     stub: Stub, clients: AwsClients
 ) -> None:
     findings = hyperpod(stub, clients, 4, cluster(group(2)))
@@ -206,23 +208,21 @@ def test_a_hyperpod_cluster_with_the_nodes_is_right_and_its_quota_is_found_by_na
     ]
 
 
-def test_a_hyperpod_quota_that_is_too_small_is_an_error_unless_the_nodes_are_there(
-    stub: Stub, clients: AwsClients
-) -> None:
+def test_a_hyperpod_quota_that_is_too_small_is_an_error_unless_the_nodes_exist(stub: Stub, clients: AwsClients) -> None:
     short, _ = hyperpod(stub, clients, 0, cluster(group(1)))
     assert short.level == "error"
     assert short.fix == (
         "aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code L-X"
         " --desired-value 2 --region us-west-2"
     )
-    there, _ = hyperpod(stub, clients, 0, cluster(group(2)))
-    assert there.level == "ok"
+    enough, _ = hyperpod(stub, clients, 0, cluster(group(2)))
+    assert enough.level == "ok"
     unknown, _ = hyperpod(stub, clients, None, cluster(group(1)))
     assert unknown.level == "warning" and unknown.fix.startswith("aws service-quotas list-service-quotas")
 
 
 @pytest.mark.parametrize(
-    ("clusters", "level", "said", "fix"),
+    ("clusters", "level", "words", "fix"),
     [
         ([], "error", "no HyperPod cluster in us-west-2", "aws sagemaker list-clusters --region us-west-2"),
         (
@@ -256,15 +256,17 @@ def test_a_hyperpod_quota_that_is_too_small_is_an_error_unless_the_nodes_are_the
         ([cluster(), {**cluster(group(2)), "ClusterName": "other"}], "ok", "2 of 2", ""),
     ],
 )
-def test_a_hyperpod_cluster_that_lacks_the_nodes(
-    stub: Stub, clients: AwsClients, clusters: list[dict[str, Any]], level: str, said: str, fix: str
+def test_hyperpod_clusters_without_the_nodes(
+    stub: Stub, clients: AwsClients, clusters: list[dict[str, Any]], level: str, words: str, fix: str
 ) -> None:
     found = hyperpod(stub, clients, 4, *clusters)[-1]
-    assert found.level == level and said in found.found and fix in found.fix
+    assert found.level == level and words in found.found and fix in found.fix
     assert found.fix or level == "ok"
 
 
-def test_a_hyperpod_cluster_that_may_not_be_seen_names_the_action(stub: Stub, clients: AwsClients) -> None:
+def test_without_permission_to_list_hyperpod_clusters_the_finding_names_the_action(
+    stub: Stub, clients: AwsClients
+) -> None:
     stub("sagemaker").add_client_error("list_clusters", "AccessDeniedException")
     found = one(findings_of(clients, requirements(HYPERPOD), instances.check_hyperpod))
     assert found.level == "not checked" and "sagemaker:ListClusters" in found.fix
@@ -285,13 +287,13 @@ def offering(stub: Stub, clients: AwsClients, zones: list[str], zone: str = "", 
     return one(findings_of(clients, requirements(*changes), instances.check_zones))
 
 
-def test_an_instance_that_no_zone_offers_is_an_error_with_the_question_for_another_region(
+def test_an_instance_type_that_no_zone_offers_is_an_error_with_the_command_for_another_region(
     stub: Stub, clients: AwsClients
 ) -> None:
     found = offering(stub, clients, [])
     assert found.level == "error" and found.found == "no zone of us-west-2 offers it"
     assert "Name=instance-type,Values=trn1.32xlarge --region us-east-2" in found.fix
-    assert offering(stub, clients, [], "", HYPERPOD).level == "warning", "HyperPod's nodes are AWS's own"
+    assert offering(stub, clients, [], "", HYPERPOD).level == "warning", "HyperPod's nodes are in an account of AWS"
 
 
 def test_a_file_system_in_a_zone_without_the_instance_is_a_warning(stub: Stub, clients: AwsClients) -> None:
@@ -306,9 +308,9 @@ def test_a_file_system_in_a_zone_without_the_instance_is_a_warning(stub: Stub, c
     )
 
 
-def test_the_subnet_of_a_file_system_that_exists_counts_too(stub: Stub, clients: AwsClients) -> None:
-    there = {"FileSystems": [{"FileSystemId": "fs-0123456789abcdef0", "SubnetIds": ["subnet-0123456789"]}]}
-    stub("fsx").add_response("describe_file_systems", there, {"FileSystemIds": ["fs-0123456789abcdef0"]})
+def test_the_zone_of_an_existing_file_system_is_compared_too(stub: Stub, clients: AwsClients) -> None:
+    answer = {"FileSystems": [{"FileSystemId": "fs-0123456789abcdef0", "SubnetIds": ["subnet-0123456789"]}]}
+    stub("fsx").add_response("describe_file_systems", answer, {"FileSystemIds": ["fs-0123456789abcdef0"]})
     ec2 = stub("ec2")
     ec2.add_response("describe_instance_type_offerings", {"InstanceTypeOfferings": [{"Location": "us-west-2d"}]})
     subnets = {"Subnets": [{"SubnetId": "subnet-0123456789", "AvailabilityZone": "us-west-2a"}]}
@@ -339,7 +341,7 @@ PUSHED = {
 }
 
 
-def test_an_image_is_asked_for_by_digest_else_by_tag(stub: Stub, clients: AwsClients) -> None:
+def test_an_image_is_looked_up_by_digest_or_else_by_tag(stub: Stub, clients: AwsClients) -> None:
     found = image(stub, clients, PUSHED)
     assert str(found) == "ok           image llama-lora:0.1.0: pushed 2026-08-01 00:00 UTC, 9.1 GB, by digest"
     by_tag = image(stub, clients, PUSHED, {"image": {"digest": ""}})
@@ -347,32 +349,32 @@ def test_an_image_is_asked_for_by_digest_else_by_tag(stub: Stub, clients: AwsCli
 
 
 @pytest.mark.parametrize("code", ["ImageNotFoundException", "RepositoryNotFoundException"])
-def test_an_image_that_is_not_pushed_is_an_error_with_the_push(stub: Stub, clients: AwsClients, code: str) -> None:
+def test_an_image_that_is_not_pushed_is_an_error_with_the_push_command(
+    stub: Stub, clients: AwsClients, code: str
+) -> None:
     found = image(stub, clients, code)
     assert found.level == "error" and DIGEST in found.found and found.fix == "genvalues image push finetune.yaml"
     assert "tag 0.1.0" in image(stub, clients, code, {"image": {"digest": ""}}).found
 
 
-def test_a_tag_that_is_another_image_now_is_a_warning_and_an_archived_image_an_error(
-    stub: Stub, clients: AwsClients
-) -> None:
+def test_a_moved_tag_is_a_warning_and_an_archived_image_an_error(stub: Stub, clients: AwsClients) -> None:
     moved = image(stub, clients, {**PUSHED, "imageTags": ["0.2.0"]})
     assert moved.level == "warning" and "tag 0.1.0 is another image" in moved.found
     archived = image(stub, clients, {**PUSHED, "imageStatus": "ARCHIVED"})
     assert archived.level == "error" and archived.fix.startswith("aws ecr ")
 
 
-def test_an_image_in_another_registry_is_said_to_be_not_checked(clients: AwsClients) -> None:
-    for repository, said in [
-        ("public.ecr.aws/me/llama-lora", "public.ecr.aws is public"),
+def test_an_image_in_another_registry_is_not_checked(clients: AwsClients) -> None:
+    for repository, words in [
+        ("public.ecr.aws/me/llama-lora", "in the public registry public.ecr.aws"),
         ("ghcr.io/me/llama-lora", "not in an ECR registry"),
     ]:
         found = one(findings_of(clients, requirements({"image": {"repository": repository}}), aws.check_image))
-        assert found.level == "not checked" and said in found.found
+        assert found.level == "not checked" and words in found.found
         assert found.fix == f"docker manifest inspect {repository}:0.1.0@{DIGEST}"
 
 
-def test_an_account_of_11_digits_is_told_as_that(clients: AwsClients) -> None:
+def test_an_account_number_with_11_digits_is_an_error(clients: AwsClients) -> None:
     address = {"image": {"repository": f"12345678901.dkr.ecr.{REGION}.amazonaws.com/llama-lora"}}
     found = one(findings_of(clients, requirements(address), aws.check_image))
     assert found.level == "error" and found.found == "the account number 12345678901 has 11 digits, not 12"
@@ -383,7 +385,7 @@ def test_an_account_of_11_digits_is_told_as_that(clients: AwsClients) -> None:
 
 
 def file_system(stub: Stub, clients: AwsClients, *changes: dict[str, Any], **answered: Any) -> list[Finding]:
-    there = {
+    answer = {
         "FileSystemId": "fs-0123456789abcdef0",
         "FileSystemType": "LUSTRE",
         "Lifecycle": "AVAILABLE",
@@ -393,18 +395,18 @@ def file_system(stub: Stub, clients: AwsClients, *changes: dict[str, Any], **ans
         **answered,
     }
     expected = {"FileSystemIds": ["fs-0123456789abcdef0"]}
-    stub("fsx").add_response("describe_file_systems", {"FileSystems": [there]}, expected)
+    stub("fsx").add_response("describe_file_systems", {"FileSystems": [answer]}, expected)
     run = requirements(STATIC, *changes)
     return findings_of(clients, run, storage.check_file_system, storage.check_file_system_groups)
 
 
-def test_a_file_system_as_written_is_right(stub: Stub, clients: AwsClients) -> None:
+def test_a_file_system_that_matches_the_inputs_is_ok(stub: Stub, clients: AwsClients) -> None:
     assert one(file_system(stub, clients)).level == "ok"
     assert one(file_system(stub, clients, Lifecycle="UPDATING")).level == "ok"
 
 
 @pytest.mark.parametrize(
-    ("answered", "level", "said", "fix"),
+    ("answered", "level", "words", "fix"),
     [
         ({"Lifecycle": "CREATING"}, "warning", "is CREATING", "aws fsx describe-file-systems"),
         (
@@ -428,15 +430,15 @@ def test_a_file_system_as_written_is_right(stub: Stub, clients: AwsClients) -> N
         ),
     ],
 )
-def test_a_file_system_that_is_not_as_written(
-    stub: Stub, clients: AwsClients, answered: dict[str, Any], level: str, said: str, fix: str
+def test_a_file_system_that_differs_from_the_inputs(
+    stub: Stub, clients: AwsClients, answered: dict[str, Any], level: str, words: str, fix: str
 ) -> None:
     found = one(file_system(stub, clients, **answered))
-    assert (found.level, found.found) == (level, said) and fix in found.fix
+    assert (found.level, found.found) == (level, words) and fix in found.fix
 
 
-def test_the_security_groups_of_a_file_system_that_exists_must_let_nodes_in(stub: Stub, clients: AwsClients) -> None:
-    """Of its network interfaces. Rules for other addresses than its subnet's may be the nodes'."""
+def test_the_security_groups_of_an_existing_file_system_must_let_nodes_in(stub: Stub, clients: AwsClients) -> None:
+    """The groups are those of its network interfaces. Rules for other addresses than its subnet's may be for nodes."""
     interface = "eni-0123456789abcdef0"
     for inbound, level in [
         ([rule(988, 1023, group="sg-1")], "ok"),
@@ -452,18 +454,18 @@ def test_the_security_groups_of_a_file_system_that_exists_must_let_nodes_in(stub
         ec2.add_response("describe_subnets", {"Subnets": [SUBNET]}, {"SubnetIds": ["subnet-0123456789"]})
         group = {"GroupId": "sg-1", "VpcId": "vpc-1", "IpPermissions": inbound, "IpPermissionsEgress": EVERYWHERE}
         ec2.add_response("describe_security_groups", {"SecurityGroups": [group]})
-        there = {"NetworkInterfaceIds": [interface, interface], "SubnetIds": ["subnet-0123456789"]}
-        _, found = file_system(stub, clients, **there)
+        answer = {"NetworkInterfaceIds": [interface, interface], "SubnetIds": ["subnet-0123456789"]}
+        _, found = file_system(stub, clients, **answer)
         assert (found.level, found.subject) == (level, "security groups sg-1"), inbound
         assert level == "ok" or "aws ec2 authorize-security-group-ingress --group-id sg-1" in found.fix
 
 
-def test_a_file_system_smaller_than_its_volume_says_is_a_warning(stub: Stub, clients: AwsClients) -> None:
+def test_a_file_system_smaller_than_storage_size_is_a_warning(stub: Stub, clients: AwsClients) -> None:
     found = one(file_system(stub, clients, {"storage": {"size": "2400Gi"}}))
     assert found.level == "warning" and found.fix.endswith("--set storage.size=1200Gi")
 
 
-def test_a_file_system_that_is_not_there_is_an_error(stub: Stub, clients: AwsClients) -> None:
+def test_a_missing_file_system_is_an_error(stub: Stub, clients: AwsClients) -> None:
     stub("fsx").add_client_error("describe_file_systems", "FileSystemNotFound")
     found = one(findings_of(clients, requirements(STATIC), storage.check_file_system))
     assert found.level == "error" and found.fix.startswith("aws fsx describe-file-systems --region us-west-2")
@@ -477,13 +479,13 @@ def test_a_file_system_that_is_not_there_is_an_error(stub: Stub, clients: AwsCli
         *[("3600Gi", "SCRATCH_1", True), ("4800Gi", "SCRATCH_1", False), ("7200Gi", "SCRATCH_1", True)],
     ],
 )
-def test_fsx_makes_1200_2400_and_multiples(size: str, deployment: str, fits: bool) -> None:
+def test_fsx_sizes_are_1200_2400_and_multiples(size: str, deployment: str, fits: bool) -> None:
     found = one(storage.check_size(requirements({"storage": {"size": size, "fsx": {"deploymentType": deployment}}})))
     assert (found.level == "ok") is fits
     assert fits or "--set storage.size=" in found.fix
 
 
-def test_throughput_that_the_deployment_type_lacks_is_an_error() -> None:
+def test_a_throughput_that_the_deployment_type_does_not_offer_is_an_error() -> None:
     own = own_storage_class("subnet-1", "sg-1")
     for throughput, level in ((250, "ok"), (200, "error")):
         change = {"storage": {"fsx": {"deploymentType": "PERSISTENT_2", "perUnitStorageThroughput": throughput}}}
@@ -540,7 +542,7 @@ def network(
         [rule(988, 988, group="sg-1"), rule(1018, 1020, group="sg-1"), rule(1021, 1023, cidr="10.0.1.0/24")],
     ],
 )
-def test_lustres_ports_may_be_open_for_the_group_itself_or_for_the_subnet(
+def test_lustre_ports_can_be_open_for_the_group_itself_or_for_the_subnet(
     stub: Stub, clients: AwsClients, inbound: list[dict[str, Any]]
 ) -> None:
     subnet, groups = network(stub, clients, inbound)
@@ -558,7 +560,7 @@ def test_lustres_ports_may_be_open_for_the_group_itself_or_for_the_subnet(
         ([rule(988, 1023, cidr="10.0.1.0/25")], ["988", "1018-1023"]),
     ],
 )
-def test_a_port_of_lustre_that_is_closed_is_an_error_with_the_command_that_opens_it(
+def test_a_closed_lustre_port_is_an_error_with_the_command_that_opens_it(
     stub: Stub, clients: AwsClients, inbound: list[dict[str, Any]], ports: list[str]
 ) -> None:
     _, found = network(stub, clients, inbound)
@@ -570,7 +572,7 @@ def test_a_port_of_lustre_that_is_closed_is_an_error_with_the_command_that_opens
     )
 
 
-def test_ports_open_for_another_group_are_a_warning_and_closed_outbound_an_error(
+def test_ports_open_for_another_group_are_a_warning_and_closed_egress_is_an_error(
     stub: Stub, clients: AwsClients
 ) -> None:
     _, other = network(stub, clients, [rule(988, 1023, group="sg-of-the-nodes")])
@@ -579,7 +581,9 @@ def test_ports_open_for_another_group_are_a_warning_and_closed_outbound_an_error
     assert outbound.level == "error" and "aws ec2 authorize-security-group-egress --group-id sg-1" in outbound.fix
 
 
-def test_a_group_of_another_vpc_or_none_and_no_such_subnet_are_errors(stub: Stub, clients: AwsClients) -> None:
+def test_a_group_in_another_vpc_a_missing_group_and_a_missing_subnet_are_errors(
+    stub: Stub, clients: AwsClients
+) -> None:
     _, stranger = network(stub, clients, [rule(988, 1023, group="sg-1")], VpcId="vpc-2")
     assert stranger.level == "error" and "sg-1 is not in the subnet's VPC vpc-1" in stranger.found
     _, absent = network(stub, clients, [], GroupId="sg-2")
@@ -593,7 +597,7 @@ def test_a_group_of_another_vpc_or_none_and_no_such_subnet_are_errors(stub: Stub
     assert subnet.level == "error" and subnet.fix.startswith("aws ec2 describe-subnets --region us-west-2")
 
 
-def test_a_subnet_without_addresses_is_an_error(stub: Stub, clients: AwsClients) -> None:
+def test_a_subnet_without_free_addresses_is_an_error(stub: Stub, clients: AwsClients) -> None:
     stub("ec2").add_response("describe_subnets", {"Subnets": [{**SUBNET, "AvailableIpAddressCount": 1}]})
     found = one(findings_of(clients, requirements(own_storage_class("subnet-1")), storage.check_subnet))
     assert found.level == "error" and "1 free addresses" in found.found
@@ -614,13 +618,13 @@ def dataset(stub: Stub, clients: AwsClients, head: dict[str, Any] | str, where: 
     return one(findings_of(clients, requirements(S3), aws.check_s3_object))
 
 
-def test_a_dataset_in_s3_that_can_be_read(stub: Stub, clients: AwsClients) -> None:
+def test_a_readable_dataset_in_s3(stub: Stub, clients: AwsClients) -> None:
     found = dataset(stub, clients, {"ContentLength": 1_500_000})
     assert found.level == "ok" and found.found.startswith("1.5 MB, readable with these credentials")
 
 
 @pytest.mark.parametrize(
-    ("head", "where", "level", "said"),
+    ("head", "where", "level", "words"),
     [
         ("404", REGION, "error", "no such bucket or object"),
         ("403", REGION, "not checked", "not allowed for these credentials (s3:GetObject), or not found"),
@@ -628,15 +632,15 @@ def test_a_dataset_in_s3_that_can_be_read(stub: Stub, clients: AwsClients) -> No
         ({"ContentLength": 1}, "eu-west-1", "warning", "the bucket is in eu-west-1, not in us-west-2"),
     ],
 )
-def test_a_dataset_in_s3_that_cannot(
-    stub: Stub, clients: AwsClients, head: dict[str, Any] | str, where: str, level: str, said: str
+def test_a_dataset_in_s3_with_a_problem(
+    stub: Stub, clients: AwsClients, head: dict[str, Any] | str, where: str, level: str, words: str
 ) -> None:
     found = dataset(stub, clients, head, where)
-    assert found.level == level and said in found.found
+    assert found.level == level and words in found.found
     assert found.fix.startswith("aws s3 ") and "'s3://bucket/a b/" in found.fix
 
 
-def test_the_role_that_the_stage_has_is_named_where_it_is_written() -> None:
+def test_the_role_of_the_service_account_is_named() -> None:
     role = {"serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"}}}
     assert "arn:aws:iam::1:role/reader" in aws.tokenize_role(requirements(role))
 
@@ -645,7 +649,7 @@ def test_the_role_that_the_stage_has_is_named_where_it_is_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "configured", "changes", "level", "used", "said"),
+    ("asked", "configured", "changes", "level", "used", "words"),
     [
         (None, None, {}, "ok", REGION, "us-west-2 (from the image's address)"),
         ("us-west-2", "us-west-2", {}, "ok", REGION, "(from --region)"),
@@ -664,28 +668,28 @@ def test_the_role_that_the_stage_has_is_named_where_it_is_written() -> None:
         (None, None, {"image": {"repository": "me/x"}}, "not checked", None, "not set"),
     ],
 )
-def test_the_region_and_who_names_it(
-    asked: str | None, configured: str | None, changes: dict[str, Any], level: str, used: str | None, said: str
+def test_the_region_and_its_source(
+    asked: str | None, configured: str | None, changes: dict[str, Any], level: str, used: str | None, words: str
 ) -> None:
     run = requirements(changes)
     named = run.regions(asked, configured)
     found = aws.judge_region(named, aws.known_regions(), run)
-    assert found.level == level and said in found.found
+    assert found.level == level and words in found.found
     assert (named[0][1] if named else None) == used
     assert level == "ok" or found.fix.startswith("genvalues preflight finetune.yaml --region ")
     assert asked != "us-wset-2" or "--region us-west-2" in found.fix
 
 
-def test_nodes_that_the_cluster_has_already_are_stopped_by_no_quota() -> None:
+def test_errors_about_quotas_are_warnings_if_the_cluster_has_the_nodes() -> None:
     devices = requirements({"devices": {"aws.amazon.com/neuron": 16}})
     short = [Finding("error", f"{what} of trn1.32xlarge", "x", "y") for what in ("quota", "zones")]
     other = Finding("error", "image llama-lora", "x", "y")
-    there = Finding("ok", "aws.amazon.com/neuron", "16 on each of 2 nodes")
-    softened = instances.soften_for_existing_nodes([*short, other], [there], devices)
+    present = Finding("ok", "aws.amazon.com/neuron", "16 on each of 2 nodes")
+    softened = instances.soften_for_existing_nodes([*short, other], [present], devices)
     assert [finding.level for finding in softened] == ["warning", "warning", "error"]
     assert softened[0] == Finding("warning", "quota of trn1.32xlarge", "x; the cluster has the nodes already", "y")
     too_few = Finding("error", "nodes trn1.32xlarge", "1 of 1 are ready and schedulable, 2 needed")
-    for cluster in ([there, too_few], [], [Finding("not checked", "aws.amazon.com/neuron", "x")]):
+    for cluster in ([present, too_few], [], [Finding("not checked", "aws.amazon.com/neuron", "x")]):
         assert instances.soften_for_existing_nodes(short, cluster, devices) == short
 
 
