@@ -169,7 +169,7 @@ def judge_security_groups(
 
     A rule opens a port if its source is one of the file system's groups (nodes can be in one too) or a range that
     contains the subnet's. A rule for another group may be for the nodes, whose groups are unknown here. So may a rule
-    for another range if the file system ``exists``, since FSx checked then that it can reach itself.
+    for another range if the file system ``exists``: FSx creates none that cannot reach itself.
     """
     subject = f"security groups {', '.join(names)}"
     look = f"aws ec2 describe-security-groups --region {region}"

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from moto import mock_aws
 
 from generator.ops.preflight.conftest import ACCOUNT, HYPERPOD, REGION, STATIC, own_storage_class, requirements
+from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding, exit_status
 from genvalues.ops import aws
 from genvalues.ops.aws import AwsClients
@@ -391,6 +393,24 @@ def test_if_aws_does_not_answer_all_checks_wait_in_parallel(
     assert [finding.level for finding in silent] == ["not checked"] * 6
     assert exit_status(findings) == 1
     assert took < 5, "credentials first, then all others"
+
+
+def test_a_question_of_several_checks_is_asked_once() -> None:
+    """A second thread waits for the first one's answer, or gets its error."""
+    clients, asked = AwsClients(REGION), []
+
+    def ask(answer: str) -> str:
+        asked.append(answer)
+        time.sleep(0.1)
+        if answer == "error":
+            raise UserError("denied")
+        return answer
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: clients.once("subnet", lambda: ask("answer")), range(4))) == ["answer"] * 4
+        failing = [pool.submit(clients.once, "cluster", lambda: ask("error")) for _ in range(4)]
+        assert all(isinstance(one.exception(), UserError) for one in failing)
+    assert asked == ["answer", "error"]
 
 
 def test_an_invalid_endpoint_names_the_variable_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
