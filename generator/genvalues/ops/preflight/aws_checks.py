@@ -147,7 +147,7 @@ def check_image(clients: AwsClients, requirements: RunRequirements, _: str) -> l
 
 
 def check_s3_object(clients: AwsClients, requirements: RunRequirements, subject: str) -> list[Finding]:
-    """The dataset's object, read with these credentials. The stage tokenize has a role of its own."""
+    """The dataset's object, as these credentials see it. The stage tokenize reads it with another role."""
     bucket, key = requirements.s3_source or ("", "")
     role = tokenize_role(requirements)
     try:
@@ -177,7 +177,7 @@ def check_s3_object(clients: AwsClients, requirements: RunRequirements, subject:
 
 
 def bucket_region(clients: AwsClients, bucket: str) -> str:
-    """The bucket's region; empty if S3 does not tell."""
+    """The bucket's region; empty if S3 does not return it."""
     answer = answer_or_none(lambda: clients.ask("s3", "head_bucket", Bucket=bucket)) or {}
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return str(answer.get("BucketRegion") or headers.get("x-amz-bucket-region") or "")

@@ -69,6 +69,6 @@ def check_local_files(requirements: RunRequirements) -> list[Finding]:
     file = requirements.file
     run_here = f"genvalues write {file} -o values.yaml && genvalues local values.yaml --workspace ./workspace"
     return [
-        Finding("error", dotted(found.keys[0]), found.what, f"{run_here}   # {found.fix.partition('; ')[2]}")
+        Finding("error", dotted(found.keys[0]), found.what, f"{run_here}   # {found.fix}")
         for found in unseen_by_pods(requirements.values)
     ]

@@ -23,7 +23,7 @@ USABLE = {"AVAILABLE", "UPDATING"}
 
 
 def check_size(requirements: RunRequirements) -> list[Finding]:
-    """FSx's rules for size and throughput of kind fsx (FSx API reference, CreateFileSystem). Calls nothing.
+    """FSx's rules for size and throughput of kind fsx (FSx API reference, CreateFileSystem). No network access.
 
     The deployment type of an existing storage class is unknown here; it is assumed to be one with SSDs.
     """
