@@ -75,7 +75,7 @@ def ask(endpoint: str, path: str, token: str, method: str = "GET") -> Answer:
     """
     url = f"{endpoint}{path}"
     for _ in range(REDIRECTS):
-        answer = send(url, token, method)
+        answer = request_once(url, token, method)
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
         url = urljoin(url, answer.headers.get("location", ""))
@@ -99,7 +99,7 @@ def trusted_certificates() -> ssl.SSLContext:
     return context
 
 
-def send(url: str, token: str, method: str) -> Answer:
+def request_once(url: str, token: str, method: str) -> Answer:
     import http.client
     import urllib.error
     import urllib.request

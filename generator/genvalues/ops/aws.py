@@ -63,7 +63,7 @@ class Missing(Exception):
     """AWS has no resource of that name."""
 
 
-NO_ANSWER = (UserError, Unavailable, Missing)  # what a call raises, see translate_errors
+NO_ANSWER = (UserError, Unavailable, Missing)  # what a call raises, see translate_aws_errors
 
 
 class AwsClients:
@@ -104,10 +104,10 @@ class AwsClients:
 
     @contextmanager
     def calling(self, service: str, operation: str) -> Iterator[Any]:
-        """Yield the client for one call. Raises as ``translate_errors`` does; ``Denied`` names the IAM action."""
+        """Yield the client for one call. Raises as ``translate_aws_errors`` does; ``Denied`` names the IAM action."""
         where = self.where or f"{service} in {self.region}"
         fix = CHECK_THE_IMAGE if service == "ecr" else f"See aws {service} help."
-        with translate_errors(where, action_of(service, operation), fix):
+        with translate_aws_errors(where, action_of(service, operation), fix):
             yield self.client(service)
 
     def ask(self, service: str, operation: str, **parameters: Any) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def default_region() -> str | None:
     """The region of AWS_REGION, AWS_DEFAULT_REGION or the profile."""
     import boto3
 
-    with translate_errors("AWS"):
+    with translate_aws_errors("AWS"):
         return os.environ.get("AWS_REGION") or boto3.session.Session().region_name
 
 
 @contextmanager
-def translate_errors(where: str, action: str = "", fix: str = LOG_IN) -> Iterator[None]:
+def translate_aws_errors(where: str, action: str = "", fix: str = LOG_IN) -> Iterator[None]:
     """Around a call to AWS: raise botocore's errors as UserError, Missing, or Unavailable if a retry may help.
 
     ``action`` is the IAM action that the call needs, ``fix`` the fix of errors that are not about credentials.
@@ -187,7 +187,7 @@ def translate_errors(where: str, action: str = "", fix: str = LOG_IN) -> Iterato
         code = str(found.get("Code", ""))
         if code in MISSING:
             raise Missing from None
-        raise refusal(code, str(found.get("Message", "")), where, action, fix) from None
+        raise error_of_code(code, str(found.get("Message", "")), where, action, fix) from None
     except exceptions.NoCredentialsError:
         raise NotLoggedIn("no AWS credentials", where=where, fix=LOG_IN) from None
     except (exceptions.PartialCredentialsError, exceptions.ProfileNotFound, exceptions.ConfigParseError) as error:
@@ -206,7 +206,7 @@ def translate_errors(where: str, action: str = "", fix: str = LOG_IN) -> Iterato
         raise UserError(one_line(str(error), 200), where=where, fix="Check AWS_ENDPOINT_URL.") from None
 
 
-def refusal(code: str, message: str, where: str, action: str, fix: str) -> Exception:
+def error_of_code(code: str, message: str, where: str, action: str, fix: str) -> Exception:
     """The error to raise for an error code of AWS."""
     reason, code = one_line(redacted(message), 200), one_line(code)
     if code in EXPIRED:

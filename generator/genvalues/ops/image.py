@@ -28,7 +28,7 @@ from genvalues.inputs.document import read
 from genvalues.inputs.yaml_text import UnreadableYAML, replaced
 from genvalues.ops.aws import default_region
 from genvalues.ops.registries import (
-    Image,
+    ImageReference,
     base_image,
     ensure_repository,
     image_to_build,
@@ -56,7 +56,7 @@ class ImageBuild:
 
     file: Path
     reference: str
-    image: Image
+    image: ImageReference
     base: str
     builder: str
     sources: Path
@@ -180,7 +180,7 @@ def push_image(wanted: ImageBuild) -> None:
     log.info("Pushed %s and wrote its digest into %s: %s", image.tagged, wanted.file, digest)
 
 
-def log_in(wanted: ImageBuild, image: Image) -> None:
+def log_in(wanted: ImageBuild, image: ImageReference) -> None:
     """Log the builder in to an image's registry if that is ECR; other registries need the user's own login."""
     if image.in_ecr:
         # By stdin: every user of the machine can read a process's arguments.

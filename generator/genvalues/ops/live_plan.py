@@ -12,7 +12,7 @@ from genvalues.accelerators.instances import HYPERPOD
 from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
-from genvalues.ops.aws import AwsClients, Missing, translate_errors
+from genvalues.ops.aws import AwsClients, Missing, translate_aws_errors
 from genvalues.planner.planning import Plan, Priced, known_price
 from genvalues.planner.prices import Price, region_of
 from genvalues.settings.inputs import Inputs
@@ -47,7 +47,7 @@ def live_price(instance: str, region: str, client: Any = None) -> Price:
     """
     service, filters = product_filters(instance, region)
     prices: set[float] = set()
-    with suppress(Missing), translate_errors("--live", "pricing:GetProducts", f"{WRITE_PRICE}."):
+    with suppress(Missing), translate_aws_errors("--live", "pricing:GetProducts", f"{WRITE_PRICE}."):
         products = (client or AwsClients(PRICING_REGION).client("pricing")).get_paginator("get_products")
         pages = products.paginate(
             ServiceCode=service,

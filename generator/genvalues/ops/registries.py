@@ -53,7 +53,7 @@ EXAMPLE = "ACCOUNT.dkr.ecr.REGION.amazonaws.com/llama-lora:0.1.0"
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageReference:
     """An image reference in parts. ``account`` and ``region`` are set if its registry is one of ECR."""
 
     repository: str  # includes the registry
@@ -81,18 +81,18 @@ class Image:
         return f"{self.tagged}@{digest}"
 
 
-def parse_image(reference: str) -> Image:
+def parse_image(reference: str) -> ImageReference:
     repository, tag, digest = split_image(reference)
     registry = repository.partition("/")[0]
     if "/" not in repository or not (registry == "localhost" or set(".:") & set(registry)):
         registry = ""  # Docker Hub
     found = ECR.fullmatch(registry)
     if not found or len(found["account"]) != ACCOUNT_DIGITS:
-        return Image(repository, tag, digest, registry)
-    return Image(repository, tag, digest, registry, found["account"], found["region"])
+        return ImageReference(repository, tag, digest, registry)
+    return ImageReference(repository, tag, digest, registry, found["account"], found["region"])
 
 
-def invalid_account(image: Image) -> str:
+def invalid_account(image: ImageReference) -> str:
     """What is wrong with the account number of an ECR address; empty for a valid one and for other registries."""
     found = ECR.fullmatch(image.registry)
     if not found or len(found["account"]) == ACCOUNT_DIGITS:
@@ -100,7 +100,7 @@ def invalid_account(image: Image) -> str:
     return f"the account number {found['account']} has {len(found['account'])} digits, not {ACCOUNT_DIGITS}"
 
 
-def image_to_build(reference: str | None, where: str) -> Image:
+def image_to_build(reference: str | None, where: str) -> ImageReference:
     """The image to build and push. Raises UserError if the reference has no usable tag."""
     if not reference:
         raise UserError("missing", where=where, fix=f"Write the address to push to: {EXAMPLE}.")
@@ -133,7 +133,7 @@ def base_address(region: str) -> str:
     return f"{ACCOUNTS[region]}.dkr.ecr.{region}.{domain}/{REPOSITORY}:{TAG}"
 
 
-def ensure_repository(image: Image) -> bool:
+def ensure_repository(image: ImageReference) -> bool:
     """Create the image's ECR repository unless it exists. Returns whether it was created.
 
     A new repository scans images on push, and its tags are immutable: the tag that a run names never changes. Raises
@@ -160,7 +160,7 @@ def ensure_repository(image: Image) -> bool:
     return False
 
 
-def check_tag_is_free(aws: AwsClients, image: Image) -> None:
+def check_tag_is_free(aws: AwsClients, image: ImageReference) -> None:
     tag = [{"imageTag": image.tag}]
     answer = aws.find("ecr", "describe_images", registryId=image.account, repositoryName=image.name, imageIds=tag)
     for existing in answer.get("imageDetails") or []:
@@ -169,7 +169,7 @@ def check_tag_is_free(aws: AwsClients, image: Image) -> None:
         raise UserError(what, where=image.tagged, fix=fix)
 
 
-def check_account(aws: AwsClients, image: Image) -> None:
+def check_account(aws: AwsClients, image: ImageReference) -> None:
     """Raise UserError if the address has another account than the credentials: a copied example, or a wrong profile."""
     own = aws.ask("sts", "get_caller_identity")["Account"]
     if own != image.account:

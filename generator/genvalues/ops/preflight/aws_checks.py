@@ -216,7 +216,7 @@ def on_hyperpod(run: RunRequirements) -> bool:
 
 # In the order of the output.
 CHECKS = (
-    AwsCheck(lambda run: f"quota of {run.ec2_type}", on_ec2, instances.check_quota),
+    AwsCheck(lambda run: f"quota of {run.ec2_type}", on_ec2, instances.check_ec2_quota),
     AwsCheck(lambda run: f"capacity of {run.ec2_type}", on_ec2, instances.check_capacity),
     AwsCheck(lambda run: f"quota of {run.instance}", on_hyperpod, instances.check_cluster_quota),
     AwsCheck(lambda run: "HyperPod", on_hyperpod, instances.check_hyperpod),

@@ -66,7 +66,7 @@ def check_for_objects(api: Api, objects: list[Object], namespace_exists: bool, p
     config = config_of(objects)
     checks: dict[str, stage.Check] = {
         **stage.CHECKS,
-        "storage": lambda api, config, pace: check_storage(api, config, pace, objects),
+        "storage": lambda api, config, pace: check_storage_before_install(api, config, pace, objects),
     }
     if namespace_exists:
         return stage.preflight(api, config, pace, checks)
@@ -94,7 +94,9 @@ def config_of(objects: list[Object]) -> ClusterConfig:
     raise UserError("has no ConfigMap with cluster.yaml", where="the chart", fix=fix)
 
 
-def check_storage(api: Api, config: ClusterConfig, pace: stage.Pace, objects: list[Object]) -> list[Finding]:
+def check_storage_before_install(
+    api: Api, config: ClusterConfig, pace: stage.Pace, objects: list[Object]
+) -> list[Finding]:
     """The claim, as the stage checks it. For a claim that install will create: what provisions it."""
     if not config.claim.managed or api.get(kinds.CLAIMS, config.claim.name) is not None:
         return stage.check_storage(api, config, pace)

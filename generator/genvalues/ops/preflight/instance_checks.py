@@ -21,7 +21,7 @@ BLOCK_ENDS_EARLY = timedelta(minutes=30)
 SHORT_RESERVATION = timedelta(hours=24)
 
 
-def check_quota(clients: AwsClients, requirements: RunRequirements, subject: str) -> list[Finding]:
+def check_ec2_quota(clients: AwsClients, requirements: RunRequirements, subject: str) -> list[Finding]:
     """EC2's quota of On-Demand instances, in vCPU. Nodes in a capacity block do not count against it."""
     region, nodes = clients.region, requirements.nodes
     needed = nodes * (requirements.hardware.vcpu if requirements.hardware else 0)

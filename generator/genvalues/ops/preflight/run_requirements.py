@@ -8,7 +8,7 @@ from typing import Any
 
 from genvalues.accelerators.instances import HYPERPOD, Instance, trainium
 from genvalues.common.dicts import get
-from genvalues.ops.registries import Image, invalid_account, parse_image
+from genvalues.ops.registries import ImageReference, invalid_account, parse_image
 from genvalues.settings.datasets import is_file
 
 # fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com
@@ -60,7 +60,7 @@ class RunRequirements:
         return set(get(self.values, "devices", dict) or {})
 
     @property
-    def image(self) -> Image:
+    def image(self) -> ImageReference:
         tag, digest = self.text("image.tag"), self.text("image.digest")
         reference = self.text("image.repository") + (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
         return parse_image(reference)

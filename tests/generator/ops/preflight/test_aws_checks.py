@@ -65,7 +65,7 @@ def capacity(stub: Stub, clients: AwsClients, value: float, *reservations: dict[
 
 
 def on_demand(clients: AwsClients) -> list[Finding]:
-    return findings_of(clients, requirements(), instances.check_quota, instances.check_capacity)
+    return findings_of(clients, requirements(), instances.check_ec2_quota, instances.check_capacity)
 
 
 # --- quota and capacity
