@@ -61,7 +61,7 @@ def test_before_the_first_install_a_claim_that_install_makes_is_right(new_space:
     values = merged(STOPS, TOKEN, MANAGED, {"storage": {"prepare": {"enabled": True}}})
     first = [
         "ok training operator: knows PyTorchJob and acts on it",
-        "ok claim llama-workspace: is not there yet: install makes it",
+        "ok claim llama-workspace: does not exist yet: install creates it",
         "ok storage class: folder, the default",
         f"ok namespace {space.name}: enforces Pod Security baseline, which lets storage-prepare run as root",
         "ok secret hf-token: has key token",

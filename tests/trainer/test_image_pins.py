@@ -303,6 +303,6 @@ def test_what_needs_neuron_is_imported_with_neuron_alone() -> None:
         [sys.executable, "-c", code], env={"PYTHONPATH": str(TRAINER)}, capture_output=True, text=True, check=True
     )
     listed = json.loads(done.stdout)
-    assert "genvalues.ops.image.build" in listed["command"] and "genvalues.cluster.runner" in listed["command"]
+    assert "genvalues.ops.image" in listed["command"] and "genvalues.cluster.runner" in listed["command"]
     assert "llama_lora.stages.merge" in listed["trainer"] and not any(".neuron" in one for one in listed["trainer"])
     assert all(".neuron" in name for name in listed["neuron"])

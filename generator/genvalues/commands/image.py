@@ -10,32 +10,38 @@ from genvalues.commands.options import Command, decorated
 
 @click.group(short_help="Build and push the image of the stages.")
 def image() -> None:
-    """The image of the stages: build it, push it, and have its digest written into the inputs file."""
+    """Build the image that every stage runs, push it, and write its digest into the inputs file."""
 
 
 def image_options(command: Command) -> Command:
-    """What build and push have in common."""
+    """The argument and options of both build and push."""
     return decorated(
         command,
         click.argument("file", type=click.Path(path_type=Path), default="finetune.yaml"),
         click.option(
-            "--builder", type=click.Choice(["docker", "podman", "buildah"]), help="The first there is when left out."
+            "--builder",
+            type=click.Choice(["docker", "podman", "buildah"]),
+            help="The builder. Default: the first one found.",
         ),
-        click.option("--network", metavar="NAME", help="For the build; sagemaker in SageMaker Studio when left out."),
-        click.option("--base", metavar="IMAGE", help="Build upon this; AWS's container of the region when left out."),
+        click.option(
+            "--network", metavar="NAME", help="The network of the build. Default in SageMaker Studio: sagemaker."
+        ),
+        click.option(
+            "--base", metavar="IMAGE", help="The base image. Default: AWS's Neuron training container of the region."
+        ),
     )
 
 
 @image.command("build")
 @image_options
 def image_build(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
-    """Build the image that FILE (finetune.yaml) names, on this x86-64 machine.
+    """Build the image that FILE (finetune.yaml) names. Needs an x86-64 machine.
 
     \b
     Example:
         genvalues image build finetune.yaml
     """
-    from genvalues.ops.image.build import build
+    from genvalues.ops.image import build
 
     sys.exit(build(file, builder, network, base))
 
@@ -45,12 +51,12 @@ def image_build(file: Path, builder: str | None, network: str | None, base: str 
 def image_push(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
     """Build the image that FILE (finetune.yaml) names, push it, and write its digest into FILE.
 
-    A repository that ECR does not have is made, with scan on push and immutable tags.
+    Creates the ECR repository if it does not exist, with scan on push and immutable tags.
 
     \b
     Example:
         genvalues image push finetune.yaml
     """
-    from genvalues.ops.image.build import push
+    from genvalues.ops.image import build
 
-    sys.exit(push(file, builder, network, base))
+    sys.exit(build(file, builder, network, base, push=True))

@@ -8,16 +8,16 @@ from genvalues.commands.options import context_option, inputs, json_option, name
 from genvalues.inputs.input_options import Sources
 
 
-@click.command(short_help="Ask AWS, the Hub and the cluster whether a run can begin.")
+@click.command(short_help="Check AWS, the Hub and the cluster before a run.")
 @inputs
-@click.option("--aws", is_flag=True, help="AWS alone: credentials, quota, capacity, image, storage, dataset.")
-@click.option("--cluster", is_flag=True, help="The cluster alone: all that the chart's own preflight checks.")
-@click.option("--offline", is_flag=True, help="Ask nobody: what needs an answer is not checked.")
+@click.option("--aws", is_flag=True, help="Check AWS only: credentials, quota, capacity, image, storage, dataset.")
+@click.option("--cluster", is_flag=True, help="Check the cluster only: everything that the chart's preflight checks.")
+@click.option("--offline", is_flag=True, help="No network access: checks that need an answer are not made.")
 @json_option
-@click.option("--region", help="AWS's; that of the image's address, of AWS_REGION or the profile when left out.")
+@click.option("--region", help="The AWS region. Default: from the image's address, AWS_REGION or the profile.")
 @namespace_option
 @context_option
-@click.option("--release", metavar="NAME", help="The release's name; the inputs' name when left out.")
+@click.option("--release", metavar="NAME", help="The release's name. Default: the name in the inputs.")
 def preflight(
     sources: Sources,
     aws: bool,
@@ -29,10 +29,10 @@ def preflight(
     context: str | None,
     release: str | None,
 ) -> None:
-    """Check AWS, the Hugging Face Hub and the cluster for what this run needs, before anything is paid for.
+    """Check that AWS, the Hugging Face Hub and the cluster have what the run needs, before anything is paid for.
 
-    With --aws or --cluster, or both, those alone. Exit status: 2 when something stops the run, 1 when somebody gave no
-    answer and nothing is known to stop it, else 0.
+    With --aws, --cluster or both, check only those. Exit status: 2 if a finding stops the run, 1 if none does but a
+    service did not answer, otherwise 0.
 
     \b
     Example:
@@ -40,13 +40,12 @@ def preflight(
     """
     import json
 
-    from genvalues.common.findings import as_json as document
-    from genvalues.common.findings import exit_status
+    from genvalues.common import findings
     from genvalues.inputs.write import checked
-    from genvalues.ops.preflight import run, show
+    from genvalues.ops.preflight import run
 
     everything = not (aws or cluster)
-    findings = run(
+    found = run.run_preflight(
         checked(sources),
         aws=aws or everything,
         cluster=cluster or everything,
@@ -59,7 +58,7 @@ def preflight(
         chart=sources.chart,
     )
     if as_json:
-        click.echo(json.dumps(document(findings), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(findings.as_json(found), indent=2, ensure_ascii=False))
     else:
-        show(findings, click.echo)
-    sys.exit(exit_status(findings))
+        findings.show(found, click.echo)
+    sys.exit(findings.exit_status(found))

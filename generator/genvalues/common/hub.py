@@ -1,6 +1,6 @@
-"""Asking the Hugging Face Hub, or what is in its place (HF_ENDPOINT), without its library: one request, one answer.
+"""Requests to the Hugging Face Hub, or to the server that HF_ENDPOINT names, without its library.
 
-The token goes to the Hub alone and is never part of what is said.
+The token is sent to that server only, and never appears in an answer or an error.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0
 REDIRECTS = 5
-LARGEST_ANSWER = 32 << 20  # a dataset of many files has a long list of them
+LARGEST_ANSWER = 32 << 20  # bytes; a dataset with many files has a long list of them
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the Hub answers: 0 is no answer at all. Its own words for an error are in two headers (huggingface_hub,
-    utils/_http.py)."""
+    """The Hub's answer; status 0 if there is none, with the reason in ``problem``. Two headers hold the code and the
+    message of an error (huggingface_hub, utils/_http.py)."""
 
     status: int
-    headers: Mapping[str, str] = field(default_factory=dict)  # names in small letters
+    headers: Mapping[str, str] = field(default_factory=dict)  # names in lower case
     body: bytes = b""
     problem: str = ""
 
@@ -54,9 +54,9 @@ def endpoint_of_environment() -> str:
 
 
 def token_of_environment() -> str:
-    """The token that huggingface_hub would use here: $HF_TOKEN, else the file that `hf auth login` writes.
+    """The token that huggingface_hub uses on this machine: $HF_TOKEN, or else the file that `hf auth login` writes.
 
-    Never printed. Empty where there is none.
+    Empty if there is neither. Must never be printed.
     """
     if token := os.environ.get("HF_TOKEN", "").strip():
         return token
@@ -69,13 +69,13 @@ def token_of_environment() -> str:
 
 
 def ask(endpoint: str, path: str, token: str, method: str = "GET") -> Answer:
-    """One request; a redirect is followed on the Hub itself alone, so that nobody else gets the token.
+    """Send a request. Redirects are followed within the Hub only, so that no other server gets the token.
 
-    One to a file store elsewhere is an answer: the file may be read.
+    A redirect to a file store elsewhere is returned as the answer: it shows that the file is readable.
     """
     url = f"{endpoint}{path}"
     for _ in range(REDIRECTS):
-        answer = send(url, token, method)
+        answer = request_once(url, token, method)
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
         url = urljoin(url, answer.headers.get("location", ""))
@@ -84,22 +84,22 @@ def ask(endpoint: str, path: str, token: str, method: str = "GET") -> Answer:
     return Answer(0, problem="too many redirects")
 
 
-def trusted() -> ssl.SSLContext:
-    """The system's certificates and those of $REQUESTS_CA_BUNDLE, as huggingface_hub has them behind a proxy; certifi's
-    where the system has none (Python from python.org on a Mac)."""
+def trusted_certificates() -> ssl.SSLContext:
+    """The system's certificates and those of $REQUESTS_CA_BUNDLE, which huggingface_hub uses behind a proxy; those of
+    certifi if the system has none (Python from python.org on a Mac)."""
     import ssl
 
     context = ssl.create_default_context()
     if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
         context.load_verify_locations(bundle)
     elif not context.cert_store_stats()["x509_ca"]:
-        import certifi  # comes with the Kubernetes client
+        import certifi  # a dependency of the Kubernetes client
 
         context.load_verify_locations(certifi.where())
     return context
 
 
-def send(url: str, token: str, method: str) -> Answer:
+def request_once(url: str, token: str, method: str) -> Answer:
     import http.client
     import urllib.error
     import urllib.request
@@ -113,17 +113,19 @@ def send(url: str, token: str, method: str) -> Answer:
         if token:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
-            opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=trusted()))
+            opener = urllib.request.build_opener(
+                NoRedirects, urllib.request.HTTPSHandler(context=trusted_certificates())
+            )
             with opener.open(request, timeout=SECONDS) as response:
-                return Answer(response.status, small(response.headers), response.read(LARGEST_ANSWER))
+                return Answer(response.status, lower_case(response.headers), response.read(LARGEST_ANSWER))
         except urllib.error.HTTPError as error:
             with error:
-                return Answer(error.code, small(error.headers))
+                return Answer(error.code, lower_case(error.headers))
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or error
         return Answer(0, problem=one_line(redacted(str(reason) or type(error).__name__), 200))
 
 
-def small(headers: Any) -> dict[str, str]:
-    """http.client's, of which any spelling of a name is the same."""
+def lower_case(headers: Any) -> dict[str, str]:
+    """The headers with names in lower case: HTTP names are case-insensitive."""
     return {name.lower(): value for name, value in headers.items()}

@@ -128,9 +128,9 @@ def what_stops(found: Checked, release: str, where: Where, chart: Path) -> list[
 
     The one seam to genvalues.ops.preflight. Who gives no answer stops nothing: Helm and the stages will say so.
     """
-    from genvalues.ops import preflight
+    from genvalues.ops.preflight import run
 
-    answers = preflight.run(found, namespace=where.namespace, context=where.context, release=release, chart=chart)
+    answers = run.run_preflight(found, namespace=where.namespace, context=where.context, release=release, chart=chart)
     findings.show(answers, say)
     return answers if findings.exit_status(answers) == EXIT_USER_ERROR else []
 

@@ -1,4 +1,4 @@
-"""`genvalues plan`: the plan that `genvalues write` writes, with today's price and what the Hub has counted."""
+"""The plan of `genvalues plan`: that of `genvalues write`, with the Hub's row count and, with --live, today's price."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from genvalues.accelerators.instances import HYPERPOD
 from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
-from genvalues.ops.aws import Missing, translate_errors
+from genvalues.ops.aws import AwsClients, Missing, translate_aws_errors
 from genvalues.planner.planning import Plan, Priced, known_price
 from genvalues.planner.prices import Price, region_of
 from genvalues.settings.inputs import Inputs
 
-PRICING_API = "us-east-1"  # one of the few regions that answer for all (AWS docs, Using the AWS Price List Query API)
-TIMEOUT = 10  # seconds, for connecting and for an answer
+PRICING_REGION = "us-east-1"  # has the prices of all regions (AWS docs, Using the AWS Price List Query API)
 WRITE_PRICE = "Write guards.pricePerNodeHour"
 
 
 def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) -> Plan:
-    """Raises every mistake in the inputs, and UserError for options that contradict one another."""
+    """The plan for these inputs. Raises all mistakes in the inputs, and UserError for options that conflict."""
     if live and offline:
-        raise UserError("asks AWS, which --offline forbids", where="--live", fix="Leave one of the two out.")
+        raise UserError("asks AWS: cannot be combined with --offline", where="--live", fix="Omit one of the two.")
     if region is not None and not re.match(r"^[a-z]{2}(-[a-z]+)+-[0-9]\Z", region):
-        raise UserError(f"{region[:40]!r} is no AWS region", where="--region", fix="Write one such as us-west-2.")
+        raise UserError(f"{region[:40]!r} is not an AWS region", where="--region", fix="Write one such as us-west-2.")
 
     def price(inputs: Inputs) -> Priced:
         if not live or inputs.on_cpu:
@@ -43,18 +42,18 @@ def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) 
 def live_price(instance: str, region: str, client: Any = None) -> Price:
     """Today's on-demand price of the AWS Pricing API (GetProducts).
 
-    Raises UserError where the API has no such price, or takes no question from these credentials, Unavailable where it
-    does not answer. ``client`` is boto3's of "pricing"; made here when left out.
+    Raises UserError if the API has no single price or rejects the credentials, and Unavailable if it does not answer.
+    ``client`` is a boto3 client of "pricing"; created here by default.
     """
-    service, filters = _product(instance, region)
+    service, filters = product_filters(instance, region)
     prices: set[float] = set()
-    with suppress(Missing), translate_errors("--live", needs="pricing:GetProducts", look=f"{WRITE_PRICE}."):
-        products = (client or _client()).get_paginator("get_products")
+    with suppress(Missing), translate_aws_errors("--live", "pricing:GetProducts", f"{WRITE_PRICE}."):
+        products = (client or AwsClients(PRICING_REGION).client("pricing")).get_paginator("get_products")
         pages = products.paginate(
             ServiceCode=service,
             Filters=[{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in filters.items()],
         )
-        prices.update(_hourly(json.loads(product) for page in pages for product in page["PriceList"]))
+        prices.update(hourly_dollars(json.loads(product) for page in pages for product in page["PriceList"]))
     if len(prices) != 1:
         several = f"has {len(prices)} prices" if prices else "has no price"
         raise UserError(
@@ -65,8 +64,11 @@ def live_price(instance: str, region: str, client: Any = None) -> Price:
     return Price(prices.pop(), "AWS Pricing API, on demand", region, "today")
 
 
-def _product(instance: str, region: str) -> tuple[str, dict[str, str]]:
-    """Service code and filters. HyperPod nodes are billed as SageMaker's component Cluster, USE1-Cluster:ml.TYPE."""
+def product_filters(instance: str, region: str) -> tuple[str, dict[str, str]]:
+    """The service code, and filters by attribute.
+
+    HyperPod nodes are billed as SageMaker's component Cluster (USE1-Cluster:ml.TYPE).
+    """
     if instance.startswith(HYPERPOD):
         return "AmazonSageMaker", {
             "regionCode": region,
@@ -83,21 +85,13 @@ def _product(instance: str, region: str) -> tuple[str, dict[str, str]]:
     }
 
 
-def _hourly(products: Iterable[dict[str, Any]]) -> Iterable[float]:
-    """Dollars an hour, of the on-demand terms that have any."""
+def hourly_dollars(products: Iterable[dict[str, Any]]) -> Iterable[float]:
+    """The prices per hour of the products' on-demand terms, in dollars."""
     for product in products:
         if "Reserved" in product.get("product", {}).get("attributes", {}).get("usagetype", ""):
-            continue  # flexible training plans and the like, sold on an on-demand term of SageMaker's
+            continue  # flexible training plans, which SageMaker lists as an on-demand term
         for term in product.get("terms", {}).get("OnDemand", {}).values():
             for dimension in term.get("priceDimensions", {}).values():
                 dollars = float(dimension.get("pricePerUnit", {}).get("USD", 0))
                 if dollars > 0 and dimension.get("unit", "").lower() in ("hrs", "hours", "hour"):
                     yield dollars
-
-
-def _client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"total_max_attempts": 1})
-    return boto3.client("pricing", region_name=PRICING_API, config=config)

@@ -151,12 +151,12 @@ def test_an_answer_without_one_price_is_told_what_to_write(products: list[str], 
         (
             "AccessDeniedException",
             UserError,
-            "not allowed to these credentials: not for?you. "
-            "Have pricing:GetProducts allowed for them, or use others: AWS_PROFILE=NAME.",
+            "not allowed for these credentials: not for?you. "
+            "Allow pricing:GetProducts for them, or use other credentials: AWS_PROFILE=NAME.",
         ),
         ("ExpiredTokenException", UserError, f"the AWS credentials have expired. {aws.LOG_IN_AGAIN}"),
         *(
-            (code, UserError, f"AWS does not know these credentials ({code}). {aws.LOG_IN}")
+            (code, UserError, f"AWS rejects these credentials ({code}). {aws.LOG_IN}")
             for code in ("UnrecognizedClientException", "InvalidSignatureException", "IncompleteSignatureException")
         ),
         (
@@ -187,7 +187,7 @@ def test_an_error_is_one_line_with_what_helps_against_it(code: str, kind: type[E
     [
         (NoCredentialsError(), UserError, aws.LOG_IN),
         (UnauthorizedSSOTokenError(), UserError, aws.LOG_IN_AGAIN),
-        (EndpointConnectionError(endpoint_url="https://api.pricing"), Unavailable, "Look at the network."),
+        (EndpointConnectionError(endpoint_url="https://api.pricing"), Unavailable, "Check the network."),
     ],
 )
 def test_no_credentials_and_no_network_are_one_line(error: Exception, kind: type[Exception], fix: str) -> None:

@@ -143,9 +143,9 @@ def test_a_local_files_rows_are_counted_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_options_that_contradict_one_another_or_mean_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--live: asks AWS"):
+    with pytest.raises(UserError, match=r"--live: .*--offline"):
         made(live=True)
-    with pytest.raises(UserError, match="--region: 'moon' is no AWS region"):
+    with pytest.raises(UserError, match="--region: 'moon' is not an AWS region"):
         made(region="moon")
     with pytest.raises(UserError, match="needs a region"):
         made("image=me/llama-lora:1", live=True, offline=False)

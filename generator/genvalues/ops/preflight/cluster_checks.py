@@ -1,6 +1,6 @@
-"""The chart's preflight from outside: the same checks in the same words, before there is a release.
+"""The chart's preflight from outside the cluster: the same checks with the same findings, before there is a release.
 
-What the stage reads from its ConfigMap is read here from the chart, rendered for these values.
+The stage reads its configuration from a ConfigMap. These checks read it from the chart, rendered with the run's values.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import yaml
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster import preflight as inside
+from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
+from genvalues.common.helm import render
 
 PATIENCE_SECONDS = 8.0
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
-# Of a namespace that is not there these have something to say all the same.
-WITHOUT_NAMESPACE = ("training operator", "storage", "Hugging Face token", "devices")
+WITHOUT_NAMESPACE = ("training operator", "storage", "Hugging Face token", "devices")  # useful before it exists
 
 
 def check_cluster(
@@ -33,110 +33,110 @@ def check_cluster(
     namespace: str | None = None,
     context: str | None = None,
     offline: bool = False,
-    pace: inside.Pace | None = None,
+    pace: stage.Pace | None = None,
 ) -> list[Finding]:
-    """Raises UserError where Helm cannot render the chart. A cluster that is away is one finding."""
+    """All findings about the cluster. A cluster that cannot be reached is one finding.
+
+    Raises UserError if Helm cannot render the chart.
+    """
     if offline:
-        return [Finding("not checked", subject, "--offline") for subject in inside.CHECKS]
-    deadline = time.monotonic() + inside.BUDGET_SECONDS
+        return [Finding("not checked", subject, "--offline") for subject in stage.CHECKS]
+    deadline = time.monotonic() + stage.BUDGET_SECONDS
     try:
         api = connect(namespace, context=context, patience=PATIENCE_SECONDS, interval=1.0, deadline=deadline)
     except UserError as error:
         look = f"kubectl config get-contexts{f' {context}' if context else ''}"
         return [Finding("not checked", "cluster", error.what, f"{look}   # or KUBECONFIG=FILE", unanswered=True)]
     try:
-        there = namespace_is_there(api)
+        namespace_exists = api.get(kinds.NAMESPACES, api.namespace) is not None
     except ServerAway as error:
         return [in_context(Finding("not checked", "cluster", error.message, "kubectl cluster-info", True), context)]
     except ApiError as error:
         if error.status == 401:
             log_in = "kubectl auth whoami   # on EKS: aws eks update-kubeconfig --name CLUSTER, and AWS credentials"
-            return [in_context(Finding("not checked", "cluster", "does not know who you are (401)", log_in), context)]
-        there = True  # not allowed to read it: the checks show
-    objects = rendered(chart, release, values, api.namespace)
-    return [in_context(finding, context) for finding in from_outside(api, objects, there, pace or inside.Pace())]
+            return [in_context(Finding("not checked", "cluster", "you are not logged in (401)", log_in), context)]
+        namespace_exists = True  # not allowed to read it: the checks find out
+    objects = render(chart, release, values, api.namespace)
+    findings = check_for_objects(api, objects, namespace_exists, pace or stage.Pace())
+    return [in_context(finding, context) for finding in findings]
 
 
-def namespace_is_there(api: Api) -> bool:
-    return api.get(kinds.NAMESPACES, api.namespace) is not None
-
-
-def rendered(chart: Path, release: str, values: dict[str, Any], namespace: str) -> list[Object]:
-    from genvalues.common.helm import render
-
-    return render(chart, release, values, namespace)
-
-
-def from_outside(api: Api, objects: list[Object], namespace_there: bool, pace: inside.Pace) -> list[Finding]:
-    """All findings about the cluster, of a release that these objects are of."""
+def check_for_objects(api: Api, objects: list[Object], namespace_exists: bool, pace: stage.Pace) -> list[Finding]:
+    """The findings for a release that consists of these objects."""
     config = config_of(objects)
-    checks: dict[str, inside.Check] = {
-        **inside.CHECKS,
-        "storage": lambda api, config, pace: check_storage(api, config, pace, objects),
+    checks: dict[str, stage.Check] = {
+        **stage.CHECKS,
+        "storage": lambda api, config, pace: check_storage_before_install(api, config, pace, objects),
     }
-    if namespace_there:
-        return inside.preflight(api, config, pace, checks)
+    if namespace_exists:
+        return stage.preflight(api, config, pace, checks)
     create = f"kubectl create namespace {api.namespace}"
     if config.storage_prepare:
-        create += f" && kubectl label namespace {api.namespace} {inside.ENFORCED}=baseline"
-    found = Finding("error", f"namespace {api.namespace}", "there is no such namespace", create)
-    left: Mapping[str, inside.Check] = {
-        subject: check_kind if subject == "training operator" else checks[subject] for subject in WITHOUT_NAMESPACE
+        create += f" && kubectl label namespace {api.namespace} {stage.ENFORCED}=baseline"
+    missing = Finding("error", f"namespace {api.namespace}", "not found", create)
+    remaining: Mapping[str, stage.Check] = {
+        subject: check_operator_installed if subject == "training operator" else checks[subject]
+        for subject in WITHOUT_NAMESPACE
     }
-    return [found, *inside.preflight(api, config, pace, left)]
+    return [missing, *stage.preflight(api, config, pace, remaining)]
 
 
 def config_of(objects: list[Object]) -> ClusterConfig:
-    """cluster.yaml, as the chart's ConfigMap has it. Its revision is none that Helm gives, so that the probe here has
-    another name than the stage's, which may be at work on the same cluster."""
+    """The stage's configuration, from the rendered ConfigMap.
+
+    Revision 0, which Helm never assigns, gives the probe a name that differs from the stage's: both can run at once.
+    """
     for item in objects:
         text = (item.get("data") or {}).get("cluster.yaml") if item.get("kind") == "ConfigMap" else None
         if text:
             return ClusterConfig.model_validate({**yaml.safe_load(text), "revision": 0})
-    raise UserError("has no ConfigMap with cluster.yaml", where="the chart", fix="Give the chart of this version.")
+    fix = "Use the chart of the same version as genvalues."
+    raise UserError("has no ConfigMap with cluster.yaml", where="the chart", fix=fix)
 
 
-def check_storage(api: Api, config: ClusterConfig, pace: inside.Pace, objects: list[Object]) -> list[Finding]:
-    """The claim as the stage sees it; one that install makes, and that is not there yet, by what will provide it."""
+def check_storage_before_install(
+    api: Api, config: ClusterConfig, pace: stage.Pace, objects: list[Object]
+) -> list[Finding]:
+    """The claim, as the stage checks it. For a claim that install will create: what provisions it."""
     if not config.claim.managed or api.get(kinds.CLAIMS, config.claim.name) is not None:
-        return inside.check_storage(api, config, pace)
-    made = Finding("ok", f"claim {config.claim.name}", "is not there yet: install makes it")
+        return stage.check_storage(api, config, pace)
+    created = Finding("ok", f"claim {config.claim.name}", "does not exist yet: install creates it")
     claim = next((one for one in objects if one.get("kind") == "PersistentVolumeClaim"), {})
     spec = claim.get("spec") or {}
-    ours = {one["metadata"]["name"] for one in objects if one.get("kind") == "StorageClass"}
+    in_chart = {one["metadata"]["name"] for one in objects if one.get("kind") == "StorageClass"}
     name = spec.get("storageClassName")
-    if spec.get("volumeName") or name in ours:
-        return [made]
+    if spec.get("volumeName") or name in in_chart:
+        return [created]
     try:
-        return [made, inside.check_storage_class(api, config, name) if name else check_default_class(api, config)]
+        return [created, stage.check_storage_class(api, config, name) if name else check_default_class(api, config)]
     except NotAllowed as error:
         subject = f"storage class {name}" if name else "storage class"
-        return [made, Finding("not checked", subject, error.message, "kubectl get storageclass")]
+        return [created, Finding("not checked", subject, error.message, "kubectl get storageclass")]
 
 
 def check_default_class(api: Api, config: ClusterConfig) -> Finding:
     subject = "storage class"
     if not config.cluster_scoped_reads:
-        return inside.not_read(subject, "kubectl get storageclass")
+        return stage.not_read(subject, "kubectl get storageclass")
     classes = api.list(kinds.STORAGE_CLASSES)
     default = [one for one in classes if (one["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"]
     if not default:
-        found = "the claim names none, and the cluster has no default"
+        found = "the claim names none, and the cluster has no default class"
         return Finding("error", subject, found, "kubectl get storageclass   # then storage.storageClass")
     return Finding("ok", subject, f"{default[0]['metadata']['name']}, the default")
 
 
-def check_kind(api: Api, config: ClusterConfig, pace: inside.Pace) -> list[Finding]:
-    """The operator's kind alone: without the namespace there is no place for a test job."""
+def check_operator_installed(api: Api, config: ClusterConfig, pace: stage.Pace) -> list[Finding]:
+    """Whether the API has the operator's kind. Without a namespace, no probe can show that the operator runs."""
     subject = "training operator"
-    if not inside.knows_pytorchjob(api):
-        return [Finding("error", subject, "the API server does not know the kind PyTorchJob", inside.INSTALL_OPERATOR)]
-    found = f"the kind PyTorchJob is known; whether it runs can be tried in namespace {api.namespace} alone"
+    if not stage.knows_pytorchjob(api):
+        return [Finding("error", subject, "the API server does not have the kind PyTorchJob", stage.INSTALL_OPERATOR)]
+    found = f"the kind PyTorchJob exists; whether the operator runs can only be tested in namespace {api.namespace}"
     return [Finding("not checked", subject, found, f"kubectl create namespace {api.namespace}")]
 
 
 def in_context(finding: Finding, context: str | None) -> Finding:
-    """The same finding, its kubectl and Helm commands for the cluster that was asked."""
+    """The finding with the context added to its kubectl and Helm commands."""
     if not context:
         return finding
     fix = re.sub(r"\bkubectl (?!config )", f"kubectl --context {context} ", finding.fix)

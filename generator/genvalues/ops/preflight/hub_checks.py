@@ -1,6 +1,6 @@
-"""The checks that ask the Hugging Face Hub: may this token read the model and the dataset?
+"""The checks of the Hugging Face Hub: whether this token can read the model and the dataset.
 
-A gated repository's page and list of files are public, its files are not: so a file is asked for too.
+The description and file list of a gated repository are public, its files are not. So each check also requests a file.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from genvalues.common.hub import Answer, ask, endpoint_of_environment, token_of_
 from genvalues.ops.preflight.run_requirements import RunRequirements
 
 CONFIG = "config.json"
-# Readable to everybody in a gated repository too.
-PUBLIC_FILES = ("README.md", ".gitattributes")
-
-Kind = Literal["model", "dataset"]
+PUBLIC_FILES = ("README.md", ".gitattributes")  # readable even in a gated repository
 
 
 @dataclass(frozen=True)
-class Repository:
-    kind: Kind
+class HubRepository:
+    kind: Literal["model", "dataset"]
     name: str
-    revision: str = "main"
+    revision: str
 
     @property
     def page(self) -> str:
@@ -44,118 +41,121 @@ class Repository:
         return f"{self.kind} {self.name}{at}"
 
 
-def repositories(wanted: RunRequirements) -> list[Repository]:
-    """What a run downloads from the Hub."""
-    found = []
-    if name := wanted.text("model.id"):
-        found.append(Repository("model", name, wanted.text("model.revision") or "main"))
-    if wanted.hub_dataset:
-        found.append(Repository("dataset", wanted.hub_dataset, wanted.text("dataset.revision") or "main"))
-    return found
+def repositories(requirements: RunRequirements) -> list[HubRepository]:
+    """What the run downloads from the Hub."""
+    text = requirements.text
+    found = [
+        HubRepository("model", text("model.id"), text("model.revision") or "main"),
+        HubRepository("dataset", requirements.hub_dataset, text("dataset.revision") or "main"),
+    ]
+    return [repository for repository in found if repository.name]
 
 
-def check_hub(wanted: RunRequirements, offline: bool = False) -> list[Finding]:
-    asked = repositories(wanted)
-    if not asked:
-        return [Finding("ok", "Hugging Face Hub", "nothing to check there: model and dataset are elsewhere")]
+def check_hub(requirements: RunRequirements, offline: bool = False) -> list[Finding]:
+    needed = repositories(requirements)
+    if not needed:
+        return [Finding("ok", "Hugging Face Hub", "nothing to check: model and dataset are not on the Hub")]
     if offline:
-        return [Finding("not checked", str(repository), "--offline") for repository in asked]
+        return [Finding("not checked", str(repository), "--offline") for repository in needed]
     endpoint, token = endpoint_of_environment(), token_of_environment()
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(lambda repository: check_repository(repository, wanted, endpoint, token), asked))
+    with ThreadPoolExecutor(len(needed)) as pool:
+        return list(pool.map(lambda repository: check_repository(repository, requirements, endpoint, token), needed))
 
 
-def check_repository(repository: Repository, wanted: RunRequirements, endpoint: str, token: str) -> Finding:
-    listed = ask(endpoint, repository.api, token)
+def check_repository(repository: HubRepository, requirements: RunRequirements, endpoint: str, token: str) -> Finding:
+    description = ask(endpoint, repository.api, token)
     file = None
-    if listed.status == 200 and (path := telling_file(repository, listed.json())):
+    if description.status == 200 and (path := protected_file(repository, description.json())):
         file = ask(endpoint, repository.file(path), token, method="HEAD")
-    return judge(repository, listed, file, wanted, endpoint, has_token=bool(token))
+    return judge_repository(repository, description, file, requirements, endpoint, has_token=bool(token))
 
 
-def telling_file(repository: Repository, listed: Mapping[str, Any]) -> str:
-    """The file whose answer tells whether the repository may be read; none where it has no files."""
+def protected_file(repository: HubRepository, description: Mapping[str, Any]) -> str:
+    """A file that only those can read who may read the repository; empty if it lists none."""
     if repository.kind == "model":
         return CONFIG
-    names = [str(one.get("rfilename", "")) for one in listed.get("siblings") or [] if isinstance(one, dict)]
+    names = [str(one.get("rfilename", "")) for one in description.get("siblings") or [] if isinstance(one, dict)]
     return next((name for name in names if name and name not in PUBLIC_FILES), "")
 
 
-# --- what the answers mean
-
-
-def judge(
-    repository: Repository, listed: Answer, file: Answer | None, wanted: RunRequirements, endpoint: str, has_token: bool
+def judge_repository(
+    repository: HubRepository,
+    description: Answer,
+    file: Answer | None,
+    requirements: RunRequirements,
+    endpoint: str,
+    has_token: bool,
 ) -> Finding:
-    """``listed``: the repository's description; ``file``: a file of it, where that was asked for."""
-    answer = listed if file is None or listed.status != 200 else file
+    """Judge the Hub's answers for a repository's description and for one of its files, if that was requested."""
+    answer = description if file is None or description.status != 200 else file
     subject = str(repository)
-    preflight = f"genvalues preflight {wanted.file}"
     page = f"{endpoint}/{repository.page}"
     if answer.status == 0:
-        look = f"curl -sI {endpoint}"
-        return Finding("not checked", subject, f"the Hub does not answer: {answer.problem}", look, unanswered=True)
+        found = f"the Hub does not answer: {answer.problem}"
+        return Finding("not checked", subject, found, f"curl -sI {endpoint}", unanswered=True)
     if answer.status >= 500 or answer.status == 429:
-        return Finding("not checked", subject, f"the Hub answers {answer.status}", preflight, unanswered=True)
+        found = f"the Hub answers {answer.status}"
+        return Finding("not checked", subject, found, requirements.preflight_command(), unanswered=True)
     if answer.status < 400:
-        return readable(repository, listed, wanted)
+        return judge_readable(subject, description, requirements)
     if answer.error == "GatedRepo":
-        return gated(repository, answer, wanted, page, has_token)
+        return judge_gated(subject, answer, requirements, page, has_token)
     if answer.error == "RevisionNotFound":
-        fix = f"open {page}/tree/main   # its branches, tags and commits; then {repository.kind}'s revision"
-        return Finding("error", subject, f"there is no revision {repository.revision}", fix)
+        fix = f"open {page}/tree/main   # for branches, tags and commits; then set {repository.kind}.revision"
+        return Finding("error", subject, f"revision {repository.revision} not found", fix)
     if answer.error == "EntryNotFound":
-        found = f"has no {CONFIG}: it is no model that transformers loads"
+        found = f"has no {CONFIG}, so transformers cannot load it"
         return Finding("error", subject, found, f"open {page}/tree/{repository.revision}")
     if answer.status == 401 and has_token and answer.error != "RepoNotFound":
-        return Finding("error", subject, "the Hub does not know this token (any more)", "hf auth login   # or HF_TOKEN")
+        return Finding("error", subject, "the Hub rejects this token", "hf auth login   # or HF_TOKEN")
     if answer.error == "RepoNotFound" or answer.status in (401, 404):
-        return missing(repository, wanted, endpoint, has_token)
-    said = answer.message or f"status {answer.status}"
+        return judge_missing(repository, requirements, endpoint, has_token)
     level: Level = "error" if answer.status == 403 else "not checked"
-    return Finding(level, subject, f"the Hub refuses: {said}", f"open {page}")
+    reason = answer.message or f"status {answer.status}"
+    return Finding(level, subject, f"the Hub denies access: {reason}", f"open {page}")
 
 
-def readable(repository: Repository, listed: Answer, wanted: RunRequirements) -> Finding:
-    subject = str(repository)
-    description = listed.json()
-    commit = str(description.get("sha") or "")[:12]
+def judge_readable(subject: str, description: Answer, requirements: RunRequirements) -> Finding:
+    facts = description.json()
+    commit = str(facts.get("sha") or "")[:12]
     found = f"readable{f', at commit {commit}' if commit else ''}"
-    closed = "gated" if description.get("gated") else "private" if description.get("private") else ""
-    if not closed:
+    access = "gated" if facts.get("gated") else "private" if facts.get("private") else ""
+    if not access:
         return Finding("ok", subject, found)
-    if not wanted.token_secret:
-        fix = f"genvalues write {wanted.file} -o values.yaml --set huggingFace.tokenSecret=hf-token"
-        return Finding("error", subject, f"{closed}, and the run gets no token: huggingFace.tokenSecret is empty", fix)
-    return Finding("ok", subject, f"{closed}, and {found} with this token; {theirs(wanted)}")
+    if not requirements.token_secret:
+        return without_run_token(subject, access, requirements)
+    return Finding("ok", subject, f"{access}, and {found} with this token; {run_token(requirements)}")
 
 
-def theirs(wanted: RunRequirements) -> str:
-    return f"the run uses that of Secret {wanted.token_secret}, which may be another"
-
-
-def gated(repository: Repository, answer: Answer, wanted: RunRequirements, page: str, has_token: bool) -> Finding:
-    subject = str(repository)
+def judge_gated(subject: str, answer: Answer, requirements: RunRequirements, page: str, has_token: bool) -> Finding:
     if has_token:
-        said = f" ({answer.message})" if answer.message else ""
-        found = f"gated, and its terms are not accepted by the account of this token{said}; {theirs(wanted)}"
-        if not wanted.token_secret:
-            found = f"gated, and its terms are not accepted by the account of this token{said}"
-        return Finding("error", subject, found, f"open {page}   # accept its terms there, as the token's account")
-    if wanted.token_secret:
-        fix = f"HF_TOKEN=hf_... genvalues preflight {wanted.file}   # with the token of Secret {wanted.token_secret}"
-        return Finding("not checked", subject, "gated, and there is no token here to ask with", fix)
-    fix = f"genvalues write {wanted.file} -o values.yaml --set huggingFace.tokenSecret=hf-token"
-    return Finding("error", subject, "gated, and the run gets no token: huggingFace.tokenSecret is empty", fix)
+        found = "gated, and this token's account has not accepted the terms"
+        found += f" ({answer.message})" if answer.message else ""
+        found += f"; {run_token(requirements)}" if requirements.token_secret else ""
+        return Finding("error", subject, found, f"open {page}   # and accept the terms as the token's account")
+    if not requirements.token_secret:
+        return without_run_token(subject, "gated", requirements)
+    secret = f"with the token of Secret {requirements.token_secret}"
+    fix = f"HF_TOKEN=hf_... {requirements.preflight_command()}   # {secret}"
+    return Finding("not checked", subject, "gated, and no token is set here", fix)
 
 
-def missing(repository: Repository, wanted: RunRequirements, endpoint: str, has_token: bool) -> Finding:
-    """Without a token the Hub says the same of a private repository and of one that is not there."""
+def judge_missing(repository: HubRepository, requirements: RunRequirements, endpoint: str, has_token: bool) -> Finding:
+    """Without a token, the Hub's answer for a private repository is that for a missing one."""
     subject = str(repository)
     search = f"open '{endpoint}/{repository.kind}s?search={quote(repository.name.rpartition('/')[2])}'"
     if has_token:
-        return Finding("error", subject, "there is none of this name, or it is private to others", search)
-    if wanted.token_secret:
-        found = f"there is none of this name, or it is private; there is no token here to ask with, {theirs(wanted)}"
+        return Finding("error", subject, "not found, or private and not readable with this token", search)
+    if requirements.token_secret:
+        found = f"not found, or private; no token is set here, and {run_token(requirements)}"
         return Finding("warning", subject, found, search)
-    return Finding("error", subject, "there is none of this name that can be read without a token", search)
+    return Finding("error", subject, "not found without a token", search)
+
+
+def without_run_token(subject: str, access: str, requirements: RunRequirements) -> Finding:
+    found = f"{access}, and the run has no token: huggingFace.tokenSecret is empty"
+    return Finding("error", subject, found, requirements.set_command("huggingFace.tokenSecret", "hf-token"))
+
+
+def run_token(requirements: RunRequirements) -> str:
+    return f"the run uses the token of Secret {requirements.token_secret}, which can be another one"

@@ -1,4 +1,4 @@
-"""What a run asks of the world, read from its values."""
+"""What a run needs from AWS, the Hub and the cluster, read from its values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from genvalues.accelerators.instances import HYPERPOD, Instance, trainium
 from genvalues.common.dicts import get
-from genvalues.ops.image.registries import Image, mistaken_account, parse
+from genvalues.ops.registries import ImageReference, invalid_account, parse_image
 from genvalues.settings.datasets import is_file
 
 # fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com
@@ -18,12 +18,21 @@ PUBLIC_ECR = "public.ecr.aws"
 
 @dataclass(frozen=True)
 class RunRequirements:
-    file: str  # the inputs, as a shell's command names them
+    """``file`` is the inputs file, quoted for a shell; ``values`` are the chart values written from it."""
+
+    file: str
     values: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The value at a key of the chart's values; empty where there is none."""
+        """The text at a dotted key of the chart values; empty if unset."""
         return get(self.values, key, str) or ""
+
+    def set_command(self, key: str, value: object) -> str:
+        """The command that writes the values with another value for a key of the inputs."""
+        return f"genvalues write {self.file} -o values.yaml --set {key}={value}"
+
+    def preflight_command(self, *options: str) -> str:
+        return " ".join(("genvalues preflight", self.file, *options))
 
     @property
     def instance(self) -> str:
@@ -31,7 +40,7 @@ class RunRequirements:
 
     @property
     def hardware(self) -> Instance | None:
-        """None for cpu."""
+        """The Trainium instance type; None for cpu."""
         return trainium(self.instance)
 
     @property
@@ -51,15 +60,15 @@ class RunRequirements:
         return set(get(self.values, "devices", dict) or {})
 
     @property
-    def image(self) -> Image:
+    def image(self) -> ImageReference:
         tag, digest = self.text("image.tag"), self.text("image.digest")
         reference = self.text("image.repository") + (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
-        return parse(reference)
+        return parse_image(reference)
 
     @property
-    def image_is_ecrs(self) -> bool:
-        """By its address, even where that has a mistake."""
-        return self.image.in_ecr or bool(mistaken_account(self.image))
+    def image_in_ecr(self) -> bool:
+        """Whether the address is one of ECR, even if its account number is invalid."""
+        return self.image.in_ecr or bool(invalid_account(self.image))
 
     @property
     def makes_claim(self) -> bool:
@@ -67,7 +76,7 @@ class RunRequirements:
 
     @property
     def storage_kind(self) -> str:
-        """Empty where an existing claim is used: what is behind that only the cluster knows."""
+        """Empty for an existing claim, whose storage only the cluster knows."""
         return self.text("storage.kind") if self.makes_claim else ""
 
     @property
@@ -88,27 +97,31 @@ class RunRequirements:
         return [group for group in groups or [] if isinstance(group, str)]
 
     @property
+    def dataset(self) -> str:
+        return self.text("dataset.source")
+
+    @property
     def s3_source(self) -> tuple[str, str] | None:
         """Bucket and key of an s3:// dataset."""
-        source = self.text("dataset.source")
-        if not source.startswith("s3://"):
+        if not self.dataset.startswith("s3://"):
             return None
-        bucket, _, key = source.removeprefix("s3://").partition("/")
+        bucket, _, key = self.dataset.removeprefix("s3://").partition("/")
         return bucket, key
 
     @property
     def hub_dataset(self) -> str:
-        source = self.text("dataset.source")
-        return "" if "://" in source or source.startswith("/") or is_file(source) else source
+        """The dataset's name on the Hub; empty if it is elsewhere."""
+        elsewhere = "://" in self.dataset or self.dataset.startswith("/") or is_file(self.dataset)
+        return "" if elsewhere else self.dataset
 
     @property
     def token_secret(self) -> str:
         return self.text("huggingFace.tokenSecret")
 
     def regions(self, asked: str | None, configured: str | None) -> list[tuple[str, str]]:
-        """Who names a region, and which: the first is the one that is used."""
+        """The sources that name a region, each with its region. The first one is used."""
         named = [("--region", asked or ""), ("the image's address", self.image.region)]
         if self.file_system and (address := FSX_ADDRESS.fullmatch(self.text("storage.static.dnsName"))):
             named.append(("the file system's address", address["region"]))
         named.append(("AWS_REGION or the profile", configured or ""))
-        return [(who, region) for who, region in named if region]
+        return [(source, region) for source, region in named if region]

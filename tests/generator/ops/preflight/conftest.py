@@ -10,7 +10,8 @@ import pytest
 from botocore.stub import Stubber
 
 from genvalues.common.dicts import merge
-from genvalues.ops.preflight.aws_checks import AwsClients
+from genvalues.ops.aws import AwsClients
+from genvalues.ops.preflight import instance_checks
 from genvalues.ops.preflight.run_requirements import RunRequirements
 
 REGION, ACCOUNT = "us-west-2", "123456789012"
@@ -43,7 +44,7 @@ STATIC = {
 }
 
 
-def wanted(*changes: dict[str, Any]) -> RunRequirements:
+def requirements(*changes: dict[str, Any]) -> RunRequirements:
     values = VALUES
     for change in changes:
         values = merge(values, change)
@@ -55,8 +56,8 @@ def own_storage_class(subnet: str, *groups: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def nobodys_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials that nobody has, and none of this machine's settings, tokens or clusters."""
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invalid credentials, and none of this machine's settings, tokens or clusters."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "HF_", "KUBE"))]:
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_HOME", "XDG_CACHE_HOME"):
@@ -68,19 +69,20 @@ def nobodys_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def asking() -> AwsClients:
-    return AwsClients(REGION, NOW)
+def clients(monkeypatch: pytest.MonkeyPatch) -> AwsClients:
+    monkeypatch.setattr(instance_checks, "utc_now", lambda: NOW)
+    return AwsClients(REGION)
 
 
 @pytest.fixture
-def stub(asking: AwsClients) -> Callable[[str], Stubber]:
-    """Of a service's client: what is asked of it must be asked in this order, with these parameters."""
+def stub(clients: AwsClients) -> Callable[[str], Stubber]:
+    """The stubber of a service's client: calls must come in the order in which a test adds their answers."""
 
     made: dict[str, Stubber] = {}
 
     def of(service: str) -> Stubber:
         if service not in made:
-            made[service] = Stubber(asking.client(service))
+            made[service] = Stubber(clients.client(service))
             made[service].activate()
         return made[service]
 

@@ -1,4 +1,4 @@
-"""genvalues preflight: what it prints, how it ends, what it asks whom."""
+"""genvalues preflight: its output, its exit status, and which checks it makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genvalues.commands.preflight import preflight
 from genvalues.common.findings import Finding, as_json, exit_status, show
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
-from genvalues.ops import preflight as module
+from genvalues.ops.preflight import run as module
 
 INPUTS = """\
 model: meta-llama/Meta-Llama-3.1-8B
@@ -58,7 +58,7 @@ def test_the_exit_status(findings: list[Finding], status: int) -> None:
     assert as_json(findings)["exitStatus"] == status
 
 
-def test_findings_are_shown_as_the_stage_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_findings_are_printed_as_in_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
     show([OK, ERROR, UNSEEN])
     assert capsys.readouterr().out.splitlines() == [
         "ok           a: b",
@@ -70,9 +70,11 @@ def test_findings_are_shown_as_the_stage_shows_them(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_neither_flag_is_everything_and_a_flag_is_that_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_flag_everything_is_checked_and_with_flags_only_those(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "run", lambda checked, **options: asked.append(options) or [ERROR])
+    monkeypatch.setattr(module, "run_preflight", lambda checked, **options: asked.append(options) or [ERROR])
     for flags in ([], ["--aws"], ["--cluster"], ["--aws", "--cluster"]):
         assert run(str(file), *flags).exit_code == 2
     assert [[one[key] for key in ("aws", "cluster", "hub")] for one in asked] == [
@@ -85,13 +87,13 @@ def test_neither_flag_is_everything_and_a_flag_is_that_alone(file: Path, monkeyp
     assert [asked[-1][key] for key in ("offline", "region", "namespace", "context", "release")] == [True, *"xyzr"]
 
 
-def test_offline_asks_nobody_and_says_so_for_each(file: Path) -> None:
+def test_offline_is_a_finding_for_every_check(file: Path) -> None:
     result = run(str(file), "--offline")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
-    assert "ok           size of the file system: 1200Gi, made on demand in about 10 minutes" in lines
+    assert "ok           size of the file system: 1200Gi, created on demand in about 10 minutes" in lines
     unasked = [line for line in lines if line.startswith("not checked")]
-    assert len(unasked) == len(lines) - 1 == 14 and all(line.endswith(": --offline") for line in unasked)
+    assert len(unasked) == len(lines) - 1 == 15 and all(line.endswith(": --offline") for line in unasked)
 
 
 def test_json_is_one_document(file: Path) -> None:
@@ -107,22 +109,24 @@ def test_json_is_one_document(file: Path) -> None:
     }
 
 
-def test_the_whole_of_it_with_nobody_there(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, no Hub, no kubeconfig: findings, and the three in their order."""
+def test_all_checks_without_credentials_hub_and_kubeconfig(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The findings are in the order AWS, Hub, cluster."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    findings = module.run(checked(Sources((file,))))
+    findings = module.run_preflight(checked(Sources((file,))))
     assert [finding.subject.partition(" ")[0] for finding in findings] == [
         *("AWS", "AWS", "size", "model", "dataset", "cluster")
     ]
     assert exit_status(findings) == 1
 
 
-def test_a_fix_can_be_pasted_whatever_the_file_is_called(tmp_path: Path) -> None:
+def test_a_fix_can_be_pasted_whatever_the_name_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "my file.yaml"
     path.write_text(INPUTS)
-    found, *_ = module.run(checked(Sources((path,))), hub=False, cluster=False, region="x")
+    found, *_ = module.run_preflight(checked(Sources((path,))), hub=False, cluster=False, region="x")
     assert shlex.split(found.fix, comments=True)[:3] == ["genvalues", "preflight", str(path)]
 
 
@@ -145,7 +149,7 @@ MOUNTED = "chartValues: {stages: {tokenize: {extraVolumeMounts: {more: {mountPat
         ("model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n", []),
     ],
 )
-def test_a_file_that_no_pod_could_read_is_an_error_which_needs_nobodys_answer(
+def test_a_file_that_no_pod_can_read_is_an_error_even_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str, unseen: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +161,7 @@ def test_a_file_that_no_pod_could_read_is_an_error_which_needs_nobodys_answer(
         assert [one["subject"] for one in errors] == unseen
         assert result.exit_code == (2 if unseen else 0)
     for one in errors:
-        assert "is not on the volume" in one["found"]
+        assert "volume" in one["found"]
         command = " ".join(shlex.split(one["fix"], comments=True))
         assert command.startswith("genvalues write cpu.yaml -o values.yaml && genvalues local values.yaml --workspace")
 

@@ -1,4 +1,4 @@
-"""The Hub: against a server of this machine's that answers as the Hub does (huggingface_hub, utils/_http.py)."""
+"""The checks of the Hub, against a local server that answers as the Hub does (huggingface_hub, utils/_http.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from generator.ops.preflight.conftest import wanted
+from generator.ops.preflight.conftest import requirements
 from genvalues.common.findings import Finding
 from genvalues.ops.preflight import hub_checks as hub
 from genvalues.ops.preflight.hub_checks import check_hub
@@ -26,7 +26,7 @@ NO_TOKEN = {"huggingFace": {"tokenSecret": ""}}
 
 
 class Hub:
-    """Answers by path: a status, headers, a body. 404 for what is not there, as the Hub says it."""
+    """A fake Hub: status, headers and body by path, and for other paths the 404 of the real one."""
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, dict[str, str], Any]] = {}
@@ -59,8 +59,8 @@ class Hub:
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub with the model and the dataset, both open."""
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with the model and the dataset, both without access control."""
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -76,135 +76,133 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def model(*changes: dict[str, Any]) -> Finding:
-    finding, _ = check_hub(wanted(*changes))
+    finding, _ = check_hub(requirements(*changes))
     assert TOKEN not in str(finding), "a token is never printed"
     return finding
 
 
-def test_an_open_model_and_an_open_dataset_are_readable_at_a_commit(there: Hub) -> None:
-    assert [str(finding) for finding in check_hub(wanted())] == [
+def test_an_open_model_and_an_open_dataset_are_readable_at_a_commit(hub_server: Hub) -> None:
+    assert [str(finding) for finding in check_hub(requirements())] == [
         "ok           model meta-llama/Meta-Llama-3.1-8B: readable, at commit 0123456789ab",
         "ok           dataset databricks/databricks-dolly-15k: readable, at commit fedcba987654",
     ]
-    assert {authorization for _, _, authorization in there.asked} == {f"Bearer {TOKEN}"}
-    assert ("HEAD", ROWS, f"Bearer {TOKEN}") in there.asked, "a file tells more than the list, which is public"
+    assert {authorization for _, _, authorization in hub_server.asked} == {f"Bearer {TOKEN}"}
+    assert ("HEAD", ROWS, f"Bearer {TOKEN}") in hub_server.asked, "the file shows more than the list, which is public"
 
 
-def test_a_gated_model_that_this_token_may_read_says_whose_token_the_run_uses(there: Hub) -> None:
-    there.has(MODEL, body=GATED)
+def test_the_finding_for_a_readable_gated_model_names_the_token_of_the_run(hub_server: Hub) -> None:
+    hub_server.has(MODEL, body=GATED)
     found = model()
     assert found.level == "ok" and "gated, and readable, at commit 0123456789ab with this token" in found.found
-    assert found.found.endswith("the run uses that of Secret hf-token, which may be another")
+    assert "the run uses the token of Secret hf-token" in found.found
 
 
-def test_a_gated_model_and_a_run_without_a_token_is_an_error(there: Hub) -> None:
-    there.has(MODEL, body=GATED)
+def test_a_gated_model_and_a_run_without_a_token_is_an_error(hub_server: Hub) -> None:
+    hub_server.has(MODEL, body=GATED)
     found = model(NO_TOKEN)
     assert found.level == "error" and "huggingFace.tokenSecret is empty" in found.found
     assert found.fix == "genvalues write finetune.yaml -o values.yaml --set huggingFace.tokenSecret=hf-token"
 
 
-def test_a_gated_model_whose_terms_are_not_accepted_gives_the_page_where_to(there: Hub) -> None:
-    there.has(MODEL, body=GATED)
+def test_for_a_gated_model_without_accepted_terms_the_fix_is_the_page_to_accept_them(hub_server: Hub) -> None:
+    hub_server.has(MODEL, body=GATED)
     said = "Access to model meta-llama/Meta-Llama-3.1-8B is restricted and you are not in the authorized list."
-    there.has(CONFIG, 403, X_Error_Code="GatedRepo", X_Error_Message=said)
+    hub_server.has(CONFIG, 403, X_Error_Code="GatedRepo", X_Error_Message=said)
     found = model()
-    assert found.level == "error" and "gated, and its terms are not accepted" in found.found and said in found.found
-    assert found.fix.startswith(f"open {there.url}/meta-llama/Meta-Llama-3.1-8B   # accept its terms there")
+    assert found.level == "error" and "has not accepted the terms" in found.found and said in found.found
+    assert found.fix.startswith(f"open {hub_server.url}/meta-llama/Meta-Llama-3.1-8B   # and accept the terms")
 
 
-def test_a_gated_model_and_no_token_here_is_not_checked_unless_the_run_has_none_either(
-    there: Hub, monkeypatch: pytest.MonkeyPatch
+def test_a_gated_model_without_a_local_token_is_not_checked_unless_the_run_has_no_token_either(
+    hub_server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    there.has(MODEL, body=GATED)
-    there.has(CONFIG, 401, X_Error_Code="GatedRepo")
+    hub_server.has(MODEL, body=GATED)
+    hub_server.has(CONFIG, 401, X_Error_Code="GatedRepo")
     found = model()
-    assert found.level == "not checked" and "there is no token here to ask with" in found.found
+    assert found.level == "not checked" and "no token is set here" in found.found
     assert found.fix.startswith("HF_TOKEN=hf_... genvalues preflight finetune.yaml")
     assert model(NO_TOKEN).level == "error"
-    assert {authorization for _, _, authorization in there.asked} == {""}
+    assert {authorization for _, _, authorization in hub_server.asked} == {""}
 
 
-def test_no_such_model(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     typo = {"model": {"id": "meta-llama/Meta-Lama-3.1-8B"}}
     found = model(typo)
-    assert found.level == "error" and found.found == "there is none of this name, or it is private to others"
-    assert found.fix == f"open '{there.url}/models?search=Meta-Lama-3.1-8B'"
+    assert found.level == "error" and found.found == "not found, or private and not readable with this token"
+    assert found.fix == f"open '{hub_server.url}/models?search=Meta-Lama-3.1-8B'"
     monkeypatch.delenv("HF_TOKEN")
     path = "/api/models/meta-llama/Meta-Lama-3.1-8B/revision/main"
-    there.has(path, 401, X_Error_Code="RepoNotFound")
-    assert model(typo).level == "warning", "it may be private, and the Secret's token may read it"
+    hub_server.has(path, 401, X_Error_Code="RepoNotFound")
+    assert model(typo).level == "warning", "it can be private and readable with the Secret's token"
     assert model(typo, NO_TOKEN).level == "error"
 
 
-def test_no_such_revision(there: Hub) -> None:
-    there.has(MODEL.replace("main", "v9"), 404, X_Error_Code="RevisionNotFound")
+def test_a_missing_revision(hub_server: Hub) -> None:
+    hub_server.has(MODEL.replace("main", "v9"), 404, X_Error_Code="RevisionNotFound")
     found = model({"model": {"revision": "v9"}})
-    assert (found.level, found.found) == ("error", "there is no revision v9")
-    assert f"open {there.url}/meta-llama/Meta-Llama-3.1-8B/tree/main" in found.fix
+    assert (found.level, found.found) == ("error", "revision v9 not found")
+    assert f"open {hub_server.url}/meta-llama/Meta-Llama-3.1-8B/tree/main" in found.fix
 
 
-def test_a_revision_with_a_slash_is_one_part_of_the_address(there: Hub) -> None:
-    there.has(MODEL.replace("main", "refs%2Fpr%2F1"), body={})
-    there.has(CONFIG.replace("main", "refs%2Fpr%2F1"))
+def test_a_revision_with_a_slash_is_one_segment_of_the_url(hub_server: Hub) -> None:
+    hub_server.has(MODEL.replace("main", "refs%2Fpr%2F1"), body={})
+    hub_server.has(CONFIG.replace("main", "refs%2Fpr%2F1"))
     assert model({"model": {"revision": "refs/pr/1"}}).level == "ok"
 
 
-def test_a_repository_without_a_config_is_no_model(there: Hub) -> None:
-    there.has(CONFIG, 404, X_Error_Code="EntryNotFound")
+def test_a_repository_without_config_json_is_an_error(hub_server: Hub) -> None:
+    hub_server.has(CONFIG, 404, X_Error_Code="EntryNotFound")
     found = model()
     assert found.level == "error" and "has no config.json" in found.found
 
 
-def test_a_token_that_the_hub_does_not_know(there: Hub) -> None:
-    there.has(MODEL, 401, X_Error_Message="Invalid credentials in Authorization header")
+def test_an_invalid_token(hub_server: Hub) -> None:
+    hub_server.has(MODEL, 401, X_Error_Message="Invalid credentials in Authorization header")
     found = model()
-    assert (
-        found.level == "error" and "does not know this token" in found.found and found.fix.startswith("hf auth login")
-    )
+    assert found.level == "error" and "rejects this token" in found.found and found.fix.startswith("hf auth login")
 
 
-def test_a_fine_grained_token_without_the_right_is_told_in_the_hubs_words(there: Hub) -> None:
+def test_for_a_fine_grained_token_without_permission_the_finding_quotes_the_hub(hub_server: Hub) -> None:
     said = "Please enable access to public gated repositories in your fine-grained token settings"
-    there.has(CONFIG, 403, X_Error_Message=said)
+    hub_server.has(CONFIG, 403, X_Error_Message=said)
     found = model()
     assert found.level == "error" and said in found.found
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_in_trouble_is_unanswered(there: Hub, status: int) -> None:
-    there.has(MODEL, status)
+def test_a_server_error_of_the_hub_is_unanswered(hub_server: Hub, status: int) -> None:
+    hub_server.has(MODEL, status)
     found = model()
     assert found.level == "not checked" and found.unanswered
 
 
-def test_a_hub_that_is_away_is_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     for endpoint in ("http://127.0.0.1:9", "http://no.such.host.invalid", "nonsense"):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        findings = check_hub(wanted())
+        findings = check_hub(requirements())
         assert [(one.level, one.unanswered) for one in findings] == [("not checked", True)] * 2
 
 
-def test_a_renamed_repository_is_followed_with_the_token_and_another_host_never_gets_it(there: Hub) -> None:
-    stranger = Hub()
-    threading.Thread(target=stranger.server.serve_forever, args=(0.02,), daemon=True).start()
-    there.has(MODEL, 307, Location="/api/models/new/name/revision/main")
-    there.has("/api/models/new/name/revision/main", body=GATED)
-    there.has(CONFIG, 302, Location=f"{stranger.url}/file-store/config.json")
-    assert model().level == "ok", "a redirect to the file store is a yes"
-    assert ("GET", "/api/models/new/name/revision/main", f"Bearer {TOKEN}") in there.asked
-    assert stranger.asked == []
-    stranger.server.shutdown()
-    stranger.server.server_close()
+def test_redirects_are_followed_with_the_token_within_the_hub_only(hub_server: Hub) -> None:
+    other_host = Hub()
+    threading.Thread(target=other_host.server.serve_forever, args=(0.02,), daemon=True).start()
+    hub_server.has(MODEL, 307, Location="/api/models/new/name/revision/main")
+    hub_server.has("/api/models/new/name/revision/main", body=GATED)
+    hub_server.has(CONFIG, 302, Location=f"{other_host.url}/file-store/config.json")
+    assert model().level == "ok", "a redirect to the file store means readable"
+    assert ("GET", "/api/models/new/name/revision/main", f"Bearer {TOKEN}") in hub_server.asked
+    assert other_host.asked == []
+    other_host.server.shutdown()
+    other_host.server.server_close()
 
 
-def test_a_circle_of_redirects_ends(there: Hub) -> None:
-    there.has(MODEL, 307, Location=MODEL)
+def test_a_redirect_loop_ends(hub_server: Hub) -> None:
+    hub_server.has(MODEL, 307, Location=MODEL)
     assert model().found == "the Hub does not answer: too many redirects"
 
 
-def test_the_token_is_that_of_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_the_one_that_huggingface_hub_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.token_of_environment() == ""
     home = tmp_path / "home"
     home.mkdir()
@@ -218,21 +216,21 @@ def test_the_token_is_that_of_huggingface_hub(tmp_path: Path, monkeypatch: pytes
     assert hub.token_of_environment() == "hf_given"
 
 
-def test_a_token_that_no_header_can_hold_is_not_a_traceback(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_is_invalid_in_a_header_is_a_finding(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_\N{SNOWMAN}")
-    finding, _ = check_hub(wanted())
+    finding, _ = check_hub(requirements())
     assert finding.level == "not checked" and "SNOWMAN" not in str(finding)
 
 
-def test_what_is_not_on_the_hub_is_not_asked_for(there: Hub) -> None:
+def test_nothing_is_requested_for_a_model_and_dataset_outside_the_hub(hub_server: Hub) -> None:
     local = {"model": {"id": "", "path": "/workspace/model"}, "dataset": {"source": "/workspace/rows.jsonl"}}
-    [found] = check_hub(wanted(local))
-    assert found.level == "ok" and "nothing to check there" in found.found
+    [found] = check_hub(requirements(local))
+    assert found.level == "ok" and "nothing to check" in found.found
     for source in ("s3://bucket/rows.jsonl", "/workspace/rows.jsonl"):
-        [only] = check_hub(wanted({"dataset": {"source": source}}))
+        [only] = check_hub(requirements({"dataset": {"source": source}}))
         assert only.subject.startswith("model ")
 
 
-def test_offline_asks_nobody(there: Hub) -> None:
-    assert {finding.found for finding in check_hub(wanted(), offline=True)} == {"--offline"}
-    assert there.asked == []
+def test_offline_makes_no_request(hub_server: Hub) -> None:
+    assert {finding.found for finding in check_hub(requirements(), offline=True)} == {"--offline"}
+    assert hub_server.asked == []

@@ -18,7 +18,7 @@ from generator.ops.release.fake_helm import PYTHON, FakeHelm
 from generator.ops.release.run import Outer, Run
 from generator.ops.release.test_status import genvalues
 from genvalues.common.findings import Finding
-from genvalues.ops import preflight
+from genvalues.ops.preflight import run as preflight
 
 ON_CPU = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
 OK = Finding("ok", "claim work", "bound")
@@ -36,7 +36,7 @@ def world(here: None, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         asked.append(options)
         return [OK]
 
-    monkeypatch.setattr(preflight, "run", run)
+    monkeypatch.setattr(preflight, "run_preflight", run)
     return asked
 
 
@@ -47,7 +47,7 @@ def install(*arguments: str) -> int:
 def test_an_error_of_preflight_is_told_with_its_fix_and_helm_is_not_run(
     fake: FakeApi, helm: FakeHelm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "run", lambda checked, **options: [OK, BAD])
+    monkeypatch.setattr(preflight, "run_preflight", lambda checked, **options: [OK, BAD])
     assert install() == 2
     err = capsys.readouterr().err
     assert "secret hf-token: is not there" in err and "fix: kubectl create secret" in err
@@ -57,7 +57,7 @@ def test_an_error_of_preflight_is_told_with_its_fix_and_helm_is_not_run(
 def test_json_is_one_document_of_the_findings_where_preflight_stops(
     fake: FakeApi, helm: FakeHelm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "run", lambda checked, **options: [OK, BAD])
+    monkeypatch.setattr(preflight, "run_preflight", lambda checked, **options: [OK, BAD])
     assert install("--json") == 2
     out, err = capsys.readouterr()
     document = json.loads(out)
@@ -84,7 +84,7 @@ def test_preflight_asks_about_this_release_and_who_gives_no_answer_stops_nothing
 ) -> None:
     assert install("--no-follow", "--release", "other", "--kube-context", "fake") == 0
     assert (world[0]["release"], world[0]["namespace"], world[0]["context"]) == ("other", "team-a", "fake")
-    monkeypatch.setattr(preflight, "run", lambda checked, **options: [AWAY])
+    monkeypatch.setattr(preflight, "run_preflight", lambda checked, **options: [AWAY])
     assert install("--no-follow") == 0
 
 
@@ -99,7 +99,7 @@ def test_on_trainium_the_plan_is_told_before_anything_is_asked(
     Path("f.yaml").write_text(
         "name: demo\nmodel: meta-llama/Llama-3.1-8B\ndataset: {source: a/b}\ninstance: trn1.32xlarge\nimage: i:1\n"
     )
-    monkeypatch.setattr(preflight, "run", lambda checked, **options: [BAD])
+    monkeypatch.setattr(preflight, "run_preflight", lambda checked, **options: [BAD])
     assert install() == 2
     assert capsys.readouterr().err.startswith("plan: 1 x trn1.32xlarge, tensor parallel 8 x 4 copies")
 
