@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -19,6 +19,7 @@ from genvalues.accelerators.architectures import (
 )
 from genvalues.accelerators.memory import weights
 from genvalues.accelerators.neuron_rules import model_problems, size_problems, supported_models
+from genvalues.settings.run import TargetModule
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -192,3 +193,7 @@ def test_a_new_model_type_needs_one_entry_and_its_sizes(monkeypatch: pytest.Monk
     monkeypatch.setitem(MODEL_TYPES, "made_up", entry._replace(splits_vocabulary=True))
     assert "vocabulary size 1001" in next(size_problems(found, 8, "trn1")).what
     assert "MadeUpForCausalLM (Made Up 1)" in supported_models()
+
+
+def test_the_inputs_accept_exactly_the_linear_layers_as_lora_targets() -> None:
+    assert get_args(TargetModule) == tuple(LINEAR)
