@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from genvalues.accelerators.architectures import GATE_UP, LINEAR, MODEL_TYPES, QUERY_KEY_VALUE, Architecture
+from genvalues.accelerators.architectures import GATE_UP, MODEL_TYPES, QUERY_KEY_VALUE, Architecture
 from genvalues.accelerators.instances import Instance
 from genvalues.common.problems import Problem, key_paths
 
@@ -54,9 +54,6 @@ def model_problems(architecture: Architecture) -> Iterator[Problem]:
 
 def target_problems(targets: Sequence[str]) -> Iterator[Problem]:
     """LoRA targets that no layout can train."""
-    if unknown := [name for name in targets if name not in LINEAR]:
-        what = f"{', '.join(unknown)} cannot be LoRA targets"
-        yield Problem(key_paths(TARGETS), what, f"Use all-linear, or some of {', '.join(LINEAR)}.")
     # FusedLinearsSpec.adapt_peft_config: LlamaMLP has one gate_up_proj for both.
     if missing := _missing(GATE_UP, targets):
         (present,) = (name for name in GATE_UP if name in targets)

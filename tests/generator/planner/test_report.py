@@ -206,9 +206,7 @@ def test_check_and_write_print_no_plan_and_import_neither_rich_nor_boto3() -> No
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(TRN1)], capture_output=True, text=True, check=True)
-    assert not {"rich", "boto3", "botocore", "requests", "pydantic", "torch", "transformers"} & set(
-        json.loads(done.stdout)
-    )
+    assert not {"rich", "boto3", "botocore", "requests", "torch", "transformers"} & set(json.loads(done.stdout))
 
 
 def test_a_step_with_more_rows_than_the_file_is_noted_at_its_key(tmp_path: Path) -> None:
