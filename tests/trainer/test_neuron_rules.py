@@ -17,7 +17,7 @@ from llama_lora.config import RunConfig
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "neuron" / "refusals.json").read_text())
 
-# The sizes of the models' own config.json on the hub.
+# The sizes of each model's config.json on the Hub.
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

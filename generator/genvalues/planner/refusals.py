@@ -49,7 +49,8 @@ class Case(NamedTuple):
     def nearest(self, key: KeyPath) -> Candidate | None:
         """The first size that is blocked only by this setting.
 
-        Alone, one that changes to the inputs make work, and of those the one whose change helps with the others too.
+        With ``alone`` it may need changes of batch, LoRA targets and row length together. Then it is the size whose
+        change helps the other sizes too: the one with the most copies for the batch, else the largest.
         """
         if not self.alone:
             return next((each for each in self.tried if each.blocked_by == {key}), None)

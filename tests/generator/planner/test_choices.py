@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ TP = "parallelism.tensorParallelSize"
 
 
 @pytest.mark.parametrize("environment", ["trn1", "trn1-2node", "trn1n", "trn2", "cpu"])
-def test_the_plan_is_what_is_written(environment: str) -> None:
+def test_the_plan_is_what_write_writes(environment: str) -> None:
     found = checked(Sources((ROOT / f"values/{environment}.yaml",)))
     layout, values = found.plan.layout, found.values
     committed = yaml.safe_load((ROOT / f"values/{environment}.values.yaml").read_text())
@@ -155,12 +156,19 @@ def test_rows_longer_than_the_model_supports_are_refused() -> None:
     assert told.endswith("Use 8192 or less.")
 
 
+def test_heads_too_wide_for_flash_are_refused() -> None:
+    architecture = known("meta-llama/Llama-3.1-8B")
+    assert architecture is not None
+    wide = ModelFacts("some/body", replace(architecture, head=256), "config.json")
+    with pytest.raises(Refused, match="up to 128 features") as error:
+        plan(inputs_from({**LEAST, "training": {"maxSequenceLength": 2048, "attention": "flash"}}), Facts(wide))
+    assert [key_of(problem) for problem in error.value.problems] == ["training.attention"]
+
+
 def test_an_unsupported_model_is_refused_at_its_key() -> None:
     inputs = inputs_from(LEAST)
     architecture = known("meta-llama/Llama-3.1-8B")
     assert architecture is not None
-    from dataclasses import replace
-
     mistral = ModelFacts("mistralai/Mistral-7B-v0.3", replace(architecture, model_type="mistral"), "config.json")
     with pytest.raises(Refused, match="mistral is not supported by optimum-neuron"):
         plan(inputs, Facts(mistral))
@@ -206,7 +214,7 @@ def test_rows_and_micro_batches_that_do_not_fit_are_refused_with_those_that_fit(
 
 
 def test_a_size_in_the_inputs_is_refused_by_the_rule_it_violates_not_by_memory() -> None:
-    """16 fits in the memory of trn2's cores, and is forbidden; 4 is allowed, and its weights alone do not fit."""
+    """On trn2 16 fits but is not allowed, and 4 is allowed but its weights do not fit."""
     told = refused(
         model="meta-llama/Llama-3.1-70B",
         instance="ml.trn2.48xlarge",
@@ -216,7 +224,7 @@ def test_a_size_in_the_inputs_is_refused_by_the_rule_it_violates_not_by_memory()
     assert told[0].startswith(f"{TP}: 16 is more than the model's 8 key-value heads") and told[0].endswith("Remove it.")
     assert told[1].startswith("instance: meta-llama/Llama-3.1-70B needs 39.0 GiB")
     assert told[1].endswith("Use ml.trn1.32xlarge or ml.trn1n.32xlarge, or a smaller model.")
-    # What the written size lacks alone is told instead, where that makes it work.
+    # Where another change makes the size work, that change is suggested instead.
     told = refused(model="meta-llama/Llama-3.1-70B", parallelism={"tensorParallelSize": 16}).splitlines()
     assert len(told) == 1 and told[0].endswith("Add k_proj, or use all-linear.")
 
@@ -368,7 +376,7 @@ def test_a_global_batch_that_is_not_divisible_is_refused_with_those_that_are(wri
 
 @pytest.mark.parametrize(("examples", "accumulation"), [(1000, 3), (10, 2), (5, 1), (2, 1)])
 def test_a_step_has_no_more_rows_than_a_small_dataset(examples: int, accumulation: int) -> None:
-    """Rows are counted where the file is here; packing off, so that each example is a row."""
+    """Without packing each example is one row."""
     found = dataset.Examples(examples, 10_000)
     training = {"packing": False}
     made = planned(found, training=training, dataset={"source": "a/b", "evalFraction": 0})

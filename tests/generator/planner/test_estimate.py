@@ -29,7 +29,7 @@ def step(checkpointing: str = "selective", attention: str = "eager", length: int
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "granite-3.0-2b"])
 def test_flops_equal_those_that_torch_counts(name: str) -> None:
-    """Forward and backward of a frozen base with LoRA, by torch's own counter, of the model with two layers."""
+    """Forward and backward of a frozen base with LoRA, of a model with two layers, by torch's counter."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,8 +48,7 @@ def test_flops_equal_those_that_torch_counts(name: str) -> None:
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum().backward()
     counted = flops_per_token(a, Step(length, 1, "eager", "none", 16, tuple(LINEAR), False))
-    # The first layer of a frozen base needs no gradient of its input: 2 of the backward's 2 P of q, k and v less, and
-    # LoRA's A of the first layer none of its own.
+    # The first layer of a frozen base needs no gradient of its input, which saves 2 P of q, k and v.
     first = 2.0 * a.hidden * (a.query + 2 * a.key)
     assert counter.get_total_flops() / length == pytest.approx(counted.total - first, rel=0.02)
 
@@ -67,7 +66,7 @@ def test_recomputation_costs_what_it_recomputes() -> None:
 
 
 def test_the_upper_end_of_utilization_is_the_measurement_of_aws() -> None:
-    """41.99 rows of 8192 tokens a second on 32 trn1.32xlarge, Llama 3.1 8B, by PaLM's formula."""
+    """41.99 rows of 8192 tokens per second on 32 trn1.32xlarge, Llama 3.1 8B, by PaLM's formula."""
     assert LLAMA_8B is not None
     measured = 41.99 * 8192 * (6 * LLAMA_8B.parameters + 12 * 32 * 4096 * 8192)
     instance = TRAINIUM["trn1.32xlarge"]
@@ -134,7 +133,7 @@ def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
     assert 10 < low < high < 100
 
 
-def test_stages_on_cpu_nodes_are_counted_apart() -> None:
+def test_stages_on_cpu_nodes_are_counted_separately() -> None:
     assert LLAMA_8B is not None
     wanted = {"probe_tokens": 4096, "generated_tokens": 512}
     stages = cpu_node_hours(LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, **wanted)

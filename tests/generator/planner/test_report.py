@@ -173,7 +173,7 @@ def test_the_command_prints_text_to_a_pipe_and_json_when_asked() -> None:
 
 
 def test_a_terminal_gets_tables() -> None:
-    """In a terminal of 80 columns: every cell is there, nothing is wider."""
+    """A terminal of 80 columns shows every first cell, and no line is wider."""
     master, slave = pty.openpty()
     code = "from genvalues.commands.plan import plan; plan()"
     process = subprocess.Popen(
