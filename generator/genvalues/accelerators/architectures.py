@@ -1,8 +1,9 @@
-"""A model's sizes, from its config.json, and what follows from them alone: parameters, and what Neuron can train.
+"""Model architectures: which model types can be trained, their sizes from config.json, and parameter counts.
 
-The names and formulas are those of transformers' Llama, Qwen3 and Granite (modeling_llama.py and its like), which
-optimum-neuron 0.4.5 cuts over its workers. No torch here: a test builds every model of the table on torch's meta device
-and compares the counts.
+Names and formulas follow transformers' Llama, Qwen3 and Granite (modeling_llama.py, ...), which optimum-neuron 0.4.5
+splits over its workers. No torch here: a test builds every model of the table on torch's meta device and compares.
+
+To add a model type, add an entry to MODEL_TYPES and a row with its models to architectures.json.
 """
 
 from __future__ import annotations
@@ -12,16 +13,60 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TABLE = Path(__file__).with_name("architectures.json")
-MODEL_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "granite": "GraniteForCausalLM"}
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ModelType(NamedTuple):
+    """A model type that optimum-neuron trains with tensor parallelism, and where it differs from Llama."""
+
+    model_class: str  # architectures in config.json
+    models: str  # for messages
+    default_head: int | None = None  # features of a head where config.json has no head_dim; None: hidden size / heads
+    normalizes_heads: bool = False  # an RMSNorm on each head of query and key
+    splits_vocabulary: bool = True  # embedding and output layer are split over the workers
+
+
+# By model_type in config.json: those that optimum/neuron/models/training/auto_models.py registers for text-generation.
+MODEL_TYPES = {
+    "llama": ModelType("LlamaForCausalLM", "Llama 3, 3.1, 3.2 and 3.3"),
+    # transformers: Qwen3Config (head_dim 128) and Qwen3Attention (q_norm, k_norm).
+    "qwen3": ModelType("Qwen3ForCausalLM", "Qwen3", default_head=128, normalizes_heads=True),
+    # optimum-neuron's GraniteModel keeps torch's own embedding and output layer, whole on every worker.
+    "granite": ModelType("GraniteForCausalLM", "Granite 3", splits_vocabulary=False),
+}
+
+
+class LinearLayer(NamedTuple):
+    """A linear layer of a decoder layer: its block, and the Architecture attributes with its features."""
+
+    block: str
+    inputs: str
+    outputs: str
+
+
+# The linear layers that LoRA can target, by the base model's names (transformers: LlamaAttention, LlamaMLP). Embeddings
+# and lm_head could be targets too, except Granite's; consolidate and merge support only linear layers.
+LINEAR = {
+    "q_proj": LinearLayer("self_attn", "hidden", "query"),
+    "k_proj": LinearLayer("self_attn", "hidden", "key"),
+    "v_proj": LinearLayer("self_attn", "hidden", "key"),
+    "o_proj": LinearLayer("self_attn", "query", "hidden"),
+    "gate_proj": LinearLayer("mlp", "hidden", "intermediate"),
+    "up_proj": LinearLayer("mlp", "hidden", "intermediate"),
+    "down_proj": LinearLayer("mlp", "intermediate", "hidden"),
+}
+QUERY_KEY_VALUE, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # fused by optimum-neuron
+
+
+class UnknownArchitecture(ValueError):
+    """A config.json without the sizes of a Llama-like decoder. The message names the key."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a decoder as Llama has it. ``head`` is a head's width, ``positions`` the longest row it knows."""
+    """The sizes of a Llama-like decoder. ``head`` is features per head, ``positions`` the longest row."""
 
     model_type: str
     hidden: int
@@ -32,49 +77,50 @@ class Architecture:
     head: int
     vocabulary: int
     positions: int
-    tied: bool  # the embedding is the output layer, too
+    tied: bool  # the output layer shares the embedding's weights
     attention_bias: bool = False
     mlp_bias: bool = False
     quantized: bool = False
     sliding_window: int | None = None
-    model_class: str = ""  # what config.json says under architectures
+    model_class: str = ""  # architectures in config.json
+
+    @property
+    def supported(self) -> ModelType | None:
+        """The model type's entry; None for a model that optimum-neuron cannot train."""
+        found = MODEL_TYPES.get(self.model_type)
+        return found if found and self.model_class in ("", found.model_class) else None
 
     @property
     def query(self) -> int:
-        """Features of all query heads together."""
+        """Features of all query heads."""
         return self.heads * self.head
 
     @property
     def key(self) -> int:
-        """Features of all key heads together; of value heads as many."""
+        """Features of all key heads; value heads have as many."""
         return self.kv_heads * self.head
 
     @property
     def normalizes_heads(self) -> bool:
-        """Qwen3 has a norm on each head of query and key (transformers, Qwen3Attention)."""
-        return self.model_type == "qwen3"
+        return self.model_type in MODEL_TYPES and MODEL_TYPES[self.model_type].normalizes_heads
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        return self.model_type not in MODEL_TYPES or MODEL_TYPES[self.model_type].splits_vocabulary
 
     def linear(self, name: str) -> tuple[int, int]:
         """(in, out) features of a linear layer of a decoder layer."""
-        features = {
-            "q_proj": (self.hidden, self.query),
-            "k_proj": (self.hidden, self.key),
-            "v_proj": (self.hidden, self.key),
-            "o_proj": (self.query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-        return features[name]
+        layer = LINEAR[name]
+        return getattr(self, layer.inputs), getattr(self, layer.outputs)
 
     @property
     def layer_linear_parameters(self) -> int:
-        """Of the linear layers of one decoder layer, without biases."""
+        """Parameters of the linear layers of one decoder layer, without biases."""
         return sum(inner * outer for inner, outer in map(self.linear, LINEAR))
 
     @property
     def layer_norm_parameters(self) -> int:
-        """Of the norms of one decoder layer."""
+        """Parameters of the norms of one decoder layer."""
         return 2 * self.hidden + (2 * self.head if self.normalizes_heads else 0)
 
     @property
@@ -85,95 +131,76 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """As transformers counts them: a tied output layer is not counted again."""
+        """All parameters, as transformers counts them: a tied output layer counts once."""
         layer = self.layer_linear_parameters + self.layer_norm_parameters + self.layer_bias_parameters
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.layers * layer + self.hidden
 
     @property
     def matrix_parameters(self) -> int:
-        """Those that every token is multiplied with: all linear layers and the output layer, not the embedding."""
+        """Parameters that every token is multiplied with: linear layers and output layer, without the embedding."""
         return self.layers * self.layer_linear_parameters + self.vocabulary * self.hidden
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
-        """As PEFT counts them: for each targeted layer A, [r, in], and B, [out, r] (Hu et al. 2021, section 4.1)."""
+        """As PEFT counts them: A, [r, in], and B, [out, r], of each target (Hu et al. 2021, section 4.1)."""
         return self.layers * sum(r * sum(self.linear(name)) for name in targets)
 
-    @property
-    def refusals(self) -> list[tuple[str, str]]:
-        """(why optimum-neuron 0.4.5 does not train it, what to do): as in backends/neuron/rules.py."""
-        found = []
-        if self.model_type not in MODEL_CLASSES or self.model_class not in ("", MODEL_CLASSES[self.model_type]):
-            found.append(
-                (
-                    f"{self.model_class or self.model_type} is none of the models that optimum-neuron 0.4.5 trains",
-                    "Use a Llama 3, 3.1, 3.2 or 3.3, a Qwen3 or a Granite.",
-                )
-            )
-        biases = [name for name, there in (("attention", self.attention_bias), ("mlp", self.mlp_bias)) if there]
-        if biases:
-            found.append(
-                (f"its {' and '.join(biases)} layers have biases, which optimum-neuron leaves out", "Use one without.")
-            )
-        if self.quantized:
-            found.append(("its weights are quantized, which optimum-neuron does not read", "Use its bf16 weights."))
-        if self.model_type == "qwen3" and self.sliding_window:
-            found.append(
-                (f"it has a sliding window of {self.sliding_window}, which optimum-neuron has not", "Use another.")
-            )
-        if self.hidden % self.heads:
-            found.append((f"its {self.heads} heads do not divide its hidden size {self.hidden}", "Use another model."))
-        if self.heads % self.kv_heads:
-            found.append(
-                (f"its {self.kv_heads} key-value heads do not divide {self.heads} heads", "Use another model.")
-            )
-        return found
+
+def target_names(targets: str | Sequence[str]) -> list[str]:
+    """The LoRA targets by name.
+
+    ``all-linear`` is spelled out as PEFT understands it, because optimum-neuron's FusedLinearsSpec.adapt_peft_config
+    (models/training/transformations_utils.py) fails on the word with an AttributeError.
+    """
+    return list(LINEAR) if targets == "all-linear" else list(targets)
 
 
-def target_names(wished: str | Sequence[str]) -> list[str]:
-    """The layers that get LoRA, by name; all-linear is all seven, in PEFT as in the Neuron backend."""
-    return list(LINEAR) if wished == "all-linear" else [name for name in LINEAR if name in wished]
+def from_config(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json. Raises UnknownArchitecture for a missing or invalid key."""
+    model_type = str(config.get("model_type"))
+    default = MODEL_TYPES[model_type].default_head if model_type in MODEL_TYPES else None
 
+    def size(key: str, otherwise: int | None = None) -> int:
+        value = config.get(key) or otherwise
+        kind = f"(model_type {model_type[:40]}) " if "model_type" in config else ""
+        try:
+            number = int(value)  # type: ignore[arg-type]  # whatever is in the file
+        except (TypeError, ValueError, OverflowError):
+            number = 0
+        if number <= 0:
+            raise UnknownArchitecture(f"{kind}has no valid {key}")
+        return number
 
-def from_config(config: Mapping[str, Any]) -> Architecture | None:
-    """The architecture of a config.json; None where it is of another kind, or a size is missing or senseless."""
-    try:
-        model_type = str(config["model_type"])
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        # Qwen3Config has heads of 128 where config.json says nothing; Llama and Granite divide.
-        head = config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads)
-        classes = config.get("architectures") or [""]
-        tied_by_default = False  # LlamaConfig, Qwen3Config and GraniteConfig
-        found = Architecture(
-            model_type=model_type,
-            hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head=int(head),
-            vocabulary=int(config["vocab_size"]),
-            positions=int(config["max_position_embeddings"]),
-            tied=bool(config.get("tie_word_embeddings", tied_by_default)),
-            attention_bias=bool(config.get("attention_bias")),
-            mlp_bias=bool(config.get("mlp_bias")),
-            quantized=bool(config.get("quantization_config")),
-            sliding_window=(config.get("sliding_window") or None) if config.get("use_sliding_window") else None,
-            model_class=str(classes[0]),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, OverflowError):
-        return None
-    sizes = (found.hidden, found.intermediate, found.layers, heads, found.kv_heads, found.head, found.vocabulary)
-    return found if min(sizes) > 0 and found.positions > 0 else None
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    classes = config.get("architectures") or [""]
+    return Architecture(
+        model_type=model_type,
+        hidden=hidden,
+        intermediate=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=size("num_key_value_heads", heads),
+        head=size("head_dim", default or hidden // heads),
+        vocabulary=size("vocab_size"),
+        positions=size("max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings")),  # false by default in LlamaConfig, Qwen3Config and GraniteConfig
+        attention_bias=bool(config.get("attention_bias")),
+        mlp_bias=bool(config.get("mlp_bias")),
+        quantized=bool(config.get("quantization_config")),
+        # Qwen3Config ignores a sliding_window unless use_sliding_window is set.
+        sliding_window=(config.get("sliding_window") or None) if config.get("use_sliding_window") else None,
+        model_class=str(classes[0]) if isinstance(classes, list) else str(classes),
+    )
 
 
 @functools.lru_cache(maxsize=1)
 def table() -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return read
+    """The rows of architectures.json by name: ``models``, ids on the Hub, and their ``config``."""
+    rows: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))["architectures"]
+    return rows
 
 
 def known(model_id: str) -> Architecture | None:
-    """The architecture of a model of the table, by its id on the Hub."""
-    name = table()["models"].get(model_id)
-    return from_config(table()["configs"][name]) if name else None
+    """The architecture of a model in the table, by its id on the Hub."""
+    row = next((row for row in table().values() if model_id in row["models"]), None)
+    return from_config(row["config"]) if row else None

@@ -1,32 +1,32 @@
-"""What an instance type has, and what follows from it: the one place that knows an instance type."""
+"""Instance types: what each has, and what follows from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 CPU = "cpu"  # no accelerator: any node, or this computer
-HYPERPOD = "ml."  # what SageMaker HyperPod puts before an instance type's name
+HYPERPOD = "ml."  # prefix of SageMaker HyperPod's instance types
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation of Trainium: what compiler, runtime and process groups have to know of it."""
+    """A generation of Trainium, as compiler, runtime and process groups need to know it."""
 
-    target: str  # the compiler's name for it
-    logical_core_size: int  # NeuronCores that a process has as one
-    tensor_parallel: int  # how wide where nothing else is asked for
-    groups: tuple[int, ...]  # how many processes of a node can be a group
-    cores: int  # physical NeuronCores of a device
-    hbm_gib: int  # memory of a device
-    bf16_tflops: float  # of a device, dense: what its matrix engines can do at best
+    target: str  # the compiler's name
+    logical_core_size: int  # NeuronCores that form one logical core
+    tensor_parallel: int  # default tensor-parallel size
+    groups: tuple[int, ...]  # possible sizes of a process group
+    cores: int  # physical NeuronCores per device
+    hbm_gib: int  # memory per device
+    bf16_tflops: float  # dense peak per device
 
 
 # Tensor parallel 8 on trn1 and 4 on trn2: examples/training/llama/finetune_llama.sh of optimum-neuron 0.4.5, for
 # trn1.32xlarge, trn2.48xlarge and trn2.3xlarge.
 # Sizes of groups: Neuron docs of 2.26, tutorial Multi-Layer Perceptron Training (1, 2, 8, 32 on trn1; 1, 4, 16, 64 on
 # trn2 with logical cores of two), and NxD Inference features, tensor parallelism (16 on trn1 too). neuronx_distributed
-# (parallel_state.get_logic_chosen) says of trn2 that nothing places 8 x 8, and that 32 x 2 needs what it only chooses
-# when told lnc_size, which optimum-neuron never does.
+# (parallel_state.get_logic_chosen) says of trn2 that 8 x 8 has no placement, and that 32 x 2 needs one that it
+# chooses only with lnc_size, which optimum-neuron never sets.
 # A device: Neuron docs, Trainium Architecture (2 NeuronCores, 32 GiB, 190 TFLOPS in bf16) and Trainium2 Architecture
 # (8 NeuronCores, 96 GiB, 667 TFLOPS).
 TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32), cores=2, hbm_gib=32, bf16_tflops=190)
@@ -35,20 +35,25 @@ TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64), cores=8, hbm_gib=96, bf16_tflops
 
 @dataclass(frozen=True)
 class Instance:
-    """One node of an instance type, as Kubernetes sees it."""
+    """A node of an instance type, as Kubernetes sees it."""
 
     generation: Generation
     neuron_devices: int
-    cores: int  # NeuronCores a process can have: the logical ones (LNC=2 on trn2), one process each
+    cores: int  # logical NeuronCores (LNC=2 on trn2), one process each
     efa: int
     vcpu: int
-    request_cpu: int  # for the one training pod of a node: below what is allocatable, with room for daemon sets
+    request_cpu: int  # of a node's training pod: below what is allocatable, with room for daemon sets
     request_memory_gib: int
 
     @property
+    def groups(self) -> list[int]:
+        """Possible sizes of a process group on one node."""
+        return [size for size in self.generation.groups if size <= self.cores]
+
+    @property
     def devices(self) -> dict[str, int]:
-        """What the training pod of a node asks for, by Kubernetes resource name."""
-        # Not neurondevice (unsupported since Neuron 2.20) and not neuroncore: whole devices.
+        """Resource requests of a node's training pod, by Kubernetes resource name."""
+        # Whole devices: neurondevice is unsupported since Neuron 2.20, neuroncore splits them.
         devices = {"aws.amazon.com/neuron": self.neuron_devices}
         if self.efa:
             devices["vpc.amazonaws.com/efa"] = self.efa
@@ -56,26 +61,26 @@ class Instance:
 
     @property
     def hbm(self) -> int:
-        """Bytes of device memory for each process: 16 GiB on trn1, 24 GiB on trn2 (a logical core of two)."""
+        """Bytes of device memory per process: 16 GiB on trn1, 24 GiB on trn2 (two physical cores)."""
         return self.neuron_devices * (self.generation.hbm_gib << 30) // self.cores
 
     @property
     def flops(self) -> float:
-        """Operations a second that each process's core can do at best, dense bf16."""
+        """Peak FLOP/s per process, dense bf16."""
         return self.neuron_devices * self.generation.bf16_tflops * 1e12 / self.cores
 
     @property
     def shared_memory(self) -> str:
-        """/dev/shm: 1 GiB for each process, of which nothing in this training path is known to need as much.
+        """Size of /dev/shm: 1 GiB per process, more than anything in this training path is known to need.
 
-        The runtime's own 64 MB are too little for libfabric's and the Neuron runtime's exchange between 32 processes;
-        half of the node's memory, which a tmpfs without a limit gets, would count against the training's.
+        The container runtime's default of 64 MB is too small for libfabric and the Neuron runtime with 32 processes.
+        Without a limit tmpfs can take half of the node's memory, which counts against the pod's.
         """
         return f"{self.cores}Gi"
 
     @property
     def resources(self) -> dict[str, dict[str, str]]:
-        """CPU and memory of the training pod of a node."""
+        """CPU and memory of a node's training pod."""
         memory = f"{self.request_memory_gib}Gi"
         return {
             "requests": {"cpu": str(self.request_cpu), "memory": memory},
@@ -83,8 +88,8 @@ class Instance:
         }
 
 
-# Every Trainium type, those too that refusal() says no to, after the AWS instance pages.
-# trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS, the others are in proportion.
+# Every Trainium type, from the AWS instance pages. trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS; the
+# requests of the others are in proportion.
 TRAINIUM = {
     "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, request_cpu=6, request_memory_gib=26),
     "trn1.32xlarge": Instance(TRN1, 16, 32, 8, 128, request_cpu=112, request_memory_gib=440),
@@ -102,10 +107,10 @@ def trainium(name: str) -> Instance | None:
 
 
 def refusal(name: str, nodes: int) -> str | None:
-    """Why an instance cannot be one of so many nodes of a job; None if it can.
+    """Why an instance type cannot be used for a job of so many nodes; None if it can.
 
-    Neuron docs, How to prepare trn1.32xlarge for multi-node execution: EFA on every node, which smaller sizes lack; and
-    the tutorials for several nodes use all cores of the largest size. Of trn2.3xlarge, which has EFA, there is none.
+    Neuron docs, How to prepare trn1.32xlarge for multi-node execution: every node needs EFA, which smaller sizes lack.
+    The tutorials for several nodes use all cores of the largest size; there is none for trn2.3xlarge, which has EFA.
     """
     instance = trainium(name)
     if instance is None or nodes == 1:
@@ -113,5 +118,5 @@ def refusal(name: str, nodes: int) -> str | None:
     if not instance.efa:
         return f"{name} has no EFA and cannot be one of {nodes} nodes"
     if instance.neuron_devices == 1:
-        return f"{name} has one device, and Neuron has jobs of several nodes with 16 devices each only"
+        return f"{name} has one device; Neuron supports jobs of several nodes only with 16 devices per node"
     return None

@@ -1,8 +1,8 @@
-"""Memory of one core, counted in bytes: what stays, and what one micro-batch of a training step needs beside it.
+"""Memory of one core in bytes: what stays resident, and what one micro-batch of a training step adds.
 
-Everything is of one worker of a tensor-parallel group of ``size``; a data-parallel copy more changes the optimizer's
-share alone. A test compares weights and LoRA with tensors that are really cut, LoRA also with checkpoints that
-optimum-neuron 0.4.5 has written, and activations with what autograd really saves for a small Llama.
+All numbers are for one worker of a tensor-parallel group of ``size``; the number of data-parallel copies affects only
+the optimizer's shard. Tests compare weights and LoRA with tensors that are split, LoRA also with checkpoints written by
+optimum-neuron 0.4.5, and activations with what autograd saves for a small Llama.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from genvalues.accelerators.architectures import Architecture
+from genvalues.accelerators.architectures import GATE_UP, QUERY_KEY_VALUE, Architecture
 
-BF16, FP32 = 2, 4  # bytes of a number
-QUERY_KEY_VALUE, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-# Of a core's memory, what is kept for all that is not tensors: the compiled graphs' code, the runtime's micro-code (96
-# MB for each physical core), DMA rings, buffers of the collectives, and what the compiler spills (Neuron docs, Neuron
-# Device Memory). None of it can be counted beforehand; an eighth is an assumption.
+BF16, FP32 = 2, 4  # bytes per number
+# Share of a core's memory for everything that is not a tensor: compiled code, the runtime's micro-code (96 MB per
+# physical core), DMA rings, collectives' buffers and compiler spills (Neuron docs, Neuron Device Memory). It cannot be
+# computed in advance; an eighth is an assumption.
 RESERVED = 1 / 8
 
 
 class Step(NamedTuple):
-    """What of a training step takes memory. ``rows`` of ``length`` tokens are the micro-batch of one copy."""
+    """The settings that affect memory. ``rows`` of ``length`` tokens are one copy's micro-batch."""
 
     length: int
     rows: int
@@ -37,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one core. ``total`` is to be at most ``limit``; ``hbm`` is what the core has."""
+    """Bytes on one core; ``hbm`` is the core's capacity."""
 
     weights: int
     lora: int
@@ -51,16 +50,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        return (
-            self.weights
-            + self.lora
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.logits
-            + self.working
-            + self.reserved
-        )
+        return sum(self[:-1])
 
     @property
     def fits(self) -> bool:
@@ -68,7 +58,7 @@ class Memory(NamedTuple):
 
 
 def memory(architecture: Architecture, step: Step, size: int, copies: int, hbm: int) -> Memory:
-    """All of it, for a group of ``size`` workers, of which there are ``copies``, on cores with ``hbm`` bytes."""
+    """The memory of a core with ``hbm`` bytes, for ``copies`` groups of ``size`` workers."""
     factors = list(lora_factors(architecture, step.r, step.targets, size))
     return Memory(
         weights=BF16 * weights(architecture, size),
@@ -83,13 +73,14 @@ def memory(architecture: Architecture, step: Step, size: int, copies: int, hbm: 
     )
 
 
-# --- what stays
+# --- what stays resident
 
 
 def local_key(architecture: Architecture, size: int) -> int:
-    """Features of key (and value) heads on a worker: where there are fewer heads than workers, each holds one.
+    """Features of the key heads on a worker, as many as of the value heads; at least one head.
 
-    optimum-neuron 0.4.5, LlamaAttention: size // kv_heads copies of the heads are shared out (kv_size_multiplier).
+    optimum-neuron 0.4.5, LlamaAttention: fewer heads than workers are replicated size // kv_heads times
+    (kv_size_multiplier).
     """
     return max(1, architecture.kv_heads // size) * architecture.head
 
@@ -97,9 +88,8 @@ def local_key(architecture: Architecture, size: int) -> int:
 def weights(architecture: Architecture, size: int) -> int:
     """Base parameters on a worker.
 
-    NxD's ColumnParallelLinear cuts q, k, v, gate and up by their outputs, RowParallelLinear o and down by their inputs;
-    ParallelEmbedding and the output layer are cut by the vocabulary, but for Granite, whose are torch's own, whole on
-    every worker. So are norms.
+    NxD's ColumnParallelLinear splits q, k, v, gate and up by outputs, RowParallelLinear o and down by inputs.
+    ParallelEmbedding and the output layer are split by the vocabulary (not Granite's). Norms are replicated.
     """
     a, query, key = architecture, architecture.query // size, local_key(architecture, size)
     attention = a.hidden * (query + 2 * key) + query * a.hidden
@@ -110,14 +100,14 @@ def weights(architecture: Architecture, size: int) -> int:
 
 
 def local_vocabulary(architecture: Architecture, size: int) -> int:
-    return architecture.vocabulary if architecture.model_type == "granite" else architecture.vocabulary // size
+    return architecture.vocabulary // size if architecture.splits_vocabulary else architecture.vocabulary
 
 
 def lora_factors(architecture: Architecture, r: int, targets: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
     """(rows, columns) of every LoRA factor on a worker.
 
-    A of a layer cut by outputs and B of one cut by inputs are whole on every worker. Layers that optimum-neuron has
-    made one have one A: gate and up always, q, k and v where the group's size does not divide the key/value heads
+    A of a layer split by outputs and B of a layer split by inputs are replicated. Layers that optimum-neuron fuses
+    share one A: gate and up always, q, k and v where the key-value heads are not divisible by the group's size
     (FusedLinearsSpec and GQAQKVColumnParallelLinearSpec, models/training/transformations_utils.py).
     """
     a, query, key = architecture, architecture.query // size, local_key(architecture, size)
@@ -137,34 +127,34 @@ def lora_factors(architecture: Architecture, r: int, targets: Sequence[str], siz
 
 
 def gradient_bytes(factors: Sequence[tuple[int, int]], copies: int) -> int:
-    """Fp32 gradients that add up over micro-batches, and the part of them that this copy's optimizer steps.
+    """Fp32 gradients accumulated over micro-batches, and the shard that this copy's optimizer updates.
 
-    The base is frozen and has none. torch-xla's ZeroRedundancyOptimizer with use_grad_acc_hook: main_grad.
+    The frozen base has none. torch-xla's ZeroRedundancyOptimizer with use_grad_acc_hook: main_grad.
     """
     return FP32 * sum(rows * columns + share(rows, copies) * columns for rows, columns in factors)
 
 
 def optimizer_bytes(factors: Sequence[tuple[int, int]], copies: int) -> int:
-    """AdamW's fp32 master weights and two moments, ZeRO-1: each copy has its share (Rajbhandari et al. 2020, 5.1)."""
+    """AdamW's fp32 master weights and two moments, sharded over the copies (ZeRO-1, Rajbhandari et al. 2020, 5.1)."""
     return 3 * FP32 * sum(share(rows, copies) * columns for rows, columns in factors)
 
 
 def share(rows: int, copies: int) -> int:
-    """Rows of a factor that each of so many copies steps: padded to a multiple (torch-xla, _pad_to_world_size)."""
+    """Rows of a factor that each copy updates, padded to a multiple (torch-xla, _pad_to_world_size)."""
     return -(-rows // copies)
 
 
-# --- what a micro-batch needs
+# --- what a micro-batch adds
 
 
 def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
-    """What one decoder layer keeps for its backward pass, beside attention's scores.
+    """What one decoder layer keeps for its backward pass, without attention scores.
 
     Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198) count
-    34 s b h bytes for a layer of GPT that is trained whole (equation 2 without 5 a s / h), and with tensor and sequence
-    parallelism the size-th part of all of it (equation 4). This is their count for Llama with a frozen base: a frozen
-    layer keeps no input (NxD, _linear_autograd_base_setup_fwd), RMSNorm keeps its input in fp32, SwiGLU keeps gate,
-    silu(gate) and up, and each LoRA factor A keeps its input and dropout's noise.
+    34 s b h bytes for a fully trained GPT layer (equation 2 without 5 a s / h), divided by ``size`` with tensor and
+    sequence parallelism (equation 4). This is their count for Llama with a frozen base: a frozen layer keeps no input
+    (NxD, _linear_autograd_base_setup_fwd), RMSNorm keeps its input in fp32, SwiGLU keeps gate, silu(gate) and up, and
+    each LoRA factor A keeps its input and the dropout noise.
     """
     a, tokens = architecture, step.tokens
     query, key, inner = a.query / size, float(local_key(a, size)), a.intermediate / size
@@ -173,46 +163,46 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
         norms += FP32 * (query + key)
     attention = BF16 * query + 2 * BF16 * key  # query, key and value
     if step.attention == "flash":
-        attention += BF16 * query + FP32 * a.heads / size  # the output, and each row's sum of exponentials
+        attention += BF16 * query + FP32 * a.heads / size  # output, and log-sum-exp per row
     mlp = 3 * BF16 * inner
     lora = lora_input_bytes(a, step, size)
     return tokens * (norms + attention + mlp + lora)
 
 
 def lora_input_bytes(architecture: Architecture, step: Step, size: int) -> float:
-    """Bytes a token that LoRA's factors keep: A's input (with dropout each has its own, and noise), and A's output."""
+    """Bytes per token that the LoRA factors keep: A's input (one per target with dropout, and noise) and output."""
     a = architecture
     width = dict.fromkeys((*QUERY_KEY_VALUE, *GATE_UP), a.hidden / size)
     width |= {"o_proj": a.query / size, "down_proj": a.intermediate / size}
     fused = {"up_proj": "gate_proj"} | ({"k_proj": "q_proj", "v_proj": "q_proj"} if a.kv_heads % size else {})
     inputs = {fused.get(name, name): width[name] for name in step.targets}
-    if not step.dropout:  # q, k and v have one input, gate and up have one
+    if not step.dropout:  # q, k and v share one input, gate and up another
         of_attention = dict.fromkeys(QUERY_KEY_VALUE, "q_proj") | dict.fromkeys(GATE_UP, "gate_proj")
         inputs = {of_attention.get(name, name): each_width for name, each_width in inputs.items()}
-    each = 2 * BF16 if step.dropout else BF16  # the noise of torch's dropout is of the input's type
-    # With sequence parallelism off (a group of one) and on alike: A's output is small, and counted whole.
+    each = 2 * BF16 if step.dropout else BF16  # torch's dropout noise has the input's type
+    # A's output is small and counted whole, with and without sequence parallelism.
     return each * sum(inputs.values()) + BF16 * step.r * len({fused.get(name, name) for name in step.targets})
 
 
 def score_bytes(architecture: Architecture, step: Step, size: int) -> float:
-    """What eager attention keeps of one layer: softmax in fp32 and in bf16, and the copied key and value heads.
+    """What eager attention keeps of one layer: softmax in fp32 and bf16, and the repeated key and value heads.
 
-    The 5 a s^2 b of Korthikanti et al. (softmax, dropout and its mask, equation 2) with the fp32 softmax that
-    optimum-neuron's eager_attention_forward has, and no dropout.
+    The 5 a s^2 b of Korthikanti et al. (softmax, dropout and its mask, equation 2) with the fp32 softmax of
+    optimum-neuron's eager_attention_forward, and without dropout.
     """
     if step.attention == "flash":
         return 0
     a, tokens = architecture, step.tokens
     scores = (FP32 + BF16) * a.heads / size * step.length
-    copied = 2 * BF16 * (a.query / size - local_key(a, size))  # instead of the heads that are kept anyway
+    copied = 2 * BF16 * (a.query / size - local_key(a, size))  # beyond the heads that are kept anyway
     return tokens * (scores + max(0.0, copied))
 
 
 def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
-    """All that is kept until the backward pass, but the logits.
+    """Everything kept until the backward pass, except the logits.
 
-    none: every layer's tensors. selective: attention's scores are computed again (Korthikanti et al., section 5,
-    equation 6). full: each layer keeps its input alone, 2 s b h (the same, section 5), cut by sequence parallelism.
+    none: every layer's tensors. selective: attention scores are recomputed (Korthikanti et al., section 5, equation 6).
+    full: each layer keeps only its input, 2 s b h (same section), split by sequence parallelism.
     """
     a, tokens = architecture, step.tokens
     per_layer = layer_bytes(a, step, size)
@@ -221,13 +211,13 @@ def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
     elif step.checkpointing == "full":
         per_layer = tokens * BF16 * a.hidden / size
     last_norm = tokens * FP32 * a.hidden / size
-    # The additive mask, and which example each token sees (trainer, _loss_sum).
+    # The additive mask, and which example each token belongs to (trainer, _loss_sum).
     mask = (BF16 + 1) * step.rows * step.length**2 if step.attention == "eager" else 0
     return int(a.layers * per_layer + last_norm + mask)
 
 
 def logit_bytes(architecture: Architecture, step: Step, size: int) -> int:
-    """The logits in bf16, in fp32, and their exponentials in fp32, cut by the vocabulary.
+    """Logits in bf16 and fp32, and their exponentials in fp32, split by the vocabulary.
 
     trainer/llama_lora/backends/neuron/training.py, _loss_sum, and optimum-neuron's parallel_cross_entropy.
     """
@@ -235,18 +225,18 @@ def logit_bytes(architecture: Architecture, step: Step, size: int) -> int:
 
 
 def working_bytes(architecture: Architecture, step: Step, size: int) -> int:
-    """What one layer needs while its gradients are computed: what is computed again, gradients, gathered rows.
+    """What one layer's backward pass needs: recomputed tensors, gradients and gathered rows.
 
-    Gradients of scores: of softmax's output in bf16, of its input in fp32 and bf16. Sequence parallelism gathers a
-    layer's input, and its gradient, whole (NxD, _gather_along_dim).
+    Gradients of scores: of softmax's output in bf16, of its input in fp32 and bf16. Sequence parallelism gathers the
+    whole of a layer's input and its gradient (NxD, _gather_along_dim).
     """
     a, tokens = architecture, step.tokens
-    again = 0.0
+    recomputed = 0.0
     if step.checkpointing == "selective":
-        again = score_bytes(a, step, size)
+        recomputed = score_bytes(a, step, size)
     elif step.checkpointing == "full":
-        again = layer_bytes(a, step, size) + score_bytes(a, step, size)
+        recomputed = layer_bytes(a, step, size) + score_bytes(a, step, size)
     of_scores = tokens * (FP32 + 2 * BF16) * a.heads / size * step.length if step.attention == "eager" else 0
     of_mlp = tokens * 3 * BF16 * a.intermediate / size
     gathered = 2 * tokens * BF16 * a.hidden
-    return int(again + max(of_scores, of_mlp) + gathered)
+    return int(recomputed + max(of_scores, of_mlp) + gathered)

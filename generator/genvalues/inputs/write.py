@@ -29,7 +29,8 @@ from genvalues.inputs.input_options import Sources
 from genvalues.inputs.values import values_from
 from genvalues.inputs.yaml_text import dump
 from genvalues.planner.layout import Refused
-from genvalues.planner.planning import Plan, Priced, gather_facts, known_price, plan
+from genvalues.planner.planning import Plan, gather_facts, plan
+from genvalues.planner.prices import Priced, known_price
 from genvalues.settings.inputs import Inputs, ModelPath
 from genvalues.settings.value_rules import contradictions, warnings
 
@@ -61,7 +62,7 @@ def checked(
     try:
         made = plan(inputs, gather_facts(inputs, offline, count_rows), price(inputs))
     except Refused as refused:  # a wish that cannot be kept is a mistake at its key
-        document.raise_mistakes(Mistake(problem.key, problem.what, problem.fix) for problem in refused.problems)
+        document.raise_mistakes(Mistake(problem.keys[0], problem.what, problem.fix) for problem in refused.problems)
         raise
     values = values_from(inputs, made)
     check_against(find_chart(sources.chart), values, document)

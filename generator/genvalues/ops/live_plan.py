@@ -13,8 +13,8 @@ from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
 from genvalues.ops.aws import AwsClients, Missing, translate_aws_errors
-from genvalues.planner.planning import Plan, Priced, known_price
-from genvalues.planner.prices import Price, region_of
+from genvalues.planner.planning import Plan
+from genvalues.planner.prices import Price, Priced, known_price, region_of
 from genvalues.settings.inputs import Inputs
 
 PRICING_REGION = "us-east-1"  # has the prices of all regions (AWS docs, Using the AWS Price List Query API)

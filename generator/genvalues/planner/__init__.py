@@ -1,1 +1,1 @@
-"""What a run would be, before a node is asked for: layout, batch, memory, time and dollars, each with its reason."""
+"""The plan of a run: layout, batch, memory, time and cost, each choice with its reason."""

@@ -1,15 +1,18 @@
-"""What is wished, what is given and what comes out of planning: the words that the modules of this package share."""
+"""What goes into planning and what comes out of it: the types that the modules of this package share."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from genvalues.accelerators.memory import Memory, Step
+from genvalues.common.problems import Problem
 from genvalues.common.text import KeyPath
+
+FROM_INPUTS = "set in the inputs"  # the reason for a choice that the inputs make
 
 
 class Wishes(NamedTuple):
-    """What the inputs say; None: to be chosen."""
+    """The choices that the inputs make; None: planned."""
 
     nodes: int | None = None
     tensor_parallel: int | None = None
@@ -21,7 +24,7 @@ class Wishes(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is given: the settings that nothing is chosen about. ``rows`` are fewest and most, where they are known."""
+    """The settings that planning does not choose. ``rows`` are (fewest, most) per epoch, where known."""
 
     instance: str
     length: int
@@ -30,6 +33,10 @@ class Run(NamedTuple):
     targets: tuple[str, ...]
     dropout: bool
     rows: tuple[int, int] | None = None
+    rows_unknown: str = ""  # why
+    epochs: float = 1.0
+    max_steps: int | None = None
+    compile_on_cpu: bool = False
     cpu_processes: int = 2
 
     def step(self, per_device: int, checkpointing: str) -> Step:
@@ -37,7 +44,7 @@ class Run(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the processes divide the work, and how many rows a step has."""
+    """How the processes share the work, and how many rows an optimizer step has."""
 
     nodes: int
     processes_per_node: int
@@ -49,12 +56,12 @@ class Layout(NamedTuple):
 
     @property
     def global_batch(self) -> int:
-        """Rows of an optimizer step."""
+        """Rows per optimizer step."""
         return self.per_device * self.accumulation * self.data_parallel
 
 
 class Choice(NamedTuple):
-    """A key of the inputs (or what follows from them), its value, and why. ``wished``: the inputs say so."""
+    """A key of the inputs (or a consequence of one), its value and the reason. ``wished``: the inputs set it."""
 
     key: str
     value: str | int | float
@@ -63,24 +70,16 @@ class Choice(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """An alternative, and the rule that it breaks or why another is better. ``possible``: it would work."""
+    """An alternative and why it is not chosen. ``possible``: it would work."""
 
     key: str
     value: str | int | float
-    rule: str
+    reason: str
     possible: bool = False
 
 
-class Problem(NamedTuple):
-    """A wish that cannot work, or a run that cannot: where, why, and what to write instead."""
-
-    key: KeyPath
-    what: str
-    fix: str
-
-
 class Note(NamedTuple):
-    """What to know of a plan, and the key it is about. ``warns``: where values are written, too."""
+    """A remark on a plan and the key it concerns. ``warns``: `check` and `write` print it as a warning."""
 
     key: KeyPath
     text: str
@@ -88,7 +87,7 @@ class Note(NamedTuple):
 
 
 class Refused(Exception):
-    """There is no layout for the wishes."""
+    """No layout satisfies the inputs."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__("; ".join(problem.what for problem in problems))
@@ -101,3 +100,8 @@ class Chosen(NamedTuple):
     rejected: tuple[Rejection, ...]
     memory: Memory | None
     notes: tuple[Note, ...] = ()
+
+
+def choice(key: str, value: str | int | float, wish: object, reason: str) -> Choice:
+    """A choice with its reason, or FROM_INPUTS where there is a wish."""
+    return Choice(key, value, FROM_INPUTS if wish else reason, wished=bool(wish))

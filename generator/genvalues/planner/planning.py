@@ -1,4 +1,4 @@
-"""From checked inputs to a plan. ``plan`` is pure; ``gather_facts`` reads files and, where it must, asks the Hub."""
+"""From checked inputs to a plan. ``plan`` is pure; ``gather_facts`` reads files and may ask the Hub."""
 
 from __future__ import annotations
 
@@ -7,59 +7,41 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from genvalues.accelerators.architectures import target_names
-from genvalues.accelerators.instances import HYPERPOD, trainium
+from genvalues.accelerators.instances import trainium
 from genvalues.accelerators.memory import Memory
+from genvalues.accelerators.neuron_rules import FLASH_ROWS
 from genvalues.common.dicts import get
 from genvalues.planner import dataset, models
-from genvalues.planner.candidates import length_problems, too_few_rows
+from genvalues.planner.candidates import too_few_rows
 from genvalues.planner.choices import choose
-from genvalues.planner.estimate import (
-    COLLECT_HOURS,
-    COMPILE_HOURS,
-    START_HOURS,
-    Estimate,
-    Work,
-    assumptions,
-    cpu_node_hours,
-    estimate,
-    work,
-)
-from genvalues.planner.layout import Choice, Layout, Note, Refused, Rejection, Run, Wishes
-from genvalues.planner.models import Model
-from genvalues.planner.prices import Price, price_per_node_hour, region_of
+from genvalues.planner.estimate import Estimate, Range, Work, assumptions, cpu_node_hours, estimate, times, work
+from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Note, Rejection, Run, Wishes
+from genvalues.planner.models import ModelFacts
+from genvalues.planner.prices import Price, Priced, known_price
 from genvalues.settings.datasets import is_file, is_on_hub, row_format
 from genvalues.settings.inputs import Inputs, ModelPath
-from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, FLASH_ROWS, STALL_TIMEOUT, seconds
-
-
-class Priced(NamedTuple):
-    """What a node-hour costs; or why that is not known, and, for HyperPod, what it is on EC2 in the same region."""
-
-    price: Price | None
-    unknown: str = ""
-    on_ec2: Price | None = None
+from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, STALL_TIMEOUT, seconds
 
 
 class Facts(NamedTuple):
-    """What was found about model and dataset. ``rows_unknown`` says why there are no examples.
+    """What is known about model and dataset. ``rows_unknown``: why there are no examples.
 
-    ``of_hub`` is what the Hub has counted: for hours and dollars alone, because what is chosen must not depend on who
-    answers today.
+    ``of_hub`` is the Hub's count. It is used only for hours and dollars, because the layout must not depend on a
+    service's answer.
     """
 
-    model: Model
+    model: ModelFacts
     examples: dataset.Examples | None = None
-    rows_unknown: str = "the rows of a dataset that is not on this computer are not counted"
+    rows_unknown: str = "the dataset's row count is unknown"
     of_hub: dataset.Examples | None = None
 
 
 class Plan(NamedTuple):
-    """What a run would be. ``memory`` and ``estimate`` are None on the CPU and where the model is not known."""
+    """What a run will be. ``memory`` and ``estimate`` are None on the CPU and for unknown architectures."""
 
     instance: str
-    model: Model
+    model: ModelFacts
     attention: str
-    attention_reason: str
     layout: Layout
     choices: tuple[Choice, ...]
     rejected: tuple[Rejection, ...]
@@ -68,149 +50,96 @@ class Plan(NamedTuple):
     estimate: Estimate | None
     price: Price | None
     price_unknown: str
-    price_on_ec2: Price | None  # where HyperPod's own is not known
-    dollars_on_ec2: tuple[float, float] | None
+    price_on_ec2: Price | None  # where HyperPod's price is unknown
+    dollars_on_ec2: Range | None
     lora_parameters: int | None
     notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
 
 
 def gather_facts(inputs: Inputs, offline: bool = False, count_rows: bool = False) -> Facts:
-    """Model and dataset, as far as they can be seen from here. On the CPU their paths are absolute by now.
+    """Model and dataset, as far as they can be seen from here. On the CPU their paths must be absolute.
 
-    ``count_rows``: the Hub is asked how many rows its dataset has, where hours and dollars follow from that.
+    ``count_rows``: ask the Hub for the dataset's number of rows where hours and dollars depend on it.
     """
     if isinstance(inputs.model, ModelPath):
         model = models.at_path(inputs.model.path, here=inputs.on_cpu)
     else:
         hub_id, _, revision = inputs.model.partition("@")
-        # On the CPU nothing is chosen by the model, so nobody waits for the Hub.
+        # On the CPU no choice depends on the model.
         model = models.on_hub(hub_id, revision, offline or inputs.on_cpu)
     wanted = inputs.dataset
     source = wanted.source
     if inputs.on_cpu and is_file(source):
-        examples = dataset.count(Path(source))
-        return Facts(model, examples, "this file's rows cannot be counted cheaply")
+        return Facts(model, dataset.count(Path(source)), "the row count of this file is unknown")
     if is_on_hub(source):
         asks = count_rows and not (offline or models.is_offline(os.environ) or inputs.on_cpu) and model.architecture
         counted = dataset.on_hub(source, wanted.config, wanted.split or "train") if asks else None
-        return Facts(model, None, "nobody here knows how many rows this dataset of the Hub has", counted)
-    return Facts(model, None, "the rows of a dataset on S3 or on the volume are not counted here")
+        return Facts(model, of_hub=counted)
+    return Facts(model)
 
 
-def plan(inputs: Inputs, seen: Facts, priced: Priced | None = None) -> Plan:
-    """The plan for inputs that have been checked. Raises Refused where wishes cannot be kept, or nothing fits.
+def plan(inputs: Inputs, facts: Facts, priced: Priced | None = None) -> Plan:
+    """The plan for checked inputs. Raises Refused where they cannot be satisfied, or nothing fits.
 
-    ``priced`` is what a node-hour costs, or why that is not known; ``known_price`` when left out.
+    ``priced``: the price of a node-hour; None: ``known_price``.
     """
-    instance = trainium(inputs.instance)
-    uses = attention(inputs)
-    training = inputs.training
-
-    def rows_of(examples: dataset.Examples | None) -> tuple[int, int] | None:
-        return examples and examples.rows(training.max_sequence_length, training.packing, inputs.dataset.eval_fraction)
-
-    rows = rows_of(seen.examples)
-    run = Run(
-        instance=inputs.instance,
-        length=training.max_sequence_length,
-        attention=uses,
-        r=inputs.lora.r,
-        targets=tuple(target_names(inputs.lora.target_modules)),
-        dropout=inputs.lora.dropout > 0,
-        rows=rows or None,
-        cpu_processes=inputs.cpu.processes if inputs.cpu else 2,
-    )
-    if instance and (problems := list(length_problems(run, seen.model.architecture))):
-        raise Refused(*problems)
     price, price_unknown, ec2 = priced or known_price(inputs)
-
-    def todo(layout: Layout, rows: tuple[int, int] | None = run.rows) -> Work:
-        return work(rows, training.epochs, training.max_steps, layout.global_batch, run.length, seen.rows_unknown)
-
-    def costs(layout: Layout, todo: Work) -> Estimate | None:
-        architecture = seen.model.architecture
-        if instance is None or architecture is None:
-            return None
-        evaluated = inputs.evaluation
-        enabled = evaluated.enabled if evaluated.enabled is not None else inputs.dataset.eval_fraction > 0
-        on_cpu = inputs.compile.runs_on == "cpu"
-        probe = inputs.probe
-        # Held-out examples are not packed: each is a row of its own length.
-        examples = seen.examples or seen.of_hub
-        shortest, longest = examples.tokens(run.length) if examples else (min(dataset.SHORTEST, run.length), run.length)
-        eval_tokens = evaluated.max_rows * shortest, evaluated.max_rows * longest
-        return estimate(
-            architecture,
-            run.step(layout.per_device, layout.checkpointing),
-            instance,
-            nodes=layout.nodes,
-            todo=todo,
-            price=price,
-            compile_on_cpu=on_cpu,
-            cpu_stages=cpu_node_hours(
-                architecture,
-                probe_tokens=probe.rows * min(probe.max_tokens, run.length),
-                eval_tokens=eval_tokens if enabled else (0, 0),
-                generated_tokens=evaluated.samples * evaluated.max_new_tokens,
-                compile_on_cpu=on_cpu,
-            ),
-        )
-
-    def hours(layout: Layout) -> tuple[float, float] | None:
-        costed = costs(layout, todo(layout))
-        if costed is None or costed.training_hours is None:
-            return None
-        return tuple(
-            train + compiling for train, compiling in zip(costed.training_hours, costed.compile_hours, strict=True)
-        )  # type: ignore[return-value]
-
-    compiling = COLLECT_HOURS if inputs.compile.runs_on == "cpu" else COMPILE_HOURS
-    chosen = choose(run, wishes(inputs), seen.model, hours, compiling[1] + START_HOURS[1])
-    rows = run.rows or rows_of(seen.of_hub)
-    to_train = todo(chosen.layout, rows)
-    costed = costs(chosen.layout, to_train)
-    total = None if training.max_steps is not None or not rows else max(1, round(rows[1] * training.epochs))
-    processes = inputs.cpu.processes if inputs.cpu else None
-    few = too_few_rows(chosen.layout, rows, total, wishes(inputs), processes)
+    run, wishes, architecture = run_of(inputs, facts), wishes_of(inputs), facts.model.architecture
+    chosen = choose(run, wishes, facts.model)
+    rows = run.rows or epoch_rows(inputs, facts.of_hub)
+    todo = work(run, rows, chosen.layout.global_batch)
+    costed = estimate_of(inputs, facts, run, chosen.layout, todo, price)
     node_hours = costed.trainium_node_hours if costed else None
-    on_ec2 = (node_hours[0] * ec2.dollars, node_hours[1] * ec2.dollars) if ec2 and node_hours else None
-    most = inputs.guards.max_cost
-    notes = [*chosen.notes, *([few] if few else []), *overrides(inputs)]
-    if inputs.on_cpu and isinstance(inputs.model, ModelPath) and "cannot be read" in seen.model.unknown:
-        mount = inputs.chart_values.get("workspace", {}).get("mountPath") or DEFAULT_MOUNT
-        if PurePosixPath(mount) not in PurePosixPath(inputs.model.path).parents:  # a path there is a pod's, as a rule
-            notes.append(Note(("model", "path"), f"{seen.model.unknown}: no stage here can load this model."))
-    if most and costed and costed.dollars and most < costed.dollars[1]:
-        text = f"{most:g} dollars may stop the run before its end: it takes up to {costed.dollars[1]:,.0f} by estimate."
-        notes.append(Note(("guards", "maxCost"), text))
-    limit = stall_timeout(inputs)
-    if costed and 0 < seconds(str(limit.value)) < costed.step_seconds[1]:
-        text = f"{limit.value} may end the training within a step: one takes up to {costed.step_seconds[1] / 60:,.0f} "
-        notes.append(Note(("guards", "stallTimeout"), text + "minutes by estimate. Write more, or take smaller steps."))
-    architecture = seen.model.architecture
+    stall = stall_timeout(inputs)
+    few = too_few_rows(run, wishes, chosen.layout, rows, bool(inputs.cpu and inputs.cpu.processes))
+    notes = [
+        *chosen.notes,
+        few,
+        chart_values_note(inputs),
+        unreadable_model_note(inputs, facts.model),
+        cost_note(inputs, costed),
+        stall_note(stall, costed),
+    ]
     return Plan(
         instance=inputs.instance,
-        model=seen.model,
-        attention=uses,
-        attention_reason=attention_reason(inputs, uses),
+        model=facts.model,
+        attention=run.attention,
         layout=chosen.layout,
-        choices=(*chosen.choices, *([limit] if instance else [])),
+        choices=(*chosen.choices, attention_choice(inputs), *([] if inputs.on_cpu else [stall])),
         rejected=chosen.rejected,
         memory=chosen.memory,
-        work=to_train,
+        work=todo,
         estimate=costed,
         price=price,
         price_unknown=price_unknown,
         price_on_ec2=ec2,
-        dollars_on_ec2=on_ec2,
+        dollars_on_ec2=times(node_hours, ec2.dollars) if ec2 and node_hours else None,
         lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
-        notes=tuple(notes),
-        assumptions=tuple(assumptions(inputs.compile.runs_on == "cpu")) if costed else (),
+        notes=tuple(note for note in notes if note),
+        assumptions=tuple(assumptions(run.compile_on_cpu)) if costed else (),
     )
 
 
-def wishes(inputs: Inputs) -> Wishes:
+def run_of(inputs: Inputs, facts: Facts) -> Run:
+    training = inputs.training
+    return Run(
+        instance=inputs.instance,
+        length=training.max_sequence_length,
+        attention=str(attention_choice(inputs).value),
+        r=inputs.lora.r,
+        targets=tuple(target_names(inputs.lora.target_modules)),
+        dropout=inputs.lora.dropout > 0,
+        rows=epoch_rows(inputs, facts.examples),
+        rows_unknown=facts.rows_unknown,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        compile_on_cpu=inputs.compile.runs_on == "cpu",
+        cpu_processes=inputs.cpu.processes if inputs.cpu else 2,
+    )
+
+
+def wishes_of(inputs: Inputs) -> Wishes:
     training, parallelism = inputs.training, inputs.parallelism
     return Wishes(
         nodes=inputs.nodes,
@@ -223,70 +152,98 @@ def wishes(inputs: Inputs) -> Wishes:
     )
 
 
-def attention(inputs: Inputs) -> str:
-    """As written; else flash where it is as right as eager (a row is one text) and Neuron's kernel takes the rows."""
-    if inputs.training.attention is not None:
-        return inputs.training.attention
-    is_text = row_format(inputs.dataset.format, inputs.dataset.source) == "text"
-    fits = inputs.training.max_sequence_length % FLASH_ROWS == 0
-    return "flash" if is_text and fits and not inputs.on_cpu else "eager"
+def epoch_rows(inputs: Inputs, examples: dataset.Examples | None) -> tuple[int, int] | None:
+    """Fewest and most rows of an epoch."""
+    training = inputs.training
+    if examples is None:
+        return None
+    return examples.rows(training.max_sequence_length, training.packing, inputs.dataset.eval_fraction)
 
 
-def attention_reason(inputs: Inputs, uses: str) -> str:
-    if inputs.training.attention is not None:
-        return "as written"
+def estimate_of(
+    inputs: Inputs, facts: Facts, run: Run, layout: Layout, todo: Work, price: Price | None
+) -> Estimate | None:
+    """Time and cost; None on the CPU and for an unknown architecture."""
+    architecture, instance = facts.model.architecture, trainium(inputs.instance)
+    if architecture is None or instance is None:
+        return None
+    evaluation, probe = inputs.evaluation, inputs.probe
+    evaluates = inputs.dataset.eval_fraction > 0 if evaluation.enabled is None else evaluation.enabled
+    # Held-out examples are not packed: each is one row with its own length.
+    examples = facts.examples or facts.of_hub
+    example_tokens = examples.tokens(run.length) if examples else (min(dataset.SHORTEST, run.length), run.length)
+    stages = cpu_node_hours(
+        architecture,
+        probe_tokens=probe.rows * min(probe.max_tokens, run.length),
+        eval_tokens=times(example_tokens, evaluation.max_rows) if evaluates else (0, 0),
+        generated_tokens=evaluation.samples * evaluation.max_new_tokens,
+        compile_on_cpu=run.compile_on_cpu,
+    )
+    return estimate(architecture, run, instance, layout, todo, price, stages)
+
+
+def attention_choice(inputs: Inputs) -> Choice:
+    """training.attention: flash where it computes the same as eager (one text per row) and supports the rows."""
+    key, wanted, length = "training.attention", inputs.training.attention, inputs.training.max_sequence_length
     format_ = row_format(inputs.dataset.format, inputs.dataset.source)
-    if uses == "flash":
-        return (
-            f"format text: a row is one text, and {inputs.training.max_sequence_length} is a multiple of {FLASH_ROWS}"
-        )
+    if wanted is not None:
+        return Choice(key, wanted, FROM_INPUTS, wished=True)
     if inputs.on_cpu:
-        return "flash is a kernel of Trainium's"
+        return Choice(key, "eager", "flash attention requires Trainium")
     if format_ != "text":
-        return f"format {format_}: examples in a row are kept apart by a mask, which flash does not take"
-    return f"flash takes rows of a multiple of {FLASH_ROWS}, not of {inputs.training.max_sequence_length}"
+        reason = f"packed examples of format {format_} need a mask that flash attention does not support"
+        return Choice(key, "eager", reason)
+    if length % FLASH_ROWS:
+        return Choice(key, "eager", f"flash attention needs rows of a multiple of {FLASH_ROWS} tokens, not {length}")
+    return Choice(key, "flash", f"format text has one text per row, and {length} is a multiple of {FLASH_ROWS}")
 
 
 def stall_timeout(inputs: Inputs) -> Choice:
-    """guards.stallTimeout, which on Trainium must be longer than what comes before the first step."""
+    """guards.stallTimeout, which on Trainium must cover everything before the first step."""
     key, written = "guards.stallTimeout", inputs.guards.stall_timeout
     if written is not None:
-        return Choice(key, written or "never", "as written", wished=True)
+        return Choice(key, written or "never", FROM_INPUTS, wished=True)
     if (get(inputs.chart_values, "compile.onMismatch", str) or inputs.compile.on_mismatch) == "warn":
-        reason = "with compile.onMismatch: warn the first step may wait for an hour of compiling"
+        reason = "with compile.onMismatch: warn the first step may compile for an hour"
         return Choice(key, COMPILING_STALL_TIMEOUT, reason)
-    return Choice(key, STALL_TIMEOUT, "nothing is compiled in train; longer than reading the model takes, as a rule")
+    return Choice(key, STALL_TIMEOUT, "default; longer than loading the model usually takes")
 
 
-def known_price(inputs: Inputs, region: str | None = None) -> Priced:
-    """The inputs' guards.pricePerNodeHour, else the table's price in ``region`` (left out: the image's)."""
-    written = inputs.guards.price_per_node_hour
-    if written is not None:
-        return Priced(Price(written, "guards.pricePerNodeHour"))
-    if inputs.on_cpu:
-        return Priced(None, "a CPU node may be anything")
-    region = region or region_of(inputs.image)
-    if found := price_per_node_hour(inputs.instance, region):
-        return Priced(found)
-    told = f"no price known for {inputs.instance}" + (f" in {region}" if region else "")
-    told += ": give guards.pricePerNodeHour, or ask with --live"
-    # EC2's price for a HyperPod instance: to show, never for guards.pricePerNodeHour.
-    plain = inputs.instance.removeprefix(HYPERPOD)
-    ec2 = price_per_node_hour(plain, region) if plain != inputs.instance else None
-    if ec2:
-        told += f" (on EC2, where HyperPod's price is not the same, {plain} is ${ec2.dollars:g} in {ec2.region})"
-    return Priced(None, told, ec2)
+# --- notes
 
 
-def overrides(inputs: Inputs) -> list[Note]:
+def chart_values_note(inputs: Inputs) -> Note | None:
     """chartValues are merged last, over what is planned."""
-    over = inputs.chart_values
-    named = [
-        f"chartValues.{section}"
-        for section in ("parallelism", "training", "lora", "model", "devices", "compile", "guards")
-        if over.get(section)
-    ]
-    if not named:
-        return []
-    text = f"{', '.join(named)} changes what is planned here: the values have it, this plan has not."
-    return [Note(("chartValues",), text, warns=False)]
+    names = ("parallelism", "training", "lora", "model", "devices", "compile", "guards")
+    set_here = [f"chartValues.{name}" for name in names if inputs.chart_values.get(name)]
+    if not set_here:
+        return None
+    text = f"This plan does not include {', '.join(set_here)}, which override its values."
+    return Note(("chartValues",), text, warns=False)
+
+
+def unreadable_model_note(inputs: Inputs, model: ModelFacts) -> Note | None:
+    if not (inputs.on_cpu and isinstance(inputs.model, ModelPath) and "cannot read" in model.unknown):
+        return None
+    mount = inputs.chart_values.get("workspace", {}).get("mountPath") or DEFAULT_MOUNT
+    if PurePosixPath(mount) in PurePosixPath(inputs.model.path).parents:  # probably a path in a pod
+        return None
+    return Note(("model", "path"), f"{model.unknown}; the stages cannot load this model.")
+
+
+def cost_note(inputs: Inputs, costed: Estimate | None) -> Note | None:
+    most = inputs.guards.max_cost
+    if not (most and costed and costed.dollars and most < costed.dollars[1]):
+        return None
+    text = f"${most:g} may stop the run before it finishes: the estimate is up to ${costed.dollars[1]:,.0f}."
+    return Note(("guards", "maxCost"), text)
+
+
+def stall_note(limit: Choice, costed: Estimate | None) -> Note | None:
+    if not (costed and 0 < seconds(str(limit.value)) < costed.step_seconds[1]):
+        return None
+    text = (
+        f"{limit.value} may end the training within a step, which takes up to {costed.step_seconds[1] / 60:,.0f} "
+        "minutes (estimate). Set a longer time or a smaller batch."
+    )
+    return Note(("guards", "stallTimeout"), text)

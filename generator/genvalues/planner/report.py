@@ -1,68 +1,71 @@
-"""A plan for people, as sections of lines, and for programs, as JSON. The content is the same."""
+"""A plan as text for people (sections of lines) and as JSON for programs, with the same content."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
-from genvalues.common.text import number_of
+from genvalues.common.text import camel_case, number_of
 from genvalues.planner.candidates import gib
-from genvalues.planner.estimate import Range
+from genvalues.planner.estimate import UTILIZATION, Range, plus
 from genvalues.planner.planning import Plan
 
 MEMORY_LINES = {
     "weights": "base weights, bf16, this core's part",
-    "lora": "LoRA, bf16",
-    "gradients": "LoRA's gradients, fp32",
-    "optimizer": "AdamW's fp32 weights and moments, this copy's share",
+    "lora": "LoRA weights, bf16",
+    "gradients": "LoRA gradients, fp32",
+    "optimizer": "AdamW weights and moments, fp32, this copy's shard",
     "activations": "kept for the backward pass",
     "logits": "logits, bf16 and fp32",
-    "working": "one layer's backward pass",
-    "reserved": "reserved for runtime and graphs (an eighth)",
+    "working": "backward pass of one layer",
+    "reserved": "runtime and compiled graphs (one eighth)",
 }
+NUMERIC_COLUMNS = ("value", "GiB", "estimate")
 
 
-@dataclass(frozen=True)
-class Section:
+class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
 
 
-def sections(plan: Plan) -> list[Section]:
-    """What is chosen, what was rejected, memory, time and cost, assumptions, notes: empty ones left out."""
+def tables(plan: Plan) -> list[Table]:
+    """Run, settings, alternatives, memory, time and cost, assumptions, notes; without empty ones."""
+    assumed = [(f"{text[0].upper()}{text[1:]} ({source}).",) for text, source in plan.assumptions]
     found = [
-        Section("Run", ("", ""), run_lines(plan)),
-        Section(
-            "Chosen",
-            ("setting", "value", "why"),
-            [
-                *((each.key, str(each.value), each.reason) for each in plan.choices),
-                ("training.attention", plan.attention, plan.attention_reason),
-            ],
+        Table("Run", ("", ""), run_lines(plan)),
+        Table(
+            "Settings",
+            ("setting", "value", "reason"),
+            [(each.key, str(each.value), each.reason) for each in plan.choices],
         ),
-        Section(
-            "Not chosen",
-            ("setting", "value", "why not"),
-            [(each.key, str(each.value), each.rule) for each in plan.rejected],
+        Table(
+            "Alternatives not chosen",
+            ("setting", "value", "reason"),
+            [(each.key, str(each.value), each.reason) for each in plan.rejected],
         ),
-        Section("Memory of a core", ("what", "GiB", ""), memory_lines(plan)),
-        Section("Time and cost, estimated", ("what", "range", ""), cost_lines(plan)),
-        Section("Assumptions", ("",), [(f"{assumed} ({source})",) for assumed, source in plan.assumptions]),
-        Section("Notes", ("",), [(note.text,) for note in plan.notes]),
+        Table("Memory per core", ("part", "GiB", ""), memory_lines(plan)),
+        Table(
+            "Time and cost (estimates)",
+            ("", "estimate", ""),
+            [*work_lines(plan), *time_lines(plan), *price_lines(plan)],
+        ),
+        Table("Assumptions", ("",), assumed),
+        Table("Notes", ("",), [(note.text,) for note in plan.notes]),
     ]
-    return [section for section in found if section.lines]
+    return [table for table in found if table.lines]
 
 
 def run_lines(plan: Plan) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("instance", f"{plan.layout.nodes} x {plan.instance}")]
     architecture = plan.model.architecture
     if architecture is None:
-        return [*lines, ("model", f"{plan.model.name}: architecture not known, {plan.model.unknown}")]
-    lines.append(("model", f"{plan.model.name}: {architecture.parameters:,} parameters ({plan.model.source})"))
+        return [*lines, ("model", f"{plan.model.name}, architecture unknown: {plan.model.unknown}")]
+    lines.append(("model", f"{plan.model.name}, {architecture.parameters:,} parameters ({plan.model.source})"))
     if plan.lora_parameters is not None:
         share = plan.lora_parameters / architecture.parameters
-        lines.append(("LoRA", f"{plan.lora_parameters:,} parameters, {share:.2%} of the model's"))
+        lines.append(("LoRA", f"{plan.lora_parameters:,} trainable parameters ({share:.2%} of the model's)"))
     return lines
 
 
@@ -71,18 +74,14 @@ def memory_lines(plan: Plan) -> list[tuple[str, ...]]:
     if needs is None:
         return []
     lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in MEMORY_LINES.items()]
-    return [*lines, ("total", gib(needs.total), f"of {gib(needs.hbm)} GiB, {needs.total / needs.hbm:.0%}")]
-
-
-def cost_lines(plan: Plan) -> list[tuple[str, ...]]:
-    return [*work_lines(plan), *time_lines(plan), *price_lines(plan)]
+    return [*lines, ("total", gib(needs.total), f"{needs.total / needs.hbm:.0%} of {gib(needs.hbm)} GiB")]
 
 
 def work_lines(plan: Plan) -> list[tuple[str, ...]]:
     todo = plan.work
     if todo.steps is None or todo.tokens is None:
-        return [("steps", "not known", f"{todo.reason}; training.maxSteps says how many")]
-    rows = f"{number_of(todo.global_batch, 'row')} of {todo.length} a step"
+        return [("steps", "unknown", f"{todo.reason}; set training.maxSteps for an estimate")]
+    rows = f"{number_of(todo.global_batch, 'row')} of {todo.length} tokens per step, including padding"
     return [("steps", numbers(todo.steps), todo.reason), ("tokens", numbers(todo.tokens), rows)]
 
 
@@ -90,63 +89,54 @@ def time_lines(plan: Plan) -> list[tuple[str, ...]]:
     costed, todo = plan.estimate, plan.work
     if costed is None:
         return []
-    flops = costed.flops
+    flops, stages = costed.flops, costed.cpu_node_hours
+    low, high = UTILIZATION
     lines: list[tuple[str, ...]] = [
         (
-            "operations a token",
-            f"{flops.total / 1e9:.1f} GFLOP",
-            f"forward {flops.forward / 1e9:.1f}, backward {flops.backward / 1e9:.1f}, again {flops.again / 1e9:.1f}, "
-            f"LoRA {flops.lora / 1e9:.2f}",
+            "GFLOPs per token",
+            f"{flops.total / 1e9:.1f}",
+            f"forward {flops.forward / 1e9:.1f}, backward {flops.backward / 1e9:.1f}, recomputation "
+            f"{flops.again / 1e9:.1f}, LoRA {flops.lora / 1e9:.2f}",
         ),
         (
-            "tokens a second",
+            "tokens per second",
             numbers(costed.tokens_per_second),
-            f"of {costed.peak / 1e12:,.0f} TFLOP/s at best",
+            f"{low:.0%} to {high:.0%} of the peak, {costed.peak / 1e12:,.0f} TFLOP/s",
         ),
-        ("seconds a step", figures(costed.step_seconds), f"{todo.global_batch * todo.length:,} tokens"),
-        ("hours a million tokens", figures(costed.million_token_hours), "of training alone"),
-        ("compile, hours", figures(costed.compile_hours), "on every Trainium node; less from the cache"),
+        ("seconds per step", figures(costed.step_seconds), f"{todo.global_batch * todo.length:,} tokens"),
+        ("hours per million tokens", figures(costed.million_token_hours), "training only"),
+        ("hours to compile", figures(costed.compile_hours), "on each Trainium node; less with cached graphs"),
     ]
     if costed.training_hours:
-        lines.append(("train, hours", figures(costed.training_hours), "on every Trainium node"))
+        lines.append(("hours to train", figures(costed.training_hours), "on each Trainium node, including the start"))
     if costed.trainium_node_hours:
         lines.append(("Trainium node-hours", figures(costed.trainium_node_hours), "compile and train"))
-    stages = costed.cpu_node_hours
-    everything = (sum(each[0] for each in stages.values()), sum(each[1] for each in stages.values()))
-    lines.append(
-        (
-            "CPU node-hours",
-            figures(everything),
-            "Trainium is free meanwhile: " + ", ".join(f"{name} {figures(each)}" for name, each in stages.items()),
-        )
-    )
+    by_stage = ", ".join(f"{name} {figures(each)}" for name, each in stages.items())
+    lines.append(("CPU node-hours", figures(plus(*stages.values())), f"without Trainium nodes: {by_stage}"))
     return lines
 
 
 def price_lines(plan: Plan) -> list[tuple[str, ...]]:
-    """Of a node-hour; and of the run, where its hours are estimated."""
+    """The price of a node-hour and, where hours are estimated, the cost of the run."""
     price, costed = plan.price, plan.estimate
-    lines: list[tuple[str, ...]] = []
     if price is None:
-        lines.append(("dollars", "not known", plan.price_unknown))
+        lines: list[tuple[str, ...]] = [("cost", "unknown", plan.price_unknown)]
         if plan.dollars_on_ec2 and plan.price_on_ec2:
-            why = f"in {plan.price_on_ec2.region}; HyperPod's price is another and not known here"
-            lines.append(("dollars, at EC2's price", figures(plan.dollars_on_ec2, "$"), why))
+            why = f"price of EC2 in {plan.price_on_ec2.region}; HyperPod's differs"
+            lines.append(("cost on EC2", figures(plan.dollars_on_ec2, "$"), why))
         return lines
-    where = ", ".join(part for part in (price.kind, price.region, price.dated) if part)
-    lines.append(("a node-hour", f"${price.dollars:g}", where))
-    if costed is None:
-        return lines
-    if costed.dollars:
-        lines.append(("dollars", figures(costed.dollars, "$"), "Trainium nodes; CPU nodes and storage come on top"))
-    elif costed.million_token_dollars and costed.fixed_dollars:
-        lines.append(("dollars a million tokens", figures(costed.million_token_dollars, "$"), "of training"))
-        lines.append(("dollars beside", figures(costed.fixed_dollars, "$"), "to compile and to start"))
+    source = ", ".join(part for part in (price.kind, price.region, price.dated) if part)
+    lines = [("price per node-hour", f"${price.dollars:,.2f}", source)]
+    if costed and costed.dollars:
+        lines.append(("cost", figures(costed.dollars, "$"), "Trainium nodes; CPU nodes and storage are extra"))
+    elif costed and costed.million_token_dollars and costed.fixed_dollars:
+        lines.append(("cost per million tokens", figures(costed.million_token_dollars, "$"), "training only"))
+        lines.append(("fixed cost", figures(costed.fixed_dollars, "$"), "to compile and start"))
     return lines
 
 
 def figures(both: Range, sign: str = "") -> str:
-    """0.12 to 1.5, with as many digits as a range of this kind deserves."""
+    """``0.12 to 1.5``: two significant digits, more above 10."""
     low, high = (_figure(each) for each in both)
     return f"{sign}{low}" if low == high else f"{sign}{low} to {sign}{high}"
 
@@ -158,12 +148,13 @@ def _figure(number: float) -> str:
 
 
 def numbers(both: tuple[float, float]) -> str:
+    """``7,079 to 19,468``"""
     low, high = (f"{each:,.0f}" for each in both)
     return low if low == high else f"{low} to {high}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The keys are in docs/plan.md. Bytes, seconds, hours and dollars are numbers, ranges are [low, high]."""
+    """docs/plan.md documents the keys. Bytes, seconds, hours and dollars are numbers; ranges are [low, high]."""
     layout, model, costed = plan.layout, plan.model, plan.estimate
     architecture = model.architecture
     return {
@@ -174,7 +165,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "unknown": model.unknown or None,
             "parameters": architecture.parameters if architecture else None,
             "loraParameters": plan.lora_parameters,
-            "architecture": camel(asdict(architecture)) if architecture else None,
+            "architecture": camel_keys(asdict(architecture)) if architecture else None,
         },
         "layout": {
             "nodes": layout.nodes,
@@ -187,23 +178,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "activationCheckpointing": layout.checkpointing,
             "attention": plan.attention,
         },
-        "choices": [
-            *(
-                {"key": each.key, "value": each.value, "reason": each.reason, "wished": each.wished}
-                for each in plan.choices
-            ),
-            {
-                "key": "training.attention",
-                "value": plan.attention,
-                "reason": plan.attention_reason,
-                "wished": plan.attention_reason == "as written",
-            },
-        ],
-        "rejected": [
-            {"key": each.key, "value": each.value, "reason": each.rule, "possible": each.possible}
-            for each in plan.rejected
-        ],
-        "memory": {**camel(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
+        "choices": [each._asdict() for each in plan.choices],
+        "rejected": [each._asdict() for each in plan.rejected],
+        "memory": {**camel_keys(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
         "work": {
             "steps": list(plan.work.steps) if plan.work.steps else None,
             "tokens": list(plan.work.tokens) if plan.work.tokens else None,
@@ -213,54 +190,50 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "estimate": {
             "flopsPerToken": {**costed.flops._asdict(), "total": costed.flops.total},
             "peakFlops": costed.peak,
-            "tokensPerSecond": ranged(costed.tokens_per_second),
-            "stepSeconds": ranged(costed.step_seconds),
-            "hoursPerMillionTokens": ranged(costed.million_token_hours),
-            "compileHours": ranged(costed.compile_hours),
-            "trainHours": ranged(costed.training_hours),
-            "trainiumNodeHours": ranged(costed.trainium_node_hours),
-            "cpuNodeHours": {name: ranged(hours) for name, hours in costed.cpu_node_hours.items()},
-            "dollars": ranged(costed.dollars),
-            "dollarsAtEc2Price": ranged(plan.dollars_on_ec2),
-            "dollarsPerMillionTokens": ranged(costed.million_token_dollars),
-            "dollarsToCompileAndStart": ranged(costed.fixed_dollars),
+            "tokensPerSecond": rounded(costed.tokens_per_second),
+            "stepSeconds": rounded(costed.step_seconds),
+            "hoursPerMillionTokens": rounded(costed.million_token_hours),
+            "compileHours": rounded(costed.compile_hours),
+            "trainHours": rounded(costed.training_hours),
+            "trainiumNodeHours": rounded(costed.trainium_node_hours),
+            "cpuNodeHours": {name: rounded(hours) for name, hours in costed.cpu_node_hours.items()},
+            "dollars": rounded(costed.dollars),
+            "dollarsAtEc2Price": rounded(plan.dollars_on_ec2),
+            "dollarsPerMillionTokens": rounded(costed.million_token_dollars),
+            "dollarsToCompileAndStart": rounded(costed.fixed_dollars),
         }
         if costed
         else None,
-        "price": camel(plan.price._asdict()) if plan.price else None,
+        "price": plan.price._asdict() if plan.price else None,
         "priceUnknown": plan.price_unknown or None,
-        "priceOnEc2": camel(plan.price_on_ec2._asdict()) if plan.price_on_ec2 else None,
+        "priceOnEc2": plan.price_on_ec2._asdict() if plan.price_on_ec2 else None,
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
         "notes": [note.text for note in plan.notes],
     }
 
 
-def ranged(both: tuple[float, float] | None) -> list[float] | None:
+def rounded(both: Range | None) -> list[float] | None:
+    """A range with six significant digits."""
     return [float(f"{each:.6g}") for each in both] if both else None
 
 
-def camel(values: dict[str, Any]) -> dict[str, Any]:
-    def spelled(name: str) -> str:
-        first, *rest = name.split("_")
-        return first + "".join(part.title() for part in rest)
-
-    return {spelled(name): value for name, value in values.items()}
+def camel_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {camel_case(name): value for name, value in values.items()}
 
 
 def as_text(plan: Plan, width: int = 120) -> str:
-    """For a file, a pipe or a log: no boxes, no colour, columns by spaces, long last columns wrapped."""
+    """For a file, a pipe or a log: columns separated by spaces, long last columns wrapped, no colour."""
     import textwrap
 
     blocks = []
-    for section in sections(plan):
-        widths = [
-            max(len(line[index]) for line in [section.columns, *section.lines]) for index in range(len(section.columns))
-        ]
-        left = sum(each + 2 for each in widths[:-1])
-        lines = [section.title]
-        for cells in section.lines:
+    for table in tables(plan):
+        last = len(table.columns) - 1
+        widths = [max(len(line[index]) for line in [table.columns, *table.lines]) for index in range(last)]
+        left = sum(each + 2 for each in widths)
+        lines = [table.title]
+        for cells in table.lines:
             wrapped = textwrap.wrap(cells[-1], max(30, width - left - 2)) or [""]
-            start = "".join(cell.ljust(each + 2) for cell, each in zip(cells[:-1], widths[:-1], strict=True))
+            start = "".join(cell.ljust(each + 2) for cell, each in zip(cells[:-1], widths, strict=True))
             lines.append(f"  {start}{wrapped[0]}".rstrip())
             lines += [" " * (left + 2) + part for part in wrapped[1:]]
         blocks.append("\n".join(lines))
@@ -268,33 +241,27 @@ def as_text(plan: Plan, width: int = 120) -> str:
 
 
 def print_rich(plan: Plan) -> None:
-    """On a terminal: a table for each section."""
-    from rich import box
+    """For a terminal: a rich table per section."""
+    import rich.box
+    import rich.table
     from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for section in sections(plan):
-        table = Table(
-            title=section.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            show_header=any(section.columns),
-            expand=False,
-        )
-        for index, name in enumerate(section.columns):
-            right = name in ("GiB", "range", "value")
-            table.add_column(
-                name, no_wrap=index == 0 and len(section.columns) > 2, justify="right" if right else "left"
-            )
-        for cells in section.lines:
-            style = "bold" if cells[0] == "total" else None
-            table.add_row(*(_escaped(cell) for cell in cells), style=style)
-        console.print(table)
-
-
-def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    console = Console(highlight=False)
+    for table in tables(plan):
+        shown = rich.table.Table(
+            title=table.title,
+            title_justify="left",
+            title_style="bold",
+            box=rich.box.SIMPLE_HEAD,
+            show_header=any(table.columns),
+        )
+        for index, name in enumerate(table.columns):
+            shown.add_column(
+                name,
+                no_wrap=index == 0 and len(table.columns) > 2,
+                justify="right" if name in NUMERIC_COLUMNS else "left",
+            )
+        for cells in table.lines:
+            shown.add_row(*map(escape, cells), style="bold" if cells[0] == "total" else None)
+        console.print(shown)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from genvalues.accelerators.instances import trainium
+from genvalues.accelerators.neuron_rules import FLASH_ROWS
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
@@ -32,7 +33,6 @@ STARTING_STALL_TIMEOUT = "18m"  # what a start may take, by the plan's estimate 
 # Not measured, and below any guess: a node's workers (32 on trn1) load their libraries, meet and read the model first.
 SHORTEST_STALL_TIMEOUT = "2m"
 GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl), which the gate keeps back
-FLASH_ROWS = 2048  # Neuron's flash attention takes rows of so many tokens or a multiple (optimum-neuron 0.4.5)
 
 
 def contradictions(values: Values) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Memory by counting, against tensors that are there: cut weights, optimum-neuron's own checkpoints, autograd's."""
+"""Computed memory, compared with real tensors: split weights, optimum-neuron's checkpoints, autograd's tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from genvalues.accelerators.architectures import LINEAR, Architecture, from_config, known, target_names
+from genvalues.accelerators.architectures import LINEAR, MODEL_TYPES, from_config, known, target_names
 from genvalues.accelerators.memory import (
     Step,
     activation_bytes,
@@ -41,18 +41,10 @@ SMALL = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-KINDS = {
-    "llama": SMALL,
-    "tied": SMALL | {"tie_word_embeddings": True},
-    "qwen3": SMALL | {"model_type": "qwen3", "head_dim": 32},
-    "granite": SMALL | {"model_type": "granite", "tie_word_embeddings": True},
+MORE = {"qwen3": {"head_dim": 32}, "granite": {"tie_word_embeddings": True}}
+KINDS = {name: SMALL | {"model_type": name} | MORE.get(name, {}) for name in MODEL_TYPES} | {
+    "tied": SMALL | {"tie_word_embeddings": True}
 }
-
-
-def architecture(config: dict[str, Any]) -> Architecture:
-    found = from_config(config)
-    assert found is not None
-    return found
 
 
 def model_of(config: dict[str, Any], attention: str = "eager") -> Any:
@@ -61,13 +53,13 @@ def model_of(config: dict[str, Any], attention: str = "eager") -> Any:
     return transformers.AutoModelForCausalLM.from_config(wanted, attn_implementation=attention)
 
 
-# --- what stays
+# --- what stays resident
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_those_of_a_model_that_is_cut(kind: str, size: int) -> None:
-    """Every parameter cut as optimum-neuron cuts it, by name; 4 key/value heads are copied for 8 workers."""
+def test_weights_equal_those_of_a_split_model(kind: str, size: int) -> None:
+    """Every parameter split as optimum-neuron does, by name; 4 key-value heads are replicated for 8 workers."""
     config = KINDS[kind]
     model, rank = model_of(config), 0
     counted = 0
@@ -80,16 +72,16 @@ def test_weights_are_those_of_a_model_that_is_cut(kind: str, size: int) -> None:
             counted += parameter.chunk(size, dim=0)[rank].numel()
         elif part in ("o_proj", "down_proj"):
             counted += parameter.chunk(size, dim=1)[rank].numel()
-        elif part in ("embed_tokens", "lm_head") and kind != "granite":
+        elif part in ("embed_tokens", "lm_head") and MODEL_TYPES[config["model_type"]].splits_vocabulary:
             counted += parameter.chunk(size, dim=0)[rank].numel()
         else:
             counted += parameter.numel()
-    assert weights(architecture(config), size) == counted
-    assert weights(architecture(config), 1) == architecture(config).parameters
+    assert weights(from_config(config), size) == counted
+    assert weights(from_config(config), 1) == from_config(config).parameters
 
 
-# llama-tp2-fused has fuse_qkv, which the Neuron backend leaves off: there q, k and v are one layer only where heads are
-# copied (llama-tp4-gqa).
+# llama-tp2-fused is not listed: it has fuse_qkv, which the Neuron backend does not use. It fuses q, k and v only where
+# key-value heads are replicated (llama-tp4-gqa).
 FOLDERS = {
     "llama-tp1": 1,
     "llama-tp2-qv": 2,
@@ -101,8 +93,8 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_lora_is_what_optimum_neuron_has_written_for_a_worker(name: str, tmp_path: Path) -> None:
-    """The bytes of a rank's shard in a checkpoint that optimum-neuron 0.4.5 has saved."""
+def test_lora_equals_a_workers_shard_of_optimum_neuron(name: str, tmp_path: Path) -> None:
+    """The numbers in each rank's shard of a checkpoint saved by optimum-neuron 0.4.5."""
     with tarfile.open(FIXTURES / f"{name}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     config = json.loads((tmp_path / "base/config.json").read_text())
@@ -119,32 +111,32 @@ def test_lora_is_what_optimum_neuron_has_written_for_a_worker(name: str, tmp_pat
             loaded = torch.load(part, weights_only=True)
             held += sum(each.numel() for each in (loaded.values() if isinstance(loaded, dict) else [loaded]))
         targets = [each for each in LINEAR if each in _targets(adapter["target_modules"])]
-        counted = lora_factors(architecture(config), adapter["r"], targets, FOLDERS[name])
+        counted = lora_factors(from_config(config), adapter["r"], targets, FOLDERS[name])
         assert sum(rows * columns for rows, columns in counted) == held
 
 
 def _targets(named: list[str]) -> set[str]:
-    """By the base model's names: optimum-neuron writes those of its own layers, too."""
+    """By the base model's names; optimum-neuron also writes those of its fused layers."""
     fused = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
     return set().union(*(fused.get(name, {name}) for name in named))
 
 
-def test_zero_1_shares_the_optimizer_out_and_pads_what_does_not_divide() -> None:
+def test_zero_1_shards_the_optimizer_with_padding() -> None:
     factors = [(16, 100), (64, 16)]
     whole = 12 * (16 * 100 + 64 * 16)
     assert optimizer_bytes(factors, 1) == whole
     assert optimizer_bytes(factors, 4) * 4 == whole
     assert optimizer_bytes(factors, 32) == 12 * (1 * 100 + 2 * 16), (
-        "16 rows on 32 copies: a row each, half of them pads"
+        "16 rows on 32 copies: one row each, half of them padding"
     )
     assert gradient_bytes(factors, 4) == 4 * (16 * 100 + 64 * 16) + optimizer_bytes(factors, 4) // 3
 
 
-# --- what a micro-batch needs
+# --- what a micro-batch adds
 
 
 def saved_by_autograd(model: Any, rows: int, length: int, loss: bool) -> int:
-    """Bytes of all tensors that autograd keeps for the backward pass, each storage once, parameters not at all."""
+    """Bytes of all tensors that autograd keeps for the backward pass: each storage once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -153,7 +145,7 @@ def saved_by_autograd(model: Any, rows: int, length: int, loss: bool) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no other takes its place
+            alive.append(tensor)  # keeps its address from being reused
         return tensor
 
     ids = torch.randint(0, 500, (rows, length))
@@ -177,12 +169,12 @@ def step(rows: int, length: int, targets: Any, dropout: float, checkpointing: st
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
-@pytest.mark.parametrize("kind", ["llama", "tied", "qwen3", "granite"])
-def test_activations_are_what_autograd_keeps(kind: str, targets: Any, dropout: float) -> None:
-    """For a small model on the CPU, in bf16, within 1 %: what is not counted is variances and the like.
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_equal_what_autograd_keeps(kind: str, targets: Any, dropout: float) -> None:
+    """For a small model on the CPU, in bf16, within 1 %: variances and the like are not counted.
 
-    Layers are compared by the difference of two depths, so that nothing outside of them counts. The first layer of a
-    frozen base keeps nothing before its first LoRA factor, so the difference is of layers that have others below.
+    The difference between two depths excludes everything outside the layers, and the first layer, where a frozen base
+    keeps nothing before its first LoRA factor.
     """
     rows, length = 2, 32
     kept = [
@@ -191,26 +183,26 @@ def test_activations_are_what_autograd_keeps(kind: str, targets: Any, dropout: f
         )
         for layers in (2, 4)
     ]
-    a, wanted = architecture(KINDS[kind]), step(rows, length, targets, dropout)
+    a, wanted = from_config(KINDS[kind]), step(rows, length, targets, dropout)
     counted = layer_bytes(a, wanted, 1) + score_bytes(a, wanted, 1)
-    # PEFT's A for gate and for up are two here, one on Neuron.
+    # Here PEFT has an A each for gate and up; on Neuron they share one.
     if targets == "all-linear" and dropout:
         counted += wanted.tokens * 4 * a.hidden
     assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.01)
 
 
-def test_logits_are_the_largest_tensors_of_the_loss() -> None:
+def test_logits_are_the_tensors_of_the_loss() -> None:
     rows, length = 2, 64
-    model, a = wrapped(SMALL, ["q_proj"], 0.0), architecture(SMALL)
+    model, a = wrapped(SMALL, ["q_proj"], 0.0), from_config(SMALL)
     without, with_loss = (saved_by_autograd(model, rows, length, loss) for loss in (False, True))
-    # torch's own loss keeps log-probabilities in fp32 and the labels; the bf16 logits and their fp32 copy live beside.
+    # torch's loss keeps log-probabilities in fp32 and the labels, besides the bf16 logits and their fp32 copy.
     softmax = 4 * rows * length * a.vocabulary
     assert with_loss - without == pytest.approx(softmax, rel=0.005)
     assert logit_bytes(a, step(rows, length, ["q_proj"], 0.0), 1) == 2.5 * softmax
 
 
-def test_recomputing_the_attention_keeps_no_scores() -> None:
-    """As the Neuron backend's wrapper does it, around the attention alone: transformers' eager one, in a checkpoint."""
+def test_recomputed_attention_keeps_no_scores() -> None:
+    """As in the Neuron backend, only the attention is in a checkpoint: here transformers' eager attention."""
     from torch.utils.checkpoint import checkpoint
     from transformers.models.llama import modeling_llama
 
@@ -231,11 +223,11 @@ def test_recomputing_the_attention_keeps_no_scores() -> None:
             kept.append(saved_by_autograd(model, rows, length, loss=False))
     finally:
         modeling_llama.eager_attention_forward = attention
-    counted = layer_bytes(architecture(SMALL), step(rows, length, targets, 0.1, "selective"), 1)
+    counted = layer_bytes(from_config(SMALL), step(rows, length, targets, 0.1, "selective"), 1)
     assert (kept[1] - kept[0]) / 2 == pytest.approx(counted, rel=0.01)
 
 
-def test_whole_layers_keep_their_input_alone() -> None:
+def test_recomputed_layers_keep_only_their_input() -> None:
     rows, length, targets = 2, 128, ["q_proj", "v_proj"]
     kept = []
     for layers in (2, 4):
@@ -243,10 +235,10 @@ def test_whole_layers_keep_their_input_alone() -> None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         kept.append(saved_by_autograd(model, rows, length, loss=False))
-    a = architecture(SMALL)
+    a = from_config(SMALL)
     one, three = (
         activation_bytes(
-            architecture(SMALL | {"num_hidden_layers": layers}), step(rows, length, targets, 0.1, "full"), 1
+            from_config(SMALL | {"num_hidden_layers": layers}), step(rows, length, targets, 0.1, "full"), 1
         )
         for layers in (1, 3)
     )
@@ -258,16 +250,16 @@ LLAMA_8B = known("meta-llama/Llama-3.1-8B")
 QV = ("q_proj", "v_proj")
 
 
-def test_tensor_parallelism_cuts_every_activation() -> None:
+def test_tensor_parallelism_splits_every_activation() -> None:
     """Korthikanti et al. 2022, equation 4: with sequence parallelism a layer's activations are all divided."""
     assert LLAMA_8B is not None
     whole, cut = (layer_bytes(LLAMA_8B, Step(2048, 1, "eager", "none", 16, QV, True), size) for size in (1, 8))
     assert whole / cut == pytest.approx(8, rel=0.01)
-    # 34 s b h a layer in their GPT, which is trained whole and has an MLP of 4 h.
+    # 34 s b h per layer in their GPT, which is fully trained and has an MLP of 4 h.
     assert whole / (2048 * 4096) == pytest.approx(40, rel=0.01)
 
 
-def test_flash_keeps_no_scores_and_selective_is_the_same_with_it() -> None:
+def test_flash_keeps_no_scores_with_and_without_selective() -> None:
     assert LLAMA_8B is not None
     flash, eager = (Step(4096, 1, attention, "none", 16, QV, True) for attention in ("flash", "eager"))
     assert score_bytes(LLAMA_8B, flash, 8) == 0
@@ -277,7 +269,7 @@ def test_flash_keeps_no_scores_and_selective_is_the_same_with_it() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_each_recomputation_keeps_less_and_works_more(size: int) -> None:
+def test_more_recomputation_keeps_less_and_needs_more_working_memory(size: int) -> None:
     assert LLAMA_8B is not None
     steps = [Step(2048, 1, "eager", checkpointing, 16, QV, True) for checkpointing in ("none", "selective", "full")]
     kept = [activation_bytes(LLAMA_8B, each, size) for each in steps]
@@ -288,7 +280,7 @@ def test_each_recomputation_keeps_less_and_works_more(size: int) -> None:
 
 
 def test_llama_8b_on_a_trn1_core() -> None:
-    """By hand: 8.03e9 parameters x 2 bytes / 8 are 1.87 GiB, and 266,240 norms' numbers are whole on every core."""
+    """By hand: 8.03e9 parameters x 2 bytes / 8 are 1.87 GiB; the norms' 266,240 numbers are whole on every core."""
     assert LLAMA_8B is not None
     counted = memory(LLAMA_8B, Step(2048, 1, "eager", "selective", 16, QV, True), 8, 4, 16 * GIB)
     assert counted.weights == 2 * ((8_030_261_248 - 266_240) // 8 + 266_240)

@@ -676,7 +676,7 @@ def test_no_file_makes_a_traceback_or_a_half_written_output(
         ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
         ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
         ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
-        ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device, and Neuron has jobs of several"),
+        ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device; Neuron supports jobs of several"),
     ],
 )
 def test_what_chart_or_trainer_would_refuse_later_is_told_now_with_a_fix(

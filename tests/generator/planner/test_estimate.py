@@ -1,4 +1,4 @@
-"""Operations, hours and dollars before the run."""
+"""FLOPs, hours and dollars before the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from genvalues.accelerators.instances import TRAINIUM
 from genvalues.accelerators.memory import Step
 from genvalues.planner import dataset
 from genvalues.planner.estimate import UTILIZATION, assumptions, cpu_node_hours, estimate, flops_per_token, work
+from genvalues.planner.layout import Layout, Run
 from genvalues.planner.prices import Price
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[3]
 LLAMA_8B = known("meta-llama/Llama-3.1-8B")
 QV = ("q_proj", "v_proj")
+RUN = Run("trn1.32xlarge", 2048, "eager", 16, QV, True)
 
 
 def step(checkpointing: str = "selective", attention: str = "eager", length: int = 2048) -> Step:
@@ -26,15 +28,14 @@ def step(checkpointing: str = "selective", attention: str = "eager", length: int
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "granite-3.0-2b"])
-def test_operations_are_those_that_torch_counts(name: str) -> None:
-    """Forward and backward of a frozen base with LoRA, by torch's own counter, of the model with two layers."""
+def test_flops_equal_those_that_torch_counts(name: str) -> None:
+    """Forward and backward of a frozen base with LoRA, of a model with two layers, by torch's counter."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     from torch.utils.flop_counter import FlopCounterMode
 
     small = {"num_hidden_layers": 2, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "head_dim": 32}
-    config = {**table()["configs"][name], **small, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = {**table()[name]["config"], **small, "num_attention_heads": 8, "num_key_value_heads": 4}
     a = from_config(config)
-    assert a is not None
     kind = {**config}
     length = 256
     with torch.device("cpu"):
@@ -47,13 +48,12 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum().backward()
     counted = flops_per_token(a, Step(length, 1, "eager", "none", 16, tuple(LINEAR), False))
-    # The first layer of a frozen base needs no gradient of its input: 2 of the backward's 2 P of q, k and v less, and
-    # LoRA's A of the first layer none of its own.
+    # The first layer of a frozen base needs no gradient of its input, which saves 2 P of q, k and v.
     first = 2.0 * a.hidden * (a.query + 2 * a.key)
     assert counter.get_total_flops() / length == pytest.approx(counted.total - first, rel=0.02)
 
 
-def test_recomputation_costs_what_it_computes_again() -> None:
+def test_recomputation_costs_what_it_recomputes() -> None:
     assert LLAMA_8B is not None
     none, selective, full = (flops_per_token(LLAMA_8B, step(each)) for each in ("none", "selective", "full"))
     scores = 4 * 32 * 4096 * 2048
@@ -65,8 +65,8 @@ def test_recomputation_costs_what_it_computes_again() -> None:
     assert none.backward == none.forward + scores, "gradients of activations, none of weights"
 
 
-def test_the_upper_end_of_utilization_is_what_aws_has_measured() -> None:
-    """41.99 rows of 8192 tokens a second on 32 trn1.32xlarge, Llama 3.1 8B, by PaLM's formula."""
+def test_the_upper_end_of_utilization_is_the_measurement_of_aws() -> None:
+    """41.99 rows of 8192 tokens per second on 32 trn1.32xlarge, Llama 3.1 8B, by PaLM's formula."""
     assert LLAMA_8B is not None
     measured = 41.99 * 8192 * (6 * LLAMA_8B.parameters + 12 * 32 * 4096 * 8192)
     instance = TRAINIUM["trn1.32xlarge"]
@@ -92,7 +92,8 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     from llama_lora.config import Training
     from llama_lora.plan import Plan
 
-    todo = work(rows, epochs, max_steps, 12, 2048, "nobody knows")
+    run = RUN._replace(epochs=epochs, max_steps=max_steps, rows_unknown="unknown")
+    todo = work(run, rows, 12)
     assert todo.steps == steps
     assert todo.tokens == (steps and tuple(each * 12 * 2048 for each in steps))
     if rows and steps:
@@ -103,17 +104,17 @@ def test_steps_are_counted_as_the_trainer_counts_them(
 
 def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
     assert LLAMA_8B is not None
-    todo = work(None, 1, 1000, 12, 2048, "")
+    run = RUN._replace(max_steps=1000)
+    todo = work(run, None, 12)
 
     def costed(nodes: int, price: float | None = 20.0, on_cpu: bool = False):  # type: ignore[no-untyped-def]
         return estimate(
             LLAMA_8B,
-            step(),
+            run._replace(compile_on_cpu=on_cpu),
             TRAINIUM["trn1.32xlarge"],
-            nodes=nodes,
-            todo=todo,
-            price=Price(price, "test") if price else None,
-            compile_on_cpu=on_cpu,
+            Layout(nodes, 32, 8, 4 * nodes, 1, 3, "selective"),
+            todo,
+            Price(price, "test") if price else None,
             cpu_stages={},
         )
 
@@ -132,7 +133,7 @@ def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
     assert 10 < low < high < 100
 
 
-def test_stages_on_cpu_nodes_are_counted_apart() -> None:
+def test_stages_on_cpu_nodes_are_counted_separately() -> None:
     assert LLAMA_8B is not None
     wanted = {"probe_tokens": 4096, "generated_tokens": 512}
     stages = cpu_node_hours(LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, **wanted)
@@ -145,7 +146,7 @@ def test_stages_on_cpu_nodes_are_counted_apart() -> None:
     assert {"neff", "evaluate"}.isdisjoint(without)
 
 
-def test_every_assumption_says_where_it_is_from() -> None:
+def test_every_assumption_has_a_source() -> None:
     for on_cpu in (False, True):
         for assumed, source in assumptions(on_cpu):
             assert assumed
@@ -179,7 +180,7 @@ def test_a_files_examples_are_counted(tmp_path: Path, name: str, text: str, numb
         assert found.bytes == file.stat().st_size
 
 
-def test_a_file_that_is_not_there_or_too_large_is_not_counted(tmp_path: Path) -> None:
+def test_a_missing_or_too_large_file_is_not_counted(tmp_path: Path) -> None:
     assert dataset.count(tmp_path / "none.jsonl") is None
     assert dataset.count(tmp_path) is None
     large = tmp_path / "large.jsonl"

@@ -1,4 +1,4 @@
-"""`genvalues plan` asks the Hub how many rows a dataset has; what is chosen does not depend on the answer."""
+"""`genvalues plan` asks the Hub for a dataset's row count; the layout does not depend on the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def answered(splits: list[dict[str, Any]]) -> Answer:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The dataset viewer has counted Dolly; what it is asked."""
+    """The requests to a dataset viewer that has counted Dolly."""
     urls: list[str] = []
 
     def ask(endpoint: str, path: str, token: str) -> Answer:
@@ -40,24 +40,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return urls
 
 
-def test_the_hours_of_a_dataset_of_the_hub_are_estimated(asked: list[str]) -> None:
+def test_hours_are_estimated_for_a_dataset_of_the_hub(asked: list[str]) -> None:
     plan = planned(Sources((FILE,)), live=False, offline=False, region=None)
     assert asked == ["https://datasets-server.huggingface.co/size?dataset=databricks%2Fdatabricks-dolly-15k"]
-    # 98 % of the bytes, 3 to 6 to a token, 2048 tokens to a row, 12 rows to a step
+    # 98 % of the bytes, 3 to 6 per token, 2048 tokens per row, 12 rows per step
     assert plan.work.steps == (82, 164)
     assert plan.estimate and plan.estimate.training_hours
     unknown = checked(Sources((FILE,))).plan.estimate
     assert unknown and plan.estimate.cpu_node_hours["evaluate"][1] < unknown.cpu_node_hours["evaluate"][1] / 5
 
 
-def test_what_is_chosen_is_what_write_writes(asked: list[str]) -> None:
+def test_plan_and_write_choose_the_same(asked: list[str]) -> None:
     plan = planned(Sources((FILE,)), live=False, offline=False, region=None)
     written = checked(Sources((FILE,))).plan
     assert (plan.layout, plan.choices, plan.rejected) == (written.layout, written.choices, written.rejected)
     assert written.work.steps is None
 
 
-def test_a_plan_is_made_once_by_one_price(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_made_once_with_one_price(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plans, prices = [], []
 
     def choose(*arguments: Any) -> Any:
@@ -79,11 +79,11 @@ def test_a_limit_below_the_estimate_from_the_hubs_rows_is_a_warning_too(
 ) -> None:
     sets = ("guards.pricePerNodeHour=25", "guards.maxCost=5")
     planned(Sources((FILE,), sets), live=False, offline=False, region=None)
-    assert "--set guards.maxCost=5: 5 dollars may stop the run before its end" in capsys.readouterr().err
+    assert "--set guards.maxCost=5: $5 may stop the run before it finishes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["lora.rank=3", "nodes=two"])
-def test_nobody_is_asked_about_inputs_with_a_mistake(asked: list[str], wrong: str) -> None:
+def test_inputs_with_a_mistake_cause_no_request(asked: list[str], wrong: str) -> None:
     with pytest.raises(UserError):
         planned(Sources((FILE,), (wrong,)), live=False, offline=False, region=None)
     assert asked == []
@@ -92,17 +92,17 @@ def test_nobody_is_asked_about_inputs_with_a_mistake(asked: list[str], wrong: st
 @pytest.mark.parametrize(
     "sets", [("model.path=/workspace/m",), ("instance=cpu", "image=null"), ("dataset.source=s3://rows/a.jsonl",)]
 )
-def test_nobody_is_asked_for_rows_from_which_no_hours_follow(asked: list[str], sets: tuple[str, ...]) -> None:
+def test_rows_are_not_requested_where_no_hours_depend_on_them(asked: list[str], sets: tuple[str, ...]) -> None:
     planned(Sources((FILE,), sets), live=False, offline=False, region=None)
     assert asked == []
 
 
-def test_neither_check_nor_write_asks_for_rows(asked: list[str]) -> None:
+def test_check_and_write_do_not_request_rows(asked: list[str]) -> None:
     checked(Sources((FILE,)))
     assert asked == []
 
 
-def test_offline_nobody_is_asked(asked: list[str]) -> None:
+def test_offline_rows_are_not_requested(asked: list[str]) -> None:
     plan = planned(Sources((FILE,)), live=False, offline=True, region=None)
     assert asked == []
     assert plan.work.steps is None
@@ -119,7 +119,7 @@ def test_offline_nobody_is_asked(asked: list[str]) -> None:
         ([], None, None),
     ],
 )
-def test_what_the_viewer_has_counted(
+def test_the_viewers_count_is_used(
     monkeypatch: pytest.MonkeyPatch, splits: list[dict[str, Any]], config: str | None, counted: dataset.Examples | None
 ) -> None:
     monkeypatch.setattr(hub, "ask", lambda endpoint, path, token: answered(splits))
@@ -127,6 +127,6 @@ def test_what_the_viewer_has_counted(
 
 
 @pytest.mark.parametrize("answer", [Answer(0, problem="away"), Answer(404), Answer(200, body=b"<html>")])
-def test_a_viewer_that_does_not_answer_counts_nothing(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
+def test_without_an_answer_the_row_count_is_unknown(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
     monkeypatch.setattr(hub, "ask", lambda endpoint, path, token: answer)
     assert dataset.on_hub("a/b", None, "train") is None

@@ -1,4 +1,4 @@
-"""Where a model's sizes are found: the table, a folder, the cache, the Hub (one on this computer)."""
+"""Where a model's sizes are found: the table, a folder, the cache, the Hub (a server on this computer)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from genvalues.accelerators.architectures import table
 from genvalues.planner import models
 
-CONFIG = table()["configs"]["llama-3.2-1b"]
+CONFIG = table()["llama-3.2-1b"]["config"]
 TOKEN = "-".join(["hf", "not", "a", "token"])
 
 
 class Hub:
-    """Answers by path, and remembers what it was asked."""
+    """Answers by path, and records its requests."""
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, bytes]] = {}
@@ -63,23 +63,23 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def test_a_model_of_the_table_asks_nobody(hub: Hub) -> None:
+def test_a_model_of_the_table_needs_no_request(hub: Hub) -> None:
     assert models.on_hub("meta-llama/Llama-3.1-8B", "main", offline=False).architecture
     assert hub.asked == []
 
 
-def test_another_model_is_asked_of_the_hub_once_for_each_revision(hub: Hub) -> None:
+def test_another_model_is_requested_once_for_each_revision(hub: Hub) -> None:
     for revision in ("main", "v1"):
         hub.has(f"/some/body/resolve/{revision}/config.json", CONFIG)
     found = [models.on_hub("some/body", revision, offline=False) for revision in ("", "main", "v1", "v1")]
     assert {each.architecture for each in found} == {models.from_config(CONFIG)}
     assert [path for path, _ in hub.asked] == [f"/some/body/resolve/{each}/config.json" for each in ("main", "v1")]
-    assert models.on_hub("some/body", "", offline=True).architecture, "of the cache"
+    assert models.on_hub("some/body", "", offline=True).architecture, "from the cache"
     assert models.on_hub("some/other", "", offline=True).architecture is None
     assert len(hub.asked) == 2
 
 
-def test_offline_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_there_is_no_request(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "offline" in models.on_hub("some/body", "", offline=False).unknown
     assert hub.asked == []
@@ -87,7 +87,7 @@ def test_offline_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("status", [302, 307, 308])
 @pytest.mark.parametrize("stored", ["HF_TOKEN", "file"])
-def test_the_token_goes_to_the_hub_alone_and_is_never_told(
+def test_the_token_goes_only_to_the_hub_and_is_never_printed(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: str, status: int
 ) -> None:
     if stored == "file":
@@ -103,7 +103,7 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_told(
     ]
     elsewhere = os.environ["HF_ENDPOINT"].replace("127.0.0.1", "localhost") + "/elsewhere"
     hub.has("/other/model/resolve/main/config.json", elsewhere.encode(), status=status)
-    assert "answers 3" in models.on_hub("other/model", "", offline=False).unknown
+    assert "status 3" in models.on_hub("other/model", "", offline=False).unknown
     assert "/elsewhere" not in [path for path, _ in hub.asked]
     hub.has("/closed/model/resolve/main/config.json", b"no", status=403)
     refused = models.on_hub("closed/model", "", offline=False)
@@ -115,18 +115,18 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_told(
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (401, b"", "wants a token"),
+        (401, b"", "requires a token"),
         (404, b"", "has no such model or revision"),
-        (500, b"", "answers 500"),
-        (200, b"{", "is not JSON"),
+        (500, b"", "status 500"),
+        (200, b"{", "is not valid JSON"),
         (200, b"\xff\xfe", "not text"),
         (200, b" " * (models.MOST_BYTES + 1), "more than 1 MiB"),
-        (200, b"[1]", "has not the sizes of a Llama"),
+        (200, b"[1]", "no valid num_attention_heads"),
         (200, b'{"model_type": "gpt2"}', "model_type gpt2"),
         (200, b"[" * 100_000, "JSON"),
     ],
 )
-def test_what_the_hub_says_else_is_told_in_a_few_words(hub: Hub, status: int, body: bytes, said: str) -> None:
+def test_other_answers_of_the_hub_are_a_short_reason(hub: Hub, status: int, body: bytes, said: str) -> None:
     hub.has("/some/body/resolve/main/config.json", body, status)
     found = models.on_hub("some/body", "", offline=False)
     assert found.architecture is None
@@ -134,23 +134,21 @@ def test_what_the_hub_says_else_is_told_in_a_few_words(hub: Hub, status: int, bo
     assert "\n" not in found.unknown
 
 
-def test_a_hub_that_is_not_there_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_the_reason(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in models.on_hub("some/body", "", offline=False).unknown
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
     assert "cannot be reached" in models.on_hub("some/body", "", offline=False).unknown
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_be_written_is_ignored(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     hub.has("/some/body/resolve/main/config.json", CONFIG)
     assert models.on_hub("some/body", "", offline=False).architecture
 
 
-def test_a_damaged_cache_is_asked_again(hub: Hub) -> None:
+def test_a_damaged_cache_is_replaced(hub: Hub) -> None:
     hub.has("/some/body/resolve/main/config.json", CONFIG)
     file = models.cache_file("some/body", "main")
     file.parent.mkdir(parents=True)
@@ -159,11 +157,11 @@ def test_a_damaged_cache_is_asked_again(hub: Hub) -> None:
     assert json.loads(file.read_text()) == CONFIG
 
 
-def test_a_folder_is_read_where_it_is_here(tmp_path: Path) -> None:
+def test_a_local_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert models.at_path(str(tmp_path), here=True).architecture == models.from_config(CONFIG)
-    assert "does not see" in models.at_path("/workspace/models/mine", here=False).unknown
-    assert "cannot be read" in models.at_path(str(tmp_path / "none"), here=True).unknown
+    assert "cannot read" in models.at_path("/workspace/models/mine", here=False).unknown
+    assert "cannot read" in models.at_path(str(tmp_path / "none"), here=True).unknown
 
 
 def test_a_cache_file_stays_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,14 +36,12 @@ from genvalues.planner.prices import Price, price_per_node_hour, region_of, tabl
         ("cpu", None, None),
     ],
 )
-def test_the_table_has_a_price_or_says_that_it_has_none(
-    instance: str, region: str | None, dollars: float | None
-) -> None:
+def test_the_table_has_a_price_or_none(instance: str, region: str | None, dollars: float | None) -> None:
     price = price_per_node_hour(instance, region)
     assert (price and price.dollars) == dollars
 
 
-def test_every_row_is_dated_and_has_a_source_and_a_price_that_can_be() -> None:
+def test_every_row_is_dated_with_a_source_and_a_plausible_price() -> None:
     datetime.date.fromisoformat(table()["dated"])
     for rows in table()["regions"].values():
         for instance, row in rows.items():
@@ -51,7 +49,7 @@ def test_every_row_is_dated_and_has_a_source_and_a_price_that_can_be() -> None:
             assert row is None or (1 < row[0] < 100 and row[1] in table()["sources"])
 
 
-def test_without_a_region_prices_that_differ_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_region_different_prices_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     prices = {"us-east-1": {"trn1.2xlarge": [1.0, "a"]}, "us-west-2": {"trn1.2xlarge": [2.0, "a"]}}
     monkeypatch.setattr("genvalues.planner.prices.table", lambda: {"regions": prices, "dated": "2026-01-01"})
     assert price_per_node_hour("trn1.2xlarge", None) is None
@@ -82,7 +80,7 @@ def product(*dollars: str, usage: str = "BoxUsage:trn1.32xlarge", unit: str = "H
 
 
 def client(*answers: Any, expected: Any = ANY) -> Any:
-    """boto3's client of the Pricing API that gives these answers: a list of products, or an error's code."""
+    """A boto3 client of the Pricing API with these answers: lists of products, or error codes."""
     made = boto3.client("pricing", region_name="us-east-1", config=Config(signature_version=UNSIGNED))
     stubber = Stubber(made)
     for number, answer in enumerate(answers):
@@ -102,7 +100,7 @@ def filters(**values: str) -> list[dict[str, str]]:
     return [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in values.items()]
 
 
-def test_ec2_is_asked_for_linux_on_demand() -> None:
+def test_ec2_prices_are_linux_on_demand() -> None:
     wanted = {
         "ServiceCode": "AmazonEC2",
         "Filters": filters(
@@ -118,12 +116,12 @@ def test_ec2_is_asked_for_linux_on_demand() -> None:
     assert live_price("trn1.32xlarge", "us-west-2", asked).dollars == 21.5
 
 
-def test_hyperpod_is_asked_for_as_a_cluster_of_sagemakers() -> None:
+def test_hyperpod_prices_are_sagemaker_clusters() -> None:
     wanted = {
         "ServiceCode": "AmazonSageMaker",
         "Filters": filters(regionCode="us-east-1", component="Cluster", instanceType="ml.trn1.32xlarge-Cluster"),
     }
-    # What is reserved is on an on-demand term there, too.
+    # Reserved capacity has an on-demand term there, too.
     reserved = product("9.9", usage="USE1-Cluster:ml.trn1.32xlarge-Reserved")
     asked = client([reserved], [product("24.725", usage="USE1-Cluster:ml.trn1.32xlarge")], expected=wanted)
     assert live_price("ml.trn1.32xlarge", "us-east-1", asked).dollars == 24.725
@@ -139,7 +137,7 @@ def test_hyperpod_is_asked_for_as_a_cluster_of_sagemakers() -> None:
         ([json.dumps({"product": {"attributes": {}}, "terms": {"Reserved": {}}})], "has no price"),
     ],
 )
-def test_an_answer_without_one_price_is_told_what_to_write(products: list[str], said: str) -> None:
+def test_an_answer_without_exactly_one_price_is_an_error_with_a_fix(products: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said) as told:
         live_price("trn1.32xlarge", "us-west-2", client(products))
     assert told.value.fix.startswith("Write guards.pricePerNodeHour")
@@ -176,7 +174,7 @@ def test_an_answer_without_one_price_is_told_what_to_write(products: list[str], 
         ),
     ],
 )
-def test_an_error_is_one_line_with_what_helps_against_it(code: str, kind: type[Exception], said: str) -> None:
+def test_an_error_of_aws_is_one_line_with_a_fix(code: str, kind: type[Exception], said: str) -> None:
     with pytest.raises(kind) as told:
         live_price("trn1.32xlarge", "us-west-2", client(code))
     assert str(told.value) == f"--live: {said}"
@@ -200,7 +198,7 @@ def test_no_credentials_and_no_network_are_one_line(error: Exception, kind: type
     assert str(told.value).endswith(fix)
 
 
-def test_a_profile_that_is_not_there_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_profile_is_a_user_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "absent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,19 @@ from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.utils.model_utils import move_model_to_device
 from optimum.neuron.models.training import NeuronModelForCausalLM
 from optimum.neuron.models.training.config import TrainingNeuronConfig
-from optimum.neuron.models.training.granite import modeling_granite
-from optimum.neuron.models.training.llama import modeling_llama
-from optimum.neuron.models.training.qwen3 import modeling_qwen3
 from optimum.neuron.peft import NeuronPeftModelForCausalLM, get_peft_model
 from torch_xla.utils.checkpoint import checkpoint
 
+from genvalues.accelerators.architectures import MODEL_TYPES, target_names
 from llama_lora.backends.lora import initial_a, lora_config
-from llama_lora.backends.neuron.rules import target_modules
 from llama_lora.backends.neuron.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
 
 # The attention of optimum-neuron's models, looked up by name where they call it.
 ATTENTION = "eager_attention_forward"
-MODELS_WITH_ATTENTION = (modeling_llama, modeling_qwen3, modeling_granite)
+MODELS_WITH_ATTENTION = [
+    import_module(f"optimum.neuron.models.training.{name}.modeling_{name}") for name in MODEL_TYPES
+]
 # LoRA on layers that optimum-neuron has fused has one factor A for all of them: it begins as the first one's.
 FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
@@ -61,7 +61,7 @@ def load(path: Path, trn_config: Any, lora: Lora, training: Training, adapter: P
     if adapter:
         model = NeuronPeftModelForCausalLM.from_pretrained(model, str(adapter), is_trainable=True)
     else:
-        wished = lora.model_copy(update={"target_modules": target_modules(lora.target_modules)})
+        wished = lora.model_copy(update={"target_modules": target_names(lora.target_modules)})
         model = get_peft_model(model, lora_config(wished))
         initialize(model, training.seed)
     model.config.use_cache = False

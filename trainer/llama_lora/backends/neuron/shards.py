@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
+from genvalues.accelerators.architectures import LINEAR, target_names
 from genvalues.common.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
-from llama_lora.backends.neuron.rules import LINEAR, sizes_of
+from llama_lora.backends.neuron.rules import architecture_of
 
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
@@ -96,8 +97,8 @@ def expected_shapes(
 
     Raises UserError for a size that the config does not give, or a module that these models do not have.
     """
-    sizes = sizes_of(base_config)
-    modules = list(LINEAR) if target_modules == "all-linear" else sorted(target_modules)
+    architecture = architecture_of(base_config)
+    modules = sorted(target_names(target_modules))
     if unknown := [name for name in modules if name not in LINEAR]:
         raise UserError(
             f"has no linear layer {', '.join(unknown)}",
@@ -105,10 +106,10 @@ def expected_shapes(
             fix=f"It has: {', '.join(LINEAR)}.",
         )
     shapes = {}
-    for layer in range(sizes.layers):
+    for layer in range(architecture.layers):
         for name in modules:
-            inner, outer = sizes.linear(name)
-            module = f"{PREFIX}model.layers.{layer}.{LINEAR[name][0]}.{name}"
+            inner, outer = architecture.linear(name)
+            module = f"{PREFIX}model.layers.{layer}.{LINEAR[name].block}.{name}"
             shapes[f"{module}.lora_A.weight"] = [r, inner]
             shapes[f"{module}.lora_B.weight"] = [outer, r]
     return shapes
