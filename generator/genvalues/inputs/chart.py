@@ -1,4 +1,4 @@
-"""The chart on disk: where it is, and whether it accepts values."""
+"""The chart on disk: its place, its defaults, and whether its schema accepts values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from genvalues.common.text import KeyPath, dotted, one_line
 
 NAME = "llama-lora"
 NAME_OURS = f"Name the directory of the chart {NAME}."
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the chart's files are ours, and long
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster; these files are part of the project
 BESIDE_THE_SOURCES = Path(__file__).parents[3] / "chart"
 
 
 def find_chart(wanted: Path | None) -> Path | None:
-    """The chart that was asked for, else ./chart if it is ours, else the one of the source tree, else none."""
+    """The given chart, else ./chart if it is llama-lora, else that of the source tree, else None."""
     if wanted is not None:
         if not os.path.isfile(wanted / "Chart.yaml"):  # noqa: PTH113 - which never raises
             raise UserError("not a chart: Chart.yaml not found", where=f"--chart {wanted}", fix=NAME_OURS)
@@ -34,7 +34,7 @@ def find_chart(wanted: Path | None) -> Path | None:
 
 
 def need_chart(wanted: Path | None) -> Path:
-    """The same, for what cannot do without."""
+    """The same, but raises UserError if there is none."""
     found = find_chart(wanted)
     if found is None:
         raise UserError("no chart found", fix="Name its directory: --chart DIR.")
@@ -58,13 +58,13 @@ def values_schema(chart: Path) -> dict[str, Any]:
 
 
 def values_schema_text(chart: Path) -> str:
-    """As it is in the chart."""
-    values_schema(chart)  # which says what is wrong where that is no schema
+    """The text of the chart's values.schema.json."""
+    values_schema(chart)  # raises UserError if it is not valid
     return (chart / "values.schema.json").read_text(encoding="utf-8")
 
 
 def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A file of the chart that holds keys and values."""
+    """Read a file of the chart that must contain keys and values."""
     try:
         found = parse((chart / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -76,18 +76,18 @@ def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def on_top_of_defaults(chart: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What the templates see, as Helm makes it of the chart's defaults and these values."""
-    return dict(without_null(merge(part(chart, "values.yaml", load), values)))
+    """The values that the templates see: these over the chart's defaults; a null gives the default back."""
+    return merge(part(chart, "values.yaml", load), without_null(values))
 
 
 def top_level_purposes(chart: Path) -> dict[str, str]:
-    """What each top-level key of the values is for, in a line; as the chart's schema says it, shortened."""
+    """A one-line description of each top-level key of the values, from the chart's schema."""
     keys = values_schema(chart).get("properties", {})
     return {key: shortened(str(rules.get("description", ""))) for key, rules in keys.items()}
 
 
 def shortened(description: str, width: int = 100) -> str:
-    """Its first sentence, and of a long one what comes before a comma."""
+    """The first sentence of a description; a long one is cut at a comma."""
     sentence = description.split(". ")[0].rstrip(".")
     while len(sentence) > width and "," in sentence:
         sentence = sentence.rpartition(",")[0]
@@ -95,12 +95,12 @@ def shortened(description: str, width: int = 100) -> str:
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What the chart's schema has against values that are on top of its defaults: key and reason."""
+    """Keys that the chart's schema does not accept, with the reason. ``values`` include the chart's defaults."""
     schema = values_schema(chart)
 
     try:
         errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
-    except Exception as failure:  # whatever its code stumbles over, a schema that is none is not checked for that first
+    except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:
             raise
@@ -118,14 +118,14 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                 if name not in cause.instance:
                     yield (*key, name), "is required"
         else:
-            value = repr(cause.instance)  # which comes before the reason, and may be long
+            value = repr(cause.instance)  # precedes the reason in the message, and may be long
             yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
-    """Whether the user wrote that key of the values, or one above it, under chartValues.
+    """Whether the user wrote this key of the values, or a block around it, under chartValues.
 
-    The values as a whole (no key) are the user's only where a null takes something away from them.
+    An empty key stands for the values as a whole: written there only if a null removes one of their keys.
     """
     if not key:
         return any(value is None for value in chart_values.values())
@@ -138,5 +138,5 @@ def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
 
 def refusal_error(key: KeyPath, reason: str, chart: Path) -> UserError:
     return UserError(
-        reason, where=f"{chart}: {dotted(key) or 'values'}", fix="Use the chart and genvalues of one version."
+        reason, where=f"{chart}: {dotted(key) or 'values'}", fix="Use a chart and genvalues of the same version."
     )

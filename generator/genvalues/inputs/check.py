@@ -1,4 +1,4 @@
-"""Every mistake of an inputs file at once: by the JSON schema, then by the rules that span keys."""
+"""Check an inputs file: by its JSON schema, then by the rules that span keys. All errors are reported at once."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from genvalues.settings.inputs import Inputs, inputs_from
 from genvalues.settings.value_rules import DEFAULT_MOUNT, contradictions
 from genvalues.settings.values import DURATION
 
-LONGEST_NAME = 255  # bytes of a file's or folder's name, on every file system in use here
+LONGEST_NAME = 255  # bytes of a file name, the limit of ext4, XFS and Lustre
 STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
 
 
 def check(document: Document) -> Inputs:
-    """The inputs, or every mistake in them."""
+    """Return the inputs. Raises UserErrors with every error in them."""
     found = [*schema_mistakes(document.value), *tokens(document.value)]
     if document.all_files_read:
         found += rule_mistakes(document)
-    else:  # what is missing, or does not go together, may be otherwise in the file that could not be read
+    else:  # the file that could not be read may have the missing keys, or change those that conflict
         found = [mistake for mistake in found if mistake.what != MISSING]
-    # A value that YAML itself made senseless is not also told that its type is wrong.
+    # A value that could not be read has an error already; do not report its type as well.
     read_badly = {mistake.key for mistake in document.mistakes if not document.holds(mistake.key)}
     told = [mistake for mistake in found if mistake.what == UNKNOWN or mistake.key not in read_badly]
     document.raise_mistakes([*document.mistakes, *told])
@@ -53,7 +53,7 @@ def check(document: Document) -> Inputs:
 
 
 def rule_mistakes(document: Document) -> Iterator[Mistake]:
-    """What no single key shows. A key whose type is wrong counts as left out: the schema has said so already."""
+    """The errors that span keys. A key of the wrong type counts as left out: the schema has reported it."""
     value = document.value
     instance = get(value, "instance", str) or ""
     if instance and instance not in NAMES:
@@ -88,7 +88,7 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
         (absent,) = together - {there}
         yield Mistake(
             ("lora", "targetModules"),
-            f"{there} without {absent}: on Trainium the two are one layer",
+            f"{there} without {absent}: on Trainium the two are one fused layer",
             f"Add {absent} or remove {there}.",
         )
 
@@ -96,7 +96,7 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
 def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:
     model = get(value, "model", str) or ""
     if model.lower().endswith(MODEL_SUFFIXES):
-        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "A file or folder is written {path: ...}.")
+        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "Write {path: ...} for a file or folder.")
 
 
 def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
@@ -130,7 +130,7 @@ def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
-    """Paths are read by the stages: in pods, which don't see this computer, or here."""
+    """Check the paths. The stages read them: in pods, which cannot read this machine's files, or on this machine."""
     value = document.value
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
     for key, path in paths(value):
@@ -146,8 +146,8 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
         if not on_cpu and not on_volume:
             yield Mistake(
                 key,
-                f"{one_line(path)} is a path on this machine, and the pods on {value['instance']} cannot see",
-                f"Use a hub id, s3://, or an absolute path under {mount}, the volume.",
+                f"{one_line(path)} is a path on this machine, and the pods on {value['instance']} cannot read it",
+                f"Use a Hub id, s3://, or an absolute path under {mount}, the volume.",
             )
         elif on_cpu and not on_volume and key == ("dataset", "source") and (lacks := lacking(path, document, key)):
             yield lacks
@@ -157,18 +157,19 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                 yield Mistake(
                     key,
                     f"no such file or folder: {one_line(str(here), 200)}",
-                    "Write its path as seen from the inputs file's folder (with --set: from here), or an absolute one.",
+                    "Write an absolute path, or one relative to the directory of the inputs file (with --set: to the "
+                    "working directory).",
                 )
             elif PurePosixPath(mount) in PurePosixPath(here).parents:
                 yield Mistake(
                     key,
-                    f"{one_line(str(here), 200)} is under {mount}, where the stages have their volume",
-                    "Move it elsewhere, or set chartValues.workspace.mountPath to another folder.",
+                    f"{one_line(str(here), 200)} is under {mount}, where the stages mount their volume",
+                    "Move it elsewhere, or set chartValues.workspace.mountPath to another directory.",
                 )
 
 
 def unseen_by_pods(values: dict[str, Any]) -> Iterator[Problem]:
-    """What the values, which may be right for `genvalues local`, name on this computer and no pod could read."""
+    """Paths of this machine, which pods cannot read. `genvalues local` can."""
     mount = get(values, "workspace.mountPath", str) or DEFAULT_MOUNT
     stages = [get(values, "stageDefaults", dict), *(get(values, "stages", dict) or {}).values()]
     volumes = [volume for stage in stages for volume in (get(stage, "extraVolumeMounts", dict) or {}).values()]
@@ -176,20 +177,20 @@ def unseen_by_pods(values: dict[str, Any]) -> Iterator[Problem]:
     for key, path in paths(values):
         there = PurePosixPath(posixpath.normpath(path))
         if not any(folder in (there, *there.parents) for folder in folders):
-            what = f"{one_line(path, 200)} is not on the volume ({mount}): the pods do not see this computer's files"
-            elsewhere = "a hub id" if key == ("model", "path") else "a hub id, s3://,"
-            fix = f"`genvalues local` runs it here; for a cluster use {elsewhere} or an absolute path under {mount}."
+            what = f"{one_line(path, 200)} is not on the volume ({mount}): pods cannot read files of this machine"
+            elsewhere = "a Hub id" if key == ("model", "path") else "a Hub id, s3://,"
+            fix = f"`genvalues local` can use it; for a cluster use {elsewhere} or an absolute path under {mount}."
             yield Problem((key,), what, fix)
 
 
 def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
-    """A dataset's file that is not here or has nothing in it; None where pods have a volume of their own for it."""
+    """The error of a dataset file that does not exist or is empty; None if the stages mount a volume for it."""
     mounts = [get(document.value, f"chartValues.{where}.extraVolumeMounts", dict) for where in STAGES_WITH_MOUNTS]
     here = absolute(path, document.position(key).folder)
     if any(mounts) or (not path.startswith("/") and not os.path.exists(here)):  # noqa: PTH110 - which never raises
         return None
     if not os.path.exists(here):  # noqa: PTH110
-        what, fix = "no such file or folder", "Write the path of a file that is there, or one under the volume's path."
+        what, fix = "no such file or folder", "Write the path of an existing file, or one on the volume."
     elif os.path.isfile(here) and not os.path.getsize(here):  # noqa: PTH113, PTH202
         what, fix = "the file is empty", "Name a file with rows."
     else:
@@ -219,15 +220,17 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
         return
     kind = storage.get("kind") or ("generic" if get(value, "instance", str) == CPU else "fsx")
     if kind == "fsx-static" and not storage.get("static"):
-        yield Mistake(("storage", "static"), "missing", "fsx-static needs {fileSystemId, dnsName, mountName}.")
+        yield Mistake(("storage", "static"), "missing", "kind fsx-static requires {fileSystemId, dnsName, mountName}.")
     if kind != "fsx-static" and storage.get("static"):
         yield Mistake(
-            ("storage", "static"), f"is for kind fsx-static, not {one_line(str(kind))}", "Remove it or change kind."
+            ("storage", "static"),
+            f"applies to kind fsx-static only, not to {one_line(str(kind))}",
+            "Remove it or change kind.",
         )
 
 
 def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
-    """What can be said of the values before everything is right: sections of one form in inputs and values."""
+    """The values as far as they are known before all errors are fixed: the sections that inputs and values share."""
     named = ("dataset", "training", "evaluation", "storage", "guards")
     sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
     if guards := sections.get("guards"):
@@ -241,14 +244,14 @@ def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def can_be_judged(key: str, guards: dict[str, Any]) -> bool:
-    """Whether a guard is what it will be: the price list may have a price, and the schema tells what is no time."""
+    """Whether a guard is final: the price list may still add a price, and the schema reports an invalid duration."""
     if key == "maxCost":
         return get(guards, "pricePerNodeHour", float) is not None
     return key != "stallTimeout" or bool(re.fullmatch(DURATION, get(guards, key, str) or ""))
 
 
 def placed(found: Problem, document: Document) -> Mistake:
-    """Where the user wrote it: under chartValues, which come last, or in the inputs' own key."""
+    """Place a problem where the user wrote the key: under chartValues, which are merged last, or in the inputs."""
     chart_values = get(document.value, "chartValues", dict) or {}
     for key in found.keys:
         if written_in_chart_values(key, chart_values):
@@ -258,7 +261,7 @@ def placed(found: Problem, document: Document) -> Mistake:
 
 
 def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
-    """A token anywhere in the file would end up in the release and in the logs."""
+    """Tokens anywhere in the file: they would end up in the release and in logs."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from tokens(inner, (*key, name))
@@ -271,11 +274,11 @@ def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
         )
 
 
-# --- what the rules and the values share
+# --- shared by the rules and the values
 
 
 def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """The keys that name something on a disk, with what they name."""
+    """The keys that hold a path, with the path."""
     if model := get(value, "model.path", str):
         yield ("model", "path"), model
     source = get(value, "dataset.source", str) or ""
@@ -284,5 +287,5 @@ def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 
 def absolute(path: str, folder: Path) -> Path:
-    """As seen from the folder of the file that it is written in."""
+    """Resolve a path relative to the directory of the file it is written in."""
     return Path(os.path.realpath(folder / path))

@@ -1,7 +1,7 @@
-"""YAML files, one laid over the other, that know where every key stands, so that a mistake is shown where it was made.
+"""YAML files merged into one document that knows where each key was written, so that errors show their place.
 
-YAML 1.2's core schema: 5e-5 is a number, yes and on are text, 2024-01-01 is text. What has no place in such a file
-(tags, anchors, aliases, two keys of one name, NaN) is a mistake, not a surprise.
+YAML 1.2 core schema: 5e-5 is a number; yes, on and 2024-01-01 are strings. Tags, anchors, aliases, duplicate keys and
+NaN are errors.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from genvalues.inputs.yaml_text import (
     place,
 )
 
-DIGITS = 300  # of a number: more is no number that anybody means
-LONGEST_PATH = 4096  # characters, as on Linux
-MOST_MISTAKES = 200  # of a file; with more, it is not the file that was meant
+DIGITS = 300  # of a number; longer ones are mistakes
+LONGEST_PATH = 4096  # characters, the limit of Linux
+MOST_MISTAKES = 200  # reported; a file with more is probably the wrong file
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
 KEY_FIX = "Write key: value, the key a name."
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where something was written: a place in a file, or a --set (which come after the files, in their order)."""
+    """Where a key was written: a place in a file, or a --set option. ``order``: files first, then options."""
 
     order: int
     line: int
     column: int
     label: str = field(compare=False, default="")
-    folder: Path = field(compare=False, default=Path())  # from where a relative path written there is seen
+    folder: Path = field(compare=False, default=Path())  # that relative paths written there refer to
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing to change: which key, what is wrong, what to write instead."""
+    """One error: the key, what is wrong, and what to write instead."""
 
     key: KeyPath
     what: str
     fix: str = ""
-    position: Position | None = None  # where it is not the key's own
+    position: Position | None = None  # if it is not that of the key
 
 
 class Document:
-    """The plain data of files laid one over the other, with --set on top; the place of every key, and the mistakes
-    found in reading what counts of it.
+    """The merged data of the files, with --set applied last; the place of each key; and the errors found in reading
+    them, without those in values that a later file replaces.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,10 +69,10 @@ class Document:
         self.value: dict[str, Any] = {}
         self.positions: dict[KeyPath, Position] = {}
         self.mistakes: list[Mistake] = []
-        self.all_files_read = True  # no file is left out because it could not be read
+        self.all_files_read = True  # false if a file could not be read
 
     def holds(self, key: KeyPath) -> bool:
-        """Whether anything was read there: not where all that is written is a mistake."""
+        """Whether a value was read at this key."""
         value: Any = self.value
         for part in key:
             try:
@@ -82,14 +82,14 @@ class Document:
         return value not in (None, {}, [])
 
     def position(self, key: KeyPath) -> Position:
-        """Where ``key`` was written, or the nearest key around it."""
+        """Where ``key``, or the nearest block around it, was written."""
         for length in range(len(key), -1, -1):
             if key[:length] in self.positions:
                 return self.positions[key[:length]]
         return Position(0, 1, 1, f"{shown(self.path)}:1:1", self.path.parent)
 
     def lay_over(self, value: dict[str, Any], positions: dict[KeyPath, Position], mistakes: list[Mistake]) -> None:
-        """Take what a later file says: mappings key by key, all else instead of what was there; null takes away."""
+        """Merge a later file: mappings key by key; other values replace; null removes the key."""
         replaced: set[KeyPath] = set()
 
         def lay(above: dict[str, Any], below: dict[str, Any], block: KeyPath) -> None:
@@ -110,12 +110,12 @@ class Document:
         self.mistakes += mistakes
 
     def forget(self, keys: set[KeyPath]) -> None:
-        """What was written at these keys, and what was wrong with it, counts no more."""
+        """Drop the places and errors of these keys: their values are replaced."""
         self.positions = {key: place for key, place in self.positions.items() if not is_in(key, keys)}
         self.mistakes = [mistake for mistake in self.mistakes if not is_in(mistake.key, keys)]
 
     def set(self, text: str, order: int, *, as_text: bool = False) -> None:
-        """Take one --set, which may have several assignments (see genvalues.inputs.assignments)."""
+        """Apply one --set option, which may have several assignments (see genvalues.inputs.assignments)."""
         option = "--set-string" if as_text else "--set"
         column = 0
         try:
@@ -134,7 +134,7 @@ class Document:
         self.forget({key})
         inside: Any = {"": self.value}
         last: str | int = ""
-        for depth, part in enumerate(key):  # into the block or list that the part is in, made where it is not there
+        for depth, part in enumerate(key):  # descend into the block or list, creating what does not exist
             kind: type = list if isinstance(part, int) else dict
             if not isinstance(inside[last], kind):
                 self.forget({key[:depth]})
@@ -160,7 +160,7 @@ class Document:
     def typed(self, text: str, key: KeyPath, position: Position, as_text: bool) -> Any:
         what = ""
         value = None
-        if has_surrogate(text):  # which Python makes of an argument's bytes that are not UTF-8
+        if has_surrogate(text):  # Python's substitute for bytes of an argument that are not UTF-8
             what = "not UTF-8 text"
         elif as_text:
             value = text
@@ -179,25 +179,25 @@ class Document:
         position = mistake.position or self.position(mistake.key)
         where = position.label
         key = dotted(mistake.key)
-        # --set lora.rank=3 names the key already, and so does --model
+        # --set lora.rank=3 and --model already name the key
         is_named = f" {key}=" in where if where.startswith("--set") else where.startswith("--")
         if key and not is_named:
             where = f"{where} {key}"
         return UserError(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
 
     def raise_mistakes(self, mistakes: Iterable[Mistake]) -> None:
-        """Raise all of them at once, in the order of their places (of very many, the first); nothing where none is."""
+        """Raise all errors, ordered by place, at most MOST_MISTAKES of them. Does nothing if there are none."""
         unique = dict.fromkeys(mistakes)
         ordered = sorted(unique, key=lambda mistake: mistake.position or self.position(mistake.key))
         if ordered:
             errors = [self.error(mistake) for mistake in ordered[:MOST_MISTAKES]]
             if len(ordered) > MOST_MISTAKES:
-                errors.append(UserError("and there are more mistakes", fix="Correct these first."))
+                errors.append(UserError("further errors are not shown", fix="Fix these first."))
             raise UserErrors(errors)
 
 
 class Reader:
-    """One file's nodes to plain data, noting the place of every key and what has no place in the file."""
+    """Convert the YAML nodes of one file to plain data. Records the place of each key, and errors."""
 
     def __init__(self, path: Path, order: int) -> None:
         self.path, self.order = path, order
@@ -205,13 +205,13 @@ class Reader:
         self.mistakes: list[Mistake] = []
 
     def value(self, *, empty: bool) -> dict[str, Any]:
-        """What the file holds. Raises what leaves nothing to check; nothing at all is such, unless it may be empty."""
+        """Read the file. Raises UserError if it cannot be read, or is empty and may not be."""
         name = shown(self.path)
         try:
             node = compose(decode(self.path, name))
         except UnreadableYAML as error:
             raise error.at(name) from None
-        if isinstance(node, yaml.ScalarNode) and node.tag == PREFIX + "null":  # --- and no more
+        if isinstance(node, yaml.ScalarNode) and node.tag == PREFIX + "null":  # a file that contains only ---
             node = None
         if node is None and empty:
             return {}
@@ -240,7 +240,7 @@ class Reader:
             return [self.item(item, (*key, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, key)
-        return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not used here", "Remove it.", node)
+        return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not supported", "Remove it.", node)
 
     def item(self, node: yaml.Node, key: KeyPath) -> Any:
         self.positions[key] = self.position_of(node)
@@ -280,16 +280,16 @@ class Reader:
     def scalar(self, node: yaml.ScalarNode, key: KeyPath) -> Any:
         text = node.value
         if node.tag == ALIAS:
-            return self.mistake(key, f"the alias *{one_line(text)} is not supported", "Write its value out.", node)
+            return self.mistake(key, f"the alias *{one_line(text)} is not supported", "Write the value instead.", node)
         kind = node.tag.removeprefix(PREFIX)
         if kind == "str":
             if has_surrogate(text):
                 return self.mistake(key, "contains a lone surrogate", "Remove the escape.", node)
             return text
         if kind not in CORE_SCHEMA:
-            return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not used here", "Remove it.", node)
+            return self.mistake(key, f"the tag {node.tag.replace(PREFIX, '!!')} is not supported", "Remove it.", node)
         if not re.match(f"^(?:{CORE_SCHEMA[kind][0]})\\Z", text):
-            what = f"{one_line(text)} does not match its tag !!{kind} says"
+            what = f"{one_line(text)} does not match its tag !!{kind}"
             return self.mistake(key, what, "Remove the tag.", node)
         if kind == "null":
             return None
@@ -299,7 +299,9 @@ class Reader:
             return self.mistake(key, f"a number of {len(text)} digits is too large", NUMBER_FIX, node)
         if kind == "int":
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        number = float(text.replace(".", "") if "n" in text.lower() else text)  # Python's inf and nan have no dot
+        number = float(
+            text.replace(".", "") if "n" in text.lower() else text
+        )  # Python spells inf and nan without a dot
         if not math.isfinite(number):
             return self.mistake(key, f"{one_line(text)} is not a finite number", NUMBER_FIX, node)
         return number
@@ -309,9 +311,9 @@ class Reader:
 
 
 def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Iterable[str] = ()) -> Document:
-    """Read a file, those laid over it, and the --set that change them.
+    """Read a file, merge the overlays over it, and apply the --set options.
 
-    Notes the mistakes; a file that cannot be read is one of them, and what the others say stays to be checked.
+    Errors are recorded in the document. A file that cannot be read is one of them; the others are still checked.
     """
     document = Document(file)
     for order, path in enumerate((file, *overlays)):
@@ -335,12 +337,12 @@ def read(file: Path, *overlays: Path, sets: Iterable[str] = (), set_strings: Ite
 
 
 def shown(path: Path) -> str:
-    """A file's name, whole and in one line."""
+    """The path of a file, in one line."""
     return one_line(str(path), LONGEST_PATH)
 
 
 def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:
-    """Whether ``key``, or one around it, is one of ``keys``."""
+    """Whether ``key``, or a block around it, is one of ``keys``."""
     return any(key[:length] in keys for length in range(1, len(key) + 1))
 
 

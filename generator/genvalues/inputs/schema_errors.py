@@ -124,8 +124,8 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         close = close_matches(str(found), choices) or beginning
         guess = f"Did you mean {close[0]}? " if close else ""
         listed = ", ".join(choice for choice in choices if not choice.startswith(HYPERPOD))
-        also = f"; on HyperPod with the prefix {HYPERPOD}" if key == ("instance",) else ""
-        yield Mistake(key, f"{shown(found, key)} is not one of its values", f"{guess}Allowed values: {listed}{also}.")
+        also = f"; on HyperPod with the prefix {HYPERPOD!r}" if key == ("instance",) else ""
+        yield Mistake(key, f"{shown(found, key)} is not allowed", f"{guess}Allowed values: {listed}{also}.")
     elif keyword == "pattern":
         yield form_mistake(key, found, schema)
     elif keyword in BOUNDS:
@@ -216,7 +216,7 @@ def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
 
 def pattern_words(key: KeyPath, found: Any) -> str:
     if key == ("model",):
-        return f"{shown(found, key)} is not a hub id; a folder or file is written {{path: ...}}"
+        return f"{shown(found, key)} is not a Hub id; write {{path: ...}} for a folder or file"
     if key == ("image",):
         return (
             f"{shown(found, key)} is not an image reference (registry/name:tag or registry/name@sha256:64 hex digits)"

@@ -1,4 +1,4 @@
-"""Inputs to the chart's values: everything that can be derived, derived once."""
+"""Derive the values of the chart from the inputs and the plan."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
 from genvalues.settings.values import HuggingFace
 
-# A stage that holds one model at a time: 8B parameters in bf16 are 16 GB, and as much again to work with.
+# For stages that hold one model at a time: 8B parameters in bf16 take 16 GB, and as much again as working memory.
 HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
 
 
 def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
-    """The values for a run, in the order of the chart's values.yaml; the inputs' chartValues merged last."""
+    """The values of a run, in the order of the chart's values.yaml. The inputs' chartValues are merged last."""
     instance = trainium(inputs.instance)
     layout = plan.layout
     evaluation = inputs.evaluation
@@ -47,7 +47,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),
-        # HyperPod replaces a broken node by itself, and restarts only the jobs that ask for it.
+        # HyperPod replaces a failed node, and restarts only the jobs that request it.
         "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
     }
@@ -61,12 +61,14 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
 
 
 def as_values(block: Block) -> dict[str, Any]:
-    """A block as a values file has it: numbers as the user wrote them."""
+    """A block as in a values file: whole numbers without a fraction."""
     return block.model_dump(by_alias=True, mode="json")
 
 
 def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
-    """As written, with what the plan has chosen. The global batch follows from it, so the chart has no key for it."""
+    """The training section: the inputs, completed by the plan. globalBatchSize follows from the other batch
+    settings.
+    """
     layout = plan.layout
     chosen = {
         "attention": plan.attention,
@@ -80,7 +82,7 @@ def training(inputs: Inputs, plan: Plan) -> dict[str, Any]:
 
 
 def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
-    """As written; a price of the table where there is one. A laptop may stand still as long as it likes."""
+    """The guards section: the inputs, completed by the price table. On the CPU the default is no stallTimeout."""
     written = as_values(inputs.guards)
     if written["stallTimeout"] is None:
         written["stallTimeout"] = "" if inputs.on_cpu else stall_timeout(inputs).value
@@ -88,7 +90,7 @@ def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
 
 
 def neuron(inputs: Inputs) -> dict[str, Any]:
-    """What the pods of compile and train must know of the instance type; the chart's defaults are the CPU's."""
+    """Settings of the instance type for compile and train. The chart's defaults are for the CPU."""
     instance = trainium(inputs.instance)
     if instance is None:
         return {}

@@ -1,4 +1,4 @@
-"""Inputs file to values file: check, derive, check against the chart, write."""
+"""From an inputs file to a values file: check, plan, derive the values, check them against the chart, write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PriceOf = Callable[[Inputs], Priced]
 
 @dataclass(frozen=True)
 class Checked:
-    """Inputs in which there is no mistake, the plan for them, and the values for both."""
+    """Checked inputs, their plan, and the values derived from both."""
 
     document: Document
     inputs: Inputs
@@ -50,10 +50,10 @@ class Checked:
 def checked(
     sources: Sources, offline: bool = False, price: PriceOf = known_price, *, count_rows: bool = False
 ) -> Checked:
-    """The one way from inputs to values. Raises every mistake in the inputs; warnings go to stderr.
+    """Check the inputs and derive the values: the only way from inputs to values.
 
-    ``offline``: the Hub is not asked about a model that nobody here knows. ``price`` gives another price than the
-    table's. ``count_rows``: see ``gather_facts``.
+    Raises UserErrors with every error in the inputs. Logs warnings. ``offline``: do not look up an unknown model on the
+    Hub. ``price``: replaces the price table. ``count_rows``: see ``gather_facts``.
     """
     document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
     inputs = check(document)
@@ -61,7 +61,7 @@ def checked(
         inputs = with_absolute_paths(inputs, document)
     try:
         made = plan(inputs, gather_facts(inputs, offline, count_rows), price(inputs))
-    except Refused as refused:  # a wish that cannot be kept is a mistake at its key
+    except Refused as refused:  # an input that the plan cannot keep to is an error at its key
         document.raise_mistakes(Mistake(problem.keys[0], problem.what, problem.fix) for problem in refused.problems)
         raise
     values = values_from(inputs, made)
@@ -69,20 +69,20 @@ def checked(
     for found in warnings(values):
         print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
     for note in made.notes:
-        if note.warns:  # a sentence, of which an error leaves the full stop out
+        if note.warns:  # the error message drops the final period
             print(f"warning: {document.error(Mistake(note.key, note.text))}.", file=sys.stderr)
     return Checked(document, inputs, values, made)
 
 
 def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:
-    """The values file, as it is written to ``output`` (None: stdout, or where no editor looks)."""
+    """The text of the values file. ``output`` is where it goes; None: stdout."""
     *files, last = (one_line(file.name) for file in sources.files)
-    names = f"{', '.join(files)} and {last}: change those" if files else f"{last}: change that file"
+    names = f"{', '.join(files)} and {last}: edit those" if files else f"{last}: edit that file"
     sets = [f"--set {assignment}" for assignment in sources.sets]
     sets += [f"--set-string {assignment}" for assignment in sources.set_strings]
     chart = find_chart(sources.chart)
     comments = [
-        f"Written by genvalues {__version__} from {names} and write again, not this one.",
+        f"Written by genvalues {__version__} from {names} and run genvalues write again.",
         *(f"  {redacted(one_line(assignment, 200))}" for assignment in sets),
         *schema_comments(
             (chart or Path()) / "values.schema.json",
@@ -100,7 +100,7 @@ def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str
 
 
 def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
-    """On the CPU the stages may run anywhere on this computer: paths as seen from the file they are written in."""
+    """The inputs with absolute paths: on the CPU the stages may run in any directory of this machine."""
     for key, path in paths(document.value):
         folder = document.position(key).folder
         if key == ("model", "path"):
@@ -112,7 +112,7 @@ def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
 
 
 def check_against(chart: Path | None, values: dict[str, Any], document: Document) -> None:
-    """What the chart's templates refuse, and its schema where the chart is at hand: before Helm says it."""
+    """Report what the chart's templates, and its schema if the chart is found, would refuse at install."""
     if chart is None:
         document.raise_mistakes(placed(found, document) for found in contradictions(values))
         return
@@ -130,7 +130,7 @@ def check_against(chart: Path | None, values: dict[str, Any], document: Document
 
 
 def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool) -> None:
-    """Whole or not at all; never over the inputs, and over a file that somebody edited, or wrote, only by ``force``."""
+    """Write the values file atomically. Never over an inputs file; over a file edited by hand only with ``force``."""
     where = f"-o {output}"
     with write_errors_as_user_errors(where):
         if output.is_dir():

@@ -1,10 +1,10 @@
-"""What a dataset source is, and which columns each row format has."""
+"""Kinds of dataset sources, and the columns of each row format."""
 
 from __future__ import annotations
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-FILES = f"(files end with {' '.join(FILE_SUFFIXES)})"
-# Ends of files that no stage reads, which a hub id could have and hardly any has.
+FILES = f"(supported files: {' '.join(FILE_SUFFIXES)})"
+# Suffixes of files that the stages cannot read. A Hub id could end with one, but hardly any does.
 OTHER_SUFFIXES = (
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"),
     *(

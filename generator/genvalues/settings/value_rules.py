@@ -1,8 +1,8 @@
-"""What the chart's templates refuse (chart/templates/_validations.tpl), told before Helm does.
+"""Rules that span settings, for values: genvalues reports what the chart's templates would refuse at install.
 
-Not all of it: what the inputs can get wrong, what chartValues can make of what was derived, and secrets, which must not
-even be written. The rest, such as mounts that collide, is Helm's to say.
-Values may be incomplete: a key that is left out, or of the wrong type, is in no contradiction.
+chart/templates/_validations.tpl has the same rules for values written by hand (tests/chart/test_value_rules.py compares
+them) and a few more, such as conflicting mounts, that inputs cannot break. The values may be incomplete: a key that is
+missing or of the wrong type breaks no rule.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ SECRETS_FIX = (
 )
 
 
-EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # of the account that AWS's documentation uses for everybody's
-DEFAULT_MOUNT = "/workspace"  # workspace.mountPath (chart/values.yaml)
-STALL_TIMEOUT = "30m"  # of a training whose graphs are compiled: the chart's, too
-COMPILING_STALL_TIMEOUT = "2h"  # of one that may compile for an hour in its first step (chart/values.yaml, guards)
-STARTING_STALL_TIMEOUT = "18m"  # what a start may take, by the plan's estimate (plan/estimate.py, START_HOURS)
-# Not measured, and below any guess: a node's workers (32 on trn1) load their libraries, meet and read the model first.
+EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # the example account of AWS documentation
+DEFAULT_MOUNT = "/workspace"  # default of workspace.mountPath
+STALL_TIMEOUT = "30m"  # default if all graphs are compiled before train; also the chart's default
+COMPILING_STALL_TIMEOUT = "2h"  # default if the first step of train may compile for an hour
+STARTING_STALL_TIMEOUT = "18m"  # estimated longest start of a training (planner/estimate.py, START_HOURS)
+# Not measured; a lower bound: the workers of a node (32 on trn1) load libraries, rendezvous and read the model first.
 SHORTEST_STALL_TIMEOUT = "2m"
-GRACE_SECONDS = 120  # terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl), which the gate keeps back
+GRACE_SECONDS = (
+    120  # terminationGracePeriodSeconds of train (chart/templates/_stage-pod.tpl); the gate reserves its cost
+)
 
 
 def contradictions(values: Values) -> Iterator[Problem]:
@@ -54,14 +56,13 @@ def contradictions(values: Values) -> Iterator[Problem]:
 
 
 def warnings(values: Values) -> Iterator[Problem]:
-    """What works, and may not be what was meant."""
+    """Settings that work but are probably not intended."""
     format_ = get(values, "dataset.format", str)
     flash = get(values, "training.attention", str) == "flash" and get(values, "training.packing", bool)
     if flash and get(values, "backend", str) == "neuron" and format_ != "text":
         yield Problem(
             key_paths("training.attention"),
-            f"flash is causal only, so each packed example of format {format_} is trained with those before it in "
-            "its row in sight",
+            f"flash is causal only: each packed example of format {format_} attends to those before it in its row",
             "Write attention: eager or packing: false to keep them apart.",
         )
 
@@ -76,7 +77,7 @@ def warnings(values: Values) -> Iterator[Problem]:
 
 
 def short_standstill(values: Values) -> Iterator[Problem]:
-    """A guards.stallTimeout that a training may well need until its first step is done."""
+    """A guards.stallTimeout that may be shorter than what precedes the first step."""
     timeout = get(values, "guards.stallTimeout", str)
     if not timeout or get(values, "backend", str) != "neuron":
         return
@@ -84,16 +85,16 @@ def short_standstill(values: Values) -> Iterator[Problem]:
     if compiles and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
         yield Problem(
             key_paths("guards.stallTimeout", "compile.onMismatch"),
-            f"{timeout} may end the training in its first step, which with compile.onMismatch: warn may compile for an "
-            "hour",
-            f"Write {COMPILING_STALL_TIMEOUT}, or leave it out, which is that.",
+            f"{timeout} may end the training in its first step, which may compile for an hour with "
+            "compile.onMismatch: warn",
+            f"Write {COMPILING_STALL_TIMEOUT}, or leave it out to get the same.",
         )
     elif not compiles and seconds(timeout) < seconds(STARTING_STALL_TIMEOUT):
         yield Problem(
             key_paths("guards.stallTimeout"),
-            f"{timeout} may end the training before its first step: to start and to read the model may take "
+            f"{timeout} may end the training before its first step: starting and reading the model may take "
             f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
-            f"Write {STALL_TIMEOUT}, or leave it out, which is that.",
+            f"Write {STALL_TIMEOUT}, or leave it out to get the same.",
         )
 
 
@@ -102,7 +103,7 @@ def model(values: Values) -> Iterator[Problem]:
     if hub_id and path:
         yield Problem(key_paths("model.path", "model.id"), "model.id and model.path are both set", "Remove one.")
     elif hub_id == path == "":
-        yield Problem(key_paths("model.id", "model.path"), "no model is set", "Write a hub id, or a path.")
+        yield Problem(key_paths("model.id", "model.path"), "no model is set", "Write a Hub id or a path.")
     if path and get(values, "model.revision", str):
         yield Problem(
             key_paths("model.revision", "model.path"), "model.path cannot be combined with a revision", "Remove it."
@@ -112,7 +113,7 @@ def model(values: Values) -> Iterator[Problem]:
 def dataset(values: Values) -> Iterator[Problem]:
     for key in ("dataset.source", "dataset.format"):
         if get(values, key, str) == "":
-            yield Problem(key_paths(key), "is empty", "Remove it here: the inputs say it.")
+            yield Problem(key_paths(key), "is empty", "Remove it: the inputs set it.")
     if get(values, "evaluation.enabled", bool) and get(values, "dataset.evalFraction", float) == 0:
         yield Problem(
             key_paths("evaluation.enabled", "dataset.evalFraction"),
@@ -142,16 +143,18 @@ def parallelism(values: Values) -> Iterator[Problem]:
         yield Problem(
             key_paths(*(f"parallelism.{name}" for name in names)),
             f"nodes {nodes} * processesPerNode {per_node} is not tensorParallelSize {tensor} * dataParallelSize {data}",
-            "Leave parallelism out: instance and nodes give it.",
+            "Leave parallelism out: it follows from instance and nodes.",
         )
     if get(values, "backend", str) == "cpu" and (tensor or 1) > 1:
         yield Problem(
-            key_paths("parallelism.tensorParallelSize", "backend"), "backend cpu is data parallel only", "Write 1."
+            key_paths("parallelism.tensorParallelSize", "backend"),
+            "backend cpu supports data parallelism only",
+            "Write 1.",
         )
 
 
 def process_groups(values: Values) -> Iterator[Problem]:
-    """Groups of processes that Neuron cannot make, or that neuronx_distributed cannot place."""
+    """Process groups that the Neuron runtime does not support or neuronx_distributed cannot place."""
     instance = trainium(get(values, "instance", str) or "")
     if instance is None:
         return
@@ -179,7 +182,7 @@ def devices(values: Values) -> Iterator[Problem]:
         yield Problem(
             key_paths("backend", "devices"),
             "backend neuron requires aws.amazon.com/neuron in devices",
-            "Remove it here.",
+            "Remove this override.",
         )
     for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
         if name in (asked or {}):
@@ -191,12 +194,12 @@ def devices(values: Values) -> Iterator[Problem]:
 
 
 def guards(values: Values) -> Iterator[Problem]:
-    """A limit on the cost needs a price, which the price list has for Trainium alone; a time must be one."""
+    """maxCost requires a price and must exceed the cost of stopping; stallTimeout must be a usable duration."""
     if get(values, "guards.maxCost", float) and not get(values, "guards.pricePerNodeHour", float):
         yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
             f"the price of a {values.get('instance', '')} node is unknown, so the cost cannot be counted",
-            "Write guards.pricePerNodeHour, the dollars that one node costs an hour.",
+            "Write guards.pricePerNodeHour, in dollars.",
         )
     most, price = get(values, "guards.maxCost", float), get(values, "guards.pricePerNodeHour", float)
     nodes = get(values, "parallelism.nodes", int) or 1
@@ -216,20 +219,20 @@ def guards(values: Values) -> Iterator[Problem]:
     elif timeout and get(values, "backend", str) == "neuron" and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
         yield Problem(
             key_paths("guards.stallTimeout"),
-            f"{timeout} ends every training before its first step: to start and to read the model takes longer",
-            "Leave it out: what is long enough is chosen then.",
+            f"{timeout} ends every training before its first step: starting and reading the model takes longer",
+            "Leave it out to get a default that is long enough.",
         )
 
 
 def seconds(duration: str) -> int:
-    """Of a text that DURATION takes."""
+    """The seconds of a duration that DURATION matches."""
     return sum(
         int(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in re.findall("([0-9]+)([hms])", duration)
     )
 
 
 def storage(values: Values) -> Iterator[Problem]:
-    """The kinds' own rules, where the release makes a claim."""
+    """The rules of each storage kind, if the release creates a claim."""
     kind = get(values, "storage.kind", str)
     if get(values, "storage.existingClaim", str):
         return
@@ -248,11 +251,11 @@ def storage(values: Values) -> Iterator[Problem]:
         )
     if kind == "fsx-static":
         for name in ("fileSystemId", "dnsName", "mountName"):
-            if get(values, f"storage.static.{name}", str) == "":
+            if get(values, "storage.static", dict) is not None and not get(values, f"storage.static.{name}", str):
                 yield Problem(
                     key_paths(f"storage.static.{name}", "storage.kind"),
-                    f"fsx-static needs static.{name}",
-                    "`aws fsx describe-file-systems` says it.",
+                    f"kind fsx-static requires static.{name}",
+                    "`aws fsx describe-file-systems` shows it.",
                 )
     creates = get(values, "storage.fsx.createStorageClass", bool)
     if kind == "fsx" and creates:
@@ -260,19 +263,19 @@ def storage(values: Values) -> Iterator[Problem]:
             if get(values, f"storage.fsx.{name}", type(empty)) == empty:
                 yield Problem(
                     key_paths("storage.fsx.createStorageClass", f"storage.fsx.{name}"),
-                    f"needs storage.fsx.{name}",
-                    f"Write chartValues.storage.fsx.{name}, of the Trainium nodes.",
+                    f"requires storage.fsx.{name}",
+                    f"Write chartValues.storage.fsx.{name}: that of the Trainium nodes.",
                 )
     elif kind == "fsx" and get(values, "storage.storageClass", str) == "":
         yield Problem(
             key_paths("storage.storageClass"),
             "FSx for Lustre has no default storage class",
-            "Name the class of the FSx CSI driver (often fsx-sc).",
+            "Write the class of the FSx CSI driver (often fsx-sc).",
         )
 
 
 def fsx_size(size: str) -> str:
-    """The size to write instead; nothing where this one fits, or is none."""
+    """The next valid FSx size; empty if this one is valid or not a size."""
     match = re.match(r"^([1-9][0-9]{0,6})(Mi|Gi|Ti)$", size)
     if not match:
         return ""
@@ -291,12 +294,12 @@ def access_modes(values: Values) -> Iterator[Problem]:
     ):
         yield Problem(
             key_paths("storage.accessModes", "parallelism.nodes"),
-            f"{nodes} nodes need ReadWriteMany",
+            f"{nodes} nodes require ReadWriteMany",
             "Write [ReadWriteMany].",
         )
 
 
-CHARTS_OWN = {  # environment variables of the stages that take no other value, and what to do instead
+CHARTS_OWN = {  # environment variables that the chart sets, and what to do instead
     "LLAMA_LORA_WORKSPACE": ("is set by the chart", "Use chartValues.workspace.mountPath."),
 }
 CHARTS_OWN_ON_NEURON = {
@@ -304,13 +307,16 @@ CHARTS_OWN_ON_NEURON = {
     "NEURON_LOGICAL_NC_CONFIG": ("is set by the chart", "Use chartValues.neuron.logicalCoreSize."),
     **dict.fromkeys(
         ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"),
-        ("is out of use since Neuron 2.25, and spoils what is kept in fp32", "Remove it: weights are loaded in bf16."),
+        (
+            "is deprecated since Neuron 2.25 and corrupts values that are kept in fp32",
+            "Remove it: weights are loaded in bf16.",
+        ),
     ),
 }
 
 
 def environment(values: Values) -> Iterator[Problem]:
-    """What extraEnv must not change, or must change in compile and train alike: llama-lora.validations.neuron."""
+    """Variables that extraEnv must not set, or must set alike in compile and train."""
     common = get(values, "stageDefaults.extraEnv", dict) or {}
     stages = get(values, "stages", dict) or {}
     on_neuron = get(values, "backend", str) == "neuron"
@@ -330,7 +336,7 @@ def environment(values: Values) -> Iterator[Problem]:
         if of_the_graphs and as_text(extra["compile"].get(name)) != as_text(extra["train"].get(name)):
             yield Problem(
                 variable(name, "train", "compile"),
-                "differs between stages compile and train, so that train's graphs would not be those that compile made",
+                "differs between compile and train, so train would need other graphs than compile made",
                 "Set it in both, or in chartValues.stageDefaults.extraEnv.",
             )
 
@@ -340,19 +346,19 @@ def variable(name: str, *stages: str) -> tuple[KeyPath, ...]:
 
 
 def as_text(value: Any) -> str:
-    """As Helm's toString has it, with which the chart compares."""
+    """The value as Helm's toString shows it, which the chart compares."""
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def secrets(values: Values) -> Iterator[Problem]:
-    """A value is readable by everybody who can read the release."""
+    """Secrets in environment variables: anyone who can read the release can read its values."""
     stages = get(values, "stages", dict) or {}
     blocks: list[tuple[KeyPath, Any]] = [(("stages", stage), block) for stage, block in stages.items()]
     for key, block in [(("stageDefaults",), values.get("stageDefaults")), *blocks]:
         for name in get(block, "extraEnv", dict) or {}:
             if SECRET_NAME.search(name):
                 yield Problem(
-                    ((*key, "extraEnv", name),), "looks like a secret, and values are no place for one", SECRETS_FIX
+                    ((*key, "extraEnv", name),), "looks like a secret, which must not be in values", SECRETS_FIX
                 )

@@ -354,9 +354,9 @@ def files_for_cpu() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('model: {path: "x\\0y"}', 'model.path: "x?y" is no path: it has a NUL in it'),
-        ('model: {path: "/x\\0y"}', 'model.path: "/x?y" is no path: it has a NUL in it'),
-        ('dataset: {source: "a\\0.jsonl"}', 'dataset.source: "a?.jsonl" is no path: it has a NUL in it'),
+        ('model: {path: "x\\0y"}', 'model.path: "x?y" is not a valid path: a NUL byte'),
+        ('model: {path: "/x\\0y"}', 'model.path: "/x?y" is not a valid path: a NUL byte'),
+        ('dataset: {source: "a\\0.jsonl"}', 'dataset.source: "a?.jsonl" is not a valid path: a NUL byte'),
         (f"model: {{path: {'x' * 1000}}}", "or a name of more than 255 bytes. Write the path of the file or folder."),
         (f"model: {{path: /a/{'é' * 128}}}", "or a name of more than 255 bytes. Write the path of the file or folder."),
         ("model: {path: loop/x}", "model.path: no such file or folder: "),
@@ -391,39 +391,39 @@ def test_what_is_no_path_is_told_in_a_line(line: str, said: str, capsys: pytest.
         (
             "model: {id: a/b, pth: x}",
             [
-                "model.id: unknown key. A model of the Hub is written model: ID@REVISION. (keys: path)",
+                "model.id: unknown key. Write model: ID@REVISION for a model of the Hub",
                 "model.pth: unknown key. Did you mean model.path? (keys: path)",
-                "model.path: missing. (folder",
+                "model.path: missing. (Folder",
             ],
         ),
         (
             "lora: {targetModules: [3]}",
-            ["lora.targetModules[0]: 3 is not allowed. (q_proj, k_proj, v_proj,"],
+            ["lora.targetModules[0]: 3 is not allowed. Allowed values: q_proj, k_proj, v_proj,"],
         ),
         (
             f"lora: {{r: 0x{'f' * 90}, alpha: -{'9' * 40}}}",
             [
                 "mine.yaml:1:8 lora.r: must be at most 1024, not a number of 109 digits. (Rank",
-                "lora.alpha: must be at least 1, not a number of 40 digits. (scaling",
+                "lora.alpha: must be more than 0, not a number of 40 digits. (Scaling",
             ],
         ),
         (
             f"chartValues: {{training: {{seed: {'9' * 300}}}}}",
             [f"chartValues.training.seed: {'9' * 57}... is greater than the maximum of 4294967295. (the schema of "],
         ),
-        ("instance: 5", ["mine.yaml:1:1 instance: 5 is not allowed. (cpu, trn1.2xlarge,"]),
+        ("instance: 5", ["mine.yaml:1:1 instance: 5 is not allowed. Allowed values: cpu, trn1.2xlarge,"]),
         ("lora: {r: 0.5}", ["mine.yaml:1:8 lora.r: must be an integer, not 0.5. (Rank"]),
         (
             "dataset: org/rows",
-            ['keys and values, not "org/rows". (what to train on; keys: source, config, rev'],
+            ['must be a mapping, not "org/rows". (What to train on; keys: source, format, config, rev'],
         ),
         (
             "dataset: {revision: -x}",
-            ['revision: "-x" is invalid. (branch, tag or commit of a hub'],
+            ['revision: "-x" is invalid. (Branch, tag or commit of a Hub'],
         ),
         (
             "storage: {kind: fsx-static, static: {fileSystemId: fs-1}}",
-            ["static.dnsName: missing. (the", "(such as fs-0123", "static.mountName: missing. (the"],
+            ["static.dnsName", "such as fs-0123", "static.mountName"],
         ),
     ],
 )
@@ -520,16 +520,16 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"image": "localhost:5000/llama-lora"}, "has no tag or digest"),
         ({"image": "repo/llama-lora@sha256:..."}, "is not an image reference"),
         ({"instance": "trn1.2xlarge", "nodes": "2"}, "trn1.2xlarge has no EFA and cannot be one of 2 nodes"),
-        ({"instance": "p5.48xlarge"}, "(cpu, trn1.2xlarge, trn1.32xlarge,"),
-        ({"model": "{path: ./llama}"}, "./llama is on this computer"),
-        ({"model": "{path: /home/me/llama}"}, "/home/me/llama is on this computer"),
-        ({"model": "{path: /workspace/../etc/llama}"}, "is on this computer"),
-        ({"model": "./llama"}, "is not a Hub id. Write {path: ...} for a folder or file"),
+        ({"instance": "p5.48xlarge"}, "Allowed values: cpu, trn1.2xlarge, trn1.32xlarge,"),
+        ({"model": "{path: ./llama}"}, "./llama is a path on this machine"),
+        ({"model": "{path: /home/me/llama}"}, "/home/me/llama is a path on this machine"),
+        ({"model": "{path: /workspace/../etc/llama}"}, "is a path on this machine"),
+        ({"model": "./llama"}, "is not a Hub id; write {path: ...} for a folder or file"),
         ({"model": "a/b/c"}, "is not a hub id"),
         ({"model": '"a/b\\n"'}, 'model: "a/b?" is not a hub id'),
         ({"lora": "{targetModules: q_proj}"}, 'must be a list, not "q_proj". Write [q_proj].'),
         ({"name": '"llama\\n"'}, 'name: "llama?" is invalid'),
-        ({"huggingFace": '{tokenSecret: "api-org-token\\n"}'}, "the token itself must never be written here"),
+        ({"huggingFace": '{tokenSecret: "api-org-token\\n"}'}, "Never write the token itself"),
         ({"storage": "{existingClaim: mine, size: 1200Gi}"}, "storage.size: cannot be combined with existingClaim"),
         ({"storage": "{kind: fsx-static}"}, "fsx-static needs {fileSystemId, dnsName, mountName}"),
         ({"storage": "{size: 100Gi}"}, "Use 1200Gi (1200Gi or a multiple of 2400Gi)"),
@@ -538,7 +538,7 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"storage": '{storageClass: ""}'}, "storage.storageClass: FSx for Lustre has no default storage class. Name"),
         ({"model": "llama.gguf"}, 'model: "llama.gguf" looks like a file. A file or folder is written {path:'),
         ({"chartValues": "{stages: {trian: {}}}"}, "chartValues.stages"),
-        ({"chartValues": "{model: null}"}, "f.yaml:21:15 chartValues.model: is required. (the"),
+        ({"chartValues": "{model: null}"}, "f.yaml:21:15 chartValues.model.id: no model is set"),
     ],
 )
 def test_rules_that_span_keys(changes: dict[str, str | None], said: str, capsys: pytest.CaptureFixture[str]) -> None:
