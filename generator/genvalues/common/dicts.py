@@ -1,4 +1,4 @@
-"""Plain nested data, as YAML gives it: looking into it and laying one over the other."""
+"""Look up and merge nested dictionaries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def get(value: Any, dotted_key: str, kind: type) -> Any:
-    """The value at a key when it is of that kind, else None."""
+    """The value at a dotted key if it has the given type, else None. An int is also a float; a bool is neither."""
     for part in dotted_key.split("."):
         if not isinstance(value, dict) or part not in value:
             return None
@@ -19,7 +19,7 @@ def get(value: Any, dotted_key: str, kind: type) -> Any:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, key by key; where both have a key that is not a mapping twice, ``above`` wins."""
+    """Merge two dictionaries recursively; ``above`` wins."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -28,7 +28,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_null(value: Any) -> Any:
-    """Helm takes a null in values for: no such key."""
+    """The value without keys that are null: in Helm, null removes a key."""
     if not isinstance(value, dict):
         return value
     return {key: without_null(inner) for key, inner in value.items() if inner is not None}

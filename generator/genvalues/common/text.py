@@ -1,4 +1,4 @@
-"""Text from a file, made fit to be printed in an error; and what must never be printed."""
+"""Format text for messages, and recognise what must not be printed."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import re
 
 KeyPath = tuple[str | int, ...]
 
-# Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, private keys: what their tokens and keys look like. A private key
-# goes on to its end, or to the text's, where that was cut.
+# Tokens of Hugging Face, AWS, GitHub, GitLab, OpenAI and Slack, and private keys, up to their end or the end of a
+# truncated text.
 TOKEN = re.compile(
     r"hf_[A-Za-z0-9]{4,}|api_org_[A-Za-z0-9]{4,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgl(pat|ptt|dt|rt|cbt|ft|soat|agent|oas|imt|ffct)-[A-Za-z0-9_-][A-Za-z0-9_.-]{18,}[A-Za-z0-9_-]"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bxox[a-z]-[A-Za-z0-9-]{10,}"
     r"|-----BEGIN (?s:.*?)(-----END [A-Z0-9 ]*-----|\Z)"
 )
-# The same rule as in chart/templates/_validations.tpl, for the names of environment variables.
+# Names of environment variables; the same rule as in chart/templates/_validations.tpl.
 SECRET_NAME = re.compile(r"(?i)(^|_)(token|secret|passw(or)?d|credentials?|(api|access)?key)(_|$)")
-SECRET_KEYS = {("huggingFace",), ("huggingFace", "tokenSecret"), ("huggingFace", "tokenKey")}  # where one gets pasted
+SECRET_KEYS = {
+    ("huggingFace",),
+    ("huggingFace", "tokenSecret"),
+    ("huggingFace", "tokenKey"),
+}  # where users paste tokens
 
 
 def dotted(key: KeyPath) -> str:
-    """lora.targetModules[1], as one says it."""
+    """A key path as text: lora.targetModules[1]."""
     text = ""
     for part in key:
         text += f"[{part}]" if isinstance(part, int) else f".{one_line(part)}" if text else one_line(part)
@@ -33,17 +37,17 @@ def one_line(text: str, width: int = 80) -> str:
 
 
 def number_of(number: float, thing: str) -> str:
-    """1 row, 1.5 epochs, 15,011 rows."""
+    """A number with its noun: 1 row, 1.5 epochs, 15,011 rows."""
     return f"{number:,.10g} {thing}{'' if number == 1 else 's'}"
 
 
 def redacted(text: str) -> str:
-    """Nothing that looks like a token gets printed."""
+    """The text with every token replaced by its first characters and dots."""
     return TOKEN.sub(lambda token: f"{token[0][:3]}...", text)
 
 
 def may_hold_a_secret(key: KeyPath) -> bool:
-    """Whether what is written there must not be repeated."""
+    """Whether the value of this key must not be printed."""
     return key in SECRET_KEYS or any(isinstance(part, str) and SECRET_NAME.search(part) for part in key)
 
 

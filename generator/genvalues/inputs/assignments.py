@@ -1,7 +1,7 @@
-"""--set in Helm's syntax: a.b=c,d=e, lists {x,y}, items a[0].b=c, null, and a backslash before , . = [ { } in a text.
+"""Parse --set options in Helm's syntax: a.b=c,d=e, lists {x,y}, items a[0].b=c, null, and \\ before , . = [ { }.
 
-After helm/helm, pkg/strvals/parser.go (version 4), and helm.sh, "The format and limitations of --set". Where Helm takes
-half an assignment silently (a key without a name, text after a list's }), it is a mistake here.
+After helm/helm, pkg/strvals/parser.go (version 4), and helm.sh, "The format and limitations of --set". Where Helm
+silently accepts half an assignment (a key without a name, text after the } of a list), it is an error here.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line
 
-LARGEST_INDEX = 65536  # Helm's
-INTEGER = re.compile(r"0|[-+]?[1-9][0-9]*|-0")  # 007 is text, as in Helm
+LARGEST_INDEX = 65536  # Helm's limit
+INTEGER = re.compile(r"0|[-+]?[1-9][0-9]*|-0")  # 007 is a string, as in Helm
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 FORM = "Write --set lora.r=8."
-COMMA = "A comma in a value is written \\, and a list {a,b}."
+COMMA = "Write \\, for a comma in a value, and {a,b} for a list."
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One key of a --set and what it gets, not yet typed: a text, or the texts of a list."""
+    """One assignment of a --set option: the key and its untyped value, a string or a list of strings."""
 
     key: KeyPath
     value: str | tuple[str, ...]
-    written: str  # the part of the --set that says it
+    written: str  # the part of the option
 
     @property
     def shown(self) -> str:
-        """What may be printed of it."""
+        """The assignment as it may be printed, without a secret."""
         return shown(self.key, self.written)
 
 
 class NotAnAssignment(Exception):
-    """What is wrong with a --set, and what to write; ``shown`` is the part of it."""
+    """An invalid --set option: what is wrong, what to write, and the part that may be printed."""
 
     def __init__(self, what: str, fix: str, shown: str) -> None:
         super().__init__(what)
@@ -43,9 +43,9 @@ class NotAnAssignment(Exception):
 
 
 def assignments(text: str) -> Iterator[Assignment]:
-    """The assignments of one --set, one after the other; raises NotAnAssignment at the first that is none."""
+    """Yield the assignments of one --set option. Raises NotAnAssignment at the first invalid one."""
     scanner = Scanner(text)
-    secret: KeyPath | None = None  # what follows it may be the rest of its value, cut at a comma
+    secret: KeyPath | None = None  # what follows may be the rest of its value after a comma
     while True:
         start = scanner.at
         key: list[str | int] = []
@@ -69,7 +69,7 @@ def shown(key: KeyPath, written: str) -> str:
 
 
 class Scanner:
-    """Text, taken bit by bit."""
+    """A position in a text."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -79,7 +79,7 @@ class Scanner:
         return self.text[self.at :]
 
     def until(self, stops: str) -> tuple[str, str]:
-        """The text up to one of ``stops``, escapes undone, and which of them; none at the end."""
+        """The text up to one of ``stops``, without escapes, and the stop that was found; empty at the end."""
         taken = ""
         while self.at < len(self.text):
             character = self.text[self.at]
@@ -94,7 +94,7 @@ class Scanner:
 
 
 def read_key(scanner: Scanner, key: list[str | int]) -> None:
-    """Up to the =; ``key`` holds what was read even where that goes wrong."""
+    """Read a key up to the =. ``key`` holds what was read even if this fails."""
     stop = "."
     while stop != "=":
         if stop == "[":
@@ -116,7 +116,7 @@ def read_key(scanner: Scanner, key: list[str | int]) -> None:
 
 
 def read_value(scanner: Scanner) -> str | tuple[str, ...]:
-    """Up to the next assignment."""
+    """Read a value up to the next assignment."""
     if scanner.rest.startswith("{"):
         scanner.at += 1
         items = []
@@ -135,10 +135,10 @@ def read_value(scanner: Scanner) -> str | tuple[str, ...]:
 
 
 def typed(text: str, kinds: frozenset[str]) -> Any:
-    """The value that a text stands for, where a value of these JSON types is wanted (none: of any).
+    """Convert a text to a value, given the JSON types that its key accepts (none: unknown).
 
-    Helm's rule: true, false, null and whole numbers, all else is text. Ours beside it, where the schema is known: 5e-5
-    is a number where one is wanted, and 7 is text where only text is.
+    Helm's rule: true, false, null and integers; everything else is a string. Where the schema is known, also: 5e-5 is a
+    number where a number is expected, and 7 is a string where only a string is.
     """
     if text.lower() == "null":
         return None

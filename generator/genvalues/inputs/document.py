@@ -129,7 +129,7 @@ class Document:
     def assign(self, assignment: Assignment, position: Position, as_text: bool) -> None:
         key, written = assignment.key, assignment.value
         if len(key) > DEPTH:
-            self.mistakes.append(Mistake((), f"more than {DEPTH} levels deep", "Write it flatter.", position))
+            self.mistakes.append(Mistake((), f"more than {DEPTH} levels deep", "Use fewer levels.", position))
             return
         self.forget({key})
         inside: Any = {"": self.value}

@@ -1,6 +1,6 @@
-"""What a file that genvalues writes says of itself: from what it came, which schema it has, and whether it was edited.
+"""The header of a generated file: its sources, its schema, and a digest that shows whether it was edited.
 
-The digest is of all other lines, so that any edit shows; line ends and a BOM, which git and editors change, are none.
+The digest covers all other lines. Line endings and a BOM, which git and editors change, do not count.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from genvalues.common.text import SECRET_NAME, one_line, redacted
 
 DIGEST = re.compile(r"^# digest: ([0-9a-f]{16})$")
-LONGEST_DIFF = 60  # lines
+LONGEST_DIFF = 60  # lines of a diff that are shown
 
 
 def with_digest(comments: Iterable[str], body: str) -> str:
-    """A file of ``comments`` and ``body`` with its own digest after the comments."""
+    """The text of a file: ``comments``, the digest, ``body``."""
     head = [f"# {comment}" for comment in comments]
     lines = [*head, *body.splitlines()]
     return "\n".join([*head, f"# digest: {digest(lines)}", *body.splitlines()]) + "\n"
@@ -29,7 +29,7 @@ def digest(lines: list[str]) -> str:
 
 
 def claimed_digest(text: str) -> str:
-    """The digest a file has among its first comments; empty where it has none."""
+    """The digest in the header of a file; empty if there is none."""
     for line in text.removeprefix("\ufeff").splitlines():
         if found := DIGEST.match(line):
             return found[1]
@@ -39,22 +39,22 @@ def claimed_digest(text: str) -> str:
 
 
 def is_as_written(text: str) -> bool:
-    """Whether genvalues wrote this, and nobody has changed it since."""
+    """Whether genvalues wrote this text and it was not edited since."""
     claimed = claimed_digest(text)
     lines = text.removeprefix("\ufeff").splitlines()
     return bool(claimed) and claimed == digest([line for line in lines if line != f"# digest: {claimed}"])
 
 
 def difference(there: str, wanted: str, name: str) -> str:
-    """What overwriting would change, as a unified diff that shows no secret."""
+    """A unified diff of what overwriting would change, without secrets."""
     import difflib
 
     diff = difflib.unified_diff(
-        there.splitlines(), wanted.splitlines(), f"{name} (as it is)", f"{name} (as it would be)", lineterm="", n=1
+        there.splitlines(), wanted.splitlines(), f"{name} (current)", f"{name} (new)", lineterm="", n=1
     )
     lines = [printable(line) for line in redacted("\n".join(diff)).split("\n")]
     if len(lines) > LONGEST_DIFF:
-        lines[LONGEST_DIFF:] = [f"... and {len(lines) - LONGEST_DIFF} lines more"]
+        lines[LONGEST_DIFF:] = [f"... and {len(lines) - LONGEST_DIFF} more lines"]
     return "\n".join(lines)
 
 
@@ -66,10 +66,10 @@ def printable(line: str) -> str:
 
 
 def schema_comments(schema: Path, tree: Path | None, folder: Path, command: str) -> list[str]:
-    """The line by which editors find a file's schema (yaml-language-server, JetBrains), for a file in ``folder``.
+    """The comment with which editors (yaml-language-server, JetBrains) find the schema of a file in ``folder``.
 
-    Relative where file and schema are in one ``tree``: the same wherever that is. Else the schema is looked for beside
-    the file, where ``command`` puts it.
+    A relative path if file and schema are in the same ``tree``, else a schema beside the file, which ``command``
+    writes.
     """
     folder = Path(os.path.realpath(folder))
     if tree is not None and (root := Path(os.path.realpath(tree))) in (folder, *folder.parents):

@@ -1,4 +1,4 @@
-"""Where inputs come from."""
+"""The options that name the inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sources:
-    """FILE and the overlays after it, then --set and --set-string; the chart that the values are checked against."""
+    """FILE, its overlays, --set and --set-string, and the chart whose schema the values must fit."""
 
     files: tuple[Path, ...]
     sets: tuple[str, ...] = ()
@@ -17,7 +17,7 @@ class Sources:
 
     @property
     def file(self) -> Path:
-        """FILE, by which the others are called."""
+        """FILE, which names the inputs in messages."""
         return self.files[0]
 
     @property

@@ -1,4 +1,4 @@
-"""The JSON schema of an inputs file: read once, and asked what a key may hold."""
+"""Look up keys in the JSON schema of an inputs file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from genvalues.common.text import KeyPath
 from genvalues.settings.inputs import SCHEMA
 
-FREE = "chartValues"  # below it anything is allowed: the chart's schema says what
+FREE = "chartValues"  # the inputs' schema allows any key below it; the chart's schema checks them
 
 
 @functools.cache
@@ -23,9 +23,9 @@ def resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
 
 
 def kinds(key: KeyPath) -> frozenset[str]:
-    """The JSON types that may stand at a key; none where the schema knows no such key.
+    """The JSON types that a key accepts; empty if the schema does not know the key.
 
-    What is below chartValues is asked of the inputs' key of that name: most sections are alike.
+    A key below chartValues is looked up as the inputs' key of that name: most sections are the same.
     """
     schema = inputs_schema()
     nodes = [schema]
@@ -47,5 +47,5 @@ def kinds_of(node: dict[str, Any]) -> list[str]:
 
 
 def may_be_null(key: KeyPath) -> bool:
-    """Whether null is a value there, rather than none. Below chartValues it is Helm's: takes a default away."""
+    """Whether null is a value of this key. If not, it removes the key. Below chartValues null is passed to Helm."""
     return (key[:1] == (FREE,) and len(key) > 1) or "null" in kinds(key)

@@ -1,4 +1,4 @@
-"""A first inputs file: what was answered, and beside it, commented out, every other key with the value it has."""
+"""The first inputs file of `genvalues init`: the answers, and every other key, commented out, with its default."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from genvalues.settings.inputs import SCHEMA
 
 MODEL = "meta-llama/Meta-Llama-3.1-8B"
 DATASET = "databricks/databricks-dolly-15k"
-# 123456789012 is the account in AWS's own examples: check says so until it is another.
+# 123456789012 is the example account of AWS documentation: check warns until it is replaced.
 IMAGE = "123456789012.dkr.ecr.us-west-2.amazonaws.com/llama-lora:0.1.0"
 COLUMNS_OF = {DATASET: {"instruction": "instruction", "input": "context", "output": "response"}}
-WRITTEN_OUT = ("lora", "training")  # what people try first
+WRITTEN_OUT = ("lora", "training")  # the blocks that users change first
 TRIED_FIRST = ("maxSequenceLength", "perDeviceBatchSize", "gradientAccumulationSteps", "epochs", "learningRate")
-# What the schema has no default for that could be shown.
+# Examples of keys without a default in the schema.
 EXAMPLES: dict[str, Any] = {
     "cpu": {"processes": 2},
     "huggingFace": {"tokenSecret": "hf-token", "tokenKey": "token"},
@@ -44,7 +44,7 @@ ON_CPU: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Answers:
-    """What init was told; an image only where pods need one."""
+    """Answers given to init. ``image`` is None where no pod needs one."""
 
     model: str = MODEL
     dataset: str = DATASET
@@ -56,7 +56,7 @@ class Answers:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """As an inputs file has them."""
+        """The answers as keys of an inputs file."""
         format_ = self.format or usual_format(self.dataset)
         dataset: dict[str, Any] = {"source": self.dataset, "format": format_}
         if self.dataset in COLUMNS_OF and format_ == "instruction":
@@ -71,7 +71,7 @@ def usual_format(source: str) -> str:
 
 
 def check_answers(answers: Answers, file: Path) -> None:
-    """Raises every mistake in them, by the flag that gives it."""
+    """Raises UserErrors with every error in the answers, placed at the options that give them."""
     document = Document(file)
     document.value = answers.inputs
     given: dict[KeyPath, str] = {
@@ -90,7 +90,7 @@ def check_answers(answers: Answers, file: Path) -> None:
 
 
 def mistakes(answers: Answers, file: Path) -> list[UserError]:
-    """The mistakes in them, each of which ``option_of`` names the answer of."""
+    """The errors in the answers. ``option_of`` names the option of each."""
     try:
         check_answers(answers, file)
     except UserError as error:
@@ -99,19 +99,19 @@ def mistakes(answers: Answers, file: Path) -> list[UserError]:
 
 
 def option_of(error: UserError) -> str:
-    """Which of the answers an error of ``mistakes`` is at: the option's name without its dashes."""
+    """The option of an error of ``mistakes``, without its dashes."""
     return error.where.split(" ")[0].removeprefix("--")
 
 
 def template_text(answers: Answers, file: Path) -> str:
-    """The text of an inputs file that is to be written to ``file``."""
+    """The text of the inputs file to write to ``file``."""
     inputs = answers.inputs
     tree = BESIDE_THE_SOURCES.parent if chart_name(BESIDE_THE_SOURCES) == NAME else None
     name = one_line(file.name)
     head = [
-        "What genvalues makes a fine-tune of. A line with # before its key has the value that it shows.",
-        f"    genvalues check {name}    says what is wrong in it",
-        f"    genvalues write {name}    makes the chart's values of it",
+        "Inputs of genvalues. A key that is commented out has the value that is shown.",
+        f"    genvalues check {name}    checks it",
+        f"    genvalues write {name}    writes the values of the chart",
         *schema_comments(SCHEMA, tree, file.parent, "genvalues schema"),
     ]
     sections = ["\n".join(f"# {line}" for line in head) + "\n"]
@@ -125,7 +125,7 @@ def template_text(answers: Answers, file: Path) -> str:
 
 
 def section(key: str, inputs: dict[str, Any], on_cpu: bool) -> str:
-    """One top-level key: as answered, or its defaults, commented out where hardly anybody changes them."""
+    """One top-level key: the answer, or its defaults, commented out unless users often change them."""
     if key == "dataset":
         return dataset_section(inputs["dataset"])
     if key in inputs:
@@ -147,7 +147,7 @@ def dataset_section(dataset: dict[str, Any]) -> str:
 
 
 def default_of(key: str) -> Any:
-    """What a key left out has: a block without those of its keys that are null then."""
+    """The default of a key; of a block, without keys that are null."""
     default = inputs_schema()["properties"][key].get("default")
     if isinstance(default, dict):
         return {name: value for name, value in default.items() if value is not None} or default
@@ -163,7 +163,7 @@ def in_a_line(key: str, value: Any) -> str:
 
 
 def check_place(file: Path, *, force: bool) -> None:
-    """Raises UserError where no first file may be written: before anybody is asked anything."""
+    """Raises UserError if the file cannot be written, before any question is asked."""
     with write_errors_as_user_errors(str(file)):
         if file.is_dir():
             raise UserError("is a directory", where=str(file), fix=f"Name a file: {file / 'finetune.yaml'}.")
@@ -173,7 +173,7 @@ def check_place(file: Path, *, force: bool) -> None:
 
 
 def write_starter(file: Path, text: str, *, force: bool) -> None:
-    """A new file; over one that is there only by ``force``."""
+    """Write a new file. Overwrites an existing one only with ``force``."""
     check_place(file, force=force)
     with write_errors_as_user_errors(str(file)):
         write_named(file, text.encode("utf-8"))

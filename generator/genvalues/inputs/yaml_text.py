@@ -1,4 +1,4 @@
-"""YAML text, read and written: which text is a number, where an error stands, what every reader reads alike."""
+"""Read and write YAML: types by the core schema, errors with their place, output that all readers read alike."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import yaml
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line, redacted
 
-MAX_BYTES = 1 << 18  # a page is 2 KB; PyYAML needs seconds for more than this
-NOT_READABLE = "Name a file that you may read."
+MAX_BYTES = 1 << 18  # inputs files have about 2 KB; PyYAML takes seconds for more than this
+NOT_READABLE = "Name a readable file."
 SYNTAX_FIX = (
-    "Write key: value lines, those of a block indented alike, and text with : # [ { or % in it in single quotes."
+    "Write lines of the form key: value, indent a block evenly, and put text with : # [ { or % in single quotes."
 )
-DEPTH = 50  # levels of keys and lists; those we know are 7 deep
+DEPTH = 50  # levels of nesting; real files have at most 7
 PREFIX = "tag:yaml.org,2002:"
-ALIAS = "alias"  # the tag of the node that stands in an alias's place, whose value is its name
+ALIAS = "alias"  # the tag of the node that replaces an alias; its value is the alias's name
 
-# What PyYAML says of a quote or bracket that is not closed, and of a line without its colon.
+# PyYAML's messages for an unclosed quote or bracket, and for a line without a colon.
 UNFINISHED = re.compile("end of stream|<stream end>|could not find expected ':'")
 NO_CHARACTER = re.compile(r"\\U(?!000[0-9a-fA-F]|0010)[0-9a-fA-F]{8}")  # above U+10FFFF
 
@@ -36,7 +36,7 @@ CORE_SCHEMA = {
     "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
     "float": FLOAT,
 }
-# What Helm's reader (Go's) makes of plain text, seen with Helm 3.17 and 4.3: YAML 1.1 but for dates and for 1:30.
+# How Helm's YAML reader types plain text (tried with Helm 3.17 and 4.3): YAML 1.1 except for dates and 1:30.
 HELM_SCHEMA = {
     "null": CORE_SCHEMA["null"],
     "bool": (r"(?i:true|false|yes|no|on|off|y|n)", list("tTfFyYnNoO")),
@@ -47,21 +47,21 @@ HELM_SCHEMA = {
 
 
 class UnreadableYAML(Exception):
-    """Text that is not YAML, from ``line`` and ``column`` on."""
+    """Text that is not valid YAML, with the place of the error."""
 
     def __init__(self, what: str, fix: str = "", line: int = 1, column: int = 1) -> None:
         super().__init__(what)
         self.what, self.fix, self.line, self.column = what, fix, line, column
 
     def at(self, name: str) -> UserError:
-        """As an error of the file of that name."""
+        """The error of the file of this name."""
         return UserError(redacted(self.what), where=f"{name}:{self.line}:{self.column}", fix=redacted(self.fix))
 
 
 class ShallowLoader(yaml.SafeLoader):
-    """PyYAML, which recurses into a document no deeper than ours are.
+    """PyYAML's loader with a limit on nesting.
 
-    Not its C loader, which has other marks and words, and ends the process where a document is deep.
+    The C loader has other marks and messages, and deep nesting crashes it.
     """
 
     depth = 0
@@ -69,7 +69,7 @@ class ShallowLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.CollectionStartEvent) and self.depth == DEPTH:
-            raise UnreadableYAML(f"more than {DEPTH} levels deep", "Write it flatter.", *place(event.start_mark))
+            raise UnreadableYAML(f"more than {DEPTH} levels deep", "Use fewer levels.", *place(event.start_mark))
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -77,7 +77,7 @@ class ShallowLoader(yaml.SafeLoader):
 
 
 class CoreSchemaLoader(ShallowLoader):
-    """YAML 1.2's idea of what is a number and what is text. Follows no alias: see ``anchor_of`` and ``ALIAS``."""
+    """Types by the YAML 1.2 core schema. Does not follow aliases: see ``anchor_of`` and ``ALIAS``."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -85,7 +85,7 @@ class CoreSchemaLoader(ShallowLoader):
             self.get_event()
             start: Any = event.start_mark
             return yaml.ScalarNode(ALIAS, event.anchor, start)
-        name, event.anchor = event.anchor, None  # PyYAML would refuse two of one name, in words of its own
+        name, event.anchor = event.anchor, None  # PyYAML refuses duplicate anchors with a message of its own
         node = super().compose_node(parent, index)
         if node is not None:
             vars(node)["anchor"] = name
@@ -93,25 +93,25 @@ class CoreSchemaLoader(ShallowLoader):
 
 
 def anchor_of(node: yaml.Node) -> str:
-    """The name of the anchor that a node of ``compose`` has; empty where it has none."""
+    """The anchor of a node of ``compose``; empty if it has none."""
     return getattr(node, "anchor", None) or ""
 
 
 class HelmLoader(ShallowLoader):
-    """Helm's idea of what is a number and what is text."""
+    """Types as Helm reads them."""
 
     bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
 
 class UnambiguousDumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or 1.2 would take for something else than text; writes no anchors."""
+    """Quotes strings that YAML 1.1 or 1.2 would read as another type. Writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def resolve_by(schema: dict[str, tuple[str, list[str]]], reader: Any) -> None:
-    for kind, (pattern, first) in schema.items():  # in this order: an integer is not a float
+    for kind, (pattern, first) in schema.items():  # in this order: every integer would also match float
         reader.add_implicit_resolver(PREFIX + kind, re.compile(f"^(?:{pattern})\\Z"), first)
 
 
@@ -119,23 +119,25 @@ CoreSchemaLoader.yaml_implicit_resolvers = {}
 HelmLoader.yaml_implicit_resolvers = {}
 resolve_by(CORE_SCHEMA, CoreSchemaLoader)
 resolve_by(CORE_SCHEMA, UnambiguousDumper)
-resolve_by(HELM_SCHEMA, UnambiguousDumper)  # y is text to PyYAML, and true to Helm
+resolve_by(HELM_SCHEMA, UnambiguousDumper)  # y is a string for PyYAML and true for Helm
 resolve_by(HELM_SCHEMA, HelmLoader)
 
 
 def decode(path: Path, name: str) -> str:
     try:
         if path.is_dir():
-            raise UserError("is a directory", where=name, fix="Name the file in it.")
+            raise UserError("is a directory", where=name, fix="Name a file in it.")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise UserError("no such file", where=name, fix="Name a file that is there.") from None
+        raise UserError("no such file", where=name, fix="Name an existing file.") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"cannot be read: {reason}", where=name, fix=NOT_READABLE) from None
     if len(data) > MAX_BYTES:
-        raise UserError(f"larger than {MAX_BYTES >> 10} KiB", where=name, fix="This is not the file you mean.")
+        raise UserError(
+            f"larger than {MAX_BYTES >> 10} KiB", where=name, fix="An inputs file is smaller; name another file."
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -145,23 +147,22 @@ def decode(path: Path, name: str) -> str:
 
 
 def compose(text: str) -> yaml.Node | None:
-    """The nodes of one YAML document, None for an empty one."""
+    """The root node of one YAML document; None if it is empty."""
     with errors_placed(text):
         node: yaml.Node | None = yaml.compose(text, Loader=CoreSchemaLoader)
         return node
 
 
 def load_as_helm(text: str) -> Any:
-    """The data of a YAML document as Helm reads it: aliases, merge keys and all."""
+    """Load a YAML document as Helm reads it, with aliases and merge keys."""
     with errors_placed(text):
         return yaml.load(text, Loader=HelmLoader)
 
 
 def replaced(text: str, key: str, old: str, new: str) -> str | None:
-    """``text`` with the value of a top-level key replaced, and not a byte beside: comments, quotes, line ends stay.
+    """Replace the value of a top-level key and leave everything else unchanged: comments, quotes, line endings.
 
-    None where the key's value is not ``old``, or is written in another way than letter by letter (escapes). Raises
-    UnreadableYAML.
+    Returns None if the key's value is not ``old``, or is written with escapes. Raises UnreadableYAML.
     """
     document = compose(text)
     if not isinstance(document, yaml.MappingNode):
@@ -177,7 +178,7 @@ def replaced(text: str, key: str, old: str, new: str) -> str | None:
 
 @contextmanager
 def errors_placed(text: str) -> Iterator[None]:
-    """PyYAML's errors as one kind, with the place."""
+    """Translate PyYAML's errors into UnreadableYAML."""
     try:
         yield
     except yaml.reader.ReaderError as error:
@@ -187,7 +188,9 @@ def errors_placed(text: str) -> Iterator[None]:
         raise UnreadableYAML(f"the character U+{code:04X} is not allowed in YAML", "Remove it.", line, column) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        if error.context_mark and UNFINISHED.search(error.problem or ""):  # found where the text ends, or much later
+        if error.context_mark and UNFINISHED.search(
+            error.problem or ""
+        ):  # the problem is found only at the end of the text
             mark = error.context_mark
         line, column = place(mark)
         what = f"not valid YAML: {', '.join(one_line(part) for part in (error.context, error.problem) if part)}"
@@ -206,11 +209,11 @@ def errors_placed(text: str) -> Iterator[None]:
 
 
 def place(mark: Any) -> tuple[int, int]:
-    """Line and column as editors count them."""
+    """Line and column, counted from 1."""
     return (mark.line + 1, mark.column + 1) if mark else (1, 1)
 
 
 def dump(value: Any) -> str:
-    """Plain data as YAML that every reader reads alike; the same data gives the same bytes."""
+    """Dump plain data as YAML that all readers read alike. Deterministic."""
     text: str = yaml.dump(value, Dumper=UnambiguousDumper, sort_keys=False, allow_unicode=True, width=100)
     return text

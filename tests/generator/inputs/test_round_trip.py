@@ -240,7 +240,7 @@ def test_what_somebody_edited_or_wrote_is_kept_shown_as_a_diff_and_overwritten_b
     assert output.read_bytes() == edited
     *diff, line = done.stderr.splitlines()
     assert line.startswith(f"-o values.yaml: {said}") and line.endswith("or over this one with --force.")
-    assert diff[0].startswith("--- values.yaml (as it is)") and diff[1].startswith("+++ ")
+    assert diff[0].startswith("--- values.yaml (current)") and diff[1].startswith("+++ ")
     assert shown in "\n".join(diff)
     assert len(diff) <= 61
     forced = genvalues("write", "f.yaml", "--force", cwd=tmp_path)

@@ -96,8 +96,7 @@ def test_set_string_makes_text_and_comes_after_set(file: Path) -> None:
         ),
         (
             "lora.targetModules=[q_proj,v_proj]",
-            "--set v_proj]: is not of the form key=value. Write --set lora.r=8. A comma in a value is written "
-            "\\, and a list {a,b}.",
+            "--set v_proj]: is not of the form key=value. Write --set lora.r=8. Write \\, for a comma",
         ),
         ("a={b", "--set a={b: the list has no closing }. Write {a,b}."),
         (
