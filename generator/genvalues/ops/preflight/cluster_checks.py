@@ -17,6 +17,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster import preflight as inside
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.preflight import PreflightTimings
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
 
@@ -33,7 +34,7 @@ def check_cluster(
     namespace: str | None = None,
     context: str | None = None,
     offline: bool = False,
-    pace: inside.Pace | None = None,
+    pace: PreflightTimings | None = None,
 ) -> list[Finding]:
     """Raises UserError where Helm cannot render the chart. A cluster that is away is one finding."""
     if offline:
@@ -54,7 +55,7 @@ def check_cluster(
             return [in_context(Finding("not checked", "cluster", "does not know who you are (401)", log_in), context)]
         there = True  # not allowed to read it: the checks show
     objects = rendered(chart, release, values, api.namespace)
-    return [in_context(finding, context) for finding in from_outside(api, objects, there, pace or inside.Pace())]
+    return [in_context(finding, context) for finding in from_outside(api, objects, there, pace or PreflightTimings())]
 
 
 def namespace_is_there(api: Api) -> bool:
@@ -67,7 +68,7 @@ def rendered(chart: Path, release: str, values: dict[str, Any], namespace: str) 
     return render(chart, release, values, namespace)
 
 
-def from_outside(api: Api, objects: list[Object], namespace_there: bool, pace: inside.Pace) -> list[Finding]:
+def from_outside(api: Api, objects: list[Object], namespace_there: bool, pace: PreflightTimings) -> list[Finding]:
     """All findings about the cluster, of a release that these objects are of."""
     config = config_of(objects)
     checks: dict[str, inside.Check] = {
@@ -96,7 +97,7 @@ def config_of(objects: list[Object]) -> ClusterConfig:
     raise UserError("has no ConfigMap with cluster.yaml", where="the chart", fix="Give the chart of this version.")
 
 
-def check_storage(api: Api, config: ClusterConfig, pace: inside.Pace, objects: list[Object]) -> list[Finding]:
+def check_storage(api: Api, config: ClusterConfig, pace: PreflightTimings, objects: list[Object]) -> list[Finding]:
     """The claim as the stage sees it; one that install makes, and that is not there yet, by what will provide it."""
     if not config.claim.managed or api.get(kinds.CLAIMS, config.claim.name) is not None:
         return inside.check_storage(api, config, pace)
@@ -126,10 +127,10 @@ def check_default_class(api: Api, config: ClusterConfig) -> Finding:
     return Finding("ok", subject, f"{default[0]['metadata']['name']}, the default")
 
 
-def check_kind(api: Api, config: ClusterConfig, pace: inside.Pace) -> list[Finding]:
+def check_kind(api: Api, config: ClusterConfig, pace: PreflightTimings) -> list[Finding]:
     """The operator's kind alone: without the namespace there is no place for a test job."""
     subject = "training operator"
-    if not inside.knows_pytorchjob(api):
+    if not inside.serves_pytorchjob(api):
         return [Finding("error", subject, "the API server does not know the kind PyTorchJob", inside.INSTALL_OPERATOR)]
     found = f"the kind PyTorchJob is known; whether it runs can be tried in namespace {api.namespace} alone"
     return [Finding("not checked", subject, found, f"kubectl create namespace {api.namespace}")]

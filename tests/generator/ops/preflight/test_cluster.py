@@ -13,14 +13,14 @@ import yaml
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.test_preflight import claim, mark_probe, namespace, node
 from genvalues.cluster.api import connect
-from genvalues.cluster.preflight import Pace, preflight
+from genvalues.cluster.preflight import PreflightTimings, preflight
 from genvalues.common.dicts import merge
 from genvalues.common.findings import Finding
 from genvalues.inputs.chart import BESIDE_THE_SOURCES as CHART
 from genvalues.ops.preflight import cluster_checks as outside
 from genvalues.ops.preflight.cluster_checks import check_cluster, rendered
 
-QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)
+QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3)
 TRN1 = yaml.safe_load((CHART.parent / "values" / "trn1.values.yaml").read_text())
 CLAIM, RELEASE = "llama-lora-workspace", "llama-lora"
 
@@ -81,10 +81,10 @@ def test_the_chart_tells_what_to_look_for(objects: list[dict[str, Any]]) -> None
 
 def test_before_the_first_install_a_claim_that_install_makes_is_right(ready: FakeApi) -> None:
     assert [str(finding) for finding in check()] == [
-        "ok           training operator: knows PyTorchJob and acts on it",
+        "ok           training operator: installed, and reconciles PyTorchJobs",
         f"ok           claim {CLAIM}: is not there yet: install makes it",
         "ok           storage class fsx-sc: provisioner fsx.csi.aws.com",
-        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline, which lets storage-prepare run as root",
+        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline, which allows storage-prepare to run as root",
         "ok           secret hf-token: has key token",
         "ok           aws.amazon.com/neuron: 16 on each of 1 nodes of type ml.trn1.32xlarge",
         "ok           vpc.amazonaws.com/efa: 8 on each of 1 nodes of type ml.trn1.32xlarge",
