@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is installed, by both Helms, with the key and the fix."""
+"""Invalid values are rejected before anything is installed, with the key and a fix, by Helm 3 and 4."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import pytest
 
 from chart.manifests import CHART, MINIMAL, Refused, Values, merged, pods, render
 
-# By the schema: values, and the key that the message must name.
+# Rejected by the schema: values, and the key that the message must name.
 MISFITS: dict[str, tuple[Values, str]] = {
     "unknown section": ({"trainning": {}}, "trainning"),
     "unknown key": ({"lora": {"rank": 8}}, "rank"),
     "unknown stage": ({"stages": {"rehearse": {}}}, "rehearse"),
     "unknown key of a stage": ({"stages": {"train": {"replicas": 2}}}, "replicas"),
-    "section removed": ({"training": None}, "training"),
-    "default removed": ({"stageDefaults": {"resources": {"limits": None}}}, "limits"),
     "text for a number": ({"training": {"learningRate": "5e-5 or so"}}, "learningRate"),
     "number for text": ({"model": {"revision": 20241001}}, "revision"),
-    "text for a truth value": ({"training": {"packing": "False"}}, "packing"),
+    "text for a boolean": ({"training": {"packing": "False"}}, "packing"),
     "fraction of a step": ({"training": {"saveSteps": 1.5}}, "saveSteps"),
     "learning rate 0": ({"training": {"learningRate": 0}}, "learningRate"),
     "maxSteps 0": ({"training": {"maxSteps": 0}}, "maxSteps"),
@@ -26,16 +24,16 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "dropout 1": ({"lora": {"dropout": 1}}, "dropout"),
     "unknown module": ({"lora": {"targetModules": ["attention"]}}, "targetModules"),
     "no modules": ({"lora": {"targetModules": []}}, "targetModules"),
-    "everything held out": ({"dataset": {"evalFraction": 1}}, "evalFraction"),
+    "all rows held out": ({"dataset": {"evalFraction": 1}}, "evalFraction"),
     "unknown format": ({"dataset": {"format": "alpaca"}}, "format"),
     "unknown column": ({"dataset": {"columns": {"question": "q"}}}, "question"),
     "unknown backend": ({"backend": "cuda"}, "backend"),
     "unknown mode": ({"pipeline": {"mode": "background"}}, "mode"),
-    "no instance type": ({"instance": "trn1"}, "instance"),
+    "invalid instance type": ({"instance": "trn1"}, "instance"),
     "tag in the repository": ({"image": {"repository": "llama-lora:v1"}}, "repository"),
     "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
-    "a token where its Secret is named": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
+    "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
     "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
     "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
     "half a device": ({"devices": {"aws.amazon.com/neuron": 0.5}}, "devices"),
@@ -43,30 +41,30 @@ MISFITS: dict[str, tuple[Values, str]] = {
         {"stages": {"merge": {"resources": {"limits": {"aws.amazon.com/neuron": 16}}}}},
         "aws.amazon.com/neuron",
     ),
-    "no quantity": ({"stageDefaults": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),
-    "a folder of the node": (
+    "invalid quantity": ({"stageDefaults": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),
+    "a folder on the node": (
         {"stages": {"train": {"extraVolumes": {"dev": {"hostPath": {"path": "/dev"}}}}}},
         "hostPath",
     ),
     "root": ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
-    "a cleanup that gives up before a train pod has saved": ({"cleanup": {"timeoutSeconds": 110}}, "timeoutSeconds"),
+    "a cleanup timeout shorter than the grace period": ({"cleanup": {"timeoutSeconds": 110}}, "timeoutSeconds"),
     "dots in the compile cache's path": ({"workspace": {"mountPath": "/mnt/v1.0"}}, "mountPath"),
     "unknown kind of storage": ({"storage": {"kind": "efs"}}, "kind"),
     "unknown key of storage": ({"storage": {"claim": "x"}}, "claim"),
     "unknown key of FSx": ({"storage": {"fsx": {"throughput": 1}}}, "throughput"),
-    "on, which Helm takes for true": ({"compile": {"true": "cpu"}}, "compile"),
+    "on, which YAML reads as true": ({"compile": {"true": "cpu"}}, "compile"),
     "unknown attention": ({"training": {"attention": "flash_attention_2"}}, "attention"),
-    "a limit of nothing": ({"guards": {"maxCost": 0}}, "maxCost"),
-    "a time in bare seconds": ({"guards": {"stallTimeout": 1800}}, "stallTimeout"),
-    "a price with its currency": ({"guards": {"pricePerNodeHour": "$21.50"}}, "pricePerNodeHour"),
-    "no size": ({"storage": {"size": "big"}}, "size"),
+    "a cost limit of 0": ({"guards": {"maxCost": 0}}, "maxCost"),
+    "a duration without a unit": ({"guards": {"stallTimeout": 1800}}, "stallTimeout"),
+    "a price with a currency": ({"guards": {"pricePerNodeHour": "$21.50"}}, "pricePerNodeHour"),
+    "invalid size": ({"storage": {"size": "big"}}, "size"),
     "no access mode": ({"storage": {"accessModes": []}}, "accessModes"),
     "full name too long for worker pods": ({"fullnameOverride": "x" * 39}, "fullnameOverride"),
-    "full name that no Service can have": ({"fullnameOverride": "1st"}, "fullnameOverride"),
-    "run name that leaves its folder": ({"name": "../other"}, "name"),
+    "full name that is not valid for a Service": ({"fullnameOverride": "1st"}, "fullnameOverride"),
+    "run name outside its folder": ({"name": "../other"}, "name"),
 }
 
-# By the templates: values, and the whole message.
+# Rejected by the templates: values, and a part of the message.
 NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
@@ -255,6 +253,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
 
 
 LONG_NAME = "pipeline.mode detached requires a release name of at most 49 characters"
+
+
+def test_a_removed_section_gets_its_defaults(helm: int) -> None:
+    assert render(merged(MINIMAL, {"training": None}), helm=helm) == render(MINIMAL, helm=helm)
 
 
 def refusal(values: Values, helm: int, release: str = "llama") -> str:

@@ -84,7 +84,8 @@ def test_before_the_first_install_a_claim_that_install_makes_is_right(ready: Fak
         "ok           training operator: installed, and reconciles PyTorchJobs",
         f"ok           claim {CLAIM}: is not there yet: install makes it",
         "ok           storage class fsx-sc: provisioner fsx.csi.aws.com",
-        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline, which allows storage-prepare to run as root",
+        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline,"
+        " which allows storage-prepare to run as root",
         "ok           secret hf-token: has key token",
         "ok           aws.amazon.com/neuron: 16 on each of 1 nodes of type ml.trn1.32xlarge",
         "ok           vpc.amazonaws.com/efa: 8 on each of 1 nodes of type ml.trn1.32xlarge",
