@@ -1,13 +1,13 @@
 {{- /*
-    Every name, one helper. Nothing else spells a name.
+    One helper for each object name. Templates use only these.
 
     The longest name is that of a PyTorchJob's worker pod, which is also its host name (at most 63 characters):
         FULLNAME-compile-REVISION-worker-1023      38 + 9 + 4 + 12
 */}}
 
-{{- /* The release's name. A name that is too long, has dots, or begins with a digit (the training operator makes a
-       Service per worker, whose name begins with a letter) is changed, and then ends with a hash of the whole:
-       two releases never share a name. */}}
+{{- /* The release's name. A name that is too long, contains dots or starts with a digit (the training operator creates a
+       Service for each worker, whose name must start with a letter) is changed and gets a hash of the original as its
+       suffix, so that two releases never share a name. */}}
 {{- define "llama-lora.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride }}
@@ -18,18 +18,18 @@
 {{- end }}
 {{- end }}
 
-{{- /* What app.kubernetes.io/name says. */}}
+{{- /* The value of app.kubernetes.io/name. */}}
 {{- define "llama-lora.name" -}}
 {{ .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{- /* The run's folder: WORKSPACE/runs/NAME. */}}
+{{- /* NAME in the run's folder, WORKSPACE/runs/NAME. */}}
 {{- define "llama-lora.run.name" -}}
 {{ .Values.name | default .Release.Name }}
 {{- end }}
 
-{{- /* The label of everything that works in this run's folder, in whatever release. A label's value has at most 63
-       characters, so the hash stands for what is cut off, and for the volume. */}}
+{{- /* The label of all objects that use this run's folder, in any release. A label value has at most 63 characters, so
+       the name is truncated and followed by a hash of the claim and the full name. */}}
 {{- define "llama-lora.run.label" -}}
 {{- $run := include "llama-lora.run.name" . }}
 {{- $run | trunc 46 }}-{{ printf "%s/%s" (include "llama-lora.claim.name" .) $run | sha256sum | trunc 16 }}
@@ -39,7 +39,7 @@
 {{ include "llama-lora.fullname" . }}-config
 {{- end }}
 
-{{- /* The claim that every stage mounts: an existing one, or the storage subchart's. */}}
+{{- /* The claim that every stage mounts: an existing one, or that of the subchart storage. */}}
 {{- define "llama-lora.claim.name" -}}
 {{- if .Values.storage.existingClaim }}
 {{- .Values.storage.existingClaim }}
@@ -61,7 +61,7 @@
 {{ include "llama-lora.fullname" . }}-tokenize
 {{- end }}
 
-{{- /* With the revision: a later Helm command adds its own PyTorchJob beside a healthy one, and never replaces it. */}}
+{{- /* Includes the revision, so that a later Helm command creates a new PyTorchJob and never replaces a running one. */}}
 {{- define "llama-lora.compile.name" -}}
 {{ include "llama-lora.fullname" . }}-compile-{{ .Release.Revision }}
 {{- end }}
@@ -107,7 +107,7 @@
 {{ include "llama-lora.fullname" . }}-cleanup-before-install
 {{- end }}
 
-{{- /* With the revision: a Job cannot be changed, so an upgrade makes a new one. */}}
+{{- /* Includes the revision: a Job is immutable, so an upgrade creates a new one. */}}
 {{- define "llama-lora.runner.name" -}}
 {{ include "llama-lora.fullname" . }}-runner-{{ .Release.Revision }}
 {{- end }}
@@ -117,7 +117,7 @@
 {{ .Release.Name }}-run
 {{- end }}
 
-{{- /* Service accounts; their roles and bindings have the same names. */}}
+{{- /* Service accounts. Their Roles and RoleBindings have the same names. */}}
 {{- define "llama-lora.rbac.prefix" -}}
 {{ .Values.rbac.namePrefix | default (include "llama-lora.fullname" .) }}
 {{- end }}
@@ -126,7 +126,7 @@
 {{ include "llama-lora.rbac.prefix" . }}-preflight
 {{- end }}
 
-{{- /* Cluster-scoped: the namespace in front, set apart by a dot, which no namespace's name contains. */}}
+{{- /* Cluster-scoped, so prefixed with the namespace and a dot, which a namespace's name cannot contain. */}}
 {{- define "llama-lora.preflight.clusterRole" -}}
 {{ .Release.Namespace }}.{{ include "llama-lora.preflight.account" . }}
 {{- end }}
@@ -147,7 +147,7 @@
 {{ include "llama-lora.rbac.prefix" . }}-tokenize
 {{- end }}
 
-{{- /* Of every other stage: without rights, and never mounted. */}}
+{{- /* The account of all other stages. It has no permissions, and its token is not mounted. */}}
 {{- define "llama-lora.stage.account" -}}
 {{ include "llama-lora.rbac.prefix" . }}-stage
 {{- end }}

@@ -1,4 +1,4 @@
-{{- /* Labels of every object. Arguments: root, component. */}}
+{{- /* Labels of all objects. Arguments: root, component. */}}
 {{- define "llama-lora.labels" -}}
 {{- $root := .root -}}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
@@ -10,7 +10,7 @@ app.kubernetes.io/part-of: llama-lora
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
-{{- /* Labels of a stage's object and pods: those, and the run. Arguments: root, stage. */}}
+{{- /* Labels of a stage's objects and pods: those above and the run. Arguments: root, stage. */}}
 {{- define "stage.labels" -}}
 {{ include "llama-lora.labels" (dict "root" .root "component" .stage) }}
 llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
@@ -25,7 +25,7 @@ llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
 {{- end }}
 {{- end }}
 
-{{- /* "true" where the stages are hooks of this release, "" where a runner installs them. */}}
+{{- /* "true" if the stages are hooks of this release, "" if a runner installs them. */}}
 {{- define "llama-lora.attached" -}}
 {{- if eq .Values.pipeline.mode "attached" }}true{{ end }}
 {{- end }}

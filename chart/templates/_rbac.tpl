@@ -1,7 +1,7 @@
 {{- /*
-    A service account, its role and the binding of both, all with the account's name.
+    A ServiceAccount, its Role and its RoleBinding, all with the account's name.
 
-    root, component, account (name), rules (YAML), annotations (optional)
+    Arguments: root, component, account (name), rules (YAML), annotations (optional)
 */}}
 {{- define "rbac.account-with-role" -}}
 {{- $metadata := include "rbac.metadata" . -}}
@@ -9,7 +9,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata:
   {{- $metadata | nindent 2 }}
-automountServiceAccountToken: false     # the pods that need the token say so
+automountServiceAccountToken: false     # pods that need the token set this to true
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role

@@ -1,12 +1,12 @@
 {{- /*
     A stage that is a Job. Arguments: those of stage.pod, and
 
-    weight           the hook's weight; without one it is an ordinary object of the release
+    weight           the hook's weight; without it, the Job is not a hook
     hooks            default: post-install,post-upgrade
     deletePolicy     default: before-hook-creation
-    needsCluster     `genvalues local` leaves it out
-    finalStatuses    exit statuses after which trying again cannot help; default: 2, the user must change something
-    activeDeadlineSeconds      instead of the settings'
+    needsCluster     `genvalues local` skips the stage
+    finalStatuses    exit statuses that are not retried; default: 2, the user must change something
+    activeDeadlineSeconds      overrides the settings'
 */}}
 {{- define "stage.job" -}}
 {{- $settings := include "stage.settings" . | fromYaml -}}
@@ -26,7 +26,7 @@ metadata:
     helm.sh/hook: {{ .hooks | default "post-install,post-upgrade" }}
     helm.sh/hook-weight: {{ .weight | quote }}
     helm.sh/hook-delete-policy: {{ .deletePolicy | default "before-hook-creation" }}
-    helm.sh/hook-output-log-policy: hook-failed       # Helm 3.18 and newer print the log
+    helm.sh/hook-output-log-policy: hook-failed       # prints the log, since Helm 3.18
     {{- end }}
 spec:
   backoffLimit: {{ int $settings.backoffLimit }}
@@ -40,8 +40,8 @@ spec:
           containerName: {{ .container | default .stage }}
           operator: In
           values: {{ .finalStatuses | default (list 2) | toJson }}
-        onPodConditions: []   # the API description of Kubernetes 1.28, which Helm checks, demands the key
-      - action: Ignore        # a drained or lost node costs no retry
+        onPodConditions: []   # required by the OpenAPI schema of Kubernetes 1.28, which Helm checks
+      - action: Ignore        # a drained or lost node does not count as a retry
         onPodConditions:
           - type: DisruptionTarget
             status: "True"
@@ -49,8 +49,8 @@ spec:
     {{- include "stage.pod" (merge (dict "container" .stage) .) | nindent 4 }}
 {{- end }}
 
-{{- /* A stage of the trainer that runs on CPU nodes: its command, the run config, the volume, no rights.
-       Arguments: root, stage, weight, and what differs. */}}
+{{- /* A stage of the trainer that runs on CPU nodes, with the run config and the volume, without API permissions.
+       Arguments: root, stage, weight, and overrides of the dict below. */}}
 {{- define "stage.trainer" -}}
 {{- $own := dict
       "name" (include (printf "llama-lora.%s.name" .stage) .root)

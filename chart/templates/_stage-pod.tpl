@@ -1,5 +1,5 @@
 {{- /*
-    The pod of a stage: everything under `template:` (of a Pod: all but what names it).
+    The pod of a stage: everything under `template:`.
 
     root             the chart's context
     stage            the stage's name; also the component label
@@ -10,11 +10,11 @@
     callsApi         mounts the account's token
     config           mounts the run config
     workspace        mounts the volume
-    readOnly         to read it alone
+    readOnly         mounts the volume read-only
     token            sets HF_TOKEN from the Secret
-    trains           compile and train: devices, the nodes that have them, shared memory, time to save
+    trains           compile and train: requests devices and nodes that have them, shared memory, time to save
     compiles         compiles graphs for the accelerator on a CPU
-    runAsRoot        storage-prepare alone
+    runAsRoot        only for storage-prepare
 */}}
 {{- define "stage.pod" -}}
 {{- $values := .root.Values }}
@@ -35,7 +35,7 @@ spec:
   {{- if .trains }}
   terminationGracePeriodSeconds: 120      # to save a checkpoint
   {{- else }}
-  restartPolicy: Never      # what a podFailurePolicy needs; of a PyTorchJob it is the replica's
+  restartPolicy: Never      # required by podFailurePolicy; a PyTorchJob sets it on the replica
   {{- end }}
   {{- with $values.image.pullSecrets }}
   imagePullSecrets:
@@ -141,10 +141,10 @@ spec:
         claimName: {{ include "llama-lora.claim.name" .root | quote }}
     {{- end }}
     {{- if .trains }}
-    - name: shm               # the container runtime's own has 64 MB
+    - name: shm               # the container runtime's default has 64 MB
       emptyDir:
         medium: Memory
-        sizeLimit: {{ $values.sharedMemory | quote }}     # full, a write fails and says so; without, the pod is killed
+        sizeLimit: {{ $values.sharedMemory | quote }}     # a write beyond it fails; without a limit the pod is killed
     {{- end }}
     {{- range $name, $source := $settings.extraVolumes }}
     - name: {{ $name | quote }}
@@ -152,13 +152,13 @@ spec:
     {{- end }}
 {{- end }}
 
-{{- /* Where the pod above mounts the chart's own volumes, the workspace apart. */}}
+{{- /* Mount paths of the chart's volumes in the pod above, without the workspace. */}}
 {{- define "stage.mountPaths" -}}
 {{ list "/tmp" "/etc/llama-lora" "/dev/shm" | toJson }}
 {{- end }}
 
-{{- /* stageDefaults, and over them, key by key, what the stage says for itself. Lists and plain values are replaced.
-       (mergeOverwrite would skip a stage's 0, "" and false.) */}}
+{{- /* stageDefaults, overridden key by key by the stage's settings. Lists and scalars are replaced. (mergeOverwrite would
+       ignore a stage's 0, "" and false.) */}}
 {{- define "stage.settings" -}}
 {{- include "stage.override" (dict "base" .root.Values.stageDefaults "over" (get .root.Values.stages .settings)) }}
 {{- end }}
@@ -174,12 +174,12 @@ spec:
 {{- toYaml $result }}
 {{- end }}
 
-{{- /* Devices are asked for where the stage trains, and nowhere else. */}}
+{{- /* Only stages that train request devices. */}}
 {{- define "stage.resources" -}}
 {{- $resources := (include "stage.settings" . | fromYaml).resources }}
 {{- range $bound, $quantities := $resources }}
 {{- range $resource, $quantity := $quantities }}
-{{- $_ := set $quantities $resource (toString $quantity) }}     {{- /* a PyTorchJob takes no 1.5, only "1.5" */}}
+{{- $_ := set $quantities $resource (toString $quantity) }}     {{- /* a PyTorchJob accepts "1.5", but not 1.5 */}}
 {{- end }}
 {{- if $.trains }}
 {{- range $device, $count := $.root.Values.devices }}

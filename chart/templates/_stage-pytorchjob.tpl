@@ -1,12 +1,12 @@
 {{- /*
     A stage on the Trainium nodes, as a PyTorchJob: compile and train. Arguments: root, stage, weight.
 
-    Helm counts this hook as done as soon as it exists. So it is made suspended, and its gate, the hook at the next
-    weight, releases it, follows it and ends as it ends. It is named with the revision and has no before-hook-creation:
-    a later Helm command never kills a healthy run.
+    Helm considers this hook complete as soon as it exists. So it is created suspended, and its gate, the hook at the next
+    weight, releases it, follows it and ends with its outcome. Its name contains the revision and it has no
+    before-hook-creation policy, so that a later Helm command never stops a running job.
 
-    Workers only, because the operator gives the workers of a job with a Master an init container that Pod Security
-    `restricted` refuses; they find each other at the first worker (c10d), without etcd.
+    It has only workers: with a Master, the operator adds an init container to the workers that Pod Security `restricted`
+    rejects. The workers rendezvous at the first worker (c10d), without etcd.
 */}}
 {{- define "stage.pytorchjob" -}}
 {{- $values := .root.Values }}
@@ -41,9 +41,9 @@ spec:
     maxReplicas: {{ $nodes }}
   runPolicy:
     suspend: true
-    cleanPodPolicy: None      # the job has succeeded as soon as one worker has; the others must not be killed for it
-    # The operator adds up the restarts of all workers, of which one takes the others with it, and ends the job as soon
-    # as this many have begun. The gate counts them for each worker.
+    cleanPodPolicy: None      # the job succeeds as soon as one worker does; the others must not be killed then
+    # The operator counts the restarts of all workers together, and one failure restarts all of them. It ends the job
+    # when this many have started. The gate counts the restarts of each worker.
     backoffLimit: {{ add 1 (mul $nodes (int $settings.backoffLimit)) }}
     {{- with $settings.activeDeadlineSeconds }}
     activeDeadlineSeconds: {{ int64 . }}
@@ -65,8 +65,8 @@ spec:
               "trains" true) | nindent 8 }}
 {{- end }}
 
-{{- /* The gate of a PyTorchJob, at the next weight. It ends with status 1 when the stage has failed, after the retries
-       of its own. Arguments: root, stage (of the PyTorchJob), weight. */}}
+{{- /* The gate of a PyTorchJob, at the next weight. It ends with status 1 if the stage has failed after its retries.
+       Arguments: root, stage (of the PyTorchJob), weight. */}}
 {{- define "stage.gate" -}}
 {{- $gate := printf "%s-gate" .stage }}
 {{- include "stage.job" (dict

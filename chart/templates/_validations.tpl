@@ -1,17 +1,18 @@
 {{- /*
-    What the schema cannot say, because it spans keys. All mistakes at once, each with its key and its fix.
-    (`helm lint` renders without failing here, so the chart's bare defaults, which lack a model and a dataset, lint.)
+    Rules that span several keys, which a schema cannot express. All problems are reported at once, each with its key and
+    a fix. genvalues/settings/value_rules.py has the same rules for inputs files.
+    (`helm lint` ignores `fail`, so the chart's defaults, which have no model and no dataset, pass it.)
 */}}
 {{- define "llama-lora.validations" -}}
-{{- $mistakes := list }}
+{{- $problems := list }}
 {{- range $check := list "model" "dataset" "training" "parallelism" "devices" "neuron" "guards" "storage" "workspace" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
-{{- $mistakes = concat $mistakes (splitList "\n" $found) }}
+{{- $problems = concat $problems (splitList "\n" $found) }}
 {{- end }}
 {{- end }}
-{{- if $mistakes }}
-{{- fail (printf "these values cannot work:\n\n  %s\n" (join "\n  " $mistakes)) }}
+{{- if $problems }}
+{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $problems)) }}
 {{- end }}
 {{- end }}
 
@@ -20,26 +21,26 @@
 {{- if and $model.id $model.path }}
 model.id and model.path are both set. Keep one: model.id for the Hugging Face Hub, model.path for files.
 {{- else if not (or $model.id $model.path) }}
-model.id is empty. Set it, e.g. --set model.id=meta-llama/Meta-Llama-3.1-8B, or model.path.
+model.id is required. Set it, e.g. --set model.id=meta-llama/Meta-Llama-3.1-8B, or model.path.
 {{- end }}
 {{- if and $model.path $model.revision }}
-model.revision is set, but a model.path has no revisions. Remove model.revision.
+model.revision cannot be combined with model.path. Remove model.revision.
 {{- end }}
 {{- end }}
 
 {{- define "llama-lora.validations.dataset" -}}
 {{- $dataset := .Values.dataset }}
 {{- if not $dataset.source }}
-dataset.source is empty. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
+dataset.source is required. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
 {{- end }}
 {{- if and (regexMatch "\\.(jsonl|json|csv|parquet|txt)$" $dataset.source) (not (regexMatch "^(/|s3://)" $dataset.source)) }}
-dataset.source {{ $dataset.source }} is a relative path, and pods cannot see this computer's files. Put the file on the volume and give its absolute path there, e.g. {{ .Values.workspace.mountPath }}/{{ base $dataset.source }}.
+dataset.source {{ $dataset.source }} is a relative path, which pods cannot read. Copy the file to the volume and set its absolute path there, e.g. {{ .Values.workspace.mountPath }}/{{ base $dataset.source }}.
 {{- end }}
 {{- if not $dataset.format }}
-dataset.format is empty. Set it to text, instruction, prompt-completion or chat.
+dataset.format is required. Set it to text, instruction, prompt-completion or chat.
 {{- end }}
 {{- if and .Values.evaluation.enabled (not $dataset.evalFraction) }}
-evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise dataset.evalFraction, or set evaluation.enabled to false.
+evaluation.enabled is true, but dataset.evalFraction 0 leaves no rows to evaluate on. Raise dataset.evalFraction, or set evaluation.enabled to false.
 {{- end }}
 {{- end }}
 
@@ -47,9 +48,9 @@ evaluation.enabled is true, but dataset.evalFraction 0 holds no rows out. Raise 
 {{- $training := .Values.training }}
 {{- if eq $training.attention "flash" }}
 {{- if eq .Values.backend "cpu" }}
-training.attention is flash, which backend cpu does not have. Set it to eager.
+training.attention flash is not supported by backend cpu. Set it to eager.
 {{- else if mod $training.maxSequenceLength 2048 }}
-training.maxSequenceLength {{ $training.maxSequenceLength }} is no multiple of 2048, which training.attention flash needs. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to eager.
+training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention flash requires. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to eager.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -66,14 +67,14 @@ training.maxSequenceLength {{ $training.maxSequenceLength }} is no multiple of 2
 parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}. {{ $fix }}.
 {{- end }}
 {{- if and (eq .Values.backend "cpu") (gt (int $layout.tensorParallelSize) 1) }}
-parallelism.tensorParallelSize is {{ $layout.tensorParallelSize }}, but backend cpu is data parallel only. Set it to 1, or backend to neuron.
+parallelism.tensorParallelSize is {{ $layout.tensorParallelSize }}, but backend cpu supports only data parallelism. Set it to 1, or backend to neuron.
 {{- end }}
 {{- end }}
 
 {{- define "llama-lora.validations.devices" -}}
 {{- if eq .Values.backend "neuron" }}
 {{- if not (hasKey .Values.devices "aws.amazon.com/neuron") }}
-devices has no aws.amazon.com/neuron, which backend neuron needs. Set devices to those of one node, for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
+devices has no aws.amazon.com/neuron, which backend neuron requires. Set devices to those of one node, e.g. for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
 {{- end }}
 {{- if eq .Values.instance "cpu" }}
 instance is cpu, but backend is neuron. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to cpu.
@@ -81,7 +82,7 @@ instance is cpu, but backend is neuron. Set instance to the nodes' type, e.g. ml
 {{- end }}
 {{- range $device := list "aws.amazon.com/neurondevice" "aws.amazon.com/neuroncore" }}
 {{- if hasKey $.Values.devices $device }}
-devices.{{ $device }} is not what the Neuron device plugin offers whole nodes by. Use aws.amazon.com/neuron.
+devices.{{ $device }} is not supported, because it does not count whole devices. Use aws.amazon.com/neuron.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -93,41 +94,41 @@ devices.{{ $device }} is not what the Neuron device plugin offers whole nodes by
 {{- if and $generation (ne $generation $neuron.target) }}
 neuron.target is {{ $neuron.target }}, but instance is {{ .Values.instance }}. Set neuron.target to {{ $generation }}{{ if eq $generation "trn2" }}, and neuron.logicalCoreSize to 2{{ end }}.
 {{- else if and (eq $neuron.target "trn1") (ne (int $neuron.logicalCoreSize) 1) }}
-neuron.logicalCoreSize is {{ $neuron.logicalCoreSize }}, but neuron.target trn1 has cores of one only. Set it to 1.
+neuron.logicalCoreSize is {{ $neuron.logicalCoreSize }}, but neuron.target trn1 supports only 1. Set it to 1.
 {{- end }}
 {{- if and (gt (int .Values.parallelism.nodes) 1) (not (hasKey .Values.devices "vpc.amazonaws.com/efa")) }}
-devices has no vpc.amazonaws.com/efa, without which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) cannot train together. Set it to the number that one node has, or parallelism.nodes to 1.
+devices has no vpc.amazonaws.com/efa, which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) require. Set it to the number per node, or set parallelism.nodes to 1.
 {{- end }}
 {{- include "llama-lora.validations.neuron.environment" . }}
 {{- end }}
 {{- end }}
 
-{{- /* What a user's environment must not change, or must change in both stages: a graph that train builds otherwise than
-       compile did is compiled while the accelerator waits. */}}
+{{- /* Environment variables that a user must not set, or must set in both stages: if train builds another graph than
+       compile, the graph is compiled while the accelerator is idle. */}}
 {{- define "llama-lora.validations.neuron.environment" -}}
 {{- $environments := dict }}
 {{- range $stage := list "compile" "neff" "train" }}
 {{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).extraEnv }}
 {{- $_ := set $environments $stage $extra }}
 {{- if hasKey $extra "NEURON_COMPILE_CACHE_URL" }}
-stages.{{ $stage }}: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is below workspace.mountPath.
+stages.{{ $stage }}: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is in workspace.mountPath.
 {{- end }}
 {{- if hasKey $extra "NEURON_LOGICAL_NC_CONFIG" }}
 stages.{{ $stage }}: extraEnv.NEURON_LOGICAL_NC_CONFIG is set by the chart. Use neuron.logicalCoreSize.
 {{- end }}
 {{- if contains "--cache_dir" (get $extra "NEURON_CC_FLAGS" | toString) }}
-stages.{{ $stage }}: extraEnv.NEURON_CC_FLAGS moves the compiler's cache, by --cache_dir, away from where the stages look for it. Remove --cache_dir.
+stages.{{ $stage }}: extraEnv.NEURON_CC_FLAGS contains --cache_dir, which moves the compiler's cache. Remove --cache_dir.
 {{- end }}
 {{- range $name := list "XLA_USE_BF16" "XLA_DOWNCAST_BF16" }}
 {{- if hasKey $extra $name }}
-stages.{{ $stage }}: extraEnv.{{ $name }} has been out of use since Neuron 2.25, and would spoil what is kept in fp32 before. Remove it: the weights are loaded in bf16.
+stages.{{ $stage }}: extraEnv.{{ $name }} is not supported since Neuron 2.25; before that it converts fp32 tensors to bf16. Remove it: the weights are loaded in bf16.
 {{- end }}
 {{- end }}
 {{- end }}
 {{- range $name := concat (keys $environments.compile) (keys $environments.train) | uniq | sortAlpha }}
 {{- if and (regexMatch "^(NEURON|XLA)_" $name) (not (hasPrefix "NEURON_RT_" $name)) }}
 {{- if ne (get $environments.compile $name | toString) (get $environments.train $name | toString) }}
-stages.compile and stages.train differ in extraEnv.{{ $name }}, so that train's graphs would not be those that compile made. Set it in both.
+stages.compile and stages.train differ in extraEnv.{{ $name }}, so train needs other graphs than compile has compiled. Set it in both.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -136,13 +137,13 @@ stages.compile and stages.train differ in extraEnv.{{ $name }}, so that train's 
 {{- define "llama-lora.validations.guards" -}}
 {{- $guards := .Values.guards }}
 {{- if and $guards.maxCost (not $guards.pricePerNodeHour) }}
-guards.maxCost is {{ $guards.maxCost }}, but guards.pricePerNodeHour, which the cost is counted by, is empty. Set it to the dollars that one {{ .Values.instance }} node costs an hour, or guards.maxCost to null.
+guards.maxCost is {{ $guards.maxCost }}, but guards.pricePerNodeHour is empty. Set it to the price in dollars of one {{ .Values.instance }} node per hour, or set guards.maxCost to null.
 {{- end }}
 {{- with $guards.stallTimeout }}
 {{- if not (regexMatch "^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?$" .) }}
-guards.stallTimeout {{ . }} is no duration. Set it to one like 45m or 1h30m, or leave it empty for none.
+guards.stallTimeout {{ . }} is not a valid duration. Set it to e.g. 45m or 1h30m, or leave it empty for no limit.
 {{- else if not (regexMatch "[1-9]" .) }}
-guards.stallTimeout {{ . }} would end every training at once. Set it to e.g. 30m, or leave it empty for none.
+guards.stallTimeout {{ . }} would stop every training at once. Set it to e.g. 30m, or leave it empty for no limit.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -155,27 +156,27 @@ storage.enabled is false and storage.existingClaim is empty. Name the claim to u
 {{- else }}
 {{- $gibibytes := trimSuffix "Gi" $storage.size | int }}
 {{- if and (eq $storage.kind "fsx") (ne $storage.size "1200Gi") (or (not (hasSuffix "Gi" $storage.size)) (mod $gibibytes 2400)) }}
-storage.size {{ $storage.size }} is no size of FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.
+storage.size {{ $storage.size }} is not a valid size for FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.
 {{- end }}
 {{- if eq $storage.kind "fsx-static" }}
 {{- range $key := list "fileSystemId" "dnsName" "mountName" }}
 {{- if not (get $storage.static $key) }}
-storage.static.{{ $key }} is empty, which storage.kind fsx-static needs. `aws fsx describe-file-systems` says it.
+storage.static.{{ $key }} is required for storage.kind fsx-static. Set it to the value shown by `aws fsx describe-file-systems`.
 {{- end }}
 {{- end }}
 {{- end }}
 {{- if and (eq $storage.kind "fsx") $storage.fsx.createStorageClass }}
 {{- if not $storage.fsx.subnetId }}
-storage.fsx.subnetId is empty, which storage.fsx.createStorageClass needs. Give the subnet of the Trainium nodes.
+storage.fsx.subnetId is required for storage.fsx.createStorageClass. Set it to the subnet of the Trainium nodes.
 {{- end }}
 {{- if not $storage.fsx.securityGroupIds }}
-storage.fsx.securityGroupIds is empty, which storage.fsx.createStorageClass needs. Give security groups that allow ports 988 and 1018-1023.
+storage.fsx.securityGroupIds is required for storage.fsx.createStorageClass. Set it to security groups that allow ports 988 and 1018-1023.
 {{- end }}
 {{- else if and (eq $storage.kind "fsx") (not $storage.storageClass) }}
-storage.storageClass is empty, which storage.kind fsx needs. Name the class of the FSx CSI driver (often fsx-sc), or set storage.fsx.createStorageClass to true.
+storage.storageClass is required for storage.kind fsx. Name the class of the FSx CSI driver (often fsx-sc), or set storage.fsx.createStorageClass to true.
 {{- end }}
 {{- if and (gt (int .Values.parallelism.nodes) 1) (not (has "ReadWriteMany" $storage.accessModes)) }}
-storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) need. Add it, with a storage class that offers it.
+storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) require. Add it, with a storage class that supports it.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -184,32 +185,32 @@ storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} n
 {{- define "llama-lora.validations.workspace" -}}
 {{- $path := .Values.workspace.mountPath }}
 {{- if or (has $path (include "stage.mountPaths" . | fromJsonArray)) (hasPrefix "/etc/llama-lora/" $path) }}
-workspace.mountPath {{ $path }} is where the chart mounts something else. Use another path, e.g. /workspace.
+workspace.mountPath {{ $path }} is used by another mount of the chart. Use another path, e.g. /workspace.
 {{- end }}
 {{- end }}
 
 {{- define "llama-lora.validations.names" -}}
 {{- if and (not (include "llama-lora.attached" .)) (gt (len .Release.Name) 49) }}
-pipeline.mode detached needs a release name of at most 49 characters, because the runner installs {{ include "llama-lora.run.release" . }}. Choose a shorter one, or set pipeline.mode to attached.
+pipeline.mode detached requires a release name of at most 49 characters, because the runner installs {{ include "llama-lora.run.release" . }}. Choose a shorter one, or set pipeline.mode to attached.
 {{- end }}
 {{- if and (not .Values.rbac.create) (not .Values.rbac.namePrefix) }}
-rbac.namePrefix is empty, which rbac.create false needs. Set it to what the existing service accounts' names begin with.
+rbac.namePrefix is required when rbac.create is false. Set it to the prefix of the existing service accounts' names.
 {{- end }}
 {{- end }}
 
-{{- /* A value is readable by everybody who can read the release. No message shows it. */}}
+{{- /* Values are stored in the release, where others can read them. The messages do not show them. */}}
 {{- define "llama-lora.validations.secrets" -}}
 {{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
 {{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
 {{- range $name, $value := $settings.extraEnv }}
 {{- if regexMatch "(?i)(^|_)(token|secret|passw(or)?d|credentials?|(api|access)?key)(_|$)" $name }}
-{{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret, and values are no place for one. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; give access to AWS by serviceAccount.annotations.
+{{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret. Values can be read by anyone who can read the release. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; grant access to AWS by serviceAccount.annotations.
 {{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{- /* Anything, anywhere in the values, that begins like a Hugging Face token, an AWS access key or a private key. */}}
+{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. */}}
 {{- define "llama-lora.validations.tokens" -}}
 {{- if kindIs "map" .value }}
 {{- range $name, $value := .value }}
@@ -220,7 +221,7 @@ rbac.namePrefix is empty, which rbac.create false needs. Set it to what the exis
 {{- include "llama-lora.validations.tokens" (dict "key" $.key "value" $value) }}
 {{- end }}
 {{- else if regexMatch "\\bhf_[A-Za-z0-9]{20,}|\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|-----BEGIN " (toString .value) }}
-{{ trimPrefix "." .key }} holds what looks like a token or a key, and values are no place for one. Remove it. Put a Hugging Face token in a Secret and name that in huggingFace.tokenSecret.
+{{ trimPrefix "." .key }} contains a token or a key. Values can be read by anyone who can read the release. Remove it. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret.
 {{- end }}
 {{- end }}
 
@@ -230,16 +231,16 @@ rbac.namePrefix is empty, which rbac.create false needs. Set it to what the exis
 {{- $taken := append (include "stage.mountPaths" $ | fromJsonArray) $.Values.workspace.mountPath }}
 {{- range $name, $mount := $settings.extraVolumeMounts }}
 {{- if or (has (clean $mount.mountPath) $taken) (hasPrefix "/etc/llama-lora/" $mount.mountPath) }}
-stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} is taken by another volume. Choose another path.
+stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} is already used by another mount. Choose another path.
 {{- end }}
 {{- $taken = append $taken (clean $mount.mountPath) }}
 {{- if not (hasKey $settings.extraVolumes $name) }}
-stages.{{ $stage }}: extraVolumeMounts.{{ $name }} mounts no volume. Add {{ $name }} to extraVolumes.
+stages.{{ $stage }}: extraVolumeMounts.{{ $name }} refers to an unknown volume. Add {{ $name }} to extraVolumes.
 {{- end }}
 {{- end }}
 {{- range $name := list "tmp" "config" "workspace" "shm" }}
 {{- if hasKey $settings.extraVolumes $name }}
-stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of a volume of the chart's own. Choose another.
+stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's volumes. Choose another.
 {{- end }}
 {{- end }}
 {{- range $resource, $request := $settings.resources.requests }}
@@ -250,7 +251,7 @@ stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more t
 {{- end }}
 {{- $memory := $settings.resources.limits.memory }}
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
-sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, against which it counts. Set it to less.
+sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
 {{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
@@ -258,7 +259,7 @@ stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use work
 {{- end }}
 {{- end }}
 
-{{- /* A Kubernetes quantity as a plain number: 1.5Gi is 1610612736. */}}
+{{- /* A Kubernetes quantity as a number: 1.5Gi is 1610612736. */}}
 {{- define "llama-lora.quantity" -}}
 {{- $factors := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 }}
 {{- $unit := regexFind "[A-Za-z]*$" (toString .) }}

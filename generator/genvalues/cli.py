@@ -14,6 +14,7 @@ import click
 from genvalues import __version__
 from genvalues.commands import Commands
 from genvalues.common.errors import defect, traceback_wanted, user_errors_end_with_status_2
+from genvalues.common.log import configure
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the file's limit
 
@@ -39,6 +40,7 @@ Exit status:
 )
 def genvalues() -> None:
     """From a short inputs file to a LoRA fine-tune of Llama on Trainium: checked values for the chart llama-lora."""
+    configure()
 
 
 def main() -> None:

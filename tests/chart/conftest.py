@@ -17,7 +17,7 @@ def is_detached(path: Path) -> bool:
     return bool(yaml.safe_load(path.read_text()).get("pipeline", {}).get("mode") == "detached")
 
 
-# A detached release has the runner and no stages: what the runner then installs has to keep the promises, too.
+# A detached release has a runner and no stages, so its inner release is tested too.
 RENDERINGS = {path.name.removesuffix("-values.yaml").removesuffix(".yaml"): (path, False) for path in VALUES_FILES}
 RENDERINGS |= {f"{name}-inner": (path, True) for name, (path, _) in RENDERINGS.items() if is_detached(path)}
 
@@ -34,5 +34,5 @@ def values_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def objects(values_file: Path, helm: int) -> list[Object]:
-    """Everything that one values file renders with one Helm."""
+    """The objects of one values file, rendered with one Helm."""
     return render(values_file, helm=helm)

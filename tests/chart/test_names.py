@@ -1,4 +1,4 @@
-"""Names: every object's own, never longer than Kubernetes allows, never another release's."""
+"""Object names are unique, within the limits of Kubernetes, and never those of another release."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: i
         name = item["metadata"]["name"]
         assert isinstance(name, str) and DNS_NAME.fullmatch(name) and len(name) <= 253
         if item["kind"] == "Job":
-            assert DNS_LABEL.fullmatch(name), "it is a label of the Job's pods"
+            assert DNS_LABEL.fullmatch(name), "it is a label value of the Job's pods"
         if item["kind"] == "PyTorchJob":
             later = re.sub(r"-1$", "-9999", name)
             assert SERVICE.fullmatch(f"{later}-worker-1023"), "a worker's pod, host name and Service"
@@ -89,7 +89,7 @@ def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: i
     assert config(objects, "cluster.yaml")["release"] == release
 
 
-def test_the_chart_renders_into_namespaces_that_look_like_numbers(helm: int) -> None:
+def test_namespaces_that_look_like_numbers_are_rendered_as_text(helm: int) -> None:
     for item in render(MINIMAL, helm=helm, namespace="1e3"):
         assert item["kind"] in CLUSTER_SCOPED or item["metadata"]["namespace"] == "1e3"
 
@@ -102,7 +102,9 @@ def test_standard_labels_are_on_every_object_and_pod(objects: list[Object]) -> N
             assert labels["app.kubernetes.io/managed-by"] == "Helm"
             assert labels["app.kubernetes.io/part-of"] == "llama-lora"
             assert labels.keys() >= {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/component"}
-            of_storage = labels["app.kubernetes.io/component"] == "storage"  # kept, so no version's
+            of_storage = (
+                labels["app.kubernetes.io/component"] == "storage"
+            )  # kept on uninstall, so it has no version label
             assert of_storage or labels["app.kubernetes.io/version"] == VERSION
 
 
@@ -110,14 +112,14 @@ def run_label(values: Values, release: str) -> str:
     return str(config(render(merged(MINIMAL, values), release=release), "cluster.yaml")["run"])
 
 
-def test_releases_that_work_in_one_runs_folder_share_its_label_and_no_others_do() -> None:
+def test_only_releases_that_use_one_run_folder_share_the_run_label() -> None:
     shared: Values = {"storage": {"existingClaim": "shared"}, "name": "mine"}
     assert run_label(shared, "a") == run_label(shared, "b")
     outer = render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}))
     inner = render(config(outer, "values.yaml"), release="llama-run")
     assert config(inner, "cluster.yaml")["run"] == config(outer, "cluster.yaml")["run"] == run_label({}, "llama")
     others: list[Values] = [
-        {"name": "mine"},  # on the release's own volume
+        {"name": "mine"},  # on the release's volume
         {"storage": {"existingClaim": "other"}, "name": "mine"},
         {"storage": {"existingClaim": "shared"}, "name": "mine2"},
         {"storage": {"existingClaim": "shared"}, "name": "m" * 62 + "1"},
@@ -132,6 +134,6 @@ def test_overrides_rename_everything_but_the_volume() -> None:
     renamed = render(merged(MINIMAL, {"fullnameOverride": "other"}))
     for item in renamed:
         if item["kind"] == "PersistentVolumeClaim":
-            assert item["metadata"]["name"] == "llama-workspace", "results would be left behind"
+            assert item["metadata"]["name"] == "llama-workspace", "renaming it would lose the results"
         else:
             assert re.match(r"(research\.)?other-", item["metadata"]["name"])

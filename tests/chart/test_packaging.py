@@ -1,4 +1,4 @@
-"""The chart as files: it lints, and a fresh clone renders with no network on both Helms."""
+"""The chart as files: it passes lint, and a fresh clone renders without network access with Helm 3 and 4."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_values_files_of_every_branch_are_tested() -> None:
 def test_every_values_file_passes_lint_strict(values_file: Path, helm: int) -> None:
     done = run_helm(helm, "lint", "--strict", CHART, "--values", values_file)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Fail" not in done.stderr and "funcMap fail" not in done.stderr, "rendered only because lint forgives"
+    assert "Fail" not in done.stderr and "funcMap fail" not in done.stderr, "lint ignores fail"
 
 
-def test_the_bare_chart_lints_and_says_what_it_lacks_when_rendered(helm: int) -> None:
+def test_the_defaults_pass_lint_and_rendering_them_names_the_required_keys(helm: int) -> None:
     assert run_helm(helm, "lint", "--strict", CHART).returncode == 0
     with pytest.raises(Refused) as refused:
         render({}, helm=helm)
@@ -48,20 +48,20 @@ def test_the_bare_chart_lints_and_says_what_it_lacks_when_rendered(helm: int) ->
 def test_both_helms_render_the_same(values_file: Path) -> None:
     def comparable(helm: int) -> list[str]:
         objects = [json.dumps(item, sort_keys=True) for item in render(values_file, helm=helm)]
-        # The values for a detached run: Helm 4 drops nulls, and for both a null is no key.
+        # The inner release's values: Helm 4 drops nulls, and both treat a null as a missing key.
         return sorted(re.sub(r"(\\n *\w+: null)", "", text) for text in objects)
 
     assert comparable(3) == comparable(4)
 
 
-def test_the_lock_at_the_top_is_the_charts_own() -> None:
+def test_the_lock_at_the_top_equals_the_charts() -> None:
     assert (ROOT / "Chart.lock").is_symlink()
     assert str((ROOT / "Chart.lock").readlink()) == "chart/Chart.lock"
     locked = yaml.safe_load((ROOT / "Chart.lock").read_text())
     assert locked["dependencies"] == [{"name": "storage", "repository": "", "version": "0.1.0"}]
 
 
-def test_a_fresh_clone_renders_and_builds_its_dependencies_with_no_network(helm: int, tmp_path: Path) -> None:
+def test_a_fresh_clone_renders_and_builds_its_dependencies_without_network_access(helm: int, tmp_path: Path) -> None:
     clone = tmp_path / "chart"
     shutil.copytree(CHART, clone)
     nothing = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -86,7 +86,7 @@ def package(helm: int, folder: Path) -> Path:
     return file
 
 
-def test_the_package_has_subchart_schema_readme_and_helm_tests_and_no_values_of_ours(helm: int, tmp_path: Path) -> None:
+def test_the_package_has_subchart_schema_readme_and_helm_tests_but_no_test_values(helm: int, tmp_path: Path) -> None:
     with tarfile.open(package(helm, tmp_path)) as packed:
         files = {name.removeprefix("llama-lora/") for name in packed.getnames()}
     assert {"charts/storage/templates/claim.yaml", "values.schema.json", "README.md"} <= files
@@ -94,11 +94,11 @@ def test_the_package_has_subchart_schema_readme_and_helm_tests_and_no_values_of_
     assert not [name for name in files if name.startswith("ci/")]
 
 
-def test_the_package_renders_what_the_folder_does(helm: int, tmp_path: Path) -> None:
+def test_the_package_renders_the_same_as_the_folder(helm: int, tmp_path: Path) -> None:
     packed = package(helm, tmp_path)
     for values in CI_FILES:
         assert render(values, helm=helm, chart=packed) == render(values, helm=helm)
-    with pytest.raises(Refused, match=r"lora[./]r"):  # the schema is enforced from there, too
+    with pytest.raises(Refused, match=r"lora[./]r"):  # the schema is enforced for the package too
         render({**MINIMAL, "lora": {"r": 0}}, helm=helm, chart=packed)
 
 
@@ -114,12 +114,14 @@ def test_the_readmes_example_renders(helm: int) -> None:
     assert render(values, helm=helm)
 
 
-def test_annotations_are_what_artifact_hub_reads() -> None:
+def test_annotations_are_valid_for_artifact_hub() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     annotations = {name.removeprefix("artifacthub.io/"): value for name, value in chart["annotations"].items()}
-    assert set(annotations) == {"license", "category", "prerelease", "changes", "links"}, "images: none is public"
+    assert set(annotations) == {"license", "category", "prerelease", "changes", "links"}, (
+        "no annotation images, because no image is public"
+    )
     assert (annotations["license"], annotations["category"]) == ("Apache-2.0", "ai-machine-learning")
-    assert annotations["prerelease"] in ("true", "false"), "a string: Helm takes no other"
+    assert annotations["prerelease"] in ("true", "false"), "Helm accepts only strings"
     for change in yaml.safe_load(annotations["changes"]):
         assert change.keys() == {"kind", "description"}
         assert change["kind"] in {"added", "changed", "deprecated", "removed", "fixed", "security"}
@@ -127,7 +129,7 @@ def test_annotations_are_what_artifact_hub_reads() -> None:
         assert link.keys() == {"name", "url"} and link["url"].startswith("https://")
 
 
-def test_the_schema_has_draft_07_words_only_and_is_strict() -> None:
+def test_the_schema_is_strict_and_uses_only_keywords_of_draft_07() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
     jsonschema.Draft7Validator.check_schema(schema)
@@ -153,7 +155,7 @@ def test_the_schema_has_draft_07_words_only_and_is_strict() -> None:
     check(schema, "values")
 
 
-def test_every_default_is_in_the_schema_described_and_fits_it() -> None:
+def test_every_default_is_described_in_the_schema_and_valid() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     jsonschema.Draft7Validator(schema).validate(defaults)

@@ -1,4 +1,4 @@
-"""The order of the stages, and what starts which."""
+"""The order of the stages, and how each is started."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def is_detached(objects: list[Object]) -> bool:
     return any(annotation(item, "llama-lora/stage") == "runner" for item in objects)
 
 
-def test_stages_are_hooks_in_strict_order_of_the_design(objects: list[Object]) -> None:
+def test_stages_are_hooks_in_strict_order(objects: list[Object]) -> None:
     if is_detached(objects):
-        return  # the release that the runner installs has the stages
+        return  # the inner release has the stages
     found = [(annotation(item, "llama-lora/stage"), weight(item)) for item in stages(objects)]
     weights = [weight for _, weight in found]
     assert weights == sorted(set(weights)), found
@@ -84,7 +84,7 @@ def test_a_pytorchjob_is_suspended_until_the_gate_at_the_next_weight(objects: li
         assert command[command.index("--job") + 1] == job["metadata"]["name"]
 
 
-def test_a_later_helm_command_never_deletes_a_pytorchjob_or_meets_its_name(tmp_path: Path) -> None:
+def test_a_later_helm_command_neither_deletes_a_pytorchjob_nor_reuses_its_name(tmp_path: Path) -> None:
     def jobs(objects: list[Object]) -> dict[str, Object]:
         return {str(annotation(item, "llama-lora/stage")): item for item in objects if item["kind"] == "PyTorchJob"}
 
@@ -100,7 +100,7 @@ def test_a_later_helm_command_never_deletes_a_pytorchjob_or_meets_its_name(tmp_p
 
 
 def chart_at_revision(revision: int, folder: Path) -> Path:
-    """`helm template` knows no revision but 1."""
+    """Render another revision; `helm template` renders only revision 1."""
     chart = folder / "chart"
     shutil.copytree(CHART, chart)
     for template in chart.rglob("*.*"):
@@ -113,14 +113,14 @@ def test_an_upgrade_renders_what_an_install_does(values_file: Path, helm: int) -
     assert render(values_file, helm=helm, upgrade=True) == render(values_file, helm=helm)
 
 
-def test_stage_jobs_are_replaced_and_show_their_log_when_they_fail(objects: list[Object]) -> None:
+def test_stage_jobs_are_replaced_and_their_log_is_printed_on_failure(objects: list[Object]) -> None:
     for job in stages(objects):
         if job["kind"] == "Job":
             assert annotation(job, "helm.sh/hook-delete-policy") == "before-hook-creation"
             assert annotation(job, "helm.sh/hook-output-log-policy") == "hook-failed"
 
 
-def test_no_stage_hook_has_what_hangs_or_disarms_helm(objects: list[Object]) -> None:
+def test_no_stage_hook_uses_features_that_break_helm(objects: list[Object]) -> None:
     for item in objects:
         assert "ttlSecondsAfterFinished" not in item.get("spec", {}), "hangs Helm 4"
         if hooks(item):
@@ -130,7 +130,9 @@ def test_no_stage_hook_has_what_hangs_or_disarms_helm(objects: list[Object]) -> 
 def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> None:
     for job in (item for item in objects if item["kind"] == "PyTorchJob"):
         spec = job["spec"]
-        assert list(spec["pytorchReplicaSpecs"]) == ["Worker"], "a Master brings an init container that is refused"
+        assert list(spec["pytorchReplicaSpecs"]) == ["Worker"], (
+            "a Master adds an init container that Pod Security rejects"
+        )
         nodes = spec["pytorchReplicaSpecs"]["Worker"]["replicas"]
         assert spec["elasticPolicy"] == {
             "rdzvBackend": "c10d",
@@ -140,7 +142,7 @@ def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> No
         }
         assert spec["nprocPerNode"] == str(config(objects, "run.yaml")["parallelism"]["processesPerNode"])
         assert nodes == config(objects, "cluster.yaml")["job"]["nodes"]
-        assert spec["runPolicy"]["cleanPodPolicy"] == "None", "the first worker's end would kill the others"
+        assert spec["runPolicy"]["cleanPodPolicy"] == "None", "the first worker's success would kill the others"
         assert spec["pytorchReplicaSpecs"]["Worker"]["restartPolicy"] == "OnFailure"
         assert "restartPolicy" not in spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"], "the operator warns"
         [container] = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
@@ -148,26 +150,26 @@ def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> No
 
 
 @pytest.mark.parametrize(("nodes", "limit"), [(1, 0), (1, 3), (2, 1), (4, 3)])
-def test_each_worker_has_its_retries_though_the_operator_counts_those_of_all(nodes: int, limit: int) -> None:
+def test_each_worker_has_its_retries_although_the_operator_counts_all_together(nodes: int, limit: int) -> None:
     parallelism = {"nodes": nodes, "dataParallelSize": 4 * nodes}
     values = merged(TRAINIUM, {"parallelism": parallelism, "stages": {"train": {"backoffLimit": limit}}})
     job = one(render(values), "PyTorchJob", "llama-train-1")
-    assert job["spec"]["runPolicy"]["backoffLimit"] > limit * nodes, "reached with the last worker's last retry"
-    assert backoff_limit_of(job) == limit, "what the gate allows each worker"
+    assert job["spec"]["runPolicy"]["backoffLimit"] > limit * nodes, "not reached before every worker's last retry"
+    assert backoff_limit_of(job) == limit, "the gate's limit for each worker"
 
 
-def test_status_2_is_final_and_a_lost_node_costs_no_retry(objects: list[Object]) -> None:
+def test_status_2_is_final_and_a_lost_node_does_not_count_as_a_retry(objects: list[Object]) -> None:
     for job in (item for item in objects if item["kind"] == "Job"):
         final, lost = job["spec"]["podFailurePolicy"]["rules"]
         [container] = job["spec"]["template"]["spec"]["containers"]
         assert final["action"] == "FailJob"
         assert final["onExitCodes"]["containerName"] == container["name"]
         assert final["onExitCodes"]["operator"] == "In"
-        assert final["onPodConditions"] == [], "older Kubernetes demands the key"
+        assert final["onPodConditions"] == [], "required by older Kubernetes versions"
         follows = container["command"][:2] == ["genvalues", "cluster"] and container["command"][2] != "preflight"
         assert final["onExitCodes"]["values"] == ([1, 2] if follows else [2])
         assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy needs it"
+        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "required by podFailurePolicy"
         assert "backoffLimit" in job["spec"]
 
 
@@ -192,7 +194,9 @@ def test_compile_and_train_have_the_same_topology(helm: int) -> None:
     assert compile_["nprocPerNode"] == train["nprocPerNode"] == "32"
 
 
-def test_training_pods_are_given_time_memory_and_peace(objects: list[Object], values_file: Path) -> None:
+def test_training_pods_get_a_grace_period_shared_memory_and_no_disruption(
+    objects: list[Object], values_file: Path
+) -> None:
     for each in pods(objects):
         shared = [volume["name"] for volume in each.spec["volumes"] if volume.get("emptyDir", {}).get("medium")]
         do_not_disrupt = each.template["metadata"].get("annotations", {}).get("karpenter.sh/do-not-disrupt")
@@ -208,14 +212,14 @@ def test_training_pods_are_given_time_memory_and_peace(objects: list[Object], va
             assert do_not_disrupt is None
 
 
-def test_training_nodes_are_selected_and_their_taints_tolerated() -> None:
+def test_training_pods_select_their_nodes_and_tolerate_their_taints() -> None:
     spec = pod(render(TRAINIUM), "train").spec
     assert spec["nodeSelector"] == {"node.kubernetes.io/instance-type": "ml.trn1.32xlarge"}
     assert spec["tolerations"] == [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in DEVICES]
     assert "nodeSelector" not in pod(render(MINIMAL), "train").spec
 
 
-def test_hyperpod_auto_resume_is_what_hyperpod_reads() -> None:
+def test_hyperpod_auto_resume_sets_the_annotations_that_hyperpod_reads() -> None:
     objects = render(merged(TRAINIUM, {"hyperpod": {"autoResume": True, "maxRetries": 3}}))
     for stage in ("compile", "train"):
         each = pod(objects, stage)
@@ -225,7 +229,7 @@ def test_hyperpod_auto_resume_is_what_hyperpod_reads() -> None:
     assert "sagemaker" not in str(render(TRAINIUM))
 
 
-def test_kueues_queue_is_told_to_the_gate_and_not_yet_labelled() -> None:
+def test_the_queue_is_passed_to_the_gate_and_not_set_on_the_job() -> None:
     objects = render(merged(TRAINIUM, {"kueue": {"queueName": "research", "priorityClass": "high"}}))
     assert config(objects, "cluster.yaml")["job"]["queueName"] == "research"
     for stage in ("compile", "train"):
@@ -234,7 +238,7 @@ def test_kueues_queue_is_told_to_the_gate_and_not_yet_labelled() -> None:
         assert labels["kueue.x-k8s.io/priority-class"] == "high"
 
 
-def test_commands_are_those_of_the_contract(objects: list[Object]) -> None:
+def test_each_stage_runs_its_command(objects: list[Object]) -> None:
     for each in pods(objects):
         [container] = each.containers
         assert annotation(each.owner, "llama-lora/needs-cluster") == ("true" if each.stage in NEEDS_CLUSTER else None)
@@ -248,7 +252,7 @@ def test_commands_are_those_of_the_contract(objects: list[Object]) -> None:
         assert container["name"] == ("pytorch" if each.trains else each.stage)
 
 
-def test_every_stage_finds_the_workspace_and_may_write_to_tmp_only(objects: list[Object]) -> None:
+def test_every_stage_mounts_the_workspace_and_can_otherwise_write_only_to_tmp(objects: list[Object]) -> None:
     mount_path = render_mount_path(objects)
     for each in pods(objects):
         [container] = each.containers
@@ -273,7 +277,7 @@ def render_mount_path(objects: list[Object]) -> str:
     return str(next(pods(objects)).environment["LLAMA_LORA_WORKSPACE"])
 
 
-def test_preflight_starts_where_claim_and_secret_are_missing(objects: list[Object]) -> None:
+def test_preflight_starts_without_the_claim_and_the_secret(objects: list[Object]) -> None:
     for each in pods(objects):
         if each.stage in {"preflight", "cleanup", "runner"}:
             used = str([volume for volume in each.spec["volumes"] if volume["name"] in {"tmp", "config", "workspace"}])
@@ -281,10 +285,10 @@ def test_preflight_starts_where_claim_and_secret_are_missing(objects: list[Objec
             assert "secretKeyRef" not in str(each.spec)
 
 
-def test_cleanup_runs_before_install_delete_and_rollback_and_ends_by_itself(objects: list[Object]) -> None:
+def test_cleanup_runs_before_install_delete_and_rollback_and_has_a_deadline(objects: list[Object]) -> None:
     cleanups = [each for each in pods(objects) if each.stage == "cleanup"]
     stop_before = sorted(sorted(hooks(each.owner)) for each in cleanups)
-    # What a runner installs has none of its own: the outer release's stops both.
+    # The inner release has no cleanup; that of the outer release stops both.
     assert stop_before == [["pre-delete", "pre-rollback"], ["pre-install"]] or (not cleanups and is_inner(objects))
     for cleanup in cleanups:
         command = cleanup.containers[0]["command"]
@@ -297,7 +301,7 @@ def test_cleanup_runs_before_install_delete_and_rollback_and_ends_by_itself(obje
         if rbac:
             assert sorted(item["kind"] for item in rbac) == ["Role", "RoleBinding", "ServiceAccount"]
         for item in rbac:
-            assert hooks(item) == {"pre-install", "pre-delete", "pre-rollback"}, "an earlier revision may lack it"
+            assert hooks(item) == {"pre-install", "pre-delete", "pre-rollback"}, "an earlier revision may not have it"
             assert weight(item) == -20 < weight(cleanup.owner)
             assert annotation(item, "helm.sh/hook-delete-policy") == "before-hook-creation,hook-succeeded"
 
@@ -315,11 +319,11 @@ def test_uninstall_with_an_image_that_cannot_be_pulled_ends_within_150_seconds()
     assert cleanup_before("pre-delete").owner["spec"]["activeDeadlineSeconds"] <= 130
 
 
-def test_the_first_install_gives_a_large_image_time_to_arrive() -> None:
+def test_the_first_install_allows_time_to_pull_a_large_image() -> None:
     assert cleanup_before("pre-install").owner["spec"]["activeDeadlineSeconds"] >= 600
 
 
-def test_cleanup_waits_longer_than_a_training_pod_may_take_to_end_and_its_job_longer_still() -> None:
+def test_cleanup_waits_longer_than_the_grace_period_and_its_job_longer_than_cleanup() -> None:
     for hook in ("pre-install", "pre-delete"):
         cleanup = cleanup_before(hook)
         command = cleanup.containers[0]["command"]
@@ -329,7 +333,7 @@ def test_cleanup_waits_longer_than_a_training_pod_may_take_to_end_and_its_job_lo
         assert cleanup.owner["spec"]["activeDeadlineSeconds"] + own < of_job
 
 
-def test_preflight_does_not_wait_for_an_image_as_long_as_training_takes() -> None:
+def test_the_deadline_of_preflight_is_short() -> None:
     assert pod(render(MINIMAL), "preflight").owner["spec"]["activeDeadlineSeconds"] <= 600
 
 
@@ -339,7 +343,7 @@ def test_evaluate_and_storage_prepare_can_be_turned_off() -> None:
     assert found == WEIGHTS.keys() - OPTIONAL
 
 
-def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
+def test_a_detached_release_has_storage_config_rbac_and_a_runner(helm: int) -> None:
     detached = merged(TRAINIUM, {"pipeline": {"mode": "detached"}})
     objects = render(detached, helm=helm)
     assert sorted(each.stage for each in pods(objects)) == ["cleanup", "cleanup", "runner", "verify"]
@@ -353,7 +357,7 @@ def test_detached_holds_storage_config_rights_and_a_runner(helm: int) -> None:
     assert accounts == {f"llama-{name}" for name in ("stage", "tokenize", "preflight", "gate", "cleanup", "runner")}
 
 
-def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(helm: int) -> None:
+def test_the_inner_release_has_the_stages_without_storage_and_rbac(helm: int) -> None:
     changes = {"pipeline": {"mode": "detached"}, "fullnameOverride": "other", "compile": {"runsOn": "cpu"}}
     detached = merged(TRAINIUM, changes)
     outer = render(detached, helm=helm)
@@ -370,7 +374,7 @@ def test_the_runners_release_has_the_stages_and_makes_no_storage_and_no_rights(h
     assert not names[0] & names[1]
 
 
-def test_collected_graphs_are_compiled_on_a_cpu_before_training_where_compile_runs_on_cpu(helm: int) -> None:
+def test_with_compile_on_cpu_neff_compiles_the_collected_graphs_before_training(helm: int) -> None:
     on_cpu = merged(TRAINIUM, {"compile": {"runsOn": "cpu"}, "stages": {"neff": {"nodeSelector": {"pool": "big"}}}})
     neff = pod(render(on_cpu, helm=helm), "neff")
     assert WEIGHTS["compile-gate"] < weight(neff.owner) < WEIGHTS["train"]
@@ -378,6 +382,6 @@ def test_collected_graphs_are_compiled_on_a_cpu_before_training_where_compile_ru
     assert container["command"][:2] == ["llama-lora", "neff"] and not neff.trains
     assert neff.spec["nodeSelector"] == {"pool": "big"}
     environment = {variable["name"]: variable.get("value") for variable in container["env"]}
-    assert environment["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn1", "no device there says what to compile for"
+    assert environment["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn1", "there is no device to detect the target from"
     for values in (TRAINIUM, merged(MINIMAL, {"compile": {"runsOn": "cpu"}})):
         assert not any(each.stage == "neff" for each in pods(render(values, helm=helm)))

@@ -1,4 +1,4 @@
-"""docs/pods.md says what compile and train get on every instance type, and every cell of it is what is rendered."""
+"""docs/pods.md lists what compile and train get on every instance type; every cell equals what is rendered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NODES = (1, 2, 4)
 
 
 def tables(text: str) -> list[list[Row]]:
-    """The tables of a page, each row by its column's head."""
+    """The tables of a page: each row as a dict by column title."""
     found: list[list[Row]] = []
     for block in text.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
@@ -37,13 +37,13 @@ REFUSED_OF = {(row["instance"], int(row["nodes"])): row["reason"] for row in REF
 
 
 def environment_of(column: str) -> Row:
-    """A column of the page's environment table, with the flags that it names."""
+    """A column of the page's environment table, including its flags."""
     flags = {row["flags"]: row["value"] for row in FLAGS}
     return {row["variable"]: flags.get(row[column], row[column]) for row in ENVIRONMENT if row[column]}
 
 
 def values_of(instance: str, nodes: int, folder: Path, *sets: str) -> Values:
-    """What genvalues writes for the least that a user has to say."""
+    """The values that genvalues writes for minimal inputs."""
     file = folder / "finetune.yaml"
     model, dataset = "meta-llama/Meta-Llama-3.1-8B", "{source: databricks/databricks-dolly-15k}"
     file.write_text(
@@ -54,13 +54,13 @@ def values_of(instance: str, nodes: int, folder: Path, *sets: str) -> Values:
 
 
 def stages(values: Values) -> list[Object]:
-    """What the runner of a detached release installs."""
+    """The objects that the runner of a detached release installs."""
     assert values["pipeline"]["mode"] == "detached"
     return render(config(render(values), "values.yaml"))
 
 
 def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[str, Any]]:
-    """The pods of one stage as a row of the table, and their environment."""
+    """The pods of one stage, as a row of the table, and their environment."""
     each = pod(objects, stage)
     job, spec, [container] = each.owner["spec"], each.spec, each.containers
     layout = config(objects, "run.yaml")["parallelism"]
@@ -69,7 +69,7 @@ def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[
         container["resources"]["limits"],
         job["elasticPolicy"],
     )
-    assert requests == limits, "what is given is what was asked for"
+    assert requests == limits, "requests equal limits"
     [shared] = [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm"]
     assert shared["medium"] == "Memory"
     assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["shm"] == "/dev/shm"
@@ -95,7 +95,7 @@ def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[
     return row, environment
 
 
-def test_the_page_has_every_instance_at_every_number_of_nodes_once() -> None:
+def test_the_page_lists_every_instance_and_number_of_nodes_once() -> None:
     every = {(name, nodes) for name in TRAINIUM for nodes in NODES}
     assert RUN_OF.keys() | REFUSED_OF.keys() == every
     assert len(RUNS) + len(REFUSED) == len(every)
@@ -103,7 +103,7 @@ def test_the_page_has_every_instance_at_every_number_of_nodes_once() -> None:
 
 @pytest.mark.parametrize("prefix", ["", HYPERPOD])
 @pytest.mark.parametrize(("name", "nodes"), RUN_OF)
-def test_every_cell_is_what_compile_and_train_get(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+def test_every_cell_equals_what_compile_and_train_get(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
     wanted = dict(RUN_OF[name, nodes])
     environment = environment_of(wanted.pop("environment"))
     objects = stages(values_of(prefix + name, nodes, tmp_path))
@@ -116,7 +116,7 @@ def test_every_cell_is_what_compile_and_train_get(name: str, nodes: int, prefix:
 
 @pytest.mark.parametrize("prefix", ["", HYPERPOD])
 @pytest.mark.parametrize(("name", "nodes"), REFUSED_OF)
-def test_the_others_are_refused_with_the_reason(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+def test_the_others_are_rejected_with_the_reason(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         values_of(prefix + name, nodes, tmp_path)
     fix = f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge."
@@ -124,20 +124,20 @@ def test_the_others_are_refused_with_the_reason(name: str, nodes: int, prefix: s
 
 
 @pytest.mark.parametrize(("name", "column"), [("trn1n.32xlarge", "trn1 CPU"), ("ml.trn2.48xlarge", "trn2 CPU")])
-def test_a_cpu_pod_that_compiles_is_told_for_what(name: str, column: str, tmp_path: Path) -> None:
+def test_a_cpu_pod_that_compiles_gets_the_target(name: str, column: str, tmp_path: Path) -> None:
     objects = stages(values_of(name, 2, tmp_path, "compile.runsOn=cpu"))
     each = pod(objects, "neff")
     environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE}
     assert environment == environment_of(column)
-    # The same cache, and of it the same entries: the flags are part of an entry's name.
+    # The same cache with the same keys, which include the flags.
     for variable in ("NEURON_COMPILE_CACHE_URL", "NEURON_CC_FLAGS"):
         assert {pod(objects, stage).environment[variable] for stage in ("compile", "train")} == {environment[variable]}
 
 
 @pytest.mark.parametrize("instance", ["trn1.32xlarge", "trn1n.32xlarge"])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_what_the_seed_asks_for(instance: str, nodes: int, tmp_path: Path) -> None:
-    """32 processes a node, TP 8 x DP 4 (x nodes), bf16, accumulation 3, r 16, alpha 16, dropout 0.05, q and v."""
+def test_generated_values_match_the_reference_configuration(instance: str, nodes: int, tmp_path: Path) -> None:
+    """32 processes per node, TP 8 x DP 4 (x nodes), bf16, accumulation 3, r 16, alpha 16, dropout 0.05, q and v."""
     objects = stages(values_of(instance, nodes, tmp_path))
     run = config(objects, "run.yaml")
     assert run["backend"] == "neuron"
@@ -152,15 +152,15 @@ def test_what_the_seed_asks_for(instance: str, nodes: int, tmp_path: Path) -> No
     assert (training["gradientAccumulationSteps"], training["activationCheckpointing"]) == (3, "selective")
     for stage in ("compile", "train"):
         each = pod(objects, stage)
-        assert each.owner["spec"]["nprocPerNode"] == "32", "the seed's script starts 8"
+        assert each.owner["spec"]["nprocPerNode"] == "32", "one process for each core"
         devices = {NEURON: 16, EFA: {"trn1.32xlarge": 8, "trn1n.32xlarge": 16}[instance]}
         assert each.containers[0]["resources"]["limits"].items() >= devices.items()
-        # bf16 is no setting: the backend loads weights in it, and the variables that would cast are Neuron's no more.
+        # bf16 is not a setting: the backend loads the weights in bf16, and Neuron removed the variables that cast.
         assert not {name for name in each.environment if "BF16" in name}
     assert not {"dtype", "bf16"} & {*run, *training, *run["lora"]}
 
 
-def test_the_users_environment_wins(helm: int, tmp_path: Path) -> None:
+def test_the_users_environment_takes_precedence(helm: int, tmp_path: Path) -> None:
     extra = {
         "extraEnv": {"NEURON_CC_FLAGS": "--model-type=transformer -O1", "MALLOC_ARENA_MAX": 8, "FI_LOG_LEVEL": "warn"}
     }
@@ -171,11 +171,13 @@ def test_the_users_environment_wins(helm: int, tmp_path: Path) -> None:
         environment = pod(objects, stage).environment
         assert {name: value for name, value in environment.items() if name not in OF_EVERY_STAGE} == wanted
     runtime_only = {"NEURON_RT_LOG_LEVEL": "INFO", "NEURON_RT_EXEC_TIMEOUT": 900}
-    assert render(merged(values, {"stages": {"train": {"extraEnv": runtime_only}}}), helm=helm), "changes no graph"
+    assert render(merged(values, {"stages": {"train": {"extraEnv": runtime_only}}}), helm=helm), (
+        "it does not change the graph"
+    )
 
 
-def test_huge_pages_are_there_for_who_has_them(tmp_path: Path) -> None:
-    """By default none are asked for: where a node has none set apart, the pod would wait for ever."""
+def test_huge_pages_can_be_requested(tmp_path: Path) -> None:
+    """Not requested by default: on nodes without preallocated huge pages the pod would stay Pending."""
     pages = {"resources": {bound: {"hugepages-2Mi": "5120Mi"} for bound in ("requests", "limits")}}
     objects = stages(merged(values_of("trn1.32xlarge", 2, tmp_path), {"stages": {"train": pages}}))
     for bound in ("requests", "limits"):
@@ -183,6 +185,6 @@ def test_huge_pages_are_there_for_who_has_them(tmp_path: Path) -> None:
         assert "hugepages-2Mi" not in pod(objects, "compile").containers[0]["resources"][bound]
 
 
-def test_backend_cpu_has_nothing_of_it(helm: int) -> None:
+def test_backend_cpu_sets_none_of_it(helm: int) -> None:
     for each in pods(render(MINIMAL, helm=helm)):
         assert each.environment.keys() == OF_EVERY_STAGE

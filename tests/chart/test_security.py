@@ -1,4 +1,4 @@
-"""Pod Security, secrets, tokens and rights: by rule, over every values file."""
+"""Pod Security, secrets, tokens and RBAC: rules that hold for every values file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUNS_AS_ROOT = "storage-prepare"
 
 
 def restricted(pod: Pod) -> Iterator[str]:
-    """What Pod Security `restricted` has against a pod: https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
+    """Violations of Pod Security `restricted`: https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
     spec = pod.spec
     of_pod = spec.get("securityContext", {})
     for shared in ("hostNetwork", "hostPID", "hostIPC"):
@@ -64,7 +64,7 @@ def test_every_pod_passes_pod_security_restricted(objects: list[Object]) -> None
             assert list(restricted(each)) == [], each.stage
 
 
-def test_storage_prepare_is_root_that_can_change_an_owner_and_nothing_else(objects: list[Object]) -> None:
+def test_storage_prepare_runs_as_root_with_only_the_capability_chown(objects: list[Object]) -> None:
     for each in pods(objects):
         if each.stage == RUNS_AS_ROOT:
             assert set(restricted(each)) == {
@@ -78,7 +78,7 @@ def test_storage_prepare_is_root_that_can_change_an_owner_and_nothing_else(objec
 
 
 def test_no_secret_value_anywhere(objects: list[Object]) -> None:
-    """Values that look like one never come as far as an object: test_refusals."""
+    """Values that look like a secret are rejected: test_refusals."""
     assert not [item for item in objects if item["kind"] == "Secret"]
     assert not re.search(r"hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{16}|-----BEGIN", str(objects))
     for each in pods(objects):
@@ -90,7 +90,7 @@ def test_no_secret_value_anywhere(objects: list[Object]) -> None:
                     assert entry.keys() == {"name", "valueFrom"} and entry["valueFrom"].keys() == {"secretKeyRef"}
 
 
-def test_the_token_goes_to_tokenize_alone(helm: int) -> None:
+def test_only_tokenize_gets_the_token(helm: int) -> None:
     objects = render(merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated", "tokenKey": "hf"}}), helm=helm)
     for each in pods(objects):
         references = [entry for container in each.containers for entry in container["env"] if "valueFrom" in entry]
@@ -99,7 +99,7 @@ def test_the_token_goes_to_tokenize_alone(helm: int) -> None:
     assert "HF_TOKEN" not in str(render(MINIMAL, helm=helm))
 
 
-def test_service_account_tokens_only_where_the_api_is_called(objects: list[Object]) -> None:
+def test_only_api_clients_mount_a_service_account_token(objects: list[Object]) -> None:
     for each in pods(objects):
         assert each.spec["automountServiceAccountToken"] is (each.stage in CALLS_THE_API), each.stage
         assert each.spec["enableServiceLinks"] is False
@@ -107,7 +107,7 @@ def test_service_account_tokens_only_where_the_api_is_called(objects: list[Objec
         assert account["automountServiceAccountToken"] is False
 
 
-def test_a_cloud_role_goes_to_tokenize_alone() -> None:
+def test_only_tokenize_gets_the_aws_role() -> None:
     role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/reads"}
     objects = render(merged(MINIMAL, {"serviceAccount": {"annotations": role}}))
     having = {
@@ -124,7 +124,7 @@ def test_every_container_has_requests_and_limits(objects: list[Object]) -> None:
                 assert container["resources"][bound].keys() >= {"cpu", "memory"}, f"{each.stage} {bound}"
 
 
-def test_every_account_that_a_pod_uses_is_made_with_its_role(objects: list[Object], values_file: Any) -> None:
+def test_every_account_that_a_pod_uses_is_created_with_its_role(objects: list[Object], values_file: Any) -> None:
     made = {item["metadata"]["name"] for item in objects if item["kind"] == "ServiceAccount"}
     if "create: false" in values_file.read_text():
         assert not made
@@ -142,8 +142,8 @@ def test_every_account_that_a_pod_uses_is_made_with_its_role(objects: list[Objec
         assert subject["namespace"] == "research"
 
 
-def rights(objects: list[Object], kind: str, name: str) -> set[tuple[str, str]]:
-    """(verb, resource) pairs, the resource as kubectl names it."""
+def granted(objects: list[Object], kind: str, name: str) -> set[tuple[str, str]]:
+    """(verb, resource) pairs, with kubectl's resource names."""
     pairs = set()
     for rule in one(objects, kind, name)["rules"]:
         assert "*" not in str(rule)
@@ -153,8 +153,8 @@ def rights(objects: list[Object], kind: str, name: str) -> set[tuple[str, str]]:
     return pairs
 
 
-def asked_for(command: str) -> set[tuple[str, str]]:
-    """What genvalues/cluster says that a command asks of the API: the table in its documentation."""
+def documented(command: str) -> set[tuple[str, str]]:
+    """A command's API requests, from the table in the docstring of genvalues.cluster."""
     pairs = set()
     for line in str(genvalues.cluster.__doc__).splitlines():
         words = line.partition("#")[0].split()
@@ -164,30 +164,30 @@ def asked_for(command: str) -> set[tuple[str, str]]:
     return pairs
 
 
-def test_roles_are_what_the_commands_ask_for_and_nothing_more(helm: int) -> None:
+def test_roles_grant_exactly_what_the_commands_request(helm: int) -> None:
     values = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}, "kueue": {"queueName": "research"}})
     objects = render(values, helm=helm)
-    in_cluster = rights(objects, "ClusterRole", "research.llama-preflight")
+    in_cluster = granted(objects, "ClusterRole", "research.llama-preflight")
     assert {resource for _, resource in in_cluster} == {"nodes", "storageclasses.storage.k8s.io"}
-    assert rights(objects, "Role", "llama-preflight") | in_cluster == asked_for("preflight")
-    assert rights(objects, "Role", "llama-gate") == asked_for("gate")
-    assert rights(objects, "Role", "llama-cleanup") == asked_for("cleanup")
+    assert granted(objects, "Role", "llama-preflight") | in_cluster == documented("preflight")
+    assert granted(objects, "Role", "llama-gate") == documented("gate")
+    assert granted(objects, "Role", "llama-cleanup") == documented("cleanup")
 
 
-def test_detached_roles_are_what_the_commands_and_their_helm_ask_for_and_nothing_more(helm: int) -> None:
+def test_detached_roles_grant_exactly_what_the_commands_and_helm_request(helm: int) -> None:
     objects = render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}), helm=helm)
-    assert rights(objects, "Role", "llama-runner") == asked_for("runner") | asked_for("upgrade")
-    assert rights(objects, "Role", "llama-cleanup") == asked_for("cleanup") | asked_for("uninstall")
-    assert ("watch", "pytorchjobs.kubeflow.org") in asked_for("upgrade"), "Helm 4 watches every hook"
+    assert granted(objects, "Role", "llama-runner") == documented("runner") | documented("upgrade")
+    assert granted(objects, "Role", "llama-cleanup") == documented("cleanup") | documented("uninstall")
+    assert ("watch", "pytorchjobs.kubeflow.org") in documented("upgrade"), "Helm 4 watches every hook"
 
 
-def test_without_cluster_scoped_reads_there_is_no_cluster_role() -> None:
+def test_without_cluster_scoped_reads_no_cluster_role_is_created() -> None:
     objects = render(merged(MINIMAL, {"rbac": {"clusterScopedReads": False}}))
     assert not [item for item in objects if item["kind"].startswith("Cluster")]
     assert "clusterScopedReads: false" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
 
 
-def test_secrets_are_read_by_name_and_only_helms_records_otherwise() -> None:
+def test_secrets_are_read_by_name_except_helms_records() -> None:
     def rules_about_secrets(values: dict[str, Any]) -> dict[str, list[Object]]:
         roles = (item for item in render(values) if item["kind"] in {"Role", "ClusterRole"})
         found = {role["metadata"]["name"]: [r for r in role["rules"] if "secrets" in r["resources"]] for role in roles}
@@ -202,7 +202,7 @@ def test_secrets_are_read_by_name_and_only_helms_records_otherwise() -> None:
     assert rules_about_secrets(detached).keys() == {"llama-runner", "llama-cleanup"}
 
 
-def test_the_image_is_taken_by_digest_where_one_is_given() -> None:
+def test_the_image_digest_takes_precedence_over_the_tag() -> None:
     digest = "sha256:" + "0" * 64
     assert image({}) == "llama-lora:0.1.0"
     assert image({"tag": "v2"}) == "llama-lora:v2"

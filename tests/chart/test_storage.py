@@ -1,4 +1,4 @@
-"""The volume: one claim, of the kind that was asked for, that outlives the release."""
+"""The volume: one claim of the configured kind, kept on uninstall."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def storage(values: Values, helm: int = 4) -> list[Object]:
     return [item for item in render(merged(MINIMAL, {"storage": values}), helm=helm) if item["kind"] in KINDS]
 
 
-def test_storage_is_kept_on_uninstall_and_is_no_hook(objects: list[Object]) -> None:
+def test_storage_is_kept_on_uninstall_and_is_not_a_hook(objects: list[Object]) -> None:
     for item in objects:
         if item["kind"] in KINDS:
             assert annotation(item, "helm.sh/resource-policy") == "keep"
             assert not hooks(item)
 
 
-def test_every_pod_mounts_the_claim_that_preflight_looks_at(objects: list[Object]) -> None:
+def test_every_pod_mounts_the_claim_that_preflight_checks(objects: list[Object]) -> None:
     claim = config(objects, "cluster.yaml")["claim"]
     for each in pods(objects):
         for volume in each.spec["volumes"]:
@@ -30,14 +30,14 @@ def test_every_pod_mounts_the_claim_that_preflight_looks_at(objects: list[Object
     assert made == ([claim["name"]] if claim["managed"] else [])
 
 
-def test_fsx_is_a_claim_of_a_class_that_exists(helm: int) -> None:
+def test_fsx_is_a_claim_of_an_existing_class(helm: int) -> None:
     [claim] = storage({}, helm)
     assert claim["spec"]["storageClassName"] == "fsx-sc"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "1200Gi"
 
 
-def test_fsx_with_a_class_of_the_releases_own(helm: int) -> None:
+def test_fsx_with_a_class_of_the_release(helm: int) -> None:
     fsx = {
         "createStorageClass": True,
         "subnetId": "subnet-01234567",
@@ -79,7 +79,7 @@ def test_fsx_static_binds_this_claim_to_that_file_system(helm: int) -> None:
     assert claim["spec"]["resources"]["requests"] == volume["spec"]["capacity"]
 
 
-def test_generic_takes_any_class_or_the_clusters_default(helm: int) -> None:
+def test_generic_accepts_any_class_or_the_clusters_default(helm: int) -> None:
     generic = {"kind": "generic", "size": "10Gi", "accessModes": ["ReadWriteOnce"]}
     [named] = storage({**generic, "storageClass": "local-path"}, helm)
     assert named["spec"]["storageClassName"] == "local-path"
@@ -90,9 +90,9 @@ def test_generic_takes_any_class_or_the_clusters_default(helm: int) -> None:
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("kind", ["fsx", "fsx-static", "generic"])
-def test_an_existing_claim_is_used_and_nothing_is_made(enabled: bool, kind: str) -> None:
+def test_an_existing_claim_is_used_and_nothing_is_created(enabled: bool, kind: str) -> None:
     values = {"storage": {"enabled": enabled, "kind": kind, "existingClaim": "123"}}
     objects = render(merged(MINIMAL, values))
     assert not [item for item in objects if item["kind"] in KINDS]
     assert config(objects, "cluster.yaml")["claim"] == {"name": "123", "managed": False}
-    assert one(objects, "Job", "llama-storage-prepare"), "it is prepared all the same"
+    assert one(objects, "Job", "llama-storage-prepare"), "an existing claim is prepared too"

@@ -1,4 +1,4 @@
-"""`helm test`: one pod that reads the merged model, in whatever release the user thinks of as theirs."""
+"""`helm test`: one pod that verifies the merged model, for the outer and the inner release."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from chart.manifests import CHART, MINIMAL, Object, annotation, config, hooks, m
 from genvalues.ops.local import is_stage
 
 
-def test_helm_test_runs_one_pod_of_its_own_and_nothing_else_runs_it(objects: list[Object]) -> None:
+def test_helm_test_runs_one_pod_that_nothing_else_runs(objects: list[Object]) -> None:
     [verify] = [item for item in objects if "test" in hooks(item)]
     assert annotation(verify, "llama-lora/stage") == "verify"
     assert hooks(verify) == {"test"}
     assert verify["kind"] == "Pod", "`helm test --logs` shows those of pods alone, and fails over a Job"
-    assert annotation(verify, "helm.sh/hook-delete-policy") == "before-hook-creation", "the log is read afterwards"
+    assert annotation(verify, "helm.sh/hook-delete-policy") == "before-hook-creation", "its log is read afterwards"
     assert annotation(verify, "helm.sh/hook-output-log-policy") == "hook-failed"
     assert verify["spec"]["restartPolicy"] == "Never", "Helm waits for a pod that restarts until its --timeout"
     assert not is_stage(verify), "`genvalues local` would run it"
 
 
-def test_it_can_change_nothing(objects: list[Object]) -> None:
+def test_it_is_read_only(objects: list[Object]) -> None:
     verify = pod(objects, "verify")
     mounts = {mount["name"]: mount for mount in verify.containers[0]["volumeMounts"]}
     assert mounts["workspace"]["readOnly"] is True
@@ -48,14 +48,14 @@ def test_outer_and_inner_release_test_the_same_run_on_the_same_volume(helm: int)
         assert verify.containers[0]["command"] == pod(attached, "verify").containers[0]["command"]
 
 
-def test_annotations_of_the_users_own_do_not_disarm_it(helm: int) -> None:
+def test_user_annotations_do_not_disable_it(helm: int) -> None:
     annotations = {"helm.sh/hook": "post-install", "llama-lora/stage": "merge", "note": "kept"}
     verify = pod(render(merged(MINIMAL, {"stages": {"verify": {"podAnnotations": annotations}}}), helm=helm), "verify")
     assert hooks(verify.owner) == {"test"}
     assert annotation(verify.owner, "note") == "kept"
 
 
-def test_the_package_has_it_and_renders_it(helm: int, tmp_path: Path) -> None:
+def test_the_package_contains_and_renders_it(helm: int, tmp_path: Path) -> None:
     done = run_helm(helm, "package", CHART, "--destination", tmp_path)
     assert done.returncode == 0, done.stderr
     [package] = tmp_path.glob("llama-lora-*.tgz")
@@ -64,7 +64,7 @@ def test_the_package_has_it_and_renders_it(helm: int, tmp_path: Path) -> None:
     assert pod(render(MINIMAL, helm=helm, chart=package), "verify")
 
 
-def test_its_command_is_one_that_the_trainer_has() -> None:
+def test_its_command_exists_in_the_trainer() -> None:
     cli = pytest.importorskip("llama_lora.cli", reason="a plain `pip install .` has no trainer")
     command = pod(render(MINIMAL), "verify").containers[0]["command"]
     assert command[0] == "llama-lora"

@@ -1,4 +1,4 @@
-"""Uninstall stops what runs and waits for it, whatever has become of Helm's client; what is on the volume stays."""
+"""Uninstall stops what runs and waits for it, whether or not a Helm client is alive; the volume is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.space import CLAIM, EFA, HELMS, NEURON, STORAGE_CLASS, Release, Spa
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
 
 UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
-# Small enough that others train on the node at the same time; and one stage less to wait for.
+# Small enough to share the node with other tests, and one stage fewer.
 SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 DETACHED: Values = {"pipeline": {"mode": "detached"}}
 NOT_THERE: Values = image("localhost/none:1")
@@ -26,7 +26,7 @@ def values(*more: Values, **scripts: str) -> Values:
 
 
 def left_of(space: Space) -> list[str]:
-    """What is still there of the release, its inner one and Helm's records, finished pods included; not the claim."""
+    """Objects left of the release, its inner one and Helm's records, including finished pods; without the claim."""
     found = []
     for selector in (f"{INSTANCE} in (llama,llama-run)", "owner=helm"):
         found += space.kubectl("get", EVERYTHING, "-l", selector, "-o", "name").split()
@@ -35,18 +35,18 @@ def left_of(space: Space) -> list[str]:
 
 
 def nothing_is_left(space: Space, seconds: float = 60.0) -> None:
-    """Soon: the pod of the cleanup itself goes a moment after its Job, which Helm deletes last."""
+    """Wait, because cleanup's own pod is deleted shortly after its Job, which Helm deletes last."""
     space.wait("nothing left of the release", lambda: not left_of(space), seconds)
 
 
 def stages_after(space: Space, moment: float) -> set[str]:
-    """Those of which a pod or a job was made after it; the cleanup apart."""
+    """Stages, without the cleanup, that got a pod or a job after ``moment``."""
     made = [labels_of(one.item) for one in space.history.made_since(moment)]
     return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
 
 
-def test_uninstall_in_the_middle_of_training_stops_everything_and_reinstall_goes_on(space: Space, helm: int) -> None:
-    """First with a client that is alive and waits for the training, then with one that was killed."""
+def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(space: Space, helm: int) -> None:
+    """First with a live client that waits for the training, then with a killed one."""
     llama = space.release(helm)
     alive = llama.start_install(values(train=UNTIL_TOLD))
     space.wait_for_training("llama")
@@ -54,17 +54,17 @@ def test_uninstall_in_the_middle_of_training_stops_everything_and_reinstall_goes
     began = uninstall_leaves_only_the_volume(llama)
     assert alive.wait(60).status != 0
     nothing_is_left(space)
-    assert stages_after(space, began) == set(), "what the client did until it noticed"
+    assert stages_after(space, began) == set(), "the client started no stage before it noticed"
 
     killed = llama.start_install(values(train=UNTIL_TOLD))
     space.wait_for_training("llama")
-    assert space.volume.manifest("llama", "compile") == compiled  # with the time it ran at
+    assert space.volume.manifest("llama", "compile") == compiled  # includes the time at which it ran
     killed.kill()
     uninstall_leaves_only_the_volume(llama)
 
 
 def uninstall_leaves_only_the_volume(llama: Release) -> float:
-    """When it began."""
+    """Uninstall and check; returns when it began."""
     space, began = llama.space, time.monotonic()
     uninstalled = llama.uninstall()
     nothing_is_left(space, 60 - uninstalled.seconds)
@@ -75,8 +75,8 @@ def uninstall_leaves_only_the_volume(llama: Release) -> float:
     return began
 
 
-def test_uninstall_of_a_detached_release_takes_the_inner_one_along_and_lets_the_trainers_save(space: Space) -> None:
-    """35 seconds: more than the 30 that a pod has by default."""
+def test_uninstall_of_a_detached_release_removes_the_inner_one_and_lets_the_workers_save(space: Space) -> None:
+    """Saving takes 35 s, longer than the default grace period of 30 s."""
     save = {"STAND_IN_AT_STOP": "sleep 35; touch /workspace/saved-by-$HOSTNAME"}
     llama = space.release(3)
     llama.install(values(DETACHED, {"stages": {"train": {"extraEnv": save}}}, train=UNTIL_TOLD))
@@ -86,10 +86,10 @@ def test_uninstall_of_a_detached_release_takes_the_inner_one_along_and_lets_the_
         assert space.volume.exists(f"saved-by-{name_of(pod)}")
 
 
-def test_the_volume_that_the_chart_claimed_is_kept_by_uninstall_and_taken_again(
+def test_the_charts_claim_is_kept_by_uninstall_and_used_again(
     new_space: Callable[..., Space],
 ) -> None:
-    """Uninstalled while a stage that is a plain Job runs, and when everything has ended, `helm test` included."""
+    """Uninstall while a stage that is a Job runs, and again after the pipeline and `helm test`."""
     space = new_space()
     own = {
         "storage": {
@@ -123,10 +123,10 @@ def test_the_volume_that_the_chart_claimed_is_kept_by_uninstall_and_taken_again(
     assert there.split() == ["mine", "runs/llama/merge-output/done"]
 
 
-def test_where_the_image_cannot_be_pulled_uninstall_ends_and_the_documented_commands_leave_nothing(
+def test_with_an_image_that_cannot_be_pulled_uninstall_fails_and_the_documented_commands_remove_everything(
     new_space: Callable[..., Space], tmp_path: Path
 ) -> None:
-    """A first install; and upgrades to such an image in the middle of training, attached and detached."""
+    """A first install, and upgrades to such an image during training, attached and detached."""
     first, attached, detached = (new_space().release(helm) for helm in (3, 3, 4))
     for llama in (first, attached, detached):
         llama.space.volume.create()
@@ -165,13 +165,13 @@ def test_where_the_image_cannot_be_pulled_uninstall_ends_and_the_documented_comm
 
 
 def noted(llama: Release) -> str:
-    """The commands that the release's notes give for the case."""
-    notes = llama("get", "notes", "llama").output.partition("Where the image cannot be pulled")[2]
+    """The commands in the release's notes for this case."""
+    notes = llama("get", "notes", "llama").output.partition("If the image cannot be pulled")[2]
     return "\n".join(re.findall(r"^ {2}(\S.*)", notes, re.M))
 
 
 def documented(llama: Release) -> str:
-    """Those of docs/operations.md, after the lines that set what they use."""
+    """The commands in docs/operations.md, preceded by the settings that they use."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     settings = page.partition("\n## ")[0]
     section = page.partition("\n## The image cannot be pulled")[2].partition("\n## ")[0]

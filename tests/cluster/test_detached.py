@@ -1,4 +1,4 @@
-"""Mode detached: nobody's computer is needed, the runner's Job tells the outcome, and no change makes two trainers."""
+"""Mode detached: no client is needed, the runner's Job has the outcome, and two trainings never run at once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from cluster.local import node
 from cluster.space import EFA, HELMS, NEURON, Client, Space, stand_in, succeeded, uids
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
+from genvalues.cluster.failures import RETRY
 from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, condition, name_of
 from genvalues.common.errors import EXIT_USER_ERROR
 
 UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
-# Small enough that others train on the node at the same time; and one stage less to wait for.
+# Small enough to share the node with other tests, and one stage fewer.
 DETACHED: Values = {"pipeline": {"mode": "detached"}, "devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 
 
@@ -46,11 +47,11 @@ def outcome(space: Space, revision: int = 1, seconds: float = 150.0) -> str:
 
 
 def trainers(space: Space) -> set[str]:
-    """Every train pod there has been."""
+    """Every train pod that has existed."""
     return uids(space.history.pods(**{COMPONENT: "train"}))
 
 
-def test_install_returns_in_seconds_and_the_pipeline_goes_on_without_the_client_and_the_runner_s_pod(
+def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_client_and_the_runners_pod(
     space: Space,
 ) -> None:
     llama = space.release(3)
@@ -68,7 +69,7 @@ def test_install_returns_in_seconds_and_the_pipeline_goes_on_without_the_client_
 
 
 @pytest.mark.node
-def test_the_pipeline_goes_on_with_the_api_server_away_in_the_middle_of_training(space: Space) -> None:
+def test_the_pipeline_survives_an_outage_of_the_api_server_during_training(space: Space) -> None:
     space.release(4).install(detached(train=UNTIL_TOLD))
     first = uids(space.wait_for_training("llama-run"))
     node.restart_api_server(away=20)
@@ -78,8 +79,8 @@ def test_the_pipeline_goes_on_with_the_api_server_away_in_the_middle_of_training
     assert trainers(space) == first
 
 
-def test_a_stage_that_fails_fails_the_runner_s_job_at_once_and_without_a_retry(space: Space) -> None:
-    """Status 2, after which no stage is retried, and a status that has used up its retries."""
+def test_a_failed_stage_fails_the_runners_job_at_once_without_a_retry(space: Space) -> None:
+    """Status 2, which is never retried, and another status after its retries."""
     llama = space.release(4)
     values = [
         detached(tokenize="echo no such column; exit 2"),
@@ -97,7 +98,9 @@ def test_a_stage_that_fails_fails_the_runner_s_job_at_once_and_without_a_retry(s
         assert "no such column" in log and "pipeline: llama-run-tokenize failed: " in log, log
 
 
-def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_never_two_at_once(space: Space) -> None:
+def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_two_never_run_at_once(
+    space: Space,
+) -> None:
     llama = space.release(4)
     values = detached(train=UNTIL_TOLD)
     llama.install(values)
@@ -119,7 +122,7 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_never
     assert not third & (first | second)
     space.volume.run("touch told")
     space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}), 90)
-    assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # made again
+    assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # created again
     assert space.volume.manifest("llama", "train")["fingerprint"] == fingerprint
     assert space.history.trainings_at_once() == 1
 
@@ -129,7 +132,7 @@ def train_fingerprint(space: Space) -> str:
     return annotations_of(job)[FINGERPRINT]
 
 
-def test_the_runner_s_role_has_nothing_that_it_does_not_use(space: Space, tmp_path: Path) -> None:
+def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: Path) -> None:
     """The runner works here, with its account's token, through a proxy that notes what the API server is asked for.
 
     A Helm client that is killed, one that takes over and sees a stage fail, one with a changed configuration. Listing
@@ -156,12 +159,12 @@ def test_the_runner_s_role_has_nothing_that_it_does_not_use(space: Space, tmp_pa
                 api = connect(space.name)
             settings = config.load(tmp_path / "cluster.yaml")
             values = tmp_path / "values.yaml"
-            return runner.run(api, settings, CHART, values, "llama-runner-1", print, interval=1.0, run_helm=run_helm)
+            return runner.run(api, settings, CHART, values, "llama-runner-1", interval=1.0, run_helm=run_helm)
 
         killed = beside.submit(run_runner)
         space.wait_for_training("llama-run", stage="compile")
         space.clients[-1].kill()
-        assert killed.result(60) == runner.TRY_AGAIN
+        assert killed.result(60) == RETRY
         fails = beside.submit(run_runner)
         space.wait(
             "a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 150
@@ -191,7 +194,7 @@ VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"
 
 
 class Recorder(ThreadingHTTPServer):
-    """Passes requests on to the API server with a token, and keeps the verb and the resource of each."""
+    """Forwards requests to the API server with a token, and records the verb and resource of each."""
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Passing)
@@ -209,7 +212,7 @@ class Recorder(ThreadingHTTPServer):
             resource = f"{resource}.{group}" if group else resource
             reading = "get" if name else "watch" if "watch=" in url.query else "list"
             self.asked.add((VERBS.get(method, reading), resource))
-            if status == HTTPStatus.CREATED:  # by a server-side apply, too, which Kubernetes then wants this right for
+            if status == HTTPStatus.CREATED:  # also by server-side apply, which needs this permission
                 self.asked.add(("create", resource))
 
 
@@ -232,7 +235,7 @@ class Passing(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.headers["Content-Type"])
         self.end_headers()
-        with suppress(ConnectionError):  # who asked has gone
+        with suppress(ConnectionError):  # the client has disconnected
             for piece in answer.stream(amt=None):
                 self.wfile.write(piece)
 

@@ -1,4 +1,4 @@
-"""A stage that fails says why at once, in the log that Helm prints; what trying again may help is tried again."""
+"""A failed stage reports its reason at once, in the log that Helm prints; failures that a retry may fix are retried."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from chart.manifests import Object, Values, merged
 from cluster.space import Client, Ended, Release, Space, is_stage, run, stand_in, uids
 from genvalues.cluster.objects import (
-    End,
+    ContainerExit,
     annotations_of,
     condition,
     ends_of,
@@ -24,29 +24,29 @@ from genvalues.cluster.objects import (
 
 WITHIN = 15.0  # seconds from a job's end to the release's
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}
-FOR_EVER = "sleep 600"
+FOREVER = "sleep 600"
 STOPPED = 143
 QUEUE = "kueue.x-k8s.io/queue-name"
 LOCAL_QUEUES = "localqueues.kueue.x-k8s.io"
 
 
 def values(*more: Values, **scripts: str) -> Values:
-    """Without devices: others may hold all there are, and these tests measure time."""
+    """Without devices: other tests may hold them all, and these tests measure time."""
     return {**merged(stand_in(**scripts), BRIEF, *more), "devices": {}}
 
 
 def on_worker_1(script: str) -> str:
-    return f'case "$HOSTNAME" in *-worker-1) {script};; esac; {FOR_EVER}'
+    return f'case "$HOSTNAME" in *-worker-1) {script};; esac; {FOREVER}'
 
 
 def ended(client: Client) -> tuple[Ended, float]:
-    """How a client ended, and when."""
+    """How a client ended, and when (time.monotonic)."""
     result = client.wait(200)
     return result, time.monotonic()
 
 
 def starts_of(space: Space, pod: str) -> set[str]:
-    """The containers that a pod has had."""
+    """The ids of all containers that the pod has had."""
     states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
     return {
         status["containerID"]
@@ -56,14 +56,14 @@ def starts_of(space: Space, pod: str) -> set[str]:
     }
 
 
-def ends_in(space: Space, pod: str) -> list[End]:
-    """How the containers of a pod have ended, in their order."""
+def ends_in(space: Space, pod: str) -> list[ContainerExit]:
+    """How the containers of a pod have ended, in order."""
     states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
     return sorted({end for state in states for end in ends_of(state)}, key=lambda end: end.finished)
 
 
 def left(space: Space, stage: str) -> list[Object]:
-    """What holds a node, or will."""
+    """Objects that hold a node or will do so."""
     jobs = [job for job in space.list("pytorchjobs") if is_stage(job, stage)]
     return jobs + space.pods("llama", stage)
 
@@ -73,11 +73,11 @@ def lines(text: str) -> list[str]:
 
 
 def printed(result: Ended) -> list[str]:
-    """The lines that Helm printed. Helm 4 makes a hook's log one line of its own log: msg="one\\ntwo\\n"."""
+    """The lines that Helm printed. Helm 4 prints a hook's log in one line of its own log: msg="one\\ntwo\\n"."""
     return lines(re.sub(r'^level=INFO msg="(.*)"$', r"\1", result.output, flags=re.MULTILINE).replace(r"\n", "\n"))
 
 
-def assert_told(release: Release, result: Ended, *patterns: str) -> None:
+def assert_reported(release: Release, result: Ended, *patterns: str) -> None:
     """The gate's log ends with these lines, and Helm has printed it."""
     log = lines(release.space.log(f"job/{release.name}-compile-gate"))
     assert len(log) >= len(patterns)
@@ -87,14 +87,14 @@ def assert_told(release: Release, result: Ended, *patterns: str) -> None:
 
 
 def test_a_pytorchjob_that_fails_fails_the_release_within_15_s_and_helm_prints_why(space: Space, helm: int) -> None:
-    """Here the operator ends it, at its deadline, and deletes its pods with their logs."""
+    """The operator ends it at its deadline, and deletes its pods with their logs."""
     llama = space.release(helm)
     settings = {"stages": {"compile": {"activeDeadlineSeconds": 6}}}
-    result, over = ended(llama.start_install(values(settings, compile=f"echo this takes too long; {FOR_EVER}")))
+    result, over = ended(llama.start_install(values(settings, compile=f"echo this takes too long; {FOREVER}")))
     assert result.status == 1 and llama.state == "failed"
     failed = space.history.first(lambda item: item["kind"] == "PyTorchJob" and bool(condition(item, "Failed")))
     assert failed and over - failed < WITHIN
-    assert_told(
+    assert_reported(
         llama,
         result,
         r"compile failed: .*PyTorchJob llama-compile-1: Job llama-compile-1 has failed because it was active longer .*",
@@ -105,15 +105,15 @@ def test_a_pytorchjob_that_fails_fails_the_release_within_15_s_and_helm_prints_w
 
 
 def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_limit_times(space: Space) -> None:
-    """The other worker runs on, as one that waits for its peer does. The kubelet starts a container again in the same
-    second; with status 2 that start is ended before it comes to anything, here to the same words once more."""
+    """The other worker keeps running, as one that waits for its peer does. The kubelet restarts a container within a
+    second; after status 2 the job is deleted before the restarted container has any effect."""
     llama = space.release(4)
     why = "sleep 5; echo rows.jsonl has no column q; exit 2"
     result, over = ended(llama.start_install(values(compile=on_worker_1(why))))
     assert result.status == 1
     failed = space.history.first(lambda item: item["kind"] == "Pod" and any(end.code == 2 for end in ends_of(item)))
     assert failed and over - failed < WITHIN
-    assert_told(
+    assert_reported(
         llama,
         result,
         "compile failed: llama-compile-1-worker-1 ended with status 2; .*",
@@ -132,7 +132,7 @@ def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_lim
     assert [end.code for end in ends] == [1, 1] and len(starts_of(space, worker)) == 2
     failed = space.history.first(lambda item: item["kind"] == "Pod" and ends[-1] in ends_of(item))
     assert failed and over - failed < WITHIN
-    assert_told(
+    assert_reported(
         llama,
         result,
         f"compile failed: .*{worker} has failed 2 times .*",
@@ -160,10 +160,10 @@ def test_status_2_of_a_stage_fails_at_once_and_another_is_retried_backoff_limit_
     assert [[end.code for end in ends_of(each)] for each in pods] == [[2], [1], [1]]
 
 
-def test_a_train_pod_that_no_node_takes_fails_with_the_schedulers_reason_and_frees_the_others_node(
+def test_an_unschedulable_train_pod_fails_the_stage_with_the_schedulers_reason_and_frees_the_other_node(
     space: Space,
 ) -> None:
-    """One worker runs and holds its node, while the other would need a second one. Compile's two share the node."""
+    """One worker runs and holds its node; the other needs a second node. Compile's workers share the node."""
     apart = {
         "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "train"}},
         "topologyKey": "kubernetes.io/hostname",
@@ -175,7 +175,7 @@ def test_a_train_pod_that_no_node_takes_fails_with_the_schedulers_reason_and_fre
         },
     }
     llama = space.release(3)
-    result, over = ended(llama.start_install(values(settings, train=FOR_EVER)))
+    result, over = ended(llama.start_install(values(settings, train=FOREVER)))
     assert result.status == 1
     lacking = space.history.first(lambda item: item["kind"] == "Pod" and bool(unschedulable(item)))
     assert lacking and 10 <= over - lacking < 10 + WITHIN
@@ -191,7 +191,7 @@ def test_a_train_pod_that_no_node_takes_fails_with_the_schedulers_reason_and_fre
 
 @pytest.fixture
 def queue_kind() -> Iterator[None]:
-    """The kind LocalQueue, without Kueue: who lets the jobs run is the test."""
+    """The kind LocalQueue without Kueue: the test unsuspends the jobs."""
     group, plural = LOCAL_QUEUES.split(".", 1)[1], LOCAL_QUEUES.split(".", 1)[0]
     kind = {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -213,8 +213,8 @@ def queue_kind() -> Iterator[None]:
         run(["kubectl", "delete", "crd", LOCAL_QUEUES, "--wait=false"])
 
 
-def test_a_job_that_its_queue_holds_is_waited_for_and_a_preempted_one_too(space: Space, queue_kind: None) -> None:
-    """The test does what Kueue does: it suspends a job that is queued, lets it run, and takes its nodes away again."""
+def test_queued_and_preempted_jobs_are_waited_for(space: Space, queue_kind: None) -> None:
+    """The test acts as Kueue: it suspends a queued job, unsuspends it, and preempts it."""
     queue = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": "research"}}
     space.wait("the kind LocalQueue", lambda: applied(space, queue))
     settings = {
@@ -265,13 +265,13 @@ def suspend(space: Space, name: str, wish: bool = True) -> None:
 
 
 def hold(space: Space, client: Client, stage: str) -> None:
-    """For longer than a pod may stay unschedulable."""
+    """Wait for longer than a pod may stay unschedulable."""
     space.never(f"{stage} did not wait for its queue", lambda: not client.is_alive() or space.pods("llama", stage), 9)
 
 
 def test_pods_that_train_are_not_disrupted_and_have_120_s_to_save(space: Space) -> None:
     llama = space.release(3)
-    client = llama.start_install(values(compile="sleep 2", train=FOR_EVER))
+    client = llama.start_install(values(compile="sleep 2", train=FOREVER))
     for stage in ("compile", "train"):
         for pod in space.wait_for_training("llama", stage=stage):
             assert annotations_of(pod)["karpenter.sh/do-not-disrupt"] == "true"

@@ -1,4 +1,4 @@
-"""A run is followed, read, packed and taken down with genvalues, attached and detached, by Helm 3 and Helm 4."""
+"""genvalues status, logs, bundle and uninstall on attached and detached runs, with Helm 3 and Helm 4."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, stand_in
 from trainer.conftest import make_model, write_rows
 
 UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
-# Small enough that others train on the node at the same time.
+# Small enough to share the node with other tests.
 BRIEF: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 STAGES = ["preflight", "tokenize", "compile", "train", "consolidate", "merge"]
-# Like what it takes to be, and nothing: hf_ and four characters are enough to be hidden.
+# Looks like a token: hf_ and four characters are enough to be redacted.
 PLANTED = "hf_" + "planted0123"
 
 
@@ -33,7 +33,7 @@ def values(*more: Values, **scripts: str) -> Values:
 
 
 class Genvalues:
-    """The command, with one of the two Helms beside its Python."""
+    """genvalues with Helm 3 or Helm 4 next to its Python."""
 
     def __init__(self, space: Space, helm: int, folder: Path) -> None:
         self.space = space
@@ -50,7 +50,7 @@ class Genvalues:
         return self.start(*arguments).wait(seconds)
 
     def json(self, *arguments: str) -> dict[str, Any]:
-        """What it prints on stdout, whatever it ends with."""
+        """The JSON on stdout, whatever the exit status."""
         command = [*self.command, *arguments, "--json", "--namespace", self.space.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.stdout, done.stderr
@@ -77,7 +77,7 @@ def states(document: dict[str, Any]) -> dict[str, str]:
 
 
 def told_last(output: str, stage: str) -> list[str]:
-    """The last lines: from the reason on, which stands there once more than in the line of the stage."""
+    """The last lines, from the reason on; it appears there once more than in the stage's line."""
     lines = output.splitlines()
     return lines[max(number for number, line in enumerate(lines) if line.startswith(f"{stage} failed: ")) :]
 
@@ -122,7 +122,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert (after["outcome"], after["revision"], after["exitStatus"]) == ("done", 2, 0)
 
 
-def test_a_detached_run_is_known_before_during_and_after_it(space: Space, genvalues: Genvalues, helm: int) -> None:
+def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, genvalues: Genvalues, helm: int) -> None:
     space.release(helm).install(values({"pipeline": {"mode": "detached"}}, train=UNTIL_TOLD))
     early = genvalues.json("status", "llama")
     assert (early["mode"], early["outcome"], early["runner"]["state"]) == ("detached", "running", "running")
@@ -141,7 +141,7 @@ def test_a_detached_run_is_known_before_during_and_after_it(space: Space, genval
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
-def test_a_failing_stage_is_told_with_its_reason_and_the_log_s_tail_last(
+def test_a_failed_stage_is_reported_with_its_reason_and_the_end_of_its_log(
     space: Space, with_helm_4: Genvalues, mode: str
 ) -> None:
     llama = space.release(4)
@@ -169,7 +169,7 @@ def test_a_failing_stage_is_told_with_its_reason_and_the_log_s_tail_last(
 
 
 def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
-    """An inputs file for these values, as test_recovery has it: what inputs have no word for under chartValues."""
+    """An inputs file for these values, as in test_recovery; values without an input key go to chartValues."""
     chart_values = values(*more, **scripts)
     written = {
         "name": "llama",
@@ -182,11 +182,11 @@ def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
         "chartValues": chart_values,
     }
     file = folder / "finetune.yaml"
-    file.write_text(json.dumps(written, indent=2))  # YAML too, and without aliases, which are refused
+    file.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
     return file
 
 
-def test_install_follows_a_detached_run_and_ctrl_c_stops_the_following_alone(
+def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     space: Space, with_helm_4: Genvalues, tmp_path: Path
 ) -> None:
     following = with_helm_4.start("install", str(inputs(tmp_path, train=UNTIL_TOLD)), "--chart", str(CHART))
@@ -206,13 +206,13 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_the_following_alone(
     assert told_last(ended.output, "tokenize")[-1].strip() == "no column q"
 
 
-def test_no_such_release_is_one_line_that_names_those_there_are(space: Space, genvalues: Genvalues) -> None:
+def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, genvalues: Genvalues) -> None:
     ended = genvalues("status", "llama")
     assert ended.status == 2 and "There is none here" in ended.output
     assert len(ended.output.splitlines()) == 1
 
 
-def test_uninstall_stops_the_training_and_says_what_stays(space: Space, with_helm_4: Genvalues) -> None:
+def test_uninstall_stops_the_training_and_reports_what_is_kept(space: Space, with_helm_4: Genvalues) -> None:
     llama = space.release(4)
     client = llama.start_install(values(train=UNTIL_TOLD))
     space.wait_for_training("llama")
@@ -225,7 +225,7 @@ def test_uninstall_stops_the_training_and_says_what_stays(space: Space, with_hel
     client.wait(60)
 
 
-def test_a_bundle_has_no_token_and_is_replayed_on_this_computer(
+def test_a_bundle_contains_no_token_and_can_be_replayed_locally(
     space: Space, with_helm_4: Genvalues, tmp_path: Path
 ) -> None:
     settings: Values = {"training": {"maxSequenceLength": 128, "maxSteps": 2, "saveSteps": 1}}

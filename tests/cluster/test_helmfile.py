@@ -1,4 +1,4 @@
-"""helmfile.yaml.gotmpl as it stands, by the real helmfile, with either Helm."""
+"""helmfile.yaml.gotmpl, run by helmfile with Helm 3 and Helm 4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genvalues.cluster.objects import COMPONENT, INSTANCE, name_of
 
 RELEASE = "llama-lora"
 ENVIRONMENTS = ["cpu", "trn1", "trn1-2node", "trn1n", "trn2"]
-# Over the environment's own values: an image there is, what a small node can carry, and no stage that runs as root.
+# Overrides the environment's values: an existing image, requests for a small node, and no stage that runs as root.
 HERE: Values = merged(
     image(STAND_IN_IMAGE),
     {key: SMALL[key] for key in ("stageDefaults", "stages")},
@@ -24,7 +24,7 @@ HERE: Values = merged(
 
 
 class Helmfile:
-    """The program, in the repository's folder, with a Helm without plugins that writes down how it is called."""
+    """helmfile, run in the repository, with a Helm without plugins that records its arguments."""
 
     def __init__(self, folder: Path, helm: int, namespace: str) -> None:
         self._calls = folder / "calls"
@@ -46,7 +46,7 @@ class Helmfile:
 
 @pytest.fixture
 def helmfile(tmp_path: Path, helm: int) -> Callable[[str], Helmfile]:
-    """Of a namespace."""
+    """Creates a Helmfile for a namespace."""
     return lambda namespace: Helmfile(tmp_path, helm, namespace)
 
 
@@ -58,14 +58,17 @@ def test_template_renders_each_environment_with_its_values_and_no_network(
         away = ("KUBECONFIG=/dev/null", "HTTPS_PROXY=http://127.0.0.1:9", "HTTP_PROXY=http://127.0.0.1:9")
         ended = program(environment, "template", variables=away)
         assert ended.status == 0, ended.output
-        assert {call.split()[0] for call in program.calls} == {"version", "template"}  # no repository, no dependency
+        assert {call.split()[0] for call in program.calls} == {
+            "version",
+            "template",
+        }  # neither repositories nor dependencies
         values = ROOT / "values" / f"{environment}.values.yaml"
         arguments = ["template", RELEASE, str(CHART), "--namespace", "somewhere", "--values", str(values)]
         rendered = run([str(HELMS[helm]), *arguments]).output
         assert list(yaml.safe_load_all(ended.output)) == list(yaml.safe_load_all(rendered))
 
 
-def test_sync_again_goes_on_after_a_failed_stage_and_destroy_keeps_the_volume(
+def test_a_second_sync_resumes_after_a_failed_stage_and_destroy_keeps_the_volume(
     new_space: Callable[..., Space], helmfile: Callable[[str], Helmfile], helm: int, tmp_path: Path
 ) -> None:
     space = new_space()
@@ -81,7 +84,7 @@ def test_sync_again_goes_on_after_a_failed_stage_and_destroy_keeps_the_volume(
     assert ended.status != 0 and f"{RELEASE}-consolidate" in ended.output, ended.output
     assert release.state == "failed"
     [upgrade] = [call for call in program.calls if call.startswith("upgrade ")]
-    assert "--install" in upgrade and "--timeout 172800s" in upgrade  # the time for training
+    assert "--install" in upgrade and "--timeout 172800s" in upgrade  # long enough for training
     trained = space.history.pods(**{COMPONENT: "train"})
     assert len(trained) == 1
 
@@ -90,18 +93,18 @@ def test_sync_again_goes_on_after_a_failed_stage_and_destroy_keeps_the_volume(
     assert release.state == "deployed"
     ended_well = {name_of(job) for job in space.list("jobs", f"{INSTANCE}={RELEASE}") if succeeded(job)}
     assert {f"{RELEASE}-{stage}" for stage in ("train-gate", "consolidate", "merge")} <= ended_well
-    assert uids(space.history.pods(**{COMPONENT: "train"})) == uids(trained)  # not again
+    assert uids(space.history.pods(**{COMPONENT: "train"})) == uids(trained)  # not repeated
 
     ended = program("cpu", "destroy")
     assert ended.status == 0, ended.output
     [uninstall] = [call for call in program.calls if call.startswith("delete ")]
-    assert "--timeout 600s" in uninstall  # the time for the cleanup hook
+    assert "--timeout 600s" in uninstall  # long enough for the cleanup hook
     assert release.state == "none" and space.pods(RELEASE) == []
     space.apply(files_pod(space.volume.POD, f"{RELEASE}-workspace"))
     assert space.volume.exists(f"runs/{RELEASE}/stages/merge.json")
 
 
-def test_apply_without_the_plugin_says_so_and_installs_nothing(
+def test_apply_without_the_plugin_fails_and_installs_nothing(
     new_space: Callable[..., Space], helmfile: Callable[[str], Helmfile], helm: int
 ) -> None:
     space = new_space()

@@ -1,4 +1,4 @@
-"""SageMaker HyperPod: job auto-resume, nodes that it holds for healthy, and the training operator 1.8.1 that it has."""
+"""SageMaker HyperPod: job auto-resume, nodes that it reports as healthy, and its training operator 1.8.1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AUTO_RESUME: Values = {"hyperpod": {"autoResume": True, "maxRetries": 3}, "evalu
 
 
 def assert_that_hyperpod_resumes(space: Space, stage: str) -> None:
-    """As far as the API server's objects say it."""
+    """As far as the objects show it."""
     [job] = latest(space, "PyTorchJob", stage)
     annotations = annotations_of(job)
     assert annotations["sagemaker.amazonaws.com/enable-job-auto-resume"] == "true"
@@ -41,7 +41,7 @@ def test_without_a_healthy_node_compile_waits_and_ends_with_the_schedulers_reaso
     ended = release.install(values, status=1)
     assert_that_hyperpod_resumes(space, "compile")
     assert all(unschedulable(pod) and "nodeName" not in pod["spec"] for pod in latest(space, "Pod", "compile"))
-    assert "didn't match Pod's node affinity/selector" in ended.output  # the gate's log, which Helm prints
+    assert "didn't match Pod's node affinity/selector" in ended.output  # in the gate's log, which Helm prints
     assert latest(space, "Pod", "train") == []
 
 
@@ -59,7 +59,7 @@ def test_on_healthy_nodes_compile_and_train_run_with_auto_resume(space: Space) -
 
 @pytest.fixture
 def operator_1_8() -> Iterator[None]:
-    """The newest training operator that AWS supports on HyperPod, for one test."""
+    """Install the newest training operator that AWS supports on HyperPod, for one test."""
     try:
         operators.install("1.8")
         yield
@@ -69,8 +69,8 @@ def operator_1_8() -> Iterator[None]:
 
 @pytest.mark.node
 @pytest.mark.usefixtures("operator_1_8")
-def test_the_operator_that_hyperpod_has_runs_the_pipeline_and_its_failures_are_told(space: Space) -> None:
-    """A worker that fails ends the release within 15 s, with its log; mended, what was done is not done again."""
+def test_hyperpods_operator_runs_the_pipeline_and_failures_are_reported(space: Space) -> None:
+    """A failed worker ends the release within 15 s, with its log; after a fix, finished stages are not repeated."""
     release = space.release()
 
     def values(train: str) -> Values:
@@ -93,5 +93,5 @@ def test_the_operator_that_hyperpod_has_runs_the_pipeline_and_its_failures_are_t
 
 
 def statuses(space: Space, stage: str) -> list[int]:
-    """With which the containers of its pods have ended so far."""
+    """Exit statuses of the containers of its pods so far."""
     return [end.code for pod in latest(space, "Pod", stage) for end in ends_of(pod)]

@@ -1,4 +1,4 @@
-"""Releases beside each other: no name of one is another's, cluster-scoped ones included."""
+"""Releases side by side share no object name, including cluster-scoped objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from genvalues.cluster.objects import INSTANCE
 
 KINDS = "configmaps,serviceaccounts,roles,rolebindings,pvc,jobs,pytorchjobs,pods"
 OF_ITS_OWN: Values = {
-    "devices": {NEURON: 1, EFA: 1},  # that several fit on a node
+    "devices": {NEURON: 1, EFA: 1},  # several releases fit on a node
     "storage": {"enabled": True, "existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": "folder"},
     "evaluation": {"enabled": False},
     "dataset": {"evalFraction": 0},
@@ -18,7 +18,7 @@ OF_ITS_OWN: Values = {
 
 
 def objects_of(space: Space, release: str) -> dict[str, Object]:
-    """What a release has in its namespace and in the cluster, by kind and name."""
+    """The release's objects in its namespace and in the cluster, by kind and name."""
     listed = space.list(KINDS, f"{INSTANCE}={release}")
     return {f"{item['kind']}/{item['metadata']['name']}": item for item in listed}
 
@@ -28,10 +28,10 @@ def cluster_scoped(space: Space) -> set[str]:
     return {name.partition("/")[2] for name in listed if f"/{space.name}." in name}
 
 
-def test_releases_side_by_side_and_of_the_same_name_in_two_namespaces_do_not_touch_each_other(
+def test_releases_side_by_side_and_with_one_name_in_two_namespaces_do_not_affect_each_other(
     new_space: Callable[..., Space],
 ) -> None:
-    """One trains while its two neighbours go through, and are uninstalled."""
+    """One release trains while two others run and are uninstalled."""
     here, there = new_space(), new_space()
     trains = merged(stand_in(train="until [ -e /workspace/go-on ]; do sleep 0.5; done"), OF_ITS_OWN)
     goes_through = merged(stand_in(), OF_ITS_OWN)
@@ -60,10 +60,10 @@ def test_releases_side_by_side_and_of_the_same_name_in_two_namespaces_do_not_tou
     assert one.state == "deployed"
 
 
-def test_storage_classes_of_releases_of_the_same_name_in_two_namespaces_are_two(
+def test_releases_with_one_name_in_two_namespaces_have_different_storage_classes(
     new_space: Callable[..., Space],
 ) -> None:
-    """Made by the release, for FSx. (Its static volumes: test_storage.)"""
+    """The storage class of a release with FSx. (Static volumes: test_storage.)"""
     spaces = [new_space(), new_space()]
     fsx = {
         "createStorageClass": True,

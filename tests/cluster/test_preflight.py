@@ -1,4 +1,4 @@
-"""Preflight says everything that is wrong at once, each with its fix, before any stage has a pod."""
+"""Preflight reports every problem at once, each with a fix, before any stage has a pod."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_TYPE = "node.kubernetes.io/instance-type=ml.trn1.32xlarge"
 
 
 def findings(release: Release) -> list[str]:
-    """What preflight said: a finding and its fix in one line."""
+    """What preflight logged: a finding and its fix in one line."""
     log = release.space.log(f"job/{release.name}-preflight")
     return [" ".join(line.split()) for line in log.replace(f"\n{'':<11}  fix: ", " FIX: ").splitlines()]
 
@@ -29,12 +29,12 @@ def problems(release: Release) -> set[str]:
 
 
 def components(space: Space) -> set[str]:
-    """Of every pod of the chart there has ever been."""
+    """The components of all pods of the chart that have existed."""
     return {component_of(pod) for pod in space.history.pods()} - {""}
 
 
 def check_preflight_stopped(release: Release) -> None:
-    """In time, at its first try, and nothing came after it."""
+    """It failed in time and without a retry, and no later stage started."""
     assert release.state == "failed"
     assert components(release.space) == {"cleanup", "preflight"}
     [pod] = release.space.history.pods(**{COMPONENT: "preflight"})
@@ -44,10 +44,8 @@ def check_preflight_stopped(release: Release) -> None:
     assert moment(ended["finishedAt"]) - moment(pod["status"]["startTime"]) < PROMISED_SECONDS
 
 
-def test_everything_that_is_wrong_is_said_at_once_each_with_its_fix_and_no_stage_starts(
-    space: Space, helm: int
-) -> None:
-    """Preflight mounts neither the claim nor the Secret that is missing, so it runs all the same."""
+def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space: Space, helm: int) -> None:
+    """Preflight mounts neither the claim nor the Secret, so it runs although both are missing."""
     wrong: Values = {
         "devices": {NEURON: 999, "example.com/none": 1},
         "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
@@ -57,36 +55,36 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_fix_and_no_stage
     check_preflight_stopped(release)
     here = f"kubectl -n {space.name}"
     assert problems(release) == {
-        f"error claim nowhere: there is no such PersistentVolumeClaim in namespace {space.name} (there is: {CLAIM})"
-        f" FIX: {here} get pvc # then storage.existingClaim",
-        f"error namespace {space.name}: enforces Pod Security restricted, which refuses the pod of storage-prepare: it"
-        f" runs as root FIX: kubectl label namespace {space.name} pod-security.kubernetes.io/enforce=baseline"
-        " --overwrite # or, where the volume's root folder is the stages' user's already, storage.prepare.enabled:"
-        " false",
-        f"error secret hf-token: there is no such Secret in namespace {space.name}"
+        f"error claim nowhere: PersistentVolumeClaim not found in namespace {space.name} (existing claims: {CLAIM})"
+        f" FIX: {here} get pvc # then set storage.existingClaim",
+        f"error namespace {space.name}: enforces Pod Security restricted, which rejects the pod of storage-prepare"
+        f" because it runs as root FIX: kubectl label namespace {space.name}"
+        " pod-security.kubernetes.io/enforce=baseline --overwrite # or, if the stages' user already owns the volume's"
+        " root folder, set storage.prepare.enabled: false",
+        f"error secret hf-token: Secret not found in namespace {space.name}"
         f" FIX: {here} create secret generic hf-token --from-literal=token=hf_...",
         "error nodes ml.trn1.32xlarge: 1 of 1 are ready and schedulable, 2 needed"
         " FIX: kubectl get nodes -L node.kubernetes.io/instance-type",
-        f"error {NEURON}: 999 a node needed on 2 nodes; 0 of 1 have that, the most is 16"
-        f" FIX: kubectl describe nodes -l {OF_TYPE} # then instance, nodes or devices",
-        "error example.com/none: no node of type ml.trn1.32xlarge offers it: its device plugin does not run"
+        f"error {NEURON}: 999 per node needed on 2 nodes; 0 of 1 have that many (most: 16)"
+        f" FIX: kubectl describe nodes -l {OF_TYPE} # then change instance, nodes or devices",
+        "error example.com/none: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
         f" FIX: kubectl get nodes -l {OF_TYPE} -o yaml",
         "6 of 8 findings stop this release; the fixes are above",
     }
     assert "error        claim nowhere" in ended.output, "Helm prints it"
 
 
-def test_a_namespace_that_has_everything_passes(new_space: Callable[..., Space]) -> None:
-    """Root for storage.prepare, the Secret, the claim, the operator and the devices."""
+def test_a_complete_namespace_passes(new_space: Callable[..., Space]) -> None:
+    """It allows storage.prepare to run as root, and has the Secret, the claim, the operator and the devices."""
     space = new_space("baseline")
     space.volume.create()
     space.kubectl("create", "secret", "generic", "hf-token", "--from-literal=token=x")
     release = space.release()
     release.install(merged(STOPS, TOKEN, {"storage": {"prepare": {"enabled": True}}}), status=1)
     assert findings(release) == [
-        "ok training operator: knows PyTorchJob and acts on it",
+        "ok training operator: installed, and reconciles PyTorchJobs",
         f"ok claim {CLAIM}: Bound 1Gi",
-        f"ok namespace {space.name}: enforces Pod Security baseline, which lets storage-prepare run as root",
+        f"ok namespace {space.name}: enforces Pod Security baseline, which allows storage-prepare to run as root",
         "ok secret hf-token: has key token",
         f"ok {NEURON}: 8 on each of 1 nodes of type ml.trn1.32xlarge",
         f"ok {EFA}: 4 on each of 1 nodes of type ml.trn1.32xlarge",
@@ -94,27 +92,28 @@ def test_a_namespace_that_has_everything_passes(new_space: Callable[..., Space])
     assert components(space) == {"cleanup", "preflight", "storage-prepare", "tokenize"}
 
 
-def test_without_cluster_scoped_reads_it_says_not_checked_and_the_install_goes_on(space: Space) -> None:
+def test_without_cluster_scoped_reads_nodes_are_not_checked_and_the_install_continues(space: Space) -> None:
     release = space.release(4)
     release.install(
         merged(STOPS, {"rbac": {"clusterScopedReads": False}, "devices": {"example.com/none": 1}}), status=1
     )
     assert problems(release) == {
-        "not checked devices: cluster-scoped reads are off (clusterScopedReads); look yourself:"
-        f" kubectl get nodes -l {OF_TYPE} -o yaml"
+        f"not checked devices: rbac.clusterScopedReads is false. Check: kubectl get nodes -l {OF_TYPE} -o yaml"
     }
     assert "tokenize" in components(space)
     assert f"/{space.name}." not in kubectl("get", "clusterroles,clusterrolebindings", "-o", "name")
 
 
 @pytest.mark.node
-def test_no_training_operator_and_no_device_plugin_stop_the_install_with_their_fixes(
+def test_a_missing_training_operator_or_device_plugin_stops_the_install_with_a_fix(
     new_space: Callable[..., Space],
 ) -> None:
-    """Of the operator: a kind that nobody acts on, and a kind that is not there."""
-    acts = "the kind PyTorchJob is known, but nobody acted on a test job within 10 s FIX: kubectl -n kubeflow rollout"
-    kind = "the API server does not know the kind PyTorchJob FIX: kubectl apply --server-side -k"
-    for without_operator, said in [(nobody_acts, acts), (no_such_kind, kind)]:
+    """The operator: once not running, once not installed."""
+    not_running = (
+        "PyTorchJob is served, but no operator reconciled a test job within 10 s FIX: kubectl -n kubeflow rollout"
+    )
+    not_installed = "not installed: the API server does not serve PyTorchJob FIX: kubectl apply --server-side -k"
+    for without_operator, found in [(operator_stopped, not_running), (kind_not_served, not_installed)]:
         space = new_space()
         space.volume.create()
         release = space.release()
@@ -122,15 +121,15 @@ def test_no_training_operator_and_no_device_plugin_stop_the_install_with_their_f
             release.install(STOPS, status=1)
         check_preflight_stopped(release)
         device, operator = sorted(problems(release) - {"2 of 5 findings stop this release; the fixes are above"})
-        assert operator.startswith(f"error training operator: {said}")
+        assert operator.startswith(f"error training operator: {found}")
         assert device == (
-            f"error {NEURON}: no node of type ml.trn1.32xlarge offers it: its device plugin does not run"
+            f"error {NEURON}: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
             " FIX: helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart"
         )
 
 
 @contextmanager
-def nobody_acts(space: Space) -> Iterator[None]:
+def operator_stopped(space: Space) -> Iterator[None]:
     operator = ["deployment/training-operator", "--namespace", "kubeflow"]
     kubectl("scale", *operator, "--replicas=0")
     kubectl("wait", "--for=delete", "pod", "--selector=control-plane=kubeflow-training-operator", *operator[1:])
@@ -142,8 +141,8 @@ def nobody_acts(space: Space) -> Iterator[None]:
 
 
 @contextmanager
-def no_such_kind(space: Space) -> Iterator[None]:
-    """As a cluster without its CRD; deleting that would delete everybody's jobs."""
+def kind_not_served(space: Space) -> Iterator[None]:
+    """As in a cluster without the CRD. Deleting the CRD would delete the jobs of all tests."""
 
     def serve(wish: bool) -> None:
         change = [{"op": "replace", "path": "/spec/versions/0/served", "value": wish}]
@@ -162,7 +161,7 @@ def no_such_kind(space: Space) -> Iterator[None]:
 
 @contextmanager
 def no_device_plugin() -> Iterator[None]:
-    """The kubelet reports 0 of a resource whose plugin has gone."""
+    """The kubelet reports 0 of a resource whose plugin has stopped."""
     [node] = kubectl("get", "nodes", "-o", "name").split()
 
     def offer(count: int) -> None:

@@ -1,4 +1,4 @@
-"""genvalues preflight says from a laptop, before the install, what the chart's own preflight would say in its pod."""
+"""genvalues preflight reports before an install, from outside, what the chart's preflight reports in its pod."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANAGED: Values = {"storage": {"existingClaim": "", "kind": "generic", "size": "
 
 
 def look(namespace: str, values: Values, context: str | None = None, release: str = "llama") -> list[Finding]:
-    """In the time that the stage promises, and with nothing of it left."""
+    """Findings within the stage's time limit, and nothing left in the cluster."""
     began = time.monotonic()
     findings = check_cluster(CHART, values, release, namespace, context)
     assert time.monotonic() - began < PROMISED_SECONDS
@@ -39,15 +39,15 @@ def lines(findings: list[Finding]) -> list[str]:
     return [" ".join(str(finding).replace("\n", " ").replace(" fix: ", " FIX: ").split()) for finding in findings]
 
 
-def test_it_says_what_the_stage_says_before_anything_is_installed(space: Space) -> None:
-    """All that is wrong at once, word by word, and the stage itself says it afterwards."""
+def test_it_reports_the_stages_findings_before_anything_is_installed(space: Space) -> None:
+    """All problems at once, word for word; the stage reports them afterwards."""
     wrong: Values = {
         "devices": {NEURON: 999, "example.com/none": 1},
         "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
     }
     values = merged(STOPS, TOKEN, wrong)
     outside = {line for line in lines(look(space.name, values)) if not line.startswith("ok ")}
-    assert space.list("pytorchjobs") == [], "the probe is gone"
+    assert space.list("pytorchjobs") == [], "the probe is deleted"
     assert len(outside) == 6
     release = space.release()
     release.install(values, status=1)
@@ -55,15 +55,15 @@ def test_it_says_what_the_stage_says_before_anything_is_installed(space: Space) 
     assert outside == inside
 
 
-def test_before_the_first_install_a_claim_that_install_makes_is_right(new_space: Callable[..., Space]) -> None:
+def test_before_the_first_install_a_claim_that_install_creates_is_ok(new_space: Callable[..., Space]) -> None:
     space = new_space("baseline")
     space.kubectl("create", "secret", "generic", "hf-token", "--from-literal=token=x")
     values = merged(STOPS, TOKEN, MANAGED, {"storage": {"prepare": {"enabled": True}}})
     first = [
-        "ok training operator: knows PyTorchJob and acts on it",
+        "ok training operator: installed, and reconciles PyTorchJobs",
         "ok claim llama-workspace: does not exist yet: install creates it",
         "ok storage class: folder, the default",
-        f"ok namespace {space.name}: enforces Pod Security baseline, which lets storage-prepare run as root",
+        f"ok namespace {space.name}: enforces Pod Security baseline, which allows storage-prepare to run as root",
         "ok secret hf-token: has key token",
         *OK_DEVICES,
     ]
@@ -76,7 +76,7 @@ def test_before_the_first_install_a_claim_that_install_makes_is_right(new_space:
     assert "ok claim llama-workspace: Bound 1Gi" in after and set(first) - set(after) == {first[1], first[2]}
 
 
-def test_a_namespace_that_is_not_there_is_an_error_and_is_not_made(space: Space) -> None:
+def test_a_missing_namespace_is_an_error_and_is_not_created(space: Space) -> None:
     name = f"nobodys-{secrets.token_hex(3)}"
     findings = {finding.subject: finding for finding in look(name, merged(STOPS, TOKEN, MANAGED))}
     assert (findings[f"namespace {name}"].level, findings[f"namespace {name}"].fix) == (
@@ -90,7 +90,7 @@ def test_a_namespace_that_is_not_there_is_an_error_and_is_not_made(space: Space)
     assert run(["kubectl", "get", "namespace", name]).status != 0
 
 
-def test_a_user_who_may_nothing_has_nothing_checked_and_is_told_what_is_not_allowed(
+def test_for_a_user_without_permissions_nothing_is_checked_and_the_permissions_are_named(
     space: Space, tmp_path: Path
 ) -> None:
     space.volume.create()
@@ -132,7 +132,7 @@ def genvalues(*arguments: str, **environment: str) -> Ended:
     return Ended(done.returncode, done.stdout, time.monotonic() - began)
 
 
-def test_the_command_ends_with_2_for_an_error_0_without_and_1_when_nobody_answers(
+def test_the_command_ends_with_2_for_an_error_0_without_one_and_1_without_an_answer(
     new_space: Callable[..., Space], tmp_path: Path
 ) -> None:
     space = new_space("baseline")

@@ -1,4 +1,4 @@
-"""What the service accounts may do, as the API server decides it, and which pods hold what."""
+"""The service accounts' permissions, as the API server decides, and which pods hold devices and tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ EVERY_RULE: Values = {
     "kueue": {"queueName": "research"},
     "storage": {"prepare": {"enabled": True}},
 }
-# One of these names alone, where the table in genvalues/cluster/__init__.py says resourceNames.
+# The only names allowed where the table in genvalues/cluster/__init__.py says resourceNames.
 NAMES = {"secrets": "hf-token", "localqueues.kueue.x-k8s.io": "research"}
 CLUSTER_WIDE = {"nodes", "storageclasses.storage.k8s.io"}
 
-# What an account may not, unless a command of its needs it: verb, resource as kubectl names it, name, namespace
-# ("": everywhere, None: its own).
+# Not allowed unless a command needs it: verb, resource as kubectl names it, name, namespace ("": all, None: its own).
 DENIED: list[tuple[str, str, str, str | None]] = [
     ("create", "pods", "", None),
     ("delete", "pods", "", None),
@@ -86,7 +85,7 @@ def user(space: Space, account: str) -> str:
 
 
 def may(space: Space, account: str, verb: str, resource: str, name: str = "", namespace: str | None = None) -> bool:
-    """What the API server answers."""
+    """The API server's answer to a SubjectAccessReview."""
     kind, _, group = resource.partition(".")
     kind, _, subresource = kind.partition("/")
     everyone = ["system:serviceaccounts", f"system:serviceaccounts:{space.name}", "system:authenticated"]
@@ -103,7 +102,7 @@ def may(space: Space, account: str, verb: str, resource: str, name: str = "", na
 
 
 def rules(space: Space, account: str) -> set[tuple[str, str, str]]:
-    """Everything the account may do to resources of its namespace: (verb, resource, the one name or "")."""
+    """The account's permissions in its namespace: (verb, resource, the only name allowed or "")."""
     as_account = client.ApiClient()
     as_account.set_default_header("Impersonate-User", user(space, account))
     review = {"spec": {"namespace": space.name}}
@@ -126,8 +125,8 @@ def needed(space: Space, commands: list[str]) -> Iterator[tuple[str, str, str]]:
             yield verb, resource, names.get(resource, "")
 
 
-def test_each_service_account_can_do_what_it_needs_and_nothing_else(space: Space) -> None:
-    """As told by the API server: by rules, call by call, and by a list of what none of them may."""
+def test_each_service_account_has_the_permissions_it_needs_and_no_others(space: Space) -> None:
+    """By the API server's list of rules, by single requests, and by a list of forbidden requests."""
     anyone = rules(space, "default")
     for mode, accounts in NEEDS.items():
         objects = render(merged(SMALL, EVERY_RULE, {"pipeline": {"mode": mode}}), namespace=space.name)
@@ -149,7 +148,7 @@ def test_each_service_account_can_do_what_it_needs_and_nothing_else(space: Space
                     assert not may(space, account, verb, resource, name, namespace), (account, verb, resource)
 
 
-def test_in_a_whole_run_only_compile_and_train_hold_devices_and_only_callers_of_the_api_a_token(space: Space) -> None:
+def test_only_compile_and_train_hold_devices_and_only_api_clients_a_token_during_a_whole_run(space: Space) -> None:
     devices = {NEURON: 2, EFA: 1}
     no_token = {"STAND_IN": "test ! -e /var/run/secrets/kubernetes.io || exit 2"}
     release = space.release()

@@ -1,4 +1,4 @@
-"""A later Helm command goes on where an earlier one has ended, however it has ended, and repeats nothing."""
+"""A Helm command resumes where an earlier one ended, however it ended, and repeats nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotati
 UNTIL_TOLD = "until [ -e /workspace/told ]; do sleep 0.2; done"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 OTHER_RATE: Values = {"training": {"learningRate": 1e-4}}
-# Small enough that others train on the node at the same time; and one stage less to wait for.
+# Small enough to share the node with other tests, and one stage fewer.
 SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 BEFORE_TRAINING, FROM_TRAINING_ON = ["tokenize", "compile"], ["train", "consolidate", "merge"]
 
@@ -44,12 +44,12 @@ def values(*more: Values, **scripts: str) -> Values:
 
 
 def manifests(space: Space, stages: list[str]) -> list[Object]:
-    """With the time at which the stage ran, and its output's digests."""
+    """Manifests, which include the time at which the stage ran and the digests of its output."""
     return [space.volume.manifest("llama", stage) for stage in stages]
 
 
 def wait_for_trainers(space: Space, job: str) -> set[str]:
-    """The pods of a PyTorchJob, when both run."""
+    """Wait until both pods of a PyTorchJob run; their uids."""
     space.wait(f"{job} has begun", lambda: [pod for pod in space.pods("llama", "train") if job_of(pod) == job], 120)
     pods = space.wait_for_training("llama")
     assert {job_of(pod) for pod in pods} == {job}
@@ -60,10 +60,8 @@ def job_of(pod: Object) -> str:
     return labels_of(pod).get(JOB_NAME, "")
 
 
-def test_upgrade_goes_on_at_the_failed_stage_and_no_change_in_the_middle_lets_two_trainers_work(
-    space: Space, helm: int
-) -> None:
-    """Failed, upgraded; in the middle of training upgraded with another learning rate, and rolled back."""
+def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once(space: Space, helm: int) -> None:
+    """A failed stage, an upgrade, an upgrade with another learning rate during training, and a rollback."""
     llama = space.release(helm)
     llama.install(values(train="echo no room on the device; exit 2"), status=1)
     before = manifests(space, BEFORE_TRAINING)
@@ -74,7 +72,7 @@ def test_upgrade_goes_on_at_the_failed_stage_and_no_change_in_the_middle_lets_tw
     assert manifests(space, BEFORE_TRAINING) == before
     first = annotations_of(job(space, "llama-train-2"))[FINGERPRINT]
 
-    client.kill(signal.SIGINT)  # as docs/operations.md has it
+    client.kill(signal.SIGINT)  # as described in docs/operations.md
     client = llama.start_upgrade(merged(training, OTHER_RATE))
     wait_for_trainers(space, "llama-train-3")
     assert annotations_of(job(space, "llama-train-3"))[FINGERPRINT] != first
@@ -107,7 +105,7 @@ def learning_rate(space: Space) -> float:
     return float(yaml.safe_load(config["data"]["run.yaml"])["training"]["learningRate"])
 
 
-def test_documented_commands_go_on_after_a_killed_client_and_the_trainers_live(
+def test_the_documented_commands_resume_after_a_killed_client_and_the_training_continues(
     space: Space, helm: int, tmp_path: Path
 ) -> None:
     llama = space.release(helm)
@@ -130,7 +128,7 @@ def test_documented_commands_go_on_after_a_killed_client_and_the_trainers_live(
 
 
 def documented(llama: Release) -> str:
-    """The commands by hand of docs/operations.md, after the lines that set what they use."""
+    """The manual commands in docs/operations.md, preceded by the settings that they use."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     settings = page.partition("\n## ")[0]
     by_hand = page.partition("\n## The Helm client was killed")[2].partition("By hand:")[2].partition("\n## ")[0]
@@ -141,7 +139,7 @@ def documented(llama: Release) -> str:
 
 
 def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
-    """The next client's gate follows the training that runs, which then ends, and so does the pipeline."""
+    """The next client's gate follows the running training, and the pipeline ends."""
     follows = "train: following PyTorchJob llama-train-1"
     space.wait("a gate that follows", lambda: follows in space.log("job/llama-train-gate"), 120)
     space.volume.run("touch told")
@@ -151,9 +149,7 @@ def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
     assert manifests(space, FROM_TRAINING_ON)
 
 
-def test_genvalues_install_by_itself_goes_on_after_it_was_killed_and_the_trainers_live(
-    space: Space, tmp_path: Path
-) -> None:
+def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continues(space: Space, tmp_path: Path) -> None:
     llama = space.release(4)
     inputs = tmp_path / "finetune.yaml"
     training = values(train=UNTIL_TOLD)
@@ -166,7 +162,7 @@ def test_genvalues_install_by_itself_goes_on_after_it_was_killed_and_the_trainer
         "cpu": {"processes": 1},
         "chartValues": training,
     }
-    inputs.write_text(json.dumps(written, indent=2))  # YAML too, and without aliases, which are refused
+    inputs.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
     install = [str(Path(sys.executable).with_name("genvalues")), "install", str(inputs), "--namespace", space.name]
     client = Client(install, dict(os.environ))
     space.clients.append(client)
@@ -181,11 +177,10 @@ def test_genvalues_install_by_itself_goes_on_after_it_was_killed_and_the_trainer
 
 
 @pytest.mark.node
-def test_upgrade_with_nothing_changed_asks_for_no_neuron_and_takes_5_s_a_stage_and_another_rate_only_trains(
+def test_an_unchanged_upgrade_requests_no_neuron_and_takes_5_s_per_stage_and_a_new_learning_rate_only_trains(
     space: Space,
 ) -> None:
-    """Also while there is no node with Neuron devices. Then with another learning rate, of which only train and what
-    comes after it know."""
+    """The unchanged upgrade works without any Neuron node. A new learning rate affects only train and later stages."""
     llama = space.release(4)
     llama.install(values())
     before, after = manifests(space, BEFORE_TRAINING), manifests(space, FROM_TRAINING_ON)
@@ -208,7 +203,7 @@ def test_upgrade_with_nothing_changed_asks_for_no_neuron_and_takes_5_s_a_stage_a
 
 @contextmanager
 def no_neuron_node() -> Iterator[None]:
-    """The label by which train chooses its nodes is taken from all of them for a while."""
+    """Remove the label by which train selects its nodes from all of them, and restore it."""
     listed = json.loads(run(["kubectl", "get", "nodes", "-l", INSTANCE_TYPE, "-o", "json"]).output)["items"]
     labels = {name_of(node): labels_of(node)[INSTANCE_TYPE] for node in listed}
     try:

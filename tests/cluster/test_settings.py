@@ -1,4 +1,4 @@
-"""What the values say about pods reaches every pod of the chart."""
+"""Pod settings in the values reach every pod of the chart."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOR_EVERY_STAGE: Values = {
 
 
 def of_its_own(stage: str) -> Values:
-    """Key by key over what is for every stage."""
+    """Settings of one stage, which override those for every stage key by key."""
     return {
         "extraEnv": {"OWN": stage},
         "extraVolumes": {"own": {"emptyDir": {}}},
@@ -46,7 +46,7 @@ def of_its_own(stage: str) -> Values:
 
 @pytest.fixture
 def priority_class(new_space: Callable[..., Space]) -> Iterator[tuple[Space, str]]:
-    """A namespace and, named after it, a PriorityClass that takes nobody's place."""
+    """A namespace, and a PriorityClass of the same name that never preempts."""
     space = new_space("baseline")
     kind = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": space.name}}
     space.apply({**kind, "value": 1000, "preemptionPolicy": "Never"})
@@ -57,7 +57,7 @@ def priority_class(new_space: Callable[..., Space]) -> Iterator[tuple[Space, str
 def test_scheduling_environment_volumes_labels_and_annotations_reach_every_pod(
     priority_class: tuple[Space, str],
 ) -> None:
-    """Of a whole run in mode detached, which has all stages, through the runner's own Helm; and in the stages' eyes."""
+    """In a whole run in mode detached, which has all stages and the runner's Helm; and as seen inside the stages."""
     space, priority = priority_class
     space.volume.create()
     space.apply(

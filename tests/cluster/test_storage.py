@@ -1,4 +1,4 @@
-"""The volume: where it comes from, whose it is, what happens while it is not there, and that it stays."""
+"""The volume: how it is provisioned, who owns it, what happens while it is missing, and that it is kept."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from chart.manifests import Object, Values, merged
 from cluster.space import CLAIM, Space, claim, files_pod, run, stand_in
 from cluster.test_preflight import check_preflight_stopped, components, findings, problems
 
-MADE_BY_CHART = "llama-workspace"
+CHARTS_CLAIM = "llama-workspace"
 PREPARED: Values = {"storage": {"prepare": {"enabled": True}}}
 
 
-def made_by_chart(kind: str = "generic", **settings: object) -> Values:
+def charts_claim(kind: str = "generic", **settings: object) -> Values:
     return {"storage": {"enabled": True, "existingClaim": "", "kind": kind, **settings}}
 
 
 def generic(storage_class: str) -> Values:
-    return made_by_chart(size="1Gi", storageClass=storage_class)
+    return charts_claim(size="1Gi", storageClass=storage_class)
 
 
-# Its first stage writes to the volume and ends the run: no more is needed here.
+# The first stage writes to the volume and ends the run.
 WRITES = stand_in(
     tokenize="cd /workspace; echo written by $(id -u) > words; stat -c 'root folder: %u %a' . >> words; exit 2"
 )
@@ -33,22 +33,21 @@ def bound(space: Space, name: str) -> Object | None:
     return found if found and found["status"]["phase"] == "Bound" else None
 
 
-def claim_of(space: Space, name: str = MADE_BY_CHART) -> Object:
-    """As it is now, and is to stay."""
+def claim_of(space: Space, name: str = CHARTS_CLAIM) -> Object:
     found = bound(space, name)
     assert found
     return found
 
 
-def words(space: Space, claim_name: str = MADE_BY_CHART) -> str:
+def words(space: Space, claim_name: str = CHARTS_CLAIM) -> str:
     space.apply(files_pod(space.volume.POD, claim_name))
     return space.volume.read("words")
 
 
-def test_roots_folder_on_a_claim_of_the_chart_is_given_to_the_user_and_all_stays_after_uninstall(
+def test_the_root_folder_of_the_charts_claim_is_given_to_the_user_and_the_claim_is_kept_after_uninstall(
     new_space: Callable[..., Space], helm: int
 ) -> None:
-    """As on FSx for Lustre. With --wait, too, where the class binds at once."""
+    """As on FSx for Lustre. Also with --wait, because this class binds immediately."""
     space = new_space("baseline")
     release = space.release(helm)
     release.install(merged(WRITES, generic("folder-of-root"), PREPARED), "--wait", status=1)
@@ -58,10 +57,10 @@ def test_roots_folder_on_a_claim_of_the_chart_is_given_to_the_user_and_all_stays
     assert words(space) == WRITTEN
 
 
-def test_a_volume_of_ones_own_behind_an_existing_claim_is_used_and_left_alone(new_space: Callable[..., Space]) -> None:
-    """Made by hand: a folder that is root's, bound to the claim by its claimRef."""
+def test_the_volume_of_an_existing_claim_is_used_and_not_deleted(new_space: Callable[..., Space]) -> None:
+    """Created by hand: a folder owned by root, bound to the claim by its claimRef."""
     space = new_space("baseline")
-    space.volume.create()  # its folder has room for the other, and goes after the test
+    space.volume.create()  # its folder contains the other volume's, and is deleted after the test
     with volume_by_hand(space, "by-hand"):
         release = space.release(4)
         release.install(merged(WRITES, PREPARED, {"storage": {"existingClaim": "by-hand"}}), status=1)
@@ -97,30 +96,30 @@ def volume_by_hand(space: Space, name: str) -> Iterator[None]:
 
 
 def forget_volume(space: Space, name: str) -> None:
-    """It goes as soon as its claim has gone with the namespace."""
+    """It is deleted as soon as its claim is deleted with the namespace."""
     run(["kubectl", "delete", "pv", f"{space.name}.{name}", "--wait=false"])
 
 
-def test_static_volumes_of_two_namespaces_are_bound_each_to_its_own_claim_and_stay_after_uninstall(
+def test_static_volumes_of_two_namespaces_bind_to_their_own_claims_and_are_kept_after_uninstall(
     new_space: Callable[..., Space],
 ) -> None:
-    """FSx file systems, which nobody can mount here: the stage that needs one waits for it, and uninstall ends it."""
+    """FSx file systems, which cannot be mounted here: the stage that needs one waits, and uninstall stops it."""
     spaces = [new_space(), new_space()]
     names = {"fileSystemId": "fs-0123456789abcdef0", "dnsName": "fs.example.com", "mountName": "fsx"}
-    values = merged(stand_in(), made_by_chart("fsx-static", size="1200Gi", static=names, prepare={"enabled": False}))
+    values = merged(stand_in(), charts_claim("fsx-static", size="1200Gi", static=names, prepare={"enabled": False}))
     try:
         releases = [space.release(major) for major, space in zip((3, 4), spaces, strict=True)]
         clients = [release.start_install(values) for release in releases]
         for space, release, client in zip(spaces, releases, clients, strict=True):
             space.wait("a stage that waits for its volume", lambda: space.pods("llama", "tokenize"))  # noqa: B023
-            volume = f"{space.name}.{MADE_BY_CHART}"
+            volume = f"{space.name}.{CHARTS_CLAIM}"
             waits = f"Pending: not yet bound to its volume {volume}; the next stage waits for it"
-            [claim_finding] = [line for line in findings(release) if f"claim {MADE_BY_CHART}" in line]
+            [claim_finding] = [line for line in findings(release) if f"claim {CHARTS_CLAIM}" in line]
             assert claim_finding.partition(" FIX: ")[0] in {
-                f"ok claim {MADE_BY_CHART}: Bound 1200Gi",
-                f"warning claim {MADE_BY_CHART}: {waits}",  # Kubernetes looks every 15 s
+                f"ok claim {CHARTS_CLAIM}: Bound 1200Gi",
+                f"warning claim {CHARTS_CLAIM}: {waits}",  # Kubernetes resyncs every 15 s
             }
-            before = space.wait("a bound claim", lambda: bound(space, MADE_BY_CHART))  # noqa: B023
+            before = space.wait("a bound claim", lambda: bound(space, CHARTS_CLAIM))  # noqa: B023
             assert before["spec"]["volumeName"] == volume
             client.kill()
             release.uninstall()
@@ -129,17 +128,19 @@ def test_static_volumes_of_two_namespaces_are_bound_each_to_its_own_claim_and_st
             assert not space.pods("llama")
     finally:
         for space in spaces:
-            forget_volume(space, MADE_BY_CHART)
+            forget_volume(space, CHARTS_CLAIM)
 
 
-def test_a_class_that_binds_at_the_first_pod_works_and_with_wait_no_stage_ever_starts(space: Space, helm: int) -> None:
-    """docs/operations.md says so."""
+def test_a_class_that_waits_for_its_first_consumer_works_without_wait_and_starts_no_stage_with_it(
+    space: Space, helm: int
+) -> None:
+    """As described in docs/operations.md."""
     values = merged(WRITES, generic("folder-on-first-use"))
     release = space.release(helm)
     release.install(values, "--wait", "--timeout", "15s", status=1)
     assert components(space) == {"cleanup"}
     release.upgrade(values, status=1)
-    waits = f"claim {MADE_BY_CHART}: Pending until its first pod, as its storage class wants it (WaitForFirstConsumer)"
+    waits = f"claim {CHARTS_CLAIM}: Pending until its first pod starts (volumeBindingMode WaitForFirstConsumer)"
     assert f"ok {waits}" in findings(release)
     assert words(space) == WRITTEN
 
@@ -147,11 +148,11 @@ def test_a_class_that_binds_at_the_first_pod_works_and_with_wait_no_stage_ever_s
 def test_a_claim_that_stays_pending_stops_the_install_with_the_reason_and_the_fix(
     new_space: Callable[..., Space],
 ) -> None:
-    """A class whose provisioner does not run, and a class that does not exist."""
-    nobody, no_class = new_space(), new_space()
+    """A class whose provisioner is not running, and a class that does not exist."""
+    no_provisioner, no_class = new_space(), new_space()
     clients = {
         space: space.release().start_install(merged(WRITES, generic(storage_class)))
-        for space, storage_class in ((nobody, "nobody-makes-it"), (no_class, "no-such-class"))
+        for space, storage_class in ((no_provisioner, "nobody-makes-it"), (no_class, "no-such-class"))
     }
     for space, client in clients.items():
         assert client.wait(120).status == 1
@@ -161,16 +162,15 @@ def test_a_claim_that_stays_pending_stops_the_install_with_the_reason_and_the_fi
         " by the system administrator. If volume creation is delayed, please verify that the provisioner is running and"
         " correctly registered."
     )
-    assert problems(nobody.release()) == {
-        f"error claim {MADE_BY_CHART}: Pending, and no provisioner has taken it up: {message}"
+    assert problems(no_provisioner.release()) == {
+        f"error claim {CHARTS_CLAIM}: Pending: no provisioner handles it: {message}"
         " FIX: kubectl get csidrivers; kubectl get storageclass nobody-makes-it",
         "1 of 6 findings stop this release; the fixes are above",
     }
     assert problems(no_class.release()) == {
-        f"error claim {MADE_BY_CHART}: Pending: ProvisioningFailed:"
+        f"error claim {CHARTS_CLAIM}: Pending: ProvisioningFailed:"
         f' storageclass.storage.k8s.io "no-such-class" not found'
-        f" FIX: kubectl -n {no_class.name} describe pvc {MADE_BY_CHART}",
-        "error storage class no-such-class: there is none of this name"
-        " FIX: kubectl get storageclass # then storage.storageClass",
+        f" FIX: kubectl -n {no_class.name} describe pvc {CHARTS_CLAIM}",
+        "error storage class no-such-class: not found FIX: kubectl get storageclass # then set storage.storageClass",
         "2 of 6 findings stop this release; the fixes are above",
     }

@@ -1,4 +1,4 @@
-"""A small Llama is trained for real in the cluster, and what disturbs the training leaves no trace in its result."""
+"""Train a small Llama in the cluster; interruptions of the training do not change its result."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ TRAINING: Values = merged(
             "saveSteps": SAVE_STEPS,
         },
         "evaluation": {"maxRows": 8, "samples": 1, "maxNewTokens": 8},
-        "stageDefaults": {"extraEnv": {"OMP_NUM_THREADS": 1}},  # two workers on what may be two cores
+        "stageDefaults": {"extraEnv": {"OMP_NUM_THREADS": 1}},  # two workers may share two cores
     },
 )
 
 
 class Trained(NamedTuple):
-    """A release whose pipeline has run once, undisturbed."""
+    """A release whose pipeline has run once without interruption."""
 
     space: Space
     release: Release
@@ -91,7 +91,7 @@ def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
         json.loads(line)["loss"] for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()
     ]
     assert len(losses) == STEPS
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "it has learned something"
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "the loss decreases"
 
     merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", tmp_path))
     base_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("model", tmp_path))
@@ -128,7 +128,7 @@ def test_only_compile_and_train_hold_neuron_and_efa_over_the_whole_run(trained: 
         assert (holds(pod, NEURON), holds(pod, EFA)) == ((8, 4) if trains else (0, 0)), pod["metadata"]["name"]
 
 
-def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(trained: Trained) -> None:
+def test_helm_test_checks_the_merged_model_and_reports_what_is_wrong(trained: Trained) -> None:
     tested = trained.release("test", "llama", "--logs")
     assert tested.status == 0, tested.output
     assert "merge: " in tested.output and "all as written" in tested.output
@@ -138,15 +138,15 @@ def test_helm_test_checks_the_merged_model_and_says_what_is_wrong_with_it(traine
         " bs=1 seek=20000 conv=notrunc 2>/dev/null"
     )
     try:
-        spoilt = trained.release("test", "llama", "--logs")
+        damaged = trained.release("test", "llama", "--logs")
     finally:
         volume.run("mv spare runs/llama/merged/model.safetensors")
-    assert spoilt.status != 0
-    assert "merged/model.safetensors" in spoilt.output and "SHA-256" in spoilt.output
+    assert damaged.status != 0
+    assert "merged/model.safetensors" in damaged.output and "SHA-256" in damaged.output
 
 
-def test_an_unchanged_upgrade_skips_every_stage_in_5_s_and_asks_for_no_neuron(trained: Trained) -> None:
-    """With the real image, whose commands are not to import torch for that."""
+def test_an_unchanged_upgrade_skips_every_stage_in_5_s_and_requests_no_neuron(trained: Trained) -> None:
+    """With the real image, whose commands must not import torch to skip a stage."""
     began = time.monotonic()
     took = skipping(trained.space, lambda: trained.release.upgrade(TRAINING))
     assert asking_for_neuron(trained.space, began) == set()
@@ -181,7 +181,7 @@ def test_a_lost_worker_and_a_restarted_operator_change_nothing_in_the_result(tra
 
 @pytest.mark.node
 def test_a_drained_node_changes_nothing_in_the_result(trained: Trained) -> None:
-    """The only node: worker, gate and operator pods are evicted, and wait until it takes pods again."""
+    """It is the only node: worker, gate and operator pods are evicted, and wait until it is schedulable again."""
     space = trained.space
     client = start_training(trained, "drained")
     node = node_of(space.pods("llama", "train")[0])
@@ -198,7 +198,7 @@ def test_a_drained_node_changes_nothing_in_the_result(trained: Trained) -> None:
 
 
 def start_training(trained: Trained, name: str) -> Client:
-    """The same training as a run of another name; returns when it is between its first checkpoint and its end."""
+    """Start the same training as a run of another name; return between its first checkpoint and its end."""
     client = trained.release.start_upgrade(merged(TRAINING, {"name": name}))
     trained.space.wait_for_training("llama", seconds=240)
     trained.space.wait(
@@ -207,7 +207,7 @@ def start_training(trained: Trained, name: str) -> Client:
         120,
         0.1,
     )
-    assert not trained.space.volume.exists(f"runs/{name}/stages/train.json"), "too fast to be disturbed: raise STEPS"
+    assert not trained.space.volume.exists(f"runs/{name}/stages/train.json"), "too fast to be interrupted: raise STEPS"
     return client
 
 
@@ -222,7 +222,7 @@ def worker(space: Space, number: int) -> str:
 
 
 def resumed(space: Space, name: str) -> bool:
-    """Whether a training went on in the middle: tensorboard writes a file for each process that trained."""
+    """Whether a training was resumed: tensorboard writes a file for each process that trained."""
     return int(space.volume.run(f"ls runs/{name}/checkpoints/*/tensorboard | wc -l")) > 1
 
 

@@ -1,9 +1,9 @@
 {{- /*
-    Stops what still runs and waits until its pods are gone: hooks are not owned by the release. All it needs is in its
-    arguments. Arguments: root, name, hooks, startSeconds.
+    Stops everything that still runs and waits until its pods are gone, because Helm does not own hooks. Its command line
+    is its only configuration. Arguments: root, name, hooks, startSeconds.
 
-    Its Job has startSeconds, for a pod that never starts. A pod that does start first gives its Job the time that the
-    work may take on top of that (--own-job): a Job's deadline counts from its creation, the pulling of the image included.
+    The Job's deadline is startSeconds, for a pod that never starts. A pod that starts first extends the deadline by the
+    time for its work (--own-job), because a deadline counts from the Job's creation and includes pulling the image.
 */}}
 {{- define "llama-lora.cleanup.job" -}}
 {{- $values := .root.Values }}

@@ -2,7 +2,7 @@
        values of a chart that lacks them), and turns numbers that `helm --set` passed as text into numbers. */}}
 {{- define "llama-lora.settings.complete" -}}
 {{- if not (kindIs "map" .Values.storage) }}      {{- /* the subchart's values are another map by now */}}
-{{- fail "these values cannot work:\n\n  storage is missing. Remove storage: null, or upgrade with --reset-then-reuse-values.\n" }}
+{{- fail "invalid values:\n\n  storage is missing. Remove storage: null, or upgrade with --reset-then-reuse-values.\n" }}
 {{- end }}
 {{- include "llama-lora.settings.restore" (dict "values" .Values "defaults" (include "llama-lora.settings.defaults" . | fromJson)) }}
 {{- $mistakes := list }}
@@ -26,7 +26,7 @@
 {{- end }}
 {{- end }}
 {{- if $mistakes }}
-{{- fail (printf "these values cannot work:\n\n  %s\n" (join "\n  " $mistakes)) }}
+{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $mistakes)) }}
 {{- end }}
 {{- end }}
 

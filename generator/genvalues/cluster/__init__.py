@@ -1,28 +1,29 @@
-"""What talks to the Kubernetes API, from a pod of the chart or a laptop: preflight, gate, cleanup, runner, recovery.
+"""Commands that talk to the Kubernetes API from a pod of the chart: preflight, gate, runner and cleanup.
 
-``api`` is the only module that knows the Kubernetes client; the others decide, and can be read without a cluster.
+``api`` is the only module that imports the Kubernetes client. The modules that decide (decision, guards, objects) take
+and return plain objects, so they can be tested without a cluster.
 
 Exit statuses, the same for every command:
 
     0    done
     2    the user must change something
-    1    gate, runner: a stage failed, after its own retries; cleanup: something still runs at the deadline
-    3    the command itself could not do its work (no API server, a defect): worth another try
-    143  asked to stop (SIGTERM); a later one goes on
+    1    gate, runner: a stage failed after its own retries; cleanup: something still runs at the deadline
+    3    the command itself failed (API server unavailable, internal error): retry
+    143  stopped by SIGTERM; the next pod resumes
 
-So a Job's podFailurePolicy fails at once on 1 and 2.
+The podFailurePolicy of a Job fails the Job at once on 1 and 2, and retries anything else.
 
-What each command asks of the API, for the chart's RBAC, all in the release's namespace unless said otherwise.
-Discovery (GET /apis/...) is open to every service account. tests/generator/cluster holds the code to this table.
+API requests of each command, for the chart's RBAC; in the release's namespace unless noted. Discovery (GET /apis/...)
+is allowed to every service account. tests/generator/cluster checks the code against this table.
 
     command    resource                           verbs
     preflight  persistentvolumeclaims             get
-    preflight  persistentvolumeclaims             list       # optional: names the claims there are when one is missing
-    preflight  secrets                            get        # resourceNames: the token's; no rule when there is none
+    preflight  persistentvolumeclaims             list       # optional: lists the existing claims when one is missing
+    preflight  secrets                            get        # resourceNames: the token's; no rule without a token
     preflight  namespaces                         get        # resourceNames: its own; only with storage.prepare
     preflight  events                             list
     preflight  resourcequotas                     list
-    preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without them: "not checked"
+    preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without it: "not checked"
     preflight  localqueues.kueue.x-k8s.io         get        # only with kueue.queueName
     preflight  nodes                              list       # cluster-wide, only with clusterScopedReads
     preflight  storageclasses.storage.k8s.io      get        # cluster-wide, only with clusterScopedReads
@@ -37,15 +38,16 @@ Discovery (GET /apis/...) is open to every service account. tests/generator/clus
     runner     jobs.batch                         list patch
     runner     pods                               list
 
-``genvalues install``, on top of what its Helm asks, with the rights of whoever calls it; only the first is always used:
+Requests of ``genvalues install`` in addition to those of Helm, with the caller's permissions. Only the first is always
+sent:
 
     install    secrets                            list update
     install    jobs.batch                         list patch
 
-What Helm asks on top, in detached mode: for the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 applies on the
-server's side and watches every hook), and for cleanup's ``helm uninstall RELEASE-run --no-hooks``. The runner's is
-measured: tests/cluster/test_detached.py holds its Role to what the API server is asked for. To list PyTorchJobs, and
-then to watch them, is what Helm does where the API server, before 1.34, does not do both at once.
+Requests of Helm in detached mode: the runner's ``helm upgrade --install RELEASE-run`` (Helm 4 uses server-side apply
+and watches every hook) and cleanup's ``helm uninstall RELEASE-run --no-hooks``. The first is measured:
+tests/cluster/test_detached.py compares the runner's Role with the requests that the API server receives. Helm lists
+PyTorchJobs before it watches them when the API server is older than 1.34.
 
     command    resource                           verbs
     upgrade    secrets                            get list create update delete

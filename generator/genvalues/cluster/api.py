@@ -1,12 +1,13 @@
-"""The edge to the Kubernetes API: a few verbs over the official client, patient with a server that is away.
+"""A small Kubernetes client: a few verbs over the official client, with retries while the API server is unavailable.
 
-Objects go in and out as plain dicts. Requests are sent through the client's dynamic ``request``, whose form is the
-same in every version we allow; nothing is discovered or cached.
+Objects are plain dicts. Requests are sent through the dynamic client's ``request``, which has the same signature in
+every supported version of the client. Nothing is discovered or cached.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,19 +21,21 @@ from kubernetes.utils.quantity import parse_quantity
 
 from genvalues.common.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Object = dict[str, Any]
 Query = list[tuple[str, Any]]
 
-# Seen: an API server that restarts is away for 40 to 77 s (local-cluster/README.md).
+# An API server that restarts was unavailable for 40 to 77 s (measured on a single-node control plane).
 PATIENCE_SECONDS = 300.0
-TRANSPORT_ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)  # ValueError: half an answer
-AWAY = {0, 408, 429, 500, 502, 503, 504}  # 0: the client's own word for a TLS failure
-# What the client makes of a file that is no kubeconfig, and of one that is not there.
-NO_KUBECONFIG = (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError)
+TRANSPORT_ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)  # ValueError: a truncated JSON response
+UNAVAILABLE = {0, 408, 429, 500, 502, 503, 504}  # 0: the client's status for a TLS failure
+# What the client raises for a missing or malformed kubeconfig.
+INVALID_KUBECONFIG = (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError)
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_SECONDS, READ_SECONDS = 5.0, 20.0
-WATCH_SECONDS = 50  # the server ends a watch after this; a connection that died without a word is noticed soon after
-QUIET_LOG_SECONDS = 300.0  # a log may say nothing for long, e.g. while neuronx-cc compiles
+WATCH_SECONDS = 50  # the server ends a watch after this time, so a dead connection is noticed soon after
+QUIET_LOG_SECONDS = 300.0  # a container may log nothing for minutes, e.g. while neuronx-cc compiles
 
 
 class Kind(NamedTuple):
@@ -41,7 +44,7 @@ class Kind(NamedTuple):
     namespaced: bool = True
 
     def __str__(self) -> str:
-        """As RBAC rules and kubectl name it: pods, jobs.batch."""
+        """The name used in RBAC rules and by kubectl: pods, jobs.batch."""
         group = self.api.split("/")[1] if self.api.startswith("apis/") else ""
         return f"{self.plural}.{group}" if group else self.plural
 
@@ -59,7 +62,7 @@ PYTORCH_JOBS = Kind("apis/kubeflow.org/v1", "pytorchjobs")
 
 
 class ApiError(Exception):
-    """The API server refused a request."""
+    """The API server rejected a request. ``status`` is the HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
@@ -68,15 +71,19 @@ class ApiError(Exception):
 
 
 class NotAllowed(ApiError):
-    """RBAC does not let us do this."""
+    """The request is not authenticated (401) or not allowed by RBAC (403)."""
 
 
 class ServerAway(ApiError):
-    """No usable answer for as long as we were willing to wait."""
+    """The API server stayed unavailable for the whole retry time."""
 
 
 class Api:
-    """One namespace of one cluster. Safe to use from several threads."""
+    """Client for one namespace of one cluster. Thread-safe.
+
+    While the server is unavailable, a request is retried every ``interval`` seconds for at most ``patience`` seconds,
+    and never past ``deadline`` (a time of ``time.monotonic()``).
+    """
 
     def __init__(
         self,
@@ -86,41 +93,41 @@ class Api:
         patience: float = PATIENCE_SECONDS,
         interval: float = 2.0,
         deadline: float | None = None,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.namespace = namespace
         self._client = dynamic_client
         self._patience = patience
         self._interval = interval
-        self._deadline = deadline  # of time.monotonic(): no request goes on after it
-        self._say = say
-        self._worked: set[tuple[str, str]] = set()
+        self._deadline = deadline
+        self._allowed_before: set[tuple[str, str]] = set()  # method and kind
+        self._outage_logged = False
 
     def get(self, kind: Kind, name: str) -> Object | None:
-        """The object, or None when there is none."""
-        return self._found(lambda: self._json("GET", self._path(kind, name), kind))
+        """Return the object, or None if it does not exist."""
+        return self._none_if_missing(lambda: self._request("GET", self._path(kind, name), kind))
 
     def list(self, kind: Kind, *, labels: str = "", fields: str = "") -> list[Object]:
-        """What matches the selectors; nothing when the API does not know the kind (a CRD that is not installed)."""
-        listed = self._found(lambda: self._json("GET", self._path(kind), kind, query=selectors(labels, fields)))
+        """Return the objects that match the selectors; an empty list if the API does not serve the kind (no CRD)."""
+        query = selectors(labels, fields)
+        listed = self._none_if_missing(lambda: self._request("GET", self._path(kind), kind, query=query))
         return listed["items"] if listed else []
 
     def create(self, kind: Kind, body: Object) -> None:
-        """Create ``body``; one of that name that is there already is left as it is."""
+        """Create ``body``. An existing object of the same name is left unchanged."""
         try:
-            self._json("POST", self._path(kind), kind, body=body)
+            self._request("POST", self._path(kind), kind, body=body)
         except ApiError as error:
             if error.status != 409:
                 raise
 
     def patch(self, kind: Kind, name: str, body: Object) -> Object | None:
-        """Merge ``body`` into the object; None when it is gone."""
-        return self._found(lambda: self._json("PATCH", self._path(kind, name), kind, body=body))
+        """Merge ``body`` into the object. Return None if the object does not exist."""
+        return self._none_if_missing(lambda: self._request("PATCH", self._path(kind, name), kind, body=body))
 
     def replace(self, kind: Kind, body: Object) -> bool:
-        """Put ``body`` in the object's place; False when that has changed since it was read, or is gone."""
+        """Replace the object by ``body``. Return False if it was changed or deleted since it was read."""
         try:
-            self._json("PUT", self._path(kind, body["metadata"]["name"]), kind, body=body)
+            self._request("PUT", self._path(kind, body["metadata"]["name"]), kind, body=body)
         except ApiError as error:
             if error.status in {404, 409}:
                 return False
@@ -128,21 +135,25 @@ class Api:
         return True
 
     def delete(self, kind: Kind, name: str, *, propagation: str = "Background") -> None:
-        """Ask for the object's deletion; one that is gone is fine."""
+        """Request deletion of the object. An object that does not exist is not an error."""
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
-        self._found(lambda: self._json("DELETE", self._path(kind, name), kind, body=options))
+        self._none_if_missing(lambda: self._request("DELETE", self._path(kind, name), kind, body=options))
+
+    def stop_pytorch_job(self, name: str) -> None:
+        """Request foreground deletion: the job stays, and creates no new pods, until its pods have ended."""
+        self.delete(PYTORCH_JOBS, name, propagation="Foreground")
 
     def discover(self, path: str) -> Object | None:
-        """A discovery document, e.g. ``apis/kubeflow.org/v1``; None when the group is not served."""
-        return self._found(lambda: self._json("GET", f"/{path}"))
+        """Return a discovery document, e.g. ``apis/kubeflow.org/v1``, or None if the group is not served."""
+        return self._none_if_missing(lambda: self._request("GET", f"/{path}"))
 
     def watch(self, kind: Kind, *, labels: str) -> Iterator[Object]:
-        """Each matching object as it is, then each one that changes or goes, until the server ends the watch."""
-        listed = self._json("GET", self._path(kind), kind, query=selectors(labels))
+        """Yield each matching object, then each one that changes or is deleted, until the server ends the watch."""
+        listed = self._request("GET", self._path(kind), kind, query=selectors(labels))
         yield from listed["items"]
         since = listed.get("metadata", {}).get("resourceVersion", "")
         query = [*selectors(labels), ("watch", "true"), ("resourceVersion", since), ("timeoutSeconds", WATCH_SECONDS)]
-        for line in self._lines(self._path(kind), query, WATCH_SECONDS + 15.0):
+        for line in self._stream(self._path(kind), query, WATCH_SECONDS + 15.0):
             change = json.loads(line)
             if change.get("type") in {"ADDED", "MODIFIED", "DELETED"}:
                 yield change["object"]
@@ -150,27 +161,30 @@ class Api:
     def log(
         self, pod: str, container: str, *, tail: int | None, follow: bool = True, previous: bool = False
     ) -> Iterator[str]:
-        """The last ``tail`` lines of a container (None: all), each with its time in front; with ``follow`` all that
-        come until it ends, too. ``previous``: of the container that was there before its restart."""
+        """Yield the last ``tail`` log lines of a container (None: all), each with its time stamp in front.
+
+        With ``follow``, continue with new lines until the container ends. With ``previous``, read the log of the
+        container before its last restart.
+        """
         query: Query = [("container", container), ("timestamps", "true")]
         query += [("follow", "true")] if follow else []
         query += [("previous", "true")] if previous else []
         query += [("tailLines", tail)] if tail is not None else []
-        yield from self._lines(f"{self._path(PODS, pod)}/log", query, QUIET_LOG_SECONDS if follow else READ_SECONDS)
+        yield from self._stream(f"{self._path(PODS, pod)}/log", query, QUIET_LOG_SECONDS if follow else READ_SECONDS)
 
     def _path(self, kind: Kind, name: str = "") -> str:
         namespace = f"/namespaces/{self.namespace}" if kind.namespaced else ""
         return f"/{kind.api}{namespace}/{kind.plural}" + (f"/{name}" if name else "")
 
-    def _found(self, ask: Callable[[], Object]) -> Object | None:
+    def _none_if_missing(self, request: Callable[[], Object]) -> Object | None:
         try:
-            return ask()
+            return request()
         except ApiError as error:
             if error.status == 404:
                 return None
             raise
 
-    def _json(
+    def _request(
         self,
         method: str,
         path: str,
@@ -179,22 +193,25 @@ class Api:
         query: Query | None = None,
         body: Object | None = None,
     ) -> Object:
-        """Send until there is an answer, at most for our patience; a 4xx is an answer."""
+        """Send a request and return its JSON response; retry while the server is unavailable.
+
+        Raises NotAllowed or ApiError for a response that a retry would not change, ServerAway when the time is up.
+        """
         until = time.monotonic() + self._patience
         if self._deadline is not None:
             until = min(until, self._deadline)
-        told = False
         while True:
             try:
                 left = max(0.5, until - time.monotonic())
                 response = self._send(method, path, query, body, (min(CONNECT_SECONDS, left), min(READ_SECONDS, left)))
                 answer: Object = json.loads(response.data)
-                self._worked.add((method, str(kind)))
+                self._allowed_before.add((method, str(kind)))
+                self._outage_logged = False
                 return answer
             except ApiError as error:
-                # A server that has just come back refuses everybody for a moment, until it has read the RBAC rules.
-                worked_before = isinstance(error, NotAllowed) and (method, str(kind)) in self._worked
-                if error.status not in AWAY and not worked_before:
+                # A server that has just restarted rejects every request until it has loaded the RBAC rules.
+                was_allowed = isinstance(error, NotAllowed) and (method, str(kind)) in self._allowed_before
+                if error.status not in UNAVAILABLE and not was_allowed:
                     raise
                 problem = error
             except TRANSPORT_ERRORS as error:
@@ -203,13 +220,13 @@ class Api:
                 if isinstance(problem, NotAllowed):
                     raise problem
                 raise ServerAway(problem.status, f"the API server does not answer: {problem.message}")
-            if not told:
-                self._say(f"the API server does not answer, trying again: {problem.message}")
-                told = True
+            if not self._outage_logged:
+                self._outage_logged = True  # once per outage
+                log.warning("the API server does not answer, retrying: %s", problem.message)
             time.sleep(self._interval)
 
-    def _lines(self, path: str, query: Query, quiet: float) -> Iterator[str]:
-        """A streamed answer, line by line. Ends, without an error, when the connection does; the caller asks again."""
+    def _stream(self, path: str, query: Query, quiet: float) -> Iterator[str]:
+        """Yield a streamed response line by line. A lost connection ends the stream without an error."""
         response = self._send("GET", path, query, None, (CONNECT_SECONDS, quiet))
         rest = b""
         try:
@@ -244,12 +261,12 @@ class Api:
                 _request_timeout=timeout,
             )
         except client.ApiException as error:
-            message = message_of(error)
-            raise (NotAllowed if error.status in {401, 403} else ApiError)(error.status or 0, message) from error
+            error_type = NotAllowed if error.status in {401, 403} else ApiError
+            raise error_type(error.status or 0, server_message(error)) from error
 
 
 def whole_number(quantity: Any) -> int:
-    """A count that the API spells as a quantity: 16, or 1k."""
+    """A count written as a Kubernetes quantity: 16, or 1k."""
     return int(parse_quantity(quantity))
 
 
@@ -257,8 +274,8 @@ def selectors(labels: str = "", fields: str = "") -> Query:
     return [(key, value) for key, value in (("labelSelector", labels), ("fieldSelector", fields)) if value]
 
 
-def message_of(error: Any) -> str:
-    """The server's own sentence, without headers and JSON around it."""
+def server_message(error: Any) -> str:
+    """The ``message`` of the API server's Status object, without headers and JSON."""
     try:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):
@@ -266,9 +283,10 @@ def message_of(error: Any) -> str:
 
 
 def connect(namespace: str | None, *, context: str | None = None, **options: Any) -> Api:
-    """To the cluster that Helm would choose: of $KUBECONFIG, else of ~/.kube/config, else the one this pod runs in.
+    """Connect to the cluster that Helm would use: $KUBECONFIG, else ~/.kube/config, else the cluster of this pod.
 
-    Without a namespace it is the context's.
+    The default namespace is that of the context. ``options`` are those of Api. Raises UserError without a usable
+    kubeconfig.
     """
     settings = client.Configuration()
     named = os.environ.get("KUBECONFIG")
@@ -280,11 +298,11 @@ def connect(namespace: str | None, *, context: str | None = None, **options: Any
         else:
             config.load_kube_config(path, context=context, client_configuration=settings)
             namespace = namespace or namespace_of(context, path)
-    except NO_KUBECONFIG as error:
+    except INVALID_KUBECONFIG as error:
         look = "get-contexts" if context else "current-context"
-        fix = f"Set KUBECONFIG, or try: kubectl config {look}"
-        raise UserError(f"no cluster to talk to: {' '.join(str(error).split())}", fix=fix) from error
-    settings.retries = False  # ours are slower and say so
+        fix = f"Set KUBECONFIG, or check: kubectl config {look}"
+        raise UserError(f"no usable kubeconfig: {' '.join(str(error).split())}", fix=fix) from error
+    settings.retries = False  # Api retries itself, more slowly, and logs it
     without_discovery = dynamic.DynamicClient(client.ApiClient(settings), discoverer=lambda client, cache: None)
     return Api(without_discovery, namespace, **options)
 

@@ -1,8 +1,9 @@
-"""cluster.yaml: what the chart tells these commands about the release."""
+"""cluster.yaml: what the chart passes to these commands about the release."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,74 +12,78 @@ from pydantic.alias_generators import to_camel
 from genvalues.common.errors import UserError, UserErrors
 
 
-class Section(BaseModel):
+class ConfigBlock(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
 
 
-class Claim(Section):
+class WorkspaceClaim(ConfigBlock):
     name: str = Field(min_length=1)
-    managed: bool  # made by this release, not storage.existingClaim
+    managed: bool  # created by this release, not storage.existingClaim
 
 
-class TokenSecret(Section):
+class TokenSecret(ConfigBlock):
     name: str = Field(min_length=1)
     key: str = Field(min_length=1)
 
 
-class Job(Section):
+class JobNodes(ConfigBlock):
     nodes: int = Field(ge=1)
     instance: str
-    devices: dict[str, int] = {}  # per node
-    queue_name: str = ""  # Kueue's local queue
+    devices: dict[str, int] = {}  # per node, by resource name
+    queue_name: str = ""  # Kueue LocalQueue
 
 
-class Train(Section):
+class TrainLimits(ConfigBlock):
     unschedulable_timeout_seconds: float = Field(default=1800, gt=0)
 
 
-class Guards(Section):
-    max_cost: float | None = Field(default=None, gt=0)  # dollars, of the whole run
+class GuardLimits(ConfigBlock):
+    max_cost: float | None = Field(default=None, gt=0)  # dollars, for the whole run
     price_per_node_hour: float | None = Field(default=None, gt=0)  # dollars
-    stall_timeout_seconds: float = Field(default=0, ge=0)  # 0: none
+    stall_timeout_seconds: float = Field(default=0, ge=0)  # 0: no limit
 
 
-class Chart(Section):
+class ChartVersions(ConfigBlock):
     version: str
     app_version: str
 
 
-class ClusterConfig(Section):
+class ClusterConfig(ConfigBlock):
     release: str = Field(min_length=1)
     namespace: str = Field(min_length=1)
     fullname: str = Field(min_length=1)
     revision: int
-    run: str = Field(min_length=1)  # the value of the label RUN
-    chart: Chart
-    claim: Claim
-    storage_prepare: bool  # whether the release has that stage, whose pod runs as root
+    run: str = Field(min_length=1)  # value of the label llama-lora/run
+    chart: ChartVersions
+    claim: WorkspaceClaim
+    storage_prepare: bool  # whether the release has the stage storage-prepare, whose pod runs as root
     secret: TokenSecret | None = None
-    job: Job
+    job: JobNodes
     cluster_scoped_reads: bool
-    train: Train = Train()
-    guards: Guards = Guards()
+    train: TrainLimits = TrainLimits()
+    guards: GuardLimits = GuardLimits()
 
 
 def load(path: Path) -> ClusterConfig:
-    """Read and check ``path``; every mistake in it in one UserError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fix = "Give the cluster.yaml that the chart puts at /etc/llama-lora/cluster.yaml"
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"is not YAML: {' '.join(str(error).split())}", where=str(path)) from error
+    """Read and validate ``path``. Raises UserError with every problem in it."""
+    values = read_yaml(path, fix="Pass the file that the chart mounts at /etc/llama-lora/cluster.yaml")
     if not isinstance(values, dict):
-        raise UserError("must be a mapping with release, namespace, claim, job ...", where=str(path))
+        raise UserError("must be a mapping with the keys release, namespace, claim, job ...", where=str(path))
     try:
         return ClusterConfig.model_validate(values)
     except ValidationError as invalid:
-        mistakes = [
-            UserError(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}", where=str(path))
-            for mistake in invalid.errors()
+        problems = [
+            UserError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}", where=str(path))
+            for problem in invalid.errors()
         ]
-        raise UserErrors(mistakes) from invalid
+        raise UserErrors(problems) from invalid
+
+
+def read_yaml(path: Path, fix: str = "") -> Any:
+    """The parsed content of a YAML file. Raises UserError; ``fix`` is for a file that cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"invalid YAML: {' '.join(str(error).split())}", where=str(path)) from error

@@ -1,8 +1,9 @@
-"""costs.json, beside progress.json: what the run's nodes have cost, kept while a gate follows a job."""
+"""costs.json, next to progress.json: node usage of the run, updated while a gate follows a job."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,59 +11,65 @@ from pathlib import Path
 from genvalues.cluster.api import Object
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.failures import StoppedByGuard
-from genvalues.cluster.guards import Ledger, Limit, is_worker, reserve_hours
-from genvalues.cluster.objects import name_of
+from genvalues.cluster.guards import CostLimit, Ledger, reserve_hours
+from genvalues.cluster.objects import is_worker, name_of
 from genvalues.common import files
 from genvalues.common.errors import UserError
 
-RAISE = "Raise guards.maxCost and upgrade to go on"
+log = logging.getLogger(__name__)
+
+RAISE_MAX_COST = "Raise guards.maxCost, then upgrade to resume"
 Clock = Callable[[], float]  # seconds since 1970
 
 
-class Account:
-    """What the run's nodes have cost, kept on the volume: gates, jobs and releases come and go."""
+class CostTracker:
+    """Node usage of a run, kept on the volume because gates, jobs and releases are replaced during a run.
 
-    def __init__(
-        self, progress: Path, config: ClusterConfig, say: Callable[[str], None], interval: float, clock: Clock
-    ) -> None:
+    ``interval``: seconds between two writes. Raises UserError if costs.json is not valid.
+    """
+
+    def __init__(self, progress: Path, config: ClusterConfig, interval: float, clock: Clock) -> None:
         self.file = progress.with_name("costs.json")
-        self.limit = Limit(config.guards.max_cost, config.guards.price_per_node_hour)
+        self.limit = CostLimit(config.guards.max_cost, config.guards.price_per_node_hour)
         self.clock = clock
         self.ledger = self._read()
-        self._say = say
         self._interval = interval
         self._written = (float("-inf"), self.ledger.pods.keys())
-        self._cannot_write = False
+        self._failure_logged = False
 
-    def see(self, pods: list[Object]) -> None:
+    def update(self, pods: list[Object]) -> None:
         """Count the run's worker pods as they are now."""
-        self.ledger = self.ledger.seen([pod for pod in pods if is_worker(pod)], self.clock())
+        self.ledger = self.ledger.updated([pod for pod in pods if is_worker(pod)], self.clock())
         at, known = self._written
         if self.clock() - at >= self._interval or known != self.ledger.pods.keys():
             self.write()
 
-    def note_stop(self, job: str, why: str) -> None:
+    def record_stop(self, job: str, why: str) -> None:
         self.ledger = replace(self.ledger, stopped_job=job, stopped_why=why)
         self.write()
 
     def write(self) -> None:
-        """A volume that takes no file is no reason to leave the job alone: the count goes on, for as long as we do."""
+        """Write costs.json. A failure is logged once and does not stop the job: counting continues in memory."""
         self._written = (self.clock(), self.ledger.pods.keys())
         try:
             files.write_json(self.file, self.ledger.as_json())
         except OSError as error:
-            if not self._cannot_write:
-                self._say(f"{self.file} cannot be written: {error.strerror}; a gate that is started again counts anew")
-            self._cannot_write = True
+            if not self._failure_logged:
+                log.warning(
+                    "cannot write %s: %s. If this gate restarts, the cost since the last write is not counted",
+                    self.file,
+                    error.strerror,
+                )
+            self._failure_logged = True
 
-    def refuse_what_is_spent(self, job: Object) -> None:
-        """Raise StoppedByGuard where the job would be ended as soon as it had nodes."""
+    def check_budget(self, job: Object) -> None:
+        """Raise StoppedByGuard if the job would be stopped as soon as it had nodes."""
         hours, reserve = self.ledger.node_hours, reserve_hours(job)
         if self.limit.is_reached(hours, reserve):
-            also = f", and to end {name_of(job)} may take {self.limit.cost(reserve):,.2f}"
-            raise StoppedByGuard(f"not started: {self.limit.describe(hours)}{also}. {RAISE}")
+            also = f", and stopping {name_of(job)} may cost ${self.limit.cost(reserve):,.2f}"
+            raise StoppedByGuard(f"not started: {self.limit.describe(hours)}{also}. {RAISE_MAX_COST}")
         if self.ledger.stopped_job:
-            self.note_stop("", "")
+            self.record_stop("", "")
 
     def _read(self) -> Ledger:
         try:
@@ -70,5 +77,5 @@ class Account:
         except FileNotFoundError:
             return Ledger()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fix = "Put it right, or remove it: then what the run has cost so far is not counted"
-            raise UserError("is not what a gate has written", where=str(self.file), fix=fix) from error
+            fix = "Repair or delete the file. After deletion the run's cost so far is not counted"
+            raise UserError("not a valid cost file", where=str(self.file), fix=fix) from error

@@ -1,4 +1,4 @@
-"""What a gate does with the PyTorchJobs that it finds: which it follows, releases, deletes and stops."""
+"""Which of the existing PyTorchJobs a gate follows, releases, deletes and stops. Pure."""
 
 from __future__ import annotations
 
@@ -12,78 +12,80 @@ from genvalues.cluster.objects import (
     component_of,
     created,
     family_of,
+    is_active,
     is_finished,
+    is_released,
     labels_of,
     name_of,
 )
-from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Plan:
+class GateDecision:
+    """Names of PyTorchJobs."""
+
     follow: str = ""
-    release: bool = False
-    delete: list[str] = field(default_factory=list)  # never ran
-    stop: list[str] = field(default_factory=list)  # ran or runs: its pods must be gone before anything else starts
+    release: bool = False  # release the job to follow
+    delete: list[str] = field(default_factory=list)  # never released, so they have no pods
+    stop: list[str] = field(default_factory=list)  # released: their pods must end before another job starts
 
 
-def plan(jobs: list[Object], own: str, release: str, state: StageState) -> Plan:
-    """What to do with the PyTorchJobs of this stage and run: this revision's (``own``), earlier ones, others'."""
+def decide(jobs: list[Object], own: str, release: str, state: StageState) -> GateDecision:
+    """Decide about the PyTorchJobs of one stage and run, which may belong to several revisions and releases.
+
+    ``own`` is the job of this revision of ``release``. Raises UserError if an unrelated release uses the run's folder.
+    """
     ours = [job for job in jobs if is_ours(job, release)]
-    waiting = [name_of(job) for job in ours if FINGERPRINT not in annotations_of(job)]  # another's has its own gate
-    released = [job for job in jobs if FINGERPRINT in annotations_of(job)]
+    waiting = [name_of(job) for job in ours if not is_released(job)]  # another release's jobs have their own gate
+    released = [job for job in jobs if is_released(job)]
     newest_first = sorted(released, key=lambda job: (name_of(job) == own, created(job)), reverse=True)
     same = [job for job in newest_first if annotations_of(job)[FINGERPRINT] == state.fingerprint]
-    alive = [name_of(job) for job in same if is_alive(job)]
-    # Two trainers on one run directory would overwrite each other's checkpoints.
-    stop = names_to_stop([job for job in released if name_of(job) not in alive[:1]], release)
+    active = [name_of(job) for job in same if is_active(job)]
+    # Two trainers in one run folder would overwrite each other's checkpoints.
+    stop = names_to_stop([job for job in released if name_of(job) not in active[:1]], release)
     if state.up_to_date:
-        return Plan(delete=waiting, stop=stop)
-    if alive:
-        return Plan(follow=alive[0], delete=waiting, stop=stop)
+        return GateDecision(delete=waiting, stop=stop)
+    if active:
+        return GateDecision(follow=active[0], delete=waiting, stop=stop)
     if own in waiting:
-        over = [name_of(job) for job in released if is_finished(job) and is_ours(job, release)]
-        return Plan(follow=own, release=True, delete=[name for name in waiting if name != own], stop=stop + over)
+        finished = [name_of(job) for job in released if is_finished(job) and is_ours(job, release)]
+        others = [name for name in waiting if name != own]
+        return GateDecision(follow=own, release=True, delete=others, stop=stop + finished)
     ended = [name_of(job) for job in same if is_finished(job) and is_ours(job, release)]
-    if ended:  # a gate that comes after the end reports it
-        return Plan(follow=ended[0], delete=waiting, stop=stop)
-    return Plan(stop=stop)
+    if ended:  # a gate that restarts after the job's end still reports it
+        return GateDecision(follow=ended[0], delete=waiting, stop=stop)
+    return GateDecision(stop=stop)
 
 
-def in_the_way(jobs: list[Object], stage: str, release: str, ask: Ask) -> list[str]:
-    """Jobs of the run's other stages that run for another configuration: they hold the nodes that ``stage`` needs.
+def outdated_jobs_of_other_stages(
+    jobs: list[Object], stage: str, release: str, read_state: ReadStageState
+) -> list[str]:
+    """Names of the run's active jobs of other stages with an old configuration: they hold the nodes ``stage`` needs.
 
-    A stage whose fingerprint is not known yet has an upstream that has changed since its job was released, so that job
-    is another configuration's too. Little is lost where that is wrong: it resumes from its checkpoints.
+    A job is also outdated if its stage's fingerprint is unknown, because then a stage that it depends on has changed.
+    If that is wrong, little is lost: the stage resumes from its checkpoints.
     """
-    released = [job for job in jobs if FINGERPRINT in annotations_of(job) and not is_finished(job)]
+    released = [job for job in jobs if is_released(job) and not is_finished(job)]
     others = [job for job in released if component_of(job) != stage]
-    current = {other: ask(other).fingerprint for other in sorted({component_of(job) for job in others})}
+    current = {other: read_state(other).fingerprint for other in sorted({component_of(job) for job in others})}
     outdated = [job for job in others if annotations_of(job)[FINGERPRINT] != current[component_of(job)]]
     return names_to_stop(outdated, release)
 
 
 def names_to_stop(jobs: list[Object], release: str) -> list[str]:
-    """Those that have not ended. One that is being deleted is here too: it is waited for."""
+    """Names of the jobs that have not finished, including those being deleted: the gate waits for their pods too."""
     for job in jobs:
-        if is_alive(job) and not is_ours(job, release):
+        if is_active(job) and not is_ours(job, release):
             owner = labels_of(job).get(INSTANCE)
             raise UserError(
-                f"PyTorchJob {name_of(job)} of release {owner} works in this run's folder with another configuration",
+                f"PyTorchJob {name_of(job)} of release {owner} uses the same run folder with another configuration",
                 where="name",
-                fix=f"Set another name: in this release's values, or first: helm uninstall {owner}",
+                fix=f"Set another name in this release's values, or uninstall that release: helm uninstall {owner}",
             )
     return [name_of(job) for job in jobs if not is_finished(job)]
 
 
 def is_ours(job: Object, release: str) -> bool:
     return family_of(labels_of(job).get(INSTANCE, "")) == family_of(release)
-
-
-def is_alive(job: Object) -> bool:
-    return not is_finished(job) and not is_being_deleted(job)
-
-
-def is_being_deleted(job: Object) -> bool:
-    return "deletionTimestamp" in job["metadata"]

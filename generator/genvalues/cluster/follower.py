@@ -1,12 +1,13 @@
-"""Follows one released PyTorchJob to its end, and ends it where it cannot or must not go on.
+"""Follows one released PyTorchJob to its end, and stops it if it cannot continue.
 
-While it follows, it counts what the run's nodes cost (account.py), and ends the job where that or a standstill is
-beyond the guards (guards.py): its workers save, its nodes are free again, and the stage has failed.
+While it follows the job it tracks the run's cost (cost_tracker) and stops the job when a guard is reached (guards): the
+workers save a checkpoint, the nodes are released, and the stage fails.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from typing import Any, NoReturn
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, Object
 from genvalues.cluster.config import ClusterConfig
-from genvalues.cluster.cost_tracker import RAISE, Account
-from genvalues.cluster.failures import STAGE_FAILED, StageFailed, StoppedByGuard
-from genvalues.cluster.guards import Standstill, describe_checkpoint, describe_standstill, reserve_hours
+from genvalues.cluster.cost_tracker import RAISE_MAX_COST, CostTracker
+from genvalues.cluster.failures import STAGE_FAILED, STOPPED, StageFailed, StoppedByGuard
+from genvalues.cluster.guards import StallTimer, describe_stall, reserve_hours
 from genvalues.cluster.objects import (
     COST,
     JOB_NAME,
@@ -40,29 +41,31 @@ from genvalues.cluster.objects import (
     why_not_started,
     workers_of,
 )
-from genvalues.cluster.progress import describe_progress, read_progress
-from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.cluster.progress import describe_checkpoint, describe_progress, read_progress
+from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workers import Workers
 from genvalues.common.errors import EXIT_USER_ERROR
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Pace:
-    """How often the gate looks and how long it waits for others; tests make it short."""
+class GateTimings:
+    """Intervals and timeouts of the gate, in seconds."""
 
-    interval: float = 2.0
-    progress: float = 30.0  # between two progress lines, two annotations, and two entries of what the run has cost
-    cannot_start: float = 300.0  # an image that is not there may be a registry's bad minute
-    others_end: float = 300.0  # workers after the first has succeeded; they end with a barrier
-    manifest: float = 60.0  # NFS clients may not see a new file for as long
-    last_words: float = 3.0  # until the logs of what has ended are read
-    pods_gone: float = 600.0  # grace period 120 s, or the five minutes until a lost node is given up
-
-
-PACE = Pace()
+    interval: float = 2.0  # between two looks at the job
+    progress: float = 30.0  # between two progress lines, two annotations, and two writes of costs.json
+    cannot_start: float = 300.0  # an image that cannot be pulled may be a temporary registry failure
+    others_end: float = 300.0  # for the other workers after one has succeeded; they end with a barrier
+    manifest: float = 60.0  # NFS clients may see a new file only after this time
+    last_words: float = 3.0  # to read the logs of pods that have ended
+    pods_gone: float = 600.0  # longer than the grace period, 120 s, and the 5 minutes until a lost node is evicted
 
 
-class Follower:
+TIMINGS = GateTimings()
+
+
+class JobFollower:
     """Follows one released PyTorchJob to its end."""
 
     def __init__(
@@ -71,211 +74,217 @@ class Follower:
         config: ClusterConfig,
         stage: str,
         job: str,
-        ask: Ask,
-        say: Callable[[str], None],
-        pace: Pace,
-        account: Account,
+        read_state: ReadStageState,
+        timings: GateTimings,
+        costs: CostTracker,
     ) -> None:
         self.api = api
         self.config = config
         self.stage = stage
         self.job = job
-        self.ask = ask
-        self.say = say
-        self.pace = pace
-        self.account = account
-        self.standstill = Standstill()
-        self.workers = Workers(api, job, pace.interval)
-        self._told: dict[str, str] = {}
-        self._since: dict[str, float] = {}
-        self._progress_at = float("-inf")
-        self._published_at = float("-inf")
-        self._cannot_publish = False
-        self._stale = ""
+        self.read_state = read_state
+        self.timings = timings
+        self.costs = costs
+        self.stall = StallTimer()
+        self.workers = Workers(api, job, timings.interval)
         self.job_started = 0.0
+        self._logged: dict[str, str] = {}  # the last text logged, by subject
+        self._since: dict[str, float] = {}  # since when a condition holds
+        self._progress_logged_at = float("-inf")
+        self._published_at = float("-inf")
+        self._publish_failure_logged = False
+        self._stale_progress = ""  # time of the progress that an earlier job left
 
     def start(self, state: StageState) -> None:
-        self._told["progress"] = self._stale = read_progress(state.progress).get("updated", "")  # of an earlier run
+        self._logged["progress"] = self._stale_progress = read_progress(state.progress).get("updated", "")
         self.workers.start()
 
     def follow(self, state: StageState) -> None:
-        """Return when the stage is done."""
+        """Return when the stage is done. Raises StageFailed, with the log of the pod that failed."""
         try:
-            while not self.look(state):
-                time.sleep(self.pace.interval)
+            while not self.check(state):
+                time.sleep(self.timings.interval)
             self.publish(state)
         except StageFailed as failure:
-            time.sleep(min(self.pace.interval, 1.0))  # the watch may be a moment behind what the job says
-            self.workers.close(self.pace.last_words)
+            time.sleep(min(self.timings.interval, 1.0))  # the watch on the pods may lag behind the job's status
+            self.workers.close(self.timings.last_words)
             failure.pod, failure.tail = self.workers.tail()
             if isinstance(failure, StoppedByGuard):
-                raise  # its workers have ended because they were told to
+                raise  # its workers ended because the gate stopped them
             if cause := self.workers.first_failure():
                 failure.reason = f"{cause}; {failure.reason}" if str(cause) not in failure.reason else failure.reason
                 failure.status = EXIT_USER_ERROR if cause.code == EXIT_USER_ERROR else failure.status
             raise
         finally:
-            self.account.write()
+            self.costs.write()
         self.workers.close(0.0)
 
-    def look(self, state: StageState) -> bool:
-        """One look at the job and its pods: True when the stage is done, StageFailed when it has failed."""
+    def check(self, state: StageState) -> bool:
+        """Look at the job and its pods once. Return True when the stage is done; raises StageFailed if it failed."""
         job = self.api.get(kinds.PYTORCH_JOBS, self.job)
-        pods = self.look_at_pods()
+        pods = self.list_pods()
         if job is None:
-            fix = f"helm upgrade {self.config.release} starts it again"
-            raise StageFailed(f"PyTorchJob {self.job} was deleted while it ran; {fix}", status=EXIT_USER_ERROR)
+            fix = f"Start it again: helm upgrade {self.config.release}"
+            raise StageFailed(f"PyTorchJob {self.job} was deleted while it was running. {fix}", status=EXIT_USER_ERROR)
         self.job_started = moment(job.get("status", {}).get("startTime"))
-        self.tell(job, pods, state)
-        if time.monotonic() - self._published_at >= self.pace.progress:
+        self.log_changes(job, pods, state)
+        if time.monotonic() - self._published_at >= self.timings.progress:
             self.publish(state)
         if failed := condition(job, "Failed"):
             raise StageFailed(f"PyTorchJob {self.job}: {failed.get('message') or 'Failed'}")
         if any(end.code == EXIT_USER_ERROR for end in self.workers.ends):
-            # A restart would end the same way, and Trainium nodes would wait for it.
-            self.end("ended without a retry, because something must be changed first")
+            self.end("not retried, because a retry would fail the same way")  # and hold Trainium nodes meanwhile
         if condition(job, "Succeeded"):
             return self.all_succeeded(pods) and self.manifest_is_there(state)
-        self.give_up_what_fails_again(job, pods)
-        self.give_up_what_cannot_start(job, pods)
+        self.end_if_retries_exhausted(job, pods)
+        self.end_if_it_cannot_start(job, pods)
         self.guard_cost(job, state)
-        self.guard_standstill(job, pods, state)
+        self.guard_stall(job, pods, state)
         if (overdue := seconds_overdue(job)) > 0:
-            # The operator looks at a job's deadline only when something has happened to the job: so something happens.
+            # The operator checks activeDeadlineSeconds only when the job changes, so change it.
             self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": {OVERDUE: f"{overdue:.1f}"}}})
         return False
 
-    def look_at_pods(self) -> list[Object]:
-        """The job's pods as they are now; those of the run's other jobs are counted, too."""
+    def list_pods(self) -> list[Object]:
+        """The job's pods as they are now. Costs include the pods of the run's other jobs."""
         of_run = self.api.list(kinds.PODS, labels=f"{RUN}={self.config.run}")
-        self.account.see(of_run)
+        self.costs.update(of_run)
         pods = [pod for pod in of_run if labels_of(pod).get(JOB_NAME) == self.job]
         for pod in pods:
             self.workers.observe(pod)
         return pods
 
-    def publish(self, state: StageState) -> None:
-        """Progress and cost, as annotations of the job: `genvalues status` sees no volume.
+    # --- reporting
 
-        They are for people: where the API takes none, that is said once, and the job is followed on.
+    def publish(self, state: StageState) -> None:
+        """Write progress and cost to annotations of the job, where `genvalues status` reads them.
+
+        A failure is logged once and does not stop the job: the annotations are informational.
         """
         self._published_at = time.monotonic()
-        now = datetime.fromtimestamp(self.account.clock(), timezone.utc).isoformat(timespec="seconds")
-        annotations = {COST: compact(self.account.limit.as_annotation(self.account.ledger.node_hours, now))}
+        now = datetime.fromtimestamp(self.costs.clock(), timezone.utc).isoformat(timespec="seconds")
+        annotations = {COST: compact(self.costs.limit.as_annotation(self.costs.ledger.node_hours, now))}
         if progress := self.new_progress(state):
             annotations[PROGRESS] = compact(progress)
         try:
             self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": annotations}})
         except ApiError as error:
-            if not self._cannot_publish:
-                self.say(f"{self.stage}: progress and cost cannot be written to PyTorchJob {self.job}: {error.message}")
-            self._cannot_publish = True
+            if not self._publish_failure_logged:
+                log.warning(
+                    "%s: cannot write progress and cost to PyTorchJob %s: %s", self.stage, self.job, error.message
+                )
+            self._publish_failure_logged = True
         else:
-            self._cannot_publish = False
+            self._publish_failure_logged = False
 
     def new_progress(self, state: StageState) -> dict[str, Any]:
-        """What this job has last said of its progress; nothing where it has said none yet.
+        """The latest progress of this job; empty before its first.
 
-        What was there before we came is an earlier job's, unless it was written since this one began.
+        Progress that existed before this gate started is an earlier job's, unless it is newer than the job's start.
         """
         progress = read_progress(state.progress)
         updated = progress.get("updated", "")
-        is_new = updated != self._stale or 0 < self.job_started <= moment(updated)
+        is_new = updated != self._stale_progress or 0 < self.job_started <= moment(updated)
         return progress if is_new and progress.get("stage") == self.stage else {}
 
-    def guard_cost(self, job: Object, state: StageState) -> None:
-        account = self.account
-        if account.limit.is_reached(account.ledger.node_hours, reserve_hours(job)):
-            self.stop(lambda: account.limit.describe(account.ledger.node_hours), RAISE, state)
+    def log_changes(self, job: Object, pods: list[Object], state: StageState) -> None:
+        """Log what has changed since the last look."""
+        conditions = [one["type"] for one in job.get("status", {}).get("conditions") or [] if one["status"] == "True"]
+        if is_suspended(job) and "Suspended" not in conditions:
+            conditions.append("Suspended")
+        self.log_change("job", f"{self.job}: {', '.join(conditions) or 'no condition yet'}")
+        for pod in pods:
+            node = pod["spec"].get("nodeName")
+            self.log_change(pod["metadata"]["uid"], f"{name_of(pod)}: {phase_of(pod)}{f' on {node}' if node else ''}")
+        if time.monotonic() - self._progress_logged_at >= self.timings.progress:
+            progress = read_progress(state.progress)
+            updated = progress.get("updated", "")
+            if progress.get("stage") == self.stage and updated != self._logged["progress"]:
+                self._logged["progress"], self._progress_logged_at = updated, time.monotonic()
+                log.info("%s: %s", self.stage, describe_progress(progress))
 
-    def guard_standstill(self, job: Object, pods: list[Object], state: StageState) -> None:
-        """Of train alone: compile takes no steps, and has its deadline."""
+    def log_change(self, subject: str, text: str) -> None:
+        if self._logged.get(subject) != text:
+            self._logged[subject] = text
+            log.info("%s: %s", self.stage, text)
+
+    # --- guards
+
+    def guard_cost(self, job: Object, state: StageState) -> None:
+        costs = self.costs
+        if costs.limit.is_reached(costs.ledger.node_hours, reserve_hours(job)):
+            self.stop(lambda: costs.limit.describe(costs.ledger.node_hours), RAISE_MAX_COST, state)
+
+    def guard_stall(self, job: Object, pods: list[Object], state: StageState) -> None:
+        """Stop a stalled training. Compile takes no steps, and is limited by its deadline."""
         limit = self.config.guards.stall_timeout_seconds
         if not limit or self.stage != "train":
             return
         progress = self.new_progress(state)
-        seconds = self.standstill.seconds(job, pods, progress, self.account.clock())
+        seconds = self.stall.seconds(job, pods, progress, self.costs.clock())
         if seconds >= limit:
-            why = describe_standstill(seconds, progress)
+            why = describe_stall(seconds, progress)
             stacks = state.progress.with_name("stacks")
-            where = f"What each worker was doing is in {stacks}. Look there, then upgrade to go on"
-            self.stop(lambda: why, where, state)
+            self.stop(lambda: why, f"See the workers' stack traces in {stacks}, then upgrade to resume", state)
 
-    def stop(self, why: Callable[[], str], then: str, state: StageState) -> NoReturn:
-        """End the job, its workers saving; wait until its nodes are free; fail."""
-        self.say(f"{self.stage}: stopping: {why()}; the workers save and end")
-        self.account.note_stop(self.job, f"stopped: {why()}. {then}")
-        # Foreground: the job stays, and makes no new pods, until the old ones have ended.
-        self.api.delete(kinds.PYTORCH_JOBS, self.job, propagation="Foreground")
-        ends = time.monotonic() + self.pace.pods_gone
-        while (pods := [pod for pod in self.look_at_pods() if not is_over(pod)]) and time.monotonic() < ends:
-            time.sleep(self.pace.interval)
-        self.account.write()
+    def stop(self, why: Callable[[], str], fix: str, state: StageState) -> NoReturn:
+        """Delete the job, wait until its workers have saved and its nodes are free, and raise StoppedByGuard.
+
+        ``why`` is called again after the wait, because the cost increases meanwhile.
+        """
+        log.warning("%s: stopping: %s; waiting for the workers to save and exit", self.stage, why())
+        self.costs.record_stop(self.job, f"{STOPPED}{why()}. {fix}")
+        self.api.stop_pytorch_job(self.job)
+        deadline = time.monotonic() + self.timings.pods_gone
+        while (pods := [pod for pod in self.list_pods() if not is_over(pod)]) and time.monotonic() < deadline:
+            time.sleep(self.timings.interval)
+        self.costs.write()
         kept = describe_checkpoint(self.new_progress(state))
-        reason = f"stopped: {why()}{f'; {kept}' if kept else ''}. {then}"
+        reason = f"{STOPPED}{why()}{f'; {kept}' if kept else ''}. {fix}"
         if pods:
             names = " ".join(map(name_of, pods))
-            reason += f". STILL RUNNING after {self.pace.pods_gone:.0f} s, on nodes that cost: {names}. If their nodes "
-            reason += f"are lost: kubectl -n {self.api.namespace} delete pod --force {names}"
-        self.account.note_stop(self.job, reason)
+            reason += f". STILL RUNNING after {self.timings.pods_gone:.0f} s, and their nodes cost money: {names}. "
+            reason += f"If their nodes are lost: kubectl -n {self.api.namespace} delete pod --force {names}"
+        self.costs.record_stop(self.job, reason)
         raise StoppedByGuard(reason)
 
-    def tell(self, job: Object, pods: list[Object], state: StageState) -> None:
-        """Say what has changed since the last look."""
-        conditions = [one["type"] for one in job.get("status", {}).get("conditions") or [] if one["status"] == "True"]
-        if is_suspended(job) and "Suspended" not in conditions:
-            conditions.append("Suspended")
-        self.tell_change("job", f"{self.job}: {', '.join(conditions) or 'no condition yet'}")
-        for pod in pods:
-            where = pod["spec"].get("nodeName")
-            self.tell_change(
-                pod["metadata"]["uid"], f"{name_of(pod)}: {phase_of(pod)}{f' on {where}' if where else ''}"
-            )
-        if time.monotonic() - self._progress_at >= self.pace.progress:
-            progress = read_progress(state.progress)
-            updated = progress.get("updated", "")
-            if progress.get("stage") == self.stage and updated != self._told["progress"]:
-                self._told["progress"], self._progress_at = updated, time.monotonic()
-                self.say(f"{self.stage}: {describe_progress(progress)}")
-
-    def tell_change(self, about: str, text: str) -> None:
-        if self._told.get(about) != text:
-            self._told[about] = text
-            self.say(f"{self.stage}: {text}")
+    # --- conditions that end the job
 
     def all_succeeded(self, pods: list[Object]) -> bool:
-        """With an elasticPolicy the job succeeds as soon as one worker has: the others are waited for."""
+        """Whether every worker has succeeded. With an elasticPolicy the job succeeds as soon as one worker has."""
         failed = [pod for pod in pods if phase_of(pod) == "Failed"]
         if failed:
-            self.end(f"{name_of(failed[0])} failed, though PyTorchJob {self.job} counts as succeeded", STAGE_FAILED)
+            self.end(f"{name_of(failed[0])} failed although PyTorchJob {self.job} succeeded", STAGE_FAILED)
         running = [name_of(pod) for pod in pods if not is_over(pod)]
         if not running:
             return True
-        if self.lasts("running", self.pace.others_end):
-            names = ", ".join(running)
-            self.end(f"{names} still run {self.pace.others_end:.0f} s after another worker's success", STAGE_FAILED)
+        if self.lasts("running", self.timings.others_end):
+            names, seconds = ", ".join(running), f"{self.timings.others_end:.0f} s"
+            self.end(f"{names} still running {seconds} after another worker succeeded", STAGE_FAILED)
         return False
 
     def manifest_is_there(self, state: StageState) -> bool:
-        now = self.ask(self.stage)
+        now = self.read_state(self.stage)
         if now.up_to_date and now.fingerprint == state.fingerprint:
             return True
-        if self.lasts("manifest", self.pace.manifest):
-            raise StageFailed(
-                f"PyTorchJob {self.job} succeeded, but the stage's manifest is not there or is another one's"
-            )
+        if self.lasts("manifest", self.timings.manifest):
+            problem = "the stage's manifest is missing or has another fingerprint"
+            raise StageFailed(f"PyTorchJob {self.job} succeeded, but {problem}")
         return False
 
-    def give_up_what_fails_again(self, job: Object, pods: list[Object]) -> None:
-        """The operator adds up all workers' restarts, and sees a failure only when the kubelet has put its restart off
-        and begun it: up to five minutes, in which Trainium nodes are held."""
+    def end_if_retries_exhausted(self, job: Object, pods: list[Object]) -> None:
+        """End the job when a worker has failed more often than backoffLimit allows.
+
+        The operator would notice only after the kubelet's back-off, up to five minutes during which the nodes are held,
+        and counts the restarts of all workers together.
+        """
         limit = backoff_limit_of(job)
         for pod in pods:
             if failures_of(pod) > limit:
                 self.end(f"{name_of(pod)} has failed {failures_of(pod)} times (backoffLimit {limit})", STAGE_FAILED)
 
-    def give_up_what_cannot_start(self, job: Object, pods: list[Object]) -> None:
-        """Workers that cannot start while others already hold nodes cost money; time held suspended does not count."""
+    def end_if_it_cannot_start(self, job: Object, pods: list[Object]) -> None:
+        """End a job whose workers do not start: other workers may already hold nodes. Suspended time does not count."""
         limit = self.config.train.unschedulable_timeout_seconds
         if is_suspended(job):
             self._since.clear()
@@ -283,20 +292,20 @@ class Follower:
         for pod in pods:
             if lack := unschedulable(pod):
                 reason = f"{name_of(pod)}: {lack.get('message') or 'Unschedulable'}"
-                self.tell_change(f"lack {name_of(pod)}", f"unschedulable: {reason}")
+                self.log_change(f"lack {name_of(pod)}", f"unschedulable: {reason}")
                 if time.time() - moment(lack.get("lastTransitionTime")) > limit:
                     self.end(f"unschedulable for more than {limit:.0f} s: {reason}")
         stuck = next(filter(None, map(why_not_started, pods)), "")
         if stuck:
-            self.tell_change("stuck", f"cannot start: {stuck}")
-        if self.lasts("stuck", self.pace.cannot_start, stuck != ""):
-            self.end(f"could not start for {self.pace.cannot_start:.0f} s: {stuck}")
+            self.log_change("stuck", f"cannot start: {stuck}")
+        if self.lasts("stuck", self.timings.cannot_start, stuck != ""):
+            self.end(f"did not start within {self.timings.cannot_start:.0f} s: {stuck}")
         if self.lasts("missing", limit, len(pods) < workers_of(job)):
             self.end(f"only {len(pods)} of {workers_of(job)} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
 
     def end(self, reason: str, status: int = EXIT_USER_ERROR) -> NoReturn:
-        """Delete the job and fail. The next gate waits for the pods to be gone, so this one need not."""
-        self.api.delete(kinds.PYTORCH_JOBS, self.job, propagation="Foreground")
+        """Delete the job and fail. The next gate waits for its pods, so this one does not."""
+        self.api.stop_pytorch_job(self.job)
         raise StageFailed(reason, status=status)
 
     def lasts(self, what: str, seconds: float, holds: bool = True) -> bool:
@@ -307,11 +316,13 @@ class Follower:
         return time.monotonic() - self._since.setdefault(what, time.monotonic()) > seconds
 
     def why_no_pods(self, job: Object) -> str:
-        """The operator's latest complaint, e.g. a Pod Security or quota refusal."""
+        """The job's latest warning event, e.g. a Pod Security or quota rejection."""
         events = self.api.list(kinds.EVENTS, fields=f"involvedObject.uid={job['metadata']['uid']}")
-        complaints = [event for event in events if event.get("type") == "Warning"]
-        latest = max(complaints, key=last_seen, default=None)
-        return f"{latest['reason']}: {latest.get('message', '')}" if latest else "the training operator made no more"
+        warnings = [event for event in events if event.get("type") == "Warning"]
+        latest = max(warnings, key=last_seen, default=None)
+        if latest is None:
+            return "no warning event; check the training operator's log"
+        return f"{latest['reason']}: {latest.get('message', '')}"
 
 
 def compact(value: Any) -> str:

@@ -1,28 +1,29 @@
-"""The gate of a stage that runs as a PyTorchJob: releases the job, or an earlier one, or none, and ends as it ends.
+"""The gate of a stage that runs as a PyTorchJob: it releases the job, follows an earlier one, or skips the stage.
 
-Helm waits for Jobs, not for PyTorchJobs. So the chart creates the PyTorchJob suspended, and this runs as a Job after
-it:
+Helm waits for Jobs, not for PyTorchJobs. So the chart creates the PyTorchJob suspended, and the gate runs as a Job
+after it:
 
- 1. the stage's manifest is up to date: the suspended job is deleted; no Trainium node was ever asked for;
- 2. a job with the same fingerprint still runs, of an earlier revision or another release: that one is followed, the new
-    one deleted;
- 3. else the new one is released and followed, when nothing else writes in the run's folder or holds its nodes any more.
+ 1. The stage is up to date: the suspended job is deleted, and no Trainium node is requested.
+ 2. A job with the same fingerprint still runs, of an earlier revision or another release: the gate follows it and
+    deletes the new one.
+ 3. Otherwise the gate waits until no other job writes to the run's folder or holds its nodes, releases the new job and
+    follows it.
 
-Killed and started again at any point, it goes on: what was released is marked with the fingerprint it was released for.
+The gate can be killed and restarted at any point: a released job is annotated with the fingerprint it was released for.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, Object
 from genvalues.cluster.config import ClusterConfig
-from genvalues.cluster.cost_tracker import Account, Clock
-from genvalues.cluster.decision import in_the_way, plan
+from genvalues.cluster.cost_tracker import Clock, CostTracker
+from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
 from genvalues.cluster.failures import StoppedByGuard
-from genvalues.cluster.follower import PACE, Follower, Pace
+from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
 from genvalues.cluster.objects import (
     FINGERPRINT,
     JOB_NAME,
@@ -33,9 +34,11 @@ from genvalues.cluster.objects import (
     labels_of,
     name_of,
 )
-from genvalues.cluster.trainer_client import Ask, StageState
+from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.common import manifests
 from genvalues.common.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def gate(
@@ -43,58 +46,63 @@ def gate(
     config: ClusterConfig,
     stage: str,
     own: str,
-    ask: Ask,
-    say: Callable[[str], None],
-    pace: Pace = PACE,
+    read_state: ReadStageState,
+    timings: GateTimings = TIMINGS,
     clock: Clock = time.time,
 ) -> None:
-    """Return when the stage is done; raise StageFailed or UserError when it is not."""
-    state = ask(stage)
+    """Return when the stage is done. Raises StageFailed or UserError otherwise.
+
+    ``own`` is the PyTorchJob of this revision.
+    """
+    state = read_state(stage)
     if state.fingerprint is None:
-        fix = "Run the pipeline from the start: helm upgrade; finished stages are skipped"
-        raise UserError(f"stage {stage} cannot run: a stage it reads from is not done", fix=fix)
-    jobs = api.list(kinds.PYTORCH_JOBS, labels=f"{RUN}={config.run}")  # of whatever release
-    decided = plan([job for job in jobs if component_of(job) == stage], own, config.release, state)
-    stop = decided.stop + (in_the_way(jobs, stage, config.release, ask) if decided.release else [])
+        fix = "Run the pipeline from the start: helm upgrade. Stages that are up to date are skipped"
+        raise UserError(f"stage {stage} cannot run: a stage that it depends on is not done", fix=fix)
+    jobs = api.list(kinds.PYTORCH_JOBS, labels=f"{RUN}={config.run}")  # of any release
+    decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state)
+    stop = list(decision.stop)
+    if decision.release:
+        stop += outdated_jobs_of_other_stages(jobs, stage, config.release, read_state)
     for name in stop:
-        say(f"{stage}: making way: PyTorchJob {name}, which is over or runs for another configuration")
-        # Foreground: the job stays, and makes no new pods, until the old ones have ended.
-        api.delete(kinds.PYTORCH_JOBS, name, propagation="Foreground")
-    for name in decided.delete:
+        log.info("%s: deleting PyTorchJob %s: it has finished or runs with another configuration", stage, name)
+        api.stop_pytorch_job(name)
+    for name in decision.delete:
         api.delete(kinds.PYTORCH_JOBS, name)
-    account = None if state.up_to_date else Account(state.progress, config, say, pace.progress, clock)
-    if stop or decided.release:
-        wait_for_pods(api, config.run, stage, stop, decided.follow, pace, account)
-    if state.up_to_date:
-        tell_manifest(state, say)
-        say(f"{stage}: up to date, nothing to run")
+    costs = None if state.up_to_date else CostTracker(state.progress, config, timings.progress, clock)
+    if stop or decision.release:
+        wait_for_pods(api, config.run, stage, stop, decision.follow, timings, costs)
+    if costs is None:
+        log_manifest(state)
+        log.info("%s: %s", stage, manifests.SKIPPED)
         return
-    assert account is not None
-    if not decided.follow:
-        if account.ledger.stopped_job == own:  # by a gate that was lost before it could say so
-            raise StoppedByGuard(account.ledger.stopped_why)
-        fix = f"Start it again: helm upgrade {config.release} CHART -n {config.namespace} --reuse-values"
-        raise UserError(f"PyTorchJob {own} of stage {stage} is not there, and no earlier one runs", fix=fix)
-    if decided.release:
-        account.refuse_what_is_spent(next(job for job in jobs if name_of(job) == own))
-    follower = Follower(api, config, stage, decided.follow, ask, say, pace, account)
-    follower.start(state)  # before the release: nothing of what its pods say is missed
-    if decided.release:
+    if not decision.follow:
+        if costs.ledger.stopped_job == own:  # the gate that stopped it was lost before it could report the reason
+            raise StoppedByGuard(costs.ledger.stopped_why)
+        upgrade = f"helm upgrade {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
+        raise UserError(
+            f"PyTorchJob {own} of stage {stage} not found, and no earlier one is running",
+            fix=f"Create it again: {upgrade}",
+        )
+    if decision.release:
+        costs.check_budget(next(job for job in jobs if name_of(job) == own))
+    follower = JobFollower(api, config, stage, decision.follow, read_state, timings, costs)
+    follower.start(state)  # before the release, so that no pod state is missed
+    if decision.release:
         release(api, own, state.fingerprint, config.job.queue_name)
-    say(f"{stage}: {'released' if decided.release else 'following'} PyTorchJob {decided.follow}")
+    log.info("%s: %s PyTorchJob %s", stage, "released" if decision.release else "following", decision.follow)
     follower.follow(state)
-    tell_manifest(state, say)
-    say(f"{stage}: done")
+    log_manifest(state)
+    log.info("%s: done", stage)
 
 
-def tell_manifest(state: StageState, say: Callable[[str], None]) -> None:
-    """The stage's own pods, which say so too, are gone with the Trainium nodes that an autoscaler takes back."""
+def log_manifest(state: StageState) -> None:
+    """Log the manifest here too: the log of the stage's own pods is lost when an autoscaler removes their nodes."""
     if line := manifests.line_of(state.manifest):
-        say(line)
+        log.info("%s", line)
 
 
 def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
-    """Let the job run; with Kueue, let it queue, and Kueue let it run."""
+    """Unsuspend the job; with Kueue, add it to the queue instead, and Kueue unsuspends it."""
     patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
     if queue:
         patch["metadata"]["labels"] = {QUEUE_NAME: queue}
@@ -104,28 +112,37 @@ def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
 
 
 def wait_for_pods(
-    api: Api, run: str, stage: str, stopped: list[str], follow: str, pace: Pace, account: Account | None
+    api: Api,
+    run: str,
+    stage: str,
+    stopped: list[str],
+    follow: str,
+    timings: GateTimings,
+    costs: CostTracker | None,
 ) -> None:
-    """Until no pod of this stage and run works any more, but those of the job to follow, nor one of a stopped job.
+    """Wait until the pods of this stage and of the stopped jobs have ended, except those of the job to follow.
 
-    Of this stage whatever its job, because that may be gone already: a worker may take 120 s to save and end. What they
-    hold until then is counted.
+    A pod of this stage is waited for whatever its job, which may be deleted already: a worker takes up to 120 s to save
+    a checkpoint and exit. The time that the pods hold their nodes is counted. Raises UserError after
+    ``timings.pods_gone`` seconds.
     """
 
-    def look() -> list[Object]:
+    def list_pods() -> list[Object]:
         pods = api.list(kinds.PODS, labels=f"{RUN}={run}")
-        if account:
-            account.see(pods)
+        if costs:
+            costs.update(pods)
         return pods
 
     def is_waited_for(pod: Object) -> bool:
         job = labels_of(pod).get(JOB_NAME, follow)
         return job != follow and not is_over(pod) and (job in stopped or component_of(pod) == stage)
 
-    ends = time.monotonic() + pace.pods_gone
-    while pods := [name_of(pod) for pod in look() if is_waited_for(pod)]:
-        if time.monotonic() >= ends:
+    deadline = time.monotonic() + timings.pods_gone
+    while pods := [name_of(pod) for pod in list_pods() if is_waited_for(pod)]:
+        if time.monotonic() >= deadline:
             names = " ".join(pods)
-            fix = f"Look at their nodes; if those are lost: kubectl -n {api.namespace} delete pod --force {names}"
-            raise UserError(f"pods of an earlier PyTorchJob still run after {pace.pods_gone:.0f} s: {names}", fix=fix)
-        time.sleep(pace.interval)
+            raise UserError(
+                f"pods of an earlier PyTorchJob are still running after {timings.pods_gone:.0f} s: {names}",
+                fix=f"Check their nodes. If a node is lost: kubectl -n {api.namespace} delete pod --force {names}",
+            )
+        time.sleep(timings.interval)

@@ -1,4 +1,7 @@
-"""Reading Kubernetes objects: what a Job, a PyTorchJob or a pod says about itself."""
+"""Reading Kubernetes objects: labels, conditions, states and times of Jobs, PyTorchJobs, pods and events.
+
+Objects are plain dicts, as the API returns them. Functions are pure.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ from typing import Any
 
 from genvalues.cluster.api import Object
 
-STAGE = "llama-lora/stage"  # annotation on every stage object
-FINGERPRINT = "llama-lora/fingerprint"  # annotation on a PyTorchJob that a gate has released
+STAGE = "llama-lora/stage"  # annotation of every stage's objects
+FINGERPRINT = "llama-lora/fingerprint"  # annotation that a gate sets on the PyTorchJob it releases
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
-RUN = "llama-lora/run"  # label on every stage object and pod: the same for all that work in one run's folder
-JOB_NAME = "training.kubeflow.org/job-name"  # the operator's label on a PyTorchJob's pods
+RUN = "llama-lora/run"  # label of every stage's objects and pods: equal for all that use the same run folder
+JOB_NAME = "training.kubeflow.org/job-name"  # label that the training operator sets on a PyTorchJob's pods
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
-OVERDUE = "llama-lora/seconds-overdue"  # annotation on a PyTorchJob that its operator shall look at
-PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # the same, for `genvalues status`: compact JSON
+OVERDUE = "llama-lora/seconds-overdue"  # annotation that makes the operator reconcile a PyTorchJob past its deadline
+PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # PyTorchJob annotations for `genvalues status`, compact JSON
+RUNNER = "runner"  # component of the Job that installs the inner release in mode detached
+GATE_SUFFIX = "-gate"  # component of a stage's gate: STAGE-gate
+INNER_SUFFIX = "-run"  # the release that the runner installs: RELEASE-run
 
-# Waiting reasons that end by themselves only if somebody changes something (or a registry comes back).
+# Waiting reasons that last until someone fixes the pod or, for an image, until the registry is available again.
 CANNOT_START = {
     "CreateContainerConfigError",
     "CreateContainerError",
@@ -33,7 +39,7 @@ CANNOT_START = {
 
 
 @dataclass(frozen=True)
-class End:
+class ContainerExit:
     """How one run of a container ended."""
 
     pod: str
@@ -42,13 +48,18 @@ class End:
     finished: str
 
     def __str__(self) -> str:
-        why = f" ({self.reason})" if self.reason not in {"", "Error", "Completed"} else ""
-        return f"{self.pod} ended with status {self.code}{why}"
+        reason = f" ({self.reason})" if self.reason not in {"", "Error", "Completed"} else ""
+        return f"{self.pod} ended with status {self.code}{reason}"
+
+
+def inner_release_of(release: str) -> str:
+    """The release that the runner of a detached release installs."""
+    return release + INNER_SUFFIX
 
 
 def family_of(release: str) -> str:
-    """A detached release and the one that its runner installs belong together; so does an attached one of that name."""
-    return release.removesuffix("-run")
+    """The outer release's name: a detached release, its inner release and an attached one of that name are related."""
+    return release.removesuffix(INNER_SUFFIX)
 
 
 def name_of(item: Object) -> str:
@@ -71,15 +82,29 @@ def component_of(item: Object) -> str:
     return annotations_of(item).get(STAGE) or labels_of(item).get(COMPONENT, "")
 
 
+def is_being_deleted(item: Object) -> bool:
+    return "deletionTimestamp" in item["metadata"]
+
+
 def condition(item: Object, kind: str) -> Object | None:
-    """The condition of that type when it is True. Jobs, PyTorchJobs and nodes keep theirs in the same form."""
+    """The condition of type ``kind`` if its status is True. Jobs, PyTorchJobs and nodes share this format."""
     conditions = item.get("status", {}).get("conditions") or []
     return next((one for one in conditions if one["type"] == kind and one["status"] == "True"), None)
 
 
 def is_finished(job: Object) -> bool:
-    """A Job or a PyTorchJob that will not run again."""
+    """Whether a Job or PyTorchJob has completed or failed for good."""
     return any(condition(job, kind) for kind in ("Complete", "Succeeded", "Failed"))
+
+
+def is_active(job: Object) -> bool:
+    """Neither finished nor being deleted. A deleted PyTorchJob stays until its workers have ended."""
+    return not is_finished(job) and not is_being_deleted(job)
+
+
+def is_released(pytorch_job: Object) -> bool:
+    """Whether a gate has released it."""
+    return FINGERPRINT in annotations_of(pytorch_job)
 
 
 def is_suspended(pytorch_job: Object) -> bool:
@@ -91,12 +116,12 @@ def workers_of(pytorch_job: Object) -> int:
 
 
 def backoff_limit_of(pytorch_job: Object) -> int:
-    """How often each worker is tried again. The chart leaves room for that of all workers, and one restart more."""
+    """Retries per worker. The chart sets runPolicy.backoffLimit to that of all workers together plus one."""
     return max(0, (pytorch_job["spec"]["runPolicy"].get("backoffLimit", 1) - 1) // workers_of(pytorch_job))
 
 
 def seconds_overdue(pytorch_job: Object) -> float:
-    """How long the job has been active beyond its activeDeadlineSeconds; time held suspended does not count."""
+    """Seconds that the job has been active beyond its activeDeadlineSeconds. Suspended time does not count."""
     limit = pytorch_job["spec"]["runPolicy"].get("activeDeadlineSeconds")
     since = pytorch_job.get("status", {}).get("startTime")
     if limit is None or not since or is_suspended(pytorch_job):
@@ -104,12 +129,17 @@ def seconds_overdue(pytorch_job: Object) -> float:
     return time.time() - moment(since) - float(limit)
 
 
+def is_worker(pod: Object) -> bool:
+    """Whether the training operator created the pod. Other pods of a run use no accelerator node."""
+    return JOB_NAME in labels_of(pod)
+
+
 def phase_of(pod: Object) -> str:
     return str(pod.get("status", {}).get("phase", "Pending"))
 
 
 def is_over(pod: Object) -> bool:
-    """Its containers have ended for good."""
+    """Whether the pod's containers have ended and will not restart."""
     return phase_of(pod) in {"Succeeded", "Failed"}
 
 
@@ -117,43 +147,42 @@ def container_statuses(pod: Object) -> list[Object]:
     return pod.get("status", {}).get("containerStatuses") or []
 
 
-def ends_of(pod: Object) -> list[End]:
-    """The ends of its containers that the pod still knows: the last one, and the one before a restart."""
+def ends_of(pod: Object) -> list[ContainerExit]:
+    """The container exits in the pod's status: the last one, and the one before a restart."""
     ends = []
     for status in container_statuses(pod):
-        for moment in ("lastState", "state"):
-            if over := (status.get(moment) or {}).get("terminated"):
-                ends.append(End(name_of(pod), over["exitCode"], over.get("reason", ""), over.get("finishedAt") or ""))
+        for key in ("lastState", "state"):
+            if over := (status.get(key) or {}).get("terminated"):
+                finished = over.get("finishedAt") or ""
+                ends.append(ContainerExit(name_of(pod), over["exitCode"], over.get("reason", ""), finished))
     return ends
 
 
 def failures_of(pod: Object) -> int:
-    """How often a container of the pod has ended by itself, and not well."""
-    if is_over(pod) or "deletionTimestamp" in pod["metadata"]:  # evicted, or told to stop: a new pod takes its place
+    """How often a container of the pod has failed. An evicted or deleted pod counts as 0: a new pod replaces it."""
+    if is_over(pod) or is_being_deleted(pod):
         return 0
     return sum(status.get("restartCount", 0) + has_just_failed(status) for status in container_statuses(pod))
 
 
 def has_just_failed(status: Object) -> bool:
-    """The restart, which the kubelet puts off longer each time, is not counted yet."""
+    """Whether a container has failed and restartCount does not include it yet, during the kubelet's back-off."""
     state, before = status.get("state") or {}, status.get("lastState") or {}
     ended = state.get("terminated") or ("waiting" in state and before.get("terminated"))
     return bool(ended and ended["exitCode"] != 0)
 
 
 def started_container(pod: Object) -> str:
-    """The name of the container that has something in its log, or nothing."""
+    """The name of the pod's container that has started, and so has a log; empty if none has."""
     for status in container_statuses(pod):
-        if any((status.get(moment) or {}).get(kind) for moment in ("state", "lastState") for kind in RAN):
+        states = [status.get(key) or {} for key in ("state", "lastState")]
+        if any(state.get("running") or state.get("terminated") for state in states):
             return str(status["name"])
     return ""
 
 
-RAN = ("running", "terminated")
-
-
 def why_not_started(pod: Object) -> str:
-    """Why a container of the pod cannot start, in the kubelet's words, or nothing."""
+    """Why a container of the pod cannot start, in the kubelet's words; empty if nothing prevents it."""
     for status in container_statuses(pod):
         waiting = (status.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in CANNOT_START:
@@ -162,7 +191,7 @@ def why_not_started(pod: Object) -> str:
 
 
 def unschedulable(pod: Object) -> Object | None:
-    """The scheduler's condition on a pod that fits nowhere. (SchedulingGated is somebody's wish, not a lack.)"""
+    """The pod's PodScheduled condition with reason Unschedulable, or None (SchedulingGated is intended)."""
     for one in pod.get("status", {}).get("conditions") or []:
         if one["type"] == "PodScheduled" and one["status"] == "False" and one.get("reason") == "Unschedulable":
             return dict(one)
@@ -170,17 +199,19 @@ def unschedulable(pod: Object) -> Object | None:
 
 
 def moment(text: str | None) -> float:
-    """Seconds since 1970 of an API time like 2025-01-31T12:00:00Z (or with microseconds); 0 for none."""
+    """Seconds since 1970 of an API time such as 2025-01-31T12:00:00Z, with or without microseconds; 0 for none."""
     if not text:
         return 0.0
     return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc).timestamp()
 
 
 def created(item: Object) -> float:
+    """Creation time in seconds since 1970."""
     return moment(item["metadata"].get("creationTimestamp"))
 
 
 def last_seen(event: Object) -> float:
+    """When the event last occurred, in seconds since 1970."""
     series: dict[str, Any] = event.get("series") or {}
     times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
     return max(map(moment, times)) or moment(event["metadata"].get("creationTimestamp"))

@@ -1,4 +1,4 @@
-"""One container's log, followed through what breaks a stream off: an API server that is away, a restart in place."""
+"""Follow one container's log across interruptions: an unavailable API server, a container restart."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from genvalues.cluster.api import Api, ApiError, NotAllowed
 
 
 class PodLog(threading.Thread):
-    """Each line once and whole, without its time, to ``take``; until the pod is gone, or ``over`` is set and what there
-    is then has been read.
+    """Pass each log line once, complete and without its time stamp, to ``take``.
 
-    ``tail``: of the lines that are there already, how many (None: all). ``every``: none that comes later is left out
-    then, however many a break has held back; without it never more than ``tail`` are asked for.
+    The thread ends when the pod is deleted, or when ``over`` is set and all lines up to then are read.
+
+    ``tail``: number of existing lines to read (None: all). ``every``: after an interruption read all missed lines;
+    otherwise at most ``tail``.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class PodLog(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.pod = pod
-        self.over = threading.Event()  # nothing new will come
+        self.over = threading.Event()  # no new lines are expected
         self.refused: NotAllowed | None = None
         self._api = api
         self._container = container
@@ -42,32 +43,32 @@ class PodLog(threading.Thread):
 
     def run(self) -> None:
         while True:
-            last_look = self.over.is_set()
+            is_last = self.over.is_set()
             tail = None if self._every and self._last_time else self._tail
             try:
-                for line in self._api.log(self.pod, self._container, tail=tail, follow=not last_look):
+                for line in self._api.log(self.pod, self._container, tail=tail, follow=not is_last):
                     self._keep(line)
                 self.refused = None
             except NotAllowed as error:
-                self.refused = error  # for now, perhaps: a server that has just come back has not read its RBAC rules
+                self.refused = error  # may be temporary: a server that has just restarted has not loaded its RBAC rules
             except ApiError as error:
                 if error.status == 404:
                     return
             except kinds.TRANSPORT_ERRORS:
-                pass  # the API server is away; the lines are still there when it is back
-            if last_look:
+                pass  # the lines are still available when the API server is back
+            if is_last:
                 return
             self.over.wait(self._interval)
 
     def _keep(self, line: str) -> None:
-        """What was seen before the stream broke off comes again and is left out."""
+        """Skip lines that were read before an interruption, and the kubelet's own lines, which have no time stamp."""
         written = line.partition(" ")[0]
-        if written <= self._last_time or not written[:1].isdigit():  # the kubelet's own words have no time
+        if written <= self._last_time or not written[:1].isdigit():
             return
         self._last_time = written
         self._take(text_of_line(line))
 
 
 def text_of_line(line: str) -> str:
-    """A line of a log without the time in front; of a progress bar, which draws its line again, the last state."""
+    """A log line without its time stamp; of a progress bar that redraws its line, the last state."""
     return line.partition(" ")[2].rstrip().rsplit("\r", 1)[-1]

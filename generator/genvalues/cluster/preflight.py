@@ -1,6 +1,6 @@
-"""Is the cluster ready for this release? Every finding at once, each with its fix, within 30 seconds.
+"""Check whether the cluster is ready for this release: all findings at once, each with a fix, within 30 seconds.
 
-Mounts nothing it checks and needs no Secret to start, so it can say what is missing instead of staying Pending.
+The preflight pod mounts neither the claim nor the Secret, so it starts and reports them when they are missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
 from genvalues.common.findings import Finding
 
-BUDGET_SECONDS = 25.0  # findings are promised within 30 s; the 600 s that the chart gives the Job are for its image
-CLAIM_SECONDS = 17.0  # a provisioner that is alive has said something by then; static volumes: see below
-OPERATOR_SECONDS = 10.0  # an operator that is alive marks a new job within one
+BUDGET_SECONDS = 25.0  # findings come within 30 s; the Job's deadline of 600 s is for pulling its image
 OPERATOR = "https://github.com/kubeflow/training-operator"
 INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
@@ -32,68 +30,71 @@ DEVICE_PLUGINS = {
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How long the checks wait for somebody else; tests make it short."""
+class PreflightTimings:
+    """How long the checks wait for controllers, in seconds."""
 
-    interval: float = 1.0
-    claim: float = CLAIM_SECONDS
-    operator: float = OPERATOR_SECONDS
+    interval: float = 1.0  # between two looks
+    claim: float = 17.0  # a running provisioner has emitted an event by then; for static volumes see check_storage
+    operator: float = 10.0  # a running operator sets a condition on a new job within one second
 
 
-Check = Callable[[Api, ClusterConfig, Pace], list[Finding]]
+Check = Callable[[Api, ClusterConfig, PreflightTimings], list[Finding]]
 
 
 def preflight(
-    api: Api, config: ClusterConfig, pace: Pace = Pace(), checks: Mapping[str, Check] | None = None
+    api: Api,
+    config: ClusterConfig,
+    timings: PreflightTimings = PreflightTimings(),
+    checks: Mapping[str, Check] | None = None,
 ) -> list[Finding]:
-    """All findings, in the order of the checks, which run side by side. Without ``checks``: all of CHECKS."""
+    """Run the checks (default: CHECKS) in parallel and return all findings, in the order of the checks."""
     wanted = CHECKS if checks is None else checks
     with ThreadPoolExecutor(len(wanted)) as pool:
-        found = pool.map(lambda subject: guarded(subject, wanted[subject], api, config, pace), wanted)
+        found = pool.map(lambda subject: run_check(subject, wanted[subject], api, config, timings), wanted)
         return [finding for findings in found for finding in findings]
 
 
-def guarded(subject: str, check: Check, api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """A check that may not look, or gets no answer, is not checked; the others go on."""
+def run_check(subject: str, check: Check, api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Run one check. If it is not allowed to read, or gets no answer, the finding is "not checked"."""
     try:
-        return check(api, config, pace)
+        return check(api, config, timings)
     except NotAllowed as error:
         return [Finding("not checked", subject, error.message, f"kubectl -n {api.namespace} get rolebindings -o wide")]
     except ServerAway as error:
         return [Finding("not checked", subject, error.message, "kubectl get --raw /readyz", unanswered=True)]
     except ApiError as error:
-        return [Finding("not checked", subject, f"the API server answered {error.status}: {error.message}")]
+        return [Finding("not checked", subject, f"the API server returned {error.status}: {error.message}")]
 
 
-def check_operator(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """The PyTorchJob kind, and somebody who acts on it.
+def check_operator(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that the kind PyTorchJob exists and that an operator reconciles it.
 
-    The operator may live in any namespace, which we may not read. So it is asked: a suspended PyTorchJob, which never
-    gets a pod, is marked by a running operator within a second.
+    The operator may run in a namespace that this account cannot read. So the check creates a suspended PyTorchJob,
+    which never gets a pod: a running operator sets a condition on it within a second.
     """
     subject = "training operator"
-    if not knows_pytorchjob(api):
-        return [Finding("error", subject, "the API server does not know the kind PyTorchJob", INSTALL_OPERATOR)]
+    if not serves_pytorchjob(api):
+        return [Finding("error", subject, "not installed: the API server does not serve PyTorchJob", INSTALL_OPERATOR)]
     probe = suspended_probe(config)
     try:
-        api.delete(kinds.PYTORCH_JOBS, name_of(probe))  # what a killed preflight left
+        api.delete(kinds.PYTORCH_JOBS, name_of(probe))  # left by a preflight that was killed
         api.create(kinds.PYTORCH_JOBS, probe)
-        seen = wait_until(lambda: marked(api, name_of(probe)), pace.operator, pace.interval)
+        seen = wait_until(lambda: is_reconciled(api, name_of(probe)), timings.operator, timings.interval)
     except ServerAway as error:
         if "webhook" not in error.message:
             raise
         seen = False
     except NotAllowed as error:
-        return [Finding("not checked", subject, f"the kind PyTorchJob is known; whether it runs: {error.message}")]
+        return [Finding("not checked", subject, f"PyTorchJob is served; cannot test the operator: {error.message}")]
     finally:
-        forget(api, name_of(probe))
+        delete_probe(api, name_of(probe))
     if seen:
-        return [Finding("ok", subject, "knows PyTorchJob and acts on it")]
-    found = f"the kind PyTorchJob is known, but nobody acted on a test job within {pace.operator:.0f} s"
+        return [Finding("ok", subject, "installed, and reconciles PyTorchJobs")]
+    found = f"PyTorchJob is served, but no operator reconciled a test job within {timings.operator:.0f} s"
     return [Finding("error", subject, found, "kubectl -n kubeflow rollout restart deployment training-operator")]
 
 
-def knows_pytorchjob(api: Api) -> bool:
+def serves_pytorchjob(api: Api) -> bool:
     served = api.discover("apis/kubeflow.org/v1") or {"resources": []}
     return any(resource["name"] == "pytorchjobs" for resource in served["resources"])
 
@@ -113,33 +114,33 @@ def suspended_probe(config: ClusterConfig) -> Object:
     }
 
 
-def marked(api: Api, name: str) -> bool:
+def is_reconciled(api: Api, name: str) -> bool:
     job = api.get(kinds.PYTORCH_JOBS, name)
     return bool(job and job.get("status", {}).get("conditions"))
 
 
-def forget(api: Api, name: str) -> None:
-    """Delete the probe; where that fails, cleanup and the next preflight do it."""
+def delete_probe(api: Api, name: str) -> None:
+    """Delete the probe. If that fails, cleanup or the next preflight deletes it."""
     try:
         api.delete(kinds.PYTORCH_JOBS, name)
     except ApiError:
         return
 
 
-def check_storage(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """The claim, and its storage class while it has no volume.
+def check_storage(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check the claim, and its storage class while it has no volume.
 
-    A claim that is being provisioned gets a few seconds to settle, not the ten minutes that a new FSx file system
-    takes: the stages that mount it wait for it anyway, and hold no Trainium node while they do. A static volume, made
-    together with its claim, is often bound only when Kubernetes' volume controller looks again, 15 s later (seen).
+    The check does not wait the 10 minutes that a new FSx file system takes: the stages that mount the claim wait for it
+    anyway, and hold no Trainium node meanwhile. It waits ``timings.claim``, because a static volume that is created
+    together with its claim is often bound only at the volume controller's next resync, 15 s later (measured).
     """
     claim = api.get(kinds.CLAIMS, config.claim.name)
     if claim is None:
         return [missing_claim(api, config)]
     events: list[Object] = []
-    ends = time.monotonic() + pace.claim
-    while not settled(claim, events) and time.monotonic() < ends:
-        time.sleep(pace.interval)
+    deadline = time.monotonic() + timings.claim
+    while not is_settled(claim, events) and time.monotonic() < deadline:
+        time.sleep(timings.interval)
         claim = api.get(kinds.CLAIMS, config.claim.name)
         if claim is None:
             return [missing_claim(api, config)]
@@ -153,17 +154,19 @@ def check_storage(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
 
 def missing_claim(api: Api, config: ClusterConfig) -> Finding:
     subject = f"claim {config.claim.name}"
-    found = f"there is no such PersistentVolumeClaim in namespace {config.namespace}"
+    found = f"PersistentVolumeClaim not found in namespace {config.namespace}"
     if config.claim.managed:
-        fix = f"helm upgrade {config.release} CHART -n {config.namespace} --reuse-values   # makes it again"
+        fix = (
+            f"helm upgrade {config.release} CHART -n {config.namespace} --reset-then-reuse-values   # creates it again"
+        )
         return Finding("error", subject, found, fix)
     try:
         names = sorted(name_of(claim) for claim in api.list(kinds.CLAIMS))
     except NotAllowed:
         names = []
-    there = f" (there is: {', '.join(names)})" if names else ""
+    there = f" (existing claims: {', '.join(names)})" if names else ""
     return Finding(
-        "error", subject, found + there, f"kubectl -n {config.namespace} get pvc   # then storage.existingClaim"
+        "error", subject, found + there, f"kubectl -n {config.namespace} get pvc   # then set storage.existingClaim"
     )
 
 
@@ -171,21 +174,23 @@ def phase(claim: Object) -> str:
     return str(claim.get("status", {}).get("phase", "Pending"))
 
 
-def settled(claim: Object, events: list[Object]) -> bool:
-    """Nothing to be learned from waiting longer. A failure is not final: the volume may come a second after it; nor is
-    a provisioner's start: it may fail a second after it."""
+def is_settled(claim: Object, events: list[Object]) -> bool:
+    """Whether waiting longer cannot change the finding.
+
+    Neither a provisioning failure nor its start is final: a volume may follow the one, and a failure the other.
+    """
     return phase(claim) != "Pending" or any(event["reason"] == "WaitForFirstConsumer" for event in events)
 
 
 def events_of(api: Api, item: Object) -> list[Object]:
-    """What happened to this very object, the latest first."""
+    """The events of this object (by uid, so not of an earlier one of the same name), latest first."""
     meta = item["metadata"]
     fields = f"involvedObject.name={meta['name']},involvedObject.uid={meta['uid']}"
-    return sorted(api.list(kinds.EVENTS, fields=fields), key=when_and_what, reverse=True)
+    return sorted(api.list(kinds.EVENTS, fields=fields), key=event_order, reverse=True)
 
 
-def when_and_what(event: Object) -> tuple[float, bool]:
-    """Times have whole seconds: of a start and its failure in the same one, the failure is the later."""
+def event_order(event: Object) -> tuple[float, bool]:
+    """Sort key. Times are in whole seconds: of a start and a failure in the same second, the failure is later."""
     return last_seen(event), event["reason"] == "ProvisioningFailed"
 
 
@@ -195,7 +200,9 @@ def judge_claim(claim: Object, events: list[Object], config: ClusterConfig) -> F
     if claim["metadata"].get("deletionTimestamp"):
         return Finding("error", subject, "is being deleted", describe)
     if phase(claim) == "Lost":
-        return Finding("error", subject, f"has lost its volume {claim['spec'].get('volumeName', '')}", describe)
+        return Finding(
+            "error", subject, f"Lost: its volume {claim['spec'].get('volumeName', '')} no longer exists", describe
+        )
     if problem := judge_access(claim, config):
         return problem
     if phase(claim) == "Bound":
@@ -210,37 +217,37 @@ def judge_access(claim: Object, config: ClusterConfig) -> Finding | None:
         return None
     subject = f"claim {name_of(claim)}"
     found = f"access mode {', '.join(sorted(modes)) or 'none'}"
-    fix = "genvalues write finetune.yaml -o values.yaml   # with a ReadWriteMany storage, e.g. kind: fsx"
+    fix = "genvalues write finetune.yaml -o values.yaml   # with storage that supports ReadWriteMany, e.g. kind: fsx"
     if config.job.nodes > 1 or not modes & {"ReadWriteOnce"}:
         return Finding(
-            "error", subject, f"{found}: {config.job.nodes} nodes and the gate write to it at the same time", fix
+            "error", subject, f"{found}: {config.job.nodes} nodes and the gate must mount it at the same time", fix
         )
     if phase(claim) == "Bound":
-        return Finding("warning", subject, f"Bound, {found}: every stage must run on the node that has the volume", fix)
+        return Finding(
+            "warning", subject, f"Bound, {found}: every stage must run on the node that mounts the volume", fix
+        )
     return None
 
 
 def judge_pending(subject: str, claim: Object, events: list[Object], describe: str) -> Finding:
-    # "ExternalProvisioning" comes again and again, from Kubernetes itself, until somebody takes the claim up.
-    telling = [event for event in events if event["reason"] != "ExternalProvisioning"]
-    latest = next(iter(telling or events), None)
+    # Kubernetes repeats "ExternalProvisioning" until a provisioner handles the claim, so prefer any other event.
+    informative = [event for event in events if event["reason"] != "ExternalProvisioning"]
+    latest = next(iter(informative or events), None)
     if latest is None and (volume := claim["spec"].get("volumeName")):
         found = f"Pending: not yet bound to its volume {volume}; the next stage waits for it"
         return Finding("warning", subject, found, f"kubectl describe pv {volume}")
     if latest is None:
-        return Finding("warning", subject, "Pending, and nobody has said why yet", describe)
+        return Finding("warning", subject, "Pending; no events yet", describe)
     reason, message = latest["reason"], " ".join(latest.get("message", "").split())
     if reason == "WaitForFirstConsumer":
-        return Finding(
-            "ok", subject, "Pending until its first pod, as its storage class wants it (WaitForFirstConsumer)"
-        )
-    # The FSx driver takes about ten minutes, and its calls time out and are repeated meanwhile.
+        return Finding("ok", subject, "Pending until its first pod starts (volumeBindingMode WaitForFirstConsumer)")
+    # The FSx driver takes about 10 minutes. Meanwhile its calls time out and are retried.
     if reason == "Provisioning" or (reason == "ProvisioningFailed" and "DeadlineExceeded" in message):
         found = "Pending: its volume is being created (about 10 minutes for FSx); the next stage waits for it"
-        return Finding("warning", subject, found, f"{describe}   # to follow it; give helm a --timeout above that")
+        return Finding("warning", subject, found, f"{describe}   # give helm a longer --timeout")
     if reason == "ExternalProvisioning":
         storage_class = claim["spec"].get("storageClassName", "")
-        found = f"Pending, and no provisioner has taken it up: {message}"
+        found = f"Pending: no provisioner handles it: {message}"
         return Finding("error", subject, found, f"kubectl get csidrivers; kubectl get storageclass {storage_class}")
     return Finding("error", subject, f"Pending: {reason}: {message}", describe)
 
@@ -251,21 +258,19 @@ def check_storage_class(api: Api, config: ClusterConfig, name: str) -> Finding:
         return not_read(subject, f"kubectl get storageclass {name}")
     found = api.get(kinds.STORAGE_CLASSES, name)
     if found is None:
-        return Finding(
-            "error", subject, "there is none of this name", "kubectl get storageclass   # then storage.storageClass"
-        )
+        return Finding("error", subject, "not found", "kubectl get storageclass   # then set storage.storageClass")
     return Finding("ok", subject, f"provisioner {found.get('provisioner')}")
 
 
 def not_read(subject: str, look: str) -> Finding:
-    found = f"cluster-scoped reads are off (clusterScopedReads); look yourself: {look}"
+    found = f"rbac.clusterScopedReads is false. Check: {look}"
     return Finding("not checked", subject, found)
 
 
-def check_pod_security(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """Whether the namespace lets storage-prepare's pod be made: one as root, which `restricted` alone refuses.
+def check_pod_security(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that the namespace admits storage-prepare's pod, which runs as root: only `restricted` rejects it.
 
-    A refused pod is an event of a Job that waits for it until its deadline, 40 minutes later.
+    Otherwise the rejection would be only an event of the Job, which fails at its deadline 40 minutes later.
     """
     if not config.storage_prepare:
         return []
@@ -273,38 +278,38 @@ def check_pod_security(api: Api, config: ClusterConfig, pace: Pace) -> list[Find
     namespace = api.get(kinds.NAMESPACES, config.namespace)
     level = labels_of(namespace).get(ENFORCED) if namespace else None
     if level == "restricted":
-        found = "enforces Pod Security restricted, which refuses the pod of storage-prepare: it runs as root"
+        found = "enforces Pod Security restricted, which rejects the pod of storage-prepare because it runs as root"
         relabel = f"kubectl label namespace {config.namespace} {ENFORCED}=baseline --overwrite"
-        turn_off = "where the volume's root folder is the stages' user's already, storage.prepare.enabled: false"
-        return [Finding("error", subject, found, f"{relabel}   # or, {turn_off}")]
+        disable = "if the stages' user already owns the volume's root folder, set storage.prepare.enabled: false"
+        return [Finding("error", subject, found, f"{relabel}   # or, {disable}")]
     if level:
-        return [Finding("ok", subject, f"enforces Pod Security {level}, which lets storage-prepare run as root")]
-    return [Finding("ok", subject, "no label of it enforces Pod Security")]
+        return [Finding("ok", subject, f"enforces Pod Security {level}, which allows storage-prepare to run as root")]
+    return [Finding("ok", subject, "no label enforces Pod Security")]
 
 
-def check_secret(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """The Secret and its key. Its values are never printed."""
+def check_secret(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that the Secret exists and has the key. Its values are never printed."""
     wanted = config.secret
     if wanted is None:
-        return [Finding("ok", "Hugging Face token", "none asked for")]
+        return [Finding("ok", "Hugging Face token", "none configured")]
     subject = f"secret {wanted.name}"
     create = f"kubectl -n {config.namespace} create secret generic {wanted.name} --from-literal={wanted.key}=hf_..."
     secret = api.get(kinds.SECRETS, wanted.name)
     if secret is None:
-        return [Finding("error", subject, f"there is no such Secret in namespace {config.namespace}", create)]
+        return [Finding("error", subject, f"Secret not found in namespace {config.namespace}", create)]
     data = secret.get("data") or {}
     if not data.get(wanted.key):
-        has = f"its keys: {', '.join(sorted(data))}" if data else "it has none"
+        has = f"existing keys: {', '.join(sorted(data))}" if data else "the Secret has no keys"
         state = "is empty" if wanted.key in data else f"is missing ({has})"
         again = f"kubectl -n {config.namespace} delete secret {wanted.name}; {create}"
         return [Finding("error", subject, f"key {wanted.key} {state}", again)]
     return [Finding("ok", subject, f"has key {wanted.key}")]
 
 
-def check_devices(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+def check_devices(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
     job = config.job
     if not job.devices:
-        return [Finding("ok", "devices", "none asked for")]
+        return [Finding("ok", "devices", "none requested")]
     if not config.cluster_scoped_reads:
         return [not_read("devices", f"kubectl get nodes -l {INSTANCE_TYPE}={job.instance} -o yaml")]
     other = job.instance.removeprefix("ml.") if job.instance.startswith("ml.") else f"ml.{job.instance}"
@@ -313,7 +318,7 @@ def check_devices(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
 
 
 def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) -> list[Finding]:
-    """``nodes`` are of the wanted instance type; ``near`` may be of its twin, with or without HyperPod's ``ml.``."""
+    """``nodes`` have the requested instance type; ``near`` includes its variant with or without HyperPod's ``ml.``."""
     job = config.job
     look = f"kubectl get nodes -L {INSTANCE_TYPE}"
     subject = f"nodes {job.instance}"
@@ -322,25 +327,25 @@ def judge_nodes(nodes: list[Object], near: list[Object], config: ClusterConfig) 
         fix = "genvalues write finetune.yaml -o values.yaml --set instance=" + there
         return [Finding("error", subject, f"none, but {len(near)} of type {there}", fix)]
     if not nodes:
-        # Not an error: a group may be scaled to zero, and an unchanged upgrade needs no Trainium at all.
-        found = f"there are none now; train waits {config.train.unschedulable_timeout_seconds:.0f} s for an autoscaler"
+        # Not an error: a node group may be scaled to zero, and an unchanged upgrade needs no accelerator.
+        found = f"none at the moment; train waits {config.train.unschedulable_timeout_seconds:.0f} s for an autoscaler"
         return [Finding("warning", subject, found, look)]
-    usable = [node for node in nodes if takes_pods(node)]
+    usable = [node for node in nodes if is_usable(node)]
     findings = [judge_device(name, count, usable, config) for name, count in sorted(job.devices.items())]
-    if sum(room(node, job.devices) for node in usable) < job.nodes and len(usable) < job.nodes:
+    if sum(workers_that_fit(node, job.devices) for node in usable) < job.nodes and len(usable) < job.nodes:
         found = f"{len(usable)} of {len(nodes)} are ready and schedulable, {job.nodes} needed"
         grows = any("karpenter.sh/nodepool" in labels_of(node) for node in nodes)
         findings.insert(0, Finding("warning" if grows else "error", subject, found, look))
     return findings
 
 
-def takes_pods(node: Object) -> bool:
+def is_usable(node: Object) -> bool:
     healthy = labels_of(node).get(NODE_HEALTH, "Schedulable") == "Schedulable"
     return bool(condition(node, "Ready")) and not node["spec"].get("unschedulable") and healthy
 
 
-def room(node: Object, devices: dict[str, int]) -> int:
-    """How many workers the node can carry, by the devices that it has; for one that it lacks there is a finding."""
+def workers_that_fit(node: Object, devices: dict[str, int]) -> int:
+    """How many workers fit on the node by its devices. Devices that it lacks are ignored: they have a finding each."""
     fit = [there // count for name, count in devices.items() if (there := allocatable(node, name))]
     return min(fit, default=1)
 
@@ -352,22 +357,24 @@ def allocatable(node: Object, resource: str) -> int:
 def judge_device(resource: str, count: int, nodes: list[Object], config: ClusterConfig) -> Finding:
     most = max((allocatable(node, resource) for node in nodes), default=0)
     enough = sum(allocatable(node, resource) >= count for node in nodes)
-    needed = min(config.job.nodes, len(nodes))  # that there are too few nodes is said once, not for each device
+    needed = min(config.job.nodes, len(nodes))  # too few nodes is one finding, not one for each device
     if enough >= needed and nodes:
         return Finding("ok", resource, f"{count} on each of {enough} nodes of type {config.job.instance}")
     if not nodes:
         return Finding("not checked", resource, f"no node of type {config.job.instance} is ready")
     if most == 0:
-        found = f"no node of type {config.job.instance} offers it: its device plugin does not run"
+        found = f"no node of type {config.job.instance} offers it: its device plugin is not running"
         look = f"kubectl get nodes -l {INSTANCE_TYPE}={config.job.instance} -o yaml"
         return Finding("error", resource, found, DEVICE_PLUGINS.get(resource, look))
-    found = f"{count} a node needed on {config.job.nodes} nodes; {enough} of {len(nodes)} have that, the most is {most}"
-    fix = f"kubectl describe nodes -l {INSTANCE_TYPE}={config.job.instance}   # then instance, nodes or devices"
+    found = (
+        f"{count} per node needed on {config.job.nodes} nodes; {enough} of {len(nodes)} have that many (most: {most})"
+    )
+    fix = f"kubectl describe nodes -l {INSTANCE_TYPE}={config.job.instance}   # then change instance, nodes or devices"
     return Finding("error", resource, found, fix)
 
 
-def check_quota(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
-    """Whether the namespace's quotas leave room for the devices."""
+def check_quota(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that the namespace's quotas allow the requested devices."""
     if not config.job.devices:
         return []
     findings = []
@@ -379,11 +386,13 @@ def check_quota(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
                 continue
             hard = kinds.whole_number(status["hard"][key])
             used = kinds.whole_number((status.get("used") or {}).get(key, 0))
-            findings.append(judge_quota(name_of(quota), resource, hard, used, count * config.job.nodes, api.namespace))
+            findings.append(
+                judge_resource_quota(name_of(quota), resource, hard, used, count * config.job.nodes, api.namespace)
+            )
     return findings
 
 
-def judge_quota(quota: str, resource: str, hard: int, used: int, needed: int, namespace: str) -> Finding:
+def judge_resource_quota(quota: str, resource: str, hard: int, used: int, needed: int, namespace: str) -> Finding:
     subject = f"quota {quota}"
     look = f"kubectl -n {namespace} describe resourcequota {quota}"
     if needed > hard:
@@ -393,7 +402,7 @@ def judge_quota(quota: str, resource: str, hard: int, used: int, needed: int, na
     return Finding("ok", subject, f"{hard - used} {resource} free, {needed} needed")
 
 
-def check_queue(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
+def check_queue(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
     name = config.job.queue_name
     if not name:
         return []
@@ -402,26 +411,29 @@ def check_queue(api: Api, config: ClusterConfig, pace: Pace) -> list[Finding]:
     if group is None:
         return [
             Finding(
-                "error", subject, "Kueue is not installed", "kubectl get crds | grep kueue   # or kueue.queueName: ''"
+                "error",
+                subject,
+                "Kueue is not installed",
+                "kubectl get crds | grep kueue   # or set kueue.queueName: ''",
             )
         ]
     queues = kinds.Kind(f"apis/{group['preferredVersion']['groupVersion']}", "localqueues")
     if api.get(queues, name) is None:
-        found = f"there is no such LocalQueue in namespace {config.namespace}"
+        found = f"LocalQueue not found in namespace {config.namespace}"
         return [Finding("error", subject, found, f"kubectl -n {config.namespace} get localqueues")]
-    return [Finding("ok", subject, "is there")]
+    return [Finding("ok", subject, "exists")]
 
 
 def wait_until(happens: Callable[[], bool], seconds: float, interval: float) -> bool:
-    ends = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not happens():
-        if time.monotonic() >= ends:
+        if time.monotonic() >= deadline:
             return False
         time.sleep(interval)
     return True
 
 
-# What the chart's stage checks; genvalues preflight does the same from outside (ops/preflight/cluster_checks.py).
+# Checks of the chart's preflight stage. `genvalues preflight` runs them too (ops/preflight/cluster_checks.py).
 CHECKS: dict[str, Check] = {
     "training operator": check_operator,
     "storage": check_storage,

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from genvalues.common.text import duration
+
 
 def read_progress(path: Path) -> dict[str, Any]:
+    """The file's content; empty if it does not exist or cannot be read."""
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -16,7 +19,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def describe_progress(progress: dict[str, Any]) -> str:
-    """``step 120 of 1,000, loss 1.234, 5,120 tokens/s, 1 h 02 min left``, as far as it is known."""
+    """``step 120 of 1000, loss 1.2340, 5,120 tokens/s, 1 h 02 min left``, without the values that are missing."""
     parts = [f"step {progress.get('step')} of {progress.get('totalSteps')}"]
     if (loss := progress.get("loss")) is not None:
         parts.append(f"loss {loss:.4f}")
@@ -25,6 +28,12 @@ def describe_progress(progress: dict[str, Any]) -> str:
     if (speed := progress.get("tokensPerSecond")) is not None:
         parts.append(f"{speed:,.0f} tokens/s")
     if (left := progress.get("etaSeconds")) is not None:
-        hours, minutes = divmod(round(left / 60), 60)
-        parts.append(f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min left")
+        parts.append(f"{duration(left)} left")
     return ", ".join(parts)
+
+
+def describe_checkpoint(progress: dict[str, Any]) -> str:
+    """Which checkpoint is kept after a training was stopped; empty without progress."""
+    if saved := progress.get("savedStep"):
+        return f"the checkpoint at step {saved} is kept"
+    return "no checkpoint was saved" if progress else ""

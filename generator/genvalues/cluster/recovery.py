@@ -1,8 +1,8 @@
-"""Going on where a Helm client was killed: ``genvalues install`` on its release, the runner on its inner one.
+"""Take over a release whose Helm client was killed. Used by ``genvalues install`` and, for RELEASE-run, by the runner.
 
-A client that is killed by SIGKILL leaves its release pending, and then every Helm command refuses to work on it
-("another operation is in progress"). No hook is run here, because a rollback's or an uninstall's would stop the
-training, for which the next client's gate looks.
+A client that is killed by SIGKILL leaves the release pending, and every later Helm command fails with "another
+operation is in progress". No hooks run here: those of a rollback or an uninstall would stop the training, which the
+gate of the next install follows.
 """
 
 from __future__ import annotations
@@ -10,71 +10,84 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import logging
 import time
 import zlib
-from collections.abc import Callable
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, Object
 from genvalues.cluster.cleanup import QUIET_LOOKS, fail_job
-from genvalues.cluster.objects import INSTANCE, STAGE, annotations_of, component_of, is_finished, labels_of, name_of
+from genvalues.cluster.objects import (
+    GATE_SUFFIX,
+    INSTANCE,
+    RUNNER,
+    STAGE,
+    annotations_of,
+    component_of,
+    is_finished,
+    labels_of,
+    name_of,
+)
 from genvalues.common.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zlib.error)
 
 
-class AtWork(UserError):
-    """The release is pending because a Helm client works on it right now."""
+class OperationInProgress(UserError):
+    """The release is pending because a Helm client is working on it."""
 
     def __init__(self, release: str) -> None:
-        fix = "Wait for it or stop it, then write the same command again"
-        super().__init__(f"another Helm client is at work on release {release}", fix=fix)
+        fix = "Wait until it has finished or stop it, then run the command again"
+        super().__init__(f"another Helm client is working on release {release}", fix=fix)
 
 
 def pending(api: Api, release: str) -> list[Object]:
-    """The release's records with which Helm refuses to work."""
+    """The release's Secrets with a pending status, which block every Helm command."""
     return api.list(kinds.SECRETS, labels=f"owner=helm,name={release},{PENDING}")
 
 
-def take_over(api: Api, release: str, say: Callable[[str], None], interval: float) -> None:
-    """Return when no Job of the release runs and no record of it is pending; raise AtWork when a client is alive.
+def take_over(api: Api, release: str, interval: float) -> None:
+    """Return when no Job of the release runs and no revision of it is pending.
 
-    Helm would delete a running stage's Job to make it anew, or start the next stage beside it: it is waited for. A gate
-    is ended instead: the PyTorchJob that it follows, for hours, goes on without it.
+    A running stage is waited for, because Helm would delete and recreate its Job, or start the next stage in parallel.
+    A gate is stopped instead: the PyTorchJob that it follows, possibly for hours, continues without it. Raises
+    OperationInProgress if a Helm client is alive.
     """
-    records, known = pending(api, release), uids(living_jobs(api, release))
+    records, known = pending(api, release), uids(unfinished_jobs(api, release))
     if not records and not known:
         return
-    told: list[str] = []
+    logged: list[str] = []
     quiet = 0
     while quiet < QUIET_LOOKS:
-        living = living_jobs(api, release)
-        # A client starts the next Job when one has ended, and writes its record anew before each and at its end.
-        if uids(living) - known or versions(pending(api, release)) != versions(records):
-            raise AtWork(release)
-        for job in living:
-            if component_of(job).endswith("-gate"):
-                fail_job(api, job, say)
-        names = [name_of(job) for job in living]
-        if names and names != told:
-            say(f"waiting for {', '.join(names)}, which an earlier Helm client started")
-            told = names
-        quiet = 0 if living else quiet + 1
+        jobs = unfinished_jobs(api, release)
+        # A live client creates the next Job when one has ended, and updates its Secret before each Job and at the end.
+        if uids(jobs) - known or versions(pending(api, release)) != versions(records):
+            raise OperationInProgress(release)
+        for job in jobs:
+            if component_of(job).endswith(GATE_SUFFIX):
+                fail_job(api, job)
+        names = [name_of(job) for job in jobs]
+        if names and names != logged:
+            log.info("waiting for %s, started by an earlier Helm client", ", ".join(names))
+            logged = names
+        quiet = 0 if jobs else quiet + 1
         time.sleep(interval)
     for record in records:
-        mark_failed(api, release, record, say)
+        mark_failed(api, release, record)
 
 
 def uids(items: list[Object]) -> set[str]:
     return {item["metadata"]["uid"] for item in items}
 
 
-def living_jobs(api: Api, release: str) -> list[Object]:
-    """Jobs that Helm waits for: stages, and the cleanup before an install or a rollback."""
+def unfinished_jobs(api: Api, release: str) -> list[Object]:
+    """Unfinished Jobs that Helm waits for: stages, and the cleanup before an install or a rollback."""
     jobs = api.list(kinds.JOBS, labels=f"{INSTANCE}={release}")
     return [
-        job for job in jobs if STAGE in annotations_of(job) and component_of(job) != "runner" and not is_finished(job)
+        job for job in jobs if STAGE in annotations_of(job) and component_of(job) != RUNNER and not is_finished(job)
     ]
 
 
@@ -82,20 +95,20 @@ def versions(records: list[Object]) -> list[tuple[str, str]]:
     return [(name_of(record), record["metadata"]["resourceVersion"]) for record in records]
 
 
-def mark_failed(api: Api, release: str, record: Object, say: Callable[[str], None]) -> None:
-    """What Helm itself does when it is stopped by a signal.
+def mark_failed(api: Api, release: str, record: Object) -> None:
+    """Set the revision's status to failed, as Helm does when it is stopped by a signal.
 
-    Not deleted: Helm would give the revision's number again, to PyTorchJobs that exist ("already exists"), and a first
-    install would begin with the cleanup hook, which stops the training.
+    The Secret is not deleted: Helm would reuse the revision number, whose PyTorchJobs exist ("already exists"), and a
+    first install would run the cleanup hook, which stops the training.
     """
     labels = labels_of(record)
     revision, status = labels.get("version"), labels.get("status")
-    say(f"{release} is {status} (revision {revision}), left by a Helm client that was killed: marking it as failed")
+    log.info("%s is %s (revision %s): its Helm client was killed; marking it as failed", release, status, revision)
     try:
         content = with_status_failed(record["data"]["release"])
     except UNREADABLE as error:
         fix = f"Delete it: kubectl -n {api.namespace} delete secret {name_of(record)}"
-        raise UserError("is no record of Helm's", where=f"secret {name_of(record)}", fix=fix) from error
+        raise UserError("not a valid Helm release record", where=f"secret {name_of(record)}", fix=fix) from error
     failed = {
         **record,
         "apiVersion": "v1",
@@ -104,11 +117,14 @@ def mark_failed(api: Api, release: str, record: Object, say: Callable[[str], Non
         "data": {**record["data"], "release": content},
     }
     if not api.replace(kinds.SECRETS, failed):
-        raise AtWork(release)
+        raise OperationInProgress(release)
 
 
 def with_status_failed(content: str) -> str:
-    """A record's content: JSON, by gzip, in base64, and that in base64 again as in every Secret."""
+    """The content of a Helm release Secret with status failed.
+
+    Its encoding: JSON, compressed by gzip, in base64 by Helm, and again in base64 by the Secret.
+    """
     release = json.loads(gzip.decompress(base64.b64decode(base64.b64decode(content))))
     release["info"].update(status="failed", description="the Helm client was killed")
     packed = gzip.compress(json.dumps(release, ensure_ascii=False).encode(), mtime=0)

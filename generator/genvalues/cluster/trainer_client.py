@@ -1,4 +1,4 @@
-"""Asking the trainer whether a stage is done: nothing else knows what the stage reads."""
+"""``llama-lora fingerprint``: whether a stage is up to date. Only the trainer knows what each stage reads."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from genvalues.common.errors import EXIT_USER_ERROR, UserError
 
 @dataclass(frozen=True)
 class StageState:
-    """What ``llama-lora fingerprint STAGE`` says."""
+    """The output of ``llama-lora fingerprint STAGE``."""
 
-    fingerprint: str | None  # None: a stage it reads from is not done
+    fingerprint: str | None  # None: a stage that it depends on is not done
     up_to_date: bool
     progress: Path
     manifest: Path
 
 
-Ask = Callable[[str], StageState]  # of a stage
+ReadStageState = Callable[[str], StageState]  # takes the stage's name
 
 
-class CannotAsk(Exception):
-    """``llama-lora fingerprint`` broke down; worth another try."""
+class TrainerCommandFailed(Exception):
+    """``llama-lora fingerprint`` failed for a reason that a retry may resolve."""
 
 
-def ask_trainer(stage: str, run_config: Path) -> StageState:
-    """Ask the trainer, through its command: the only thing that knows what the stage reads and whether it is done."""
+def read_stage_state(stage: str, run_config: Path) -> StageState:
+    """Run ``llama-lora fingerprint``. Raises UserError if the user must change something, else TrainerCommandFailed."""
     beside = Path(sys.executable).with_name("llama-lora")
     command = str(beside) if beside.exists() else shutil.which("llama-lora")
     if command is None:
-        raise UserError("there is no llama-lora command here", fix="Use the image built from trainer/Dockerfile")
-    asked = [command, "fingerprint", stage, "--config", str(run_config)]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    complaint = done.stderr.strip()
+        raise UserError("llama-lora not found in PATH", fix="Use the image built from trainer/Dockerfile")
+    arguments = [command, "fingerprint", stage, "--config", str(run_config)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    message = done.stderr.strip()
     if done.returncode == EXIT_USER_ERROR:
-        raise UserError(complaint or f"{' '.join(asked)} ended with status 2")
+        raise UserError(message or f"{' '.join(arguments)} ended with status 2")
     if done.returncode != 0:
-        raise CannotAsk(f"{' '.join(asked)} ended with status {done.returncode}\n{complaint}")
-    return read_state(stage, done.stdout)
+        raise TrainerCommandFailed(f"{' '.join(arguments)} ended with status {done.returncode}\n{message}")
+    return parse_stage_state(stage, done.stdout)
 
 
-def read_state(stage: str, text: str) -> StageState:
+def parse_stage_state(stage: str, text: str) -> StageState:
     try:
         answer = json.loads(text)
         fingerprint, up_to_date = answer["fingerprint"], answer["upToDate"]
         progress, manifest = Path(answer["progress"]), Path(answer["manifest"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CannotAsk(f"llama-lora fingerprint {stage} did not answer as agreed: {text.strip()[:200]}") from error
+        raise TrainerCommandFailed(f"llama-lora fingerprint {stage}: invalid output: {text.strip()[:200]}") from error
     return StageState(fingerprint, up_to_date, progress, manifest)

@@ -1,6 +1,6 @@
-"""What the worker pods of one PyTorchJob did: how their containers ended, and the last lines they wrote.
+"""The worker pods of one PyTorchJob: how their containers ended, and the last lines of their logs.
 
-Both are followed while the pods run, because the training operator deletes the pods of a failed job at once.
+Both are recorded while the pods run, because the training operator deletes the pods of a failed job at once.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from collections import deque
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, Object
-from genvalues.cluster.objects import JOB_NAME, End, ends_of, is_over, name_of, started_container
+from genvalues.cluster.objects import JOB_NAME, ContainerExit, ends_of, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
+from genvalues.common.errors import EXIT_USER_ERROR
 
 TAIL_LINES = 40
 LINE_LENGTH = 500
+TERMINATED = 128 + 15  # exit status of a worker that was stopped by SIGTERM
 
 
-class Tail:
-    """The end of one pod's log, across restarts of its container."""
+class LogTail:
+    """The last lines of one pod's log, across restarts of its container."""
 
     def __init__(self, api: Api, pod: str, container: str, interval: float) -> None:
         self.pod = pod
@@ -31,11 +33,11 @@ class Tail:
 
 
 class Workers:
-    """Follows the worker pods of ``job`` from start() to close()."""
+    """Observes the worker pods of ``job`` from start() to close()."""
 
     def __init__(self, api: Api, job: str, interval: float) -> None:
-        self.ends: list[End] = []
-        self._tails: dict[str, Tail] = {}
+        self.ends: list[ContainerExit] = []
+        self._tails: dict[str, LogTail] = {}  # by pod uid
         self._api = api
         self._job = job
         self._interval = interval
@@ -46,42 +48,43 @@ class Workers:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self, patience: float) -> None:
-        """No more news; the logs of what has ended are read to their end."""
+        """Stop observing; wait up to ``patience`` seconds until the logs are read to their end."""
         self._closed.set()
-        ends = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         with self._lock:
             tails = list(self._tails.values())
         for tail in tails:
             tail.log.over.set()
         for tail in tails:
-            tail.log.join(max(0.0, ends - time.monotonic()))
+            tail.log.join(max(0.0, deadline - time.monotonic()))
 
     def observe(self, pod: Object) -> None:
-        """Take in one state of a pod; the order in which states come does not matter."""
+        """Record the state of a pod. States may arrive in any order."""
         with self._lock:
             self.ends += [end for end in ends_of(pod) if end not in self.ends]
             uid = pod["metadata"]["uid"]
             if uid not in self._tails and (container := started_container(pod)) and not self._closed.is_set():
-                self._tails[uid] = Tail(self._api, name_of(pod), container, self._interval)
+                self._tails[uid] = LogTail(self._api, name_of(pod), container, self._interval)
                 self._tails[uid].log.start()
             if uid in self._tails and is_over(pod):
                 self._tails[uid].log.over.set()
 
-    def first_failure(self) -> End | None:
-        """The end that most likely caused the others: a status 2 first, else the earliest that is not success.
-
-        143 is what a worker that was told to stop ends with.
-        """
+    def first_failure(self) -> ContainerExit | None:
+        """The exit that most likely caused the others: status 2, else the earliest that is neither success nor 143."""
         failures = [end for end in self.ends if end.code != 0]
-        return min(failures, key=lambda end: (end.code != 2, end.code == 143, end.finished), default=None)
+        return min(
+            failures,
+            key=lambda end: (end.code != EXIT_USER_ERROR, end.code == TERMINATED, end.finished),
+            default=None,
+        )
 
     def tail(self) -> tuple[str, list[str]]:
-        """The pod whose log explains the failure, and its last lines."""
-        culprit = self.first_failure()
+        """The pod whose log explains the failure, and the last lines of that log."""
+        cause = self.first_failure()
         with self._lock:
             tails = list(self._tails.values())
-        of_culprit = [tail for tail in tails if culprit and tail.pod == culprit.pod and tail.lines]
-        for tail in [*of_culprit, *tails]:
+        of_cause = [tail for tail in tails if cause and tail.pod == cause.pod and tail.lines]
+        for tail in [*of_cause, *tails]:
             if tail.lines:
                 return tail.pod, list(tail.lines)
         return "", []
@@ -92,5 +95,5 @@ class Workers:
                 for pod in self._api.watch(kinds.PODS, labels=f"{JOB_NAME}={self._job}"):
                     self.observe(pod)
             except (ApiError, *kinds.TRANSPORT_ERRORS):
-                pass  # the gate's own requests say so if it lasts
+                pass  # a lasting problem is reported by the gate's own requests
             self._closed.wait(self._interval)

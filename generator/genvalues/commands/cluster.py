@@ -1,4 +1,4 @@
-"""``genvalues cluster``: the commands that the chart's pods run. They parse and print; the work is in their modules."""
+"""``genvalues cluster``: the commands that the chart's pods run. They parse arguments and print results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import click
 
 from genvalues.common.errors import EXIT_USER_ERROR, UserError, user_errors_end_with_status_2
 
-TRY_AGAIN = 3  # see genvalues.cluster: the command itself could not do its work
-STOPPED = 143
+STOPPED = 128 + signal.SIGTERM
 PREFLIGHT_PATIENCE_SECONDS = 8.0
 
 config_option = click.option(
@@ -25,33 +24,34 @@ config_option = click.option(
 
 @click.group()
 def cluster() -> None:
-    """What the chart's pods do with the Kubernetes API."""
+    """Commands for the chart's pods, which use the Kubernetes API."""
 
 
 def command(work: Callable[..., int]) -> Callable[..., None]:
-    """Print errors once, end with the status the chart acts on, and at once when asked to stop."""
+    """Decorate a command: print errors, exit with the status that the chart expects, stop at once on SIGTERM."""
 
     @functools.wraps(work)
     @user_errors_end_with_status_2
     def wrapper(**options: Any) -> None:
         from genvalues.cluster.api import ApiError, NotAllowed
-        from genvalues.cluster.trainer_client import CannotAsk
+        from genvalues.cluster.failures import RETRY
+        from genvalues.cluster.trainer_client import TrainerCommandFailed
 
-        # A container's first process ignores SIGTERM unless it says otherwise, and would cost its pod 30 s.
+        # Without a handler, a container's first process ignores SIGTERM, and its pod takes 30 s longer to stop.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
         try:
             status = work(**options)
         except NotAllowed as error:
-            click.echo(f"{error}. The chart's RBAC for this command is in genvalues/cluster/__init__.py", err=True)
+            click.echo(f"{error}. Required permissions: see genvalues/cluster/__init__.py", err=True)
             status = EXIT_USER_ERROR
-        except (ApiError, CannotAsk) as error:
+        except (ApiError, TrainerCommandFailed) as error:
             click.echo(str(error), err=True)
-            status = TRY_AGAIN
+            status = RETRY
         except UserError:
             raise
-        except Exception:  # a defect of ours; Python's own status 1 would say that the stage has failed
+        except Exception:  # an internal error; Python's own status, 1, would mean that the stage has failed
             traceback.print_exc()
-            status = TRY_AGAIN
+            status = RETRY
         sys.exit(status)
 
     return wrapper
@@ -61,7 +61,7 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
 @config_option
 @command
 def preflight_command(config: Path) -> int:
-    """Check everything the pipeline needs from the cluster; all findings at once.
+    """Check everything the pipeline needs from the cluster. Report all findings at once.
 
     \b
     Example:
@@ -71,6 +71,7 @@ def preflight_command(config: Path) -> int:
 
     from genvalues.cluster import api, preflight
     from genvalues.cluster.config import load
+    from genvalues.cluster.failures import RETRY
     from genvalues.common.findings import EXIT_UNANSWERED, exit_status, show
 
     settings = load(config)
@@ -79,17 +80,17 @@ def preflight_command(config: Path) -> int:
     findings = preflight.preflight(server, settings)
     show(findings, click.echo)
     status = exit_status(findings)
-    return TRY_AGAIN if status == EXIT_UNANSWERED else status
+    return RETRY if status == EXIT_UNANSWERED else status
 
 
 @cluster.command("gate")
 @config_option
 @click.option("--run-config", type=click.Path(path_type=Path), required=True, help="The chart's run.yaml.")
-@click.option("--stage", required=True, help="The stage whose PyTorchJob this gate releases.")
-@click.option("--job", required=True, help="This revision's PyTorchJob.")
+@click.option("--stage", required=True, help="Name of the stage.")
+@click.option("--job", required=True, help="Name of this revision's PyTorchJob.")
 @command
 def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
-    """Release a stage's PyTorchJob if it has something to do, follow it, and end as it ends.
+    """Release a stage's PyTorchJob unless the stage is up to date, follow it, and exit with its outcome.
 
     \b
     Example:
@@ -100,37 +101,38 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     from genvalues.cluster.config import load
     from genvalues.cluster.failures import StageFailed, describe_failure
     from genvalues.cluster.gate import gate
-    from genvalues.cluster.trainer_client import ask_trainer
+    from genvalues.cluster.trainer_client import read_stage_state
 
     settings = load(config)
-    server = api.connect(settings.namespace, say=click.echo)
     try:
-        gate(server, settings, stage, job, lambda of: ask_trainer(of, run_config), click.echo)
+        gate(api.connect(settings.namespace), settings, stage, job, lambda of: read_stage_state(of, run_config))
     except StageFailed as failure:
-        click.echo(describe_failure(stage, failure))
+        click.echo(describe_failure(stage, failure), err=True)  # the stream of the log, so that it is its end
         return failure.status
     return 0
 
 
 @cluster.command("cleanup")
 @click.option("--release", required=True, help="The release to stop.")
-@click.option("--namespace", required=True, help="Where it is.")
-@click.option("--run", default="", help="The run's label: of RELEASE-run, stages that have it are stopped too.")
+@click.option("--namespace", required=True, help="Its namespace.")
 @click.option(
-    "--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True, help="Until this gives up."
+    "--run", default="", help="Value of the label llama-lora/run. Stages of RELEASE-run that have it are stopped too."
+)
+@click.option(
+    "--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True, help="Fail after this time."
 )
 @click.option(
     "--own-job",
     type=(str, int),
     default=None,
     metavar="NAME SECONDS",
-    help="The Job that this runs in, and the deadline it gets now that its pod has started.",
+    help="Name of the Job that runs this command, and the deadline to set now that its pod has started.",
 )
 @command
 def cleanup_command(
     release: str, namespace: str, run: str, timeout_seconds: float, own_job: tuple[str, int] | None
 ) -> int:
-    """Stop what still runs of a release, and wait until its pods are gone.
+    """Stop everything of a release that still runs, and wait until its pods are gone.
 
     \b
     Example:
@@ -138,11 +140,11 @@ def cleanup_command(
     """
     from genvalues.cluster import api, cleanup
 
-    server = api.connect(namespace, patience=timeout_seconds, say=click.echo)
+    server = api.connect(namespace, patience=timeout_seconds)
     if own_job:
         server.patch(api.JOBS, own_job[0], {"spec": {"activeDeadlineSeconds": own_job[1]}})
     try:
-        cleanup.cleanup(server, release, timeout_seconds, click.echo, run=run)
+        cleanup.cleanup(server, release, timeout_seconds, run=run)
     except cleanup.StillRunning as problem:
         click.echo(str(problem), err=True)
         return 1
@@ -151,14 +153,14 @@ def cleanup_command(
 
 @cluster.command("runner")
 @config_option
-@click.option("--chart", type=click.Path(path_type=Path), required=True, help="The chart in the image.")
+@click.option("--chart", type=click.Path(path_type=Path), required=True, help="Path of the chart in the image.")
 @click.option(
     "--values",
     type=click.Path(path_type=Path),
     required=True,
-    help="The inner release's values, as the chart renders them.",
+    help="Values of the inner release, rendered by the chart.",
 )
-@click.option("--own-job", required=True, help="The Job that this runs in; older runners are stopped.")
+@click.option("--own-job", required=True, help="Name of the Job that runs this command. Older runners are stopped.")
 @command
 def runner_command(config: Path, chart: Path, values: Path, own_job: str) -> int:
     """Run the pipeline as the release RELEASE-run, from inside the cluster.
@@ -172,4 +174,4 @@ def runner_command(config: Path, chart: Path, values: Path, own_job: str) -> int
     from genvalues.cluster.config import load
 
     settings = load(config)
-    return runner.run(api.connect(settings.namespace, say=click.echo), settings, chart, values, own_job, click.echo)
+    return runner.run(api.connect(settings.namespace), settings, chart, values, own_job)

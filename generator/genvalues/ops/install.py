@@ -225,8 +225,8 @@ def take_over_pending_release(release: str, namespace: str | None, context: str 
     server = api.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS)
     with told_in_a_line(server.namespace):
         if recovery.pending(server, release):
-            server = api.connect(namespace, context=context, say=say)
-            recovery.take_over(server, release, say, interval=INTERVAL)
+            server = api.connect(namespace, context=context)
+            recovery.take_over(server, release, interval=INTERVAL)
     return server.namespace
 
 

@@ -8,11 +8,20 @@ from collections.abc import Callable, Sequence
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api
-from genvalues.cluster.objects import COMPONENT, INSTANCE, created, is_over, name_of, started_container
+from genvalues.cluster.objects import (
+    COMPONENT,
+    GATE_SUFFIX,
+    INSTANCE,
+    created,
+    is_over,
+    is_worker,
+    name_of,
+    started_container,
+)
 from genvalues.cluster.podlog import PodLog
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
-from genvalues.ops.stages import GATE, Object, StageStatus
+from genvalues.ops.stages import Object, StageStatus
 from genvalues.ops.status import ReleaseStatus, Watcher, told_in_a_line
 
 INTERVAL = 2.0  # seconds between two looks at which pods there are
@@ -62,7 +71,7 @@ def logs(
 
 def chosen(status: ReleaseStatus, wanted: str | None) -> str:
     names = [stage.name for stage in status.stages]
-    known = [*names, *(name + GATE for name in names), *([RUNNER] if status.runner else [])]
+    known = [*names, *(name + GATE_SUFFIX for name in names), *([RUNNER] if status.runner else [])]
     if wanted is not None:
         if wanted not in known:
             fix = f"Stages: {', '.join([*names, *([RUNNER] if status.runner else [])])}."
@@ -76,7 +85,7 @@ def chosen(status: ReleaseStatus, wanted: str | None) -> str:
 
 
 def of_stage(status: ReleaseStatus, name: str) -> StageStatus | None:
-    name = name.removesuffix(GATE)
+    name = name.removesuffix(GATE_SUFFIX)
     return next((one for one in (status.runner, *status.stages) if one and one.name == name), None)
 
 
@@ -121,8 +130,8 @@ class Reader:
     def open_new(self) -> bool:
         """Begin to read the pods that have come since; whether any is, or was, read."""
         pods = self.pods(self.stage)
-        if not pods and not self._follows and not self.stage.endswith(GATE):
-            pods = self.pods(self.stage + GATE)
+        if not pods and not self._follows and not self.stage.endswith(GATE_SUFFIX):
+            pods = self.pods(self.stage + GATE_SUFFIX)
             self.of_gate = bool(pods)
         elif pods and self.of_gate:
             self.of_gate = False
@@ -164,7 +173,3 @@ class Reader:
         for log in self._follows.values():
             if log.refused:
                 raise log.refused
-
-
-def is_worker(pod: Object) -> bool:
-    return "training.kubeflow.org/job-name" in (pod["metadata"].get("labels") or {})

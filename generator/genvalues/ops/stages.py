@@ -8,14 +8,14 @@ Job and its PyTorchJob.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from genvalues.cluster.failures import STOPPED, parse_failure
 from genvalues.cluster.objects import (
     COST,
-    FINGERPRINT,
+    GATE_SUFFIX,
     INSTANCE,
     JOB_NAME,
     PROGRESS,
@@ -27,8 +27,9 @@ from genvalues.cluster.objects import (
     created,
     ends_of,
     family_of,
-    is_finished,
+    is_active,
     is_over,
+    is_released,
     is_suspended,
     labels_of,
     last_seen,
@@ -38,15 +39,12 @@ from genvalues.cluster.objects import (
     why_not_started,
     workers_of,
 )
+from genvalues.common.manifests import SKIPPED
 from genvalues.ops.records import Hook
 
 Object = dict[str, Any]
 State = Literal["waiting", "running", "done", "skipped", "failed", "stopped"]
 
-GATE = "-gate"
-# What a stage, or a gate, says in its log when it had nothing to do (trainer: llama_lora/stage.py; gate.py).
-SKIPPED = ("nothing changed, skipped", "up to date, nothing to run")
-STOPPED = "stopped: "  # begins a gate's reason where a guard has ended the stage
 NO_DEVICES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
 
 
@@ -98,7 +96,7 @@ def stage_hooks(hooks: Sequence[Hook]) -> dict[str, list[Hook]]:
     stages = [hook for hook in hooks if hook.stage and {"post-install", "post-upgrade"} & set(hook.events)]
     for hook in sorted(stages, key=lambda hook: (hook.weight, hook.name)):
         if hook.kind in ("Job", "PyTorchJob"):
-            found.setdefault(hook.stage.removesuffix(GATE), []).append(hook)
+            found.setdefault(hook.stage.removesuffix(GATE_SUFFIX), []).append(hook)
     return found
 
 
@@ -144,8 +142,8 @@ def of_failed_job(status: StageStatus, job: Object, seen: ReleaseObjects) -> Sta
     pods = pods_of(name_of(job), seen)
     end = next((end for pod in reversed(pods) for end in reversed(ends_of(pod)) if end.code), None)
     lines = tuple(seen.logs.get(end.pod, ())) if end else ()
-    if component_of(job).endswith(GATE):
-        reason, tail_of, tail = told_by_gate(status.name, lines)
+    if component_of(job).endswith(GATE_SUFFIX):
+        reason, tail_of, tail = parse_failure(status.name, lines)
     else:
         reason, tail_of, tail = "", end.pod if end else "", lines
     if not reason:
@@ -160,23 +158,9 @@ def of_failed_job(status: StageStatus, job: Object, seen: ReleaseObjects) -> Sta
     )
 
 
-def told_by_gate(stage: str, lines: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
-    """Reason, pod and that pod's last lines: how a gate's log ends when its stage has failed (describe_failure)."""
-    start = max((index for index, line in enumerate(lines) if line.startswith(f"{stage} failed: ")), default=None)
-    if start is None:
-        return (lines[-1] if lines else ""), "", tuple(lines[:-1])
-    reason, rest = [lines[start].removeprefix(f"{stage} failed: ")], list(lines[start + 1 :])
-    while rest:
-        line = rest.pop(0)
-        if begins := re.fullmatch(r"last \d+ lines of (\S+):", line):
-            return " ".join(reason), begins[1], tuple(one.removeprefix("  ") for one in rest)
-        reason.append(line.strip())
-    return " ".join(reason), "", ()
-
-
 def had_nothing_to_do(job: str, seen: ReleaseObjects) -> bool:
     lines = (line for pod in pods_of(job, seen) for line in seen.logs.get(name_of(pod), ()))
-    return any(words in line for line in lines for words in SKIPPED)
+    return any(SKIPPED in line for line in lines)
 
 
 def pods_of(job: str, seen: ReleaseObjects) -> list[Object]:
@@ -199,7 +183,7 @@ def of_pytorch_job(name: str, gate: StageStatus, hook: Hook, seen: ReleaseObject
         if gate.state == "waiting" and hook.begun:
             gate = replace(gate, state="running")  # between the two hooks
         return gate
-    runs = is_alive(job)
+    runs = is_released(job) and is_active(job)
     workers = [pod for pod in seen.pods if labels_of(pod).get(JOB_NAME) == name_of(job)]
     status = gate
     if runs and gate.state in ("waiting", "failed", "stopped") and not is_suspended(job):
@@ -222,23 +206,18 @@ def followed(stage: str, hook: Hook, seen: ReleaseObjects) -> Object | None:
         for job in seen.pytorch_jobs
         if component_of(job) == stage and family_of(labels_of(job).get(INSTANCE, "")) == family_of(release)
     ]
-    alive = [job for job in jobs if is_alive(job)]
+    alive = [job for job in jobs if is_released(job) and is_active(job)]
     newest = max(alive, key=created, default=None)
     if newest is not None or not hook.begun:
         return newest
-    released = [job for job in jobs if FINGERPRINT in annotations_of(job)]
+    released = [job for job in jobs if is_released(job)]
     return find(jobs, hook.name) or max(released, key=created, default=None)
-
-
-def is_alive(job: Object) -> bool:
-    """Released by a gate, and neither ended nor told to end: a job that is deleted stays until its workers are gone."""
-    return FINGERPRINT in annotations_of(job) and not is_finished(job) and "deletionTimestamp" not in job["metadata"]
 
 
 def why_no_workers(job: Object, workers: Sequence[Object], seen: ReleaseObjects) -> str:
     """What a job with too few workers waits for, or nothing."""
     if is_suspended(job):
-        if FINGERPRINT not in annotations_of(job):
+        if not is_released(job):
             return "the gate has not released it yet"
         queue = labels_of(job).get(QUEUE_NAME)
         return f"waits in queue {queue}" if queue else "suspended"

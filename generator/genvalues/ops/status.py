@@ -305,7 +305,7 @@ def watcher(
     if len(release) > LONGEST_NAME or not re.fullmatch(DNS_NAME, release):
         fix = f"Names have at most {LONGEST_NAME} of a-z, 0-9, hyphens and dots: helm list"
         raise UserError(f'"{one_line(release)}" is no name of a release', fix=fix)
-    server = kinds.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS, interval=1.0, say=say)
+    server = kinds.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS, interval=1.0)
     return Watcher(server, release, context)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.objects import RUN
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """genvalues logs at level info; a test's handlers are removed after it."""
+    logger = logging.getLogger("genvalues")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    logger.setLevel(logging.INFO)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
@@ -65,7 +76,7 @@ def config_file(values: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def chart(tmp_path: Path) -> Path:
-    """The chart of the image."""
+    """The chart in the image."""
     folder = tmp_path / "chart"
     folder.mkdir()
     (folder / "Chart.yaml").write_text("name: llama-lora\nversion: 0.1.0\nappVersion: 0.1.0\n")
@@ -73,7 +84,7 @@ def chart(tmp_path: Path) -> Path:
 
 
 class Trainer:
-    """A stand-in for ``llama-lora fingerprint``: what it answers about a stage lies in a file."""
+    """Replaces ``llama-lora fingerprint`` by a script that prints the stage's file."""
 
     def __init__(self, folder: Path) -> None:
         self.answer = folder / "train.json"
@@ -100,6 +111,6 @@ class Trainer:
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the command beside it is preferred
+    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the command next to it takes precedence
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return Trainer(folder)

@@ -1,5 +1,6 @@
-"""A Kubernetes API server for tests: HTTP, objects in a dict, what the real client sends and gets. No controllers:
-the tests play the operator, the kubelet and the scheduler by changing objects."""
+"""A Kubernetes API server for tests: HTTP for the real client, objects in a dict.
+
+It has no controllers: tests act as the operator, the kubelet and the scheduler by changing objects."""
 
 from __future__ import annotations
 
@@ -42,23 +43,23 @@ class FakeApi:
         self.objects: dict[tuple[str, str], Object] = {}  # by plural and name
         self.logs: dict[str, list[str]] = {}  # by pod: lines, to which tests append
         self.previous_logs: dict[str, list[str]] = {}  # by pod: of the container before its restart
-        self.crds = {"pytorchjobs"}  # those of GROUPS' custom kinds that are served
+        self.crds = {"pytorchjobs"}  # the custom kinds of GROUPS that are served
         self.forbidden: set[tuple[str, str]] = set()  # verb, resource
-        self.denied: dict[tuple[str, str], str] = {}  # verb, plural: what an admission webhook says
+        self.denied: dict[tuple[str, str], str] = {}  # verb, plural: message of an admission webhook
         self.requests: list[tuple[str, str]] = []  # verb, resource as in an RBAC rule
         self.paths: list[str] = []
         self.away = False
-        self.after: list[tuple[str, str, Callable[[Object], None]]] = []  # verb, plural, what the cluster does then
-        self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: what watches see
-        self.graceful = False  # a deleted job's pods are marked, and end when the test removes them
-        self.failing_creations = ""  # message of a webhook that does not answer
+        self.after: list[tuple[str, str, Callable[[Object], None]]] = []  # verb, plural, the reaction of the cluster
+        self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: sent to watches
+        self.graceful = False  # pods of a deleted job get a deletionTimestamp and stay until the test removes them
+        self.failing_creations = ""  # message of a webhook that does not respond
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 65536  # headers and body in one packet, else each answer waits 40 ms for an acknowledgement
+            wbufsize = 65536  # one packet per response; two would wait 40 ms for an acknowledgement
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -77,7 +78,7 @@ class FakeApi:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
-    # What tests do to the cluster.
+    # Called by tests.
 
     def add(self, plural: str, item: Object) -> Object:
         with self._lock:
@@ -124,7 +125,7 @@ class FakeApi:
         item["metadata"]["resourceVersion"] = str(next(self._versions))
         self.changes.append((change, plural, copy.deepcopy(item)))
 
-    # What the server does.
+    # The server.
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Object | None) -> None:
         url = urlsplit(handler.path)
@@ -202,7 +203,7 @@ class FakeApi:
         return None
 
     def _delete(self, plural: str, name: str, propagation: str) -> Object:
-        """In the foreground the object stays, marked, until nothing it owns is there; else all go."""
+        """Foreground: the object stays, with a deletionTimestamp, until its pods have ended. Else all are removed."""
         with self._lock:
             item = self.objects[plural, name]
             owned = self.owned_by(item)
@@ -245,7 +246,7 @@ class FakeApi:
                 time.sleep(0.005)
 
     def _log(self, handler: BaseHTTPRequestHandler, pod: str, query: dict[str, str]) -> None:
-        """Like a kubelet's: the lines so far, then what comes, until the container has ended or the pod is gone."""
+        """Send the lines so far, then new ones until the container ends or the pod is deleted, as a kubelet does."""
         assert query["timestamps"] == "true"
         if query.get("previous") and pod not in self.previous_logs:
             return refuse(handler, 400, f'previous terminated container in pod "{pod}" not found')
@@ -276,7 +277,7 @@ def streaming(handler: BaseHTTPRequestHandler) -> Iterator[Callable[[str], None]
         handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
         handler.wfile.flush()
 
-    with suppress(OSError):  # the client has gone
+    with suppress(OSError):  # the client has disconnected
         yield send
         handler.wfile.write(b"0\r\n\r\n")
 
@@ -338,7 +339,7 @@ def write_kubeconfig(file: Path, url: str) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
-    """The server, and a kubeconfig for it."""
+    """Run the server; yields it and a kubeconfig for it."""
     fake = FakeApi()
     thread = threading.Thread(target=fake.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Objects as the chart, the operator and the kubelet make them."""
+"""Objects as the chart, the operator and the kubelet create them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from generator.cluster.fake_api import FakeApi, now
 
 Object = dict[str, Any]
-RUN = "mine-0123456789abcdef"  # the label of the run that the tests' release works on
+RUN = "mine-0123456789abcdef"  # the run label of the tests' release
 
 
 def pytorch_job(
@@ -22,7 +22,7 @@ def pytorch_job(
     run: str = RUN,
     fingerprint: str = "",
 ) -> Object:
-    """Suspended as the chart makes it, or released by a gate for ``fingerprint``."""
+    """Suspended as the chart creates it, or released by a gate for ``fingerprint``."""
     annotations = {"llama-lora/stage": stage} | ({"llama-lora/fingerprint": fingerprint} if fingerprint else {})
     return {
         "metadata": {"name": name, "labels": labels(release, stage, run), "annotations": annotations},
@@ -50,7 +50,7 @@ def job(name: str, stage: str, *, release: str = "demo", run: str = RUN) -> Obje
 
 
 def helm_record(status: str, *, revision: int = 1, release: str = "demo") -> Object:
-    """The Secret in which Helm keeps a revision of a release; its content as seen, shortened."""
+    """The Secret of a Helm revision, with the part of its content that matters here."""
     info = {"first_deployed": "2026-01-01T00:00:00Z", "status": status, "description": "Preparing"}
     content = {"name": release, "info": info, "config": {"lr": 2e-5}, "manifest": "größer: <1>", "version": revision}
     packed = base64.b64encode(gzip.compress(json.dumps(content).encode()))
@@ -83,7 +83,7 @@ def pod(name: str, owner: Object, kind: str, *, phase: str = "Running", containe
 
 
 class Operator:
-    """What the training operator and the kubelets do with one PyTorchJob, at the test's word."""
+    """Acts as the training operator and the kubelets for one PyTorchJob."""
 
     def __init__(self, fake: FakeApi, name: str) -> None:
         self.fake = fake
@@ -109,7 +109,7 @@ class Operator:
         self.fake.merge("pods", self.worker(index), {"status": {"phase": phase, "containerStatuses": [status]}})
 
     def restart_worker(self, index: int, code: int, *, put_off: bool = False) -> None:
-        """The kubelet's restart in place: the container runs again, or waits to; its last end is in lastState."""
+        """Restart the container in place, or with ``put_off`` wait in back-off; its last exit is in lastState."""
         last = {"terminated": {"exitCode": code, "reason": "Error", "finishedAt": now()}}
         state = {"waiting": {"reason": "CrashLoopBackOff"}} if put_off else {"running": {"startedAt": now()}}
         status = {"name": "pytorch", "state": state, "lastState": last, "restartCount": 1}
@@ -119,7 +119,7 @@ class Operator:
         self.fake.set_condition("pytorchjobs", self.name, "Succeeded", "PyTorchJob is successfully completed.")
 
     def fail(self, message: str = "1 Worker replica(s) failed.") -> None:
-        """As seen: with the condition, the pods are deleted at once, and so are their logs."""
+        """As the operator does: with the condition it deletes the pods, and so their logs, at once."""
         self.fake.set_condition("pytorchjobs", self.name, "Failed", message)
         for name in self.fake.names("pods"):
             if name.startswith(f"{self.name}-worker-"):

@@ -1,4 +1,4 @@
-"""cleanup against a fake cluster: nothing of the release runs afterwards, and nothing else was touched."""
+"""cleanup with a fake API server: afterwards nothing of the release runs, and nothing else has changed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from genvalues.cluster.cleanup import StillRunning, cleanup
 Object = dict[str, Any]
 
 
-def clean(api: Api, release: str = "demo", timeout: float = 5.0, interval: float = 0.02, **options: Any) -> list[str]:
-    said: list[str] = []
-    cleanup(api, release, timeout, said.append, interval=interval, **options)
-    return said
+def clean(api: Api, release: str = "demo", timeout: float = 5.0, interval: float = 0.02, **options: Any) -> None:
+    cleanup(api, release, timeout, interval=interval, **options)
 
 
 def add_job(fake: FakeApi, name: str, stage: str, **options: Any) -> Object:
@@ -30,7 +28,7 @@ def add_job(fake: FakeApi, name: str, stage: str, **options: Any) -> Object:
 
 
 def job_controller(fake: FakeApi) -> None:
-    """Fails a Job whose deadline is 1, and stops a suspended one, as the controller does: its pods first."""
+    """Fails a Job with a deadline of 1 s and stops a suspended one, as the controller does: the pods first."""
 
     def act(changed: Object) -> None:
         name = changed["metadata"]["name"]
@@ -68,13 +66,13 @@ def test_pytorch_jobs_are_deleted_and_their_pods_waited_for(fake: FakeApi, api: 
     fake.remove("pods", "demo-train-3-worker-0")
     seen = len(fake.requests)
     until(lambda: len(fake.requests) > seen + 12)
-    assert not running.done(), "a Trainium node is still paid for"
+    assert not running.done(), "a Trainium node is still held"
     fake.remove("pods", "demo-train-3-worker-1")
     fake.remove("pytorchjobs", "demo-train-3")
     running.result(PATIENCE)
 
 
-def test_a_stage_that_a_live_helm_client_starts_meanwhile_is_stopped_too(fake: FakeApi, api: Api) -> None:
+def test_a_stage_started_meanwhile_by_a_live_helm_client_is_stopped_too(fake: FakeApi, api: Api) -> None:
     job_controller(fake)
 
     def next_stage(deleted: Object) -> None:
@@ -88,7 +86,7 @@ def test_a_stage_that_a_live_helm_client_starts_meanwhile_is_stopped_too(fake: F
     assert any(change == "ADDED" and item["metadata"]["name"] == "demo-merge" for change, _, item in fake.changes)
 
 
-def test_its_own_job_other_releases_and_what_is_no_stage_are_not_touched(fake: FakeApi, api: Api) -> None:
+def test_the_own_job_other_releases_and_other_objects_are_not_changed(fake: FakeApi, api: Api) -> None:
     add_job(fake, "demo-cleanup", "cleanup")
     add_job(fake, "other-tokenize", "tokenize", release="other")
     fake.add("pytorchjobs", pytorch_job("other-train-1", release="other", fingerprint="f1"))
@@ -104,19 +102,19 @@ def test_its_own_job_other_releases_and_what_is_no_stage_are_not_touched(fake: F
 def test_finished_jobs_and_a_suspended_leftover_are_deleted(fake: FakeApi, api: Api) -> None:
     add_job(fake, "demo-tokenize", "tokenize")
     fake.set_condition("jobs", "demo-tokenize", "Complete")
-    fake.add("pytorchjobs", pytorch_job("demo-train-1"))  # after `uninstall --no-hooks` it would block the next install
-    fake.add("pytorchjobs", pytorch_job("demo-preflight-1", "preflight"))  # a killed preflight's probe
+    fake.add("pytorchjobs", pytorch_job("demo-train-1"))  # left by `uninstall --no-hooks`: blocks the next install
+    fake.add("pytorchjobs", pytorch_job("demo-preflight-1", "preflight"))  # the probe of a killed preflight
     clean(api)
     assert (fake.names("jobs"), fake.names("pytorchjobs"), fake.names("pods")) == ([], [], [])
 
 
-def test_the_pod_of_helm_test_goes_too_though_nothing_owns_it(fake: FakeApi, api: Api) -> None:
+def test_the_pod_of_helm_test_is_deleted_although_it_has_no_owner(fake: FakeApi, api: Api) -> None:
     fake.add("pods", {"metadata": job("demo-verify", "verify")["metadata"], "status": {"phase": "Succeeded"}})
     clean(api)
     assert fake.names("pods") == []
 
 
-def test_works_where_the_training_operator_is_not_installed(fake: FakeApi, api: Api) -> None:
+def test_cleanup_works_without_the_training_operator(fake: FakeApi, api: Api) -> None:
     job_controller(fake)
     fake.crds = set()
     add_job(fake, "demo-tokenize", "tokenize")
@@ -124,14 +122,14 @@ def test_works_where_the_training_operator_is_not_installed(fake: FakeApi, api: 
     assert fake.names("jobs") == []
 
 
-def test_what_does_not_end_is_named_at_the_deadline(fake: FakeApi, api: Api) -> None:
-    add_job(fake, "demo-tokenize", "tokenize")  # nobody fails it
+def test_objects_that_do_not_end_are_named_at_the_deadline(fake: FakeApi, api: Api) -> None:
+    add_job(fake, "demo-tokenize", "tokenize")  # no controller makes it fail
     with pytest.raises(StillRunning, match="kubectl -n team-a describe job/demo-tokenize pod/demo-tokenize-x1"):
         clean(api, timeout=0.3)
     assert ("delete", "jobs.batch") not in fake.requests
 
 
-def test_an_api_server_away_in_the_middle_is_waited_for(fake: FakeApi, api: Api) -> None:
+def test_an_outage_of_the_api_server_is_waited_for(fake: FakeApi, api: Api) -> None:
     add_job(fake, "demo-tokenize", "tokenize")
     running = beside(clean, api)
     until(lambda: ("patch", "jobs.batch") in fake.requests)
@@ -145,7 +143,9 @@ def test_an_api_server_away_in_the_middle_is_waited_for(fake: FakeApi, api: Api)
     assert fake.names("jobs") == []
 
 
-def test_detached_the_runner_stops_first_then_the_stages_then_the_inner_release_goes(fake: FakeApi, api: Api) -> None:
+def test_a_detached_release_stops_its_runner_first_then_the_stages_then_the_inner_release(
+    fake: FakeApi, api: Api
+) -> None:
     job_controller(fake)
     add_job(fake, "demo-runner-1", "runner")
     add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
@@ -154,12 +154,12 @@ def test_detached_the_runner_stops_first_then_the_stages_then_the_inner_release_
 
     def note(changed: Object) -> None:
         lives = "demo-runner-1-x1" in fake.names("pods")
-        order.append(changed["metadata"]["name"] + (" while the runner lives" if lives else ""))
+        order.append(changed["metadata"]["name"] + (" while the runner runs" if lives else ""))
 
     fake.after += [("patch", "jobs", note), ("delete", "pytorchjobs", note)]
     clean(api, run_helm=lambda arguments, seconds: order.append(" ".join(arguments)))
     assert order == [
-        "demo-runner-1 while the runner lives",  # to stop it
+        "demo-runner-1 while the runner runs",  # to stop it
         "demo-run-tokenize",
         training["metadata"]["name"],
         "uninstall demo-run --namespace team-a --no-hooks --ignore-not-found",
@@ -167,7 +167,7 @@ def test_detached_the_runner_stops_first_then_the_stages_then_the_inner_release_
     assert fake.names("jobs") == []
 
 
-def test_stages_that_a_runner_left_when_the_release_was_made_attached_are_stopped(fake: FakeApi, api: Api) -> None:
+def test_stages_left_by_a_runner_are_stopped_after_an_upgrade_to_attached(fake: FakeApi, api: Api) -> None:
     job_controller(fake)
     add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
     fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f1"))
@@ -176,7 +176,7 @@ def test_stages_that_a_runner_left_when_the_release_was_made_attached_are_stoppe
 
 
 @pytest.mark.parametrize("run", ["", RUN])
-def test_a_release_that_only_looks_like_the_inner_one_is_left_alone(fake: FakeApi, api: Api, run: str) -> None:
+def test_an_unrelated_release_with_the_name_of_the_inner_one_is_not_changed(fake: FakeApi, api: Api, run: str) -> None:
     add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run", run="another-run")
     clean(api, run=run, run_helm=lambda *_: pytest.fail("nothing to uninstall"))
     assert fake.names("jobs") == ["demo-run-tokenize"]

@@ -1,4 +1,4 @@
-"""The commands as the chart's pods run them: arguments, output, exit status, and RBAC."""
+"""The commands as the chart's pods run them: arguments, output, exit status and RBAC."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from genvalues.cluster import cleanup, gate, recovery, runner
 from genvalues.cluster.api import connect
 from genvalues.commands.cluster import cluster
 
-PYTHON = sys.executable  # the trainer's stand-in changes what sys.executable says
+PYTHON = sys.executable  # the fixture trainer changes sys.executable
 OWN = "demo-llama-lora-train-3"
 
 
@@ -34,13 +34,13 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's own process keeps its own, and may run commands beside it."""
+    """Keep the handlers of the test process, which runs commands in threads."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
 
 @pytest.fixture
 def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate.gate, "__defaults__", (gate.Pace(interval=0.02, last_words=0.2), time.time))
+    monkeypatch.setattr(gate.gate, "__defaults__", (gate.GateTimings(interval=0.02, last_words=0.2), time.time))
 
 
 def gate_arguments(config_file: Path) -> list[str]:
@@ -57,7 +57,7 @@ def test_preflight_prints_every_finding_and_ends_with_status_2_on_an_error(fake:
     assert result.output.endswith("3 of 5 findings stop this release; the fixes are above\n")
 
 
-def test_the_gate_asks_the_trainer_with_the_run_config_and_passes_the_outcome_on(
+def test_the_gate_runs_the_trainer_with_the_run_config_and_ends_with_its_outcome(
     fake: FakeApi, config_file: Path, trainer: Trainer, quick_gate: None
 ) -> None:
     trainer.says("f1", up_to_date=True)
@@ -66,7 +66,7 @@ def test_the_gate_asks_the_trainer_with_the_run_config_and_passes_the_outcome_on
     assert asked == "fingerprint train --config /run.yaml\n"
 
 
-def test_the_gates_last_words_are_stage_reason_and_tail(
+def test_the_gates_log_ends_with_stage_reason_and_tail(
     fake: FakeApi, config_file: Path, trainer: Trainer, quick_gate: None
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
@@ -86,14 +86,16 @@ def test_the_gates_last_words_are_stage_reason_and_tail(
     ]
 
 
-def test_a_defect_of_ours_is_not_taken_for_a_failed_stage(
+def test_an_internal_error_is_not_reported_as_a_failed_stage(
     fake: FakeApi, config_file: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(gate, "decide", lambda *_: 1 / 0)
     assert invoke(*gate_arguments(config_file)).exit_code == 3
 
 
-def test_a_missing_right_is_named_and_ends_with_status_2(fake: FakeApi, config_file: Path, trainer: Trainer) -> None:
+def test_a_missing_permission_is_named_and_ends_with_status_2(
+    fake: FakeApi, config_file: Path, trainer: Trainer
+) -> None:
     fake.forbidden.add(("list", "pytorchjobs.kubeflow.org"))
     result = invoke(*gate_arguments(config_file))
     assert result.exit_code == 2
@@ -120,9 +122,7 @@ def test_cleanup_ends_with_status_1_when_something_still_runs(fake: FakeApi) -> 
     assert "job/demo-tokenize" in result.stderr
 
 
-def test_cleanup_gives_its_own_job_the_time_that_the_work_may_take(
-    fake: FakeApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cleanup_extends_the_deadline_of_its_own_job(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cleanup.cleanup.__kwdefaults__, "interval", 0.02)
     fake.add("jobs", job("demo-cleanup", "cleanup"))
     arguments = ["cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5"]
@@ -132,7 +132,7 @@ def test_cleanup_gives_its_own_job_the_time_that_the_work_may_take(
 
 @pytest.fixture
 def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in that notes what it is asked, and sleeps if there is a file ``sleep`` beside it."""
+    """A script that records its arguments, and runs as long as a file ``sleep`` exists next to it."""
     folder = tmp_path / "helm-bin"
     folder.mkdir()
     command = folder / "helm"
@@ -140,7 +140,7 @@ def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sleep = f"while [ -e {folder}/sleep ]; do sleep 0.05; done"
     command.write_text(f'#!/bin/sh\n{trap}\necho "$@" > {folder}/asked\n{sleep}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the helm beside it is preferred
+    monkeypatch.setattr("sys.executable", str(folder / "python"))  # the helm next to it takes precedence
     return folder
 
 
@@ -152,7 +152,7 @@ def runner_arguments(config_file: Path, chart: Path, tmp_path: Path) -> list[str
     return ["runner", *places, "--own-job", "demo-runner-3"]
 
 
-def test_the_runner_runs_helm_and_passes_its_outcome_on(
+def test_the_runner_runs_helm_and_ends_with_its_outcome(
     fake: FakeApi, runner_arguments: list[str], chart: Path, helm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(runner.run.__kwdefaults__, "interval", 0.02)
@@ -162,7 +162,7 @@ def test_the_runner_runs_helm_and_passes_its_outcome_on(
     fake.add("secrets", helm_record("pending-install", release="demo-run"))
     assert invoke(*runner_arguments).exit_code == 0
     assert (helm / "asked").read_text().startswith(f"upgrade --install demo-run {chart} --namespace team-a")
-    assert set(fake.requests) == documented_rights("runner")
+    assert set(fake.requests) == documented_permissions("runner")
 
 
 def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: list[str], helm: Path) -> None:
@@ -180,13 +180,13 @@ def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: lis
     ("text", "message"),
     [
         (None, "cannot be read: No such file or directory"),
-        ("release: [", "is not YAML"),
+        ("release: [", "invalid YAML"),
         ("", "must be a mapping"),
         ("- release", "must be a mapping"),
-        ("\x00", "is not YAML"),
+        ("\x00", "invalid YAML"),
     ],
 )
-def test_a_cluster_config_that_cannot_be_read_is_one_message_and_status_2(
+def test_an_unreadable_cluster_config_is_one_message_and_status_2(
     tmp_path: Path, text: str | None, message: str
 ) -> None:
     path = tmp_path / "bad.yaml"
@@ -199,7 +199,7 @@ def test_a_cluster_config_that_cannot_be_read_is_one_message_and_status_2(
         assert result.stderr.startswith(f"{path}: ") and message in result.stderr
 
 
-def test_every_mistake_in_the_cluster_config_is_named_with_its_key(config_file: Path, values: dict[str, Any]) -> None:
+def test_every_problem_in_the_cluster_config_is_named_with_its_key(config_file: Path, values: dict[str, Any]) -> None:
     del values["release"]
     values["job"]["nodes"] = 0
     values["claim"]["size"] = "1Gi"
@@ -210,17 +210,17 @@ def test_every_mistake_in_the_cluster_config_is_named_with_its_key(config_file: 
         assert f"{config_file}: {key}: " in result.stderr
 
 
-def documented_rights(command: str) -> set[tuple[str, str]]:
+def documented_permissions(command: str) -> set[tuple[str, str]]:
     """The RBAC table in genvalues.cluster's docstring."""
     rows = re.findall(rf"^    {command} +(\S+) +([a-z ]+?) *(?:#.*)?$", genvalues.cluster.__doc__ or "", re.M)
     return {(verb, resource) for resource, verbs in rows for verb in verbs.split()}
 
 
 def test_the_rbac_table_names_each_command() -> None:
-    assert all(documented_rights(command) for command in ("preflight", "gate", "cleanup", "runner", "install"))
+    assert all(documented_permissions(command) for command in ("preflight", "gate", "cleanup", "runner", "install"))
 
 
-def test_preflight_asks_for_no_more_than_its_documented_rights(fake: FakeApi, config_file: Path) -> None:
+def test_preflight_needs_exactly_its_documented_permissions(fake: FakeApi, config_file: Path) -> None:
     fake.after.append(
         ("create", "pytorchjobs", lambda item: fake.set_condition("pytorchjobs", item["metadata"]["name"], "Suspended"))
     )
@@ -234,10 +234,10 @@ def test_preflight_asks_for_no_more_than_its_documented_rights(fake: FakeApi, co
     fake.add("events", {"metadata": {"name": "e"}, **waits})
     invoke("preflight", "--config", str(config_file))
     optional = {("get", "localqueues.kueue.x-k8s.io"), ("list", "persistentvolumeclaims")}
-    assert set(fake.requests) == documented_rights("preflight") - optional
+    assert set(fake.requests) == documented_permissions("preflight") - optional
 
 
-def test_the_gate_asks_for_no_more_than_its_documented_rights(
+def test_the_gate_needs_exactly_its_documented_permissions(
     fake: FakeApi, config_file: Path, values: dict[str, Any], trainer: Trainer, quick_gate: None
 ) -> None:
     fake.add("pytorchjobs", pytorch_job("demo-llama-lora-train-1", fingerprint="f0"))
@@ -248,22 +248,22 @@ def test_the_gate_asks_for_no_more_than_its_documented_rights(
     until(lambda: ("patch", "pytorchjobs.kubeflow.org") in fake.requests)
     Operator(fake, OWN).start(workers=1)
     assert running.result(PATIENCE).exit_code == 2
-    assert set(fake.requests) == documented_rights("gate")
+    assert set(fake.requests) == documented_permissions("gate")
 
 
-def test_cleanup_asks_for_no_more_than_its_documented_rights(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleanup_needs_exactly_its_documented_permissions(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cleanup.cleanup.__kwdefaults__, "interval", 0.02)
     fake.add("jobs", job("demo-tokenize", "tokenize"))
     fake.add("pytorchjobs", pytorch_job(OWN))
     fake.add("pods", {"metadata": job("demo-verify", "verify")["metadata"]})
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     assert invoke("cleanup", "--release", "demo", "--namespace", NAMESPACE, "--timeout-seconds", "5").exit_code == 0
-    assert set(fake.requests) == documented_rights("cleanup")
+    assert set(fake.requests) == documented_permissions("cleanup")
 
 
-def test_taking_a_release_over_asks_for_no_more_than_its_documented_rights(fake: FakeApi) -> None:
+def test_taking_over_a_release_needs_exactly_its_documented_permissions(fake: FakeApi) -> None:
     fake.add("jobs", job("demo-train-gate", "train-gate"))
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     fake.add("secrets", helm_record("pending-install"))
-    recovery.take_over(connect(NAMESPACE), "demo", print, interval=0.02)
-    assert set(fake.requests) == documented_rights("install")
+    recovery.take_over(connect(NAMESPACE), "demo", interval=0.02)
+    assert set(fake.requests) == documented_permissions("install")

@@ -1,4 +1,4 @@
-"""The gate against a fake cluster: which PyTorchJob runs, and how the gate ends."""
+"""The gate with a fake API server: which PyTorchJob it runs, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ import pytest
 from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi, now
 from generator.cluster.objects import Operator, pod, pytorch_job
-from generator.cluster.waiting import PATIENCE, beside, until
+from generator.cluster.waiting import PATIENCE, beside, log_lines, until
 from genvalues.cluster.api import PYTORCH_JOBS, Api, connect
 from genvalues.cluster.config import ClusterConfig
-from genvalues.cluster.failures import StageFailed, describe_failure
-from genvalues.cluster.follower import Pace
+from genvalues.cluster.failures import StageFailed, describe_failure, parse_failure
+from genvalues.cluster.follower import GateTimings
 from genvalues.cluster.gate import gate
 from genvalues.cluster.progress import describe_progress
-from genvalues.cluster.trainer_client import ask_trainer
+from genvalues.cluster.trainer_client import TrainerCommandFailed, read_stage_state
 from genvalues.common.errors import UserError
+from genvalues.common.manifests import SKIPPED
 
 OWN, EARLIER = "demo-llama-lora-train-3", "demo-llama-lora-train-2"
 MANIFEST = {
     **{"stage": "train", "fingerprint": "f1", "started": "s", "finished": "f", "versions": {}, "facts": {"steps": 6}},
     "outputs": {"runs/demo/x": {"bytes": 3, "sha256": "abc"}},
 }
-TOLD = (
+LOGGED_MANIFEST = (
     'train: manifest {"stage":"train","fingerprint":"f1","started":"s","finished":"f","versions":{},'
     '"facts":{"steps":6},"files":1,"bytes":3,"outputs":{"runs/demo/x":3}}'
 )
-QUICK = Pace(interval=0.03, progress=0.0, cannot_start=0.2, others_end=0.3, last_words=0.3, manifest=0.2, pods_gone=0.5)
+QUICK = GateTimings(
+    interval=0.03, progress=0.0, cannot_start=0.2, others_end=0.3, last_words=0.3, manifest=0.2, pods_gone=0.5
+)
 
 
 class Gate:
-    """A gate that runs beside the test, and what it said."""
+    """A gate that runs in a thread, and the lines that it logs."""
 
-    def __init__(self, api: Api, config: ClusterConfig, *, pace: Pace = QUICK, stage: str = "train") -> None:
-        self.said: list[str] = []
+    def __init__(self, api: Api, config: ClusterConfig, *, timings: GateTimings = QUICK, stage: str = "train") -> None:
+        self.logged = log_lines()
         own = OWN.replace("train", stage)
-        ask = lambda of: ask_trainer(of, Path("/etc/llama-lora/run.yaml"))  # noqa: E731
-        self.future: Future[None] = beside(gate, api, config, stage, own, ask, self.said.append, pace)
+        read_state = lambda of: read_stage_state(of, Path("/etc/llama-lora/run.yaml"))  # noqa: E731
+        self.future: Future[None] = beside(gate, api, config, stage, own, read_state, timings)
 
     def succeeds(self) -> None:
         self.future.result(PATIENCE)
@@ -59,13 +62,13 @@ def is_released(fake: FakeApi, name: str = OWN) -> bool:
 
 
 def is_going(fake: FakeApi, name: str) -> bool:
-    """Its deletion has been asked for."""
+    """Whether its deletion was requested."""
     job = fake.get("pytorchjobs", name)
     return job is None or "deletionTimestamp" in job["metadata"]
 
 
-def nothing_happens(fake: FakeApi) -> None:
-    """Several looks of the gate."""
+def let_the_gate_look(fake: FakeApi) -> None:
+    """Wait for several requests of the gate."""
     seen = len(fake.requests)
     until(lambda: len(fake.requests) > seen + 4)
 
@@ -81,7 +84,7 @@ def released_and_running(fake: FakeApi, api: Api, config: ClusterConfig, **optio
     return running, operator
 
 
-def test_an_up_to_date_stage_deletes_its_suspended_job_and_asks_for_no_node(
+def test_an_up_to_date_stage_deletes_its_suspended_job_and_requests_no_node(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     trainer.says("f1", up_to_date=True)
@@ -89,7 +92,7 @@ def test_an_up_to_date_stage_deletes_its_suspended_job_and_asks_for_no_node(
     fake.add("pytorchjobs", pytorch_job(OWN))
     (running := Gate(api, config)).succeeds()
     assert fake.names("pytorchjobs") == []
-    assert running.said[-2:] == [TOLD, "train: up to date, nothing to run"]
+    assert running.logged[-2:] == [LOGGED_MANIFEST, f"train: {SKIPPED}"]
     assert ("patch", "pytorchjobs.kubeflow.org") not in fake.requests
 
 
@@ -100,14 +103,14 @@ def test_the_gate_succeeds_when_every_worker_has_and_the_manifest_is_there(
     job = fake.get("pytorchjobs", OWN)
     assert job and job["metadata"]["annotations"]["llama-lora/fingerprint"] == "f1"
     operator.end_worker(0, 0)
-    operator.succeed()  # as the operator does after the first worker
-    until(lambda: any("Succeeded" in line for line in running.said))
+    operator.succeed()  # as the operator does when the first worker has succeeded
+    until(lambda: any("Succeeded" in line for line in running.logged))
     assert not running.future.done()
     trainer.says("f1", up_to_date=True)
     trainer.manifest.write_text(json.dumps(MANIFEST))
     operator.end_worker(1, 0)
     running.succeeds()
-    assert running.said[-2:] == [TOLD, "train: done"]
+    assert running.logged[-2:] == [LOGGED_MANIFEST, "train: done"]
 
 
 def test_workers_that_still_run_long_after_the_first_success_fail_the_stage(
@@ -156,7 +159,7 @@ def test_a_manifest_of_another_fingerprint_is_not_success(
     assert "manifest" in running.fails().reason
 
 
-def test_a_failed_job_is_reported_with_stage_reason_and_log_tail_last_though_its_pods_are_gone(
+def test_a_failed_job_is_reported_with_stage_reason_and_log_tail_although_its_pods_are_deleted(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
@@ -173,6 +176,19 @@ def test_a_failed_job_is_reported_with_stage_reason_and_log_tail_last_though_its
         "  step 1",
         "  RuntimeError: NaN loss",
     ]
+
+
+@pytest.mark.parametrize("tail", [[], ["step 1", "  RuntimeError: NaN loss", "last 2 lines of nothing:"]])
+def test_a_described_failure_is_parsed_from_the_end_of_the_gates_log(tail: list[str]) -> None:
+    failure = StageFailed("worker-1 ended with status 1; see\nits log")
+    failure.pod, failure.tail = ("worker-1", tail) if tail else ("", [])
+    log = ["train: released PyTorchJob train-1", *describe_failure("train", failure).splitlines()]
+    assert parse_failure("train", log) == ("worker-1 ended with status 1; see its log", failure.pod, tuple(tail))
+
+
+def test_a_gate_log_without_a_described_failure_gives_its_last_line() -> None:
+    assert parse_failure("train", ["a", "secret x not found"]) == ("secret x not found", "", ("a",))
+    assert parse_failure("train", []) == ("", "", ())
 
 
 def test_the_tail_keeps_what_a_container_wrote_before_its_restart(
@@ -195,7 +211,7 @@ def test_out_of_memory_is_named(fake: FakeApi, api: Api, config: ClusterConfig, 
     assert f"{operator.worker(1)} ended with status 137 (OOMKilled)" in running.fails().reason
 
 
-def test_the_worker_that_failed_by_itself_is_blamed_not_those_told_to_stop(
+def test_the_reported_worker_is_the_one_that_failed_not_those_that_were_stopped(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
@@ -225,9 +241,9 @@ def test_a_worker_that_fails_once_more_than_backoff_limit_ends_the_job_before_it
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
-    for index in (0, 1):  # one takes the other with it
+    for index in (0, 1):  # one failure ends the other worker too
         operator.restart_worker(index, 1)
-    nothing_happens(fake)
+    let_the_gate_look(fake)
     assert not is_going(fake, OWN)
     operator.write(1, "RuntimeError: NaN loss")
     operator.restart_worker(1, 1, put_off=True)
@@ -242,19 +258,19 @@ def test_a_worker_that_is_evicted_has_not_failed(
 ) -> None:
     running, operator = released_and_running(fake, api, config)
     operator.restart_worker(1, 1)
-    nothing_happens(fake)
+    let_the_gate_look(fake)
     operator.end_worker(1, 143)  # its pod is Failed; the operator makes another
-    nothing_happens(fake)
+    let_the_gate_look(fake)
     assert not is_going(fake, OWN) and not running.future.done()
 
 
-def test_a_job_beyond_its_deadline_is_touched_so_that_the_operator_looks_at_it(
+def test_a_job_past_its_deadline_is_patched_so_that_the_operator_reconciles_it(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
     fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"activeDeadlineSeconds": 60}}})
     fake.merge("pytorchjobs", OWN, {"status": {"startTime": now()}})
-    nothing_happens(fake)
+    let_the_gate_look(fake)
     assert not overdue(fake)
     fake.merge("pytorchjobs", OWN, {"status": {"startTime": "2020-01-01T00:00:00Z"}})
     until(lambda: overdue(fake))
@@ -268,21 +284,21 @@ def overdue(fake: FakeApi) -> float:
     return float(job["metadata"]["annotations"].get("llama-lora/seconds-overdue", 0))
 
 
-def test_status_2_is_seen_though_the_operator_deletes_the_pods_at_once(
+def test_status_2_is_seen_although_the_operator_deletes_the_pods_at_once(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    slow = Pace(interval=0.5, progress=0.0)  # all of it happens between two looks
-    running, operator = released_and_running(fake, api, config, pace=slow)
+    slow = GateTimings(interval=0.5, progress=0.0)  # all of it happens between two looks
+    running, operator = released_and_running(fake, api, config, timings=slow)
     operator.end_worker(0, 2)
     operator.fail()
     assert running.fails().status == 2
 
 
-def test_pods_are_watched_again_after_the_api_server_was_away(
+def test_pods_are_watched_again_after_an_outage_of_the_api_server(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    slow = Pace(interval=0.5, progress=0.0, last_words=0.3)
-    running, operator = released_and_running(fake, api, config, pace=slow)
+    slow = GateTimings(interval=0.5, progress=0.0, last_words=0.3)
+    running, operator = released_and_running(fake, api, config, timings=slow)
     fake.away = True
     time.sleep(0.1)
     watches = fake.requests.count(("watch", "pods"))
@@ -303,7 +319,7 @@ def test_an_earlier_job_with_the_same_fingerprint_is_followed_and_the_new_one_de
     uids = {name: fake.get("pods", name)["metadata"]["uid"] for name in fake.names("pods")}  # type: ignore[index]
     running = Gate(api, config)
     until(lambda: fake.names("pytorchjobs") == [EARLIER])
-    until(lambda: any("following" in line for line in running.said))
+    until(lambda: any("following" in line for line in running.logged))
     assert uids == {name: fake.get("pods", name)["metadata"]["uid"] for name in fake.names("pods")}  # type: ignore[index]
     trainer.says("f1", up_to_date=True)
     operator.end_worker(0, 0)
@@ -319,11 +335,11 @@ def test_an_earlier_job_with_another_fingerprint_is_stopped_and_gone_before_the_
     fake.add("pytorchjobs", pytorch_job(OWN))
     operator = Operator(fake, EARLIER)
     operator.start()
-    running = Gate(api, config, pace=Pace(interval=0.03))
+    running = Gate(api, config, timings=GateTimings(interval=0.03))
     until(lambda: is_going(fake, EARLIER))
     fake.remove("pods", operator.worker(0))
-    nothing_happens(fake)
-    assert not is_released(fake), "two trainers on one run directory"
+    let_the_gate_look(fake)
+    assert not is_released(fake), "two trainers in one run folder"
     fake.remove("pods", operator.worker(1))
     fake.remove("pytorchjobs", EARLIER)
     until(lambda: is_released(fake))
@@ -331,7 +347,7 @@ def test_an_earlier_job_with_another_fingerprint_is_stopped_and_gone_before_the_
     running.fails()
 
 
-def test_pods_that_do_not_go_keep_the_new_job_from_being_released(
+def test_the_new_job_is_not_released_while_pods_of_the_earlier_one_run(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f0"))
@@ -350,8 +366,8 @@ def test_a_job_that_is_being_deleted_is_waited_for_never_followed(
     operator.start()
     fake.merge("pytorchjobs", EARLIER, {"metadata": {"deletionTimestamp": now()}})
     fake.add("pytorchjobs", pytorch_job(OWN))
-    running = Gate(api, config, pace=Pace(interval=0.03))
-    until(lambda: any("making way" in line for line in running.said))
+    running = Gate(api, config, timings=GateTimings(interval=0.03))
+    until(lambda: any(f"deleting PyTorchJob {EARLIER}" in line for line in running.logged))
     assert not is_released(fake)
     for index in (0, 1):
         fake.remove("pods", operator.worker(index))
@@ -361,7 +377,7 @@ def test_a_job_that_is_being_deleted_is_waited_for_never_followed(
     running.fails()
 
 
-def test_jobs_that_earlier_revisions_left_are_deleted_at_release_and_other_stages_and_releases_are_not(
+def test_at_release_only_jobs_of_earlier_revisions_of_this_stage_are_deleted(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     others = ["demo-llama-lora-compile-3", "other-train-1"]
@@ -377,7 +393,7 @@ def test_jobs_that_earlier_revisions_left_are_deleted_at_release_and_other_stage
 
 
 @pytest.mark.parametrize("fingerprint", ["f0", "f1"])
-def test_a_job_that_is_over_has_no_pod_left_before_the_new_one_is_released(
+def test_the_pods_of_a_finished_job_have_ended_before_the_new_one_is_released(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, fingerprint: str
 ) -> None:
     fake.graceful = True  # its workers save a checkpoint, for up to 120 s
@@ -386,10 +402,10 @@ def test_a_job_that_is_over_has_no_pod_left_before_the_new_one_is_released(
     operator.start()
     fake.set_condition("pytorchjobs", EARLIER, "Failed")
     fake.add("pytorchjobs", pytorch_job(OWN))
-    running = Gate(api, config, pace=Pace(interval=0.03))
+    running = Gate(api, config, timings=GateTimings(interval=0.03))
     until(lambda: is_going(fake, EARLIER))
-    nothing_happens(fake)
-    assert not is_released(fake), "two trainers on one run directory"
+    let_the_gate_look(fake)
+    assert not is_released(fake), "two trainers in one run folder"
     for index in (0, 1):
         fake.remove("pods", operator.worker(index))
     until(lambda: is_released(fake))
@@ -397,17 +413,15 @@ def test_a_job_that_is_over_has_no_pod_left_before_the_new_one_is_released(
     running.fails()
 
 
-def test_pods_of_a_job_that_somebody_deleted_are_waited_for(
-    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
-) -> None:
+def test_pods_of_a_deleted_job_are_waited_for(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
     fake.graceful = True
     fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
     operator = Operator(fake, EARLIER)
     operator.start()
     api.delete(PYTORCH_JOBS, EARLIER)  # in the background, as kubectl does
     fake.add("pytorchjobs", pytorch_job(OWN))
-    running = Gate(api, config, pace=Pace(interval=0.03))
-    nothing_happens(fake)
+    running = Gate(api, config, timings=GateTimings(interval=0.03))
+    let_the_gate_look(fake)
     assert fake.names("pytorchjobs") == [OWN] and not is_released(fake)
     operator.end_worker(0, 143)
     fake.remove("pods", operator.worker(1))
@@ -417,7 +431,7 @@ def test_pods_of_a_job_that_somebody_deleted_are_waited_for(
 
 
 @pytest.mark.parametrize("release", ["demo-run", "other"])
-def test_a_job_of_the_same_run_and_fingerprint_is_followed_whatever_its_release(
+def test_a_job_of_the_same_run_and_fingerprint_is_followed_even_if_another_release_owns_it(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, release: str
 ) -> None:
     theirs = f"{release}-train-1"
@@ -427,8 +441,8 @@ def test_a_job_of_the_same_run_and_fingerprint_is_followed_whatever_its_release(
     fake.add("pytorchjobs", pytorch_job(f"{release}-train-2", release=release))  # waits for its own gate
     fake.add("pytorchjobs", pytorch_job(OWN))
     running = Gate(api, config)
-    until(lambda: any(f"following PyTorchJob {theirs}" in line for line in running.said))
-    assert OWN not in fake.names("pytorchjobs"), "two trainers on one run directory"
+    until(lambda: any(f"following PyTorchJob {theirs}" in line for line in running.logged))
+    assert OWN not in fake.names("pytorchjobs"), "two trainers in one run folder"
     assert (f"{release}-train-2" in fake.names("pytorchjobs")) == (release == "other")
     trainer.says("f1", up_to_date=True)
     operator.end_worker(0, 0)
@@ -445,9 +459,9 @@ def test_another_configurations_job_of_the_release_in_the_other_mode_is_stopped(
     operator = Operator(fake, "theirs-train-1")
     operator.start()
     fake.add("pytorchjobs", pytorch_job(OWN, release=mine))
-    running = Gate(api, config.model_copy(update={"release": mine}), pace=Pace(interval=0.03))
+    running = Gate(api, config.model_copy(update={"release": mine}), timings=GateTimings(interval=0.03))
     until(lambda: is_going(fake, "theirs-train-1"))
-    nothing_happens(fake)
+    let_the_gate_look(fake)
     assert not is_released(fake)
     for index in (0, 1):
         fake.remove("pods", operator.worker(index))
@@ -457,7 +471,7 @@ def test_another_configurations_job_of_the_release_in_the_other_mode_is_stopped(
 
 
 @pytest.mark.parametrize("stage", ["compile", "train"])
-def test_a_foreign_release_that_trains_the_same_run_otherwise_is_named_with_the_fix_and_left_alone(
+def test_another_release_that_uses_the_run_folder_is_named_with_a_fix_and_not_stopped(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, stage: str
 ) -> None:
     trainer.says("c1", up_to_date=False, of="compile")
@@ -466,13 +480,13 @@ def test_a_foreign_release_that_trains_the_same_run_otherwise_is_named_with_the_
     own = OWN.replace("train", stage)
     fake.add("pytorchjobs", pytorch_job(own, stage))
     message = str(Gate(api, config, stage=stage).fails(UserError))
-    assert "release other" in message and "another name:" in message and "helm uninstall other" in message
+    assert "release other" in message and "another name" in message and "helm uninstall other" in message
     assert not is_released(fake, own)
     assert not is_going(fake, "other-train-1")
 
 
 @pytest.mark.parametrize("now_known_as", ["f2", None], ids=["changed", "not known yet"])
-def test_a_train_job_of_an_earlier_configuration_is_gone_before_compile_is_released(
+def test_a_train_job_of_an_earlier_configuration_has_ended_before_compile_is_released(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, now_known_as: str | None
 ) -> None:
     trainer.says("c2", up_to_date=False, of="compile")
@@ -482,10 +496,10 @@ def test_a_train_job_of_an_earlier_configuration_is_gone_before_compile_is_relea
     operator.start()
     own = OWN.replace("train", "compile")
     fake.add("pytorchjobs", pytorch_job(own, "compile"))
-    running = Gate(api, config, stage="compile", pace=Pace(interval=0.03))
+    running = Gate(api, config, stage="compile", timings=GateTimings(interval=0.03))
     until(lambda: is_going(fake, EARLIER))
-    nothing_happens(fake)
-    assert not is_released(fake, own), "compile would wait for the nodes that train holds"
+    let_the_gate_look(fake)
+    assert not is_released(fake, own), "compile needs the nodes that train holds"
     for index in (0, 1):
         fake.remove("pods", operator.worker(index))
     until(lambda: is_released(fake, own))
@@ -493,7 +507,7 @@ def test_a_train_job_of_an_earlier_configuration_is_gone_before_compile_is_relea
     running.fails()
 
 
-def test_a_train_job_of_the_current_configuration_runs_on_beside_compile(
+def test_a_train_job_of_the_current_configuration_keeps_running_during_compile(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     trainer.says("c1", up_to_date=False, of="compile")
@@ -508,14 +522,14 @@ def test_a_train_job_of_the_current_configuration_runs_on_beside_compile(
     running.fails()
 
 
-def test_a_gate_that_starts_again_follows_what_it_released(
+def test_a_restarted_gate_follows_the_job_that_it_released(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
     operator = Operator(fake, OWN)
     operator.start()
     running = Gate(api, config)
-    until(lambda: any("following" in line for line in running.said))
+    until(lambda: any("following" in line for line in running.logged))
     trainer.says("f1", up_to_date=True)
     operator.end_worker(0, 0)
     operator.end_worker(1, 0)
@@ -524,7 +538,7 @@ def test_a_gate_that_starts_again_follows_what_it_released(
     assert ("delete", "pytorchjobs.kubeflow.org") not in fake.requests
 
 
-def test_a_gate_that_starts_after_the_failure_reports_it(
+def test_a_gate_that_restarts_after_the_failure_reports_it(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
@@ -532,15 +546,11 @@ def test_a_gate_that_starts_after_the_failure_reports_it(
     assert "out of retries" in Gate(api, config).fails().reason
 
 
-def test_a_job_that_is_not_there_says_what_to_do(
-    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
-) -> None:
+def test_a_missing_job_is_an_error_with_a_fix(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
     assert "helm upgrade" in str(Gate(api, config).fails(UserError))
 
 
-def test_a_job_deleted_by_somebody_while_it_runs_ends_the_gate(
-    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
-) -> None:
+def test_deleting_a_running_job_ends_the_gate(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
     running, _ = released_and_running(fake, api, config)
     fake.remove("pytorchjobs", OWN)
     failure = running.fails()
@@ -594,17 +604,17 @@ def test_pods_unschedulable_for_too_long_fail_with_the_schedulers_reason(
     failure = running.fails()
     assert failure.status == 2
     assert "Insufficient aws.amazon.com/neuron" in failure.reason
-    assert is_going(fake, OWN), "an autoscaler would go on adding nodes for it"
+    assert is_going(fake, OWN), "an autoscaler would keep adding nodes for it"
 
 
-def test_unschedulable_within_the_timeout_is_said_and_waited_for(
+def test_unschedulable_within_the_timeout_is_logged_and_waited_for(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN))
     running = Gate(api, config)
     until(lambda: is_released(fake))
     add_unschedulable(fake, now())
-    until(lambda: any("Insufficient" in line for line in running.said))
+    until(lambda: any("Insufficient" in line for line in running.logged))
     seen = len(fake.requests)
     until(lambda: len(fake.requests) > seen + 6)
     assert not running.future.done()
@@ -612,11 +622,11 @@ def test_unschedulable_within_the_timeout_is_said_and_waited_for(
     running.fails()
 
 
-def test_time_held_suspended_does_not_count(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
+def test_suspended_time_does_not_count(fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer) -> None:
     fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
-    fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": True}}})  # by somebody else
+    fake.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": True}}})  # by another controller
     running = Gate(api, no_time(config, 0.1))
-    until(lambda: any("Suspended" in line for line in running.said))
+    until(lambda: any("Suspended" in line for line in running.logged))
     seen = len(fake.requests)
     until(lambda: len(fake.requests) > seen + 20)  # 10 looks, 0.3 s
     assert not running.future.done()
@@ -624,7 +634,7 @@ def test_time_held_suspended_does_not_count(fake: FakeApi, api: Api, config: Clu
     running.fails()
 
 
-def test_pods_that_are_never_made_fail_with_the_operators_reason(
+def test_pods_that_are_never_created_fail_the_stage_with_the_operators_reason(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     own = fake.add("pytorchjobs", pytorch_job(OWN))
@@ -636,7 +646,7 @@ def test_pods_that_are_never_made_fail_with_the_operators_reason(
     assert "violates PodSecurity" in failure.reason and failure.status == 2
 
 
-def test_an_image_that_cannot_be_pulled_fails_the_stage_though_nodes_were_found(
+def test_an_image_that_cannot_be_pulled_fails_the_stage_although_its_pods_have_nodes(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
@@ -647,7 +657,7 @@ def test_an_image_that_cannot_be_pulled_fails_the_stage_though_nodes_were_found(
     assert "ImagePullBackOff" in failure.reason and failure.status == 2
 
 
-def test_the_gate_lives_through_an_api_server_that_is_away(
+def test_the_gate_survives_an_outage_of_the_api_server(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     running, operator = released_and_running(fake, api, config)
@@ -663,7 +673,7 @@ def test_the_gate_lives_through_an_api_server_that_is_away(
     assert running.fails().tail == ["written meanwhile", "written after"]
 
 
-def test_an_api_server_that_stays_away_is_worth_another_try_not_a_failed_stage(
+def test_a_lasting_outage_of_the_api_server_is_retried_and_is_not_a_failed_stage(
     fake: FakeApi, config: ClusterConfig, trainer: Trainer
 ) -> None:
     from genvalues.cluster.api import ServerAway
@@ -674,7 +684,7 @@ def test_an_api_server_that_stays_away_is_worth_another_try_not_a_failed_stage(
     running.fails(ServerAway)
 
 
-def test_progress_conditions_and_pods_are_said_once_each_time_they_change(
+def test_progress_conditions_and_pods_are_logged_once_for_each_change(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     stale = {"stage": "train", "step": 9, "totalSteps": 9, "updated": "2025-01-01T00:00:00Z"}
@@ -682,21 +692,21 @@ def test_progress_conditions_and_pods_are_said_once_each_time_they_change(
     running, operator = released_and_running(fake, api, config)
     fresh = stale | {"step": 120, "totalSteps": 1000, "loss": 1.25, "updated": "2025-01-01T01:00:00Z"}
     trainer.progress.write_text(json.dumps(fresh))
-    line = until(lambda: next((line for line in running.said if "step 120 of 1000" in line), ""))
+    line = until(lambda: next((line for line in running.logged if "step 120 of 1000" in line), ""))
     assert "loss 1.25" in line
     operator.fail()
     running.fails()
-    assert not any("step 9 " in line for line in running.said)
-    assert len(set(running.said)) == len(running.said)
-    assert f"train: {operator.worker(0)}: Running on node-1" in running.said
+    assert not any("step 9 " in line for line in running.logged)
+    assert len(set(running.logged)) == len(running.logged)
+    assert f"train: {operator.worker(0)}: Running on node-1" in running.logged
 
 
-def test_progress_of_unknown_numbers_is_still_a_line() -> None:
+def test_progress_with_missing_values_is_described() -> None:
     progress = {"step": 5, "totalSteps": 10, "loss": None, "tokensPerSecond": 5120.4, "etaSeconds": 3720}
     assert describe_progress(progress) == "step 5 of 10, 5,120 tokens/s, 1 h 02 min left"
 
 
-def test_a_stage_whose_upstream_is_not_done_is_the_users_to_run_in_order(
+def test_a_stage_whose_dependency_is_not_done_is_a_user_error(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
     trainer.says(None, up_to_date=False)
@@ -705,14 +715,12 @@ def test_a_stage_whose_upstream_is_not_done_is_the_users_to_run_in_order(
     assert not is_released(fake)
 
 
-def test_a_trainer_that_breaks_down_or_talks_nonsense_is_worth_another_try(
+def test_a_failing_trainer_command_or_invalid_output_is_retried(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    from genvalues.cluster.trainer_client import CannotAsk
-
     trainer.answer.write_text("Killed")
-    Gate(api, config).fails(CannotAsk)
+    Gate(api, config).fails(TrainerCommandFailed)
     trainer.ends_with(1)
-    Gate(api, config).fails(CannotAsk)
+    Gate(api, config).fails(TrainerCommandFailed)
     trainer.ends_with(2)
     Gate(api, config).fails(UserError)

@@ -1,5 +1,6 @@
-"""A container's log is read once, whatever breaks the stream off. The server is a list of answers: what each request
-for the log gives, the last one from then on."""
+"""Each line of a container's log is read once, whatever interrupts the stream.
+
+The server is a list of answers, one for each request; the last answer is repeated."""
 
 from __future__ import annotations
 
@@ -54,39 +55,39 @@ class Following:
 @pytest.mark.parametrize(
     "broken", [(A, OSError("reset")), (A, ApiError(500, "x")), (A, ValueError("half an answer")), (A,), (LOST, A, LOST)]
 )
-def test_a_stream_that_breaks_off_is_taken_up_where_it_was(broken: Answer) -> None:
+def test_an_interrupted_stream_is_resumed_where_it_ended(broken: Answer) -> None:
     assert Following(broken, [A, B, LOST]).until("a", "b").end().lines == ["a", "b"]
 
 
-def test_a_pod_that_is_gone_ends_it_unasked() -> None:
+def test_a_deleted_pod_ends_the_thread() -> None:
     following = Following([A], [ApiError(404, "not found")])
     following.log.start()
     following.log.join(PATIENCE)
     assert not following.log.is_alive() and following.lines == ["a"]
 
 
-def test_what_comes_before_the_end_is_read_by_a_last_look_that_waits_for_nothing_more() -> None:
+def test_a_last_request_reads_the_lines_up_to_the_end_without_following() -> None:
     following = Following([A], [A, B], tail=5).end()
     assert following.lines == ["a"] and [one["follow"] for one in following.server.asked] == [False]
     followed = Following([A], [A, B]).until("a", "b").end()
     assert followed.server.asked[0]["follow"] and not followed.server.asked[-1]["follow"]
 
 
-def test_a_missing_right_is_remembered_until_it_is_given() -> None:
+def test_a_missing_permission_is_recorded_until_it_is_granted() -> None:
     assert str(Following([NotAllowed(403, "pods/log")]).end().log.refused) == "pods/log"
     assert Following([NotAllowed(403, "pods/log")], [A]).until("a").end().log.refused is None
 
 
-def test_the_tail_is_of_what_was_there_and_every_line_that_comes_later_is_asked_for() -> None:
+def test_the_tail_limits_existing_lines_and_every_later_line_is_requested() -> None:
     following = Following([], [C], [C, D], tail=1).until("c", "d").end()
     assert [one["tail"] for one in following.server.asked[:3]] == [1, 1, None]
     assert {one["tail"] for one in following.server.asked[3:]} <= {None}
 
 
-def test_where_the_end_alone_is_wanted_no_more_is_asked_for_after_a_break() -> None:
+def test_without_every_no_more_than_the_tail_is_requested_after_an_interruption() -> None:
     following = Following([C], [C, D], tail=1, every=False).until("c", "d").end()
     assert {one["tail"] for one in following.server.asked} == {1}
 
 
-def test_a_progress_bar_is_its_last_state() -> None:
+def test_a_progress_bar_is_reduced_to_its_last_state() -> None:
     assert text_of_line("2026-01-01T00:00:00Z 10%\r20%\r") == "20%"

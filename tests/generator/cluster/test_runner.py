@@ -1,4 +1,4 @@
-"""The runner against a fake cluster and a Helm that only notes what it is asked."""
+"""The runner with a fake API server and a Helm that records its arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from generator.cluster.fake_api import FakeApi
 from generator.cluster.objects import helm_record, job, pod, pytorch_job
-from generator.cluster.waiting import PATIENCE, beside, until
+from generator.cluster.waiting import PATIENCE, beside, log_lines, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.runner import run
@@ -44,7 +44,7 @@ def test_installs_the_inner_release_attached(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     helm = Helm(fake)
-    assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm) == 0
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm) == 0
     where = f"--namespace team-a --values {inner_values} --timeout 720h"
     assert helm.asked == [f"upgrade --install demo-run {chart} {where} --hide-notes"]
 
@@ -57,7 +57,7 @@ def test_installs_the_inner_release_attached(
         ("Job has reached the specified backoff limit", "BackoffLimitExceeded", 1),
     ],
 )
-def test_the_outcome_of_the_failed_stage_is_the_runners_status(
+def test_the_runner_ends_with_the_status_of_the_failed_stage(
     fake: FakeApi,
     api: Api,
     config: ClusterConfig,
@@ -67,21 +67,21 @@ def test_the_outcome_of_the_failed_stage_is_the_runners_status(
     reason: str,
     status: int,
 ) -> None:
-    said: list[str] = []
+    lines = log_lines()
     helm = Helm(fake, 1, fails="tokenize", message=message, reason=reason)
-    assert run(api, config, chart, inner_values, OWN, said.append, interval=0.02, run_helm=helm) == status
-    assert any("demo-run-tokenize failed" in line for line in said)
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm) == status
+    assert any("demo-run-tokenize failed" in line for line in lines)
 
 
-def test_helm_failing_by_itself_is_worth_another_try_whatever_failed_before(
+def test_a_failure_of_helm_without_a_failed_stage_is_retried(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     fake.add("jobs", job("demo-run-merge", "merge", release="demo-run"))
     fake.set_condition("jobs", "demo-run-merge", "Failed", "of an earlier run")
-    assert run(api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=Helm(fake, 1)) == 3
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=Helm(fake, 1)) == 3
 
 
-def test_a_restarted_runner_waits_for_the_living_stage_then_takes_over_the_pending_release(
+def test_a_restarted_runner_waits_for_the_running_stage_then_takes_over_the_pending_release(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
@@ -93,7 +93,7 @@ def test_a_restarted_runner_waits_for_the_living_stage_then_takes_over_the_pendi
         return [fake.objects["secrets", name]["metadata"]["labels"]["status"] for name in fake.names("secrets")]
 
     helm = Helm(fake)
-    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
     assert not helm.asked
     assert statuses() == ["superseded", "pending-upgrade", "pending-install"]
@@ -104,45 +104,45 @@ def test_a_restarted_runner_waits_for_the_living_stage_then_takes_over_the_pendi
     assert fake.names("jobs") == ["demo-run-tokenize"]
 
 
-def test_a_runner_that_is_not_alone_comes_again_later(
+def test_a_runner_beside_a_live_helm_client_is_retried(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
-    """One on a node that the cluster has given up, without having ended it: retried, where status 2 would be final."""
+    """E.g. a runner on a lost node that is still running. Retried, because status 2 would be final."""
     fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
     fake.add("secrets", helm_record("pending-install", release="demo-run"))
     helm = Helm(fake)
-    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
     fake.add("jobs", job("demo-run-rehearse", "rehearse", release="demo-run"))
     assert running.result(PATIENCE) == 3
     assert not helm.asked
 
 
-def test_values_that_would_install_another_runner_are_refused(
+def test_values_that_would_install_another_runner_are_rejected(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     inner_values.write_text("pipeline: {mode: detached}\n")
     with pytest.raises(UserError, match=r"pipeline\.mode is detached"):
-        run(api, config, chart, inner_values, OWN, print, run_helm=Helm(fake))
+        run(api, config, chart, inner_values, OWN, run_helm=Helm(fake))
 
 
-def test_a_living_gate_is_ended_so_that_the_new_one_decides_about_the_training(
+def test_a_running_gate_is_stopped_so_that_the_new_one_decides_about_the_training(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
-    """Not waited for: that would be the whole training, also of a configuration that nobody wants any more."""
+    """It is not waited for: that would take the whole training, even of an outdated configuration."""
     fake.add("jobs", job("demo-run-train-gate", "train-gate", release="demo-run"))
     fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f0"))
     helm = Helm(fake)
-    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     until(lambda: fake.objects["jobs", "demo-run-train-gate"]["spec"]["activeDeadlineSeconds"] == 1)
     assert not helm.asked
     fake.set_condition("jobs", "demo-run-train-gate", "Failed", reason="DeadlineExceeded")
     assert running.result(PATIENCE) == 0
     assert fake.names("pytorchjobs") == ["demo-run-train-1"]
-    assert ("delete", "jobs.batch") not in fake.requests, "Helm 3 would take it for success"
+    assert ("delete", "jobs.batch") not in fake.requests, "Helm 3 treats a deleted Job as successful"
 
 
-def test_older_runners_are_stopped_and_gone_before_helm_runs(
+def test_older_runners_have_ended_before_helm_runs(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     for number, name in enumerate(["demo-runner-1", OWN, "demo-runner-3"]):
@@ -151,7 +151,7 @@ def test_older_runners_are_stopped_and_gone_before_helm_runs(
         fake.add("pods", pod(f"{name}-x1", fake.add("jobs", runner), "Job", container="runner"))
     fake.remove("pods", "demo-runner-3-x1")
     helm = Helm(fake)
-    running = beside(run, api, config, chart, inner_values, OWN, print, interval=0.02, run_helm=helm)
+    running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     until(lambda: fake.objects["jobs", "demo-runner-1"]["spec"].get("suspend"))
     seen = len(fake.requests)
     until(lambda: len(fake.requests) > seen + 4)
@@ -161,24 +161,24 @@ def test_older_runners_are_stopped_and_gone_before_helm_runs(
     assert [fake.objects["jobs", name]["spec"].get("suspend", False) for name in fake.names("jobs")] == [
         True,
         False,
-        False,  # a newer one stops this one, not the other way round
+        False,  # the newer one stops this one, not the reverse
     ]
 
 
 @pytest.mark.parametrize("key", ["version", "appVersion"])
-def test_a_chart_in_the_image_that_is_not_the_installed_one_is_refused(
+def test_a_chart_in_the_image_that_differs_from_the_installed_one_is_rejected(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path, key: str
 ) -> None:
     versions = {"version": "0.1.0", "appVersion": "0.1.0", key: "0.2.0"}
     (chart / "Chart.yaml").write_text(json.dumps(versions))
     helm = Helm(fake)
-    with pytest.raises(UserError, match=r"Chart\.yaml: the image's chart is .*0\.2\.0.* installed one .* image\.tag"):
-        run(api, config, chart, inner_values, OWN, print, run_helm=helm)
+    with pytest.raises(UserError, match=r"Chart\.yaml: .*image is .*0\.2\.0.* installed .* image\.tag"):
+        run(api, config, chart, inner_values, OWN, run_helm=helm)
     assert not helm.asked
 
 
-def test_an_image_without_the_chart_says_which_image_to_use(
+def test_an_image_without_the_chart_is_an_error_that_names_the_image_to_use(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     with pytest.raises(UserError, match=r"cannot be read.*trainer/Dockerfile"):
-        run(api, config, chart / "elsewhere", inner_values, OWN, print, run_helm=Helm(fake))
+        run(api, config, chart / "elsewhere", inner_values, OWN, run_helm=Helm(fake))

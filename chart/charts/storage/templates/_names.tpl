@@ -1,6 +1,6 @@
-{{- /* The claim is named after the release alone, so that the parent chart can name it too, and so that a new
-       fullnameOverride does not leave the results behind. Cluster-scoped objects carry the namespace, set apart by a
-       dot, which no namespace's name contains. */}}
+{{- /* The claim's name depends only on the release, so that the parent chart can compute it, and so that a changed
+       fullnameOverride does not lose the results. Names of cluster-scoped objects are prefixed with the namespace and a
+       dot, which a namespace's name cannot contain. */}}
 {{- define "storage.claimName" -}}
 {{ .Release.Name }}-workspace
 {{- end }}

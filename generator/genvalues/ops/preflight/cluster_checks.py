@@ -17,6 +17,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.preflight import PreflightTimings
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
 from genvalues.common.helm import render
@@ -33,7 +34,7 @@ def check_cluster(
     namespace: str | None = None,
     context: str | None = None,
     offline: bool = False,
-    pace: stage.Pace | None = None,
+    timings: PreflightTimings | None = None,
 ) -> list[Finding]:
     """All findings about the cluster. A cluster that cannot be reached is one finding.
 
@@ -57,19 +58,21 @@ def check_cluster(
             return [in_context(Finding("not checked", "cluster", "you are not logged in (401)", log_in), context)]
         namespace_exists = True  # not allowed to read it: the checks find out
     objects = render(chart, release, values, api.namespace)
-    findings = check_for_objects(api, objects, namespace_exists, pace or stage.Pace())
+    findings = check_for_objects(api, objects, namespace_exists, timings or PreflightTimings())
     return [in_context(finding, context) for finding in findings]
 
 
-def check_for_objects(api: Api, objects: list[Object], namespace_exists: bool, pace: stage.Pace) -> list[Finding]:
+def check_for_objects(
+    api: Api, objects: list[Object], namespace_exists: bool, timings: PreflightTimings
+) -> list[Finding]:
     """The findings for a release that consists of these objects."""
     config = config_of(objects)
     checks: dict[str, stage.Check] = {
         **stage.CHECKS,
-        "storage": lambda api, config, pace: check_storage_before_install(api, config, pace, objects),
+        "storage": lambda api, config, timings: check_storage_before_install(api, config, timings, objects),
     }
     if namespace_exists:
-        return stage.preflight(api, config, pace, checks)
+        return stage.preflight(api, config, timings, checks)
     create = f"kubectl create namespace {api.namespace}"
     if config.storage_prepare:
         create += f" && kubectl label namespace {api.namespace} {stage.ENFORCED}=baseline"
@@ -78,7 +81,7 @@ def check_for_objects(api: Api, objects: list[Object], namespace_exists: bool, p
         subject: check_operator_installed if subject == "training operator" else checks[subject]
         for subject in WITHOUT_NAMESPACE
     }
-    return [missing, *stage.preflight(api, config, pace, remaining)]
+    return [missing, *stage.preflight(api, config, timings, remaining)]
 
 
 def config_of(objects: list[Object]) -> ClusterConfig:
@@ -95,11 +98,11 @@ def config_of(objects: list[Object]) -> ClusterConfig:
 
 
 def check_storage_before_install(
-    api: Api, config: ClusterConfig, pace: stage.Pace, objects: list[Object]
+    api: Api, config: ClusterConfig, timings: PreflightTimings, objects: list[Object]
 ) -> list[Finding]:
     """The claim, as the stage checks it. For a claim that install will create: what provisions it."""
     if not config.claim.managed or api.get(kinds.CLAIMS, config.claim.name) is not None:
-        return stage.check_storage(api, config, pace)
+        return stage.check_storage(api, config, timings)
     created = Finding("ok", f"claim {config.claim.name}", "does not exist yet: install creates it")
     claim = next((one for one in objects if one.get("kind") == "PersistentVolumeClaim"), {})
     spec = claim.get("spec") or {}
@@ -126,10 +129,10 @@ def check_default_class(api: Api, config: ClusterConfig) -> Finding:
     return Finding("ok", subject, f"{default[0]['metadata']['name']}, the default")
 
 
-def check_operator_installed(api: Api, config: ClusterConfig, pace: stage.Pace) -> list[Finding]:
+def check_operator_installed(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
     """Whether the API has the operator's kind. Without a namespace, no probe can show that the operator runs."""
     subject = "training operator"
-    if not stage.knows_pytorchjob(api):
+    if not stage.serves_pytorchjob(api):
         return [Finding("error", subject, "the API server does not have the kind PyTorchJob", stage.INSTALL_OPERATOR)]
     found = f"the kind PyTorchJob exists; whether the operator runs can only be tested in namespace {api.namespace}"
     return [Finding("not checked", subject, found, f"kubectl create namespace {api.namespace}")]

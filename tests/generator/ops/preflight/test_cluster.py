@@ -13,7 +13,7 @@ import yaml
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.test_preflight import claim, mark_probe, namespace, node
 from genvalues.cluster.api import connect
-from genvalues.cluster.preflight import Pace, preflight
+from genvalues.cluster.preflight import PreflightTimings, preflight
 from genvalues.common.dicts import merge
 from genvalues.common.findings import Finding
 from genvalues.common.helm import render
@@ -21,7 +21,7 @@ from genvalues.inputs.chart import BESIDE_THE_SOURCES as CHART
 from genvalues.ops.preflight import cluster_checks as outside
 from genvalues.ops.preflight.cluster_checks import check_cluster
 
-QUICK = Pace(interval=0.02, claim=0.2, operator=0.3)
+QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3)
 TRN1 = yaml.safe_load((CHART.parent / "values" / "trn1.values.yaml").read_text())
 CLAIM, RELEASE = "llama-lora-workspace", "llama-lora"
 
@@ -62,7 +62,7 @@ def rendered_once(monkeypatch: pytest.MonkeyPatch, objects: list[dict[str, Any]]
 
 
 def check(values: dict[str, Any] = TRN1, context: str | None = None) -> list[Finding]:
-    return check_cluster(CHART, values, RELEASE, NAMESPACE, context, pace=QUICK)
+    return check_cluster(CHART, values, RELEASE, NAMESPACE, context, timings=QUICK)
 
 
 def problems(values: dict[str, Any] = TRN1) -> list[Finding]:
@@ -82,10 +82,11 @@ def test_the_configuration_is_read_from_the_rendered_chart(objects: list[dict[st
 
 def test_before_the_first_install_a_missing_claim_that_install_creates_is_ok(ready: FakeApi) -> None:
     assert [str(finding) for finding in check()] == [
-        "ok           training operator: knows PyTorchJob and acts on it",
+        "ok           training operator: installed, and reconciles PyTorchJobs",
         f"ok           claim {CLAIM}: does not exist yet: install creates it",
         "ok           storage class fsx-sc: provisioner fsx.csi.aws.com",
-        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline, which lets storage-prepare run as root",
+        f"ok           namespace {NAMESPACE}: enforces Pod Security baseline,"
+        " which allows storage-prepare to run as root",
         "ok           secret hf-token: has key token",
         "ok           aws.amazon.com/neuron: 16 on each of 1 nodes of type ml.trn1.32xlarge",
         "ok           vpc.amazonaws.com/efa: 8 on each of 1 nodes of type ml.trn1.32xlarge",
