@@ -277,7 +277,7 @@ def test_a_file_that_is_read_only_is_told_before_anything_is_built(
     Path("f.yaml").chmod(0o444)
     assert genvalues("image", "push", "f.yaml") == 2
     assert last_line(capsys) == (
-        "f.yaml: cannot be written: the file that is there is read-only (mode 444). Make it writable: its image's "
+        "f.yaml: cannot be written: the existing file is read-only (mode 444). Make it writable: its image's "
         "digest is to be written there."
     )
     assert builder.commands == []
