@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,11 +32,11 @@ def main() -> int:
         f"{rows} rows from the docstrings of Python {sys.version.split()[0]} -> {demo / 'docstrings.jsonl'}", flush=True
     )
     settings = {
-        "model.path": smollm2(),
-        "dataset.source": (demo / "docstrings.jsonl").absolute(),
-        "dataset.evalFraction": HELD_OUT_ROWS / rows,
+        "model.path": os.path.relpath(smollm2()),
+        "dataset.source": demo / "docstrings.jsonl",
+        "dataset.evalFraction": round(HELD_OUT_ROWS / rows, 5),
     }
-    command = local_command(HERE / "finetune.yaml", settings, demo / "workspace")
+    command = local_command(Path(os.path.relpath(HERE / "finetune.yaml")), settings, demo / "workspace")
     print("$ genvalues", *command[1:], flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:

@@ -91,8 +91,4 @@ def track(items: Iterable[Item], unit: str, total: int | None = None) -> Iterato
 
 def bar_on_stderr() -> ProgressBar | None:
     """A bar where stderr is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-
-    return ProgressBar(Console(stderr=True))
+    return ProgressBar(on_stderr=True) if sys.stderr is not None and sys.stderr.isatty() else None

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from genvalues.common.text import duration
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -69,11 +68,11 @@ def relayed(line: str) -> ProgressUpdate | None:
 class ProgressBar:
     """A bar at the bottom of a terminal, shown between the first update and the one that is finished.
 
-    While it is shown, what this process prints through ``console``, or to stderr, appears above it.
+    It is drawn on stdout, or on stderr. While it is shown, what this process prints to either appears above it.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, *, on_stderr: bool) -> None:
+        self._on_stderr = on_stderr
         self._shown: tuple[RichProgress, TaskID] | None = None
 
     def show(self, update: ProgressUpdate) -> None:
@@ -99,22 +98,27 @@ class ProgressBar:
             self._shown = None
 
     def _start(self, update: ProgressUpdate) -> tuple[RichProgress, TaskID]:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
+        console = Console(stderr=self._on_stderr)
+        rest_of_line = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[eta]}"),
-            TextColumn("{task.fields[detail]}", markup=False),
-            console=self._console,
+            TextColumn("{task.fields[detail]}", markup=False, table_column=rest_of_line),
+            console=console,
             transient=True,
+            expand=True,
             refresh_per_second=4,
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         progress.start()
-        self._console.show_cursor()  # a killed process could not show it again
+        console.show_cursor()  # a killed process could not show it again
         task = progress.add_task(update.unit, total=update.total, count="", eta="", detail="")
         self._shown = (progress, task)
         return self._shown

@@ -22,11 +22,11 @@ from genvalues.common.progress_bar import RELAY
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.local.chart_stages import STAGE, Object, annotation_of, config_maps
 
-# Variables of the user's environment that a stage must not get: those that torchrun and the training operator set,
+# Variables of torchrun and the training operator, which would change how a stage starts its workers.
 TORCHRUN = re.compile(
     r"PET_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
 )
-# and, as in a cluster, tokens, unless the stage's container takes one from a Secret.
+# As in a cluster, only a stage whose container takes a token from a Secret gets one.
 TOKENS = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH"}
 
 

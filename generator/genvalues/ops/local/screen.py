@@ -14,6 +14,7 @@ from typing import IO
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from genvalues.common import manifests
 from genvalues.common.progress_bar import ProgressBar, relayed
@@ -77,11 +78,11 @@ class Screen:
     def stage(self, name: str, log_file: Path) -> Iterator[StageOutput]:
         """Show the header of a stage, and take its output until the block ends."""
         if self.is_terminal():
-            self._console.rule(f"[bold]{name}", align="left")
+            self._console.rule(Text(name, style="bold"), align="left")
         else:
             self._console.print(f"--- {name}")
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(self._console)
+        bar = ProgressBar(on_stderr=False)
         with log_file.open("w", encoding="utf-8") as file:
             try:
                 yield StageOutput(file, log_file, bar)
