@@ -1,6 +1,6 @@
-"""The command genvalues. Its commands parse and print (genvalues.commands); data goes to stdout, talk to stderr.
+"""The ``genvalues`` command. Its commands parse and print (genvalues.commands): data to stdout, messages to stderr.
 
-The exit statuses are in the help. Where nobody reads its output any more, a command ends with 1 and without a word.
+The exit statuses are listed in its help. Where the reader of stdout has closed it, a command ends silently with 1.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ import click
 
 from genvalues import __version__
 from genvalues.commands import Commands
-from genvalues.common.errors import defect, traceback_wanted, user_errors_end_with_status_2
-from genvalues.common.log import configure
+from genvalues.common import log
+from genvalues.common.errors import internal_error, traceback_wanted, user_errors_end_with_status_2
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the file's limit
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left, quota exceeded, file too large
+
+EXIT_STATUS = """\b
+Exit status:
+    0    success
+    2    the inputs, the command line, the cluster or AWS must be changed first
+    1    any other failure: a stage failed, a service did not respond, an internal error
+    130  interrupted by Ctrl-C; for another signal, 128 plus its number
+"""
 
 
 def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -25,60 +33,55 @@ def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
-EXIT_STATUS = """\b
-Exit status:
-    0    done
-    2    something in the inputs, the command line, the cluster or AWS must be changed first
-    1    anything else: a stage has failed, a service does not answer, a defect of ours
-    130  stopped by Ctrl-C; by another signal, 128 and its number
-"""
-
-
 @click.group(cls=Commands, epilog=EXIT_STATUS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", is_flag=True, help="Show details, too. Goes before the command.")
+@click.option("-q", "--quiet", is_flag=True, help="Show only warnings and errors. Goes before the command.")
 @click.option(
     "--version", is_flag=True, callback=show_version, expose_value=False, is_eager=True, help="Show the version."
 )
-def genvalues() -> None:
-    """From a short inputs file to a LoRA fine-tune of Llama on Trainium: checked values for the chart llama-lora."""
-    configure()
+def genvalues(verbose: bool, quiet: bool) -> None:
+    """Turn a short inputs file into checked values for the llama-lora chart, and run a LoRA fine-tune of Llama on AWS
+    Trainium, or on this computer.
+    """
+    log.configure(verbose - quiet)
 
 
 def main() -> None:
-    """The entry point: whatever happens ends in a status and, where there is something to say, in a message."""
+    """Entry point: every outcome ends in an exit status and, except for a closed stdout, a message."""
     try:
         try:
-            sys.exit(command())
+            sys.exit(run_command())
         finally:
-            if sys.stdout:  # which may be closed
-                sys.stdout.flush()  # here, where a failure can be told
-    except BrokenPipeError:  # in what is printed here; click takes care of the rest
+            if sys.stdout:  # None where stdout is closed
+                sys.stdout.flush()  # before Python exits, while an error can still be reported
+    except BrokenPipeError:  # from our own prints; click handles its own
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
         sys.exit(1)
     except Exception as error:
-        told = not_written(error) if isinstance(error, OSError) else ""
-        print(told or defect(error, with_traceback=traceback_wanted()), file=sys.stderr)
+        message = disk_full(error) if isinstance(error, OSError) else ""
+        print(message or internal_error(error, with_traceback=traceback_wanted()), file=sys.stderr)
         sys.exit(1)
 
 
-def not_written(error: OSError) -> str:
-    """The line for a full disk, which is no defect; empty for any other error."""
+def disk_full(error: OSError) -> str:
+    """The message for a full disk, which is not an internal error; empty for any other error."""
     import traceback
 
-    if error.errno not in FULL:
+    if error.errno not in DISK_FULL:
         return ""
     innermost = traceback.extract_tb(error.__traceback__)[-1].name
-    where = "stdout" if innermost in ("main", click.echo.__name__) else error.filename or "stdout, or a file"
+    where = "stdout" if innermost in ("main", click.echo.__name__) else error.filename or "stdout or a file"
     return f"{where}: cannot be written: {error.strerror}"
 
 
 @user_errors_end_with_status_2
-def command() -> int:
+def run_command() -> int:
     try:
         status = genvalues(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort as aborted:  # click's word for Ctrl-C, and for the end of the input at a question
+    except click.Abort as aborted:  # raised for Ctrl-C, and for the end of stdin at a prompt
         return 130 if isinstance(aborted.__cause__ or aborted.__context__, KeyboardInterrupt) else 1
     return status if isinstance(status, int) else 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chart.manifests import CHART, MINIMAL, Object, annotation, config, hooks, merged, pod, render, run_helm
-from genvalues.ops.local import is_stage
+from genvalues.ops.local.chart_stages import is_pipeline_hook
 
 
 def test_helm_test_runs_one_pod_that_nothing_else_runs(objects: list[Object]) -> None:
@@ -19,7 +19,7 @@ def test_helm_test_runs_one_pod_that_nothing_else_runs(objects: list[Object]) ->
     assert annotation(verify, "helm.sh/hook-delete-policy") == "before-hook-creation", "its log is read afterwards"
     assert annotation(verify, "helm.sh/hook-output-log-policy") == "hook-failed"
     assert verify["spec"]["restartPolicy"] == "Never", "Helm waits for a pod that restarts until its --timeout"
-    assert not is_stage(verify), "`genvalues local` would run it"
+    assert not is_pipeline_hook(verify), "`genvalues local` would run it"
 
 
 def test_it_is_read_only(objects: list[Object]) -> None:

@@ -1,4 +1,4 @@
-"""Real text that every machine has: questions and answers from the Python standard library's own docstrings."""
+"""Real text that every machine has: questions and answers from the docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from types import ModuleType
 
 from genvalues.common import files
 
-# Importing these opens a browser, prints a poem, or wants a display.
+# Importing these opens a browser, prints a poem, or requires a display.
 NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3", "test", "__main__"}
-SHORTEST_ANSWER = 20  # characters: below, a docstring says nothing
+SHORTEST_ANSWER = 20  # characters; shorter docstrings say nothing
 
 
 def question_rows() -> list[dict[str, str]]:
-    """{"question", "answer"} rows, deduplicated by answer, in a stable order."""
+    """Return {"question", "answer"} rows, deduplicated by answer, in a stable order."""
     answers: dict[str, str] = {}
     for module in standard_modules():
         for name, docstring in documented(module):
@@ -33,7 +33,7 @@ def question_rows() -> list[dict[str, str]]:
 
 
 def standard_modules() -> Iterator[ModuleType]:
-    """The standard library's public modules and submodules, by name, without those this machine cannot import."""
+    """Yield the public modules of the standard library that this machine can import, by name."""
     for name in sorted(sys.stdlib_module_names):
         if name.startswith("_") or name in NOT_IMPORTED:
             continue
@@ -54,11 +54,11 @@ def import_quietly(name: str) -> ModuleType | None:
         try:
             return importlib.import_module(name)
         except (ImportError, AttributeError, OSError, SystemExit):
-            return None  # not built here, or for another system
+            return None  # not built here, or only for another system
 
 
 def documented(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of what the module itself defines: functions, classes, and their methods."""
+    """Yield (dotted name, docstring) of the functions, classes and methods that the module defines."""
     for name, member in sorted(vars(module).items()):
         if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
             continue
@@ -73,14 +73,14 @@ def documented(module: ModuleType) -> Iterator[tuple[str, str]]:
 
 def docstring_of(name: str, member: object) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some members only tell that they will go
+        warnings.simplefilter("ignore")  # some members warn that they are deprecated
         docstring = getattr(member, "__doc__", None)
     if isinstance(docstring, str):
-        yield name, re.sub(r" at 0x[0-9a-f]+", "", inspect.cleandoc(docstring))  # addresses change from run to run
+        yield name, re.sub(r" at 0x[0-9a-f]+", "", inspect.cleandoc(docstring))  # addresses differ between runs
 
 
 def write_rows(path: Path) -> int:
-    """Write the rows as JSON lines; the number of them. The file is left as it is when nothing changes."""
+    """Write the rows as JSON lines and return their number. An unchanged file is not rewritten."""
     rows = question_rows()
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

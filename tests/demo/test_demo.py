@@ -1,10 +1,10 @@
-"""The demo's own pipeline, on a tiny model: what `make demo` runs, from inputs file to report."""
+"""What `make demo` runs, from inputs file to report, with a tiny model."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ import pytest
 import run_demo
 
 from genvalues.common import files
+from genvalues.ops.local.screen import next_steps
 from trainer.conftest import make_model
 
 STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
-LEFT_OUT = ["preflight", "storage-prepare", "compile-gate", "train-gate"]
-GENVALUES = str(Path(sys.executable).with_name("genvalues"))
+SKIPPED = ["preflight", "storage-prepare", "compile-gate", "train-gate"]
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +39,29 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo folder after one run from beginning to end."""
+    """The demo folder after an uninterrupted run, with the run's output in output.txt."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_demo.run_pipeline(run_demo.HERE / "finetune.yaml", settings, folder) == 0
+    command = run_demo.local_command(run_demo.HERE / "finetune.yaml", settings, folder / "workspace")
+    with (folder / "output.txt").open("w") as output:
+        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=True)
     return folder
+
+
+def test_the_output_has_no_warning_no_gloo_and_no_json(undisturbed: Path) -> None:
+    output = (undisturbed / "output.txt").read_text(encoding="utf-8")
+    assert not [line for line in output.splitlines() if re.search(r"(?i)warning|gloo|c10d|: manifest \{", line)]
+    assert "step 12/12  loss " in output and "ETA" in output
 
 
 def adapter_digest(folder: Path) -> str:
     return files.sha256(folder / "workspace" / "runs" / "demo" / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_docstrings_of_this_python_are_about_4500_rows_each_answer_once() -> None:
+def test_the_docstrings_of_this_python_give_about_4500_rows_with_unique_answers() -> None:
     rows = docstrings.question_rows()
     assert 3500 < len(rows) < 6500
     assert len({row["answer"] for row in rows}) == len(rows)
-    assert rows == docstrings.question_rows(), "a changed order would tokenize and train again"
+    assert rows == docstrings.question_rows(), "another order would change the fingerprint, and train again"
     by_question = {row["question"]: row["answer"] for row in rows}
     assert by_question["What does `textwrap.dedent` do in Python?"].startswith("Remove any common leading whitespace")
     assert not any(" at 0x" in row["answer"] for row in rows)
@@ -76,47 +84,44 @@ def test_the_result_is_printed_as_the_readme_shows_it(undisturbed: Path, capsys:
         f"held-out loss {result['base']['loss']:.4f} -> {result['merged']['loss']:.4f} ({-fell:+.1%}) on 6 rows" in said
     )
     assert said.count("--- What does `") == 2 and said.count("tuned:") == 2
-    assert all(str(run / name) in said for name in ("adapter", "merged", "report.html"))
+    assert all(str(run / name) in "\n".join(next_steps(run)) for name in ("adapter", "merged", "report.html"))
 
 
-def test_started_again_every_stage_is_skipped_in_seconds(undisturbed: Path) -> None:
+def test_started_again_every_stage_is_skipped_in_seconds(settings: dict[str, object], undisturbed: Path) -> None:
     began = time.monotonic()
-    command = [GENVALUES, "local", str(undisturbed / "values.yaml"), "--workspace", str(undisturbed / "workspace")]
+    command = run_demo.local_command(run_demo.HERE / "finetune.yaml", settings, undisturbed / "workspace")
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     said = ended.stdout + ended.stderr
     assert time.monotonic() - began < 30
     assert [stage for stage in STAGES if f"{stage}: nothing changed, skipped" in said] == STAGES
-    assert all(name in said for name in LEFT_OUT)
+    assert all(name in said for name in SKIPPED)
 
 
-def test_killed_at_any_stage_and_started_again_it_ends_in_the_same_adapter(
+def test_killed_in_any_stage_and_run_again_it_gives_the_same_adapter(
     settings: dict[str, object], undisturbed: Path, tmp_path: Path
 ) -> None:
-    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    values, workspace = str(tmp_path / "values.yaml"), str(tmp_path / "workspace")
-    inputs = str(run_demo.HERE / "finetune.yaml")
-    subprocess.run([GENVALUES, "write", inputs, "-o", values, *options], check=True)
-    command = [GENVALUES, "local", values, "--workspace", workspace]
-    checkpoints = Path(workspace) / "runs" / "demo" / "checkpoints"
+    workspace = tmp_path / "workspace"
+    command = run_demo.local_command(run_demo.HERE / "finetune.yaml", settings, workspace)
+    checkpoints = workspace / "runs" / "demo" / "checkpoints"
     for stage in STAGES:
         kill_in(stage, command, lambda stage=stage: stage != "train" or any(checkpoints.glob("*/step-*")))
-        assert not (Path(workspace) / "runs" / "demo" / "stages" / f"{stage}.json").exists()
+        assert not (workspace / "runs" / "demo" / "stages" / f"{stage}.json").exists()
     subprocess.run(command, check=True)
     assert adapter_digest(tmp_path) == adapter_digest(undisturbed)
 
 
 def kill_in(stage: str, command: list[str], is_time: Callable[[], bool]) -> None:
-    """Start the pipeline and kill it outright as soon as ``stage`` has begun and ``is_time``."""
+    """Start the pipeline and kill it (SIGKILL) once ``stage`` has begun and ``is_time`` returns true."""
     pipeline = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert pipeline.stdout is not None
     said = ""
     while f"--- {stage}" not in said:
         line = pipeline.stdout.readline()
         said += line
-        assert line, f"it ended before {stage}:\n{said}"
+        assert line, f"the pipeline ended before {stage}:\n{said}"
     while not is_time():
-        assert pipeline.poll() is None, f"it ended in {stage}:\n{said}{pipeline.stdout.read()}"
+        assert pipeline.poll() is None, f"the pipeline ended in {stage}:\n{said}{pipeline.stdout.read()}"
         time.sleep(0.05)
     pipeline.kill()
-    pipeline.stdout.read()  # until the last of its processes is gone
+    pipeline.stdout.read()  # until its last process has ended
     pipeline.wait()

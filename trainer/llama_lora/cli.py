@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from genvalues.common import manifests
+from genvalues.common import log, manifests
 from genvalues.common.errors import UserError, user_errors_end_with_status_2, write_errors_as_user_errors
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets what torch reads when it is imported
@@ -48,6 +48,7 @@ def make_run_folder(paths: Paths) -> None:
 @click.version_option(package_name="llama-lora")
 def main() -> None:
     """The stages of a LoRA fine-tune, one command each. Exit status: 0 done, 2 change something, else try again."""
+    log.configure()
 
 
 @main.command()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -35,9 +38,25 @@ def share_threads(workers: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // workers))
 
 
+@contextmanager
+def stdout_discarded() -> Iterator[None]:
+    """Discard what C++ code writes to stdout: gloo reports every connection there, and no setting turns that off."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 THREADS_ARE_THE_USERS = "OMP_NUM_THREADS" in os.environ
 os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "module name tiny@1a2b is not a valid identifier", a load
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores of the other workers
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of host names that do not resolve
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning after every fork
 os.environ.setdefault("NXD_LOG_LEVEL", "warning")  # else neuronx_distributed tells of every group and save

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lora.data.rendering import IGNORED
+from llama_lora.progress import StageProgress
 from llama_lora.shards import stored_tensors
 
 BATCH_TOKENS = 2048  # rows of similar length go together, up to this many tokens with padding
@@ -53,9 +54,10 @@ def score(model: Any, rows: Sequence[dict[str, Any]]) -> Score:
     from llama_lora.losses import loss_sum
 
     total = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), StageProgress("held-out row", len(rows)) as progress:
         for group in grouped(rows):
             total += loss_sum(model, batch(group)).item()
+            progress.advance(len(group))
     loss = total / sum(label != IGNORED for row in rows for label in row["labels"])
     return Score(loss, math.exp(min(loss, 700)))  # e^710 is more than a float holds
 

@@ -14,6 +14,7 @@ from typing import Any
 from genvalues.common.errors import UserError
 from llama_lora import config
 from llama_lora.data.rendering import IGNORED
+from llama_lora.progress import track
 
 Row = dict[str, Any]
 
@@ -91,7 +92,7 @@ def verify_loss(
     recorded = recorded.first(settings.rows)
     losses = []
     with torch.no_grad():
-        for number in recorded.rows:
+        for number in track(recorded.rows, "probe row", len(recorded.rows)):
             row = cut(dataset[number], recorded.max_tokens)
             losses.append(loss_sum(model, batch([row], isolated)).item())
     again = Probe(recorded.rows, recorded.max_tokens, losses, recorded.tokens)

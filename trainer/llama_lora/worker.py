@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from genvalues.common import log
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
 from llama_lora import backends, launch, stopping
 from llama_lora import config as run_config
@@ -22,6 +23,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(stage_name: str, config_file: str, workspace: str) -> None:
     """Do what the stage has its workers do. A UserError is left for the launcher, which tells it once for all."""
     die_with_the_launcher()
+    log.configure()
     try:
         config = run_config.load(Path(config_file))
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))

@@ -1,7 +1,6 @@
-"""The commands of genvalues, a module each. They parse and print; the work is elsewhere.
+"""The commands of genvalues, one module each. They parse options and print; other rooms do the work.
 
-A module imports only click and ``options``; what a command needs is imported when it runs, so that every one starts as
-fast as it can.
+A module imports click and ``options`` only. A command imports what it needs when it runs, so that all start fast.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from importlib import import_module
 
 import click
 
-# In the order of a user's day, which is the order of --help and of docs/genvalues.md.
+# In the order in which users need them: the order of --help and of docs/genvalues.md.
 MODULES = {
     "init": "genvalues.commands.init",
     "check": "genvalues.commands.check",
@@ -27,11 +26,11 @@ MODULES = {
     "schema": "genvalues.commands.schema",
     "cluster": "genvalues.commands.cluster",
 }
-IN_PODS = {"cluster"}  # not for people
+IN_PODS = {"cluster"}  # only the chart's pods run these
 
 
 class Commands(click.Group):
-    """The commands above, each imported when it is asked for."""
+    """A group that imports a command when it is first used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(MODULES)

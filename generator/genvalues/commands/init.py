@@ -1,130 +1,131 @@
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from genvalues.inputs.template import Answers
 
-def formats_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+log = logging.getLogger(__name__)
+
+FIELDS = ("model", "dataset", "format", "instance", "nodes", "image", "name")  # in the order of the prompts
+
+
+def complete_format(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     from genvalues.settings.datasets import REQUIRED_COLUMNS
 
     return [name for name in REQUIRED_COLUMNS if name.startswith(incomplete)]
 
 
-def instances_beginning_with(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+def complete_instance(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     from genvalues.accelerators.instances import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
-@click.command(short_help="Write a first inputs file, with every key explained.")
+@click.command(short_help="Write a first inputs file that explains every key.")
 @click.argument("file", type=click.Path(path_type=Path), default="finetune.yaml")
-@click.option("--model", metavar="ID", help="A hub id, or id@revision.")
-@click.option("--dataset", metavar="SOURCE", help="A hub id, s3://bucket/key, or a file.")
+@click.option("--model", metavar="ID", help="A Hub id, or id@revision.")
+@click.option("--dataset", metavar="SOURCE", help="A Hub id, s3://bucket/key, or a file.")
 @click.option(
     "--format",
     "format_",
     metavar="FORMAT",
-    shell_complete=formats_beginning_with,
+    shell_complete=complete_format,
     help="text, instruction, prompt-completion or chat.",
 )
 @click.option(
     "--instance",
     metavar="TYPE",
-    shell_complete=instances_beginning_with,
+    shell_complete=complete_instance,
     help="The instance type to train on, such as ml.trn1.32xlarge, or cpu.",
 )
-@click.option("--nodes", type=int, metavar="COUNT", help="How many of them.")
+@click.option("--nodes", type=int, metavar="COUNT", help="The number of instances.")
 @click.option("--image", metavar="IMAGE", help="The stages' image, by tag or digest.")
 @click.option("--name", metavar="NAME", help="The run's name.")
-@click.option("-y", "--yes", is_flag=True, help="Ask nothing: what is not given gets what is usual.")
-@click.option("--force", is_flag=True, help="Over a file that is there, too.")
-def init(
-    file: Path,
-    model: str | None,
-    dataset: str | None,
-    format_: str | None,
-    instance: str | None,
-    nodes: int | None,
-    image: str | None,
-    name: str | None,
-    yes: bool,
-    force: bool,
-) -> None:
-    """Write a first inputs file, FILE (finetune.yaml), with every key explained.
+@click.option("-y", "--yes", is_flag=True, help="Do not prompt: use the defaults for options not given.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def init(file: Path, format_: str | None, yes: bool, force: bool, **options: Any) -> None:
+    """Write a first inputs file, FILE (finetune.yaml), that explains every key.
 
-    What is not given by an option is asked for, where there is somebody to ask.
+    On a terminal, it prompts for the options that are not given.
 
     \b
     Example:
         genvalues init --model meta-llama/Llama-3.2-1B --dataset ./rows.jsonl --instance cpu
     """
+    from genvalues.accelerators.instances import CPU
+    from genvalues.inputs.template import Answers, check_answers, check_place, template_text, write_starter
+
+    check_place(file, force=force)
+    given = {name: value for name, value in {**options, "format": format_}.items() if value is not None}
+    prompts = not yes and sys.stdin is not None and sys.stdin.isatty()
+    # Before the instance is known, check answers against the rules for the CPU, which are the fewest.
+    defaults: dict[str, Any] = {"instance": CPU} if prompts else {}
+    answers = Answers(**{**defaults, **given})
+    check_answers(answers, file)
+    if prompts:
+        answers = prompt_for([name for name in FIELDS if name not in given], answers, file)
+    write_starter(file, template_text(answers, file), force=force)
+    log.info("Wrote %s. Next: genvalues check %s", file, file)
+
+
+def prompt_for(fields: list[str], answers: Answers, file: Path) -> Answers:
+    """Prompt for the fields until the answers have no errors, each alone and all together.
+
+    Raises UserErrors where the errors are not in a field that can be prompted for.
+    """
+    from genvalues.common.errors import UserErrors
+    from genvalues.inputs.template import mistakes, option_of
+
+    while fields:
+        for field in FIELDS:
+            if field in fields:
+                answers = prompt(field, answers, file)
+        # Answers that are valid alone may not fit together, such as a local file and an instance in the cloud.
+        errors = mistakes(answers, file)
+        fields = [field for field in FIELDS if field in map(option_of, errors)]
+        if errors and not fields:
+            raise UserErrors(errors)
+        for error in errors:
+            click.echo(str(error), err=True)
+    return answers
+
+
+def prompt(field: str, answers: Answers, file: Path) -> Answers:
+    """Prompt for one field, until its value is valid. The answers are returned unchanged where it does not apply."""
     from dataclasses import replace
 
     from genvalues.accelerators.instances import CPU, refusal
-    from genvalues.common.errors import UserErrors
-    from genvalues.inputs.template import (
-        IMAGE,
-        Answers,
-        check_answers,
-        check_place,
-        mistakes,
-        option_of,
-        template_text,
-        usual_format,
-        write_starter,
-    )
+    from genvalues.inputs.template import IMAGE, mistakes, option_of, usual_format
+    from genvalues.inputs.template import Answers as Defaults
 
-    check_place(file, force=force)
-    usual = Answers()
-    options = {
-        **{"model": model, "dataset": dataset, "format": format_, "instance": instance},
-        **{"nodes": nodes, "image": image, "name": name},
-    }
-    given: dict[str, Any] = {field: value for field, value in options.items() if value is not None}
-    ask = not yes and sys.stdin is not None and sys.stdin.isatty()
-    # Until the instance is told, what would be right on the CPU is not refused: it has the fewest rules.
-    at_first: dict[str, Any] = {"instance": CPU} if ask else {}
-    answers = Answers(**{**at_first, **given})
-    check_answers(answers, file)
+    if field in ("nodes", "image") and answers.instance == CPU:
+        return answers
+    if field == "nodes" and refusal(answers.instance, 2) is not None:  # this type trains on one node only
+        return answers
+    question = {
+        "model": "Model (Hub id)",
+        "dataset": "Dataset (Hub id, s3://bucket/key, or a file)",
+        "format": "Format (text, instruction, prompt-completion, chat)",
+        "instance": "Instance type, or cpu",
+        "nodes": "Nodes",
+        "image": "Image (docs/image.md explains how to build it)",
+        "name": "Name of the run",
+    }[field]
+    default = {"format": usual_format(answers.dataset), "image": IMAGE}.get(field) or getattr(Defaults(), field)
 
-    def answered(field: str, question: str, default: Any) -> Answers:
-        def right(text: Any) -> Any:
-            value: Any = click.INT.convert(text, None, None) if field == "nodes" else text
-            trial = replace(answers, **{field: value})
-            wrong = [error for error in mistakes(trial, file) if option_of(error) == field]
-            if wrong:
-                raise click.UsageError("\n".join(f"{error.what}. {error.fix}".strip() for error in wrong))
-            return trial
+    def validated(text: Any) -> Answers:
+        value: Any = click.INT.convert(text, None, None) if field == "nodes" else text
+        trial = replace(answers, **{field: value})
+        errors = [error for error in mistakes(trial, file) if option_of(error) == field]
+        if errors:
+            raise click.UsageError("\n".join(f"{error.what}. {error.fix}".strip() for error in errors))
+        return trial
 
-        found: Answers = click.prompt(question, default=default, err=True, value_proc=right)
-        return found
-
-    to_ask = [field for field in options if field not in given] if ask else []
-    while to_ask:
-        if "model" in to_ask:
-            answers = answered("model", "Model (hub id)", usual.model)
-        if "dataset" in to_ask:
-            answers = answered("dataset", "Dataset (hub id, s3://bucket/key, or a file)", usual.dataset)
-        if "format" in to_ask:
-            question = "Format (text, instruction, prompt-completion, chat)"
-            answers = answered("format", question, usual_format(answers.dataset))
-        if "instance" in to_ask:
-            answers = answered("instance", "Instance type, or cpu", usual.instance)
-        if "nodes" in to_ask and answers.instance != CPU and refusal(answers.instance, 2) is None:
-            answers = answered("nodes", "Nodes", usual.nodes)
-        if "image" in to_ask and answers.instance != CPU:
-            answers = answered("image", "Image (docs/image.md says how to build it)", IMAGE)
-        if "name" in to_ask:
-            answers = answered("name", "Name of the run", usual.name)
-        # What each is right in by itself may not fit together: such as a file here, and an instance in the cloud.
-        wrong = mistakes(answers, file)
-        to_ask = [field for field in options if field in map(option_of, wrong)]
-        if wrong and not to_ask:
-            raise UserErrors(wrong)
-        for error in wrong:
-            click.echo(str(error), err=True)
-    write_starter(file, template_text(answers, file), force=force)
-    click.echo(f"Wrote {file}. Next: genvalues check {file}", err=True)
+    found: Answers = click.prompt(question, default=default, err=True, value_proc=validated)
+    return found

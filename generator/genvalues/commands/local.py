@@ -5,24 +5,25 @@ from pathlib import Path
 
 import click
 
-from genvalues.commands.options import chart_option, path
+from genvalues.commands.options import inputs, path
+from genvalues.inputs.input_options import Sources
 
 
 @click.command(short_help="Run the chart's stages on this computer.")
-@click.argument("values", type=click.Path(path_type=Path))
-@path("--workspace", required=True, metavar="DIR", help="Folder that takes the volume's place.")
-@click.option("--cpu", is_flag=True, help="Run values for Trainium on the CPU: one process, eager attention.")
-@chart_option
-def local(values: Path, workspace: Path, cpu: bool, chart: Path | None) -> None:
+@inputs
+@path("--workspace", required=True, metavar="DIR", help="The folder that replaces the volume.")
+@click.option("--cpu", is_flag=True, help="Run a configuration for Trainium on the CPU: one process, eager attention.")
+def local(sources: Sources, workspace: Path, cpu: bool) -> None:
     """Run the chart's stages on this computer, as processes, one after the other.
 
-    VALUES is a values file, or an archive that `genvalues bundle` has written: its release is run again.
+    FILE is an inputs file, a values file, or an archive written by `genvalues bundle`, whose release is run again. -f,
+    --set and --set-string require an inputs file.
 
     \b
     Example:
-        genvalues write finetune.yaml --set instance=cpu && genvalues local values.yaml --workspace ./workspace
+        genvalues local finetune.yaml --set instance=cpu --workspace ./workspace
         genvalues local llama-lora-bundle.tar.gz --workspace ./workspace --cpu
     """
-    from genvalues.ops.local import run
+    from genvalues.ops.local.run import run_locally
 
-    sys.exit(run(values, workspace, chart, on_cpu=cpu))
+    sys.exit(run_locally(sources, workspace, on_cpu=cpu))

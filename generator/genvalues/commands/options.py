@@ -1,4 +1,4 @@
-"""What several commands take."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def path(*arguments: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(*arguments, type=click.Path(path_type=Path), **settings)
 
 
-chart_option = path("--chart", metavar="DIR", help="The chart's folder; ./chart or the source tree's when left out.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, for programs.")
+chart_option = path("--chart", metavar="DIR", help="The chart's folder. Default: ./chart, else the source tree's.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout, for programs.")
 namespace_option = click.option(
-    "-n", "--namespace", envvar="HELM_NAMESPACE", help="Where the release is; the context's when left out."
+    "-n", "--namespace", envvar="HELM_NAMESPACE", help="The release's namespace. Default: the context's."
 )
 context_option = click.option(
-    "--kube-context", "context", envvar="HELM_KUBECONTEXT", help="The cluster; the current context when left out."
+    "--kube-context", "context", envvar="HELM_KUBECONTEXT", help="The cluster. Default: the current context."
 )
 
 
 def inputs(command: Command) -> Command:
-    """FILE, -f, --set, --set-string and --chart, which the command gets as one ``sources``."""
+    """Add FILE, -f, --set, --set-string and --chart; the command receives them as one argument, ``sources``."""
 
     @functools.wraps(command)
     def wrapper(
@@ -45,23 +45,41 @@ def inputs(command: Command) -> Command:
     return decorated(
         wrapper,
         click.argument("file", type=click.Path(path_type=Path)),
-        path("-f", "--values", "overlays", metavar="FILE", multiple=True, help="Lay another inputs file over FILE."),
+        path(
+            "-f",
+            "--values",
+            "overlays",
+            metavar="FILE",
+            multiple=True,
+            help="Merge another inputs file over FILE. Repeatable.",
+        ),
         click.option(
             "--set",
             "sets",
             metavar="KEY=VALUE",
             multiple=True,
-            help="Change keys, in Helm's syntax: --set lora.r=8,lora.targetModules={q_proj,v_proj}.",
+            help="Set keys, in Helm's syntax: --set lora.r=8,lora.targetModules={q_proj,v_proj}.",
         ),
         click.option(
-            "--set-string", "set_strings", metavar="KEY=VALUE", multiple=True, help="The same; the value is text."
+            "--set-string",
+            "set_strings",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Like --set, but the value is always text.",
         ),
         chart_option,
     )
 
 
 def decorated(command: Command, *decorators: Callable[[Command], Command]) -> Command:
-    """As if they stood above the command, in this order."""
+    """Apply the decorators in order, the first outermost."""
     for decorate in reversed(decorators):
         command = decorate(command)
     return command
+
+
+def no_problems_in(sources: Sources) -> str:
+    """``No problems found in base.yaml and trn2.yaml.``"""
+    *others, last = map(str, sources.files)
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"No problems found in {names}."

@@ -8,14 +8,14 @@ from genvalues.commands.options import inputs, json_option
 from genvalues.inputs.input_options import Sources
 
 
-@click.command(short_help="Show what a run would be: layout, memory, hours, dollars.")
+@click.command(short_help="Estimate a run: layout, memory, hours, cost.")
 @inputs
 @json_option
-@click.option("--live", is_flag=True, help="Ask the AWS Pricing API for today's price of a node-hour.")
-@click.option("--offline", is_flag=True, help="Ask nobody: neither the Hub for a model's sizes nor AWS.")
-@click.option("--region", metavar="REGION", help="Where the nodes are; the region of the image in ECR when left out.")
+@click.option("--live", is_flag=True, help="Get the current price of a node-hour from the AWS Pricing API.")
+@click.option("--offline", is_flag=True, help="No network access: no model sizes from the Hub, no prices from AWS.")
+@click.option("--region", metavar="REGION", help="The nodes' AWS region. Default: the region of the image in ECR.")
 def plan(sources: Sources, as_json: bool, live: bool, offline: bool, region: str | None) -> None:
-    """Show what a run would be, before a node is paid for: layout and batch with their reasons, memory, hours, dollars.
+    """Estimate a run before you pay for a node: layout and batch size with their reasons, memory, hours, cost.
 
     \b
     Example:

@@ -8,7 +8,7 @@ from genvalues.commands.options import chart_option
 
 
 @click.command(short_help="Print the JSON schema of an inputs file.")
-@click.option("--values", is_flag=True, help="That of the chart's values instead.")
+@click.option("--values", is_flag=True, help="Print the schema of the chart's values instead.")
 @chart_option
 def schema(values: bool, chart: Path | None) -> None:
     """Print the JSON schema of an inputs file, for editors and programs.
@@ -22,6 +22,6 @@ def schema(values: bool, chart: Path | None) -> None:
     from genvalues.settings.inputs import SCHEMA
 
     if chart and not values:
-        raise UserError("is for the schema of its values", where=f"--chart {chart}", fix="Add --values, or remove it.")
+        raise UserError("requires --values", where=f"--chart {chart}", fix="Add --values, or remove --chart.")
     text = values_schema_text(need_chart(chart)) if values else SCHEMA.read_text(encoding="utf-8")
     click.echo(text.encode("utf-8"), nl=False)

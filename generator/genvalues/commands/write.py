@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
 
-from genvalues.commands.options import inputs
+from genvalues.commands.options import inputs, no_problems_in
 from genvalues.inputs.input_options import Sources
+
+log = logging.getLogger(__name__)
 
 
 @click.command(short_help="Check an inputs file and write the chart's values.")
 @inputs
 @click.option(
-    "-o", "--output", default="values.yaml", show_default=True, metavar="FILE", help="Where to; - for stdout."
+    "-o", "--output", default="values.yaml", show_default=True, metavar="FILE", help="The file to write; - for stdout."
 )
-@click.option("--force", is_flag=True, help="Over a file that was edited, or that genvalues did not write, too.")
+@click.option("--force", is_flag=True, help="Overwrite a file that was edited or that genvalues did not write.")
 def write(sources: Sources, output: str, force: bool) -> None:
     """Check an inputs file and write the chart's values.
 
@@ -30,4 +33,4 @@ def write(sources: Sources, output: str, force: bool) -> None:
         click.echo(text.encode("utf-8"), nl=False)
         return
     write_values(Path(output), text, sources.files, force=force)
-    click.echo(f"{sources.are_right}. Wrote {output}.", err=True)
+    log.info("%s Wrote %s.", no_problems_in(sources), output)

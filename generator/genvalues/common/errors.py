@@ -1,7 +1,7 @@
-"""The one kind of error a user can cause, and the one place that prints it.
+"""Errors that a user can fix, errors that go away on their own, and internal errors; each is printed in one place.
 
-Raised deep in the code with what is wrong, where, and what to write instead; printed once, at the boundary of a
-command, which then ends with status 2 (DESIGN: 0 done, 2 the user must change something, anything else is retried).
+A UserError is raised where the problem is found, with what is wrong, where, and what to write instead. The command
+prints it and ends with status 2. Status 1 means that running the command again may succeed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 EXIT_USER_ERROR = 2
-TRACEBACK = "GENVALUES_TRACEBACK"  # set to anything, the environment variable has the traceback of a defect shown
+TRACEBACK = "GENVALUES_TRACEBACK"  # environment variable: if set, an internal error prints its traceback
 PACKAGE = Path(__file__).parents[1]
 
 
 class UserError(Exception):
-    """Something the user must change. ``where`` is a place in a file, a file, or a flag; ``fix`` says what to write."""
+    """Something the user must change: ``what`` is wrong, ``where`` (a file, a place in one, an option), the ``fix``."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what = what.rstrip(".")
@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several mistakes, reported together: one line each."""
+    """Several errors reported together, one line each."""
 
     def __init__(self, errors: Sequence[UserError]) -> None:
         self.errors = list(errors)
@@ -46,9 +46,9 @@ class UserErrors(UserError):
 
 @contextmanager
 def write_errors_as_user_errors(
-    where: str, fix: str = "Name a file in a folder that is there and that you may write to."
+    where: str, fix: str = "Name a file in an existing folder that you may write to."
 ) -> Iterator[None]:
-    """Around writing what the user has named: what the system says against it, or against its name, as a UserError."""
+    """Turn an OSError or ValueError raised while writing what the user named into a UserError at ``where``."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -57,14 +57,14 @@ def write_errors_as_user_errors(
 
 
 class Unavailable(Exception):
-    """Something outside that may answer later: told in one line, and ended with status 1, so that it is tried again."""
+    """A service does not respond now but may later. Printed in one line; the command ends with status 1."""
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def user_errors_end_with_status_2(command: Command) -> Command:
-    """Decorate a command: a UserError becomes its message on stderr and exit status 2, Unavailable status 1."""
+    """Decorate a command: UserError prints its message and exits with status 2, Unavailable with status 1."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -80,23 +80,23 @@ def user_errors_end_with_status_2(command: Command) -> Command:
     return wrapper  # type: ignore[return-value]
 
 
-def defect(error: Exception, *, with_traceback: bool) -> str:
-    """An error that is ours, in a line: what, where in the code, and how to report it; after its traceback if wanted.
+def internal_error(error: Exception, *, with_traceback: bool) -> str:
+    """Describe an unexpected error in one line: its type, where in the code, and how to report it.
 
-    Nothing that looks like a token is in it.
+    ``with_traceback`` puts the traceback before it. Tokens are redacted.
     """
     import traceback
 
     from genvalues.common.text import one_line, redacted
 
     frames = traceback.extract_tb(error.__traceback__)
-    of_ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents] or list(frames)
-    place = f" at {Path(of_ours[-1].filename).name}:{of_ours[-1].lineno}" if of_ours else ""
-    said = one_line(redacted(str(error)), 120)
-    what = f"{type(error).__name__}{place}{f' ({said})' if said else ''}"
+    own_frames = [frame for frame in frames if PACKAGE in Path(frame.filename).parents] or list(frames)
+    place = f" at {Path(own_frames[-1].filename).name}:{own_frames[-1].lineno}" if own_frames else ""
+    message = one_line(redacted(str(error)), 120)
+    what = f"{type(error).__name__}{place}{f' ({message})' if message else ''}"
     line = (
-        f"genvalues: a defect of ours: {what}. Report it to whoever you have genvalues from, with what the same "
-        f"command prints with {TRACEBACK}=1 before it."
+        f"genvalues: internal error: {what}. Please report it, with the output of the same command run with "
+        f"{TRACEBACK}=1."
     )
     if not with_traceback:
         return line
@@ -104,5 +104,6 @@ def defect(error: Exception, *, with_traceback: bool) -> str:
 
 
 def traceback_wanted() -> bool:
-    """Asked for, or in a pod of the chart, where the command cannot be given again."""
-    return bool(os.environ.get(TRACEBACK)) or sys.argv[1:2] == ["cluster"]
+    """Whether to print tracebacks: on request, and in the chart's pods, where the command cannot be repeated."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return bool(os.environ.get(TRACEBACK)) or command == "cluster"

@@ -1,6 +1,6 @@
-"""Writing files so that a process killed at any moment leaves nothing that looks finished.
+"""Atomic writes of files and folders: a process killed at any moment leaves nothing that looks complete.
 
-Everything is written beside its place and renamed into it, after the data is on the disk.
+Everything is written under a temporary name in the same folder, synced to disk, and then renamed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial-"  # what an unfinished file or folder has in its name
+PARTIAL = ".partial-"  # part of the temporary name of an incomplete file or folder
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole or not at all."""
+    """Write ``text`` to ``path`` atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write ``content`` to ``path`` whole or not at all; readable for whom the umask lets read, or with ``mode``."""
+    """Write ``content`` to ``path`` atomically, with ``mode`` or the permissions that the umask gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
     partial = Path(name)
@@ -35,7 +35,7 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's 0600 would hide the file from the other stages' users
+        # mkstemp's 0600 would make the file unreadable for the users of other stages
         partial.chmod(0o666 & ~current_umask() if mode is None else mode)
         partial.replace(path)
     except BaseException:
@@ -45,8 +45,9 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
 
 
 def write_named(path: Path, content: bytes, mode: int | None = None) -> None:
-    """``write_bytes`` to a place that a person named: a link and the mode of what is there stay. Raises OSError also
-    for what ``place_of`` refuses.
+    """Write ``content`` to a path that a user named: follow a symbolic link and keep the mode of an existing file.
+
+    Raises OSError, also for what ``place_of`` refuses.
     """
     place = place_of(path)
     if mode is None and place.exists():
@@ -55,37 +56,38 @@ def write_named(path: Path, content: bytes, mode: int | None = None) -> None:
 
 
 def place_of(path: Path) -> Path:
-    """The file that ``path``, as a person named it, is or will be. Raises OSError where its folder is not there (it may
-    be mistyped: none is made) or takes no file, where it is a folder itself, and where the file may not be written to,
-    though it could be replaced.
+    """Resolve a path that a user named to the file to write.
+
+    Raises OSError where its folder does not exist (it may be a typo, so it is not created) or is not writable, where
+    the path is a folder, and where the existing file is read-only, although a rename could replace it.
     """
     place = Path(os.path.realpath(path))
     for folder in (path.parent, place.parent):
         if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}")
+            raise FileNotFoundError(errno.ENOENT, f"no such folder: {folder}")
     if place.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     if place.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "this is a folder")
+        raise IsADirectoryError(errno.EISDIR, "is a directory")
     if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"you may not write to the folder {path.parent}")
+        raise PermissionError(errno.EACCES, f"the folder {path.parent} is not writable")
     if place.exists():
         mode = stat.S_IMODE(place.stat().st_mode)
         if not mode & 0o222 or not os.access(place, os.W_OK):  # root has access whatever the mode says
-            raise PermissionError(errno.EACCES, f"the file that is there is read-only (mode {mode:o})")
+            raise PermissionError(errno.EACCES, f"the existing file is read-only (mode {mode:o})")
     return place
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to write into; it takes the place of ``path`` when the block ends well, else it is gone.
+    """Yield a temporary folder that replaces ``path`` when the block succeeds and is removed when it fails.
 
-    What an earlier, killed attempt left beside ``path`` is removed first.
+    Leftovers of earlier, killed attempts are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
@@ -109,7 +111,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Before a folder gets its name: everything in it on the disk, and readable for the users the umask lets read.
+    """Sync everything in a folder to disk, with the permissions that the umask gives.
 
     safetensors writes its files with mode 0600, whatever the umask.
     """
@@ -120,7 +122,7 @@ def settle(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the file's data, or the folder's entries, on the disk."""
+    """Sync a file's data, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,7 +131,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content, read in 1 MiB pieces."""
+    """Return the hex SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -138,7 +140,7 @@ def sha256(path: Path) -> str:
 
 
 def current_umask() -> int:
-    """The process's umask (which can only be read by setting it)."""
+    """Return the process's umask, which can only be read by setting it."""
     umask = os.umask(0o022)
     os.umask(umask)
     return umask

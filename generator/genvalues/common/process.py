@@ -1,9 +1,9 @@
-"""Running processes so that none outlives us: the one place that does.
+"""Run processes that never outlive this one.
 
-Each command runs under a small supervisor (this file again, run as a script). It adopts what its command leaves
-behind, torchrun's workers for example, which have sessions of their own that no signal to a process group reaches.
-When it is told to stop, when its command ends or when whoever started it is gone, be it by SIGKILL, it ends
-everything below it.
+Each command runs under a small supervisor (this file, run as a script). The supervisor adopts processes that its
+command leaves behind, such as torchrun's workers, which run in separate sessions and so miss signals to the process
+group. It ends all its descendants when it gets a signal, when its command ends, and when its parent is gone, even by
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL for a command
-LEFTOVER_GRACE = 2.0  # the same for what a command leaves behind when it ends
+LEFTOVER_GRACE = 2.0  # the same for processes that a command leaves behind
 USER_MUST_CHANGE_SOMETHING = 2
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process: its name (before its lines, when several run together), command line, environment and folder.
+    """A process to run. ``name`` prefixes its lines of output when several run together.
 
-    ``stdin`` is what it reads, less than the 64 KiB that a pipe holds: a password, so no representation shows it.
+    ``stdin`` is its input, at most the 64 KiB that a pipe holds. It may be a password, so repr() does not show it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Command:
 
 
 class Interrupted(Exception):
-    """A signal asked for the end; every process is gone by now."""
+    """A signal asked to stop. All processes have ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -54,11 +54,11 @@ class Interrupted(Exception):
 def run_together(
     commands: Sequence[Command], on_line: Callable[[str, str], None], hold_open: Sequence[int] = ()
 ) -> int:
-    """Run commands side by side, each line of their output to ``on_line(name, line)``, and return how they ended.
+    """Run commands in parallel, pass each line of their output to ``on_line(name, line)``, and return their status.
 
-    The first that fails stops the others. Status 2 of any is the status of all, else the first failure's. The file
-    descriptors ``hold_open`` stay open until the last process is gone. Raises Interrupted after a Ctrl-C, SIGTERM or
-    hang-up.
+    A command that fails stops the others. The status is 2 if any command ended with 2, else that of the first failure.
+    The file descriptors ``hold_open`` stay open until the last process has ended. Raises Interrupted after SIGINT,
+    SIGTERM or SIGHUP.
     """
     running: dict[int, tuple[Command, subprocess.Popen[bytes], bytearray]] = {}
     failures: list[int] = []
@@ -86,7 +86,7 @@ def run_together(
                     output = os.read(key.fd, 1 << 16)
                     for line in whole_lines(unfinished, output):
                         on_line(command.name, line)
-                    if not output:  # the supervisor is the last to close it
+                    if not output:  # only the supervisor still held it open, and has ended
                         selector.unregister(key.fd)
                         del running[key.fd]
                         status = ended(process)
@@ -114,11 +114,11 @@ def start(command: Command, hold_open: Sequence[int]) -> subprocess.Popen[bytes]
         stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and we pass it on in order
+        start_new_session=True,  # Ctrl-C reaches only this process, which stops the commands in order
         pass_fds=hold_open,
     )
     if process.stdin is not None and command.stdin is not None:
-        with suppress(BrokenPipeError), process.stdin:  # it may end without reading it
+        with suppress(BrokenPipeError), process.stdin:  # the command may end without reading it
             process.stdin.write(command.stdin)
     return process
 
@@ -131,7 +131,10 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def whole_lines(unfinished: bytearray, output: bytes) -> Iterator[str]:
-    """The lines that ``output`` finishes (an empty one ends the last); of a redrawn progress bar, its last state."""
+    """Yield the lines that ``output`` completes; empty output completes the last one.
+
+    A line that was redrawn, such as a progress bar, is given in its last state.
+    """
     unfinished += output
     *lines, rest = unfinished.split(b"\n")
     if not output and rest:
@@ -143,9 +146,9 @@ def whole_lines(unfinished: bytearray, output: bytes) -> Iterator[str]:
 
 @contextmanager
 def noted_signals() -> Iterator[tuple[list[int], int]]:
-    """Signals that ask for the end are noted, not raised: nothing is half started when they are looked at.
+    """Record stop signals instead of raising, so that none interrupts the start of a process.
 
-    Yields the list of them and a file descriptor that becomes readable with each.
+    Yields the list of signals received, and a file descriptor that becomes readable with each.
     """
     noted: list[int] = []
 
@@ -171,12 +174,12 @@ def noted_signals() -> Iterator[tuple[list[int], int]]:
 
 
 def supervise(parent: int, arguments: list[str]) -> int:
-    """Run one command to its end, or to ours; return its status once nothing of it is left."""
+    """Run a command until it exits or we do; return its status once all its processes have ended."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with noted_signals() as (noted, wake_up):
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # wakes select
         try:
-            # preexec_fn is safe here: there is one thread. The signal is for when we are killed ourselves.
+            # preexec_fn is safe here: there is only one thread. The signal is sent if this process is killed.
             child = subprocess.Popen(arguments, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # noqa: PLW1509
         except OSError as error:
             print(f"{arguments[0]}: {error.strerror}", flush=True)
@@ -191,7 +194,9 @@ def supervise(parent: int, arguments: list[str]) -> int:
             if status is None and kill_at is None and (noted or os.getppid() != parent):
                 kill_at = time.monotonic() + GRACE
                 with suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGTERM)  # not terminate(), which could take its status from reap()
+                    os.kill(
+                        child.pid, signal.SIGTERM
+                    )  # terminate() would poll, and could consume the status that reap() needs
             if kill_at is not None and time.monotonic() > kill_at:
                 send(signal.SIGKILL)
         end_leftovers()
@@ -199,7 +204,7 @@ def supervise(parent: int, arguments: list[str]) -> int:
 
 
 def end_leftovers() -> None:
-    """SIGTERM, then SIGKILL, to what the command left behind."""
+    """Send SIGTERM, then SIGKILL, to processes that the command left behind."""
     send(signal.SIGTERM)
     deadline = time.monotonic() + LEFTOVER_GRACE
     while descendants() and time.monotonic() < deadline + LEFTOVER_GRACE:
@@ -210,7 +215,7 @@ def end_leftovers() -> None:
 
 
 def reap() -> dict[int, int]:
-    """The statuses of children, adopted ones too, that have ended."""
+    """Return the statuses of children that have ended, including adopted ones."""
     statuses: dict[int, int] = {}
     with suppress(ChildProcessError):
         while True:
@@ -229,7 +234,7 @@ def send(number: int) -> None:
 
 
 def descendants() -> list[int]:
-    """Every process below this one."""
+    """Return the ids of all descendants of this process."""
     children: dict[int, list[int]] = {}
     for pid, parent in processes():
         children.setdefault(parent, []).append(pid)
@@ -242,12 +247,12 @@ def descendants() -> list[int]:
 
 
 def processes() -> Iterator[tuple[int, int]]:
-    """Every process of this computer, with its parent."""
+    """Yield the id of every process on this computer, with its parent's."""
     if Path("/proc/self/stat").exists():
         for entry in os.listdir("/proc"):  # noqa: PTH208
             if entry.isdigit():
                 with suppress(OSError):
-                    # pid (name, which may hold spaces and brackets) state parent ...
+                    # format: pid (name) state parent ...; the name may contain spaces and parentheses
                     stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
                     state, parent = stat.rpartition(")")[2].split()[:2]
                     if state != "Z":

@@ -28,6 +28,8 @@ def at_path(path: str, here: bool) -> ModelFacts:
     if not here:
         return ModelFacts(path, None, unknown="it is on the volume, which this computer cannot read")
     config = Path(path) / "config.json"
+    if path.endswith(".gguf") and Path(path).is_file():  # tokenize converts it
+        return ModelFacts(path, None, unknown="the sizes in a GGUF file are not read")
     try:
         return _model(path, json.loads(config.read_text(encoding="utf-8")), str(config))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""docs/genvalues.md says what the commands say, and the commands say something of everything they take."""
+"""docs/genvalues.md matches the commands' help, and every command and option has help."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_shells_complete_commands_and_options(shell: str, words: str, completed:
         ("init --format ch", ["chat"]),
     ],
 )
-def test_what_is_one_of_a_few_is_completed(words: str, completed: list[str]) -> None:
+def test_the_allowed_values_of_options_are_completed(words: str, completed: list[str]) -> None:
     program = Path(sys.executable).with_name("genvalues")
     typed = f"genvalues {words}"
     asked = {"_GENVALUES_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}

@@ -91,7 +91,7 @@ def test_the_values_file_names_every_file_and_set() -> None:
 
 def test_every_file_is_called_right() -> None:
     files(base=BASE, trn2=TRN2, mine=MINE)
-    said = "base.yaml, trn2.yaml and mine.yaml are right."
+    said = "No problems found in base.yaml, trn2.yaml and mine.yaml."
     done = genvalues("check", "base.yaml", "-f", "trn2.yaml", "-f", "mine.yaml")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, said)
     done = genvalues("write", "base.yaml", "-f", "trn2.yaml", "-f", "mine.yaml")

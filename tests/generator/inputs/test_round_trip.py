@@ -207,7 +207,7 @@ def test_what_genvalues_wrote_is_overwritten_without_a_word(tmp_path: Path) -> N
     assert genvalues("write", "f.yaml", cwd=tmp_path).returncode == 0
     first = output.read_text()
     done = genvalues("write", "f.yaml", "--set", "lora.r=8", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "f.yaml is right. Wrote values.yaml.\n")
+    assert (done.returncode, done.stderr) == (0, "No problems found in f.yaml. Wrote values.yaml.\n")
     assert output.read_text() != first
     output.write_bytes(b"\xef\xbb\xbf" + output.read_text().replace("\n", "\r\n").encode())  # as git and editors do
     assert genvalues("write", "f.yaml", cwd=tmp_path).returncode == 0
@@ -268,8 +268,8 @@ def test_what_is_no_file_is_not_replaced_by_one(place: str, tmp_path: Path) -> N
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text(CPU)
     done = genvalues("write", "f.yaml", "-o", "no/such/values.yaml", cwd=tmp_path)
-    said = "-o no/such/values.yaml: cannot be written: there is no folder no/such. Name a file in a folder that is"
-    assert (done.returncode, done.stderr) == (2, f"{said} there and that you may write to.\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("-o no/such/values.yaml: cannot be written: no such folder: no/such. ")
     assert not (tmp_path / "no").exists()
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_is_read_only_is_not_replaced(options: list[str], tmp_path: 
     output.chmod(0o444)
     done = genvalues("write", "f.yaml", *options, cwd=tmp_path)
     assert (done.returncode, output.stat().st_mode & 0o777) == (2, 0o444)
-    assert done.stderr.startswith("-o values.yaml: cannot be written: the file that is there is read-only (mode 444).")
+    assert done.stderr.startswith("-o values.yaml: cannot be written: the existing file is read-only (mode 444).")
     assert output.read_text() == with_digest(["written"], "a: 1\n")
 
 

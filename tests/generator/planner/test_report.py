@@ -312,7 +312,14 @@ def test_a_local_model_whose_config_cannot_be_read_is_a_warning(tmp_path: Path) 
     assert notes(model) == notes("/workspace/models/mine") == []
 
 
-def test_a_missing_or_empty_dataset_file_is_a_mistake_on_the_cpu(tmp_path: Path) -> None:
+def test_a_gguf_file_is_a_supported_model_and_no_warning(tmp_path: Path) -> None:
+    file, model = tmp_path / "finetune.yaml", tmp_path / "model.Q4_1.gguf"
+    model.write_bytes(b"GGUF")
+    file.write_text(f"model: {{path: {model}}}\ndataset: {{source: a/b}}\ninstance: cpu\n")
+    assert [note.text for note in made(file=file).notes if note.warns] == []
+
+
+def test_a_file_of_rows_that_is_missing_or_empty_is_a_mistake_on_the_cpu(tmp_path: Path) -> None:
     file, rows = tmp_path / "finetune.yaml", tmp_path / "rows.txt"
     for source in (str(rows), "rows.txt"):
         rows.unlink(missing_ok=True)

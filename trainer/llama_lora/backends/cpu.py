@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
+from llama_lora import environment
 from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import Record
@@ -67,7 +68,8 @@ class CpuBackend:
             raise UserErrors(mistakes)
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
-        dist.init_process_group("gloo")
+        with environment.stdout_discarded():
+            dist.init_process_group("gloo")
         loop.train(job, CpuEngine(job), Workers(), finish)
         dist.destroy_process_group()
 

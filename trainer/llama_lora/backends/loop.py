@@ -23,7 +23,7 @@ from llama_lora.backends.workers import Workers
 from llama_lora.data.rendering import IGNORED
 from llama_lora.plan import Plan
 from llama_lora.probe import Row
-from llama_lora.runlog import RunLog, StepMetrics, check_loss
+from llama_lora.runlog import DryRunLog, RunLog, StepMetrics, check_loss
 
 ADAM_BETAS = (0.9, 0.999)  # transformers' defaults, as are epsilon and plain AdamW
 ADAM_EPSILON = 1e-8
@@ -89,9 +89,10 @@ def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[
     last_step = min(job.dry_run or plan.total_steps, plan.total_steps)
     save_steps = REHEARSED_SAVE if rehearsal else job.training.save_steps
     saves = engine.rehearses or not rehearsal
-    log = None
+    log: RunLog | DryRunLog | None = None
     if workers.rank == 0 and rehearsal:
         shutil.rmtree(folder, ignore_errors=True)  # a killed one's
+        log = DryRunLog(last_step)
     if workers.rank == 0 and not rehearsal:
         log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
     if workers.rank == 0 and step < last_step:

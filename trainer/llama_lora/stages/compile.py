@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from genvalues.common.text import duration
 from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingResult
 from llama_lora.config import RunConfig
 from llama_lora.graphs import graph_settings, world_size
 from llama_lora.launch import run_workers, worker_command
-from llama_lora.runlog import duration
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.train import training_job
 

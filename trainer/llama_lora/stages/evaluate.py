@@ -8,6 +8,7 @@ from typing import Any
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation, report
+from llama_lora.progress import track
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer
 
@@ -32,7 +33,10 @@ def evaluate(stage: Stage) -> None:
         model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 is 16 GB
         scores[name] = evaluation.score(model, rows)
         print(f"{name}: loss {scores[name].loss:.4f}, perplexity {scores[name].perplexity:.2f}", flush=True)
-        answers[name] = [evaluation.answer(model, tokenizer, prompt, wished.max_new_tokens) for prompt in prompts]
+        answers[name] = [
+            evaluation.answer(model, tokenizer, prompt, wished.max_new_tokens)
+            for prompt in track(prompts, "sample", len(prompts))
+        ]
         del model
     samples = [
         {

@@ -14,6 +14,7 @@ from genvalues.common.errors import UserError
 from llama_lora import evaluation
 from llama_lora.adapter import Delta, read_deltas
 from llama_lora.probe import Probe
+from llama_lora.progress import StageProgress, track
 from llama_lora.shards import DTYPES, StoredTensor, add_in_place, stored_tensors
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.consolidate import refuse_to_overwrite, verify_loss
@@ -73,8 +74,14 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
 
 def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mapping[str, Delta], folder: Path) -> None:
     """Copy the base model's folder (tokenizer, chat template and generation config with it) and patch the copy."""
-    shutil.copytree(base, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    for name, delta in deltas.items():
+    with StageProgress("file", sum(path.is_file() for path in base.rglob("*"))) as progress:
+
+        def copy(source: str, target: str) -> None:
+            shutil.copyfile(source, target)
+            progress.advance()
+
+        shutil.copytree(base, folder, dirs_exist_ok=True, copy_function=copy)
+    for name, delta in track(deltas.items(), "tensor", len(deltas)):
         add_in_place(folder / tensors[name].shard, tensors[name], delta.weight())
 
 

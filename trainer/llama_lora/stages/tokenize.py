@@ -17,6 +17,7 @@ from llama_lora.config import RunConfig, Training
 from llama_lora.data.dataset_readers import read_rows
 from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
+from llama_lora.progress import track
 from llama_lora.resolve import Sources
 from llama_lora.shared import making
 from llama_lora.snapshot import take_snapshot
@@ -116,7 +117,7 @@ def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[
     dropped: Counter[str] = Counter()
     truncated = 0
     found: set[str] = set()
-    for row in read_rows(config.dataset, sources.dataset):
+    for row in track(read_rows(config.dataset, sources.dataset), "row"):
         found.update(row.values)
         try:
             example, cut = renderer.example(row, config.training.max_sequence_length)

@@ -272,9 +272,9 @@ def test_json_says_where_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     ("output", "said"),
     [
         ("folder", "-o folder: cannot be written: is a directory. Name a file"),
-        ("no/such.tar.gz", "-o no/such.tar.gz: cannot be written: there is no folder no. Name a file"),
-        ("read-only.tar.gz", "-o read-only.tar.gz: cannot be written: the file that is there is read-only (mode 444)."),
-        ("closed/b.tar.gz", "-o closed/b.tar.gz: cannot be written: you may not write to the folder closed."),
+        ("no/such.tar.gz", "-o no/such.tar.gz: cannot be written: no such folder: no. Name a file"),
+        ("read-only.tar.gz", "-o read-only.tar.gz: cannot be written: the existing file is read-only (mode 444)."),
+        ("closed/b.tar.gz", "-o closed/b.tar.gz: cannot be written: the folder closed is not writable."),
     ],
 )
 def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_asked(

@@ -17,7 +17,9 @@ from generator.ops.release.run import Outer, Run
 from generator.ops.release.test_status import genvalues
 from genvalues.commands.logs import STAGES
 from genvalues.common.helm import render
-from genvalues.ops import local, logs, status
+from genvalues.ops import logs, status
+from genvalues.ops.local.chart_stages import STAGE, annotation_of, stage_jobs
+from genvalues.ops.local.local_values import read_values
 
 ROOT = Path(__file__).parents[4]
 
@@ -146,7 +148,7 @@ def test_the_shell_completes_stages_without_a_cluster() -> None:
 
 
 def test_what_is_completed_are_the_chart_s_stages_in_their_order() -> None:
-    values = local.read_values(ROOT / "values" / "trn1.values.yaml")
+    values = read_values(ROOT / "values" / "trn1.values.yaml")
     values["compile"]["runsOn"] = "cpu"  # which has one stage more
     values |= {"storage": {**values.get("storage", {}), "prepare": {"enabled": True}}, "evaluation": {"enabled": True}}
     objects = [
@@ -154,7 +156,7 @@ def test_what_is_completed_are_the_chart_s_stages_in_their_order() -> None:
         for mode in ("attached", "detached")
         for item in render(ROOT / "chart", "demo", {**values, "pipeline": {"mode": mode}})
     ]
-    stages = [local.annotation(item, local.STAGE) for item in local.in_order(objects)]
+    stages = [annotation_of(item, STAGE) for item in stage_jobs(objects)]
     assert [stage for stage in stages if not stage.endswith("-gate")] == list(STAGES[:-1])
-    jobs = [item for item in objects if item["kind"] == "Job" and not local.annotation(item, "helm.sh/hook")]
-    assert [local.annotation(item, local.STAGE) for item in jobs] == [STAGES[-1]]
+    jobs = [item for item in objects if item["kind"] == "Job" and not annotation_of(item, "helm.sh/hook")]
+    assert [annotation_of(item, STAGE) for item in jobs] == [STAGES[-1]]

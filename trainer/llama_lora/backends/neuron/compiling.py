@@ -23,12 +23,12 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import Unavailable, UserError, UserErrors
+from genvalues.common.text import duration
 from llama_lora import launch
 from llama_lora.backends.neuron import cache, tool
 from llama_lora.backends.neuron.cache import Module, Use
 from llama_lora.backends.neuron.provenance import COMPILER, differences, provenance, versions
 from llama_lora.environment import THREADS_ARE_THE_USERS
-from llama_lora.runlog import duration
 from llama_lora.stage import Stage
 
 LOOK = 1.0  # seconds between two looks at what the others have told

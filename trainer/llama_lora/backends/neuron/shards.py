@@ -33,6 +33,7 @@ from genvalues.common.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.neuron.rules import architecture_of
+from llama_lora.progress import track
 
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
@@ -72,7 +73,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
     readers = _readers(metadata, replicas)
     fingerprints: list[list[bytes]] = [[] for _ in ranks]
     tensors: dict[str, torch.Tensor] = {}
-    for name in ranks[0].entries:
+    for name in track(ranks[0].entries, "tensor", len(ranks[0].entries)):
         pieces = [rank.tensor(name) for rank in ranks]
         _check_pieces(name, pieces, ranks, config["r"])
         reader = readers.get(name) or _reader_of_plain(name, metadata, replicas)

@@ -29,6 +29,7 @@ from optimum.neuron.models.training.loss_utils import parallel_cross_entropy
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import environment
 from llama_lora.adapter import write_adapter
 from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import Record
@@ -57,7 +58,8 @@ class NeuronEngine:
         self.job = job
         self.extracting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"  # what a core computes then means nothing
         self.trn_config = neuron_model.neuron_config(job.parallelism, job.training)
-        self.workers = Workers(dist.new_group(backend="gloo", timeout=WAIT_FOR_A_GRAPH))
+        with environment.stdout_discarded():
+            self.workers = Workers(dist.new_group(backend="gloo", timeout=WAIT_FOR_A_GRAPH))
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_size()
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()

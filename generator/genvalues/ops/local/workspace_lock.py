@@ -1,0 +1,65 @@
+"""One run at a time in a workspace: two would write the same files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from genvalues.common.errors import UserError
+
+STOP_SECONDS = 30.0  # for the stages of a killed run to notice that it is gone, and end
+
+
+@contextmanager
+def locked(workspace: Path) -> Iterator[int]:
+    """Hold the lock of a workspace; yield its file descriptor, which the stages keep open until the last one ends.
+
+    Raises UserError where another run holds it, or the workspace cannot be written.
+    """
+    path = workspace / ".local" / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        fix = "Name a folder that you may write to, or a new one."
+        raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}", fix=fix) from None
+    with file:
+        deadline = time.monotonic() + STOP_SECONDS
+        while not acquired(file):
+            file.seek(0)
+            holder = file.read().strip()
+            # The stages of a killed run may still write, until they notice and end.
+            if process_exists(holder) or time.monotonic() > deadline:
+                raise UserError(
+                    f"another `genvalues local` (process {holder or '?'}) is running in this workspace",
+                    where=f"--workspace {workspace}",
+                    fix="Wait until it ends, stop it, or use another folder.",
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()
+
+
+def acquired(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def process_exists(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
