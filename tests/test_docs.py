@@ -1,4 +1,4 @@
-"""What the pages name exists: their links, and the labels that their commands select by."""
+"""What the pages name exists: their links, the labels that their commands select by, the pipeline in the picture."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chart.manifests import MINIMAL, config, merged, pods, render
+from draw_pipeline import PICTURE, VALUES, attached, picture, stages_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_README_LINES = 130
 
 
 def headings(page: Path) -> set[str]:
@@ -32,12 +35,23 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"](docs/{page.name}" in readme
+    for page in set(PAGES) - {ROOT / "README.md", ROOT / "chart/README.md"}:
+        assert f"]({page.relative_to(ROOT)}" in readme
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+
+
+def test_the_picture_shows_the_charts_stages() -> None:
+    values = attached(yaml.safe_load(VALUES.read_text(encoding="utf-8")))
+    stages = stages_of(render(values))
+    assert {stage.name for stage in stages if stage.devices} == {"compile", "train"}
+    assert PICTURE.read_text(encoding="utf-8") == picture(stages), "run: make docs"
 
 
 @pytest.mark.parametrize("name", ["operations.md", "gitops.md"])
-def test_commands_select_by_labels_that_there_are(name: str) -> None:
+def test_commands_select_by_labels_of_the_charts_objects(name: str) -> None:
     attached, detached = (render(merged(MINIMAL, {"pipeline": {"mode": mode}})) for mode in ("attached", "detached"))
     inner = render(config(detached, "values.yaml"), release="llama-run")
     labels = [item["metadata"]["labels"] for objects in (attached, detached, inner) for item in objects]
