@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
 from chart.manifests import MINIMAL, config, merged, pods, render
 from draw_pipeline import PICTURE, VALUES, attached, picture, stages_of
+from genvalues.cli import genvalues
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +33,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         other = page.parent / file if file else page
         assert other.is_file(), target
         assert not anchor or anchor in headings(other), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_uses_only_commands_and_options_of_genvalues_that_exist(page: Path) -> None:
+    for line in re.findall(r"^ {4}(?:\$ )?(genvalues [a-z].*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        command: click.Command = genvalues
+        for word in re.split(r" (?:&&|\||>|#) ", line)[0].split()[1:]:
+            if isinstance(command, click.Group):
+                found = command.get_command(click.Context(command), word)
+                assert found is not None, line
+                command = found
+            elif word.startswith("-") and word != "-":
+                options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+                assert word.partition("=")[0] in options, line
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
