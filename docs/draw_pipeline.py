@@ -1,7 +1,7 @@
-"""docs/pipeline.svg, from the stages that the chart renders for values/trn1.values.yaml: `make docs`.
+"""Draw docs/pipeline.svg from the stages that the chart renders for values/trn1.values.yaml: `make docs`.
 
-Boxes and text bring their own colors, and lines are of a gray that stands out on white and on black, so the picture
-needs no variant for GitHub's dark theme.
+Boxes and text have their own colors, and the gray of the lines has enough contrast on white and on black, so GitHub's
+light and dark themes show the same file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 VALUES = ROOT / "values/trn1.values.yaml"
 PICTURE = ROOT / "docs/pipeline.svg"
 
-# What a stage does, in at most two lines of 24 characters. A stage that is not here is drawn with its name alone.
+# What a stage does, in at most two lines of 24 characters. A stage without an entry is drawn with its name alone.
 DOES = {
     "preflight": "checks cluster, nodes, volume and token",
     "storage-prepare": "gives the volume to the run's user",
@@ -51,7 +51,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(objects: list[Object]) -> list[Stage]:
-    """The hooks that run after an install, by weight. A gate belongs to the stage that it is named after."""
+    """The hooks that run after an install, in the order of their weights. A gate is part of the stage it is named after."""
     hooks = sorted((item for item in objects if "post-install" in annotation(item, "helm.sh/hook")), key=weight)
     names = [annotation(item, "llama-lora/stage") for item in hooks]
     return [
@@ -70,6 +70,7 @@ def weight(item: Object) -> int:
 
 
 def devices_and_nodes(item: Object) -> tuple[int, int]:
+    """Neuron devices of each pod, and the number of pods."""
     if item["kind"] != "PyTorchJob":
         template, nodes = item["spec"]["template"], 1
     else:
@@ -157,7 +158,7 @@ def line_of_text(x: int, y: int, text: str, *, size: int = 11, weight: int = 400
 
 
 def attached(values: Object) -> Object:
-    """The values in the mode in which the stages are hooks of the release itself."""
+    """Set the mode in which the stages are hooks of the release itself."""
     return {**values, "pipeline": {**values.get("pipeline", {}), "mode": "attached"}}
 
 

@@ -1,4 +1,4 @@
-"""What the pages name exists: their links, the labels that their commands select by, the pipeline in the picture."""
+"""The pages match the repository: links, commands, labels, and the picture of the pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_README_LINES = 130
 
 
 def headings(page: Path) -> set[str]:
-    """Anchors, as GitHub makes them."""
+    """The anchors that GitHub generates."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
