@@ -51,7 +51,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(objects: list[Object]) -> list[Stage]:
-    """The hooks that run after an install, in the order of their weights. A gate is part of the stage it is named after."""
+    """The hooks that run after an install, by weight. A gate is part of the stage that it is named after."""
     hooks = sorted((item for item in objects if "post-install" in annotation(item, "helm.sh/hook")), key=weight)
     names = [annotation(item, "llama-lora/stage") for item in hooks]
     return [
