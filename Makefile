@@ -52,6 +52,7 @@ values: $(READY)
 
 docs: $(READY)
 	.venv/bin/python docs/generate_genvalues.py
+	.venv/bin/python docs/draw_pipeline.py
 
 bench: $(READY)
 	.venv/bin/python tests/bench/bench_start.py

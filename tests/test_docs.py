@@ -1,20 +1,25 @@
-"""What the pages name exists: their links, and the labels that their commands select by."""
+"""The pages match the repository: links, commands, labels, and the picture of the pipeline."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import click
 import pytest
+import yaml
 
 from chart.manifests import MINIMAL, config, merged, pods, render
+from draw_pipeline import PICTURE, VALUES, attached, picture, stages_of
+from genvalues.cli import genvalues
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_README_LINES = 130
 
 
 def headings(page: Path) -> set[str]:
-    """Anchors, as GitHub makes them."""
+    """The anchors that GitHub generates."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -30,14 +35,39 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(other), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_uses_only_commands_and_options_of_genvalues_that_exist(page: Path) -> None:
+    for line in re.findall(r"^ {4}(?:\$ )?(genvalues [a-z].*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        command: click.Command = genvalues
+        for word in re.split(r" (?:&&|\||>|#) ", line)[0].split()[1:]:
+            if isinstance(command, click.Group):
+                found = command.get_command(click.Context(command), word)
+                assert found is not None, line
+                command = found
+            elif word.startswith("-") and word != "-":
+                options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+                assert word.partition("=")[0] in options, line
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"](docs/{page.name}" in readme
+    for page in set(PAGES) - {ROOT / "README.md", ROOT / "chart/README.md"}:
+        assert f"]({page.relative_to(ROOT)}" in readme
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+
+
+def test_the_picture_shows_the_charts_stages() -> None:
+    values = attached(yaml.safe_load(VALUES.read_text(encoding="utf-8")))
+    stages = stages_of(render(values))
+    assert {stage.name for stage in stages if stage.devices} == {"compile", "train"}
+    assert PICTURE.read_text(encoding="utf-8") == picture(stages), "run: make docs"
 
 
 @pytest.mark.parametrize("name", ["operations.md", "gitops.md"])
-def test_commands_select_by_labels_that_there_are(name: str) -> None:
+def test_commands_select_by_labels_of_the_charts_objects(name: str) -> None:
     attached, detached = (render(merged(MINIMAL, {"pipeline": {"mode": mode}})) for mode in ("attached", "detached"))
     inner = render(config(detached, "values.yaml"), release="llama-run")
     labels = [item["metadata"]["labels"] for objects in (attached, detached, inner) for item in objects]
