@@ -7,7 +7,7 @@ READY := .venv/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-cluster cluster-packages image schema values docs bench clean
+.PHONY: setup demo test test-all test-cluster cluster-packages image schema values docs bench clean
 
 setup: $(READY)
 
@@ -23,11 +23,18 @@ $(READY): pyproject.toml tests/helm_binaries.py
 demo: $(READY)
 	.venv/bin/python tests/demo/run_demo.py
 
+# A module's tests run in one process, which keeps what they share. At most 4 processes of about 1.5 GB.
+PYTEST := .venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
 test: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest
+	$(PYTEST)
+
+# With every fuzz case and round trip. docs/testing.md
+test-all: $(READY)
+	$(PYTEST) --all
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)
