@@ -26,15 +26,12 @@ demo: $(READY)
 # A module's tests run in one process, which keeps what they share. At most 4 processes of about 1.5 GB.
 PYTEST := .venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-test: $(READY)
+test-all: PYTEST += --all   # every fuzz case and round trip: docs/testing.md
+test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	$(PYTEST)
-
-# With every fuzz case and round trip. docs/testing.md
-test-all: $(READY)
-	$(PYTEST) --all
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)

@@ -81,8 +81,3 @@ if any("llama-lora" in word or "llama_lora." in word for word in sys.orig_argv[:
     from llama_lora import backends
 
     backends.get = lambda name: StandIn()  # type: ignore[assignment, return-value]
-
-if any(word.endswith("llama-lora") for word in sys.orig_argv[:2]):
-    from llama_lora.backends.neuron import cache
-
-    cache.BEAT, cache.PATIENCE = 0.2, 2.0
