@@ -123,10 +123,9 @@ class Run:
     def __call__(self, stage: str, *arguments: str, status: int = 0, **environment: str) -> str:
         """Run a stage as the chart does; its output. Fails the test when it ends with another status."""
         command = [stage, *arguments, "--config", str(self.write_config()), "--workspace", str(self.workspace)]
-        if environment:
-            return llama_lora(*command, status=status, **environment)
-        if stage in DISTRIBUTED:
-            return llama_lora(*command, status=status, popen=WarmPopen)
+        if stage in DISTRIBUTED or environment:
+            popen = WarmPopen if self.config["backend"] == "cpu" else subprocess.Popen
+            return llama_lora(*command, status=status, popen=popen, **environment)
         return llama_lora_here(*command, status=status)
 
     def copy(self, folder: Path) -> Run:

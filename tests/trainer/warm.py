@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import logging
 import os
 import runpy
@@ -20,6 +21,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub.constants
 
 PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes, in /proc/PID/comm
 
@@ -71,9 +74,20 @@ def become(args: list[str], env: dict[str, str], cwd: str | None, streams: Seque
     warnings.simplefilter("ignore")  # of runpy: the module is imported already
     os.environ.clear()
     os.environ.update(env)
+    read_hub_environment()
     if cwd is not None:
         os.chdir(cwd)
     ctypes.CDLL(None).prctl(PR_SET_NAME, process_name(args, env).encode(), 0, 0, 0)
+
+
+def read_hub_environment() -> None:
+    """Have huggingface_hub read $HF_ENDPOINT and others again, which it does when it is imported."""
+    constants = vars(importlib.reload(huggingface_hub.constants))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("huggingface_hub."):
+            vars(module).update(
+                {key: constants[key] for key in vars(module).keys() & constants.keys() if key.isupper()}
+            )
 
 
 def process_name(args: Sequence[str], env: dict[str, str]) -> str:
