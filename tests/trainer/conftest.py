@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from llama_lora import config as run_config
 from llama_lora.cli import main
 from llama_lora.paths import Paths
+from trainer.warm import WarmPopen
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -93,6 +94,7 @@ def write_rows(path: Path, count: int = 40) -> Path:
 
 
 DISTRIBUTED = ("compile", "train")  # start workers
+LLAMA_LORA = str(Path(sys.executable).with_name("llama-lora"))
 
 
 @dataclass
@@ -122,7 +124,8 @@ class Run:
         """Run a stage as the chart does; its output. Fails the test when it ends with another status."""
         command = [stage, *arguments, "--config", str(self.write_config()), "--workspace", str(self.workspace)]
         if stage in DISTRIBUTED or environment:
-            return llama_lora(*command, status=status, **environment)
+            popen = WarmPopen if self.config["backend"] == "cpu" else subprocess.Popen
+            return llama_lora(*command, status=status, popen=popen, **environment)
         return llama_lora_here(*command, status=status)
 
     def copy(self, folder: Path) -> Run:
@@ -149,20 +152,21 @@ class Run:
         return manifest
 
 
-def llama_lora(*arguments: str, status: int = 0, **environment: str) -> str:
+def llama_lora(
+    *arguments: str, status: int = 0, popen: type[subprocess.Popen[str]] = subprocess.Popen, **environment: str
+) -> str:
     """Run the llama-lora command as a process; its output, both streams."""
-    command = [str(Path(sys.executable).with_name("llama-lora")), *arguments]
-    ended = subprocess.run(
-        command,
+    process = popen(
+        [LLAMA_LORA, *arguments],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
-    assert ended.returncode == status, f"{' '.join(arguments)} ended with {ended.returncode}:\n{ended.stdout}"
-    assert "Traceback" not in ended.stdout, ended.stdout
-    return ended.stdout
+    said, _ = process.communicate()
+    assert process.returncode == status, f"{' '.join(arguments)} ended with {process.returncode}:\n{said}"
+    assert "Traceback" not in said, said
+    return said
 
 
 def llama_lora_here(*arguments: str, status: int = 0) -> str:

@@ -23,10 +23,21 @@ from genvalues.common.errors import UserError
 from llama_lora import backends, launch, stage
 from llama_lora.backends.neuron import cache, compiling, provenance, tool
 from llama_lora.graphs import graph_settings
-from trainer.conftest import Run, llama_lora, llama_lora_here
+from llama_lora.paths import Paths
+from trainer.conftest import LLAMA_LORA, Run, llama_lora_here
+from trainer.warm import WarmPopen
 
 STANDIN = Path(__file__).parent / "standin"
-WORKER = ["sh", "-c", f'{launch.LAUNCHER}=$$ "$@" & wait $!', "worker"]  # its launcher
+ALONE = {"NEURON_CC_FLAGS": "", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def launcher_of_one_worker(stage: str, paths: Paths) -> list[str]:
+    """What stands in for torchrun, and is the launcher whose end a worker watches for."""
+    return ["sh", "-c", f'{launch.LAUNCHER}=$$ "$@" & wait $!', "worker", *launch.worker_command(stage, paths)]
+
+
+def unique() -> str:
+    return str(time.time_ns())
 
 
 class NeuronRun:
@@ -46,39 +57,36 @@ class NeuronRun:
         }
 
     def as_process(self, name: str = "compile", status: int = 0, **environment: str) -> str:
-        """Run a stage as the chart does; its output."""
-        command = [name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
-        return llama_lora(*command, status=status, **self.environment(**environment))
+        """Run a stage in a process of its own, with workers that torchrun starts; its output."""
+        process = self.start(name, **environment)
+        said, _ = process.communicate()
+        assert process.returncode == status and "Traceback" not in said, said
+        return said
 
     def __call__(self, name: str = "compile", status: int = 0, **environment: str) -> str:
         """The same in this process, with one worker that no torchrun starts: seconds less."""
-        alone = {
-            "NEURON_CC_FLAGS": "",
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_PORT": str(time.time_ns()),
-        }
         with pytest.MonkeyPatch.context() as patch:
-            for variable, value in {**alone, **self.environment(**environment)}.items():
+            for variable, value in {**self.environment(**environment), **ALONE, "MASTER_PORT": unique()}.items():
                 patch.setenv(variable, value)
-            patch.setattr(
-                launch, "launcher_command", lambda stage, paths: [*WORKER, *launch.worker_command(stage, paths)]
-            )
-            patch.setattr(cache, "BEAT", 0.2)
-            patch.setattr(cache, "PATIENCE", 2.0)
-            command = [name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
-            return llama_lora_here(*command, status=status)
+            patch.setattr(launch, "launcher_command", launcher_of_one_worker)
+            return llama_lora_here(*self.command(name)[1:], status=status)
 
-    def start(self, name: str = "compile", **environment: str) -> subprocess.Popen[str]:
-        program = str(Path(sys.executable).with_name("llama-lora"))
-        return subprocess.Popen(
-            [program, name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)],
-            env={**os.environ, **self.environment(**environment)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, name: str = "compile", torchrun: bool = True, **environment: str) -> subprocess.Popen[str]:
+        """Start a stage in a process of its own, with workers that torchrun starts, or with one that it does not."""
+        with pytest.MonkeyPatch.context() as patch:
+            if not torchrun:
+                patch.setattr(launch, "launcher_command", launcher_of_one_worker)
+                environment |= {**ALONE, "MASTER_PORT": unique()}
+            return WarmPopen(
+                self.command(name),
+                env={**os.environ, **self.environment(**environment)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def command(self, name: str) -> list[str]:
+        return [LLAMA_LORA, name, "--config", str(self.run.write_config()), "--workspace", str(self.run.workspace)]
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -107,6 +115,8 @@ class NeuronRun:
 @pytest.fixture
 def neuron(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[..., NeuronRun]:
     monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(check=lambda config, model: None))
+    monkeypatch.setattr(cache, "BEAT", 0.2)
+    monkeypatch.setattr(cache, "PATIENCE", 2.0)
 
     def make(name: str = "run", **changes: Any) -> NeuronRun:
         run = new_run(name, **changes)
@@ -209,7 +219,7 @@ def test_a_killed_compile_leaves_no_process_and_a_rerun_starts_clean(
     neuron: Callable[..., NeuronRun], how: signal.Signals
 ) -> None:
     run = neuron()
-    killed = run.start(STANDIN_SECONDS="60")
+    killed = run.start(torchrun=False, STANDIN_SECONDS="60")
     wait_for(lambda: any(module.is_locked for module in run.modules))
     (call,) = run.calls
     killed.send_signal(how)
@@ -241,7 +251,7 @@ def test_locks_stay_while_another_run_uses_the_cache(neuron: Callable[..., Neuro
     shutil.rmtree(other.run.workspace / "compile-cache", ignore_errors=True)
     run.run.paths.compile_cache.mkdir(parents=True)
     (other.run.workspace / "compile-cache").symlink_to(run.run.paths.compile_cache)
-    compiling = other.start(STANDIN_SECONDS="4")
+    compiling = other.start(torchrun=False, STANDIN_SECONDS="4")
     try:
         wait_for(lambda: any(module.is_locked for module in run.modules))
         said = run()

@@ -19,7 +19,7 @@ from genvalues.common.errors import UserError
 from llama_lora import resolve
 from llama_lora.config import Model
 from llama_lora.snapshot import take_snapshot
-from trainer.conftest import Run, llama_lora, make_model
+from trainer.conftest import Run, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
 NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -120,23 +120,14 @@ def test_what_the_hub_refuses_is_told_with_its_fix(
 ) -> None:
     run = of_hub(new_run())
     hub.refusal = refusal
-    said = llama_lora(
-        *("tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)),
-        status=2,
-        **hub.environment,
-    )
-    assert message in said
+    assert message in run("tokenize", status=2, **hub.environment)
     assert not list(run.workspace.glob("models/org*"))
 
 
 def test_a_hub_that_does_not_answer_is_tried_again(new_run: Callable[..., Run]) -> None:
     """Not status 2: there is nothing the user has to change."""
     run = of_hub(new_run())
-    said = llama_lora(
-        *("tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)),
-        status=1,
-        HF_ENDPOINT=NO_ENDPOINT,
-    )
+    said = run("tokenize", status=1, HF_ENDPOINT=NO_ENDPOINT)
     assert said.count("\n") == 1 and "cannot be reached" in said
 
 

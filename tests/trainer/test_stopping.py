@@ -8,11 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ import pytest
 from llama_lora import launch, stopping
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_training import adapter_digest, free_port, losses, prepared, train_command, wait_for, worker_pids
+from trainer.warm import WarmPopen
 
 LONG: dict[str, Any] = {"training": {"maxSteps": 5000, "saveSteps": 5000}, "parallelism": TWO_PROCESSES}
 
@@ -43,7 +44,7 @@ def start(run: Run, **environment: str) -> subprocess.Popen[str]:
 
 def started(command: list[str], **environment: str) -> subprocess.Popen[str]:
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    STARTED.append(subprocess.Popen(command, env={**os.environ, **environment}, **streams))
+    STARTED.append(WarmPopen(command, env={**os.environ, **environment}, **streams))
     return STARTED[-1]
 
 
@@ -104,15 +105,10 @@ def test_one_worker_alone_can_be_asked_and_all_stop_at_the_same_step(new_run: Ca
     run = prepared(new_run(**LONG))
     trainer = start(run)
     wait_for(run.paths.progress.exists)
-    os.kill(worker_of_rank(1, trainer.pid), stopping.ASK)
+    os.kill(worker_pids(trainer.pid)[1], stopping.ASK)
     status, said = end(trainer)
     assert status == 143, said
     assert len(saved_steps(run)) == 1
-
-
-def worker_of_rank(rank: int, launcher: int) -> int:
-    (found,) = [pid for pid in worker_pids(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
-    return found
 
 
 def test_a_node_that_was_not_told_stops_with_the_one_that_was(new_run: Callable[..., Run]) -> None:
@@ -173,14 +169,21 @@ def test_before_the_first_step_there_is_nothing_to_save_and_it_ends_quickly(new_
 def test_before_the_workers_have_met_it_ends_quickly(new_run: Callable[..., Run]) -> None:
     """The other node never comes."""
     run = prepared(new_run(**LONG))
-    trainer = start(run, PET_NNODES="2:2", PET_RDZV_BACKEND="c10d", PET_RDZV_ENDPOINT=f"localhost:{free_port()}")
-    time.sleep(8)
+    port = free_port()
+    trainer = start(run, PET_NNODES="2:2", PET_RDZV_BACKEND="c10d", PET_RDZV_ENDPOINT=f"localhost:{port}")
+    wait_for(lambda: is_listening(port))
+    time.sleep(1)
     assert trainer.poll() is None and not worker_pids(trainer.pid)
     began = time.monotonic()
     trainer.send_signal(signal.SIGTERM)
     status, said = end(trainer)
     assert status == 143, said
     assert time.monotonic() - began < 10 and "Traceback" not in said
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
 
 
 def test_a_dry_run_ends_at_once_and_does_not_count(new_run: Callable[..., Run]) -> None:

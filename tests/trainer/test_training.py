@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 
 from genvalues.common import files
-from trainer.conftest import TWO_PROCESSES, Run
+from trainer.conftest import LLAMA_LORA, TWO_PROCESSES, Run
+from trainer.warm import WarmPopen
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
@@ -42,8 +44,7 @@ def prepared(run: Run) -> Run:
 
 
 def train_command(run: Run) -> list[str]:
-    llama_lora = str(Path(sys.executable).with_name("llama-lora"))
-    return [llama_lora, "train", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
+    return [LLAMA_LORA, "train", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -131,9 +132,9 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(new_run: Callable[
     shutil.rmtree(checkpoints)
     killed.paths.manifest("train").unlink()
 
-    trainer = subprocess.Popen(train_command(killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    trainer = WarmPopen(train_command(killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: any(checkpoints.glob("step-*")))
-    children = worker_pids(trainer.pid)
+    children = list(worker_pids(trainer.pid).values())
     assert len(children) == 2
     trainer.kill()
     trainer.wait()
@@ -149,16 +150,19 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(new_run: Callable[
     assert not list(checkpoints.glob(f".*{files.PARTIAL}*"))
 
 
-def worker_pids(launcher: int) -> list[int]:
-    """The workers that a launcher has started."""
-    found = []
+def worker_pids(launcher: int) -> dict[int, int]:
+    """The workers that a launcher has started: process ids by rank."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher:
-                found.append(int(entry.name))
-        except (OSError, IndexError):
-            continue
-    return [pid for pid in found if "llama_lora.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+        with contextlib.suppress(OSError, IndexError):
+            name = (entry / "comm").read_text()
+            if parent_of(entry) == launcher and name.startswith("worker-"):
+                found[int(name.removeprefix("worker-"))] = int(entry.name)
+    return found
+
+
+def parent_of(process: Path) -> int:
+    return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def test_a_worker_ends_when_its_launcher_is_gone_and_works_under_process_1() -> None:
@@ -177,9 +181,9 @@ def test_a_worker_ends_when_its_launcher_is_gone_and_works_under_process_1() -> 
 
 def test_a_terminated_launcher_takes_its_workers_with_it(new_run: Callable[..., Run]) -> None:
     run = prepared(new_run(training={"maxSteps": 5000}, parallelism=TWO_PROCESSES))
-    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trainer = WarmPopen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(run.paths.progress.exists)
-    workers = worker_pids(trainer.pid)
+    workers = list(worker_pids(trainer.pid).values())
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(timeout=60) == 128 + signal.SIGTERM
     assert workers and not any(is_alive(pid) for pid in workers)
@@ -191,7 +195,7 @@ def test_other_workers_go_on_where_the_first_stopped_and_their_result_is_the_one
     """Twice the workers take half the steps: their last checkpoint has a lower number than the first ones' last."""
     run = prepared(new_run(training={"maxSteps": None, "epochs": 20, "gradientAccumulationSteps": 1, "saveSteps": 4}))
     checkpoints = run.paths.checkpoints(json.loads(run("fingerprint", "train"))["fingerprint"])
-    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    trainer = WarmPopen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     wait_for(lambda: any(int(path.name[-6:]) > 60 for path in checkpoints.glob("step-*")))
     trainer.kill()
     trainer.wait()
@@ -222,7 +226,7 @@ def test_two_nodes_train_as_one(new_run: Callable[..., Run], whole_run: Run) -> 
         "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
         "PET_LOCAL_ADDR": "127.0.0.1",
     }
-    nodes = [subprocess.Popen(train_command(run), env=environment) for _ in range(2)]
+    nodes = [WarmPopen(train_command(run), env=environment) for _ in range(2)]
     assert [node.wait(timeout=120) for node in nodes] == [0, 0]
     assert losses(run) == losses(whole_run)
 
@@ -248,7 +252,7 @@ def test_a_worker_that_wants_a_change_ends_the_stage_with_status_2_and_one_messa
 def test_a_worker_that_dies_is_retried(new_run: Callable[..., Run]) -> None:
     """Status 1, not 2: the user need not change anything."""
     run = prepared(new_run(training={"maxSteps": 5000}))
-    trainer = subprocess.Popen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trainer = WarmPopen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(run.paths.progress.exists)
     os.kill(worker_pids(trainer.pid)[0], signal.SIGKILL)
     assert trainer.wait(timeout=60) == 1

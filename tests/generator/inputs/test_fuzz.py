@@ -1,4 +1,4 @@
-"""Ten thousand spoilt inputs files: never a traceback, never half an output, and a mistake of the user's is status 2.
+"""Spoilt inputs files, 500 or (make test-all) 10,000: never a traceback or half an output, and status 2 for a mistake.
 
 Each case is made of its number alone: ``spoilt(4711)`` is the same file on every machine.
 """
@@ -28,8 +28,6 @@ from genvalues.inputs.generated_file import is_as_written
 from genvalues.inputs.template import Answers, template_text
 
 ROOT = Path(__file__).parents[3]
-CASES = 10_000
-THROUGH_A_PROCESS = 200
 ON_CPU = """\
 model: {path: ./models/llama}
 dataset: {source: data/rows.jsonl, columns: {output: answer}}
@@ -227,11 +225,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_no_spoilt_file_makes_a_traceback_or_a_half_written_output(part: int, quick: None, tmp_path: Path) -> None:
+def test_no_spoilt_file_makes_a_traceback_or_a_half_written_output(
+    part: int, fuzz_cases: int, quick: None, tmp_path: Path
+) -> None:
     prepared(tmp_path)
     statuses: dict[int, int] = {0: 0, 2: 0}
     before: bytes | None = None
-    for number in range(part, CASES, 4):
+    for number in range(part, fuzz_cases, 4):
         case = spoilt(number)
         put(case, tmp_path)
         out, err = io.StringIO(), io.StringIO()
@@ -242,7 +242,7 @@ def test_no_spoilt_file_makes_a_traceback_or_a_half_written_output(part: int, qu
         if number % 3 == 0:
             (tmp_path / "values.yaml").unlink(missing_ok=True)
         before = (tmp_path / "values.yaml").read_bytes() if (tmp_path / "values.yaml").exists() else None
-    assert min(statuses.values()) > CASES / 4 / 20, "neither all right nor all wrong"
+    assert min(statuses.values()) > fuzz_cases / 4 / 20, "neither all right nor all wrong"
 
 
 def run(arguments: list[str]) -> int:
@@ -257,19 +257,19 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def test_nor_does_one_through_the_command_as_it_is_installed(tmp_path: Path) -> None:
+def test_nor_does_one_through_the_command_as_it_is_installed(fuzz_cases: int, tmp_path: Path) -> None:
     def through_a_process(number: int) -> None:
         folder = tmp_path / str(number)
         prepared(folder)
-        case = spoilt(CASES + number)
+        case = spoilt(number)
         put(case, folder)
         arguments = [os.fsencode(word) for word in case.arguments]
         command: list[str | bytes] = [sys.executable, "-m", "genvalues.cli", *arguments]
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        judge(CASES + number, done.returncode, done.stdout.decode(), done.stderr.decode(), folder, None)
+        judge(number, done.returncode, done.stdout.decode(), done.stderr.decode(), folder, None)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(through_a_process, range(THROUGH_A_PROCESS)))
+        list(pool.map(through_a_process, range(fuzz_cases, fuzz_cases + fuzz_cases // 50)))
 
 
 def test_a_case_is_the_same_every_time() -> None:

@@ -375,7 +375,11 @@ def test_what_is_no_bundle_or_unpacks_to_too_much_is_one_line_and_writes_nothing
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"text"), gzip.compress(b"x" * 2000)[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", gzip.compress(b"text"), gzip.compress(b"x" * 2000)[:-9]],
+    ids=["empty", "text", "no tar", "cut off"],
+)
 def test_a_broken_archive_is_one_line(content: bytes) -> None:
     Path("b.tar.gz").write_bytes(content)
     with pytest.raises(UserError):

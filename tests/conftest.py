@@ -1,0 +1,46 @@
+"""Settings for every test process, options of the suite, and the line that says what ran."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+# One thread per process, and none that spins while it waits: several workers share the cores. Set before torch is
+# imported, which reads it once; the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+FUZZ_CASES, ALL_FUZZ_CASES = 500, 10_000
+ROUND_TRIPS, ALL_ROUND_TRIPS = 60, 500
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="every fuzz case and round trip (make test-all)")
+
+
+@pytest.fixture(scope="session")
+def fuzz_cases(pytestconfig: pytest.Config) -> int:
+    return ALL_FUZZ_CASES if pytestconfig.getoption("all") else FUZZ_CASES
+
+
+@pytest.fixture(scope="session")
+def round_trips(pytestconfig: pytest.Config) -> int:
+    return ALL_ROUND_TRIPS if pytestconfig.getoption("all") else ROUND_TRIPS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Of a whole run, say what ran and what did not, in the line before pytest's own last line."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    reports = terminalreporter.stats
+    said = [f"{len(reports[kind]):,} {kind}" for kind in ("passed", "failed", "error") if reports.get(kind)]
+    skips = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports.get("skipped", []))
+    said += [f"{count} skipped ({reason})" for reason, count in skips.items()]
+    not_run = ["make test-cluster", "make demo", "make bench"]
+    if not config.getoption("all"):
+        left_out = f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases and {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips"
+        not_run = [f"{left_out} (make test-all)", *not_run]
+    terminalreporter.write_line(f"{', '.join(said)}. Not run: {', '.join(not_run)}.")
