@@ -1,13 +1,13 @@
-# make demo, make test, make test-cluster: each sets up .venv by itself. PYTHON=python3.12 chooses the Python it is made from.
+# Each target sets up .venv first. PYTHON=python3.12 chooses its Python.
 PYTHON ?= python3
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
 
-# What the node of test-cluster is made of, besides Go and kubectl.
+# Packages of the node of test-cluster, besides Go and kubectl.
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-cluster cluster-packages image schema values docs bench clean
+.PHONY: setup demo test test-all test-cluster cluster-packages image generate values bench clean
 
 setup: $(READY)
 
@@ -24,7 +24,7 @@ $(READY): pyproject.toml tests/helm_binaries.py
 demo: $(READY)
 	.venv/bin/python tests/demo/run_demo.py
 
-# A module's tests run in one process, which keeps what they share. At most 4 processes of about 1.5 GB.
+# The tests of a module run in one process, so that they share its fixtures. At most 4 processes of about 1.5 GB.
 PYTEST := .venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test-all: PYTEST += --all   # every fuzz case and round trip: docs/testing.md
@@ -42,22 +42,20 @@ cluster-packages:
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $(CLUSTER_PACKAGES)
 
-# The image that FILE names: built, pushed, its digest written into FILE. docs/image.md
+# Build and push the image that FILE names, and write its digest into FILE. docs/image.md
 FILE ?= finetune.yaml
 image: $(READY)
 	.venv/bin/genvalues image push $(FILE)
 
-# What is generated and committed; make test says when it is out of date.
+# Generated and committed files. make test fails when one is stale.
 generate: $(READY)
 	.venv/bin/python -m genvalues.settings.generate
+	.venv/bin/python docs/generate_genvalues.py
+	.venv/bin/python docs/draw_pipeline.py
 
 values: $(READY)
 	for environment in $(ENVIRONMENTS); do \
 	  .venv/bin/genvalues write values/$$environment.yaml -o values/$$environment.values.yaml || exit; done
-
-docs: $(READY)
-	.venv/bin/python docs/generate_genvalues.py
-	.venv/bin/python docs/draw_pipeline.py
 
 bench: $(READY)
 	.venv/bin/python tests/bench/bench_start.py

@@ -1,4 +1,4 @@
-"""Draw docs/pipeline.svg from the stages that the chart renders for values/trn1.values.yaml: `make docs`.
+"""Draw docs/pipeline.svg from the stages that the chart renders for values/trn1.values.yaml: `make generate`.
 
 Boxes and text have their own colors, and the gray of the lines has enough contrast on white and on black, so GitHub's
 light and dark themes show the same file.

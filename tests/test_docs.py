@@ -63,7 +63,7 @@ def test_the_picture_shows_the_charts_stages() -> None:
     values = attached(yaml.safe_load(VALUES.read_text(encoding="utf-8")))
     stages = stages_of(render(values))
     assert {stage.name for stage in stages if stage.devices} == {"compile", "train"}
-    assert PICTURE.read_text(encoding="utf-8") == picture(stages), "run: make docs"
+    assert PICTURE.read_text(encoding="utf-8") == picture(stages), "run: make generate"
 
 
 @pytest.mark.parametrize("name", ["operations.md", "gitops.md"])

@@ -20,7 +20,7 @@ FOUND = {path: command for path, command, _ in commands(genvalues, click.Context
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert REFERENCE.read_text(encoding="utf-8") == reference(), "run: make docs"
+    assert REFERENCE.read_text(encoding="utf-8") == reference(), "run: make generate"
 
 
 def test_every_command_has_a_section() -> None:
