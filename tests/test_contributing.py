@@ -109,3 +109,65 @@ def test_an_instance_type_takes_a_row_and_its_price(copy: Copy) -> None:
     assert values["devices"] == {"aws.amazon.com/neuron": 8, "vpc.amazonaws.com/efa": 4}
     assert values["parallelism"]["processesPerNode"] == 16
     assert values["guards"]["pricePerNodeHour"] == 10.75
+
+
+def test_an_architecture_takes_an_entry_and_a_row(copy: Copy) -> None:
+    entry = '    "madeup": ModelType("MadeUpForCausalLM", "Made-Up", normalizes_heads=True),\n'
+    copy.insert("generator/genvalues/accelerators/architectures.py", '    "llama": ModelType(', entry)
+    table = copy.folder / "generator/genvalues/accelerators/architectures.json"
+    models = json.loads(table.read_text(encoding="utf-8"))
+    sizes = models["architectures"]["llama-3-8b"]["config"] | {"model_type": "madeup"}
+    models["architectures"]["madeup-8b"] = {"models": ["org/madeup-8b"], "config": sizes}
+    table.write_text(json.dumps(models), encoding="utf-8")
+
+    plan = json.loads(
+        copy.genvalues("plan", "values/trn1.yaml", "--set", "model=org/madeup-8b", "--offline", "--json")
+    )
+    assert plan["memory"]["total"] < plan["memory"]["hbm"]
+    values = copy.genvalues("write", "values/trn1.yaml", "--set", "model=org/madeup-8b", "-o", "-")
+    (config,) = [item for item in copy.rendered(values) if item["kind"] == "ConfigMap"]
+    (copy.folder / "run.yaml").write_text(config["data"]["run.yaml"], encoding="utf-8")  # type: ignore[index]
+    of_trainer = (
+        "from pathlib import Path; from llama_lora.config import load; from llama_lora.backends.neuron import rules; "
+        f"print(rules.check(load(Path('run.yaml')), {sizes!r} | {{'architectures': ['MadeUpForCausalLM']}}))"
+    )
+    assert copy.python("-c", of_trainer) == "[]\n"
+
+
+STAGE = '''"""Count the tensors of the merged model."""
+
+from __future__ import annotations
+
+from llama_lora.stage import Declaration, Stage
+
+
+def count(stage: Stage) -> None:
+    stage.facts = {"files": len(list(stage.paths.merged.glob("*.safetensors")))}
+
+
+STAGE = Declaration(name="count", version=1, summary="Count the files.", after=["merge"], reads=lambda config: {}, run=count)
+'''
+
+
+def test_a_stage_takes_a_module_a_folder_of_the_chart_and_a_block_of_values(copy: Copy) -> None:
+    (copy.folder / "trainer/llama_lora/stages/count.py").write_text(STAGE, encoding="utf-8")
+    template = (copy.folder / "chart/templates/merge/job.yaml").read_text(encoding="utf-8")
+    job = copy.folder / "chart/templates/count/job.yaml"
+    job.parent.mkdir()
+    job.write_text(template.replace('"merge"', '"count"').replace('"weight" 50', '"weight" 55'), encoding="utf-8")
+    copy.insert(
+        "chart/templates/_helpers-names.tpl",
+        "Every name",
+        '{{- define "llama-lora.count.name" -}}\n{{ include "llama-lora.fullname" . }}-count\n{{- end }}\n',
+    )
+    block = '    count: StageSettings = Field(StageSettings(), description="Counts the files of the merged model.")\n'
+    copy.insert("generator/genvalues/settings/values.py", "class Stages(Block)", "")
+    values = copy.folder / "generator/genvalues/settings/values.py"
+    text = values.read_text(encoding="utf-8")
+    values.write_text(text.replace("    verify: StageSettings", f"{block}    verify: StageSettings", 1), encoding="utf-8")
+    copy.python("-m", "genvalues.settings.generate")
+
+    assert "count" in copy.python("-m", "llama_lora.cli", "--help")
+    objects = copy.rendered((copy.folder / "values/cpu.values.yaml").read_text(encoding="utf-8"))
+    (job_object,) = [item for item in objects if item["metadata"]["name"] == "llama-count"]  # type: ignore[index]
+    assert job_object["metadata"]["annotations"]["helm.sh/hook-weight"] == "55"  # type: ignore[index]
