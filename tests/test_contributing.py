@@ -120,9 +120,7 @@ def test_an_architecture_takes_an_entry_and_a_row(copy: Copy) -> None:
     models["architectures"]["madeup-8b"] = {"models": ["org/madeup-8b"], "config": sizes}
     table.write_text(json.dumps(models), encoding="utf-8")
 
-    plan = json.loads(
-        copy.genvalues("plan", "values/trn1.yaml", "--set", "model=org/madeup-8b", "--offline", "--json")
-    )
+    plan = json.loads(copy.genvalues("plan", "values/trn1.yaml", "--set", "model=org/madeup-8b", "--offline", "--json"))
     assert plan["memory"]["total"] < plan["memory"]["hbm"]
     values = copy.genvalues("write", "values/trn1.yaml", "--set", "model=org/madeup-8b", "-o", "-")
     (config,) = [item for item in copy.rendered(values) if item["kind"] == "ConfigMap"]
@@ -164,7 +162,9 @@ def test_a_stage_takes_a_module_a_folder_of_the_chart_and_a_block_of_values(copy
     copy.insert("generator/genvalues/settings/values.py", "class Stages(Block)", "")
     values = copy.folder / "generator/genvalues/settings/values.py"
     text = values.read_text(encoding="utf-8")
-    values.write_text(text.replace("    verify: StageSettings", f"{block}    verify: StageSettings", 1), encoding="utf-8")
+    values.write_text(
+        text.replace("    verify: StageSettings", f"{block}    verify: StageSettings", 1), encoding="utf-8"
+    )
     copy.python("-m", "genvalues.settings.generate")
 
     assert "count" in copy.python("-m", "llama_lora.cli", "--help")

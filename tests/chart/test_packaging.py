@@ -42,7 +42,7 @@ def test_the_defaults_pass_lint_and_rendering_them_names_the_required_keys(helm:
     with pytest.raises(Refused) as refused:
         render({}, helm=helm)
     for key in ["model.id", "dataset.source", "dataset.format"]:
-        assert f"{key} is empty. Set it" in str(refused.value)
+        assert f"{key} is required. Set it" in str(refused.value)
 
 
 def test_both_helms_render_the_same(values_file: Path) -> None:

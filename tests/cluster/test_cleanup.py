@@ -13,7 +13,7 @@ from chart.manifests import ROOT, Values, merged
 from cluster.space import CLAIM, EFA, HELMS, NEURON, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
 
-UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
+UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
 # Small enough to share the node with other tests, and one stage fewer.
 SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 DETACHED: Values = {"pipeline": {"mode": "detached"}}
@@ -48,7 +48,7 @@ def stages_after(space: Space, moment: float) -> set[str]:
 def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(space: Space, helm: int) -> None:
     """First with a live client that waits for the training, then with a killed one."""
     llama = space.release(helm)
-    alive = llama.start_install(values(train=UNTIL_TOLD))
+    alive = llama.start_install(values(train=UNTIL_CONTINUE))
     space.wait_for_training("llama")
     compiled = space.volume.manifest("llama", "compile")
     began = uninstall_leaves_only_the_volume(llama)
@@ -56,7 +56,7 @@ def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(sp
     nothing_is_left(space)
     assert stages_after(space, began) == set(), "the client started no stage before it noticed"
 
-    killed = llama.start_install(values(train=UNTIL_TOLD))
+    killed = llama.start_install(values(train=UNTIL_CONTINUE))
     space.wait_for_training("llama")
     assert space.volume.manifest("llama", "compile") == compiled  # includes the time at which it ran
     killed.kill()
@@ -79,7 +79,7 @@ def test_uninstall_of_a_detached_release_removes_the_inner_one_and_lets_the_work
     """Saving takes 35 s, longer than the default grace period of 30 s."""
     save = {"STAND_IN_AT_STOP": "sleep 35; touch /workspace/saved-by-$HOSTNAME"}
     llama = space.release(3)
-    llama.install(values(DETACHED, {"stages": {"train": {"extraEnv": save}}}, train=UNTIL_TOLD))
+    llama.install(values(DETACHED, {"stages": {"train": {"extraEnv": save}}}, train=UNTIL_CONTINUE))
     trainers = space.wait_for_training("llama-run")
     uninstall_leaves_only_the_volume(llama)
     for pod in trainers:
@@ -132,13 +132,13 @@ def test_with_an_image_that_cannot_be_pulled_uninstall_fails_and_the_documented_
         llama.space.volume.create()
 
     installing = first.start_install(merged(values(), NOT_THERE))
-    training = attached.start_install(values(train=UNTIL_TOLD))
-    detached.install(values(DETACHED, train=UNTIL_TOLD))
+    training = attached.start_install(values(train=UNTIL_CONTINUE))
+    detached.install(values(DETACHED, train=UNTIL_CONTINUE))
     attached.space.wait_for_training("llama")
     training.kill(signal.SIGINT)
-    upgrading = attached.start_upgrade(merged(values(train=UNTIL_TOLD), NOT_THERE))
+    upgrading = attached.start_upgrade(merged(values(train=UNTIL_CONTINUE), NOT_THERE))
     detached.space.wait_for_training("llama-run")
-    detached.upgrade(values(DETACHED, NOT_THERE, train=UNTIL_TOLD))
+    detached.upgrade(values(DETACHED, NOT_THERE, train=UNTIL_CONTINUE))
     for llama in (first, attached, detached):
         llama.space.wait(
             "a pod without its image", lambda llama=llama: any(map(why_not_started, llama.space.pods("llama")))

@@ -27,7 +27,7 @@ from genvalues.cluster.failures import RETRY
 from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, condition, name_of
 from genvalues.common.errors import EXIT_USER_ERROR
 
-UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
+UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
 # Small enough to share the node with other tests, and one stage fewer.
 DETACHED: Values = {"pipeline": {"mode": "detached"}, "devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 
@@ -55,13 +55,13 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
     space: Space,
 ) -> None:
     llama = space.release(3)
-    installed = llama.install(detached(train=UNTIL_TOLD))
+    installed = llama.install(detached(train=UNTIL_CONTINUE))
     assert installed.seconds < 15
     first = uids(space.wait_for_training("llama-run"))
     [pod] = space.pods("llama", "runner")
     space.kubectl("delete", "pod", name_of(pod), "--force", "--grace-period=0")
     space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     assert outcome(space) == "Complete"
     assert trainers(space) == first
     tested = llama("test", "llama", "--logs")
@@ -70,11 +70,11 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
 
 @pytest.mark.node
 def test_the_pipeline_survives_an_outage_of_the_api_server_during_training(space: Space) -> None:
-    space.release(4).install(detached(train=UNTIL_TOLD))
+    space.release(4).install(detached(train=UNTIL_CONTINUE))
     first = uids(space.wait_for_training("llama-run"))
     node.restart_api_server(away=20)
     assert uids(space.wait_for_training("llama-run")) == first
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     assert outcome(space) == "Complete"
     assert trainers(space) == first
 
@@ -89,10 +89,10 @@ def test_a_failed_stage_fails_the_runners_job_at_once_without_a_retry(space: Spa
     for revision, install in enumerate([llama.install, llama.upgrade], 1):
         install(values[revision - 1])
         assert outcome(space, revision) == "Failed"
-        told = time.monotonic()
+        reported = time.monotonic()
         of_stage = [one for one in list(space.history.sightings) if name_of(one.item) == "llama-run-tokenize"]
         failed = [one.at for one in of_stage if condition(one.item, "Failed")]
-        assert told - max(failed) < 15
+        assert reported - max(failed) < 15
         assert len(space.history.pods(**{"batch.kubernetes.io/job-name": f"llama-runner-{revision}"})) == 1
         log = space.log(f"job/llama-runner-{revision}")
         assert "no such column" in log and "pipeline: llama-run-tokenize failed: " in log, log
@@ -102,7 +102,7 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_t
     space: Space,
 ) -> None:
     llama = space.release(4)
-    values = detached(train=UNTIL_TOLD)
+    values = detached(train=UNTIL_CONTINUE)
     llama.install(values)
     first = uids(space.wait_for_training("llama-run"))
     fingerprint = train_fingerprint(space)
@@ -120,7 +120,7 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_t
     assert rolled_back.status == 0, rolled_back.output
     third = uids(space.wait_for_training("llama-run"))
     assert not third & (first | second)
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}), 90)
     assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # created again
     assert space.volume.manifest("llama", "train")["fingerprint"] == fingerprint
@@ -138,7 +138,7 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
     A Helm client that is killed, one that takes over and sees a stage fail, one with a changed configuration. Listing
     PyTorchJobs is what Helm does before a watch where the API server (before 1.34) cannot do both at once.
     """
-    compiling = f"{UNTIL_TOLD}; exit 2"
+    compiling = f"{UNTIL_CONTINUE}; exit 2"
     nowhere: Values = {"stages": {"runner": {"nodeSelector": {"no-such": "node"}}}}
     space.release(4).install(detached(nowhere, compile=compiling))
     rendered = space.get("configmap", "llama-config")
@@ -169,7 +169,7 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
         space.wait(
             "a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 150
         )
-        space.volume.run("touch told")
+        space.volume.run("touch continue")
         assert fails.result(90) == EXIT_USER_ERROR
         changed = yaml.safe_load((tmp_path / "values.yaml").read_text())
         (tmp_path / "values.yaml").write_text(yaml.safe_dump(merged(changed, {"lora": {"r": 2}})))

@@ -222,7 +222,7 @@ def test_queued_and_preempted_jobs_are_waited_for(space: Space, queue_kind: None
         "pipeline": {"unschedulableTimeoutSeconds": 5},
     }
     llama = space.release(4)
-    client = llama.start_install(values(settings, train="until [ -e /workspace/told ]; do sleep 0.2; done"))
+    client = llama.start_install(values(settings, train="until [ -e /workspace/continue ]; do sleep 0.2; done"))
 
     space.wait("compile is queued", lambda: queued(space, "llama-compile-1"))
     suspend(space, "llama-compile-1", False)
@@ -235,7 +235,7 @@ def test_queued_and_preempted_jobs_are_waited_for(space: Space, queue_kind: None
     hold(space, client, "train")
     suspend(space, "llama-train-1", False)
     assert not first & uids(space.wait_for_training("llama"))
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     result = client.wait(120)
     assert result.status == 0 and llama.state == "deployed", result.output
 

@@ -20,7 +20,7 @@ from chart.manifests import CHART, Values, merged
 from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, stand_in
 from trainer.conftest import make_model, write_rows
 
-UNTIL_TOLD = "while [ ! -e /workspace/told ]; do sleep 0.5; done"
+UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
 # Small enough to share the node with other tests.
 BRIEF: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
 STAGES = ["preflight", "tokenize", "compile", "train", "consolidate", "merge"]
@@ -76,7 +76,7 @@ def states(document: dict[str, Any]) -> dict[str, str]:
     return {stage["name"]: stage["state"] for stage in document["stages"]}
 
 
-def told_last(output: str, stage: str) -> list[str]:
+def last_lines(output: str, stage: str) -> list[str]:
     """The last lines, from the reason on; it appears there once more than in the stage's line."""
     lines = output.splitlines()
     return lines[max(number for number, line in enumerate(lines) if line.startswith(f"{stage} failed: ")) :]
@@ -90,7 +90,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     space: Space, genvalues: Genvalues, helm: int
 ) -> None:
     llama = space.release(helm)
-    training = values(train=f"echo the first words; {UNTIL_TOLD}; echo the last words")
+    training = values(train=f"echo the first words; {UNTIL_CONTINUE}; echo the last words")
     client = llama.start_install(training)
     space.wait_for_training("llama")
 
@@ -104,7 +104,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
 
     watching, reading = genvalues.start("status", "llama", "--watch"), genvalues.start("logs", "llama", "-f")
     space.wait("the workers' first words", lambda: reading.output.count("the first words") == 2, 30)
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     assert client.wait(150).status == 0
     read, watched = reading.wait(60), watching.wait(60)
     assert read.status == 0 and read.output.count("the last words") == 2
@@ -123,7 +123,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
 
 
 def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, genvalues: Genvalues, helm: int) -> None:
-    space.release(helm).install(values({"pipeline": {"mode": "detached"}}, train=UNTIL_TOLD))
+    space.release(helm).install(values({"pipeline": {"mode": "detached"}}, train=UNTIL_CONTINUE))
     early = genvalues.json("status", "llama")
     assert (early["mode"], early["outcome"], early["runner"]["state"]) == ("detached", "running", "running")
     watching = genvalues.start("status", "llama", "--watch")
@@ -131,7 +131,7 @@ def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, g
     during = genvalues.json("status", "llama")
     assert states(during)["train"] == "running" and states(during)["merge"] == "waiting"
     assert [line for line in genvalues("logs", "llama", "train-gate").output.splitlines() if "released" in line]
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     watched = watching.wait(150)
     assert watched.status == 0, watched.output
     after = genvalues.json("status", "llama")
@@ -148,16 +148,16 @@ def test_a_failed_stage_is_reported_with_its_reason_and_the_end_of_its_log(
     settings: Values = {"pipeline": {"mode": mode}, "stages": {"compile": {"backoffLimit": 0}}}
     status = 1 if mode == "attached" else 0
     llama.install(values(settings, tokenize="echo rows.jsonl has no column q; exit 2"), status=status)
-    told = with_helm_4("status", "llama", "--watch")
-    assert told.status == 2, told.output
-    reason, tail_of, *tail = told_last(told.output, "tokenize")
+    watched = with_helm_4("status", "llama", "--watch")
+    assert watched.status == 2, watched.output
+    reason, tail_of, *tail = last_lines(watched.output, "tokenize")
     assert "ended with status 2" in reason and tail_of.startswith("last ")
     assert tail[-1].strip() == "rows.jsonl has no column q"
 
     llama.upgrade(values(settings, compile="echo the compiler is out of memory; exit 7"), status=status)
-    told = with_helm_4("status", "llama", "--watch")
-    assert told.status == 1, told.output
-    reason, tail_of, *tail = told_last(told.output, "compile")
+    watched = with_helm_4("status", "llama", "--watch")
+    assert watched.status == 1, watched.output
+    reason, tail_of, *tail = last_lines(watched.output, "compile")
     assert "ended with status 7" in reason
     assert re.fullmatch(r"last \d+ lines of llama(-run)?-compile-\d-worker-[01]:", tail_of)
     assert tail[-1].strip() == "the compiler is out of memory"
@@ -189,21 +189,21 @@ def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
 def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     space: Space, with_helm_4: Genvalues, tmp_path: Path
 ) -> None:
-    following = with_helm_4.start("install", str(inputs(tmp_path, train=UNTIL_TOLD)), "--chart", str(CHART))
-    space.wait("the training to be told", lambda: "train: running" in following.output, 120)
+    following = with_helm_4.start("install", str(inputs(tmp_path, train=UNTIL_CONTINUE)), "--chart", str(CHART))
+    space.wait("the training in the output", lambda: "train: running" in following.output, 120)
     assert "claim work: Bound" in following.output, "what preflight has found"
     following.kill(signal.SIGINT)
     again = f"genvalues status llama --watch --namespace {space.name}"
     assert following.process.returncode == 130 and following.output.rstrip().endswith(f"Follow it again: {again}")
 
     watching = with_helm_4.start("status", "llama", "--watch")
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     assert watching.wait(120).status == 0
 
     broken = inputs(tmp_path, {"dataset": {"evalFraction": 0.1}}, tokenize="echo no column q; exit 2")
     ended = with_helm_4("install", str(broken), "--chart", str(CHART), "--skip-preflight")
     assert ended.status == 2, ended.output
-    assert told_last(ended.output, "tokenize")[-1].strip() == "no column q"
+    assert last_lines(ended.output, "tokenize")[-1].strip() == "no column q"
 
 
 def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, genvalues: Genvalues) -> None:
@@ -214,7 +214,7 @@ def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Spac
 
 def test_uninstall_stops_the_training_and_reports_what_is_kept(space: Space, with_helm_4: Genvalues) -> None:
     llama = space.release(4)
-    client = llama.start_install(values(train=UNTIL_TOLD))
+    client = llama.start_install(values(train=UNTIL_CONTINUE))
     space.wait_for_training("llama")
     ended = with_helm_4("uninstall", "llama", seconds=200)
     assert ended.status == 0, ended.output

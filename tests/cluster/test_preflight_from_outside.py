@@ -77,7 +77,7 @@ def test_before_the_first_install_a_claim_that_install_creates_is_ok(new_space: 
 
 
 def test_a_missing_namespace_is_an_error_and_is_not_created(space: Space) -> None:
-    name = f"nobodys-{secrets.token_hex(3)}"
+    name = f"missing-{secrets.token_hex(3)}"
     findings = {finding.subject: finding for finding in look(name, merged(STOPS, TOKEN, MANAGED))}
     assert (findings[f"namespace {name}"].level, findings[f"namespace {name}"].fix) == (
         "error",
@@ -94,7 +94,7 @@ def test_for_a_user_without_permissions_nothing_is_checked_and_the_permissions_a
     space: Space, tmp_path: Path
 ) -> None:
     space.volume.create()
-    findings = as_somebody_without_rights(space, tmp_path, lambda: look(space.name, merged(STOPS, TOKEN)))
+    findings = as_user_without_permissions(space, tmp_path, lambda: look(space.name, merged(STOPS, TOKEN)))
     unseen = {finding.subject: finding.found for finding in findings if finding.level == "not checked"}
     assert {finding.level for finding in findings} == {"not checked"}
     assert set(unseen) == {"training operator", "storage", "Hugging Face token", "devices", "quota"}
@@ -102,9 +102,9 @@ def test_for_a_user_without_permissions_nothing_is_checked_and_the_permissions_a
     assert space.list("pytorchjobs") == []
 
 
-def as_somebody_without_rights(space: Space, folder: Path, do: Callable[[], list[Finding]]) -> list[Finding]:
-    space.kubectl("create", "serviceaccount", "nobody")
-    token = space.kubectl("create", "token", "nobody").strip()
+def as_user_without_permissions(space: Space, folder: Path, do: Callable[[], list[Finding]]) -> list[Finding]:
+    space.kubectl("create", "serviceaccount", "no-permissions")
+    token = space.kubectl("create", "token", "no-permissions").strip()
     kubeconfig = json.loads(run(["kubectl", "config", "view", "--raw", "--minify", "-o", "json"]).output)
     for user in kubeconfig["users"]:
         user["user"] = {"token": token}

@@ -31,7 +31,7 @@ from cluster.space import (
 )
 from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotations_of, labels_of, name_of
 
-UNTIL_TOLD = "until [ -e /workspace/told ]; do sleep 0.2; done"
+UNTIL_CONTINUE = "until [ -e /workspace/continue ]; do sleep 0.2; done"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 OTHER_RATE: Values = {"training": {"learningRate": 1e-4}}
 # Small enough to share the node with other tests, and one stage fewer.
@@ -66,7 +66,7 @@ def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once
     llama.install(values(train="echo no room on the device; exit 2"), status=1)
     before = manifests(space, BEFORE_TRAINING)
 
-    training = values(train=UNTIL_TOLD)
+    training = values(train=UNTIL_CONTINUE)
     client = llama.start_upgrade(training)
     wait_for_trainers(space, "llama-train-2")
     assert manifests(space, BEFORE_TRAINING) == before
@@ -84,7 +84,7 @@ def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once
     assert not space.pods("llama") and not space.list("pytorchjobs", f"{llama.instance},{COMPONENT}=train")
     assert llama.state == "deployed" and learning_rate(space) == 5e-5
 
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     llama.upgrade(training)
     assert llama.state == "deployed"
     assert manifests(space, BEFORE_TRAINING) == before
@@ -109,7 +109,7 @@ def test_the_documented_commands_resume_after_a_killed_client_and_the_training_c
     space: Space, helm: int, tmp_path: Path
 ) -> None:
     llama = space.release(helm)
-    training = values(train=UNTIL_TOLD)
+    training = values(train=UNTIL_CONTINUE)
     client = llama.start_install(training)
     trainers = wait_for_trainers(space, "llama-train-1")
     client.kill()
@@ -142,7 +142,7 @@ def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
     """The next client's gate follows the running training, and the pipeline ends."""
     follows = "train: following PyTorchJob llama-train-1"
     space.wait("a gate that follows", lambda: follows in space.log("job/llama-train-gate"), 120)
-    space.volume.run("touch told")
+    space.volume.run("touch continue")
     ended = client.wait(120)
     assert ended.status == 0, ended.output
     assert uids(space.history.pods(**{COMPONENT: "train"})) == trainers
@@ -152,7 +152,7 @@ def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
 def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continues(space: Space, tmp_path: Path) -> None:
     llama = space.release(4)
     inputs = tmp_path / "finetune.yaml"
-    training = values(train=UNTIL_TOLD)
+    training = values(train=UNTIL_CONTINUE)
     written = {
         "name": "llama",
         "model": training.pop("model"),

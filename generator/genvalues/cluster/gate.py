@@ -122,8 +122,8 @@ def wait_for_pods(
 ) -> None:
     """Wait until the pods of this stage and of the stopped jobs have ended, except those of the job to follow.
 
-    A pod of this stage is waited for whatever its job, which may be deleted already: a worker takes up to 120 s to save
-    a checkpoint and exit. The time that the pods hold their nodes is counted. Raises UserError after
+    Pods of this stage are waited for even if their job is deleted already: a worker takes up to 120 s to save a
+    checkpoint and exit. The time that the pods hold their nodes is counted. Raises UserError after
     ``timings.pods_gone`` seconds.
     """
 

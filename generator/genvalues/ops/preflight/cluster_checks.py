@@ -133,8 +133,10 @@ def check_operator_installed(api: Api, config: ClusterConfig, timings: Preflight
     """Whether the API has the operator's kind. Without a namespace, no probe can show that the operator runs."""
     subject = "training operator"
     if not stage.serves_pytorchjob(api):
-        return [Finding("error", subject, "the API server does not have the kind PyTorchJob", stage.INSTALL_OPERATOR)]
-    found = f"the kind PyTorchJob exists; whether the operator runs can only be tested in namespace {api.namespace}"
+        return [
+            Finding("error", subject, "not installed: the API server does not serve PyTorchJob", stage.INSTALL_OPERATOR)
+        ]
+    found = f"PyTorchJob is served; whether the operator runs can only be tested in namespace {api.namespace}"
     return [Finding("not checked", subject, found, f"kubectl create namespace {api.namespace}")]
 
 
