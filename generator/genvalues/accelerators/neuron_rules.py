@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from genvalues.accelerators.architectures import GATE_UP, MODEL_TYPES, QUERY_KEY_VALUE, Architecture
-from genvalues.accelerators.instances import Instance
+from genvalues.accelerators.instances import trainium
 from genvalues.common.problems import Problem, key_paths
 
 # NxD kernels/flash_attn.py, nki_flash_attn_func: "multiples of 2K". The kernel that it calls takes heads of up to 128
@@ -124,10 +124,11 @@ def _size_rules(architecture: Architecture, size: int, target: str | None) -> It
         )
 
 
-def group_problems(instance: Instance, size: int, key: str = TENSOR_PARALLEL) -> Iterator[Problem]:
-    """Process groups that Neuron cannot create on an instance: see ``instances.Generation.groups``."""
-    if size not in instance.groups:
-        what = f"{instance.generation.target} supports process groups of {either(instance.groups)}, not of {size}"
+def group_problems(instance_type: str, size: int, key: str = TENSOR_PARALLEL) -> Iterator[Problem]:
+    """Process groups that Neuron cannot create on a Trainium instance: see ``instances.Generation.groups``."""
+    instance = trainium(instance_type)
+    if instance and size not in instance.groups:
+        what = f"{instance_type} supports process groups of {either(instance.groups)}, not of {size}"
         yield Problem(key_paths(key, "instance"), what, f"Use {either(instance.groups)}.")
 
 
@@ -173,9 +174,8 @@ def packed_flash_problems(attention: str | None, packing: bool | None, row_forma
     if attention == "flash" and packing and row_format != "text":
         yield Problem(
             key_paths(ATTENTION),
-            f"flash attention masks only later tokens, so each packed example of format {row_format} also attends to "
-            "the examples before it in its row",
-            "Set attention: eager or packing: false to keep examples apart.",
+            f"flash is causal only: each packed example of format {row_format} attends to those before it in its row",
+            "Write attention: eager or packing: false to keep them apart.",
         )
 
 

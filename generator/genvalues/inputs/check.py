@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, refusal
+from genvalues.accelerators.neuron_rules import target_problems
 from genvalues.common.dicts import get, merge, without_null
 from genvalues.common.problems import Problem
 from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
@@ -80,17 +81,9 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
     if reason := refusal(instance, get(value, "nodes", int) or 1):
         prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
         yield Mistake(("nodes",), reason, f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge.")
-    targets = get(value, "lora.targetModules", list) or []
-    together = {"gate_proj", "up_proj"}
-    named = together.intersection(target for target in targets if isinstance(target, str))
-    if len(named) == 1:
-        (there,) = named
-        (absent,) = together - {there}
-        yield Mistake(
-            ("lora", "targetModules"),
-            f"{there} without {absent}: on Trainium the two are one fused layer",
-            f"Add {absent} or remove {there}.",
-        )
+    targets = [target for target in get(value, "lora.targetModules", list) or [] if isinstance(target, str)]
+    for problem in target_problems(targets):
+        yield Mistake(problem.keys[0], problem.what, problem.fix)
 
 
 def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:

@@ -62,7 +62,7 @@ def candidate(
     run: Run, wishes: Wishes, architecture: Architecture | None, instance: Instance, nodes: int, size: int
 ) -> Candidate:
     """A size with its batch and memory, with the first activation checkpointing that fits."""
-    problems = list(group_problems(instance, size))
+    problems = list(group_problems(run.instance, size))
     if architecture:
         problems += length_problems(architecture, run.length, run.attention, size)
         problems += size_problems(architecture, size, instance.generation.target, instance.groups)

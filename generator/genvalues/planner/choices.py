@@ -142,7 +142,7 @@ def arrange(run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, nod
     return Chosen(
         layout,
         tuple(layout_choices(run, wishes, model, instance, found, layout, usual)),
-        (*rejected_sizes(found, tried, instance), *rejected_settings(run, wishes, model, instance, layout)),
+        (*rejected_sizes(run, instance, found, tried), *rejected_settings(run, wishes, model, instance, layout)),
         found.memory,
         tuple(filter(None, [model_note(model, instance, found.size)])),
     )

@@ -112,11 +112,11 @@ def layout_memory(
     return memory(model.architecture, step, layout.tensor_parallel, layout.data_parallel, instance.hbm)
 
 
-def rejected_sizes(found: Candidate, tried: dict[int, Candidate], instance: Instance) -> Iterator[Rejection]:
+def rejected_sizes(run: Run, instance: Instance, found: Candidate, tried: dict[int, Candidate]) -> Iterator[Rejection]:
     for size in sorted({1 << power for power in range(instance.cores.bit_length())} | set(tried)):
         if size == found.size or size > instance.cores:
             continue
-        other = tried.get(size, Candidate(size, tuple(group_problems(instance, size))))
+        other = tried.get(size, Candidate(size, tuple(group_problems(run.instance, size))))
         if other.problems:
             yield Rejection(TENSOR_PARALLEL, size, other.reasons)
             continue

@@ -11,8 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from genvalues.accelerators.instances import trainium
-from genvalues.accelerators.neuron_rules import FLASH_ROWS
+from genvalues.accelerators.neuron_rules import (
+    flash_length_problems,
+    group_problems,
+    packed_flash_problems,
+    process_problems,
+)
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
@@ -58,13 +62,9 @@ def contradictions(values: Values) -> Iterator[Problem]:
 def warnings(values: Values) -> Iterator[Problem]:
     """Settings that work but are probably not intended."""
     format_ = get(values, "dataset.format", str)
-    flash = get(values, "training.attention", str) == "flash" and get(values, "training.packing", bool)
-    if flash and get(values, "backend", str) == "neuron" and format_ != "text":
-        yield Problem(
-            key_paths("training.attention"),
-            f"flash is causal only: each packed example of format {format_} attends to those before it in its row",
-            "Write attention: eager or packing: false to keep them apart.",
-        )
+    if get(values, "backend", str) == "neuron":
+        attention, packing = get(values, "training.attention", str), get(values, "training.packing", bool)
+        yield from packed_flash_problems(attention, packing, format_)
 
     if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
         yield Problem(
@@ -128,23 +128,15 @@ def attention(values: Values) -> Iterator[Problem]:
     length, backend = get(values, "training.maxSequenceLength", int), get(values, "backend", str)
     if backend == "cpu":
         yield Problem(key_paths("training.attention"), "flash requires backend neuron", "Write eager, or remove it.")
-    elif backend == "neuron" and length is not None and length % FLASH_ROWS:
-        yield Problem(
-            key_paths("training.attention", "training.maxSequenceLength"),
-            f"flash needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}",
-            f"Write maxSequenceLength: {-(-length // FLASH_ROWS) * FLASH_ROWS}, or attention: eager.",
-        )
+    elif backend == "neuron" and length is not None:
+        yield from flash_length_problems(length)
 
 
 def parallelism(values: Values) -> Iterator[Problem]:
     names = ("nodes", "processesPerNode", "tensorParallelSize", "dataParallelSize")
     nodes, per_node, tensor, data = (get(values, f"parallelism.{name}", int) for name in names)
-    if all((nodes, per_node, tensor, data)) and nodes * per_node != tensor * data:
-        yield Problem(
-            key_paths(*(f"parallelism.{name}" for name in names)),
-            f"nodes {nodes} * processesPerNode {per_node} is not tensorParallelSize {tensor} * dataParallelSize {data}",
-            "Leave parallelism out: it follows from instance and nodes.",
-        )
+    if nodes and per_node and tensor and data:
+        yield from process_problems(nodes, per_node, tensor, data)
     if get(values, "backend", str) == "cpu" and (tensor or 1) > 1:
         yield Problem(
             key_paths("parallelism.tensorParallelSize", "backend"),
@@ -155,19 +147,9 @@ def parallelism(values: Values) -> Iterator[Problem]:
 
 def process_groups(values: Values) -> Iterator[Problem]:
     """Process groups that the Neuron runtime does not support or neuronx_distributed cannot place."""
-    instance = trainium(get(values, "instance", str) or "")
-    if instance is None:
-        return
-    groups = instance.generation.groups
-    for name in ("tensorParallelSize", "processesPerNode"):
-        size = get(values, f"parallelism.{name}", int)
-        if size is not None and (size not in groups or size > instance.cores):
-            fitting = ", ".join(str(group) for group in groups if group <= instance.cores)
-            yield Problem(
-                key_paths(f"parallelism.{name}", "instance"),
-                f"{values['instance']} does not support process groups of {size} processes",
-                f"Leave parallelism out, or write one of {fitting}.",
-            )
+    for key in ("parallelism.tensorParallelSize", "parallelism.processesPerNode"):
+        if size := get(values, key, int):
+            yield from group_problems(get(values, "instance", str) or "", size, key)
 
 
 def devices(values: Values) -> Iterator[Problem]:

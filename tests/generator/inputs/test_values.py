@@ -175,10 +175,8 @@ def test_flash_that_cannot_work_is_a_mistake_with_its_fix(tmp_path: Path, below:
     flash = f"{below}training.attention=flash"
     with pytest.raises(UserError) as refused:
         values_of(tmp_path, ON_TRAINIUM % ("text", "trn1.32xlarge"), flash, "training.maxSequenceLength=3000")
-    assert str(refused.value).endswith(
-        "flash needs a maxSequenceLength that is a multiple of 2048, not 3000. "
-        "Write maxSequenceLength: 4096, or attention: eager."
-    )
+    assert "a multiple of 2048, not 3000" in str(refused.value)
+    assert "Set maxSequenceLength to 2048 or 4096, or attention to eager" in str(refused.value)
     with pytest.raises(UserError, match=r"flash requires backend neuron\. Write eager, or remove it\."):
         values_of(tmp_path, ON_TRAINIUM % ("text", "cpu"), flash)
 
@@ -192,8 +190,8 @@ def test_flash_over_packed_examples_is_warned_about(
     sets = ("training.attention=flash", f"training.packing={str(packing).lower()}")
     assert values_of(tmp_path, ON_TRAINIUM % (format_, "trn1.32xlarge"), *sets)["training"]["attention"] == "flash"
     told = capsys.readouterr().err
-    expected = "warning: --set training.attention=flash: flash is causal only, so each packed example of format chat is"
-    assert told.startswith(expected) if warned else told == ""
+    expected = "warning: --set training.attention=flash: "
+    assert (told.startswith(expected) and "each packed example of format chat" in told) if warned else told == ""
 
 
 def test_what_holds_a_model_gets_the_memory_for_it(tmp_path: Path) -> None:
@@ -216,20 +214,18 @@ def test_compile_and_probe_are_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("instance", "parallelism", "allowed"),
     [
-        ("trn2.48xlarge", {"tensorParallelSize": 8, "dataParallelSize": 8}, "1, 4, 16, 64"),
-        ("trn2.48xlarge", {"tensorParallelSize": 32, "dataParallelSize": 2}, "1, 4, 16, 64"),
-        ("ml.trn1.32xlarge", {"tensorParallelSize": 4, "dataParallelSize": 8}, "1, 2, 8, 16, 32"),
-        ("trn1.2xlarge", {"processesPerNode": 8, "dataParallelSize": 4}, "1, 2"),
-        ("trn2.3xlarge", {"processesPerNode": 2, "tensorParallelSize": 1, "dataParallelSize": 2}, "1, 4"),
+        ("trn2.48xlarge", {"tensorParallelSize": 8, "dataParallelSize": 8}, "1, 4, 16 or 64"),
+        ("trn2.48xlarge", {"tensorParallelSize": 32, "dataParallelSize": 2}, "1, 4, 16 or 64"),
+        ("ml.trn1.32xlarge", {"tensorParallelSize": 4, "dataParallelSize": 8}, "1, 2, 8, 16 or 32"),
+        ("trn1.2xlarge", {"processesPerNode": 8, "dataParallelSize": 4}, "1 or 2"),
+        ("trn2.3xlarge", {"processesPerNode": 2, "tensorParallelSize": 1, "dataParallelSize": 2}, "1 or 4"),
     ],
 )
 def test_groups_of_processes_that_neuron_does_not_have_are_mistakes(
     tmp_path: Path, instance: str, parallelism: dict[str, int], allowed: str
 ) -> None:
     text = ON_TRAINIUM % ("text", instance) + dump({"chartValues": {"parallelism": parallelism}})
-    with pytest.raises(
-        UserError, match=f"does not support process groups of .* Leave parallelism out, or write one of {allowed}"
-    ):
+    with pytest.raises(UserError, match=f"{instance} supports process groups of {allowed}, not of"):
         values_of(tmp_path, text)
 
 
