@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from chart.manifests import MINIMAL, config, merged, pods, render
 from draw_pipeline import PICTURE, VALUES, attached, picture, stages_of
@@ -57,6 +58,15 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+
+
+def test_the_plan_in_the_readme_is_what_genvalues_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [(command, shown)] = re.findall(r"^ {4}\$ genvalues (plan .+)\n((?: {4}.+\n)+)", readme, re.MULTILINE)
+    done = CliRunner().invoke(genvalues, [*command.split(), "--offline"])
+    assert done.exit_code == 0, done.output
+    assert {line[4:] for line in shown.splitlines()} <= set(done.output.splitlines())
 
 
 def test_the_picture_shows_the_charts_stages() -> None:
