@@ -15,7 +15,7 @@ import yaml
 
 PYTHON = sys.executable  # the fixture changes what sys.executable says
 
-SCRIPT = """#!{python}
+SCRIPT = """#!{python} -IS
 import json, os, signal, sys, time
 from pathlib import Path
 
