@@ -143,7 +143,9 @@ def count(stage: Stage) -> None:
     stage.facts = {"files": len(list(stage.paths.merged.glob("*.safetensors")))}
 
 
-STAGE = Declaration(name="count", version=1, summary="Count the files.", after=["merge"], reads=lambda config: {}, run=count)
+STAGE = Declaration(
+    name="count", version=1, summary="Count the files.", after=["merge"], reads=lambda config: {}, run=count
+)
 '''
 
 
@@ -153,13 +155,7 @@ def test_a_stage_takes_a_module_a_folder_of_the_chart_and_a_block_of_values(copy
     job = copy.folder / "chart/templates/count/job.yaml"
     job.parent.mkdir()
     job.write_text(template.replace('"merge"', '"count"').replace('"weight" 50', '"weight" 55'), encoding="utf-8")
-    copy.insert(
-        "chart/templates/_helpers-names.tpl",
-        "Every name",
-        '{{- define "llama-lora.count.name" -}}\n{{ include "llama-lora.fullname" . }}-count\n{{- end }}\n',
-    )
     block = '    count: StageSettings = Field(StageSettings(), description="Counts the files of the merged model.")\n'
-    copy.insert("generator/genvalues/settings/values.py", "class Stages(Block)", "")
     values = copy.folder / "generator/genvalues/settings/values.py"
     text = values.read_text(encoding="utf-8")
     values.write_text(

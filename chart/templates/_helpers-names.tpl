@@ -48,68 +48,11 @@
 {{- end }}
 {{- end }}
 
-{{- /* The Jobs, one for each stage. */}}
-{{- define "llama-lora.preflight.name" -}}
-{{ include "llama-lora.fullname" . }}-preflight
-{{- end }}
-
-{{- define "llama-lora.storage-prepare.name" -}}
-{{ include "llama-lora.fullname" . }}-storage-prepare
-{{- end }}
-
-{{- define "llama-lora.tokenize.name" -}}
-{{ include "llama-lora.fullname" . }}-tokenize
-{{- end }}
-
-{{- /* Includes the revision, so that a later Helm command creates a new PyTorchJob and never replaces a running one. */}}
-{{- define "llama-lora.compile.name" -}}
-{{ include "llama-lora.fullname" . }}-compile-{{ .Release.Revision }}
-{{- end }}
-
-{{- define "llama-lora.compile-gate.name" -}}
-{{ include "llama-lora.fullname" . }}-compile-gate
-{{- end }}
-
-{{- define "llama-lora.neff.name" -}}
-{{ include "llama-lora.fullname" . }}-neff
-{{- end }}
-
-{{- define "llama-lora.train.name" -}}
-{{ include "llama-lora.fullname" . }}-train-{{ .Release.Revision }}
-{{- end }}
-
-{{- define "llama-lora.train-gate.name" -}}
-{{ include "llama-lora.fullname" . }}-train-gate
-{{- end }}
-
-{{- define "llama-lora.consolidate.name" -}}
-{{ include "llama-lora.fullname" . }}-consolidate
-{{- end }}
-
-{{- define "llama-lora.merge.name" -}}
-{{ include "llama-lora.fullname" . }}-merge
-{{- end }}
-
-{{- define "llama-lora.evaluate.name" -}}
-{{ include "llama-lora.fullname" . }}-evaluate
-{{- end }}
-
-{{- /* The pod of `helm test`. */}}
-{{- define "llama-lora.verify.name" -}}
-{{ include "llama-lora.fullname" . }}-verify
-{{- end }}
-
-{{- define "llama-lora.cleanup.name" -}}
-{{ include "llama-lora.fullname" . }}-cleanup
-{{- end }}
-
-{{- define "llama-lora.cleanup-before-install.name" -}}
-{{ include "llama-lora.fullname" . }}-cleanup-before-install
-{{- end }}
-
-{{- /* Includes the revision: a Job is immutable, so an upgrade creates a new one. */}}
-{{- define "llama-lora.runner.name" -}}
-{{ include "llama-lora.fullname" . }}-runner-{{ .Release.Revision }}
+{{- /* The Job, PyTorchJob or Pod of a stage: (dict "root" . "stage" "merge"). Includes the revision where an upgrade must create
+       a new object: a PyTorchJob, so that a running one is never replaced, and the runner's Job, which is immutable. */}}
+{{- define "llama-lora.stage.name" -}}
+{{ include "llama-lora.fullname" .root }}-{{ .stage }}
+{{- if has .stage (list "compile" "train" "runner") }}-{{ .root.Release.Revision }}{{ end }}
 {{- end }}
 
 {{- /* The release that the runner installs. */}}

@@ -53,7 +53,7 @@ spec:
        Arguments: root, stage, weight, and overrides of the dict below. */}}
 {{- define "stage.trainer" -}}
 {{- $own := dict
-      "name" (include (printf "llama-lora.%s.name" .stage) .root)
+      "name" (include "llama-lora.stage.name" .)
       "settings" .stage
       "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
       "account" (include "llama-lora.stage.account" .root)

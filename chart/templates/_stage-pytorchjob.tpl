@@ -10,7 +10,7 @@
 */}}
 {{- define "stage.pytorchjob" -}}
 {{- $values := .root.Values }}
-{{- $name := include (printf "llama-lora.%s.name" .stage) .root }}
+{{- $name := include "llama-lora.stage.name" . }}
 {{- $nodes := int $values.parallelism.nodes }}
 {{- $settings := include "stage.settings" (dict "root" .root "settings" .stage) | fromYaml -}}
 apiVersion: kubeflow.org/v1
@@ -71,14 +71,14 @@ spec:
 {{- $gate := printf "%s-gate" .stage }}
 {{- include "stage.job" (dict
       "root" .root
-      "name" (include (printf "llama-lora.%s.name" $gate) .root)
+      "name" (include "llama-lora.stage.name" (dict "root" .root "stage" $gate))
       "stage" $gate
       "settings" "gate"
       "weight" .weight
       "needsCluster" true
       "command" (list "genvalues" "cluster" "gate" "--config" "/etc/llama-lora/cluster.yaml"
                       "--run-config" "/etc/llama-lora/run.yaml" "--stage" .stage
-                      "--job" (include (printf "llama-lora.%s.name" .stage) .root))
+                      "--job" (include "llama-lora.stage.name" .))
       "account" (include "llama-lora.gate.account" .root)
       "callsApi" true
       "finalStatuses" (list 1 2)
