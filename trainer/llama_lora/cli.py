@@ -53,7 +53,7 @@ def make_run_folder(paths: Paths) -> None:
 def main(verbose: bool, quiet: bool) -> None:
     """Run a stage of a LoRA fine-tune. Exit status: 0 done, 2 the user must change something, other: retry."""
     if verbose or quiet:
-        os.environ[environment.VERBOSITY] = "1" if verbose else "-1"  # workers are processes of their own
+        os.environ[environment.VERBOSITY] = "1" if verbose else "-1"  # for the worker processes
     log.configure(environment.verbosity())
 
 
@@ -123,3 +123,7 @@ def stage_command(declared: stage.Declaration) -> click.Command:
 
 for stage_name in stage.names():
     main.add_command(stage_command(stage.declaration(stage_name)))
+
+
+if __name__ == "__main__":
+    main()

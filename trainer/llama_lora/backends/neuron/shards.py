@@ -91,7 +91,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
     adapter = Adapter(tensors, config)
     _check_complete(adapter, shards)
     if (base_config := checkpoint / BASE_CONFIG).is_file():
-        check_shapes(adapter, _read_json(base_config), str(shards))
+        check_shapes(adapter, _load_json(base_config), str(shards))
     return adapter
 
 
@@ -251,7 +251,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"file is damaged: {reason}", where=str(path), fix=TRAIN_AGAIN) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -265,7 +265,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _metadata(shards: Path) -> dict[str, Any]:
     path = shards / "mp_metadata_pp_rank_0.json"
-    metadata = _read_json(path)
+    metadata = _load_json(path)
     try:
         for parameter in metadata["parameters"].values():
             parameter["tensor_model_parallel"]
@@ -285,7 +285,7 @@ def _transformations(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str, di
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json and sort the target modules (the library writes a set)."""
-    config = _read_json(folder / CONFIG)
+    config = _load_json(folder / CONFIG)
     check_kind(config, folder)
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets:
