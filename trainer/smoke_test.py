@@ -1,7 +1,7 @@
-"""Whether an image is whole: python3 trainer/smoke_test.py '[trainer,neuron]'
+"""Check that an image is complete: python3 trainer/smoke_test.py '[trainer,neuron]'
 
-Versions as constraints.txt has them, every requirement of ours met, every module imported, every command there. The
-image's build runs it, so it needs no Neuron device. Prints what is wrong, all of it, and ends with status 1.
+Compares versions with constraints.txt, checks the packages' requirements, imports every module, and runs the commands.
+Runs at the end of the image's build, so it needs no Neuron device. Prints all problems and exits with status 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMPORTS = {
         *("torch", "transformers", "peft", "accelerate", "datasets", "gguf", "safetensors.torch", "pyarrow.parquet"),
         *("torch.utils.tensorboard", "torch.distributed.run"),
     ],
-    # optimum.neuron first: where there is no Neuron device it says for which one the others are imported.
+    # optimum.neuron first: without a Neuron device it sets the platform for the other imports.
     "neuron": [
         *("optimum.neuron", "torch_xla.core.xla_model", "libneuronxla", "torch_neuronx", "neuronx_distributed", "trl"),
         *("optimum.neuron.trainers", "optimum.neuron.models.training", "optimum.neuron.peft", "evaluate"),
@@ -42,19 +42,19 @@ COMMANDS = {
     "trainer": [["llama-lora", "--help"], ["torchrun", "--help"]],
     "neuron": [],
 }
-ON_PATH = {"neuron": ["neuron_parallel_compile", "neuronx-cc"]}  # run at work only: --help of either loads a compiler
+ON_PATH = {"neuron": ["neuron_parallel_compile", "neuronx-cc"]}  # not run: --help of either loads the compiler
 NO_DEVICE = {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}  # as optimum.neuron sets it (its utils/instance.py)
-LIMIT = 600  # seconds for the imports of one part, on a machine that reads them for the first time
+LIMIT = 600  # seconds for the imports of one part from a cold disk
 
 
 def problems(extras: list[str], constraints: Path) -> Iterator[str]:
-    """What is wrong, a line each."""
+    """Yield all problems, one line each."""
     parts = ["command", *extras]
     yield from wrong_machine()
     yield from wrong_versions(parts, constraints)
     yield from unmet_requirements(extras, constraints)
     for part in parts:
-        yield from failing_imports(part, [*IMPORTS[part], *modules(part)])
+        yield from failing_imports(part, [*IMPORTS[part], *modules_of(part)])
         for command in COMMANDS[part]:
             yield from failing_command(command)
         for name in ON_PATH.get(part, []):
@@ -64,41 +64,41 @@ def problems(extras: list[str], constraints: Path) -> Iterator[str]:
 
 def wrong_machine() -> Iterator[str]:
     if platform.machine() != "x86_64":
-        yield f"the processor is {platform.machine()}; the Neuron libraries are for x86_64"
+        yield f"the processor is {platform.machine()}; the Neuron libraries need x86_64"
 
 
 def wrong_versions(parts: Iterable[str], constraints: Path) -> Iterator[str]:
-    """Packages that are not there in the version that constraints.txt has."""
-    there = pins.sections(constraints)
+    """Yield packages that are missing or do not have the version in constraints.txt."""
+    pinned = pins.sections(constraints)
     wanted = {"neuron": ["sdk", "neuron"], "trainer": ["base", "trainer"]}
     for section in (section for part in parts for section in wanted.get(part, [part])):
-        for name, version in there[section].items():
+        for name, version in pinned[section].items():
             installed = installed_version(name)
             if installed is None or not SpecifierSet(f"=={version}").contains(installed, prereleases=True):
                 yield f"{name} is {installed or 'not installed'}; constraints.txt has {version}"
 
 
 def unmet_requirements(extras: list[str], constraints: Path) -> Iterator[str]:
-    """What our packages and those below them ask for and is missing, or of another version, or not in constraints.txt.
+    """Yield requirements of llama-lora, direct or not, that are missing, of another version, or not in constraints.txt.
 
-    What the base image brings is taken as it is, with all below it.
+    Packages of the base image and their requirements are not checked.
     """
-    there = pins.sections(constraints)
-    of_base = {pins.normal(name) for section in ("base", "sdk") for name in there[section]}
-    pinned = {pins.normal(name) for section in there.values() for name in section}
+    pinned = pins.sections(constraints)
+    of_base = {pins.normalized(name) for section in ("base", "sdk") for name in pinned[section]}
+    pinned_names = {pins.normalized(name) for section in pinned.values() for name in section}
     seen: set[tuple[str, tuple[str, ...]]] = set()
     todo = [("the image", Requirement(f"{OURS}[{','.join(extras)}]" if extras else OURS))]
     while todo:
-        asker, wanted = todo.pop()
-        name = pins.normal(wanted.name)
+        dependent, wanted = todo.pop()
+        name = pins.normalized(wanted.name)
         installed = installed_version(name)
         if installed is None or not wanted.specifier.contains(installed, prereleases=True):
-            yield f"{asker} needs {wanted}; {installed or 'none'} is installed"
+            yield f"{dependent} needs {wanted}; {installed or 'none'} is installed"
         if installed is None or name in of_base or (name, tuple(sorted(wanted.extras))) in seen:
             continue
         seen.add((name, tuple(sorted(wanted.extras))))
-        if name != OURS and name not in pinned:
-            yield f"{name}, which {asker} needs, is not in constraints.txt"
+        if name != OURS and name not in pinned_names:
+            yield f"{name}, which {dependent} needs, is not in constraints.txt"
         for text in importlib.metadata.requires(name) or []:
             below = Requirement(text)
             if below.marker is None or any(below.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)):
@@ -112,25 +112,25 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def modules(part: str) -> list[str]:
-    """All of ours that this part of the image can import."""
+def modules_of(part: str) -> list[str]:
+    """List the modules of our packages that this part of the image can import."""
     package = {"command": "genvalues", "trainer": "llama_lora", "neuron": "llama_lora"}[part]
     found = importlib.util.find_spec(package)
     if found is None or found.submodule_search_locations is None:
-        return [package]  # its import says what is wrong
+        return [package]  # importing it reports the problem
     names = [module.name for module in walk(package, list(found.submodule_search_locations))]
     return [name for name in names if part == "command" or (".neuron" in name) == (part == "neuron")]
 
 
 def walk(package: str, folders: list[str]) -> Iterator[pkgutil.ModuleInfo]:
-    """The modules of a package and of those in it, without importing any."""
+    """Yield the modules of a package and its subpackages, without importing them."""
     for module in pkgutil.iter_modules(folders, f"{package}."):
         yield module
         if module.ispkg:
             yield from walk(module.name, [str(Path(folder) / module.name.rpartition(".")[2]) for folder in folders])
 
 
-# One process for all, so that what they share is imported once; a line before each, so that a crash has a name.
+# One process for all, so that shared modules are imported once. It prints a line before each import, to name a crash.
 IMPORTER = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -148,13 +148,13 @@ def failing_imports(part: str, names: list[str]) -> Iterator[str]:
     environment = dict(os.environ)
     if part == "neuron" and not list(Path("/dev").glob("neuron[0-9]*")):
         environment = {**NO_DEVICE, **environment}
-    with tempfile.TemporaryFile("w+") as output:  # a file: what a library leaves running may hold a pipe open
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: a library's background process may keep it open
         command = [sys.executable, "-c", IMPORTER, *names]
         try:
             ended = subprocess.run(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT, check=False
             )
-            how = f"ends with status {ended.returncode}"
+            how = f"exits with status {ended.returncode}"
         except subprocess.TimeoutExpired:
             how = f"takes more than {LIMIT} seconds"
         output.seek(0)
@@ -178,23 +178,28 @@ def failing_command(command: list[str]) -> Iterator[str]:
         yield f"{shown}: takes more than {LIMIT} seconds"
     else:
         if ended.returncode:
-            said = (ended.stderr.strip() or ended.stdout.strip() or "no word").splitlines()[-1]
-            yield f"{shown}: ends with status {ended.returncode}: {said[:300]}"
+            said = (ended.stderr.strip() or ended.stdout.strip() or "no output").splitlines()[-1]
+            yield f"{shown}: exits with status {ended.returncode}: {said[:300]}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Whether this image is whole.")
-    parser.add_argument("extras", nargs="?", default="[trainer,neuron]", help="what it was built with: '[trainer]'")
+    parser = argparse.ArgumentParser(description="Check that this image is complete.")
+    parser.add_argument(
+        "extras",
+        nargs="?",
+        default="[trainer,neuron]",
+        help="the extras that the image was built with, such as '[trainer]'",
+    )
     parser.add_argument("--constraints", type=Path, default=pins.CONSTRAINTS)
     given = parser.parse_args()
     extras = pins.extras_of(given.extras)
     if unknown := [name for name in extras if name not in IMPORTS]:
-        parser.error(f"no such extra: {', '.join(unknown)}")
+        parser.error(f"unknown extra: {', '.join(unknown)}")
     found = list(problems(extras, given.constraints))
     if found:
-        print(f"The image is not whole ({len(found)}):", *found, sep="\n  ", file=sys.stderr)
+        print(f"The image is not complete ({len(found)} problems):", *found, sep="\n  ", file=sys.stderr)
         return 1
-    print(f"The image is whole: {', '.join(['command', *extras])}.")
+    print(f"The image is complete: {', '.join(['command', *extras])}.")
     return 0
 
 

@@ -75,7 +75,7 @@ def test_the_gate_can_write_where_it_counts_the_cost(objects: list[Object]) -> N
 
 
 def test_workers_have_the_grace_period_that_the_trainer_saves_in(objects: list[Object]) -> None:
-    stopping = pytest.importorskip("llama_lora.stopping", reason="a plain `pip install .` has no trainer")
+    stopping = pytest.importorskip("llama_lora.backends.stopping", reason="a plain `pip install .` has no trainer")
     for each in pods(objects):
         if each.owner["kind"] == "PyTorchJob":
             assert each.spec["terminationGracePeriodSeconds"] == stopping.GRACE_PERIOD

@@ -1,14 +1,12 @@
-"""Whether one run needs a graph that another has not made, by the texts that XLA dumps.
+"""Compare the XLA graphs of two runs by XLA's text dumps.
 
-How to use it, on the CPU shim or wherever torch-xla runs (docs/neuron.md says how to start workers there): run the
-workers of compile and of train, or of any two runs, each with its own
+Run the workers of compile and of train, or of any two runs, wherever torch-xla runs (docs/neuron.md), with separate
 
     XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text"
 
-and compare: ``graph_set(train) - graph_set(compile)`` must be empty, and must not be when maxSequenceLength differs.
-Only what is before XLA's own optimizations counts: that is what Trainium's compiler gets, and what its cache is keyed
-by. On the CPU the graphs are not those of a Trainium (its custom calls are missing), but what two runs do differently
-shows there as well.
+and compare them: ``graph_set(train) - graph_set(compile)`` must be empty, and must not be empty if maxSequenceLength
+differs. Only graphs before XLA's optimizations are compared: Trainium's compiler gets these, and its cache keys depend
+on them. On the CPU the graphs differ from Trainium's (no custom calls), but differences between runs show there too.
 """
 
 from __future__ import annotations
@@ -17,17 +15,17 @@ import hashlib
 import re
 from pathlib import Path
 
-# What differs between two dumps of one graph: the module's name, where in the source an instruction comes from, and the
-# numbers behind the names of instructions and computations (add.12, region_0.7), which count from the process's start.
+# What differs between two dumps of the same graph: the module's name, source locations, and the numbers in the names of
+# instructions and computations (add.12, region_0.7), which count from the start of the process.
 MODULE_NAME = re.compile(r"^HloModule [^\s,]+", re.MULTILINE)
 METADATA = re.compile(r""",? metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}""")
 NUMBERED = re.compile(r"(?<![\w.\"])(%?[A-Za-z_][\w-]*)(?:\.\d+)+(?![\w.])")
 
 
 def graph_set(dump_folder: Path) -> set[str]:
-    """The hash of every graph that was dumped into a folder, by all workers of a run.
+    """The hashes of all graphs in a dump folder, of all workers of a run.
 
-    Raises ValueError where there is none: then XLA_FLAGS did not reach the workers, and any comparison would hold.
+    Raises ValueError if there are none: then the workers did not get XLA_FLAGS, and every comparison would succeed.
     """
     graphs = {
         hashlib.sha256(canonical(file.read_text(encoding="utf-8")).encode()).hexdigest()
@@ -39,5 +37,5 @@ def graph_set(dump_folder: Path) -> set[str]:
 
 
 def canonical(hlo: str) -> str:
-    """The text of a graph without what differs from one dump to the next. Shapes, constants and the order stay."""
+    """Remove from a graph's text what differs between dumps. Keeps shapes, constants and the order."""
     return NUMBERED.sub(r"\1", METADATA.sub("", MODULE_NAME.sub("HloModule", hlo))).strip()

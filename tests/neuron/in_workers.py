@@ -1,4 +1,4 @@
-"""What tests ask of the engine inside its workers: torchrun in_workers.py FUNCTION CONFIG WORKSPACE ANSWER."""
+"""Functions that tests run in the engine's workers: torchrun in_workers.py FUNCTION CONFIG WORKSPACE ANSWER"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_lora.stages.train import training_job
 
 
 def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
-    """A packed row's loss of each of its examples alone, and again after every other example has been changed."""
+    """For each example of a packed row, its loss before and after a change of all other examples."""
     number = next(index for index in range(len(rows)) if len(rows[index]["lengths"]) > 1)
     row = rows[number]
     found = []
@@ -38,7 +38,7 @@ def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
 
 
 def buffers_and_long_row(engine: NeuronEngine, rows: Any) -> dict[str, Any]:
-    """The rotary frequencies as the device has them, and the loss of the last tokens of one long example."""
+    """The rotary frequencies on the device, and the loss of the last tokens of a long example."""
     row = {"input_ids": [(7 * i * i + i) % 250 for i in range(1024)], "lengths": [1024]}
     row["labels"] = [-100] * 512 + row["input_ids"][512:]
     frequencies = {
@@ -50,7 +50,7 @@ def buffers_and_long_row(engine: NeuronEngine, rows: Any) -> dict[str, Any]:
 
 
 def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
-    """The gradients of one row, of factors B that are not 0, by parameter."""
+    """The norm and sum of each parameter's gradient for one row, with factors B that are not 0."""
     for name, parameter in engine.parameters.items():
         if ".lora_B." in name:
             parameter.data.fill_(0.01)
@@ -63,7 +63,7 @@ def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
 
 
 def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
-    """Whether the library is found to sum by itself, as it is and if it did, and the largest norm left by each."""
+    """Whether the library is detected to sum gradients, as it is and if it did, and the largest norm in each case."""
     import torch_xla.core.xla_model as xm
     from neuronx_distributed.parallel_layers import parallel_state
 
@@ -77,7 +77,9 @@ def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
         if ".lora_B." in name:
             parameter.data.fill_(0.0)
     backward()
-    found.append([engine._library_sums(), engine.library_sums])  # gradients of A are 0 while B is: nothing to tell by
+    found.append(
+        [engine._library_sums(), engine.library_sums]
+    )  # gradients of A are 0 as long as B is 0, so nothing can be detected
     for name, parameter in engine.parameters.items():
         if ".lora_B." in name:
             parameter.data.fill_(0.01)
@@ -93,7 +95,7 @@ def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
 
 
 def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
-    """What a save says after one worker's copy of a factor has been changed."""
+    """The error of a save after a change of one worker's replica of a factor."""
     from genvalues.common.errors import UserError
 
     if engine.tensor_rank == 1:

@@ -1,4 +1,4 @@
-"""What compile traces is all that train needs: saves, the probe, the last step and a resumed training included."""
+"""compile traces all graphs that train needs, including those of saves, the probe, the last step and a resume."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def graphs_of(run: Run, stage: str, folder: Path, **environment: str) -> set[str]:
-    """The graphs of a stage's workers, started by the command that neuron_parallel_compile is given."""
+    """The graphs of a stage's workers, run with the command that neuron_parallel_compile gets."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "llama_lora.launch", stage, str(run.write_config()), str(run.workspace)]
+    command = [sys.executable, "-m", "llama_lora.backends.launch", stage, str(run.write_config()), str(run.workspace)]
     ended = subprocess.run(
         command,
         env={**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", **environment},
@@ -38,15 +38,15 @@ def graphs_of(run: Run, stage: str, folder: Path, **environment: str) -> set[str
 
 @pytest.fixture(scope="module")
 def compiled(bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, set[str]]:
-    """A run of which compile has traced the graphs, and those."""
+    """A run, and the graphs that its compile stage traced."""
     run = make_neuron_run(tmp_path_factory.mktemp("graphs"), bf16_model, 2, 1, **SETTINGS)
-    run.config["training"]["maxSteps"] = 1  # of one step alone: how many there are is no setting of a graph
+    run.config["training"]["maxSteps"] = 1  # graphs do not depend on the number of steps
     traced = graphs_of(run, "compile", run.folder / "dump-compile", NEURON_EXTRACT_GRAPHS_ONLY="1")
     assert not run.paths.rehearsal.exists() and not (run.paths.run / "checkpoints").exists()
     return run, traced
 
 
-def test_train_and_a_resumed_train_need_no_graph_that_compile_has_not_traced(compiled: tuple[Run, set[str]]) -> None:
+def test_compile_traces_all_graphs_of_train_and_of_a_resumed_train(compiled: tuple[Run, set[str]]) -> None:
     run, traced = compiled
     run.config["training"]["maxSteps"] = 12
     say_compiled(run)

@@ -1,4 +1,4 @@
-"""Training on the Neuron backend: however it is cut it has the CPU's losses, and what is saved is what was trained."""
+"""Training on the Neuron backend: with any layout it has the CPU's losses, and a checkpoint has the trained weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import pytest
 
 from genvalues.common import files
 from llama_lora import backends, probe
-from llama_lora.data.batches import batch
+from llama_lora.data.batches import make_batch
 from llama_lora.losses import loss_sum
 from neuron.conftest import in_workers, losses, make_neuron_run, metrics, say_compiled, trained, use
 from trainer.conftest import Run, make_model
 from trainer.test_training import train_command, wait_for
 
-# The CPU backend has its adapter in fp32 and these have it in bf16, which has 8 bits: 0.4 % of what has been learnt.
+# The CPU backend's adapter is in fp32, this one in bf16, which has 8 bits: 0.4 % of the change.
 AS_ON_THE_CPU = 2e-3
-PROVEN = 1e-4  # nats a token: the loss in memory against plain transformers + peft with what was saved
+PROVEN = 1e-4  # nats per token: the loss in memory compared with transformers and peft with the saved adapter
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(("tensor", "data"), LAYOUTS)
-def test_the_losses_are_those_of_the_cpu_backend(
+def test_the_losses_equal_those_of_the_cpu_backend(
     trained_run: Callable[[int, int], Run], on_cpu: Run, tensor: int, data: int
 ) -> None:
     run = trained_run(tensor, data)
@@ -40,10 +40,10 @@ def test_the_losses_are_those_of_the_cpu_backend(
 
 
 @pytest.mark.parametrize(("tensor", "data"), LAYOUTS)
-def test_plain_transformers_and_peft_have_the_loss_that_was_in_memory(
+def test_transformers_and_peft_have_the_loss_that_was_in_memory(
     trained_run: Callable[[int, int], Run], tmp_path: Path, tensor: int, data: int
 ) -> None:
-    """In fp32, so that the CPU's bf16 kernels, of which each rounds as it likes (1e-4), are not what is measured."""
+    """In fp32, because the CPU's bf16 kernels differ in rounding (1e-4)."""
     import torch
     from datasets import load_from_disk
     from peft import PeftModel
@@ -60,29 +60,29 @@ def test_plain_transformers_and_peft_have_the_loss_that_was_in_memory(
     untrained = mean_loss(base, rows, recorded)
     plain = mean_loss(PeftModel.from_pretrained(base, run.paths.adapter).eval(), rows, recorded)
     assert abs(plain - recorded.loss) < PROVEN
-    assert abs(untrained - recorded.loss) > 100 * PROVEN, "an adapter that does nothing would prove nothing"
+    assert abs(untrained - recorded.loss) > 100 * PROVEN, "the adapter must have an effect"
 
 
 def mean_loss(model: Any, rows: Any, recorded: Any) -> float:
     import torch
 
-    cut = [probe.cut(rows[number], recorded.max_tokens) for number in recorded.rows]
+    cut = [probe.truncate(rows[number], recorded.max_tokens) for number in recorded.rows]
     with torch.no_grad():
-        return float(sum(loss_sum(model, batch([row])).item() for row in cut)) / sum(recorded.tokens)
+        return float(sum(loss_sum(model, make_batch([row])).item() for row in cut)) / sum(recorded.tokens)
 
 
-def test_the_learning_rate_is_the_schedule_s_as_the_optimizer_has_it(trained_run: Callable[[int, int], Run]) -> None:
+def test_the_optimizer_uses_the_scheduled_learning_rate(trained_run: Callable[[int, int], Run]) -> None:
     used = [step["learning_rate"] for step in metrics(trained_run(2, 2))]
     assert used == pytest.approx([0, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
 
 
-def test_factors_that_workers_hold_in_common_are_equal_and_a_save_says_where_they_are_not(
+def test_replicated_factors_are_equal_and_a_save_fails_if_they_are_not(
     trained_run: Callable[[int, int], Run], tmp_path: Path
 ) -> None:
-    """The checkpoint of trained_run was compared so at each save; here one worker's copy is changed by half."""
+    """Each save of trained_run has compared them. Here one worker's replica is changed by 0.5."""
     run = trained_run(2, 1).copy(tmp_path / "run")
     said = in_workers(run, "spoilt_save")
-    assert re.search(r"lora_A.* differs by up to 0\.[45]\d* between workers 0 and 1, which must hold it equal", said)
+    assert re.search(r"lora_A.* differs by up to 0\.[45]\d* between workers 0 and 1, where it must be equal", said)
 
 
 def test_gradients_that_a_newer_library_has_summed_are_not_summed_again(bf16_model: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_gradients_that_a_newer_library_has_summed_are_not_summed_again(bf16_mod
 
 
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(bf16_model: Path, tmp_path: Path) -> None:
-    """With dropout, tensor and data parallel, by SIGKILL at a step that no checkpoint has: every digit and byte."""
+    """With dropout, tensor and data parallelism; killed at a step without a checkpoint; equal bit for bit."""
     settings: dict[str, Any] = {"lora": {"dropout": 0.1}, "training": {"maxSteps": 12, "saveSteps": 3}}
     undisturbed = make_neuron_run(tmp_path / "undisturbed", bf16_model, 2, 2, **settings)
     killed = undisturbed.copy(tmp_path / "killed")
@@ -118,8 +118,8 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(bf16_model: Path, 
     assert len(digests) == 1
 
 
-def test_a_run_that_is_told_to_stop_saves_and_equals_an_undisturbed_one(bf16_model: Path, tmp_path: Path) -> None:
-    """With a step still in flight, at a step at which nothing would have been saved."""
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(bf16_model: Path, tmp_path: Path) -> None:
+    """With a step in flight, at a step that would not be saved otherwise."""
     settings: dict[str, Any] = {"lora": {"dropout": 0.1}, "training": {"maxSteps": 12, "saveSteps": 100}}
     undisturbed = make_neuron_run(tmp_path / "undisturbed", bf16_model, 2, 1, **settings)
     stopped = undisturbed.copy(tmp_path / "stopped")
@@ -135,7 +135,7 @@ def test_a_run_that_is_told_to_stop_saves_and_equals_an_undisturbed_one(bf16_mod
     assert not stopped.paths.manifest("train").exists()
     (saved,) = checkpoints.glob("step-*")
     assert "step-000012" > saved.name > "step-000000"
-    assert len(metrics(stopped)) == int(saved.name[-6:]), "the step in flight has been read back before"
+    assert len(metrics(stopped)) == int(saved.name[-6:]), "the step in flight is read back before the save"
 
     assert saved.name in stopped("train")
     assert losses(stopped) == losses(undisturbed)
@@ -144,7 +144,7 @@ def test_a_run_that_is_told_to_stop_saves_and_equals_an_undisturbed_one(bf16_mod
     assert len({files.sha256(run.paths.adapter / "adapter_model.safetensors") for run in (undisturbed, stopped)}) == 1
 
 
-def test_another_topology_goes_on_with_the_weights_and_says_what_it_does_not_have(
+def test_another_topology_resumes_from_the_weights_with_a_warning(
     trained_run: Callable[[int, int], Run], tmp_path: Path
 ) -> None:
     run = trained_run(2, 1).copy(tmp_path / "run")
@@ -153,18 +153,20 @@ def test_another_topology_goes_on_with_the_weights_and_says_what_it_does_not_hav
     shutil.rmtree(checkpoints / "step-000006")
     use(run, 1, 2)
     said = trained(run)
-    assert "step-000004 was saved by 2 workers with tensorParallelSize 2, these are 2 with 1" in said
-    assert "the optimizer begins anew" in said
+    assert "step-000004 was saved by 2 workers with tensorParallelSize 2; now there are 2 with 1" in said
+    assert "a new optimizer state" in said
     before, after = losses(trained_run(2, 1)), losses(run)
     assert after[:4] == before[:4]
-    assert after[4] == pytest.approx((before[4] + before[5]) / 2, abs=0.03), "its weights, and twice its rows"
+    assert after[4] == pytest.approx((before[4] + before[5]) / 2, abs=0.03), (
+        "the same weights, and twice the rows per step"
+    )
     assert after[4] < before[0] - 0.1
     run("consolidate")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "granite"])
-def test_positions_are_those_of_the_base_model_also_far_into_a_row(tmp_path: Path, kind: str) -> None:
-    """optimum-neuron rounds the rotary frequencies to bf16: at position 1023 an angle is off by more than 1 then."""
+def test_positions_far_into_a_row_equal_those_of_the_base_model(tmp_path: Path, kind: str) -> None:
+    """optimum-neuron rounds the rotary frequencies to bf16, so an angle at position 1023 is off by more than 1."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -179,15 +181,15 @@ def test_positions_are_those_of_the_base_model_also_far_into_a_row(tmp_path: Pat
     ((dtype, numbers),) = found["frequencies"].values()
     assert dtype == "torch.float32" and numbers == pytest.approx(frequencies.tolist(), rel=1e-6)
     with torch.no_grad():
-        loss = loss_sum(plain, batch([found["row"]])).item()
+        loss = loss_sum(plain, make_batch([found["row"]])).item()
     assert found["loss"] / 512 == pytest.approx(loss / 512, abs=0.03), "512 tokens, in bf16 against fp32"
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
-def test_packed_examples_are_isolated_by_eager_attention_alone(
+def test_only_eager_attention_isolates_packed_examples(
     bf16_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
 ) -> None:
-    """One example's loss is the same to the last digit whatever the others of its row are; with flash it is not."""
+    """With eager, an example's loss does not depend on the other examples of its row; with flash it does."""
     monkeypatch.setenv("NEURON_CPU_SHIM_FLASH_ANY", "1")  # rows of 2048 tokens would take long here
     run = make_neuron_run(tmp_path / "run", bf16_model, 2, 1)
     run.config["training"]["attention"] = attention
@@ -203,9 +205,9 @@ def test_recomputing_the_attention_or_whole_layers_changes_no_gradient(bf16_mode
     for wanted in ("none", "selective", "full"):
         run.config["training"]["activationCheckpointing"] = wanted
         found[wanted] = in_workers(run, "gradients")
-    assert all(norm > 0 for norm, _ in found["none"].values()), "a gradient of 0 would prove nothing"
+    assert all(norm > 0 for norm, _ in found["none"].values()), "the gradients must not be 0"
     assert found["selective"] == found["none"]
-    for name, (norm, _) in found["full"].items():  # whole layers round elsewhere, in bf16
+    for name, (norm, _) in found["full"].items():  # recomputing whole layers changes the rounding in bf16
         assert norm == pytest.approx(found["none"][name][0], rel=0.01)
 
 
@@ -229,16 +231,16 @@ def test_every_linear_layer_of_a_llama_on_four_cores(tmp_path: Path, changes: di
             **changes,
         },
     )
-    check_proven(tmp_path, model)
+    check_training(tmp_path, model)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "granite"])
 def test_every_linear_layer_of_other_models_that_can_be_trained(tmp_path: Path, kind: str) -> None:
-    check_proven(tmp_path, make_other_model(tmp_path / "model", kind))
+    check_training(tmp_path, make_other_model(tmp_path / "model", kind))
 
 
-def check_proven(folder: Path, model: Path) -> None:
-    """Trained on all linear layers and four cores, it has the CPU's gradients at first, and saves what it has."""
+def check_training(folder: Path, model: Path) -> None:
+    """Train on all linear layers and four cores; compare the first gradients with the CPU's, and the saved loss."""
     run = make_neuron_run(folder / "run", model, 4, 1, lora={"targetModules": "all-linear"})
     on_cpu = make_neuron_run(folder / "cpu", model, 1, 1, lora={"targetModules": "all-linear"})
     on_cpu.config["backend"] = "cpu"
@@ -249,7 +251,7 @@ def check_proven(folder: Path, model: Path) -> None:
     assert first["loss"] == pytest.approx(expected["loss"], abs=AS_ON_THE_CPU)
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1), "fused layers share their factor A"
     said = run("consolidate")
-    found = re.search(r"was (\S+) when .* is (\S+) with this", said)
+    found = re.search(r"was (\S+) when .* is now (\S+)", said)
     assert found and abs(float(found[1]) - float(found[2])) < 10 * PROVEN, said
 
 

@@ -1,9 +1,10 @@
-"""What PyPI says of every package in trainer/constraints.txt, for the image's Python: its wheel and what it asks for.
+"""Record, for every package in trainer/constraints.txt, the wheel for the image's Python and its requirements.
 
     python tests/trainer/image_pins.py
 
-writes image_pins.json beside this file, from PyPI. Run it after a change of constraints.txt; test_image_pins.py, which
-asks nobody, says when it is out of date. AWS's own packages (section sdk) are not on PyPI and not in it.
+writes image_pins.json beside this file, with data from PyPI. Run it after a change of constraints.txt:
+test_image_pins.py, which needs no network, fails if it is out of date. AWS's packages (section sdk) are not on PyPI and
+not recorded.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "trainer"))
     import pins
 
-    there = pins.sections()
-    wanted = [f"{name}=={version}" for key in there if key != NOT_ON_PYPI for name, version in there[key].items()]
+    pinned = pins.sections()
+    wanted = [f"{name}=={version}" for key in pinned if key != NOT_ON_PYPI for name, version in pinned[key].items()]
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(5, GLIBC + 1)]
     platforms += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +40,7 @@ def main() -> None:
         subprocess.run([*command, *wanted], check=True)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     record = {
-        pins.normal(item["metadata"]["name"]): {
+        pins.normalized(item["metadata"]["name"]): {
             "version": item["metadata"]["version"],
             "wheel": item["download_info"]["url"].rpartition("/")[2].partition("#")[0],
             "python": item["metadata"].get("requires_python", ""),
@@ -48,13 +49,13 @@ def main() -> None:
         for item in found
     }
     drop_unused_extras(record)
-    # One line a package: a change of one version is one line of a diff.
+    # One line per package, so that a change of one version is one line of a diff.
     lines = [f"  {json.dumps(name)}: {json.dumps(record[name], ensure_ascii=False)}" for name in sorted(record)]
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def drop_unused_extras(record: dict[str, dict[str, Any]]) -> None:
-    """Of what packages ask for, what is for an extra that nobody here names: test tools, other frameworks."""
+    """Drop requirements of extras that nothing here uses: test tools, other frameworks."""
     every = [(ROOT / "pyproject.toml").read_text(encoding="utf-8"), *(str(of["requires"]) for of in record.values())]
     named = {
         extra for listed in re.findall(r"\w\[([\w, -]+)\]", " ".join(every)) for extra in re.split(r",\s*", listed)

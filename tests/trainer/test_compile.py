@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora import backends, launch, stage
+from llama_lora import backends, stage
+from llama_lora.backends import launch
 from llama_lora.backends.neuron import cache, compiling, provenance, tool
-from llama_lora.graphs import graph_settings
+from llama_lora.backends.neuron.graphs import graph_settings
 from llama_lora.paths import Paths
 from trainer.conftest import LLAMA_LORA, Run, llama_lora_here
 from trainer.warm import WarmPopen
@@ -115,8 +116,8 @@ class NeuronRun:
 @pytest.fixture
 def neuron(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[..., NeuronRun]:
     monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(check=lambda config, model: None))
-    monkeypatch.setattr(cache, "BEAT", 0.2)
-    monkeypatch.setattr(cache, "PATIENCE", 2.0)
+    monkeypatch.setattr(cache, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(cache, "TIMEOUT", 2.0)
 
     def make(name: str = "run", **changes: Any) -> NeuronRun:
         run = new_run(name, **changes)
@@ -136,7 +137,7 @@ def test_compile_runs_the_train_stages_own_workers_in_the_program_and_records_gr
     said = run.as_process()
     (call,) = run.calls
     assert call["command"] == "collect-and-compile"
-    assert call["run"][1:4] == ["-m", "llama_lora.launch", "compile"]
+    assert call["run"][1:4] == ["-m", "llama_lora.backends.launch", "compile"]
     assert run.facts["graphs"] == {"found": 3, "compiled": 3, "failed": 0, "fromCache": 0}
     manifest = run.run.manifest("compile")
     assert sorted(manifest["outputs"]) == sorted(
@@ -179,7 +180,7 @@ def test_a_trial_run_that_crashes_is_tried_again(neuron: Callable[..., NeuronRun
 def test_without_the_program_one_message_says_what_is_missing(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron()
     said = run(status=2, PATH=os.environ["PATH"])
-    assert said.strip().splitlines()[-1].startswith("compile: neuron_parallel_compile is not installed")
+    assert said.strip().splitlines()[-1].startswith("compile: neuron_parallel_compile not found")
 
 
 def test_failed_graphs_are_one_message_with_the_end_of_their_log_and_a_rerun_tries_them_again(
@@ -255,7 +256,7 @@ def test_locks_stay_while_another_run_uses_the_cache(neuron: Callable[..., Neuro
     try:
         wait_for(lambda: any(module.is_locked for module in run.modules))
         said = run()
-        assert "the cache is in use, so the locks stay" in said
+        assert "the cache is in use, keeping the locks" in said
         assert "clear-locks" not in run.commands
         output, _ = compiling.communicate(timeout=300)
         assert compiling.returncode == 0, output
@@ -266,45 +267,45 @@ def test_locks_stay_while_another_run_uses_the_cache(neuron: Callable[..., Neuro
 def test_locks_are_only_cleared_when_every_other_user_is_known_to_be_gone(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "BEAT", 0.05)
-    monkeypatch.setattr(cache, "PATIENCE", 0.6)
+    monkeypatch.setattr(cache, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(cache, "TIMEOUT", 0.6)
     paths = new_run().paths
     gone = paths.compile_users / "0-gone.json"
-    with cache.used(paths, "compile") as use:
-        assert use.nobody_else()
+    with cache.using_cache(paths, "compile") as use:
+        assert use.locks_are_stale()
         gone.write_text(json.dumps({"id": "0", "run": "x", "stage": "train", "state": "working"}))
         began = time.monotonic()
-        assert use.nobody_else() and time.monotonic() - began > 0.5, "it could have been alive"
+        assert use.locks_are_stale() and time.monotonic() - began > 0.5, "it could have been alive"
         assert not gone.exists()
-        with cache.used(paths, "train"):
-            assert not use.nobody_else()
+        with cache.using_cache(paths, "train"):
+            assert not use.locks_are_stale()
 
 
 def test_of_the_nodes_of_a_stage_that_start_together_the_first_answers_for_all(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "BEAT", 0.05)
+    monkeypatch.setattr(cache, "HEARTBEAT", 0.05)
     paths = new_run().paths
-    with cache.used(paths, "compile") as first, cache.used(paths, "compile") as second:
-        assert first.nobody_else() and not second.nobody_else()
-        assert first.colleagues() == 1
-        second.working()
-        assert not first.nobody_else(), "a node that has begun may hold locks"
+    with cache.using_cache(paths, "compile") as first, cache.using_cache(paths, "compile") as second:
+        assert first.locks_are_stale() and not second.locks_are_stale()
+        assert first.other_nodes() == 1
+        second.mark_working()
+        assert not first.locks_are_stale(), "a node that has begun may hold locks"
 
 
 def test_the_first_worker_of_a_training_node_counts_as_a_user(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = new_run().paths
-    with cache.used(paths, "compile") as use:
+    with cache.using_cache(paths, "compile") as use:
         for local_rank, held, counts in (("0", False, 1), ("1", False, 0), ("0", True, 0)):
             monkeypatch.setenv("LOCAL_RANK", local_rank)
             with monkeypatch.context() as patch:
                 if not held:  # by the launcher, as compile's is
-                    patch.delenv(cache.HELD)
-                with cache.used_by_worker(paths, "train"):
-                    assert len(use.others.look()) == counts
-        assert not use.others.look()
+                    patch.delenv(cache.CACHE_USER)
+                with cache.using_cache_as_worker(paths, "train"):
+                    assert len(use.others.alive()) == counts
+        assert not use.others.alive()
 
 
 # --- several nodes
@@ -393,7 +394,7 @@ def test_nodes_don_t_wait_for_one_that_is_gone(two_nodes: NeuronRun) -> None:
     """Killed while it compiles: before, torchrun itself would wait for its agent, for 5 minutes."""
     nodes = start_nodes(two_nodes)
     wait_for((two_nodes.run.paths.compile_reports / "trial.json").exists)
-    wait_for(lambda: not any("llama_lora.launch" in command for command in commands_below(nodes[1].pid)))
+    wait_for(lambda: not any("llama_lora.backends.launch" in command for command in commands_below(nodes[1].pid)))
     nodes[1].kill()
     text = nodes[0].communicate(timeout=300)[0]
     assert nodes[0].returncode == 1, text
@@ -430,7 +431,7 @@ def test_with_compile_on_cpu_the_graphs_are_collected_by_compile_and_compiled_by
 def test_neff_has_nothing_to_do_where_compile_compiles(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron()
     run()
-    assert "neff: has nothing to do" in run("neff", status=2)
+    assert "neff: nothing to do" in run("neff", status=2)
 
 
 def test_neff_refuses_graphs_of_another_compiler_and_the_next_upgrade_collects_them_again(
@@ -460,7 +461,7 @@ def test_workers_share_the_cores_under_the_program_as_without_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "119")
     own = neuron().stage("compile")
     for users, kept in ((False, None), (True, "119")):
-        monkeypatch.setattr(compiling, "THREADS_ARE_THE_USERS", users)
+        monkeypatch.setattr(compiling, "THREADS_SET_BY_USER", users)
         assert compiling.compile_environment(own).get("OMP_NUM_THREADS") == kept
 
 
@@ -649,8 +650,8 @@ def test_training_goes_on_where_onMismatch_is_warn_and_says_so(
     recorded(compiled, lambda then: then["settings"]["lora"].update({"r": 99}))
     compiled.run.config["compile"] = {"onMismatch": "warn"}
     provenance.check_provenance(compiled.stage("train"))
-    said = capsys.readouterr().out
-    assert "WARNING" in said and "settings.lora.r: 99 -> 4" in said
+    said = capsys.readouterr().err
+    assert "warning: " in said and "settings.lora.r: 99 -> 4" in said
     assert compiled.is_done()
 
 
@@ -685,12 +686,12 @@ def test_the_cache_is_the_workspaces_and_the_users_flags_stay(set_by_user: str, 
     [{"NEURON_CC_FLAGS": "--cache_dir /elsewhere"}, {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}],
 )
 def test_another_cache_is_refused(environment: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="names another cache"):
+    with pytest.raises(UserError, match="sets another cache"):
         cache.flags(environment, Path("/w/compile-cache"))
 
 
 def test_a_cache_path_that_the_compiler_cannot_read_is_refused() -> None:
-    with pytest.raises(UserError, match="no cache folder with dots"):
+    with pytest.raises(UserError, match="contains a character that the Neuron compiler does not support"):
         cache.flags({}, Path("/w/v1.0/compile-cache"))
 
 

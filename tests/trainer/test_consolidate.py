@@ -45,7 +45,7 @@ def test_a_missing_file_is_refused_by_name_and_nothing_is_written(finished_run: 
     output = finished_run.folder / "new"
     if alone:
         said = llama_lora_here("consolidate", "--checkpoint", str(checkpoint), "--output", str(output), status=2)
-        assert f"{checkpoint / name}: this shard is missing" in said
+        assert f"{checkpoint / name}: shard not found" in said
     else:
         before = files.sha256(finished_run.paths.adapter / "adapter_model.safetensors")
         finished_run.paths.manifest("consolidate").unlink()
@@ -61,7 +61,7 @@ def test_a_shard_of_another_step_is_refused_by_name(finished_run: Run) -> None:
     (checkpoint / "__1_0.distcp").write_bytes(other.read_bytes())
     output = finished_run.folder / "new"
     said = llama_lora_here("consolidate", "--checkpoint", str(checkpoint), "--output", str(output), status=2)
-    assert f"{checkpoint / '__1_0.distcp'}: this shard is not the one saved at step 6" in said
+    assert f"{checkpoint / '__1_0.distcp'}: the shard's digest differs from the one recorded at step 6" in said
     assert not output.exists()
 
 
@@ -81,8 +81,8 @@ def test_an_adapter_config_of_another_rank_is_refused(finished_run: Run) -> None
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("nowhere", "--checkpoint: {} is no folder"),
-        ("empty", "{}: is no checkpoint"),
+        ("nowhere", "--checkpoint: {} is not a folder"),
+        ("empty", "{}: not a checkpoint"),
         ("torn", "has no readable checkpoint.json"),
     ],
 )
@@ -99,5 +99,5 @@ def test_nothing_is_overwritten_and_options_go_together(whole_run: Run, tmp_path
     (tmp_path / "mine").write_text("precious")
     checkpoint = str(checkpoint_of(whole_run))
     said = llama_lora_here("consolidate", "--checkpoint", checkpoint, "--output", str(tmp_path), status=2)
-    assert f"--output: {tmp_path} is there already" in said
+    assert f"--output: {tmp_path} already exists" in said
     assert "Pass --config run.yaml, or --checkpoint" in llama_lora_here("consolidate", "--output", "x", status=2)

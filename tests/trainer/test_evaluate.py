@@ -10,7 +10,7 @@ import torch
 from trainer.conftest import Run
 
 
-def test_the_losses_are_those_of_plain_transformers_on_each_held_out_row(whole_run: Run) -> None:
+def test_the_losses_equal_those_of_transformers_on_each_held_out_row(whole_run: Run) -> None:
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM
 
@@ -45,9 +45,9 @@ def test_no_held_out_row_is_trained_on(whole_run: Run) -> None:
         assert not any(ids == list(t[i : i + len(ids)]) for t in trained for i in range(len(t)))
 
 
-def test_the_report_is_one_file_with_the_curve_the_samples_and_no_outside_resource(whole_run: Run) -> None:
+def test_the_report_is_one_file_with_the_curve_the_samples_and_no_external_resource(whole_run: Run) -> None:
     page = whole_run.paths.report.read_text()
-    assert "<polyline" in page and "Held-out loss" in page and "figure here says anything about Trainium" in page
+    assert "<polyline" in page and "Held-out loss" in page and "do not apply to Trainium" in page
     assert not re.search(r"(src|href)\s*=|url\(|@import|<script", page)
     for sample in json.loads((whole_run.paths.evaluation / "samples.json").read_text()):
         assert sample.keys() == {"prompt", "reference", "base", "merged"}

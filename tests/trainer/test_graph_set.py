@@ -1,4 +1,4 @@
-"""The comparison of XLA graphs that pytest -m neuron uses (tests/neuron/graphs.py), on small texts."""
+"""The comparison of XLA graphs for pytest -m neuron (tests/neuron/graphs.py), on small dumps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dumped(folder: Path, *texts: str) -> set[str]:
     return graph_set(folder)
 
 
-def test_one_graph_is_one_in_every_dump(tmp_path: Path) -> None:
+def test_the_same_graph_is_equal_in_every_dump(tmp_path: Path) -> None:
     assert AGAIN != GRAPH
     assert dumped(tmp_path / "compile", GRAPH, AGAIN) == dumped(tmp_path / "train", AGAIN)
     assert len(dumped(tmp_path / "one", GRAPH, AGAIN)) == 1
@@ -59,12 +59,12 @@ def test_one_graph_is_one_in_every_dump(tmp_path: Path) -> None:
         ("dimensions={}", "dimensions={0}"),
     ],
 )
-def test_another_graph_is_another(tmp_path: Path, old: str, new: str) -> None:
+def test_different_graphs_differ(tmp_path: Path, old: str, new: str) -> None:
     assert GRAPH.count(old)
     missing = dumped(tmp_path / "train", GRAPH.replace(old, new)) - dumped(tmp_path / "compile", GRAPH)
     assert len(missing) == 1
 
 
-def test_a_dump_without_graphs_proves_nothing(tmp_path: Path) -> None:
+def test_a_dump_without_graphs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="XLA_FLAGS"):
         graph_set(tmp_path)

@@ -1,4 +1,4 @@
-"""The image's Dockerfile and what it pins: everything, exactly, and so that it fits together. Asks nobody."""
+"""The image's Dockerfile and its pins: complete, exact and compatible. No network access."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TRAINER = ROOT / "trainer"
 DOCKERFILE = TRAINER / "Dockerfile"
 EXTRAS = "[trainer,neuron]"
 SMOKE_TEST = [sys.executable, str(TRAINER / "smoke_test.py")]
-# Who runs the image's Python. Debian's, in the cluster tests, is 3.11.
+# The environment of the image's Python. Debian's, in the cluster tests, is 3.11.
 ENVIRONMENT = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.12", "sys_platform": "linux"}
 ENVIRONMENT |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 ENVIRONMENT |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
 
 
 def pins_module() -> Any:
-    """trainer/pins.py, which is a script of the image and in no package."""
+    """Import trainer/pins.py, a script of the image that is not in a package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TRAINER))
         import pins
@@ -41,8 +41,8 @@ def pins_module() -> Any:
 
 pins = pins_module()
 SECTIONS: dict[str, dict[str, str]] = pins.sections()
-BY_NAME = {pins.normal(name): version for section in SECTIONS.values() for name, version in section.items()}
-OF_THE_BASE = {pins.normal(name) for section in ("base", "sdk") for name in SECTIONS[section]}
+BY_NAME = {pins.normalized(name): version for section in SECTIONS.values() for name, version in section.items()}
+OF_THE_BASE = {pins.normalized(name) for section in ("base", "sdk") for name in SECTIONS[section]}
 RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -53,13 +53,13 @@ def ours(*extras: str) -> list[Requirement]:
 
 
 def closure(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
-    """All packages that these need, and who asks for each with what; below torch and AWS's own nothing is ours."""
+    """Map all packages that these need, directly or not, to their requirements, without those of the base image."""
     asked: dict[str, list[Requirement]] = {}
     seen: set[str] = set()
     todo = list(requirements)
     while todo:
         wanted = todo.pop()
-        name = pins.normal(wanted.name)
+        name = pins.normalized(wanted.name)
         asked.setdefault(name, []).append(wanted)
         if name in OF_THE_BASE or name not in RECORDED or str(wanted) in seen:
             continue
@@ -75,33 +75,33 @@ def closure(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
 NEEDED = closure(ours("trainer", "neuron"))
 
 
-def test_every_package_that_ours_need_is_pinned() -> None:
+def test_every_required_package_is_pinned() -> None:
     assert len(NEEDED) > 80
     assert sorted(set(NEEDED) - set(BY_NAME)) == []
 
 
-def test_nothing_is_pinned_that_nobody_needs() -> None:
+def test_every_pinned_package_is_required() -> None:
     of_torch_neuronx = {"torch-xla"}
     assert sorted(set(BY_NAME) - set(NEEDED) - OF_THE_BASE - of_torch_neuronx) == []
 
 
 @pytest.mark.parametrize("name", sorted(NEEDED))
-def test_a_pin_is_what_everybody_asks_for(name: str) -> None:
+def test_a_pin_meets_all_requirements(name: str) -> None:
     for wanted in NEEDED[name]:
         assert wanted.specifier.contains(BY_NAME[name], prereleases=True), f"{wanted}, and {BY_NAME[name]} is pinned"
 
 
-def test_each_section_is_whole_without_the_next() -> None:
-    """The image of the command alone, and that of a CPU, are built from their sections only."""
+def test_each_section_is_complete_without_the_next() -> None:
+    """Images without extras, and for the CPU, install only their sections."""
     there = set(OF_THE_BASE)
     for section, extras in (("command", ()), ("trainer", ("trainer",)), ("neuron", ("trainer", "neuron"))):
-        there |= {pins.normal(name) for name in SECTIONS[section]}
+        there |= {pins.normalized(name) for name in SECTIONS[section]}
         assert set(closure(ours(*extras))) <= there, section
 
 
-def test_what_is_known_of_the_pins_is_up_to_date() -> None:
-    """Else run: python tests/trainer/image_pins.py"""
-    of_pypi = {pins.normal(name): v for key, of in SECTIONS.items() if key != "sdk" for name, v in of.items()}
+def test_the_recorded_requirements_of_the_pins_are_up_to_date() -> None:
+    """If not, run: python tests/trainer/image_pins.py"""
+    of_pypi = {pins.normalized(name): v for key, of in SECTIONS.items() if key != "sdk" for name, v in of.items()}
     assert {name: of["version"] for name, of in RECORDED.items()} == of_pypi
     before = json.dumps(RECORDED)
     drop_unused_extras(RECORDED)
@@ -119,8 +119,8 @@ def test_a_pin_has_a_wheel_for_the_images_python(name: str) -> None:
     assert platform == "any" or "manylinux2014_x86_64" in platform or min(glibc, default=99) <= 35
 
 
-def test_the_pins_that_go_together_are_optimum_neurons_own() -> None:
-    """FIELD-NOTES 1, and the extras training and neuronx of optimum-neuron 0.4.5."""
+def test_the_pins_of_the_neuron_stack_are_those_of_optimum_neuron() -> None:
+    """Its extras training and neuronx, version 0.4.5."""
     expected = {
         "accelerate": "1.8.1",
         "libneuronxla": "2.2.12677.0",
@@ -141,16 +141,16 @@ def test_the_pins_that_go_together_are_optimum_neurons_own() -> None:
 @pytest.mark.parametrize(
     "wrong", ["torch>=2.8", "torch", "torch==2.8.0 # why", "torch==2.8.*", "a==1\nA==2", "a_b==1\nA-b==1"]
 )
-def test_what_is_no_exact_pin_is_refused(tmp_path: Path, wrong: str) -> None:
+def test_a_pin_that_is_not_exact_is_an_error(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "constraints.txt").write_text(f"# [base]\n{wrong}\n")
     with pytest.raises(ValueError, match="write each package once"):
         pins.sections(tmp_path / "constraints.txt")
 
 
-def test_pip_is_never_given_what_the_base_brings() -> None:
+def test_pip_never_installs_packages_of_the_base_image() -> None:
     for extras in ("", "[trainer]", EXTRAS):
         done = subprocess.run([sys.executable, TRAINER / "pins.py", extras], capture_output=True, text=True, check=True)
-        given = {pins.normal(line.partition("==")[0]) for line in done.stdout.splitlines()}
+        given = {pins.normalized(line.partition("==")[0]) for line in done.stdout.splitlines()}
         assert len(given) > 30 and not given & OF_THE_BASE
         assert not any(name.startswith(("nvidia", "triton", "torchvision")) for name in given)
 
@@ -189,7 +189,7 @@ def test_no_secret_can_get_into_a_layer() -> None:
 
 
 def test_the_context_is_what_the_dockerfile_copies() -> None:
-    """Everything else stays out of a build: inputs files, keys, environments."""
+    """A build sends nothing else: no inputs files, keys or environments."""
     ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert ignore[0] == "*"
     let_in = {line[1:] for line in ignore if line.startswith("!")}
@@ -208,20 +208,20 @@ def test_the_last_user_is_not_root_and_runs_the_smoke_test() -> None:
 
 
 def test_dependencies_come_before_sources() -> None:
-    """So that a change of ours leaves the layers of gigabytes as they are; and of labels, all."""
+    """A change of the sources rebuilds no large layer, and a change of labels rebuilds none."""
     text = [f"{kind} {text}" for kind, text in instructions()]
     at = [next(place for place, line in enumerate(text) if word in line) for word in ("pins.txt", "COPY generator gen")]
     assert at == sorted(at)
     assert text[-1].startswith("LABEL ") and text[-2].startswith("ARG ")
 
 
-def test_labels_say_what_it_is() -> None:
+def test_the_labels_describe_the_image() -> None:
     labels = next(text for kind, text in instructions() if kind == "LABEL")
     named = set(re.findall(r"org\.opencontainers\.image\.([a-z.]+)=", labels))
     assert named == {"title", "description", "licenses", "version", "revision", "base.name"}
 
 
-def test_another_processor_is_refused_first() -> None:
+def test_the_build_fails_first_on_another_processor() -> None:
     first = next(text for kind, text in instructions() if kind == "RUN")
     assert "uname -m" in first and "x86_64" in first and "exit 1" in first
 
@@ -230,10 +230,10 @@ def test_another_processor_is_refused_first() -> None:
 
 
 def freeze(folder: Path, **changed: str) -> Path:
-    """A constraints file for this very environment."""
+    """Write a constraints file with the versions of this environment."""
     import importlib.metadata
 
-    there = {pins.normal(of.metadata["Name"]): of.version for of in importlib.metadata.distributions()} | changed
+    there = {pins.normalized(of.metadata["Name"]): of.version for of in importlib.metadata.distributions()} | changed
     there.pop("llama-lora")
     lines = [f"{name}=={version}" for name, version in there.items() if name != "torch"]
     file = folder / "constraints.txt"
@@ -249,13 +249,13 @@ def smoke_test(*arguments: str | Path, path: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_what_is_whole_passes(tmp_path: Path) -> None:
+def test_a_complete_image_passes(tmp_path: Path) -> None:
     done = smoke_test("[trainer]", "--constraints", freeze(tmp_path), path=str(Path(sys.executable).parent))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "The image is whole: command, trainer.\n"
+    assert done.stdout == "The image is complete: command, trainer.\n"
 
 
-def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     helm = tmp_path / "helm"
     helm.write_text("#!/bin/sh\necho Error: no such chart >&2\nexit 1\n")
     helm.chmod(0o755)
@@ -266,10 +266,10 @@ def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
     done = smoke_test("", "--constraints", file, path=str(tmp_path))
     assert done.returncode == 1 and done.stdout == ""
     first, *rest = done.stderr.splitlines()
-    assert first == f"The image is not whole ({len(rest)}):"
+    assert first == f"The image is not complete ({len(rest)} problems):"
     peft = f"  peft is {version('peft')}; constraints.txt has 0.16.0"
     assert {peft, "  no-such-package is not installed; constraints.txt has 1.0"} <= set(rest)
-    assert "  helm version --short: ends with status 1: Error: no such chart" in rest
+    assert "  helm version --short: exits with status 1: Error: no such chart" in rest
     assert any(re.fullmatch(r"  idna, which \S+ needs, is not in constraints.txt", line) for line in rest)
     assert not any("genvalues" in line for line in rest)
 
@@ -285,11 +285,11 @@ def version(name: str) -> str:
     [
         ("raise RuntimeError('no\\n  device')", "import broken: RuntimeError: no device"),
         ("raise SystemExit(3)", "import broken: SystemExit: 3"),
-        ("import os; os.abort()", "import broken: ends with status -6: importing broken"),
+        ("import os; os.abort()", "import broken: exits with status -6: importing broken"),
         ("import no_such_module", "import broken: ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_an_import_that_fails_or_crashes_has_a_name(tmp_path: Path, body: str, said: str) -> None:
+def test_an_import_that_fails_or_crashes_is_reported_by_name(tmp_path: Path, body: str, said: str) -> None:
     (tmp_path / "broken.py").write_text(body)
     code = "import smoke_test; print(*smoke_test.failing_imports('command', ['json', 'broken', 'csv']), sep='\\n')"
     environment = {"PYTHONPATH": f"{TRAINER}:{tmp_path}", "PATH": "/usr/bin:/bin"}
@@ -297,8 +297,8 @@ def test_an_import_that_fails_or_crashes_has_a_name(tmp_path: Path, body: str, s
     assert done.stdout.splitlines() == [said]
 
 
-def test_what_needs_neuron_is_imported_with_neuron_alone() -> None:
-    code = "import json, smoke_test as s; print(json.dumps({part: s.modules(part) for part in s.IMPORTS}))"
+def test_modules_for_neuron_are_imported_only_with_that_extra() -> None:
+    code = "import json, smoke_test as s; print(json.dumps({part: s.modules_of(part) for part in s.IMPORTS}))"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(TRAINER)}, capture_output=True, text=True, check=True
     )

@@ -14,7 +14,7 @@ from trainer.conftest import Run, llama_lora_here, make_model
 
 
 def make_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """A random adapter, by peft itself."""
+    """Make a random adapter with peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ def test_the_merge_is_bit_identical_to_pefts(
     from transformers import AutoModelForCausalLM
 
     base = make_model(tmp_path / "base", dtype=dtype, max_shard_size="40KB")
-    assert len(list(base.glob("*.safetensors"))) > 1, "one shard would prove less"
+    assert len(list(base.glob("*.safetensors"))) > 1, "the model needs several shards"
     adapter = make_adapter(base, tmp_path / "adapter", adapter_dtype, **settings)
     llama_lora_here("merge", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
 
@@ -61,7 +61,7 @@ def test_the_merge_is_bit_identical_to_pefts(
     assert any(not torch.equal(merged[name], before[name]) for name in merged)
 
 
-def test_the_runs_merged_model_loads_in_plain_transformers_and_generates(whole_run: Run) -> None:
+def test_transformers_loads_the_merged_model_and_generates(whole_run: Run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(whole_run.paths.merged)
@@ -71,7 +71,7 @@ def test_the_runs_merged_model_loads_in_plain_transformers_and_generates(whole_r
     )
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     assert model.generate(**ids, max_new_tokens=3, pad_token_id=0).shape[1] > ids.input_ids.shape[1]
-    assert model.generation_config.max_length == 77, "the generation config came with it"
+    assert model.generation_config.max_length == 77, "the generation config was copied"
 
 
 def test_only_targeted_tensors_change_and_every_other_file_is_copied(tmp_path: Path) -> None:
@@ -130,29 +130,32 @@ def lose_shard(base: Path, adapter: Path) -> None:
 
 MISTAKES = {
     "touches nothing": (spoil_tensors(zero_b), "the adapter changes nothing: every lora_B is zero"),
-    "empty": (spoil_tensors(lambda tensors: {}), "the adapter holds no LoRA factors"),
-    "other layers": (spoil_tensors(rename), "the base model has no model.layers.7.self_attn."),
-    "other shape": (spoil_tensors(widen), "is [32, 32] in the base model, [64, 32] in the adapter"),
-    "half a pair": (spoil_tensors(lose_b), "v_proj.lora_A.weight without its lora_B"),
+    "empty": (spoil_tensors(lambda tensors: {}), "the adapter has no LoRA factors"),
+    "other layers": (spoil_tensors(rename), "layers.7.self_attn.q_proj.weight not found in the base model"),
+    "other shape": (spoil_tensors(widen), "has shape [32, 32] in the base model and [64, 32] in the adapter"),
+    "half a pair": (spoil_tensors(lose_b), "v_proj.lora_A.weight has no matching lora_B"),
     "embedding": (
         spoil_tensors(lambda tensors: tensors | {"base_model.model.model.norm.weight": torch.zeros(3)}),
-        "holds more than LoRA factors: base_model.model.model.norm.weight",
+        "contains tensors other than LoRA factors: base_model.model.model.norm.weight",
     ),
     "DoRA": (spoil_config(use_dora=True), "use_dora is set. Only plain LoRA can be merged."),
     "bias": (spoil_config(bias="all"), "bias is 'all'. Only 'none' can be merged."),
-    "no rank": (spoil_config(r=None), "r is None. Write the number"),
+    "no rank": (spoil_config(r=None), "r is None. Set the value"),
     "another method": (spoil_config(peft_type="IA3"), "peft_type is IA3. Only LORA can be merged."),
-    "no config": (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "has no adapter_config.json"),
-    "no weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+    "no config": (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "adapter_config.json not found"),
+    "no weights": (
+        lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors not found",
+    ),
     "torn weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
-    "torn shard": (cut_short, "is cut short. Copy it again"),
-    "missing shard": (lose_shard, "is missing, but the index names it"),
+    "torn shard": (cut_short, "file is truncated. Copy"),
+    "missing shard": (lose_shard, "not found, but the index lists it"),
     "no adapter": (lambda base, adapter: shutil.rmtree(adapter), "--adapter: "),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path: Path, mistake: str) -> None:
+def test_an_adapter_that_cannot_be_merged_is_an_error_and_nothing_is_written(tmp_path: Path, mistake: str) -> None:
     base = make_model(tmp_path / "base", max_shard_size="40KB")
     adapter = make_adapter(base, tmp_path / "adapter")
     spoil, message = MISTAKES[mistake]
@@ -163,7 +166,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path: Path,
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
-def test_a_run_whose_adapter_changes_nothing_ends_before_it_writes(finished_run: Run) -> None:
+def test_a_run_whose_adapter_changes_nothing_fails_before_it_writes(finished_run: Run) -> None:
     weights = finished_run.paths.adapter / "adapter_model.safetensors"
     before = files.sha256(finished_run.paths.merged / "model.safetensors")
     save_file(zero_b(load_file(weights)), weights, metadata={"format": "pt"})

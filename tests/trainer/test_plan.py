@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_lora.backends.step_plan import StepPlan
 from llama_lora.config import Training
-from llama_lora.plan import Plan
 
 
 def training(**changes: Any) -> Training:
@@ -35,11 +35,11 @@ sizes = st.integers(1, 4)
 
 
 @given(rows=st.integers(1, 50), batch=sizes, accumulation=sizes, workers=sizes, epochs=st.sampled_from([0.5, 1, 2, 3]))
-def test_every_row_is_trained_once_an_epoch_whoever_trains_it(
+def test_every_row_is_trained_on_once_per_epoch_with_any_number_of_workers(
     rows: int, batch: int, accumulation: int, workers: int, epochs: float
 ) -> None:
     settings = training(per_device_batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs)
-    plan = Plan(rows, workers, settings)
+    plan = StepPlan(rows, workers, settings)
     trained = []
     for step in range(plan.total_steps):
         of_workers = [plan.worker_rows(step, worker) for worker in range(workers)]
@@ -56,34 +56,34 @@ def test_every_row_is_trained_once_an_epoch_whoever_trains_it(
 
 
 @given(rows=st.integers(1, 50), shape=st.sampled_from([(1, 4), (2, 2), (4, 1)]))
-def test_a_step_has_the_same_rows_however_many_workers_share_it(rows: int, shape: tuple[int, int]) -> None:
+def test_a_step_has_the_same_rows_with_any_number_of_workers(rows: int, shape: tuple[int, int]) -> None:
     accumulation, workers = shape
-    plan = Plan(rows, workers, training(gradient_accumulation_steps=accumulation))
-    alone = Plan(rows, 1, training(gradient_accumulation_steps=4))
+    plan = StepPlan(rows, workers, training(gradient_accumulation_steps=accumulation))
+    alone = StepPlan(rows, 1, training(gradient_accumulation_steps=4))
     assert plan.total_steps == alone.total_steps
     assert all(plan.step_rows(step) == alone.step_rows(step) for step in range(plan.total_steps))
 
 
-def test_max_steps_goes_round_the_rows_as_often_as_needed() -> None:
-    plan = Plan(3, 1, training(max_steps=7))
+def test_rows_repeat_as_often_as_max_steps_needs() -> None:
+    plan = StepPlan(3, 1, training(max_steps=7))
     assert [row for step in range(7) for row in plan.step_rows(step)].count(None) == 0
     assert plan.total_steps == 7
 
 
-def test_epochs_are_in_different_order_and_a_seed_repeats_them() -> None:
-    plan = Plan(20, 1, training(epochs=2))
+def test_epochs_differ_in_order_and_a_seed_reproduces_them() -> None:
+    plan = StepPlan(20, 1, training(epochs=2))
     order = [plan.step_rows(step)[0] for step in range(40)]
     assert order[:20] != order[20:]
-    assert order == [Plan(20, 1, training(epochs=2)).step_rows(step)[0] for step in range(40)]
-    assert order != [Plan(20, 1, training(epochs=2, seed=7)).step_rows(step)[0] for step in range(40)]
+    assert order == [StepPlan(20, 1, training(epochs=2)).step_rows(step)[0] for step in range(40)]
+    assert order != [StepPlan(20, 1, training(epochs=2, seed=7)).step_rows(step)[0] for step in range(40)]
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.1])
-def test_the_learning_rate_is_that_of_transformers(scheduler: str, warmup_ratio: float) -> None:
+def test_the_learning_rate_equals_that_of_transformers(scheduler: str, warmup_ratio: float) -> None:
     from transformers import get_scheduler
 
-    plan = Plan(40, 1, training(lr_scheduler=scheduler, warmup_ratio=warmup_ratio))
+    plan = StepPlan(40, 1, training(lr_scheduler=scheduler, warmup_ratio=warmup_ratio))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     name = "constant_with_warmup" if scheduler == "constant" else scheduler
     theirs = get_scheduler(name, optimizer, num_warmup_steps=round(40 * warmup_ratio), num_training_steps=40)
@@ -93,16 +93,16 @@ def test_the_learning_rate_is_that_of_transformers(scheduler: str, warmup_ratio:
         theirs.step()
 
 
-def test_other_workers_go_on_at_the_row_where_the_first_stopped() -> None:
-    two = Plan(40, 2, training())
+def test_another_number_of_workers_resumes_at_the_same_row() -> None:
+    two = StepPlan(40, 2, training())
     rows_done = 5 * two.global_batch
-    one = Plan(40, 1, training())
+    one = StepPlan(40, 1, training())
     assert one.step_after(rows_done) == 10
     assert one.step_rows(one.step_after(rows_done))[0] == two.step_rows(5)[0]
 
 
-def test_a_plan_of_at_least_so_many_steps_is_full_rows_and_the_same_where_there_are_more() -> None:
-    short = Plan(3, 2, training(max_steps=1)).of_at_least(10)
+def test_a_plan_of_at_least_n_steps_repeats_rows_and_does_not_shorten_a_longer_plan() -> None:
+    short = StepPlan(3, 2, training(max_steps=1)).of_at_least(10)
     assert short.total_steps == 10 and all(row is not None for step in range(10) for row in short.step_rows(step))
     assert short.learning_rate(9) > 0
-    assert Plan(3, 2, training(max_steps=12)).of_at_least(10).total_steps == 12
+    assert StepPlan(3, 2, training(max_steps=12)).of_at_least(10).total_steps == 12

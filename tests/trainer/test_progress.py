@@ -90,7 +90,9 @@ def test_a_line_is_written_at_most_every_few_seconds(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(logging.getLogger("llama_lora"), "propagate", True)  # a command in this process may end it
+    logger = logging.getLogger("llama_lora")  # as at the start of a process: log.configure() ends propagation
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
     with caplog.at_level("INFO", "llama_lora"):
         for _ in progress.track(range(100), "row", 100):
             now += 1

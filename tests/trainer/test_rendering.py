@@ -1,4 +1,4 @@
-"""What a row becomes, token by token. The tokenizer makes every byte a token, so a string shows them all."""
+"""The tokens and the loss mask of rendered rows. The tokenizer makes each byte a token, so text shows all tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.conftest import byte_tokenizer
 
 
 def shown(tokenizer: Any, format: str, values: dict[str, Any], max_length: int = 1000, **columns: str) -> str:
-    """The row's tokens as text, the trained ones in [brackets]."""
+    """Decode the row's tokens, with the trained ones in [brackets]."""
     example, _ = Renderer(tokenizer, format, columns).example(Row("rows.jsonl:1", values), max_length)
     assert len(example.input_ids) == len(example.labels)
     text, trained = "", False
@@ -27,7 +27,7 @@ def shown(tokenizer: Any, format: str, values: dict[str, Any], max_length: int =
     return text + ("]" if trained else "")
 
 
-def test_only_the_answer_and_its_end_token_carry_loss(tokenizer: Any) -> None:
+def test_only_the_answer_and_its_end_token_have_a_loss(tokenizer: Any) -> None:
     assert (
         shown(tokenizer, "instruction", {"instruction": "Add 1 and 1.", "output": "2"})
         == "<|start|>user\nAdd 1 and 1.<|end|>\n<|start|>assistant\n[2<|end|>]\n"
@@ -42,7 +42,7 @@ def test_the_input_column_joins_the_question(tokenizer: Any) -> None:
     )
 
 
-def test_every_assistant_turn_carries_loss_and_no_other(tokenizer: Any) -> None:
+def test_every_assistant_turn_and_no_other_has_a_loss(tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
@@ -56,7 +56,7 @@ def test_every_assistant_turn_carries_loss_and_no_other(tokenizer: Any) -> None:
     )
 
 
-def test_text_carries_loss_on_everything_but_the_first_token(tokenizer: Any) -> None:
+def test_text_has_a_loss_on_all_tokens_but_the_first(tokenizer: Any) -> None:
     assert shown(tokenizer, "text", {"text": "One day"}) == "<|bos|>[One day<|end|>]"
 
 
@@ -64,7 +64,7 @@ def test_prompt_and_completion_are_joined_as_written(tokenizer: Any) -> None:
     assert shown(tokenizer, "prompt-completion", {"prompt": "1+1=", "completion": "2"}) == "<|bos|>1+1=[2<|end|>]"
 
 
-def test_without_a_chat_template_the_stated_prompt_template_is_used_with_real_newlines() -> None:
+def test_without_a_chat_template_the_documented_prompt_template_is_used() -> None:
     plain = byte_tokenizer(chat_template=None)
     assert (
         shown(plain, "instruction", {"instruction": "Add.", "input": "1 1", "output": "2"})
@@ -74,7 +74,7 @@ def test_without_a_chat_template_the_stated_prompt_template_is_used_with_real_ne
     assert shown(plain, "chat", {"messages": messages}) == "<|bos|>### User\nHi\n\n### Assistant\n[Yes?<|end|>]\n\n"
 
 
-def test_a_template_that_closes_no_turn_gets_the_end_token() -> None:
+def test_a_template_without_an_end_token_gets_one() -> None:
     bare = byte_tokenizer("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
                           "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     assert shown(bare, "instruction", {"instruction": "Hi", "output": "Yes?"}) == "user: Hiassistant: [Yes?<|end|>]"
@@ -101,10 +101,10 @@ def test_a_date_in_the_template_is_fixed_and_recorded() -> None:
     assert Renderer(byte_tokenizer(), "instruction", {}).date() is None
 
 
-def test_a_row_is_cut_at_the_maximum_length_and_said_to_be(tokenizer: Any) -> None:
+def test_a_row_is_truncated_to_the_maximum_length_and_reported(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, "prompt-completion", {})
-    example, cut = renderer.example(Row("x", {"prompt": "abc", "completion": "defgh"}), 6)
-    assert (tokenizer.decode(example.input_ids), cut) == ("<|bos|>abcde", True)
+    example, truncated = renderer.example(Row("x", {"prompt": "abc", "completion": "defgh"}), 6)
+    assert (tokenizer.decode(example.input_ids), truncated) == ("<|bos|>abcde", True)
     assert renderer.example(Row("x", {"prompt": "a", "completion": "b"}), 6)[1] is False
 
 
@@ -117,31 +117,30 @@ def test_a_row_is_cut_at_the_maximum_length_and_said_to_be(tokenizer: Any) -> No
         ({"instruction": "x" * 200, "output": "Yes"}, "prompt fills maxSequenceLength"),
     ],
 )
-def test_a_row_without_anything_to_learn_is_dropped_with_its_reason(
+def test_a_row_without_trained_tokens_is_dropped_with_its_reason(
     tokenizer: Any, values: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(Dropped, match=reason):
         shown(tokenizer, "instruction", values, max_length=100)
 
 
-def test_a_missing_column_is_named_with_its_place_and_the_columns_there_are(tokenizer: Any) -> None:
+def test_an_error_for_a_missing_column_has_the_place_and_the_available_columns(tokenizer: Any) -> None:
     with pytest.raises(UserError) as error:
         shown(tokenizer, "instruction", {"question": "Hi", "answer": "Yes"})
-    assert str(error.value) == (
-        "rows.jsonl:1: has no column instruction. Set dataset.columns.instruction to one of: question, answer."
-    )
+    assert error.value.where == "rows.jsonl:1" and "no column instruction" in str(error.value)
+    assert "dataset.columns.instruction" in error.value.fix and "question, answer" in error.value.fix
 
 
 @pytest.mark.parametrize("messages", ["Hi", [{"content": "Hi"}], [["user", "Hi"]]])
-def test_messages_of_another_shape_are_refused(tokenizer: Any, messages: Any) -> None:
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: column messages is no list of messages"):
+def test_messages_of_another_shape_are_an_error(tokenizer: Any, messages: Any) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: column messages is not a list of messages"):
         shown(tokenizer, "chat", {"messages": messages})
 
 
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+def test_a_tokenizer_without_an_end_token_is_an_error() -> None:
     endless = byte_tokenizer()
     endless.eos_token = None
-    with pytest.raises(UserError, match="could not learn to stop"):
+    with pytest.raises(UserError, match="has no end-of-sequence token"):
         Renderer(endless, "text", {})
 
 
@@ -159,18 +158,18 @@ QUESTION = {"role": "user", "content": "Hi"}
             [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}],
             "has a message without plain text",
         ),
-        ([{"role": "assistant", "content": "Hello"}, QUESTION], "begins with an assistant turn"),
+        ([{"role": "assistant", "content": "Hello"}, QUESTION], "starts with an assistant turn"),
         ([QUESTION, {"role": "assistant", "content": "cut \ud83d"}], "is not valid Unicode"),
     ],
 )
-def test_a_conversation_that_cannot_be_trained_is_dropped_with_its_reason(
+def test_a_conversation_that_cannot_be_trained_on_is_dropped_with_its_reason(
     tokenizer: Any, messages: list[dict[str, Any]], reason: str
 ) -> None:
     with pytest.raises(Dropped, match=reason):
         shown(tokenizer, "chat", {"messages": messages})
 
 
-# What Llama 3.1's own template does, without its tools: a header with dates before the system prompt, content trimmed.
+# Llama 3.1's template without tools: a header with dates before the system prompt, and trimmed content.
 LLAMA_3_1 = (
     "{{ '<|bos|>' }}{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
@@ -182,7 +181,7 @@ LLAMA_3_1 = (
 )
 
 
-def test_llama_3_1s_template_has_its_date_fixed_its_begin_token_once_and_its_answers_masked_right() -> None:
+def test_llama_3_1s_template_gives_a_fixed_date_one_begin_token_and_the_right_loss_mask() -> None:
     llama = byte_tokenizer(LLAMA_3_1)
     turns = [{"role": "system", "content": " Be brief. "}, QUESTION, {"role": "assistant", "content": " Yes? \n"}]
     assert shown(llama, "chat", {"messages": turns}) == (
@@ -192,12 +191,12 @@ def test_llama_3_1s_template_has_its_date_fixed_its_begin_token_once_and_its_ans
     assert Renderer(llama, "chat", {}).date() == "26 Jul 2024"
 
 
-def test_a_template_that_wants_more_than_a_question_has_no_date() -> None:
+def test_a_template_that_rejects_a_single_question_has_no_date() -> None:
     strict = byte_tokenizer("{% if messages | length < 2 %}{{ raise_exception('two at least') }}{% endif %}")
     assert Renderer(strict, "chat", {}).date() is None
 
 
-def test_a_tokenizer_that_marks_the_beginning_of_every_text_is_refused() -> None:
+def test_a_tokenizer_that_marks_the_beginning_of_every_text_is_an_error() -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 

@@ -16,9 +16,9 @@ from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
 from genvalues.common.errors import UserError
-from llama_lora import resolve
 from llama_lora.config import Model
-from llama_lora.snapshot import take_snapshot
+from llama_lora.data import resolve
+from llama_lora.data.snapshot import take_snapshot
 from trainer.conftest import Run, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
@@ -102,16 +102,13 @@ def test_a_hub_model_is_pinned_to_a_commit_once_and_a_rerun_asks_nobody(
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        (
-            (403, "GatedRepo", "restricted"),
-            "is gated, and this token's account has not been given access",
-        ),
-        ((404, "all:RepoNotFound", "no"), "model.id: the Hugging Face Hub knows no org/thing, or it is private"),
+        ((403, "GatedRepo", "restricted"), "org/thing is gated"),
+        ((404, "all:RepoNotFound", "no"), "model.id: org/thing not found on the Hugging Face Hub, or private"),
         ((404, "all:RevisionNotFound", "no"), "model.id: org/thing has no such revision"),
-        ((401, "all:", "Invalid credentials in Authorization header"), "the Hugging Face Hub does not accept"),
+        ((401, "all:", "Invalid credentials in Authorization header"), "the Hugging Face Hub rejects the token"),
         (
             (403, "", "enable access to public gated repositories"),
-            "huggingFace.tokenSecret: the token may not read org",
+            "huggingFace.tokenSecret: the token has no permission to read org",
         ),
     ],
 )
@@ -169,14 +166,14 @@ def test_what_s3_refuses_is_told(new_run: Callable[..., Run], s3: Stubber, code:
     run = new_run()
     of_s3(run)
     s3.add_client_error("head_object", code)
-    assert f"dataset.source: S3 answers {code} for s3://bucket/rows.jsonl. Check" in run("tokenize", status=2)
+    assert f"dataset.source: S3 returns {code} for s3://bucket/rows.jsonl. Check" in run("tokenize", status=2)
 
 
 def test_a_bucket_that_cannot_be_is_told(new_run: Callable[..., Run], s3: Stubber) -> None:
     run = new_run()
     s3.deactivate()  # botocore itself refuses it, before it asks anybody
     run.config["dataset"]["source"] = "s3://My_Bucket!/rows.jsonl"
-    assert "s3://My_Bucket!/rows.jsonl is no S3 address" in run("tokenize", status=2)
+    assert "dataset.source: invalid S3 URI s3://My_Bucket!/rows.jsonl" in run("tokenize", status=2)
 
 
 def test_a_gguf_model_becomes_safetensors_with_the_right_end_of_sequence_token(tmp_path: Path) -> None:
@@ -209,9 +206,12 @@ def spoil_type(folder: Path) -> None:
 SPOILT = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights"),
-    "torn weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9), "is no safetensors file"),
+    "torn weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9),
+        "not a valid safetensors file",
+    ),
     "weights of half the layers": (spoil_weights, "lacks weights: model.layers.1.mlp.down_proj.weight"),
-    "unknown architecture": (spoil_type, "is no causal language model that transformers knows"),
+    "unknown architecture": (spoil_type, "as a causal language model"),
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("*token*")],
         "has no tokenizer",
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_anything_is_kept(tmp_path
     spoil, message = SPOILT[mistake]
     folder = make_model(tmp_path / "model")
     spoil(folder)
-    with pytest.raises(UserError, match=r"has|lacks|is no") as error:
+    with pytest.raises(UserError, match=r"has|lacks|not") as error:
         take_snapshot(Model(path=str(folder)), resolve.Source("m", "1"), tmp_path / "models")
     assert message in str(error.value)
     assert not (tmp_path / "models" / "m@1").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from genvalues.common.errors import UserError
 from llama_lora.data.dataset_readers import read_file
-from llama_lora.resolve import s3_parts
+from llama_lora.data.s3 import s3_parts
 
 ROWS = [{"q": "How much is 1 + 1?", "a": "2"}, {"q": 'Größe, in "cm"?\nExactly.', "a": "10"}]
 
@@ -36,14 +36,14 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("ending", WRITERS)
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"rows{ending}"
-    WRITERS[ending](path)
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path)
     assert [row.values for row in read_file(path)] == ROWS
 
 
-def test_a_text_file_gives_a_row_a_line(tmp_path: Path) -> None:
+def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("\ufeffOne\n\nTwo\n", encoding="utf-8")
     assert [row.values for row in read_file(path)] == [{"text": "One"}, {"text": "Two"}]
@@ -53,23 +53,17 @@ def test_a_text_file_gives_a_row_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"q": 1}\n{"q": \n', "a.jsonl:2:7: is not JSON: Expecting value. Write one JSON object a line."),
-        ("a.jsonl", b"[1]\n", "a.jsonl:1: is no JSON object. Write {"),
-        ("a.json", b'{"q": 1}', "a.json: holds no list. Write [{...}"),
-        ("a.json", b'[{"q": 1},\n 2]', "a.json row 2: is no JSON object"),
-        (
-            "a.json",
-            b'{"q": 1}\n{"q": 2}',
-            "a.json:2:1: is not JSON: Extra data. One object a line needs the ending .jsonl.",
-        ),
+        ("a.jsonl", b'{"q": 1}\n{"q": \n', "a.jsonl:2:7: invalid JSON: Expecting value"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: not a JSON object. Write {"),
+        ("a.json", b'{"q": 1}', "a.json: not a JSON list. Write [{...}"),
+        ("a.json", b'[{"q": 1},\n 2]', "a.json row 2: not a JSON object"),
+        ("a.json", b'{"q": 1}\n{"q": 2}', "a.json:2:1: invalid JSON: Extra data"),
         ("a.csv", b"q,a\n1,2,3\n", "a.csv:2: has more fields than the header. Quote fields"),
-        ("a.txt", b"caf\xe9\n", "a.txt: is not UTF-8 (byte 3). Save it as UTF-8."),
-        ("a.parquet", b"no parquet at all", "a.parquet: is not Parquet"),
+        ("a.txt", b"caf\xe9\n", "a.txt: not valid UTF-8 (byte 3)"),
+        ("a.parquet", b"not parquet", "a.parquet: not a valid Parquet file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_with_its_place(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_an_unreadable_file_is_an_error_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         list(read_file(tmp_path / name))
@@ -78,6 +72,6 @@ def test_a_file_that_cannot_be_read_is_told_with_its_place(
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/folder/", "s3:///rows.jsonl"])
 def test_an_s3_uri_must_name_a_data_file(uri: str) -> None:
-    with pytest.raises(UserError, match="names no data file"):
+    with pytest.raises(UserError, match="not the URI of a data file"):
         s3_parts(uri)
     assert s3_parts("s3://bucket/a/rows.jsonl") == ("bucket", "a/rows.jsonl")

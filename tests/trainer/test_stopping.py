@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from llama_lora import launch, stopping
+from llama_lora.backends import launch, stopping
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_training import adapter_digest, free_port, losses, prepared, train_command, wait_for, worker_pids
 from trainer.warm import WarmPopen
@@ -105,7 +105,7 @@ def test_one_worker_alone_can_be_asked_and_all_stop_at_the_same_step(new_run: Ca
     run = prepared(new_run(**LONG))
     trainer = start(run)
     wait_for(run.paths.progress.exists)
-    os.kill(worker_pids(trainer.pid)[1], stopping.ASK)
+    os.kill(worker_pids(trainer.pid)[1], stopping.STOP_SIGNAL)
     status, said = end(trainer)
     assert status == 143, said
     assert len(saved_steps(run)) == 1
@@ -240,11 +240,11 @@ def test_a_worker_that_hangs_leaves_its_stack_and_is_killed(new_run: Callable[..
 def trainer_with(run: Run, worker: str, launcher: str = "", stage: str = "train") -> subprocess.Popen[str]:
     """The stage, with code that each worker runs before its work, and the launcher before its own."""
     patched = run.folder / "patched_worker.py"
-    patched.write_text(f"import sys\n{worker}\nfrom llama_lora.worker import main\nmain(*sys.argv[1:])\n")
+    patched.write_text(f"import sys\n{worker}\nfrom llama_lora.backends.worker import main\nmain(*sys.argv[1:])\n")
     config = run.write_config()
     code = (
         "import sys; from pathlib import Path\n"
-        "from llama_lora import launch, stopping\nfrom llama_lora.cli import main\n"
+        "from llama_lora.backends import launch, stopping\nfrom llama_lora.cli import main\n"
         f"{launcher}"
         "import llama_lora.stages.train as train, llama_lora.stages.compile as compile\n"
         "def command(stage, paths): return "
@@ -257,8 +257,8 @@ def trainer_with(run: Run, worker: str, launcher: str = "", stage: str = "train"
 
 def test_a_training_that_fails_is_not_one_that_was_stopped() -> None:
     """What gate and people make of the statuses depends on it."""
-    assert stopping.STOPPED == 143 and stopping.STOPPED not in (0, 1, 2)
-    assert stopping.MARGIN > launch.PATIENCE_WITHOUT_WORKERS + launch.LOOK
+    assert stopping.EXIT_STOPPED == 143 and stopping.EXIT_STOPPED not in (0, 1, 2)
+    assert stopping.MARGIN > launch.WAIT_WITHOUT_WORKERS + launch.POLL_INTERVAL
 
 
 @pytest.mark.parametrize("stage", ["tokenize"])
@@ -270,7 +270,7 @@ def test_any_stage_ends_when_it_is_told_to(new_run: Callable[..., Run], stage: s
         "import os, signal; from llama_lora import stage; from llama_lora.cli import main\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "def told(*arguments): os.kill(os.getpid(), signal.SIGTERM); print('goes on')\n"
-        f"stage.run = told\nmain({arguments!r})\n"
+        f"stage.run_stage = told\nmain({arguments!r})\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (143, ""), ended.stderr

@@ -1,4 +1,4 @@
-"""The data report, and the choices of the split."""
+"""The data report and the split."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def report_of(run: Run) -> dict[str, Any]:
     return report
 
 
-def test_the_report_counts_what_became_of_every_row(new_run: Callable[..., Run]) -> None:
+def test_the_report_counts_kept_dropped_and_truncated_rows(new_run: Callable[..., Run]) -> None:
     run = new_run(dataset={"evalFraction": 0.25}, training={"maxSequenceLength": 60})
     rows = [
         {"q": "Short?", "a": "Yes."},
-        {"q": "Long?", "a": "Very long indeed. " * 9},  # cut
+        {"q": "Long?", "a": "Very long indeed. " * 9},  # truncated
         {"q": "Empty?", "a": ""},
         {"q": "Q" * 80, "a": "Never seen."},
         {"q": "Also?", "a": "Also."},
@@ -43,26 +43,27 @@ def test_the_report_counts_what_became_of_every_row(new_run: Callable[..., Run])
     for pieces in report["shown"]:
         assert [piece["trained"] for piece in pieces[:2]] == [False, True]
         assert pieces[0]["text"].endswith("assistant\n")
-    assert "rows dropped: 1, empty output" in said and "rows cut at maxSequenceLength: 1" in said
+    assert "rows dropped: 1 (empty output)" in said and "rows truncated to maxSequenceLength: 1" in said
 
 
-def test_a_misspelt_optional_column_is_told(new_run: Callable[..., Run]) -> None:
+def test_a_misspelled_optional_column_is_an_error(new_run: Callable[..., Run]) -> None:
     run = new_run(dataset={"columns": {"instruction": "q", "output": "a", "input": "contxt"}})
-    assert "dataset.columns.input: no row has a column contxt. Write one of: a, q." in run("tokenize", status=2)
+    said = run("tokenize", status=2)
+    assert "dataset.columns.input: no row has a column 'contxt'" in said and said.endswith(": a, q.\n")
     assert not list(run.workspace.glob("datasets/*/"))
 
 
-def test_nothing_held_out_while_evaluation_is_wanted_is_told_before_training(new_run: Callable[..., Run]) -> None:
+def test_no_held_out_rows_with_evaluation_enabled_is_an_error_of_tokenize(new_run: Callable[..., Run]) -> None:
     run = new_run(dataset={"evalFraction": 0.0})
-    assert "dataset.evalFraction: no row is held out of 40" in run("tokenize", status=2)
+    assert "dataset.evalFraction: none of 40 rows is held out" in run("tokenize", status=2)
     run.config["evaluation"]["enabled"] = False
     run("tokenize")
 
 
-def test_no_row_left_is_told_with_the_reasons(new_run: Callable[..., Run]) -> None:
+def test_an_empty_dataset_is_an_error_with_the_reasons_for_dropped_rows(new_run: Callable[..., Run]) -> None:
     run = new_run()
     Path(run.config["dataset"]["source"]).write_text('{"q": "x", "a": ""}\n')
-    assert "dataset: no row is left to train on. Dropped: {'empty output': 1}." in run("tokenize", status=2)
+    assert "dataset: no rows left to train on. Dropped: {'empty output': 1}." in run("tokenize", status=2)
 
 
 def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -> None:

@@ -87,7 +87,7 @@ def test_the_losses_are_those_of_a_plain_loop_with_transformers_and_peft(whole_r
     from datasets import load_from_disk
 
     from llama_lora.backends.cpu import load_lora_model
-    from llama_lora.plan import Plan
+    from llama_lora.backends.step_plan import StepPlan
 
     config = whole_run.load()
     facts = whole_run.manifest("tokenize")["facts"]
@@ -95,7 +95,7 @@ def test_the_losses_are_those_of_a_plain_loop_with_transformers_and_peft(whole_r
     model = load_lora_model(whole_run.workspace / facts["model"], config.lora, config.training.seed).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.training.weight_decay)
-    plan, expected, token_counts = Plan(len(rows), 2, config.training), [], set()
+    plan, expected, token_counts = StepPlan(len(rows), 2, config.training), [], set()
     for step in range(6):
         total, tokens = torch.zeros(()), 0
         for index in plan.step_rows(step):
@@ -167,7 +167,7 @@ def parent_of(process: Path) -> int:
 
 def test_a_worker_ends_when_its_launcher_is_gone_and_works_under_process_1() -> None:
     """In a pod the launcher is process 1, as is whoever adopts orphans."""
-    code = "from llama_lora.worker import die_with_the_launcher as d; d(); print('works')"
+    code = "from llama_lora.backends.worker import die_with_launcher as d; d(); print('works')"
 
     def start(launcher: int) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "LLAMA_LORA_LAUNCHER": str(launcher)}
@@ -265,14 +265,18 @@ def test_a_worker_that_dies_is_retried(new_run: Callable[..., Run]) -> None:
             "lora",
             {"targetModules": ["q_proj", "query"]},
             "lora.targetModules: the model has no linear layer 'query'. "
-            "It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+            "Allowed values: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
         ),
         (
             "training",
             {"maxSequenceLength": 1024},
-            "training.maxSequenceLength: 1024 is more than the 512 positions the model knows. Set it to 512 or less.",
+            "training.maxSequenceLength: 1024 exceeds the model's 512 positions. Set it to 512 or less.",
         ),
-        ("parallelism", {"tensorParallelSize": 2, "dataParallelSize": 1}, "parallelism.tensorParallelSize: is for"),
+        (
+            "parallelism",
+            {"tensorParallelSize": 2, "dataParallelSize": 1},
+            "parallelism.tensorParallelSize: backend cpu",
+        ),
     ],
 )
 def test_mistakes_are_found_by_tokenize_already(
@@ -293,7 +297,7 @@ def test_mistakes_made_later_are_found_before_a_worker_starts(new_run: Callable[
     run("compile")
     run.config["parallelism"] |= {"tensorParallelSize": 2, "processesPerNode": 2}
     said = run("train", status=2)
-    assert "parallelism.tensorParallelSize: is for Trainium" in said and "training:" not in said
+    assert "parallelism.tensorParallelSize: backend cpu" in said and "training:" not in said
 
 
 def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: Callable[..., Run]) -> None:
@@ -329,7 +333,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
         )
     )
     shard.write_bytes(shard.read_bytes()[::-1])
-    assert f"{shard}: this shard is not the one saved at step 6" in finished_run("train", status=2)
+    assert f"{shard}: the shard's digest differs from the one recorded at step 6" in finished_run("train", status=2)
 
 
 def test_the_first_adapter_depends_on_seed_and_layer_alone(tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the libraries read from the environment, set before they are imported: quiet logs, and threads."""
+"""Environment variables that libraries read at import: log levels and thread counts. Import this before torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+VERBOSITY = "LLAMA_LORA_VERBOSITY"  # how -v (1) and -q (-1) reach the workers
+
+
+def verbosity() -> int:
+    """The verbosity for genvalues.common.log, from the environment."""
+    return int(os.environ.get(VERBOSITY, "0"))
+
 
 def available_cores() -> int:
-    """Cores this process may use: a container's CPU limit (cgroup v2 or v1), not the 128 of the node around it."""
+    """The number of cores this process may use: a container's CPU limit (cgroup v2 or v1), not the node's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota_file, period_file in (
         ("/sys/fs/cgroup/cpu.max", None),
@@ -22,7 +29,7 @@ def available_cores() -> int:
             if period_file:
                 period = Path(period_file).read_text(encoding="ascii")
             limit = int(quota) // int(period)
-        except (OSError, ValueError):  # not this version of cgroups, or "max": no limit
+        except (OSError, ValueError):  # another cgroup version, or "max" (no limit)
             continue
         if quota != "-1":
             cores = min(cores, max(1, limit))
@@ -30,11 +37,11 @@ def available_cores() -> int:
 
 
 def share_threads(workers: int) -> None:
-    """Give each of ``workers`` processes its share of the cores (torchrun's own 1 leaves cores idle).
+    """Divide the cores among the worker processes, unless the user has set OMP_NUM_THREADS.
 
-    A number the user has set is left alone: it is a worker's, as torchrun has it.
+    torchrun's own default of 1 thread per worker leaves cores idle.
     """
-    if not THREADS_ARE_THE_USERS:
+    if not THREADS_SET_BY_USER:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // workers))
 
 
@@ -52,13 +59,14 @@ def stdout_discarded() -> Iterator[None]:
         os.close(stdout)
 
 
-THREADS_ARE_THE_USERS = "OMP_NUM_THREADS" in os.environ
+THREADS_SET_BY_USER = "OMP_NUM_THREADS" in os.environ
 os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "module name tiny@1a2b is not a valid identifier", a load
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores of the other workers
+# Without it: "module name tiny@1a2b is not a valid identifier" each time a model is loaded.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take the cores of other workers
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of host names that do not resolve
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning after every fork
-os.environ.setdefault("NXD_LOG_LEVEL", "warning")  # else neuronx_distributed tells of every group and save
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning after every fork
+os.environ.setdefault("NXD_LOG_LEVEL", "warning")  # neuronx_distributed logs every group and save otherwise
 for library in ("torch", "transformers", "peft", "neuronx_distributed", "optimum", "torch_xla"):
     warnings.filterwarnings("ignore", module=library)

@@ -1,4 +1,4 @@
-"""The loss, the same for training, evaluation and the dry run."""
+"""The loss function of training, evaluation and the dry run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llama_lora.data.rendering import IGNORED
 
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum of the cross entropy (nats, fp32) over the batch's trained tokens; divide by their count for the mean.
+    """Sum the cross entropy (nats, fp32) over the batch's trained tokens. Divide by their number for the mean.
 
-    Logits are computed only where a label is: with a vocabulary of 128,256 they are most of a step's memory.
+    Logits are computed only at positions with a label: with a vocabulary of 128,256 they dominate a step's memory.
     """
     next_labels = batch.labels[:, 1:]
     positions = (next_labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if not len(positions):  # rows that only fill up the last step; still a graph, so that backward() has something
+    if not len(positions):  # padding rows of the last step: one position keeps a graph for backward()
         positions = torch.zeros(1, dtype=torch.long)
     logits = model(
         input_ids=batch.input_ids,

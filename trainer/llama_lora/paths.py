@@ -1,4 +1,4 @@
-"""The workspace layout: what a stage reads and writes on the volume, and the only place that spells it."""
+"""The workspace layout: every path that a stage reads or writes on the volume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of one run in a workspace. ``models``, ``datasets`` and the compile cache are shared by runs."""
+    """Paths of one run in a workspace. Runs share models, datasets and the compile cache."""
 
     workspace: Path
     run_name: str
@@ -23,12 +23,12 @@ class Paths:
 
     @property
     def compile_cache(self) -> Path:
-        """The Neuron compiler's own cache."""
+        """The Neuron compiler's persistent cache."""
         return self.workspace / "compile-cache"
 
     @property
     def compile_users(self) -> Path:
-        """A file for each process that uses that cache."""
+        """One file for each process that uses the compile cache."""
         return self.compile_cache / "users"
 
     @property
@@ -41,7 +41,7 @@ class Paths:
 
     @property
     def resolved(self) -> Path:
-        """What names outside the workspace were resolved to: hub revisions to commits, files to digests."""
+        """The pinned versions of the run's sources: commits of Hub repositories, digests of files."""
         return self.run / "resolved.json"
 
     def manifest(self, stage: str) -> Path:
@@ -49,7 +49,7 @@ class Paths:
 
     @property
     def compile_reports(self) -> Path:
-        """What the nodes of the stage compile tell each other."""
+        """The reports that the nodes of the compile stage exchange."""
         return self.run / "compile"
 
     @property
@@ -58,14 +58,14 @@ class Paths:
 
     @property
     def stacks(self) -> Path:
-        """What the workers of a stage did when they were told to stop: a file each, ``worker_stacks``."""
+        """The workers' stack traces at the time they were asked to stop, one file per worker."""
         return self.run / "stacks"
 
     def worker_stacks(self, stage: str, rank: int) -> Path:
         return self.stacks / f"{stage}-rank-{rank}.txt"
 
     def checkpoints(self, fingerprint: str) -> Path:
-        """Checkpoints of one training: another configuration's are kept apart, so going back to it resumes them."""
+        """The checkpoints of one training configuration; going back to that configuration resumes from them."""
         return self.run / "checkpoints" / fingerprint[:16]
 
     def metrics(self, fingerprint: str) -> Path:
@@ -76,7 +76,7 @@ class Paths:
 
     @property
     def rehearsal(self) -> Path:
-        """Checkpoints of a dry run: nobody reads them, and they are removed at its end."""
+        """The checkpoints of a dry run, deleted when it ends."""
         return self.run / "rehearsal"
 
     @property

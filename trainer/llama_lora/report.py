@@ -1,4 +1,4 @@
-"""report.html: one file, nothing loaded from elsewhere."""
+"""The run's report.html: one self-contained file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from genvalues.common.dicts import flatten
 from llama_lora.runlog import read_metrics
-from llama_lora.stage import Stage, library_versions, now
+from llama_lora.stage import LIBRARIES, Stage, installed_versions, now
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -20,14 +21,13 @@ svg { width: 100%; height: auto; } figcaption { color: #666; }
 
 
 def page(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> str:
-    """The run's report: held-out loss, loss curve, samples, data, settings."""
+    """Render the report: held-out loss, loss curve, samples, data, settings, versions."""
     dataset = stage.paths.workspace / stage.upstream("tokenize").facts["dataset"]
     data = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
     trained = stage.upstream("train")
     metrics = read_metrics(stage.paths.metrics(trained.fingerprint))
-    backend = (
-        "CPU backend: no figure here says anything about Trainium" if stage.config.backend == "cpu" else "Trainium"
-    )
+    on_cpu = stage.config.backend == "cpu"
+    backend = "CPU backend: the times and memory here do not apply to Trainium" if on_cpu else "Trainium"
     base, merged = result["base"], result["merged"]
     change = (merged["loss"] - base["loss"]) / base["loss"]
     sections = [
@@ -36,18 +36,18 @@ def page(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str,
         _table(
             {
                 "": "base / merged",
-                "loss, nats a token": f"{base['loss']:.4f} / {merged['loss']:.4f}",
+                "loss, nats per token": f"{base['loss']:.4f} / {merged['loss']:.4f}",
                 "perplexity": f"{base['perplexity']:.2f} / {merged['perplexity']:.2f}",
                 "rows": result["rows"],
             }
         ),
         "<h2>Training loss</h2>" + loss_curve([step["loss"] for step in metrics]),
         "<h2>Samples</h2>" + "".join(_sample(sample) for sample in samples),
-        "<h2>Data</h2>" + _table({key: value for key, value in _flat(data) if not key.startswith("shown")}),
-        "<h3>Rows as trained</h3><p>Loss is on what is <mark>marked</mark>.</p>"
-        + "".join(f"<pre>{_shown(pieces)}</pre>" for pieces in data["shown"]),
-        "<h2>Settings</h2>" + _table(dict(_flat(stage.config.as_keys()))),
-        "<h2>Versions</h2>" + _table(library_versions()),
+        "<h2>Data</h2>" + _table({key: value for key, value in flatten(data).items() if key != "shown"}),
+        "<h3>Sample training rows</h3><p>The loss covers the <mark>marked</mark> text.</p>"
+        + "".join(f"<pre>{_with_marks(pieces)}</pre>" for pieces in data["shown"]),
+        "<h2>Settings</h2>" + _table(flatten(stage.config.as_keys())),
+        "<h2>Versions</h2>" + _table(installed_versions(LIBRARIES)),
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(stage.config.name)}</title>'
@@ -56,7 +56,7 @@ def page(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str,
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """The loss of every step as an inline SVG line."""
+    """Draw the loss of every step as inline SVG."""
     if len(losses) < 2:
         return "<p>Fewer than two steps.</p>"
     width, height, left, bottom = 800, 300, 50, 30
@@ -81,7 +81,7 @@ def loss_curve(losses: Sequence[float]) -> str:
         f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
         f'<text x="{left}" y="{height - 8}">step 1</text>'
         f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">step {len(losses)}</text></svg>'
-        "<figcaption>Nats per trained token of each step.</figcaption></figure>"
+        "<figcaption>Nats per trained token, by step.</figcaption></figure>"
     )
 
 
@@ -97,18 +97,7 @@ def _sample(sample: Mapping[str, str]) -> str:
     return "".join(f"<h4>{title}</h4><pre>{escape(sample[key])}</pre>" for key, title in names.items()) + "<hr>"
 
 
-def _shown(pieces: Sequence[Mapping[str, Any]]) -> str:
+def _with_marks(pieces: Sequence[Mapping[str, Any]]) -> str:
     return "".join(
         f"<mark>{escape(piece['text'])}</mark>" if piece["trained"] else escape(piece["text"]) for piece in pieces
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as dotted keys."""
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flat(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat

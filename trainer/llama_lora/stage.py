@@ -1,9 +1,9 @@
-"""What every stage has in common: a fingerprint of what it reads, a manifest of what it wrote, and skipping.
+"""What all stages share: the fingerprint of their inputs, the manifest of their outputs, and skipping.
 
-A stage is done when its manifest carries the fingerprint the current config gives and its outputs are there. The
-manifest is written last, so a stage killed at any moment is simply not done.
+A stage is done when its manifest has the fingerprint of the current config and its outputs exist. The manifest is
+written last, so that a stage that was killed is not done.
 
-Nothing here imports torch: `llama-lora fingerprint` answers in about a second.
+This module does not import torch: `llama-lora fingerprint` answers in about a second.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,24 +25,32 @@ import yaml
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
-from llama_lora import resolve, stages
+from llama_lora import stages
 from llama_lora.config import RunConfig
+from llama_lora.data import resolve
 from llama_lora.paths import Paths
 
 if TYPE_CHECKING:
     from llama_lora.backends.base import Backend
 
-MISSING = "is missing"
+log = logging.getLogger(__name__)
+
+MISSING = "not found"
+LIBRARIES = ("llama-lora", "torch", "transformers", "peft", "accelerate", "datasets", "optimum-neuron")
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a stage module says of itself, as its ``STAGE``.
+    """The ``STAGE`` of a stage's module.
 
-    ``version`` is raised by hand when the same inputs come to give another output. ``reads`` is the slice of the
-    config the output depends on; ``after`` names the stages whose output it reads; ``needs`` those that must be done
-    before without being read. ``run`` does the work in a run; ``tool``, where there is one, does it on folders alone,
-    and its parameters become the command's options. ``worker`` is what each worker of a distributed stage runs.
+    - ``version``: raised by hand when the same inputs give a different output
+    - ``reads``: the slice of the config that the output depends on
+    - ``after``: the stages whose output it reads
+    - ``needs``: stages that must be done first, but whose output it does not read
+    - ``run``: does the work of the stage in a run
+    - ``tool``: does the same on folders, outside a run; its parameters become options of the command
+    - ``worker``: what each worker of a distributed stage runs
+    - ``reads_sources``: whether it reads the model and the dataset from outside the workspace
     """
 
     name: str
@@ -53,23 +62,23 @@ class Declaration:
     needs: Sequence[str] = ()
     tool: Callable[..., None] | None = None
     worker: Callable[[Stage, Backend], None] | None = None
-    reads_sources: bool = False  # whether it reads the model and dataset from outside the workspace
+    reads_sources: bool = False
 
 
 def names() -> list[str]:
-    """The stages there are: a module of ``llama_lora.stages`` each."""
+    """List the stages: the modules of ``llama_lora.stages``."""
     return sorted(module.name for module in pkgutil.iter_modules(stages.__path__))
 
 
 def declaration(name: str) -> Declaration:
-    """The ``STAGE`` of a stage's module."""
+    """Import a stage's module and return its ``STAGE``."""
     found: Declaration = importlib.import_module(f"{stages.__name__}.{name}").STAGE
     return found
 
 
 @dataclass
 class Manifest:
-    """stages/STAGE.json. ``outputs`` maps a file, relative to the workspace, to its bytes and sha256."""
+    """The content of stages/STAGE.json. ``outputs`` maps a path in the workspace to its bytes and sha256."""
 
     stage: str
     fingerprint: str
@@ -81,7 +90,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest | None:
-        """The manifest at ``path``; None where there is none or it is not one."""
+        """Read a manifest; None if the file does not exist or is not a valid manifest."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -89,22 +98,24 @@ class Manifest:
 
 
 class Stage:
-    """One stage of one run: whether it is done, where its outputs go, what it leaves to the stages after it."""
+    """One stage of one run: its fingerprint, whether it is done, its outputs, and facts for later stages."""
 
-    def __init__(self, name: str, config: RunConfig, paths: Paths, sources: resolve.Sources | None = None) -> None:
+    def __init__(
+        self, name: str, config: RunConfig, paths: Paths, sources: resolve.ResolvedSources | None = None
+    ) -> None:
         self.name = name
         self.config = config
         self.paths = paths
-        self.sources = sources or resolve.kept_sources(config, paths)
+        self.sources = sources or resolve.known_sources(config, paths)
         self.facts: dict[str, Any] = {}
         self._declaration = declaration(name)
         self._started = now()
 
     @property
     def fingerprint(self) -> str | None:
-        """Hex SHA-256 of what the stage reads; None while the hub's or a file's version is not resolved yet.
+        """The hex SHA-256 of the stage's inputs; None while a source it depends on is not resolved.
 
-        Not in it: image, node and process counts, logging, how often is saved (DESIGN 3).
+        The image, the number of nodes and processes, logging and how often to save are not part of it.
         """
         if self._declaration.reads_sources and self.sources is None:
             return None
@@ -125,45 +136,44 @@ class Stage:
         return Manifest.read(self.paths.manifest(self.name))
 
     def is_done(self) -> bool:
-        """Whether the manifest is the current config's and every output is still there with its size."""
+        """Whether the manifest matches the current config and every output exists with its recorded size."""
         manifest, fingerprint = self.manifest, self.fingerprint
         if manifest is None or fingerprint is None or manifest.fingerprint != fingerprint:
             return False
         return all(_size(self.paths.workspace / name) == output["bytes"] for name, output in manifest.outputs.items())
 
     def upstream(self, name: str) -> Manifest:
-        """The manifest of a stage before this one. Raises UserError (status 2) where that stage is not done."""
+        """Return the manifest of an earlier stage. Raises UserError if that stage is not done."""
         other = self._other(name)
         manifest = other.manifest
         if manifest is None or not other.is_done():
-            found = "belongs to another configuration" if manifest else "is missing"
             raise UserError(
-                f"{self.name} needs {name}, whose manifest {found}",
+                f"{self.name} needs {name}, whose manifest {_problem(manifest)}",
                 where=str(self.paths.manifest(name)),
                 fix=f"Run `llama-lora {name} --config ...` first.",
             )
         return manifest
 
     def check_upstream(self) -> None:
-        """Raise UserError for the first stage before this one that is not done."""
+        """Raise UserError for the first required stage that is not done."""
         for name in [*self._declaration.after, *self._declaration.needs]:
             self.upstream(name)
 
     @contextlib.contextmanager
     def output(self, path: Path, *, beside: Sequence[Path] = ()) -> Iterator[Path]:
-        """A folder beside ``path`` to fill; renamed into place, and the manifest written, when the block ends well.
+        """Yield a temporary folder; if the block succeeds, rename it to ``path`` and write the manifest.
 
-        ``beside`` names files that the block writes elsewhere; they are outputs too.
+        ``beside`` lists files outside ``path`` that the block writes and that are outputs too.
         """
-        self.paths.manifest(self.name).unlink(missing_ok=True)  # what stood there is about to go
+        self.paths.manifest(self.name).unlink(missing_ok=True)  # its outputs are about to be replaced
         with files.whole_folder(path) as partial:
             yield partial
         self.finish([path, *beside])
 
     def finish(self, outputs: Sequence[Path]) -> None:
-        """Write the manifest over what is in ``outputs`` (files, or folders with all that is in them)."""
+        """Write the manifest for ``outputs``, which are files or folders."""
         fingerprint = self.fingerprint
-        assert fingerprint is not None, "a stage that has run has resolved its sources"
+        assert fingerprint is not None, "run_stage resolves the sources first"
         manifest = Manifest(
             stage=self.name,
             fingerprint=fingerprint,
@@ -177,7 +187,7 @@ class Stage:
                 for output in outputs
                 for file in _files_in(output)
             },
-            versions=library_versions(),
+            versions=installed_versions(LIBRARIES),
             facts=self.facts,
         )
         files.write_json(self.paths.manifest(self.name), manifest.__dict__)
@@ -186,57 +196,62 @@ class Stage:
         return Stage(name, self.config, self.paths, self.sources)
 
 
-def run(name: str, config: RunConfig, paths: Paths) -> None:
-    """Run a stage, or say that it is done already."""
+def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
+    """Run a stage, or skip it if it is done."""
     stage = Stage(name, config, paths)
     if stage._declaration.reads_sources:
         stage.sources = resolve.resolve_sources(config, paths)
     if stage.is_done():
-        print(f"{name}: nothing changed, skipped ({stage.paths.manifest(name)})", flush=True)
+        log.info(f"{name}: nothing changed, skipped ({stage.paths.manifest(name)})")  # `genvalues status` reads this
         return
     stage.check_upstream()
     files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
     stage._declaration.run(stage)
 
 
-def verify(name: str, config: RunConfig, paths: Paths) -> str:
-    """Read all that a stage wrote, and compare it with its manifest; what was compared, in a line. Writes nothing.
+def verify_outputs(name: str, config: RunConfig, paths: Paths) -> str:
+    """Compare the size and digest of every output with the manifest, and return a summary. Writes nothing.
 
-    Raises UserErrors, one for each file that is not as written. ``is_done`` looks at sizes alone, to be quick: a file
-    with other bytes of the same number has to go before the stage makes it again.
+    Raises UserErrors with one line per file that differs. ``is_done`` compares sizes only, to be fast: a file with
+    the right size and wrong content must be deleted before the stage writes it again.
     """
     stage = Stage(name, config, paths)
     manifest = stage.manifest
-    again = f"`helm upgrade`, or `llama-lora {name} --config ...`"
+    rerun = f"`helm upgrade`, or `llama-lora {name} --config ...`"
     if manifest is None or manifest.fingerprint != stage.fingerprint:
-        found = "belongs to another configuration" if manifest else "is missing"
         raise UserError(
-            f"the manifest of {name} {found}", where=str(paths.manifest(name)), fix=f"Run the stage first: {again}."
+            f"the manifest of {name} {_problem(manifest)}",
+            where=str(paths.manifest(name)),
+            fix=f"Run the stage first: {rerun}.",
         )
     mistakes = []
     for output, written in manifest.outputs.items():
         file = paths.workspace / output
         if difference := _difference(file, written["bytes"], written["sha256"]):
-            fix = "Make it again" if difference == MISSING else "Delete it and make it again"
-            mistakes.append(UserError(difference, where=str(file), fix=f"{fix}: {again}."))
+            fix = "Run the stage again" if difference == MISSING else "Delete the file and run the stage again"
+            mistakes.append(UserError(difference, where=str(file), fix=f"{fix}: {rerun}."))
     if mistakes:
         raise UserErrors(mistakes)
     megabytes = sum(written["bytes"] for written in manifest.outputs.values()) / 1e6
-    return f"{name}: {len(manifest.outputs)} files, {megabytes:.3g} MB, all as written"
+    return f"{name}: {len(manifest.outputs)} files, {megabytes:.3g} MB, all match the manifest"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries an output depends on, for the record."""
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of the packages that are installed."""
     versions = {}
-    for name in ("llama-lora", "torch", "transformers", "peft", "accelerate", "datasets", "optimum-neuron"):
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC, to the second."""
+    """The current time: ISO 8601, UTC, in seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _problem(manifest: Manifest | None) -> str:
+    return "belongs to another configuration" if manifest else "is missing"
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -244,14 +259,14 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _difference(file: Path, size: int, sha256: str) -> str:
-    """What is wrong with a file, or nothing."""
+    """Describe how a file differs from its record; empty if it does not."""
     found = _size(file)
     if found is None:
         return MISSING
     if found != size:
-        return f"has {found} bytes, {size} were written"
+        return f"has {found} bytes, expected {size}"
     try:
-        return "" if files.sha256(file) == sha256 else "has its size, but not the bytes that were written (SHA-256)"
+        return "" if files.sha256(file) == sha256 else "has the expected size but another SHA-256"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 

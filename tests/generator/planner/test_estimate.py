@@ -89,8 +89,8 @@ def test_the_upper_end_of_utilization_is_the_measurement_of_aws() -> None:
 def test_steps_are_counted_as_the_trainer_counts_them(
     rows: tuple[int, int] | None, epochs: float, max_steps: int | None, steps: tuple[int, int] | None
 ) -> None:
+    from llama_lora.backends.step_plan import StepPlan
     from llama_lora.config import Training
-    from llama_lora.plan import Plan
 
     run = RUN._replace(epochs=epochs, max_steps=max_steps, rows_unknown="unknown")
     todo = work(run, rows, 12)
@@ -99,7 +99,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     if rows and steps:
         values = yaml.safe_load((ROOT / "values/trn1.values.yaml").read_text())["training"]
         training = Training.model_validate({**values, "epochs": epochs, "maxSteps": max_steps})
-        assert tuple(Plan(number, 4, training).total_steps for number in rows) == steps
+        assert tuple(StepPlan(number, 4, training).total_steps for number in rows) == steps
 
 
 def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:

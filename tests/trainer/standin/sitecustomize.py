@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,8 +78,6 @@ def trace(job: TrainingJob, kind: str) -> None:
 
 
 if any("llama-lora" in word or "llama_lora." in word for word in sys.orig_argv[:3]):  # not the program, for its time
-    for module in ("checkpoints", "neuron.shards"):  # not used here, and they import torch, which takes seconds
-        sys.modules[f"llama_lora.backends.{module}"] = ModuleType(module)
     from llama_lora import backends
 
     backends.get = lambda name: StandIn()  # type: ignore[assignment, return-value]

@@ -1,6 +1,6 @@
-"""Where an accelerator plugs in: everything that differs between CPU and Trainium is behind ``Backend`` (base.py).
+"""The accelerators. What differs between CPU and Trainium is behind the ``Backend`` protocol (base.py).
 
-Shared by all: the stages, the data, the plan of steps, the loss, merging and evaluation.
+All backends share the stages, the data, the step plan, the loss, merging and evaluation.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from typing import Literal
 
 from genvalues.common.errors import UserError
 from llama_lora.backends.base import Backend
-from llama_lora.probe import Probe
+from llama_lora.probe import ProbeRecord
+
+
+def get(name: Literal["cpu", "neuron"]) -> Backend:
+    """Return the backend that a run config names."""
+    if name == "cpu":
+        from llama_lora.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    from llama_lora.backends.neuron.backend import NeuronBackend
+
+    return NeuronBackend()
 
 
 def of_checkpoint(checkpoint: Path) -> Backend:
-    """The backend that has written a checkpoint, by what is in the folder. Raises UserError for anything else."""
+    """Return the backend that wrote a checkpoint, detected from its files. Raises UserError for other folders."""
     from llama_lora.backends.neuron.shards import is_neuron_checkpoint
 
     if is_neuron_checkpoint(checkpoint):
         return get("neuron")
     if (checkpoint / "checkpoint.json").is_file() or any(checkpoint.glob("*.distcp")):
         return get("cpu")
-    raise UserError("is no checkpoint", where=str(checkpoint), fix="Give a folder checkpoints/*/step-N.")
+    raise UserError("not a checkpoint", where=str(checkpoint), fix="Pass a folder checkpoints/*/step-N.")
 
 
-def probe_of(checkpoint: Path) -> Probe | None:
-    """What the probe measured when a checkpoint was saved; None where it did not."""
+def probe_of(checkpoint: Path) -> ProbeRecord | None:
+    """Return the probe recorded in a checkpoint; None if it has none."""
     from llama_lora.backends.checkpoints import read_record
 
     record = read_record(checkpoint)
-    return Probe(**record.probe) if record and record.probe else None
-
-
-def get(name: Literal["cpu", "neuron"]) -> Backend:
-    """The backend of a run config."""
-    if name == "cpu":
-        from llama_lora.backends.cpu import CpuBackend
-
-        return CpuBackend()
-    from llama_lora.backends.neuron import NeuronBackend
-
-    return NeuronBackend()
+    return ProbeRecord(**record.probe) if record and record.probe else None

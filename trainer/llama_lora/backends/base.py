@@ -1,4 +1,4 @@
-"""What a backend is, and what goes into and comes out of one. The stages know these names, and no accelerator."""
+"""The ``Backend`` protocol, its inputs and its results. The stages depend on these and on no accelerator."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a worker needs to train. ``dry_run`` is the number of steps of a dry run, or None for the real training."""
+    """The input of a worker. ``dry_run`` is the number of steps of a dry run; None for the real training."""
 
     model: Path
-    base_name: str | None  # the hub's name of the model, where it has one
+    base_name: str | None  # the model's Hub id, if it has one
     dataset: Path
     lora: config.Lora
     training: config.Training
@@ -32,9 +32,9 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training or dry run went, over all workers. Losses are nats per trained token.
+    """The result of a training or dry run over all workers. Losses are in nats per trained token.
 
-    ``seconds_per_step`` is the median; ``peak_memory_bytes`` the peak resident memory of the largest worker.
+    ``seconds_per_step`` is the median. ``peak_memory_bytes`` is the peak resident memory of the largest worker.
     """
 
     steps: int
@@ -48,28 +48,28 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A consolidated LoRA adapter: PEFT's tensor names and its adapter_config.json."""
+    """A consolidated LoRA adapter: tensors by PEFT's names, and the content of adapter_config.json."""
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
 
 
 class Backend(Protocol):
-    """One accelerator: what it can train, training itself, and the format of its checkpoints."""
+    """An accelerator: its limits, training on it, and its checkpoint format."""
 
     def check(self, config: config.RunConfig, model: Path) -> None:
-        """Raise UserErrors for settings this model cannot be trained with, before any worker starts."""
+        """Raise UserErrors for settings that the model cannot be trained with. Called before any worker starts."""
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
-        """Run in every worker under torchrun: train to the end, resuming from the newest complete checkpoint.
+        """Train to the end, in every worker under torchrun. Resumes from the newest complete checkpoint.
 
-        When every worker's files are durable, rank 0 calls ``finish``; no worker returns before that.
-        A dry run leaves nothing behind.
+        When the files of all workers are durable, rank 0 calls ``finish``; no worker returns earlier.
+        A dry run deletes its files.
         """
 
     def read_adapter(self, checkpoint: Path, base: Path | None) -> Adapter:
-        """The adapter in a sharded checkpoint.
+        """Read the adapter from a sharded checkpoint.
 
-        Raises UserError naming a shard that is missing or does not belong, or, where the ``base`` model's folder is
-        given, a factor that does not fit it.
+        Raises UserError, naming the file, if a shard is missing or belongs to another checkpoint, or, if ``base`` (the
+        base model's folder) is given, if a factor does not fit it.
         """

@@ -1,9 +1,10 @@
-"""Checkpoints of a training: a folder a step, whatever the backend has in it, with a list of its files.
+"""Checkpoints of a training: one folder per saved step, with a list of its files.
 
-    step-000100/  ...               the backend's shards of adapter and optimizer, of every worker
-                  checkpoint.json   fingerprint, position, workers, and every file with bytes and sha256
+    step-000100/  ...               the backend's shards of adapter and optimizer, of all workers
+                  checkpoint.json   fingerprint, position, workers, and bytes and sha256 of every file
 
-A folder gets its name only when every worker's files are on the disk, so a complete name is a complete checkpoint.
+A folder is renamed to its final name once the files of all workers are on the disk: a final name means a complete
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora.backends.workers import Workers
+from llama_lora.backends.worker_group import WorkerGroup
 
 RECORD = "checkpoint.json"
 
 
 @dataclass(frozen=True)
-class Record:
-    """checkpoint.json. ``rows_done`` counts the training rows consumed: where to go on, whoever goes on.
+class CheckpointRecord:
+    """The content of checkpoint.json.
 
-    ``probe`` is what the probe measured (llama_lora.probe), at the last save of a training alone.
+    ``rows_done`` counts the training rows consumed: the position to resume from, with any number of workers.
+    ``probe`` is a ProbeRecord, only at the last save of a training.
     """
 
     fingerprint: str
@@ -39,11 +41,11 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def save(folder: Path, record: Record, write: Callable[[Path], None], workers: Workers) -> Path:
-    """Save ``folder``/step-N; every worker calls this, ``write``s its part, and returns when all of it is durable."""
+def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], workers: WorkerGroup) -> Path:
+    """Save ``folder``/step-N. Every worker calls this and writes its part; all return when everything is durable."""
     target = folder / f"step-{record.step:06d}"
-    beside = files.whole_folder(target) if workers.rank == 0 else contextlib.nullcontext(target)
-    with beside as own:
+    partial_folder = files.whole_folder(target) if workers.rank == 0 else contextlib.nullcontext(target)
+    with partial_folder as own:
         partial = workers.broadcast(own)
         write(partial)
         workers.barrier()
@@ -58,18 +60,18 @@ def save(folder: Path, record: Record, write: Callable[[Path], None], workers: W
     return target
 
 
-def check(checkpoint: Path) -> Record:
-    """Every file of a checkpoint against its list. Raises UserError naming the first that is missing or different."""
+def verify_checkpoint(checkpoint: Path) -> CheckpointRecord:
+    """Compare every file with the record. Raises UserError for the first that is missing or differs."""
     record = read_record(checkpoint)
     if record is None:
-        raise UserError(f"has no readable {RECORD}", where=str(checkpoint), fix="Give a folder checkpoints/*/step-N.")
+        raise UserError(f"has no readable {RECORD}", where=str(checkpoint), fix="Pass a folder checkpoints/*/step-N.")
     for name, expected in record.files.items():
         shard = checkpoint / name
         if not shard.is_file():
-            raise UserError("this shard is missing", where=str(shard), fix="Use a complete checkpoint, or train again.")
+            raise UserError("shard not found", where=str(shard), fix="Use a complete checkpoint, or train again.")
         if shard.stat().st_size != expected["bytes"] or files.sha256(shard) != expected["sha256"]:
             raise UserError(
-                f"this shard is not the one saved at step {record.step} (its digest differs)",
+                f"the shard's digest differs from the one recorded at step {record.step}",
                 where=str(shard),
                 fix="Use a complete checkpoint, or train again.",
             )
@@ -77,9 +79,9 @@ def check(checkpoint: Path) -> Record:
 
 
 def complete(folder: Path, fingerprint: str) -> list[Path]:
-    """The complete checkpoints of a training, oldest first.
+    """List the complete checkpoints of a training, oldest first.
 
-    By the rows they have consumed: a step is another number of rows once other workers go on.
+    They are ordered by consumed rows: with another number of workers a step has another number of rows.
     """
     found = [
         (record.rows_done, path)
@@ -90,16 +92,16 @@ def complete(folder: Path, fingerprint: str) -> list[Path]:
 
 
 def prune(folder: Path, fingerprint: str, limit: int) -> None:
-    """Delete the oldest complete checkpoints beyond ``limit``, and what a killed save has left."""
+    """Delete the oldest complete checkpoints beyond ``limit``, and the remains of saves that were killed."""
     for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
         shutil.rmtree(leftover)
     for path in complete(folder, fingerprint)[:-limit]:
         shutil.rmtree(path)
 
 
-def read_record(checkpoint: Path) -> Record | None:
-    """checkpoint.json, or None where there is none that can be read."""
+def read_record(checkpoint: Path) -> CheckpointRecord | None:
+    """Read checkpoint.json; None if it does not exist or is not valid."""
     try:
-        return Record(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
+        return CheckpointRecord(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

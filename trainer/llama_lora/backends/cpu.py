@@ -1,4 +1,4 @@
-"""The CPU backend: transformers + peft, data parallel over gloo. It trains for real; its numbers are not Trainium's."""
+"""The CPU backend: transformers and peft, data parallel over gloo. Its times and memory do not apply to Trainium."""
 
 from __future__ import annotations
 
@@ -19,63 +19,49 @@ from genvalues.common.errors import UserError, UserErrors
 from llama_lora import environment
 from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
-from llama_lora.backends.checkpoints import Record
+from llama_lora.backends.checkpoints import CheckpointRecord
 from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, StepResult
-from llama_lora.backends.lora import dropout_seed, initialize, lora_config
-from llama_lora.backends.workers import Workers
+from llama_lora.backends.lora import dropout_seed, initialize_lora, lora_config
+from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.config import Lora, RunConfig
-from llama_lora.data.batches import batch
+from llama_lora.data.batches import make_batch
 from llama_lora.losses import loss_sum
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter"  # the state dict's key for the adapter's tensors, by PEFT's names
+ADAPTER = "adapter"  # the state dict's key for the adapter's tensors, which have PEFT's names
 
 
 class CpuBackend:
     """See ``base.Backend``."""
 
     def check(self, config: RunConfig, model: Path) -> None:
-        """Target modules, parallelism and sequence length against the model."""
+        """Check target modules, parallelism and sequence length against the model."""
         mistakes = []
         if config.parallelism.tensor_parallel_size != 1:
-            mistakes.append(
-                UserError(
-                    "is for Trainium; the CPU has data parallel only",
-                    where="parallelism.tensorParallelSize",
-                    fix="Set it to 1.",
-                )
-            )
+            where, fix = "parallelism.tensorParallelSize", "Set it to 1."
+            mistakes.append(UserError("backend cpu supports data parallelism only", where=where, fix=fix))
         linear, context = describe_model(model)
-        wished = config.lora.target_modules
-        for name in [] if wished == "all-linear" else wished:
+        targets = config.lora.target_modules
+        for name in [] if targets == "all-linear" else targets:
             if name not in linear:
-                mistakes.append(
-                    UserError(
-                        f"the model has no linear layer {name!r}",
-                        where="lora.targetModules",
-                        fix=f"It has: {', '.join(linear)}.",
-                    )
-                )
-        if config.training.max_sequence_length > context:
-            mistakes.append(
-                UserError(
-                    f"{config.training.max_sequence_length} is more than the {context} positions the model knows",
-                    where="training.maxSequenceLength",
-                    fix=f"Set it to {context} or less.",
-                )
-            )
+                where, fix = "lora.targetModules", f"Allowed values: {', '.join(linear)}."
+                mistakes.append(UserError(f"the model has no linear layer {name!r}", where=where, fix=fix))
+        length = config.training.max_sequence_length
+        if length > context:
+            where, fix = "training.maxSequenceLength", f"Set it to {context} or less."
+            mistakes.append(UserError(f"{length} exceeds the model's {context} positions", where=where, fix=fix))
         if mistakes:
             raise UserErrors(mistakes)
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         with environment.stdout_discarded():
             dist.init_process_group("gloo")
-        loop.train(job, CpuEngine(job), Workers(), finish)
+        loop.run_training(job, CpuEngine(job), WorkerGroup(), finish)
         dist.destroy_process_group()
 
     def read_adapter(self, checkpoint: Path, base: Path | None) -> Adapter:
-        """The adapter's tensors out of the shards, without a model or a process group."""
-        checkpoints.check(checkpoint)
+        """Read the adapter from the shards, without a model or a process group."""
+        checkpoints.verify_checkpoint(checkpoint)
         config = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         tensors = {
@@ -83,9 +69,8 @@ class CpuBackend:
             for name, entry in stored.items()
             if name.startswith(f"{ADAPTER}.") and isinstance(entry, TensorStorageMetadata)
         }
-        logging.getLogger("torch.distributed.checkpoint").setLevel(
-            logging.ERROR
-        )  # "assuming the intent is to load in a single process": it is
+        # Suppresses "assuming the intent is to load in a single process", which is the intent.
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
         dcp.load({ADAPTER: tensors}, checkpoint_id=str(checkpoint), no_dist=True)
         for name, tensor in tensors.items():
             if ("lora_A" in name and tensor.shape[0] != config["r"]) or (
@@ -99,7 +84,7 @@ class CpuBackend:
 
 
 class CpuEngine:
-    """See ``loop.Engine``. Every worker has the whole model, and rows of its own."""
+    """See ``loop.Engine``. Every worker has the whole model and trains on its share of the rows."""
 
     steps_in_flight = 0
     rehearses = False
@@ -109,7 +94,7 @@ class CpuEngine:
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self.isolated = job.training.attention == "eager"
         self.model = load_lora_model(job.model, job.lora, job.training.seed).train()
-        if job.training.activation_checkpointing == "full":  # (transformers' sdpa keeps no scores: nothing to select)
+        if job.training.activation_checkpointing == "full":  # sdpa stores no scores, so selective has no effect
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -123,8 +108,8 @@ class CpuEngine:
         loss = torch.zeros(())
         for micro_batch in micro_batches:
             examples = [row for row in micro_batch if row is not None]
-            if examples:  # the last step may be short of rows
-                micro_loss = loss_sum(self.model, batch(examples, self.isolated)) / trained_tokens
+            if examples:  # the last step may have fewer rows
+                micro_loss = loss_sum(self.model, make_batch(examples, self.isolated)) / trained_tokens
                 micro_loss.backward()
                 loss += micro_loss.detach()
         sum_over_workers(self.parameters.values(), loss)
@@ -133,13 +118,13 @@ class CpuEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        taken = StepResult(loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"])
-        return lambda: taken
+        result = StepResult(loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"])
+        return lambda: result
 
     def row_loss(self, row: Row) -> float:
         self.model.eval()
         with torch.no_grad():
-            loss = loss_sum(self.model, batch([row], self.isolated)).item()
+            loss = loss_sum(self.model, make_batch([row], self.isolated)).item()
         self.model.train()
         return loss
 
@@ -148,7 +133,7 @@ class CpuEngine:
         if self.data_rank == 0:
             files.write_json(folder / ADAPTER_CONFIG, adapter_config(self.model, self.job.base_name))
 
-    def restore(self, checkpoint: Path, record: Record) -> None:
+    def restore(self, checkpoint: Path, record: CheckpointRecord) -> None:
         dcp.load(self._state(), checkpoint_id=str(checkpoint))  # in place
 
     def _state(self) -> dict[str, Any]:
@@ -157,7 +142,7 @@ class CpuEngine:
             peft_name = name.replace(".default.", ".")
             adapter[peft_name] = parameter.data
             state = self.optimizer.state[parameter]
-            if not state:  # before the first step: to be filled from a checkpoint
+            if not state:  # before the first step: a checkpoint fills it
                 state.update(
                     step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
                 )
@@ -166,18 +151,18 @@ class CpuEngine:
 
 
 def load_lora_model(path: Path, lora: Lora, seed: int) -> Any:
-    """The base model in the dtype it is stored in, with an fp32 adapter initialized from ``seed`` alone."""
+    """Load the base model in its stored dtype, with an fp32 adapter initialized from ``seed``."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
     model = get_peft_model(model, lora_config(lora))
-    initialize(model.named_parameters(), seed)
+    initialize_lora(model.named_parameters(), seed)
     return model
 
 
 def describe_model(path: Path) -> tuple[list[str], int]:
-    """(names of the linear layers LoRA can go on, positions the model knows), without loading a weight."""
+    """Return the names of the linear layers that LoRA can target, and the context length. Loads no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path)
@@ -193,17 +178,17 @@ def describe_model(path: Path) -> tuple[list[str], int]:
 
 
 def adapter_config(model: Any, base_name: str | None) -> dict[str, Any]:
-    """PEFT's adapter_config.json of a model, with what would differ from run to run put in order."""
+    """The content of PEFT's adapter_config.json, with sets sorted so that runs give the same file."""
     config: dict[str, Any] = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
-    # The hub's name of the base model, not this workspace's: with it AutoPeftModel finds the base model by itself.
+    # The Hub id, not the path in this workspace: AutoPeftModel loads the base model by it.
     return {**config, "base_model_name_or_path": base_name, "inference_mode": True}
 
 
 def sum_over_workers(parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor) -> None:
-    """Add up the gradients and the loss of all workers, in place, in one collective."""
+    """Sum the gradients and the loss over all workers, in place, in one collective."""
     parts = [loss.view(1)]
     for parameter in parameters:
-        if parameter.grad is None:  # this worker had no row in this step
+        if parameter.grad is None:  # this worker has no row in this step
             parameter.grad = torch.zeros_like(parameter)
         parts.append(parameter.grad.view(-1))
     flat = torch.cat(parts)

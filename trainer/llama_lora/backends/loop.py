@@ -1,10 +1,11 @@
-"""The training loop, the same on every accelerator: rows, steps, learning rate, checkpoints, the log and the probe.
+"""The training loop, the same on every accelerator: rows, steps, learning rate, checkpoints, log and probe.
 
-What differs is behind ``Engine``: how a step is taken, and what a checkpoint of it looks like.
+What differs is behind ``Engine``: taking a step, and the content of a checkpoint.
 """
 
 from __future__ import annotations
 
+import logging
 import resource
 import shutil
 import statistics
@@ -13,27 +14,30 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from llama_lora import probe, stopping
-from llama_lora.backends import checkpoints
+from llama_lora import probe
+from llama_lora.backends import checkpoints, stopping
 from llama_lora.backends.base import TrainingJob, TrainingResult
-from llama_lora.backends.checkpoints import Record
-from llama_lora.backends.workers import Workers
+from llama_lora.backends.checkpoints import CheckpointRecord
+from llama_lora.backends.step_plan import StepPlan
+from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.data.rendering import IGNORED
-from llama_lora.plan import Plan
-from llama_lora.probe import Row
+from llama_lora.probe import ProbeRecord, Row
 from llama_lora.runlog import DryRunLog, RunLog, StepMetrics, check_loss
+
+log = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)  # transformers' defaults, as are epsilon and plain AdamW
 ADAM_EPSILON = 1e-8
+REHEARSED_SAVE = 3  # the step after which a rehearsal saves for the first time
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step as measured over all workers.
+    """The result of a step over all workers.
 
-    ``loss`` is the mean in nats per trained token, ``grad_norm`` the gradient's norm before clipping, and
+    ``loss`` is the mean in nats per trained token, ``grad_norm`` the gradient's norm before clipping.
     ``learning_rate`` is read back from the optimizer.
     """
 
@@ -43,11 +47,11 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model on its accelerator, with its optimizer: one worker's part of it.
+    """One worker's part of the model on its accelerator, with the optimizer.
 
-    Workers that hold parts of one copy of the model share a ``data_rank`` and get the same rows. ``steps_in_flight`` is
-    how many steps a worker may be ahead of what it has read back: an accelerator need not wait for its host.
-    ``rehearses`` says whether a dry run saves, probes and resumes too, because all of that has graphs to compile.
+    - ``data_rank``, ``data_size``: workers that hold parts of one copy of the model have the same rank and rows
+    - ``steps_in_flight``: how many steps may be running before the host waits for a result
+    - ``rehearses``: whether a dry run also saves, probes and resumes, because these have graphs to compile
     """
 
     data_rank: int
@@ -58,164 +62,214 @@ class Engine(Protocol):
     def step(
         self, step: int, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int, learning_rate: float
     ) -> Callable[[], StepResult]:
-        """Take an optimizer step on this worker's rows (None is a row of padding); what came of it, to be read later.
+        """Take an optimizer step on this worker's rows (None is a padding row). Call the result to wait for it.
 
-        The loss is divided by ``trained_tokens``, those of all workers' rows.
+        The loss is divided by ``trained_tokens``, the number over all workers' rows.
         """
 
     def row_loss(self, row: Row) -> float:
-        """The summed loss of a row, in nats, without dropout. Every worker calls this with the same row."""
+        """The summed loss of a row in nats, without dropout. Every worker calls this with the same row."""
 
     def save(self, folder: Path) -> None:
-        """Write this worker's part of a checkpoint. Raises UserError where the weights contradict one another."""
+        """Write this worker's part of a checkpoint. Raises UserError if workers disagree about shared weights."""
 
-    def restore(self, checkpoint: Path, record: Record) -> None:
-        """Go on from a checkpoint, which has been checked against its list."""
+    def restore(self, checkpoint: Path, record: CheckpointRecord) -> None:
+        """Load a checkpoint whose files have been verified."""
 
 
-def train(job: TrainingJob, engine: Engine, workers: Workers, finish: Callable[[TrainingResult], None]) -> None:
-    """See ``base.Backend.train``."""
+def run_training(
+    job: TrainingJob, engine: Engine, workers: WorkerGroup, finish: Callable[[TrainingResult], None]
+) -> None:
+    """Train, or rehearse if the job is a dry run. See ``base.Backend.train``."""
     from datasets import load_from_disk
 
-    rows = load_from_disk(str(job.dataset / "train"))
-    plan = Plan(len(rows), engine.data_size, job.training)
-    rehearsal = job.dry_run is not None
-    if job.dry_run and engine.rehearses:  # of a short training too: a later, longer one has the same graphs
-        plan = plan.of_at_least(job.dry_run)
-    folder = job.paths.rehearsal if rehearsal else job.paths.checkpoints(job.fingerprint)
-    saved = Checkpoints(job, folder, engine, workers)
-    rows_done = 0 if rehearsal else saved.restore_newest()
-    step = plan.step_after(rows_done)
-    last_step = min(job.dry_run or plan.total_steps, plan.total_steps)
-    save_steps = REHEARSED_SAVE if rehearsal else job.training.save_steps
-    saves = engine.rehearses or not rehearsal
-    log: RunLog | DryRunLog | None = None
-    if workers.rank == 0 and rehearsal:
-        shutil.rmtree(folder, ignore_errors=True)  # a killed one's
-        log = DryRunLog(last_step)
-    if workers.rank == 0 and not rehearsal:
-        log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
-    if workers.rank == 0 and step < last_step:
-        print(f"training: steps {step + 1} to {last_step} of {plan.total_steps}, {workers.size} workers", flush=True)
+    rows: Sequence[Row] = load_from_disk(str(job.dataset / "train"))
+    plan = StepPlan(len(rows), engine.data_size, job.training)
+    loop = Loop(job, engine, workers, rows, plan)
+    result = loop.train() if job.dry_run is None else loop.rehearse(job.dry_run)
+    if loop.run_log:
+        loop.run_log.close()
+    if workers.rank == 0:
+        finish(result)
+    workers.barrier()  # with an elastic policy the operator counts the job as done when the first worker exits
 
-    def take(step: int) -> Callable[[], StepMetrics]:
-        numbers = [number for number in plan.step_rows(step) if number is not None]
-        read = {number: rows[number] for number in numbers}
-        step_rows = [read[number] for number in numbers]  # a short dataset comes round within a step
+
+class Loop:
+    """One worker's loop over the steps of a job."""
+
+    def __init__(
+        self, job: TrainingJob, engine: Engine, workers: WorkerGroup, rows: Sequence[Row], plan: StepPlan
+    ) -> None:
+        self.job = job
+        self.engine = engine
+        self.workers = workers
+        self.rows = rows
+        self.plan = plan
+        self.run_log: RunLog | DryRunLog | None = None  # only the worker of rank 0 has one
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._in_flight: deque[Callable[[], StepMetrics]] = deque()
+        self._step_began = 0.0
+
+    def train(self) -> TrainingResult:
+        """Train from the newest checkpoint to the last step. Raises TrainingStopped when asked to stop earlier."""
+        job, plan = self.job, self.plan
+        folder = job.paths.checkpoints(job.fingerprint)
+        saved = JobCheckpoints(job, folder, self.engine, self.workers)
+        rows_done = saved.restore_newest()
+        step = plan.step_after(rows_done)
+        if self.workers.rank == 0:
+            self.run_log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
+        self._log_start(step, plan.total_steps)
+        stopping.note_requests()
+        self._step_began = time.monotonic()
+        while step < plan.total_steps:
+            self._start_step(step)
+            step += 1
+            is_last = step == plan.total_steps
+            saves = is_last or step % job.training.save_steps == 0
+            self._read_back(0 if saves else self.engine.steps_in_flight)
+            if saves:
+                self._save(saved, step, self._measure_probe() if is_last else None)
+            # All workers stop after the same step: one that stopped alone would leave the others in a collective.
+            if not is_last and self.workers.any(stopping.stop_requested()):
+                if not saves:
+                    self._read_back(0)
+                    self._save(saved, step, None)
+                self._stop(step)
+        newest = saved.newest()
+        if self.workers.rank == 0 and newest:
+            # A killed prune leaves files, and a training that resumes at its end saves nothing.
+            checkpoints.prune(folder, job.fingerprint, job.training.save_total_limit)
+        return self._result(plan.total_steps, newest)
+
+    def rehearse(self, steps: int) -> TrainingResult:
+        """Take the first steps and delete what they write. If the engine rehearses, also save, probe and resume.
+
+        Such an engine takes all ``steps`` steps even of a shorter training: a longer one later has the same graphs.
+        """
+        job, rehearses = self.job, self.engine.rehearses
+        if rehearses:
+            self.plan = self.plan.of_at_least(steps)
+        last_step = min(steps, self.plan.total_steps)
+        saved = JobCheckpoints(job, job.paths.rehearsal, self.engine, self.workers)
+        if self.workers.rank == 0:
+            shutil.rmtree(job.paths.rehearsal, ignore_errors=True)  # of a rehearsal that was killed
+            self.run_log = DryRunLog(last_step)
+        self._log_start(0, last_step)
+        self._step_began = time.monotonic()
+        for step in range(1, last_step + 1):
+            self._start_step(step - 1)
+            is_last = step == last_step
+            saves = rehearses and (is_last or step % REHEARSED_SAVE == 0)
+            self._read_back(0 if saves or is_last else self.engine.steps_in_flight)
+            if saves:
+                self._save(saved, step, self._measure_probe() if is_last else None)
+        if rehearses:
+            saved.restore_newest()
+            self._take_step(last_step - 1)()
+            self.workers.barrier()
+            if self.workers.rank == 0:
+                shutil.rmtree(job.paths.rehearsal)
+        return self._result(last_step, None)
+
+    def _log_start(self, step: int, last_step: int) -> None:
+        if self.workers.rank == 0 and step < last_step:
+            total, size = self.plan.total_steps, self.workers.size
+            log.info(f"training: steps {step + 1} to {last_step} of {total}, {size} workers")
+
+    def _start_step(self, step: int) -> None:
+        self._in_flight.append(self._take_step(step))
+
+    def _take_step(self, step: int) -> Callable[[], StepMetrics]:
+        """Take a step (from 0). Call the result to wait for its metrics."""
+        numbers = [number for number in self.plan.step_rows(step) if number is not None]
+        read = {number: self.rows[number] for number in numbers}
+        step_rows = [read[number] for number in numbers]  # rows of a small dataset can repeat within a step
         trained_tokens = sum(label != IGNORED for row in step_rows for label in row["labels"])
         micro_batches = [
             [None if number is None else read[number] for number in micro_batch]
-            for micro_batch in plan.worker_rows(step, engine.data_rank)
+            for micro_batch in self.plan.worker_rows(step, self.engine.data_rank)
         ]
-        taken = engine.step(step, micro_batches, trained_tokens, plan.learning_rate(step))
+        result = self.engine.step(step, micro_batches, trained_tokens, self.plan.learning_rate(step))
         tokens = sum(len(row["input_ids"]) for row in step_rows)
         return lambda: StepMetrics(
             step=step + 1,
-            **vars(taken()),
+            **vars(result()),
             tokens=tokens,
             trained_tokens=trained_tokens,
-            rows_done=(step + 1) * plan.global_batch,
+            rows_done=(step + 1) * self.plan.global_batch,
         )
 
-    losses: list[float] = []
-    seconds: list[float] = []
-    in_flight: deque[Callable[[], StepMetrics]] = deque()
-    began = time.monotonic()
+    def _read_back(self, still_in_flight: int) -> None:
+        """Wait for the oldest steps and log them, until ``still_in_flight`` steps are running."""
+        while len(self._in_flight) > still_in_flight:
+            metrics = self._in_flight.popleft()()
+            check_loss(metrics)  # before any save: no checkpoint has weights that are not finite
+            self.losses.append(metrics.loss)
+            self.seconds.append(time.monotonic() - self._step_began)
+            self._step_began = time.monotonic()
+            if self.run_log:
+                self.run_log.step(metrics)
 
-    def read_back(still_in_flight: int) -> None:
-        nonlocal began
-        while len(in_flight) > still_in_flight:
-            metrics = in_flight.popleft()()
-            check_loss(metrics)  # before anything is saved: a checkpoint is never spoilt
-            losses.append(metrics.loss)
-            seconds.append(time.monotonic() - began)
-            began = time.monotonic()
-            if log:
-                log.step(metrics)
+    def _measure_probe(self) -> ProbeRecord | None:
+        return probe.measure(self.rows, self.job.probe, self.engine.row_loss)
 
-    def save(probed: probe.Probe | None) -> None:
-        saved.save(step, step * plan.global_batch, probed)
-        if log:
-            log.saved(step)
+    def _save(self, saved: JobCheckpoints, step: int, probed: ProbeRecord | None) -> None:
+        saved.save(step, step * self.plan.global_batch, probed)
+        if self.run_log:
+            self.run_log.saved(step)
+        self._step_began = time.monotonic()
 
-    if not rehearsal:
-        stopping.ask_noted()
-    while step < last_step:
-        in_flight.append(take(step))
-        step += 1
-        saving = saves and (step % save_steps == 0 or step == last_step)
-        read_back(0 if saving or step == last_step else engine.steps_in_flight)
-        if saving:
-            probed = probe.measured(rows, job.probe, engine.row_loss) if step == last_step else None
-            save(probed)
-            began = time.monotonic()
-        # All stop at the same step, or none: a worker that was asked alone would leave the others in a collective.
-        if step < last_step and not rehearsal and workers.any(stopping.asked()):
-            if not saving:
-                read_back(0)
-                save(None)
-            if log:
-                log.close()
-            workers.barrier()  # torchrun ends the others as soon as one has ended
-            raise stopping.Stopped(f"stopped as asked, with step {step} of {plan.total_steps} saved; a rerun goes on")
-    if rehearsal and engine.rehearses:  # what a training that is resumed does
-        saved.restore_newest()
-        take(last_step - 1)()
-        workers.barrier()
-        if workers.rank == 0:
-            shutil.rmtree(folder)
-    newest = saved.newest()
-    if workers.rank == 0 and newest and not rehearsal:
-        # A killed prune may have left more; and where training has been resumed at its end, nothing else cleans up.
-        checkpoints.prune(folder, job.fingerprint, job.training.save_total_limit)
-    peak_memory = workers.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    result = TrainingResult(
-        steps=last_step,
-        total_steps=plan.total_steps,
-        seconds_per_step=round(statistics.median(seconds), 3) if seconds else None,
-        peak_memory_bytes=peak_memory,
-        first_loss=losses[0] if losses else None,
-        last_loss=losses[-1] if losses else None,
-        checkpoint=None if rehearsal else newest,
-    )
-    if workers.rank == 0:
-        if log:
-            log.close()
-        finish(result)
-    workers.barrier()  # with an elastic policy the operator counts the job as done when the first worker ends
+    def _stop(self, step: int) -> NoReturn:
+        if self.run_log:
+            self.run_log.close()
+        self.workers.barrier()  # torchrun ends the other workers as soon as one has ended
+        raise stopping.TrainingStopped(
+            f"stopped as asked, with step {step} of {self.plan.total_steps} saved; a rerun resumes there"
+        )
+
+    def _result(self, steps: int, checkpoint: Path | None) -> TrainingResult:
+        peak_memory = self.workers.max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return TrainingResult(
+            steps=steps,
+            total_steps=self.plan.total_steps,
+            seconds_per_step=round(statistics.median(self.seconds), 3) if self.seconds else None,
+            peak_memory_bytes=peak_memory,
+            first_loss=self.losses[0] if self.losses else None,
+            last_loss=self.losses[-1] if self.losses else None,
+            checkpoint=checkpoint,
+        )
 
 
-REHEARSED_SAVE = 3  # a dry run that saves does so after this many steps, and goes on
-
-
-class Checkpoints:
+class JobCheckpoints:
     """The checkpoints of one training job."""
 
-    def __init__(self, job: TrainingJob, folder: Path, engine: Engine, workers: Workers) -> None:
+    def __init__(self, job: TrainingJob, folder: Path, engine: Engine, workers: WorkerGroup) -> None:
         self.job = job
         self.folder = folder
         self.engine = engine
         self.workers = workers
 
     def newest(self) -> Path | None:
-        """The complete checkpoint of the job that is furthest in the rows."""
+        """The complete checkpoint with the most consumed rows."""
         found = checkpoints.complete(self.folder, self.job.fingerprint)
         return found[-1] if found else None
 
     def restore_newest(self) -> int:
-        """Go on from the newest checkpoint, if there is one; the number of rows it had consumed."""
+        """Load the newest checkpoint and return the number of rows it has consumed; 0 if there is none."""
         newest = self.workers.broadcast(self.newest())
         if newest is None:
             return 0
         if self.workers.rank == 0:
-            print(f"resuming from {newest}", flush=True)
-        record = checkpoints.check(newest)
+            log.info(f"resuming from {newest}")
+        record = checkpoints.verify_checkpoint(newest)
         self.engine.restore(newest, record)
         return record.rows_done
 
-    def save(self, step: int, rows_done: int, probed: probe.Probe | None) -> None:
-        """Save the state after ``step`` steps and drop the oldest checkpoints beyond saveTotalLimit."""
-        record = Record(
+    def save(self, step: int, rows_done: int, probed: ProbeRecord | None) -> None:
+        """Save the state after ``step`` steps, and delete the oldest checkpoints beyond saveTotalLimit."""
+        record = CheckpointRecord(
             fingerprint=self.job.fingerprint,
             step=step,
             rows_done=rows_done,

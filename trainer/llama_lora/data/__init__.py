@@ -1,1 +1,1 @@
-"""From the user's rows to packed token rows: sources (read), rendering (text and mask), packing, and the store."""
+"""Sources of models and datasets, and the way from dataset rows to batches of packed token rows."""

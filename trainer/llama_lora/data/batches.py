@@ -1,4 +1,4 @@
-"""Rows -> the tensors a model takes: padded, and with an attention mask that keeps packed examples apart."""
+"""Build the tensors that a model takes from token rows: padded, with a mask that isolates packed examples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from llama_lora.data.rendering import IGNORED
 
 
-class Arranged(NamedTuple):
-    """Rows side by side, int64 [rows, tokens]. ``example`` numbers the examples of a row; padding is one of its own."""
+class PaddedRows(NamedTuple):
+    """Padded rows, int64 [rows, tokens]. ``example`` numbers the examples in a row; padding has a number too."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -20,7 +20,7 @@ class Arranged(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """input_ids, labels, position_ids: [rows, tokens]; attention_mask: bool [rows, 1, tokens, tokens], True = sees."""
+    """Inputs of a model: int64 [rows, tokens], and attention_mask: bool [rows, 1, tokens, tokens], True = attend."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -28,10 +28,10 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor
 
 
-def arrange(rows: Sequence[dict[str, Any] | None], length: int, isolated: bool = True) -> Arranged:
-    """Rows of {input_ids, labels, lengths}, padded (with token 0) to ``length`` tokens. None is a row of padding.
+def pad_rows(rows: Sequence[dict[str, Any] | None], length: int, isolated: bool = True) -> PaddedRows:
+    """Pad rows of {input_ids, labels, lengths} to ``length`` tokens with token 0. None becomes a row of padding.
 
-    Positions begin anew with each example, or, not ``isolated``, with each row: then a row is one text.
+    Positions restart with each example if ``isolated``; otherwise the row is one text and they do not.
     """
     input_ids = torch.zeros((len(rows), length), dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)
@@ -45,19 +45,19 @@ def arrange(rows: Sequence[dict[str, Any] | None], length: int, isolated: bool =
         lengths = [*(row["lengths"] if row and isolated else [end]), length - end]
         position_ids[index] = torch.cat([torch.arange(n) for n in lengths])
         example[index] = torch.repeat_interleave(torch.arange(len(lengths)), torch.as_tensor(lengths))
-    return Arranged(input_ids, labels, position_ids, example)
+    return PaddedRows(input_ids, labels, position_ids, example)
 
 
-def sees(example: torch.Tensor) -> torch.Tensor:
-    """bool [rows, 1, tokens, tokens]: a token sees its own example up to itself.
+def isolating_mask(example: torch.Tensor) -> torch.Tensor:
+    """Build a causal mask within each example: bool [rows, 1, tokens, tokens].
 
-    So does padding: a row of the mask without any True would give NaN. It carries no loss, and nothing sees it.
+    Padding attends to itself: a mask row without any True would give NaN. It has no loss, and nothing attends to it.
     """
     same_example = example[:, :, None] == example[:, None, :]
     return torch.tril(same_example)[:, None]
 
 
-def batch(rows: Sequence[dict[str, Any]], isolated: bool = True) -> Batch:
-    """Rows as one batch, padded to the longest of them."""
-    arranged = arrange(rows, max(len(row["input_ids"]) for row in rows), isolated)
-    return Batch(arranged.input_ids, arranged.labels, arranged.position_ids, sees(arranged.example))
+def make_batch(rows: Sequence[dict[str, Any]], isolated: bool = True) -> Batch:
+    """Make one batch, padded to its longest row."""
+    padded = pad_rows(rows, max(len(row["input_ids"]) for row in rows), isolated)
+    return Batch(padded.input_ids, padded.labels, padded.position_ids, isolating_mask(padded.example))

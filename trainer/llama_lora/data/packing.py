@@ -1,4 +1,4 @@
-"""Pack examples into rows of at most maxSequenceLength tokens, each example isolated from its neighbours."""
+"""Pack examples into rows of at most maxSequenceLength tokens. Examples in a row do not attend to each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama_lora.data.rendering import Example
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Examples behind one another. The attention mask and the positions follow from ``lengths``."""
+    """Concatenated examples. The attention mask and the positions follow from ``lengths``."""
 
     examples: tuple[Example, ...]
 
@@ -31,10 +31,10 @@ class PackedRow:
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[PackedRow]:
-    """Best-fit-decreasing: the longest example first, each into the fullest row that still has room for it.
+    """Pack best-fit-decreasing: the longest example first, each into the fullest row with enough room.
 
-    Deterministic. At most 22 % more rows than the fewest possible (11/9 OPT + 1: Johnson 1973), in practice 1 or 2 %.
-    Every example is in exactly one row, whole; examples must not be longer than ``max_length``.
+    Deterministic. Uses at most 22 % more rows than the optimum (11/9 OPT + 1: Johnson 1973), in practice 1 or 2 %.
+    Examples are not split; none may be longer than ``max_length``.
     """
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].input_ids), index))
     rows: list[list[int]] = []

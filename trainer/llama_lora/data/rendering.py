@@ -1,7 +1,7 @@
-"""A row -> text segments, each with loss or without -> token ids and labels.
+"""Render a row as text segments, and tokenize them into token ids and labels.
 
-Only an answer and the end-of-sequence token that closes it carry loss (format text: everything). Segments are
-tokenized one by one, as a prompt is at generation time, so no token ever spans the border of a prompt and its answer.
+Only answers, with their end-of-sequence tokens, have a loss (format text: everything). Segments are tokenized
+separately, as a prompt is at generation time, so that no token spans the border between a prompt and its answer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 from genvalues.common.errors import UserError
 from llama_lora.data.dataset_readers import Row
 
-IGNORED = -100  # the label that carries no loss, in torch and transformers alike
+IGNORED = -100  # the label of a token without loss, in torch and transformers
 
-# Llama 3.1's own default date. Templates that write today's date would otherwise train every day another prompt.
+# Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
-# Used where the tokenizer has no chat template; {input} only where the row has one.
+# For tokenizers without a chat template. The context is left out if the row has no input.
 PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n"
 PROMPT_TEMPLATE_INPUT = "### Context\n{input}\n\n"
 PROMPT_TEMPLATE_ANSWER = "### Answer\n"
-TURN_TEMPLATE = "### {role}\n"  # chat rows without a chat template
+TURN_TEMPLATE = "### {role}\n"  # for chat rows
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered example; ``ends`` appends the end-of-sequence token to it."""
+    """A piece of a rendered example. ``ends`` appends the end-of-sequence token."""
 
     text: str
     trained: bool
@@ -36,14 +36,14 @@ class Segment(NamedTuple):
 
 
 class Dropped(Exception):
-    """The row gives nothing to learn; the message is the reason, counted in the report."""
+    """Raised for a row that cannot be trained on. The message is the reason, which the report counts."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row: ``input_ids`` and ``labels`` of the same length; labels are IGNORED where no loss is.
+    """One tokenized row. ``input_ids`` and ``labels`` have the same length; tokens without loss have label IGNORED.
 
-    Arrays of int32 rather than lists: a million tokens are 8 MB, not 36.
+    Arrays of int32 rather than lists: a million tokens take 8 MB, not 36.
     """
 
     input_ids: array[int]
@@ -55,12 +55,12 @@ class Example:
 
 
 class Renderer:
-    """Renders and tokenizes rows of one format with one tokenizer."""
+    """Render and tokenize rows of one format with one tokenizer."""
 
     def __init__(self, tokenizer: Any, format: str, columns: dict[str, str]) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no end-of-sequence token, so the model could not learn to stop",
+                "the tokenizer has no end-of-sequence token, so the model cannot learn to stop",
                 where="model",
                 fix="Set eos_token in its tokenizer_config.json.",
             )
@@ -77,14 +77,14 @@ class Renderer:
         self._special = set(tokenizer.all_special_ids)
         if format != "text" and self._marks_beginnings():
             raise UserError(
-                "this model's tokenizer (SentencePiece, as of Llama 2) marks the beginning of every text, so that a "
-                "prompt and its answer cannot be tokenized apart",
+                "the model's tokenizer marks the beginning of every text (SentencePiece, as in Llama 2), so a prompt "
+                "and its answer cannot be tokenized separately",
                 where="model",
                 fix="Use format text, or a model with a byte-level tokenizer, such as Llama 3.",
             )
 
     def template(self) -> str:
-        """In words, how rows are rendered: for the report."""
+        """Describe how rows are rendered, for the report."""
         if self.uses_chat_template:
             return "the tokenizer's chat template"
         if self.format == "instruction":
@@ -92,20 +92,20 @@ class Renderer:
         return TURN_TEMPLATE + "{content}" if self.format == "chat" else "as written"
 
     def date(self) -> str | None:
-        """The fixed date the chat template writes, or None where it writes none."""
+        """The fixed date in the chat template's output; None if it contains no date."""
         if not self.uses_chat_template:
             return None
         messages = [{"role": "user", "content": "?"}]
         try:
             another = self._apply_template(messages, date=datetime(1999, 12, 31))
             return TEMPLATE_DATE.strftime("%d %b %Y") if self._apply_template(messages) != another else None
-        except Dropped:  # a template that wants more than a question
+        except Dropped:  # the template does not accept a single question
             return None
 
     def example(self, row: Row, max_length: int) -> tuple[Example, bool]:
-        """The row's tokens, cut at ``max_length``, and whether they were cut.
+        """Tokenize a row, truncated to ``max_length``, and return whether it was truncated.
 
-        Raises Dropped where nothing in it carries loss, UserError where a column is missing or no text.
+        Raises Dropped if no token has a loss, UserError if a column is missing or not text.
         """
         ids: list[int] = [] if self.uses_chat_template else self._beginning()
         labels = [IGNORED] * len(ids)
@@ -115,10 +115,10 @@ class Renderer:
                 piece = [*piece, self.tokenizer.eos_token_id]
             ids += piece
             labels += piece if trained else [IGNORED] * len(piece)
-        labels[:1] = [IGNORED]  # nothing stands before the first token to predict it from
+        labels[:1] = [IGNORED]  # the first token cannot be predicted from anything
         example = Example(array("i", ids[:max_length]), array("i", labels[:max_length]))
         if not example.trained_tokens:
-            raise Dropped("prompt fills maxSequenceLength" if len(ids) > max_length else "nothing to learn in it")
+            raise Dropped("prompt fills maxSequenceLength" if len(ids) > max_length else "no token to train on")
         return example, len(ids) > max_length
 
     def _text(self, row: Row) -> list[Segment]:
@@ -153,7 +153,7 @@ class Renderer:
         return segments
 
     def _conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
-        """Segments of a chat-templated conversation: each assistant turn up to its end token carries loss."""
+        """Render a conversation with the chat template. Each assistant turn, up to its end token, has a loss."""
         whole = self._apply_template(messages)
         segments: list[Segment] = []
         done = 0
@@ -161,10 +161,10 @@ class Renderer:
             if message["role"] != "assistant":
                 continue
             if index == 0:
-                raise Dropped("begins with an assistant turn")
+                raise Dropped("starts with an assistant turn")
             prompt = self._apply_template(messages[:index], add_generation_prompt=True)
             through = self._apply_template(messages[: index + 1])
-            # Some templates rewrite earlier turns (drop their reasoning): what would be trained is never generated.
+            # Some templates rewrite earlier turns (drop their reasoning): the trained text would never be generated.
             if not (whole.startswith(prompt) and whole.startswith(through) and through.startswith(prompt)):
                 raise Dropped("the chat template rewrites earlier turns")
             segments.append(Segment(whole[done : len(prompt)], trained=False))
@@ -174,14 +174,14 @@ class Renderer:
         return segments
 
     def _answer(self, turn: str) -> list[Segment]:
-        """An assistant turn as the template wrote it: trained through its last special token, which tells to stop."""
+        """Split a rendered assistant turn after its last special token, which ends it: the rest is not trained."""
         encoded = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True)
         ends = [
             end
             for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
             if token in self._special
         ]
-        if not ends:  # a template that closes no turn: the model would never learn to stop
+        if not ends:  # the template does not end a turn: without an end token the model would not learn to stop
             return [Segment(turn, trained=True, ends=True)]
         return [Segment(turn[: ends[-1]], trained=True), Segment(turn[ends[-1] :], trained=False)]
 
@@ -195,11 +195,11 @@ class Renderer:
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                date_string=date.strftime("%d %b %Y"),  # what Llama 3's templates ask for
-                strftime_now=date.strftime,  # what others call
+                date_string=date.strftime("%d %b %Y"),  # read by Llama 3's templates
+                strftime_now=date.strftime,  # called by others
             )
         except TemplateError as error:
-            raise Dropped(f"the chat template refuses it: {error}") from None
+            raise Dropped(f"the chat template raises: {error}") from None
         return text
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
@@ -211,12 +211,12 @@ class Renderer:
             isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
         ):
             raise UserError(
-                f"column {name} is no list of messages",
+                f"column {name} is not a list of messages",
                 where=row.place,
                 fix='Write [{"role": "user", "content": "..."}, ...].',
             )
         for message in messages:
-            # Only the text of a message is rendered: a call of a tool would be trained as an answer of nothing.
+            # Only the text of a message is rendered: a tool call would be trained as an empty answer.
             if message.get("tool_calls") or message["role"] in ("tool", "function"):
                 raise Dropped("has tool calls")
             if not isinstance(message.get("content"), str):
@@ -229,7 +229,7 @@ class Renderer:
         return [{"role": message["role"], "content": message["content"]} for message in messages]
 
     def _column(self, row: Row, key: str, *, required: bool = True) -> str:
-        """The text of the column the user calls ``key``. Empty and null are dropped where the row needs it."""
+        """The text of the column for ``key``. Raises Dropped if it is required and empty or null."""
         name = self.columns.get(key, key)
         value = row.values.get(name)
         if value is None:
@@ -238,7 +238,7 @@ class Renderer:
             value = ""
         if isinstance(value, (list, dict)):
             raise UserError(
-                f"column {name} holds a {type(value).__name__}, not text",
+                f"column {name} contains a {type(value).__name__}, not text",
                 where=row.place,
                 fix="Use format chat for lists of messages.",
             )
@@ -256,20 +256,20 @@ class Renderer:
         )
 
     def _beginning(self) -> list[int]:
-        """What the tokenizer itself puts before a text: the beginning-of-sequence token, or nothing."""
+        """The tokens that the tokenizer puts before a text: the beginning-of-sequence token, or none."""
         bare = self.tokenizer("a", add_special_tokens=False).input_ids
         ids: list[int] = self.tokenizer("a").input_ids
         return ids[: ids.index(bare[0])]
 
     def _marks_beginnings(self) -> bool:
-        """Whether a text is tokenized otherwise at the beginning than after other text."""
+        """Whether the tokens of a text differ between the beginning of a text and a later place in it."""
         alone = self.tokenizer("a", add_special_tokens=False).input_ids
         after_newline = self.tokenizer("\na", add_special_tokens=False).input_ids
         return bool(after_newline[-len(alone) :] != alone)
 
 
 def _check_unicode(text: str) -> None:
-    """Half a surrogate pair, as cutting JSON text leaves it, is no character: a tokenizer cannot encode it."""
+    """Raise Dropped for text with half a surrogate pair (from truncated JSON), which a tokenizer cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

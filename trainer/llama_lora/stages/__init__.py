@@ -1,1 +1,1 @@
-"""The stages, one module each: its ``STAGE`` says what it reads, its one public function does the work."""
+"""The stages, one per module: ``STAGE`` declares the stage, and one function does its work."""

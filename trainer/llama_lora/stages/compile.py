@@ -1,14 +1,14 @@
-"""Before the long run, a few steps of it: on Trainium to compile its graphs, on the CPU as a dry run.
+"""Run a few steps of the training first: to compile its graphs on Trainium, or as a dry run on the CPU.
 
-The CPU compiles nothing and says so. What it proves is that batch, memory and loss are sane; what it measures is the
-time a step takes, for the estimate.
+On the CPU nothing is compiled. The dry run checks batch, memory and loss, and measures the time per step.
 
-On Trainium the same workers are run by neuron_parallel_compile (backends/neuron/compiling.py). There no result is real,
-so that none is recorded: the manifest is about graphs.
+On Trainium neuron_parallel_compile runs the same workers (backends/neuron/compiling.py). Results of that run are not
+real, so the manifest records the graphs only.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,17 +16,19 @@ from typing import Any
 from genvalues.common.text import duration
 from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingResult
+from llama_lora.backends.launch import run_workers, worker_command
+from llama_lora.backends.neuron.graphs import graph_settings, world_size
 from llama_lora.config import RunConfig
-from llama_lora.graphs import graph_settings, world_size
-from llama_lora.launch import run_workers, worker_command
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.train import training_job
 
-STEPS = 10  # AWS: "about 10"; every graph of a run is seen by then
+log = logging.getLogger(__name__)
+
+STEPS = 10  # AWS recommends "about 10": they cover every graph of a run
 
 
 def compile(stage: Stage) -> None:
-    """Run the train stage's own workers for a few steps in a scratch place, and keep what came of it."""
+    """Run the workers of train for a few steps in a scratch folder."""
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
@@ -35,37 +37,36 @@ def compile(stage: Stage) -> None:
 
         compiling.compile_graphs(stage)
         return
-    print("a dry run of the first training steps on the CPU; nothing is compiled", flush=True)
+    log.info("compile: dry run of the first training steps on the CPU; nothing is compiled")
     run_workers(worker_command(stage.name, stage.paths), stage.config)
 
 
 def compile_worker(stage: Stage, backend: Backend) -> None:
-    """In every worker: the first steps of the training. What makes it short is in the job; all else is train's."""
+    """Run the first training steps, in every worker. Only the job's ``dry_run`` differs from train."""
 
     def finish(result: TrainingResult) -> None:
         assert result.seconds_per_step is not None
         stage.facts = {name: value for name, value in asdict(result).items() if name != "checkpoint"}
         stage.finish([])
-        print(
+        log.info(
             f"dry run: {result.steps} steps, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
-            f"{result.seconds_per_step:.2f} s a step, {result.peak_memory_bytes / 2**30:.1f} GiB a worker; "
-            f"{result.total_steps} steps will take about {duration(result.total_steps * result.seconds_per_step)}",
-            flush=True,
+            f"{result.seconds_per_step:.2f} s per step, {result.peak_memory_bytes / 2**30:.1f} GiB per worker; "
+            f"{result.total_steps} steps will take about {duration(result.total_steps * result.seconds_per_step)}"
         )
 
     def finish_trial(result: TrainingResult) -> None:
         from llama_lora.backends.neuron import compiling
 
-        compiling.trial_ended(stage)
+        compiling.record_trial_end(stage)
 
     backend.train(training_job(stage, dry_run=STEPS), finish_trial if stage.config.backend == "neuron" else finish)
 
 
 def reads(config: RunConfig) -> Mapping[str, Any]:
-    """On the CPU what the dry run measures; on Trainium what changes a graph.
+    """The settings that the dry run depends on (CPU), or that change a graph (Trainium).
 
-    Unlike other stages', the fingerprint then depends on the number of workers: groups of them are written into the
-    graphs' collectives. The model's config.json is tokenize's output, which counts by its fingerprint.
+    Graphs depend on the number of workers, because their collectives contain the groups of workers; so does this
+    fingerprint, unlike those of other stages. The model's config.json is covered by tokenize's fingerprint.
     """
     if config.backend == "neuron":
         graphs = graph_settings(config, {}, world_size(config))
@@ -82,7 +83,7 @@ def reads(config: RunConfig) -> Mapping[str, Any]:
 STAGE = Declaration(
     name="compile",
     version=1,
-    summary="A few training steps in a scratch place: compiles the graphs on Trainium, a dry run on the CPU.",
+    summary="Run a few training steps: to compile the graphs on Trainium, as a dry run on the CPU.",
     after=["tokenize"],
     reads=reads,
     run=compile,

@@ -1,44 +1,68 @@
-"""Base against merged model on the held-out rows: loss, perplexity, sample answers, and the run's report."""
+"""Compare the base and the merged model on the held-out rows: loss, perplexity, sample answers, report.html."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation, report
+from llama_lora.evaluation import Prompt, Score
 from llama_lora.progress import track
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer
 
+log = logging.getLogger(__name__)
+
 
 def evaluate(stage: Stage) -> None:
-    """Score both models, let both answer, write evaluation/ and report.html."""
-    from datasets import load_from_disk
-
-    wished = stage.config.evaluation
+    """Score both models, generate sample answers, and write evaluation/ and report.html."""
+    settings = stage.config.evaluation
     tokenized = stage.upstream("tokenize").facts
     base = stage.paths.workspace / tokenized["model"]
-    dataset = stage.paths.workspace / tokenized["dataset"]
-    held_out = load_from_disk(str(dataset / "eval"))
-    if not len(held_out):
-        raise UserError("no rows were held out", where="dataset.evalFraction", fix="Raise it.")
-    rows: list[dict[str, Any]] = [held_out[index] for index in range(min(wished.max_rows, len(held_out)))]
-    prompts = [evaluation.prompt_of(row) for row in rows[: wished.samples]]
+    rows = held_out_rows(stage.paths.workspace / tokenized["dataset"], settings.max_rows)
+    prompts = [evaluation.prompt_of(row) for row in rows[: settings.samples]]
     tokenizer = load_tokenizer(base)
 
-    scores, answers = {}, {}
+    scores: dict[str, Score] = {}
+    answers: dict[str, list[str]] = {}
     for name, folder in {"base": base, "merged": stage.paths.merged}.items():
-        model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 is 16 GB
+        model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 takes 16 GB
         scores[name] = evaluation.score(model, rows)
-        print(f"{name}: loss {scores[name].loss:.4f}, perplexity {scores[name].perplexity:.2f}", flush=True)
+        log.info(f"{name}: loss {scores[name].loss:.4f}, perplexity {scores[name].perplexity:.2f}")
         answers[name] = [
-            evaluation.answer(model, tokenizer, prompt, wished.max_new_tokens)
+            evaluation.answer(model, tokenizer, prompt, settings.max_new_tokens)
             for prompt in track(prompts, "sample", len(prompts))
         ]
         del model
-    samples = [
+    samples = describe_samples(tokenizer, prompts, answers)
+    result = {name: asdict(score) for name, score in scores.items()} | {"rows": len(rows)}
+    page = report.page(stage, result, samples)
+    stage.facts = result
+    with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
+        files.write_json(folder / "eval.json", result)
+        files.write_json(folder / "samples.json", samples)
+        files.write_text(stage.paths.report, page)
+    log.info(f"report: {stage.paths.report}")
+
+
+def held_out_rows(dataset: Path, limit: int) -> list[dict[str, Any]]:
+    """Load the first ``limit`` held-out rows. Raises UserError if there are none."""
+    from datasets import load_from_disk
+
+    held_out = load_from_disk(str(dataset / "eval"))
+    if not len(held_out):
+        raise UserError("no rows are held out", where="dataset.evalFraction", fix="Raise it.")
+    return [held_out[index] for index in range(min(limit, len(held_out)))]
+
+
+def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Put each prompt, its reference answer and both models' answers together as text."""
+    return [
         {
             "prompt": tokenizer.decode(prompt.prompt),
             "reference": tokenizer.decode(prompt.answer, skip_special_tokens=True).strip(),
@@ -47,20 +71,12 @@ def evaluate(stage: Stage) -> None:
         }
         for prompt, before, after in zip(prompts, answers["base"], answers["merged"], strict=True)
     ]
-    result = {name: asdict(score) for name, score in scores.items()} | {"rows": len(rows)}
-    page = report.page(stage, result, samples)
-    stage.facts = result
-    with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
-        files.write_json(folder / "eval.json", result)
-        files.write_json(folder / "samples.json", samples)
-        files.write_text(stage.paths.report, page)
-    print(f"report: {stage.paths.report}", flush=True)
 
 
 STAGE = Declaration(
     name="evaluate",
     version=1,
-    summary="Held-out loss and perplexity, base against merged, sample answers, report.html.",
+    summary="Compare base and merged model: held-out loss, perplexity, sample answers, report.html.",
     after=["tokenize", "merge"],
     reads=lambda config: {"evaluation": config.evaluation.as_keys()},
     run=evaluate,

@@ -1,10 +1,11 @@
-"""Base model + adapter -> merged model: each shard copied, and only the targeted tensors patched in it.
+"""Merge the adapter into the base model: copy each shard, and change only the targeted tensors in the copy.
 
-Bit-identical to peft's merge_and_unload(), at the memory of the largest tensor instead of the whole model.
+The result is bit-identical to peft's merge_and_unload(). Peak memory is the largest tensor, not the model.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,67 +14,69 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation
 from llama_lora.adapter import Delta, read_deltas
-from llama_lora.probe import Probe
+from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress, track
-from llama_lora.shards import DTYPES, StoredTensor, add_in_place, stored_tensors
+from llama_lora.safetensors_files import DTYPES, StoredTensor, add_in_place, stored_tensors
 from llama_lora.stage import Declaration, Stage
-from llama_lora.stages.consolidate import refuse_to_overwrite, verify_loss
+from llama_lora.stages.consolidate import refuse_to_overwrite, verify_weights
+
+log = logging.getLogger(__name__)
 
 
 def merge(stage: Stage) -> None:
-    """The run's base model and adapter -> merged/."""
+    """Merge the run's base model and adapter into merged/."""
     base = stage.paths.workspace / stage.upstream("tokenize").facts["model"]
     deltas = read_deltas(stage.paths.adapter)
     tensors = stored_tensors(base)
     check_fits(deltas, tensors, stage.paths.adapter, base)
-    recorded = stage.upstream("consolidate").facts["probe"]
+    facts = stage.upstream("consolidate").facts["probe"]
     with stage.output(stage.paths.merged) as folder:
         write_merged(base, tensors, deltas, folder)
-        probed = Probe(**recorded) if recorded else None
-        verify_loss(stage, probed, lambda: evaluation.load_model(folder), stage.paths.merged)
-    print(f"{len(deltas)} of {len(tensors)} tensors merged -> {stage.paths.merged}", flush=True)
+        recorded = ProbeRecord(**facts) if facts else None
+        verify_weights(stage, recorded, lambda: evaluation.load_model(folder), stage.paths.merged)
+    log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {stage.paths.merged}")
 
 
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
-    """The same for any two folders, outside a run. Refuses to overwrite."""
+    """Merge any base model and adapter folder, outside a run. Raises UserError if ``output`` exists."""
     refuse_to_overwrite(output)
     for option, folder in {"--base": base, "--adapter": adapter}.items():
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder", where=option, fix="Give the folder it was written to.")
+            raise UserError(f"{folder} is not a folder", where=option, fix="Pass an existing folder.")
     deltas = read_deltas(adapter)
     tensors = stored_tensors(base)
     check_fits(deltas, tensors, adapter, base)
     with files.whole_folder(output) as folder:
         write_merged(base, tensors, deltas, folder)
-    print(f"{len(deltas)} of {len(tensors)} tensors merged -> {output}")
+    log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {output}")
 
 
 def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], adapter: Path, base: Path) -> None:
-    """Raise UserError unless the adapter changes something, and the base has every weight it changes, in its shape."""
+    """Raise UserError unless the adapter changes a weight and the base model has all its weights in their shapes."""
     if not deltas or not any(delta.b.any() for delta in deltas.values()):
         raise UserError(
-            "the adapter changes nothing: every lora_B is zero" if deltas else "the adapter holds no LoRA factors",
+            "the adapter changes nothing: every lora_B is zero" if deltas else "the adapter has no LoRA factors",
             where=str(adapter),
-            fix="Consolidate a checkpoint that has been trained.",
+            fix="Consolidate a checkpoint of a training that took steps.",
         )
     for name, delta in deltas.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise UserError(f"the base model has no {name}", where=str(adapter), fix=f"Was it trained on {base}?")
+            raise UserError(f"{name} not found in the base model", where=str(adapter), fix=f"Was it trained on {base}?")
         if tensor.shape != delta.shape:
             raise UserError(
-                f"{name} is {tensor.shape} in the base model, {delta.shape} in the adapter",
+                f"{name} has shape {tensor.shape} in the base model and {delta.shape} in the adapter",
                 where=str(adapter),
                 fix=f"Was it trained on {base}?",
             )
         if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{name} is stored as {tensor.dtype}", where=str(base), fix=f"Give a base in {', '.join(DTYPES)}."
+                f"{name} has dtype {tensor.dtype}", where=str(base), fix=f"Use a base model in {', '.join(DTYPES)}."
             )
 
 
 def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mapping[str, Delta], folder: Path) -> None:
-    """Copy the base model's folder (tokenizer, chat template and generation config with it) and patch the copy."""
+    """Copy the base model's folder, including tokenizer and configs, and add the deltas to the copy."""
     with StageProgress("file", sum(path.is_file() for path in base.rglob("*"))) as progress:
 
         def copy(source: str, target: str) -> None:
@@ -88,7 +91,7 @@ def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mappin
 STAGE = Declaration(
     name="merge",
     version=1,
-    summary="Base model + adapter -> merged model (safetensors, tokenizer, chat template).",
+    summary="Merge base model and adapter into one model (safetensors, tokenizer, chat template).",
     after=["tokenize", "consolidate"],
     reads=lambda config: {},
     run=merge,

@@ -1,7 +1,7 @@
-"""With compile.runsOn: cpu, the second half of compile: graphs collected on Trainium become NEFFs on a CPU node.
+"""The second half of compile with compile.runsOn: cpu: compile the graphs that compile collected, on a CPU node.
 
-It frees the Trainium nodes while the compiler works. Not verified by us on hardware: neuron_parallel_compile documents
-`--command collect` and `--command compile`, with the same compiler version for both, but not on different machines.
+This frees the Trainium nodes during compilation. Not verified on hardware: neuron_parallel_compile documents
+`--command collect` and `--command compile` with one compiler version, but not on different machines.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from llama_lora.stage import Declaration, Stage
 
 
 def neff(stage: Stage) -> None:
-    """Compile everything that compile has collected."""
+    """Compile all graphs that compile collected. Raises UserError unless compile.runsOn is cpu."""
     if stage.config.backend != "neuron" or stage.config.compile.runs_on != "cpu":
         raise UserError(
-            "has nothing to do: compile has compiled its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
+            "nothing to do: the compile stage compiles its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
         )
     from llama_lora.backends.neuron import compiling
 
@@ -24,7 +24,7 @@ def neff(stage: Stage) -> None:
 STAGE = Declaration(
     name="neff",
     version=1,
-    summary="With compile.runsOn cpu: compile, on a CPU node, the graphs that compile has collected on Trainium.",
+    summary="With compile.runsOn: cpu, compile the graphs that compile collected on Trainium, on a CPU node.",
     after=["compile"],
     reads=lambda config: {},
     run=neff,

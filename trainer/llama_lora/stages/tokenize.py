@@ -1,8 +1,9 @@
-"""Take the model into the workspace and turn the dataset into packed token rows, with a report of what became of it."""
+"""Copy the model to the workspace, and convert the dataset to packed token rows with a data report."""
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 from array import array
 from collections import Counter
@@ -17,25 +18,27 @@ from llama_lora.config import RunConfig, Training
 from llama_lora.data.dataset_readers import read_rows
 from llama_lora.data.packing import PackedRow, pack
 from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
+from llama_lora.data.resolve import ResolvedSources
+from llama_lora.data.shared_folders import make_once
+from llama_lora.data.snapshot import take_snapshot
 from llama_lora.progress import track
-from llama_lora.resolve import Sources
-from llama_lora.shared import making
-from llama_lora.snapshot import take_snapshot
 from llama_lora.stage import Declaration, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 3  # rows shown in the report with their loss mask
+log = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 3  # rows that the report shows with their loss mask
 
 
 def tokenize(stage: Stage) -> None:
-    """Model snapshot, then rows -> examples -> eval split -> packed rows -> report."""
+    """Take the model snapshot, then make the dataset folder if no other run has made it."""
     assert stage.sources is not None and stage.fingerprint is not None
     model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models)
-    backends.get(stage.config.backend).check(stage.config, model)  # before a Trainium node is asked for
+    backends.get(stage.config.backend).check(stage.config, model)  # before any Trainium node is requested
     dataset = stage.paths.datasets / stage.fingerprint[:16]
-    with making(dataset) as missing:  # another run may have made it
+    with make_once(dataset) as missing:
         if missing:
             with files.whole_folder(dataset) as folder:
                 write_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
@@ -45,7 +48,7 @@ def tokenize(stage: Stage) -> None:
         "dataset": str(dataset.relative_to(stage.paths.workspace)),
     }
     stage.finish([model, dataset])
-    _say(report, dataset)
+    _log_report(report, dataset)
 
 
 STAGE = Declaration(
@@ -55,7 +58,7 @@ STAGE = Declaration(
     reads_sources=True,
     reads=lambda config: {
         "dataset": config.dataset.model_dump(include={"config", "split", "format", "columns", "eval_fraction"}),
-        "kind": Path(config.dataset.source).suffix,  # the same bytes are other rows as .txt than as .jsonl
+        "kind": Path(config.dataset.source).suffix,  # the same bytes give other rows as .txt than as .jsonl
         "training": config.training.model_dump(include={"max_sequence_length", "packing", "seed"}),
     },
     run=tokenize,
@@ -63,19 +66,19 @@ STAGE = Declaration(
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises UserError where there is none that transformers can load."""
+    """Load the tokenizer of a model folder. Raises UserError if transformers cannot."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"transformers cannot load its tokenizer: {error}", where=str(model)) from None
+        raise UserError(f"transformers cannot load the tokenizer: {error}", where=str(model)) from None
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a seeded draw of round(fraction x rows) examples, before anything is packed.
+    """Split into (train, held out): a seeded draw of round(fraction x rows) examples, before packing.
 
-    The held-out ones stay in the order they were drawn in, so that the first few of them are a fair sample too.
+    The held-out examples keep the order of the draw, so that the first few are a fair sample too.
     """
     drawn = random.Random(seed).sample(range(len(examples)), round(fraction * len(examples)))
     held_out = set(drawn)
@@ -83,36 +86,38 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
 
 
 def rows_of(examples: Sequence[Example], training: Training) -> list[PackedRow]:
-    """The training rows: packed, or one example each."""
+    """Make the training rows: packed, or one example each."""
     if training.packing:
         return pack(examples, training.max_sequence_length)
     return [PackedRow((example,)) for example in examples]
 
 
-def write_dataset(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Fill ``folder`` with train/, eval/ (Arrow) and report.json. Raises UserError if nothing is left to train on."""
+def write_dataset(
+    config: RunConfig, sources: ResolvedSources, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write train/, eval/ (Arrow) and report.json. Raises UserError if no row is left to train on or to hold out."""
     renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns.named())
     examples, report = _examples(config, sources, renderer)
     train, held_out = split(examples, config.dataset.eval_fraction, config.training.seed)
     if not train:
-        raise UserError("no row is left to train on", where="dataset", fix=f"Dropped: {report['dropped']}.")
+        raise UserError("no rows left to train on", where="dataset", fix=f"Dropped: {report['dropped']}.")
     if config.evaluation.enabled and not held_out:
         raise UserError(
-            f"no row is held out of {len(examples)}, so there is nothing to evaluate on",
+            f"none of {len(examples)} rows is held out, so the evaluation has no rows",
             where="dataset.evalFraction",
             fix=f"Raise it to {1 / len(examples):.2g} or more, or set evaluation.enabled: false in the values.",
         )
     rows = rows_of(train, config.training)
     report["train"] = _counts(train, rows, config.training.max_sequence_length)
     report["eval"] = {"examples": len(held_out), "tokens": sum(len(example.input_ids) for example in held_out)}
-    report["shown"] = [_shown(example, tokenizer) for example in train[:SHOWN]]
+    report["shown"] = [_masked_text(example, tokenizer) for example in train[:SAMPLE_ROWS]]
     _store(rows, folder / "train")
     _store([PackedRow((example,)) for example in held_out], folder / "eval")
     files.write_json(folder / "report.json", report)
 
 
-def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[list[Example], dict[str, Any]]:
-    """Every row that gives something to learn, and the report's part on what became of the rows."""
+def _examples(config: RunConfig, sources: ResolvedSources, renderer: Renderer) -> tuple[list[Example], dict[str, Any]]:
+    """Render every row; return the examples and the counts for the report."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     truncated = 0
@@ -127,11 +132,11 @@ def _examples(config: RunConfig, sources: Sources, renderer: Renderer) -> tuple[
         examples.append(example)
         truncated += cut
     for key, column in config.dataset.columns.named().items():
-        if found and column not in found:  # one that rows may lack, misspelt: every row would silently be without it
+        if found and column not in found:  # a misspelled optional column would be ignored in every row
             raise UserError(
-                f"no row has a column {column}",
+                f"no row has a column {column!r}",
                 where=f"dataset.columns.{key}",
-                fix=f"Write one of: {', '.join(sorted(found))}.",
+                fix=f"Available columns: {', '.join(sorted(found))}.",
             )
     return examples, {
         "source": config.dataset.source,
@@ -159,8 +164,8 @@ def _counts(examples: Sequence[Example], rows: Sequence[PackedRow], max_length: 
     }
 
 
-def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """An example as text, cut where the loss mask changes."""
+def _masked_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Decode an example in pieces, split where the loss mask changes."""
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
         if not pieces or pieces[-1][0] != (label != IGNORED):
@@ -170,7 +175,7 @@ def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[st
 
 
 def _store(rows: Sequence[PackedRow], folder: Path) -> None:
-    """Rows as an Arrow dataset with columns input_ids, labels and lengths (int32 lists), a column at a time."""
+    """Save rows as an Arrow dataset with the columns input_ids, labels and lengths (int32 lists), one at a time."""
     import pyarrow
     from datasets import Dataset, disable_progress_bars
 
@@ -186,21 +191,21 @@ def _store(rows: Sequence[PackedRow], folder: Path) -> None:
 
 
 def _int32(numbers: array[int]) -> Any:
-    """An Arrow array over the memory of ``numbers``."""
+    """Wrap the memory of ``numbers`` in an Arrow array."""
     import pyarrow
 
     return pyarrow.Array.from_buffers(pyarrow.int32(), len(numbers), [None, pyarrow.py_buffer(numbers)])
 
 
-def _say(report: dict[str, Any], dataset: Path) -> None:
+def _log_report(report: dict[str, Any], dataset: Path) -> None:
     train = report["train"]
-    print(f"rows: {report['rows_read']} read, {report['kept']} kept, {report['eval']['examples']} of them held out")
+    log.info(f"rows: {report['rows_read']} read, {report['kept']} kept, {report['eval']['examples']} of them held out")
     for reason, count in report["dropped"].items():
-        print(f"rows dropped: {count}, {reason}")
+        log.info(f"rows dropped: {count} ({reason})")
     if report["truncated"]:
-        print(f"rows cut at maxSequenceLength: {report['truncated']}")
-    print(
-        f"train: {train['tokens']} tokens, {train['trained_tokens']} of them trained on, in {train['rows']} rows "
+        log.info(f"rows truncated to maxSequenceLength: {report['truncated']}")
+    log.info(
+        f"train: {train['tokens']} tokens, {train['trained_tokens']} of them with loss, in {train['rows']} rows "
         f"({train['packing_efficiency']:.1%} full)"
     )
-    print(f"report: {dataset / 'report.json'}", flush=True)
+    log.info(f"report: {dataset / 'report.json'}")

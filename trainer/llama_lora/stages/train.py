@@ -1,15 +1,15 @@
-"""Train the adapter on every node's workers; resume from the newest complete checkpoint of the same configuration."""
+"""Train the adapter with the workers of all nodes. Resumes from the newest complete checkpoint of the configuration."""
 
 from __future__ import annotations
 
 from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingJob, TrainingResult
-from llama_lora.launch import run_workers, worker_command
+from llama_lora.backends.launch import run_workers, worker_command
 from llama_lora.stage import Declaration, Stage
 
 
 def train(stage: Stage) -> None:
-    """Check everything, then start this node's workers."""
+    """Check the settings, then run this node's workers."""
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
@@ -21,7 +21,7 @@ def train(stage: Stage) -> None:
 
 
 def train_worker(stage: Stage, backend: Backend) -> None:
-    """In every worker: train to the end. The manifest is written when every worker's files are durable."""
+    """Train to the end, in every worker. The manifest is written once the files of all workers are durable."""
 
     def finish(result: TrainingResult) -> None:
         assert result.checkpoint is not None, "the last step saves"
@@ -32,7 +32,7 @@ def train_worker(stage: Stage, backend: Backend) -> None:
 
 
 def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
-    """What the workers train, from the config and what tokenize has left."""
+    """Build the workers' job from the config and the outputs of tokenize."""
     tokenized = stage.upstream("tokenize").facts
     assert stage.fingerprint is not None
     return TrainingJob(
@@ -52,14 +52,14 @@ def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
 STAGE = Declaration(
     name="train",
     version=2,
-    summary="LoRA training on all workers: sharded checkpoints, progress, metrics.",
+    summary="Train with LoRA on all workers; writes checkpoints, progress and metrics.",
     after=["tokenize"],
     needs=["compile"],
     reads=lambda config: {
         "backend": config.backend,
         "lora": config.lora.as_keys(),
         "training": config.training.model_dump(
-            exclude={"save_steps", "save_total_limit", "activation_checkpointing"}  # changes memory and time alone
+            exclude={"save_steps", "save_total_limit", "activation_checkpointing"}  # affect only memory and time
         ),
     },
     run=train,

@@ -1,17 +1,17 @@
-"""The Neuron Persistent Cache on the volume, which runs share: where it is, what is in it, and who uses it.
+"""The Neuron Persistent Cache in the workspace, which runs share: its path, its content, and its users.
 
 Layout (AWS Neuron docs, "Neuron Persistent Cache"; file names also in optimum-neuron's guide to its cache):
 
     compile-cache/neuronxcc-VERSION/MODULE_<graph's hash>+<flags' hash>/
         model.hlo_module.pb  compile_flags.json       the graph, as collected
         model.neff  model.done                        compiled
-        model.log                                     its compilation failed; that is remembered
-        model.hlo_module.pb.lock                      somebody compiles it, or was killed while doing so
+        model.log                                     compilation failed, and is not retried by default
+        model.hlo_module.pb.lock                      being compiled, or its compiler was killed
 
-A lock whose process was killed stays, and whoever needs that graph waits for ever ("Another process must be
-compiling"). The tool's own `clear-locks` is right only when nothing else uses the cache (docs, "Cache maintenance
-commands"). So every user keeps a file of its own here and touches it every few seconds. Only changes of such a file
-count, seen by whoever watches it: FSx may be mounted without flock, and the nodes' clocks need not agree.
+The lock of a killed process remains, and every process that needs the graph waits forever ("Another process must be
+compiling"). The tool's `clear-locks` is safe only while no other process uses the cache (docs, "Cache maintenance
+commands"). So every user keeps a file here and touches it every few seconds. Only changes of that file count, as seen
+by the process that watches it: FSx may be mounted without flock, and the nodes' clocks may differ.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from llama_lora.paths import Paths
 FLAGS = "NEURON_CC_FLAGS"
 URL = "NEURON_COMPILE_CACHE_URL"
 RETRY = "--retry_failed_compilation"
-# Options of NEURON_CC_FLAGS that libneuronxla takes for itself (docs, "Neuron Persistent Cache"), with whether a value
-# follows: the compiler never sees them, so they are in no cache key.
+# Options of NEURON_CC_FLAGS that libneuronxla reads itself (docs, "Neuron Persistent Cache"), and whether a value
+# follows. The compiler never gets them, so they are in no cache key.
 OWN_OPTIONS = {
     "--cache_dir": True,
     "--compile_workdir": True,
@@ -47,48 +47,48 @@ OWN_OPTIONS = {
     "--no_cache": False,
     RETRY: False,
 }
-# optimum-neuron reads the folder out of NEURON_CC_FLAGS with such an expression (utils/cache_utils.py): no dots.
+# optimum-neuron parses the folder from NEURON_CC_FLAGS with this expression (utils/cache_utils.py): no dots.
 PLAIN_PATH = re.compile(r"[\w/-]+")
-HELD = "LLAMA_LORA_CACHE_USER"  # tells a child that its parent keeps the user file
-BEAT = 10.0  # seconds between two touches of a user's file
-PATIENCE = 90.0  # a file that has not changed for so long has no living user; NFS shows a change after up to 60 s
+CACHE_USER = "LLAMA_LORA_CACHE_USER"  # set for the children of a process that keeps a user file
+HEARTBEAT = 10.0  # seconds between touches of a user's file
+TIMEOUT = 90.0  # seconds without a change after which a user counts as ended; NFS delays changes by up to 60 s
 
 
 def set_environment(paths: Paths) -> None:
-    """Have this process and its children use the workspace's cache.
+    """Make this process and its children use the workspace's cache.
 
-    Raises UserError where the environment names another one, or where the compiler could not read the path.
+    Raises UserError if the environment sets another cache, or if the compiler cannot parse the path.
     """
     os.environ[FLAGS] = flags(os.environ, paths.compile_cache)
 
 
 def flags(environment: Mapping[str, str], cache: Path, *extra: str) -> str:
-    """NEURON_CC_FLAGS of ``environment`` with our cache: --cache_dir wins over NEURON_COMPILE_CACHE_URL."""
+    """NEURON_CC_FLAGS of ``environment`` with --cache_dir, which takes precedence over NEURON_COMPILE_CACHE_URL."""
     if not PLAIN_PATH.fullmatch(str(cache)):
         raise UserError(
-            "the Neuron compiler takes no cache folder with dots or special characters in its path",
+            "the path of the cache folder contains a character that the Neuron compiler does not support",
             where=str(cache),
-            fix="Choose a workspace whose path has letters, digits, _, - and / only.",
+            fix="Use a workspace path with only letters, digits, _, - and /.",
         )
     kept, taken = split_options(environment.get(FLAGS, ""), {"--cache_dir": True})
     named = {word.removeprefix("--cache_dir=") for word in taken} - {"--cache_dir"}
     named |= {environment[URL]} if environment.get(URL) else set()
     for other in sorted(named - {str(cache)}):
         raise UserError(
-            f"the environment names another cache than the workspace's, {other}",
+            f"the environment sets another cache than the workspace's: {other}",
             where=f"{FLAGS} or {URL}",
-            fix=f"Leave --cache_dir and {URL} away: compile and train use {cache}.",
+            fix=f"Remove --cache_dir and {URL}: compile and train use {cache}.",
         )
     return shlex.join([*kept, *extra, f"--cache_dir={cache}"])
 
 
 def compiler_flags(environment: Mapping[str, str]) -> str:
-    """What of NEURON_CC_FLAGS reaches the compiler, and so is in every graph's cache key."""
+    """The part of NEURON_CC_FLAGS that the compiler gets, and that is in every graph's cache key."""
     return shlex.join(split_options(environment.get(FLAGS, ""), OWN_OPTIONS)[0])
 
 
 def split_options(flags: str, wanted: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    """The words of ``flags`` without the wanted options, and those options, as --name=value or --name value."""
+    """Split ``flags`` into the other words and the wanted options (--name=value or --name value)."""
     kept: list[str] = []
     taken: list[str] = []
     words = iter(shlex.split(flags))
@@ -105,7 +105,7 @@ def split_options(flags: str, wanted: Mapping[str, bool]) -> tuple[list[str], li
 
 @dataclass(frozen=True, order=True)
 class Module:
-    """One graph's folder in the cache."""
+    """The folder of one graph in the cache."""
 
     folder: Path
 
@@ -144,7 +144,7 @@ def module_named(cache: Path, name: str) -> Module:
 
 
 def modules(cache: Path) -> list[Module]:
-    """Every graph in the cache, of every compiler version."""
+    """List all graphs in the cache, of all compiler versions."""
     return sorted(Module(folder) for folder in cache.glob("neuronxcc-*/MODULE_*") if folder.is_dir())
 
 
@@ -152,18 +152,18 @@ def locked_modules(cache: Path) -> list[Module]:
     return [module for module in modules(cache) if module.is_locked]
 
 
-class Others:
-    """The other users of the cache, as seen by one that watches them."""
+class OtherUsers:
+    """The other users of the cache, watched through their files."""
 
     def __init__(self, own: Path) -> None:
         self._own = own
         self._first: dict[Path, int] = {}
         self._last: dict[Path, tuple[int, float]] = {}
 
-    def look(self) -> dict[Path, dict[str, Any]]:
-        """Those that may be alive: their files are new to us, or have changed within PATIENCE seconds of watching.
+    def alive(self) -> dict[Path, dict[str, Any]]:
+        """The users that may be running: their files are new, or have changed within TIMEOUT seconds of watching.
 
-        The files of the others are removed.
+        Files of users that have ended are deleted.
         """
         found, now = {}, time.monotonic()
         for file in sorted(self._own.parent.glob("*.json")):
@@ -172,94 +172,94 @@ class Others:
             try:
                 changed = file.stat().st_mtime_ns
                 user = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # it has just ended
+            except (OSError, ValueError):  # the user has just ended
                 continue
             self._first.setdefault(file, changed)
             if file not in self._last or self._last[file][0] != changed:
                 self._last[file] = (changed, now)
-            if now - self._last[file][1] > PATIENCE:
+            if now - self._last[file][1] > TIMEOUT:
                 file.unlink(missing_ok=True)
                 continue
             found[file] = user
         return found
 
     def has_moved(self, file: Path) -> bool:
-        """Whether a file has changed since it was first seen, so that its user is certainly alive."""
+        """Whether a file has changed since it was first seen, which proves that its user is running."""
         return file in self._last and self._last[file][0] != self._first[file]
 
 
-class Use:
-    """One process's use of the cache: its file, touched until ``end``."""
+class CacheUse:
+    """This process's use of the cache: a file that is touched until ``end``."""
 
     def __init__(self, paths: Paths, stage: str) -> None:
         self.id = f"{time.time_ns():x}-{uuid.uuid4().hex[:8]}"
         self.run, self.stage = paths.run_name, stage
         self.cache = paths.compile_cache
         self.file = paths.compile_users / f"{self.id}.json"
-        self.others = Others(self.file)
+        self.others = OtherUsers(self.file)
         self._ended = threading.Event()
         self._write("starting")
-        self._beats = threading.Thread(target=self._beat, daemon=True)
-        self._beats.start()
+        self._toucher = threading.Thread(target=self._touch, daemon=True)
+        self._toucher.start()
 
-    def working(self) -> None:
-        """From now on there may be locks of ours."""
+    def mark_working(self) -> None:
+        """Record that this process may hold locks from now on."""
         self._write("working")
 
-    def colleagues(self) -> int:
-        """How many other processes of the same stage of the same run may be alive: its other nodes."""
-        return sum((user["run"], user["stage"]) == (self.run, self.stage) for user in self.others.look().values())
+    def other_nodes(self) -> int:
+        """Count the other processes of this stage and run that may be running: its other nodes."""
+        return sum((user["run"], user["stage"]) == (self.run, self.stage) for user in self.others.alive().values())
 
     def end(self) -> None:
         self._ended.set()
-        self._beats.join()
+        self._toucher.join()
         self.file.unlink(missing_ok=True)
 
-    def nobody_else(self) -> bool:
-        """Wait until it is clear whether locks in the cache are stale: nothing that could hold one is alive.
+    def locks_are_stale(self) -> bool:
+        """Wait until it is certain whether locks are stale, which means that no process that could hold one is running.
 
-        Nodes of this stage that only start hold none: they wait for this one before they trace. The first of them
-        answers for all.
+        Nodes of this stage that are starting hold none: they wait for each other before they trace. The first of
+        them decides for all.
         """
         while True:
             blocking = {
                 file: user
-                for file, user in self.others.look().items()
-                if not (self._is_starting_colleague(user) and user["id"] > self.id)
+                for file, user in self.others.alive().items()
+                if not (self._is_starting_node(user) and user["id"] > self.id)
             }
             if not blocking:
                 return True
             if any(self.others.has_moved(file) for file in blocking):
                 return False
-            time.sleep(BEAT / 10)
+            time.sleep(HEARTBEAT / 10)
 
-    def _is_starting_colleague(self, user: dict[str, Any]) -> bool:
+    def _is_starting_node(self, user: dict[str, Any]) -> bool:
         return (user["run"], user["stage"], user["state"]) == (self.run, self.stage, "starting")
 
     def _write(self, state: str) -> None:
         user = {"id": self.id, "run": self.run, "stage": self.stage, "state": state, "host": socket.gethostname()}
         files.write_json(self.file, user)
 
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError):  # a volume that is slow for a moment, or a file that was given up
+    def _touch(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # a slow volume, or a file that another user deleted
                 os.utime(self.file)
 
 
 @contextlib.contextmanager
-def used(paths: Paths, stage: str) -> Iterator[Use]:
-    """Be a user of the cache while the block runs; its children are not users of their own."""
-    use = Use(paths, stage)
-    os.environ[HELD] = use.id
+def using_cache(paths: Paths, stage: str) -> Iterator[CacheUse]:
+    """Register as a user of the cache within the block. Child processes do not register."""
+    use = CacheUse(paths, stage)
+    os.environ[CACHE_USER] = use.id
     try:
         yield use
     finally:
-        os.environ.pop(HELD, None)
+        os.environ.pop(CACHE_USER, None)
         use.end()
 
 
-def used_by_worker(paths: Paths, stage: str) -> contextlib.AbstractContextManager[Any]:
-    """The same for a worker: the first of each node stands for all of it, where its launcher does not."""
-    if os.environ.get("LOCAL_RANK") != "0" or HELD in os.environ:
+def using_cache_as_worker(paths: Paths, stage: str) -> contextlib.AbstractContextManager[Any]:
+    """The same for a worker: the first worker of each node registers, unless its launcher has."""
+    if os.environ.get("LOCAL_RANK") != "0" or CACHE_USER in os.environ:
         return contextlib.nullcontext()
-    return used(paths, stage)
+    return using_cache(paths, stage)

@@ -1,4 +1,4 @@
-"""A base model cut over the workers of a tensor-parallel group, with LoRA on it: optimum-neuron's model, in bf16."""
+"""The base model, split over the workers of a tensor-parallel group, with LoRA: optimum-neuron's model in bf16."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.neuron.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
 
-# The attention of optimum-neuron's models, looked up by name where they call it.
+# The attention function of optimum-neuron's models. They look it up by name in their module.
 ATTENTION = "eager_attention_forward"
 MODELS_WITH_ATTENTION = [
     import_module(f"optimum.neuron.models.training.{name}.modeling_{name}") for name in MODEL_TYPES
 ]
-# LoRA on layers that optimum-neuron has fused has one factor A for all of them: it begins as the first one's.
+# Layers that optimum-neuron fuses share one factor A. It gets the initial values of the first of them.
 FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
 
 def neuron_config(parallelism: Parallelism, training: Training) -> Any:
-    """How the model is cut, for optimum-neuron. Joins the process group and makes the parallel groups."""
+    """Build optimum-neuron's parallel config. Joins the process group and creates the parallel groups."""
     return TrainingNeuronConfig(
         tensor_parallel_size=parallelism.tensor_parallel_size,
-        # Always on with tensor parallel: without it the gradients that are summed over the group are a copy in bf16.
+        # Always on with tensor parallelism: without it the gradients summed over the group are a copy in bf16.
         sequence_parallel_enabled=parallelism.tensor_parallel_size > 1,
         gradient_checkpointing=training.activation_checkpointing == "full",
-        # True drops the mask that keeps packed examples apart.
+        # True ignores the mask that isolates packed examples.
         recompute_causal_mask=training.attention == "flash",
     )
 
 
-def load(path: Path, trn_config: Any, lora: Lora, training: Training, adapter: Path | None = None) -> Any:
-    """The model on this worker's core, with a new adapter, or with the one in the folder ``adapter``.
+def load_parallel_model(
+    path: Path, trn_config: Any, lora: Lora, training: Training, adapter: Path | None = None
+) -> Any:
+    """Load this worker's part of the model on its core, with a new adapter or the one in the folder ``adapter``.
 
-    Base and adapter are in bf16; the optimizer keeps the adapter's fp32 weights.
+    Base model and adapter are in bf16; the optimizer keeps fp32 weights of the adapter.
     """
     if training.activation_checkpointing == "selective":
         recompute_attention()
@@ -56,18 +58,18 @@ def load(path: Path, trn_config: Any, lora: Lora, training: Training, adapter: P
         attn_implementation="flash_attention_2" if training.attention == "flash" else "eager",
     )
     if training.activation_checkpointing == "full":
-        model.enable_input_require_grads()  # a whole layer is recomputed only where its input wants a gradient
+        model.enable_input_require_grads()  # a layer is recomputed only if its input requires a gradient
         model.gradient_checkpointing_enable({})
     if adapter:
         model = NeuronPeftModelForCausalLM.from_pretrained(model, str(adapter), is_trainable=True)
     else:
-        wished = lora.model_copy(update={"target_modules": target_names(lora.target_modules)})
-        model = get_peft_model(model, lora_config(wished))
-        initialize(model, training.seed)
+        named = lora.model_copy(update={"target_modules": target_names(lora.target_modules)})
+        model = get_peft_model(model, lora_config(named))
+        initialize_parts(model, training.seed)
     model.config.use_cache = False
     for parameter in model.parameters():
-        # Not model.to(), as the library does: that rounds the frequencies of the rotary positions, too, which are a
-        # buffer. 0.3 % of a frequency is an angle of 3.7 at position 2047: other positions than the base model knows.
+        # The library uses model.to(), which also rounds the rotary frequencies (a buffer) to bf16. An error of 0.3 % in
+        # a frequency is an angle of 3.7 at position 2047, so positions would differ from the base model's.
         parameter.data = parameter.data.to(torch.bfloat16)
     move_model_to_device(model, torch_xla.device())
     model.tie_weights()
@@ -76,19 +78,20 @@ def load(path: Path, trn_config: Any, lora: Lora, training: Training, adapter: P
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters that this worker holds, by name."""
+    """This worker's parameters of the adapter, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def is_cut(parameter: torch.nn.Parameter) -> bool:
-    """Whether each worker of a tensor-parallel group holds a part of its own; else all hold the same."""
+    """Whether the parameter is split over the tensor-parallel group; otherwise all workers hold the same values."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def initialize(model: Any, seed: int) -> None:
-    """Every LoRA factor A's first values, whatever part of it is here (lora.initial_a).
+def initialize_parts(model: Any, seed: int) -> None:
+    """Initialize this worker's parts of the LoRA factors A (lora.initial_a).
 
-    The library's own would give the workers of a group, who have the same seed, the same values for different columns.
+    The library's initialization uses the same seed on all workers of a group, and so the same values for different
+    columns.
     """
     size, rank = parallel_state.get_tensor_model_parallel_size(), parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in trainable(model).items():
@@ -106,17 +109,17 @@ def initialize(model: Any, seed: int) -> None:
 
 
 def in_order_of_heads(factor: torch.Tensor, attention: Any, model_config: Any) -> torch.Tensor:
-    """o_proj's factor A with its columns as the workers hold them, where key/value heads are copied for them."""
+    """Reorder the columns of o_proj's factor A to the workers' order of query heads with replicated kv heads."""
     heads = model_config.num_attention_heads
     order = query_heads(heads, model_config.num_key_value_heads, attention.kv_size_multiplier)
     return factor.view(factor.shape[0], heads, -1)[:, order].reshape(factor.shape)
 
 
 def recompute_attention() -> None:
-    """Selective activation checkpointing (Korthikanti et al. 2022, arXiv:2205.05198, section 5): of a layer, the
-    attention alone is computed again in the backward pass, which needs no tensor of [heads, tokens, tokens] kept.
+    """Selective activation checkpointing (Korthikanti et al. 2022, arXiv:2205.05198, section 5): the backward pass
+    recomputes only the attention of a layer, so that no tensor of [heads, tokens, tokens] is stored.
 
-    optimum-neuron has only whole layers. Flash attention keeps none anyway, and is not wrapped.
+    optimum-neuron supports only whole layers. Flash attention stores no such tensor and is not wrapped.
     """
     for module in MODELS_WITH_ATTENTION:
         attention = getattr(module, ATTENTION, None)

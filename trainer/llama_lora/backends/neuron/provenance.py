@@ -1,28 +1,29 @@
 """What the graphs of a run depend on: recorded when they are compiled, and compared before a training starts.
 
-A graph that is not in the cache is compiled while a whole cluster of Trainium nodes waits for it.
+A graph that is not in the cache is compiled while all Trainium nodes wait.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import logging
 import os
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from genvalues.common.dicts import flatten
 from genvalues.common.errors import UserError
 from llama_lora.backends.neuron import cache
-from llama_lora.graphs import graph_settings, world_size
+from llama_lora.backends.neuron.graphs import graph_settings, world_size
+from llama_lora.stage import Stage, installed_versions
 
-if TYPE_CHECKING:
-    from llama_lora.stage import Stage
+log = logging.getLogger(__name__)
 
-# Variables that change graphs or their compilation: AWS Neuron docs, "PyTorch NeuronX Environment Variables" and
-# "Neuron Runtime environment variables" (NEURON_LOGICAL_NC_CONFIG: the size of a core), and PyTorch/XLA's own.
+# Variables that change graphs or their compilation. Sources: AWS Neuron docs, "PyTorch NeuronX Environment Variables"
+# and "Neuron Runtime environment variables" (NEURON_LOGICAL_NC_CONFIG: the size of a core), and PyTorch/XLA.
 ENVIRONMENT = (
     "ALLREDUCE_GRADIENTS_BUCKET_SIZE_MB",
     "BUCKET_CAP_MB",
@@ -42,7 +43,7 @@ ENVIRONMENT = (
     "XLA_USE_BF16",
 )
 
-# The compiler's version is in every cache key; the others make the graphs.
+# The compiler's version is in every cache key; the other packages build the graphs.
 COMPILER = "neuronx-cc"
 PACKAGES = (
     COMPILER,
@@ -59,12 +60,12 @@ PACKAGES = (
     "llama-lora",
 )
 
-OTHER_NODES = 30.0  # seconds in which the pods of a job begin
-PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # trn1.32xlarge; optimum-neuron looks there too
+OTHER_NODES = 30.0  # seconds within which all pods of a job start
+PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # such as trn1.32xlarge; optimum-neuron reads it too
 
 
 def provenance(stage: Stage, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What the graphs that this process would trace depend on, ready for JSON."""
+    """Collect what the graphs of this process depend on, as JSON values."""
     model = stage.paths.workspace / stage.upstream("tokenize").facts["model"]
     model_config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return {
@@ -73,23 +74,17 @@ def provenance(stage: Stage, environment: Mapping[str, str] = os.environ) -> dic
             cache.FLAGS: cache.compiler_flags(environment),
             **{name: environment[name] for name in ENVIRONMENT if name in environment},
         },
-        "versions": versions(),
+        "versions": package_versions(),
         "platform": platform(),
     }
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def package_versions() -> dict[str, str]:
+    return installed_versions(PACKAGES)
 
 
 def platform() -> str:
-    """What the compiler compiles for: trn1 (trn1n too), trn2 (trn2u too); "" on a computer that is neither."""
+    """The compiler's target: trn1 (also trn1n), trn2 (also trn2u); "" on other machines."""
     try:
         product = PRODUCT.read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -99,35 +94,24 @@ def platform() -> str:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each value that differs, as "lora.r: 16 -> 32"."""
-    before, after = flat(then), flat(now)
+    """List each value that differs, as "lora.r: 16 -> 32"."""
+    before, after = flatten(then), flatten(now)
     return [
-        f"{name}: {shown(before.get(name))} -> {shown(after.get(name))}"
+        f"{name}: {show_value(before.get(name))} -> {show_value(after.get(name))}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = value
-    return result
-
-
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def check_provenance(stage: Stage) -> None:
-    """Before the workers of a training start: was the cache made for them?
+    """Check, before the workers of a training start, that the cached graphs are theirs.
 
-    Raises UserError with every value that differs, or with compile.onMismatch: warn tells them and goes on. A refused
-    manifest of compile is taken away, so that the next `helm upgrade` compiles, unless the environment alone differs.
+    Raises UserError with every value that differs; with compile.onMismatch: warn, logs a warning instead. Unless only
+    the environment differs, deletes compile's manifest, so that the next `helm upgrade` compiles.
     """
     compiled = stage.upstream("compile").facts
     if stage.config.compile.runs_on == "cpu":
@@ -136,19 +120,18 @@ def check_provenance(stage: Stage) -> None:
     differing = differences(compiled.get("provenance", {}), now)
     if not differing:
         return
-    found = "the graphs were compiled for something else (then -> now):\n  " + "\n  ".join(differing)
+    found = "the graphs were compiled for other settings (then -> now):\n  " + "\n  ".join(differing)
     if stage.config.compile.on_mismatch == "warn":
-        print(
-            f"WARNING: {found}\nGraphs that are missing are compiled while the training waits, which can take hours "
-            "(compile.onMismatch: warn).",
-            flush=True,
+        log.warning(
+            f"{found}\nMissing graphs are compiled while the training waits, which can take hours "
+            "(compile.onMismatch: warn)."
         )
         return
     if all(line.startswith("environment.") for line in differing):
-        fix = "Give compile and train the same environment: set it in stageDefaults.extraEnv."
+        fix = "Use the same environment for compile and train: set it in stageDefaults.extraEnv."
     else:
         if stage.config.parallelism.nodes > 1:
-            time.sleep(OTHER_NODES)  # they are to say the same, not that there is no manifest
+            time.sleep(OTHER_NODES)  # the other nodes must read the manifest first, to report the same error
         stage.paths.manifest("compile").unlink(missing_ok=True)
-        fix = "Compile again: `helm upgrade`, or `llama-lora compile --config ...`, does so now."
+        fix = "Compile again: run `helm upgrade`, or `llama-lora compile --config ...`."
     raise UserError(f"{found}\n", where=str(stage.paths.compile_cache), fix=fix)

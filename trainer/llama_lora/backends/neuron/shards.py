@@ -1,16 +1,16 @@
-"""optimum-neuron's LoRA checkpoints, read with plain torch: no Neuron library, no base model, a tensor at a time.
+"""Read optimum-neuron's LoRA checkpoints with torch alone: no Neuron library, no base model, one tensor at a time.
 
     checkpoint-N/adapter_default/
-        adapter_config.json                                 PEFT's
+        adapter_config.json                                 PEFT's config
         adapter_shards/done                                 written when every rank has saved
-        adapter_shards/mp_metadata_pp_rank_0.json           how each parameter is cut, and what was fused into what
+        adapter_shards/mp_metadata_pp_rank_0.json           how parameters are split, and which layers are fused
         adapter_shards/model/dp_rank_00_tp_rank_XX_pp_rank_00.pt
-                                           ....pt.tensors/  with xser: tensor_N.pt, to which the .pt refers
+                                           ....pt.tensors/  with xser: tensor_N.pt, referenced by the .pt
 
 Written by optimum-neuron 0.4.5 (peft/peft_model.py, NeuronPeftModel.save_pretrained) through neuronx_distributed
-(trainer/checkpoint.py, save_checkpoint) and torch_xla (utils/serialization.py, save). The result is what the library's
-own consolidation gives (models/training/checkpointing.py), bit for bit, where that works: it ends with a KeyError for
-an adapter that leaves gate_proj and up_proj alone, which the default (q_proj and v_proj) does.
+(trainer/checkpoint.py, save_checkpoint) and torch_xla (utils/serialization.py, save). The result equals that of the
+library's consolidation (models/training/checkpointing.py) bit for bit, except where that raises a KeyError: for
+adapters without gate_proj and up_proj, such as the default (q_proj and v_proj).
 """
 
 from __future__ import annotations
@@ -38,33 +38,37 @@ from llama_lora.progress import track
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
 DONE = "done"
-BASE_CONFIG = "base_config.json"  # the base model's config.json, where the trainer has left it in the checkpoint
+BASE_CONFIG = "base_config.json"  # a copy of the base model's config.json, if the trainer saved one
 SHARD_NAME = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
 TRAIN_AGAIN = "Use another checkpoint, or train again."
+COPY_ALL = "Copy the whole checkpoint, or use another."
 
 
 def is_neuron_checkpoint(folder: Path) -> bool:
-    """Whether optimum-neuron has written this folder (complete or not)."""
+    """Whether optimum-neuron wrote this folder, complete or not."""
     return (folder / ADAPTER / SHARDS).is_dir()
 
 
 def read_adapter(checkpoint: Path) -> Adapter:
-    """The adapter of a checkpoint-N folder, in PEFT's names; checked as far as can be without the base model.
+    """Read the adapter of a checkpoint-N folder, with PEFT's names, and check it without the base model.
 
-    Holds the adapter once, and besides it one tensor's shards. Raises UserError naming the file or tensor: an
-    unfinished save, a rank's shard missing or damaged, shapes that do not fit r (or, where the checkpoint holds a
-    base_config.json, the base model), numbers that are not finite, and factors that all ranks share but that differ
-    between them: the library (0.4.5) never sums their gradients over the ranks, so what they hold is no training.
+    Peak memory is the adapter and the shards of one tensor. Raises UserError, naming the file or tensor, for
+
+    - an unfinished save, or a rank's shard that is missing or damaged
+    - shapes that do not fit r, or the base model if the checkpoint has a base_config.json
+    - values that are not finite
+    - replicated factors that differ between ranks: optimum-neuron 0.4.5 does not sum their gradients over the ranks,
+      so no rank's values are right
     """
     folder = checkpoint / ADAPTER
     shards = folder / SHARDS
     if not is_neuron_checkpoint(checkpoint):
         raise UserError(
-            f"holds no {ADAPTER}/{SHARDS}", where=str(checkpoint), fix="Give a folder step-N or checkpoint-N."
+            f"{ADAPTER}/{SHARDS} not found", where=str(checkpoint), fix="Pass a folder step-N or checkpoint-N."
         )
     if not (shards / DONE).is_file():
         raise UserError(
-            f"was not saved to its end (no {DONE!r} marker)", where=str(shards), fix="Use an older checkpoint."
+            f"the save is incomplete (no {DONE!r} marker)", where=str(shards), fix="Use an older checkpoint."
         )
     config = _adapter_config(folder)
     metadata = _metadata(shards)
@@ -81,30 +85,30 @@ def read_adapter(checkpoint: Path) -> Adapter:
             tensors[whole_name] = whole
         if not replicas.shared(name):
             for digests, piece in zip(fingerprints, pieces, strict=True):
-                digests.append(_bytes(piece) if piece.any() else b"")
+                digests.append(_digest(piece) if piece.any() else b"")
     replicas.check(shards)
     _check_no_rank_twice(fingerprints, ranks)
     adapter = Adapter(tensors, config)
     _check_complete(adapter, shards)
     if (base_config := checkpoint / BASE_CONFIG).is_file():
-        check_shapes(adapter, _json(base_config), str(shards))
+        check_shapes(adapter, _load_json(base_config), str(shards))
     return adapter
 
 
 def expected_shapes(
     base_config: Mapping[str, Any], target_modules: Sequence[str] | str, r: int
 ) -> dict[str, list[int]]:
-    """PEFT's name -> shape of every LoRA factor that a model of this config.json has (A [r, in], B [out, r]).
+    """Map PEFT's name of every LoRA factor of a model to its shape (A [r, in], B [out, r]).
 
-    Raises UserError for a size that the config does not give, or a module that these models do not have.
+    Raises UserError if config.json lacks a size, or for an unknown module.
     """
     architecture = architecture_of(base_config)
     modules = sorted(target_names(target_modules))
     if unknown := [name for name in modules if name not in LINEAR]:
         raise UserError(
-            f"has no linear layer {', '.join(unknown)}",
+            f"no linear layer {', '.join(unknown)}",
             where="the base model",
-            fix=f"It has: {', '.join(LINEAR)}.",
+            fix=f"Allowed values: {', '.join(LINEAR)}.",
         )
     shapes = {}
     for layer in range(architecture.layers):
@@ -117,58 +121,58 @@ def expected_shapes(
 
 
 def check_shapes(adapter: Adapter, base_config: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for the first tensor that is missing, too much, or of another shape than the base model wants."""
+    """Raise UserError for the first tensor that is missing, unexpected, or of another shape than the base model's."""
     expected = expected_shapes(base_config, adapter.config["target_modules"], adapter.config["r"])
-    fix = "Give the checkpoint of a training on this base model."
+    fix = "Use a checkpoint that was trained on this base model."
     for name, shape in expected.items():
         if name not in adapter.tensors:
-            raise UserError(f"has no {name}, which the base model wants", where=where, fix=fix)
+            raise UserError(f"{name} not found, which the base model needs", where=where, fix=fix)
         found = list(adapter.tensors[name].shape)
         if found != shape:
-            raise UserError(f"{name} has shape {found}, the base model wants {shape}", where=where, fix=fix)
+            raise UserError(f"{name} has shape {found}, the base model needs {shape}", where=where, fix=fix)
     if more := sorted(adapter.tensors.keys() - expected.keys()):
-        raise UserError(f"has {more[0]}, which the base model has no place for", where=where, fix=fix)
+        raise UserError(f"{more[0]} does not exist in the base model", where=where, fix=fix)
 
 
-# Where tensors come from: a file a rank.
+# Reading the tensors: one file per rank.
 
 
 class TensorReference:
-    """What torch_xla.utils.serialization writes in a tensor's place: ``tid``, the N of tensor_N.pt."""
+    """The placeholder that torch_xla.utils.serialization writes for a tensor: ``tid`` is the N of tensor_N.pt."""
 
     tid: int
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank's shard file: its tensors by name, or references to files of their own."""
+    """A rank's shard file: tensors by name, or references to their files."""
 
     number: int
     path: Path
     entries: dict[str, Any]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The rank's piece of a parameter, mapped from its file."""
+        """The rank's part of a parameter, memory-mapped from its file."""
         entry, path = self.entries[name], self.path
         if isinstance(entry, TensorReference):
             path = path.parent / f"{path.name}.tensors" / f"tensor_{entry.tid}.pt"
             entry = _load(path)
         if not isinstance(entry, torch.Tensor):
-            raise UserError(f"holds no tensor for {name}", where=str(path), fix=TRAIN_AGAIN)
+            raise UserError(f"no tensor for {name}", where=str(path), fix=TRAIN_AGAIN)
         return entry
 
 
 def _open_ranks(shards: Path, metadata: Mapping[str, Any]) -> list[Rank]:
-    """Every tensor parallel rank's shard, in order. Raises UserError for a missing one, or more than one belongs."""
+    """Open the shard of every tensor-parallel rank, in order. Raises UserError if one is missing or there are more."""
     paths: dict[int, Path] = {}
     for path in sorted((shards / "model").glob("*.pt")):
         found = SHARD_NAME.fullmatch(path.name)
         if found is None:
-            continue  # .pt.info.pt: shapes, for loading without data
+            continue  # .pt.info.pt: shapes only
         data, tensor, pipeline = (int(number) for number in found.groups())
         if pipeline:
             raise UserError(
-                "is of a pipeline parallel training", where=str(path), fix="Train with tensor parallelism alone."
+                "pipeline parallelism is not supported", where=str(path), fix="Train with tensor parallelism only."
             )
         if data == 0:
             paths[tensor] = path
@@ -179,13 +183,13 @@ def _open_ranks(shards: Path, metadata: Mapping[str, Any]) -> list[Rank]:
         if number not in paths:
             missing = shards / "model" / f"dp_rank_00_tp_rank_{number:02d}_pp_rank_00.pt"
             raise UserError(
-                f"this shard is missing, rank {number} of {size}",
+                f"shard of rank {number} of {size} not found",
                 where=str(missing),
-                fix="Copy the whole checkpoint, or use another.",
+                fix=COPY_ALL,
             )
     if len(paths) > size:
         raise UserError(
-            f"there are shards of {len(paths)} ranks, but the training had {size}: two checkpoints in one folder",
+            f"found shards of {len(paths)} ranks, but the training had {size}: the folder mixes two checkpoints",
             where=str(shards / "model"),
             fix=TRAIN_AGAIN,
         )
@@ -193,15 +197,17 @@ def _open_ranks(shards: Path, metadata: Mapping[str, Any]) -> list[Rank]:
     for number in range(size):
         entries = _load(paths[number])
         if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
-            raise UserError("holds no tensors by name", where=str(paths[number]), fix=TRAIN_AGAIN)
+            raise UserError("not a mapping of names to tensors", where=str(paths[number]), fix=TRAIN_AGAIN)
         ranks.append(Rank(number, paths[number], entries))
         if other := sorted(entries.keys() ^ ranks[0].entries.keys()):
-            raise UserError(f"and rank 0's do not both hold {other[0]}", where=str(paths[number]), fix=TRAIN_AGAIN)
+            raise UserError(
+                f"only one of this shard and rank 0's has {other[0]}", where=str(paths[number]), fix=TRAIN_AGAIN
+            )
     return ranks
 
 
 def _tensor_parallel_size(metadata: Mapping[str, Any], shards: Path) -> int | None:
-    """The number of ranks, as the metadata say in each cut parameter and each transformation; None if in none."""
+    """The number of ranks in the metadata of split parameters and transformations; None if there are none."""
     sizes = {
         parameter["num_partitions"]
         for parameter in metadata["parameters"].values()
@@ -210,30 +216,28 @@ def _tensor_parallel_size(metadata: Mapping[str, Any], shards: Path) -> int | No
     sizes |= {spec["tp_size"] for _, _, spec in _transformations(metadata) if "tp_size" in spec}
     if len(sizes) > 1:
         raise UserError(
-            f"the metadata name several tensor parallel sizes: {sorted(sizes)}", where=str(shards), fix=TRAIN_AGAIN
+            f"the metadata have several tensor-parallel sizes: {sorted(sizes)}", where=str(shards), fix=TRAIN_AGAIN
         )
     return sizes.pop() if sizes else None
 
 
 def _load(path: Path) -> Any:
-    """What torch.save has written, tensors mapped, not read; nothing in the file is run.
+    """Load a file of torch.save with memory-mapped tensors. Executes nothing in the file.
 
-    torch does not look at the checksums that it writes into its zip archives, so they are looked at here.
+    torch writes checksums into its zip archives but does not verify them, so this function does.
     """
     reference = (TensorReference, "torch_xla.utils.serialization.TensorReference")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise UserError(f"is damaged: the checksum of {damaged} does not fit", where=str(path), fix=TRAIN_AGAIN)
+            raise UserError(f"file is damaged: wrong checksum of {damaged}", where=str(path), fix=TRAIN_AGAIN)
         with torch.serialization.safe_globals([reference]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            "this shard is missing", where=str(path), fix="Copy the whole checkpoint, or use another."
-        ) from None
+        raise UserError("shard not found", where=str(path), fix=COPY_ALL) from None
     except pickle.UnpicklingError:
-        raise UserError("holds more than tensors; it is not loaded", where=str(path), fix=TRAIN_AGAIN) from None
+        raise UserError("contains objects other than tensors; not loaded", where=str(path), fix=TRAIN_AGAIN) from None
     except (
         zipfile.BadZipFile,
         zipfile.LargeZipFile,
@@ -244,46 +248,44 @@ def _load(path: Path) -> Any:
         LookupError,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"is damaged: {reason}", where=str(path), fix=TRAIN_AGAIN) from None
+        raise UserError(f"file is damaged: {reason}", where=str(path), fix=TRAIN_AGAIN) from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            "this file is missing", where=str(path), fix="Copy the whole checkpoint, or use another."
-        ) from None
+        raise UserError("file not found", where=str(path), fix=COPY_ALL) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"is damaged: {error}", where=str(path), fix=TRAIN_AGAIN) from None
+        raise UserError(f"file is damaged: {error}", where=str(path), fix=TRAIN_AGAIN) from None
     if not isinstance(content, dict):
-        raise UserError("holds no JSON object", where=str(path), fix=TRAIN_AGAIN)
+        raise UserError("not a JSON object", where=str(path), fix=TRAIN_AGAIN)
     return content
 
 
 def _metadata(shards: Path) -> dict[str, Any]:
     path = shards / "mp_metadata_pp_rank_0.json"
-    metadata = _json(path)
+    metadata = _load_json(path)
     try:
         for parameter in metadata["parameters"].values():
             parameter["tensor_model_parallel"]
         for _ in _transformations(metadata):
             pass
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError("is not optimum-neuron 0.4.5's metadata", where=str(path), fix=TRAIN_AGAIN) from None
+        raise UserError("not metadata of optimum-neuron 0.4.5", where=str(path), fix=TRAIN_AGAIN) from None
     return metadata
 
 
 def _transformations(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """(module, kind, settings) of each: what was made of the base model's own layers."""
+    """Yield (module, kind, settings) of each transformation of the base model's layers."""
     for module in metadata["model_weight_transformation_specs"]:
         for kind, settings in module["specs"]:
             yield module["module_fully_qualified_name"], kind, settings
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, with target modules in order (the library writes a set)."""
-    config = _json(folder / CONFIG)
+    """Read adapter_config.json and sort the target modules (the library writes a set)."""
+    config = _load_json(folder / CONFIG)
     check_kind(config, folder)
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets:
@@ -291,25 +293,25 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return {**config, "target_modules": sorted(targets), "inference_mode": True}
 
 
-# How a parameter's pieces become the base model's own tensors: a reader for each saved name.
+# Readers: one per saved name. A reader converts the ranks' pieces of a parameter to the base model's tensors.
 
 Reader = Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @dataclass
 class Replicas:
-    """Notes where ranks differ in what they should share."""
+    """Compares replicated tensors between ranks, and collects the differences."""
 
     compared: set[str] = field(default_factory=set)
     differences: list[tuple[float, str, int, int]] = field(default_factory=list)
     groups: int = 0
 
     def shared(self, name: str) -> bool:
-        """Whether every rank holds the same of this one."""
+        """Whether all ranks hold the same values of this parameter."""
         return name in self.compared
 
     def same(self, name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[int] | None = None) -> torch.Tensor:
-        """The first piece, of its own memory; each difference of the others is noted."""
+        """Return a copy of the first piece, and record how the others differ from it."""
         self.groups += 1
         if ranks is None:
             self.compared.add(name)
@@ -321,22 +323,22 @@ class Replicas:
         return pieces[0].clone()
 
     def check(self, shards: Path) -> None:
-        """Raise UserError with the largest difference."""
+        """Raise UserError with the largest difference, if there are any."""
         if not self.differences:
             return
         largest, name, first, second = max(self.differences)
         differing = len({name for _, name, _, _ in self.differences})
         raise UserError(
-            f"{differing} of {self.groups} factors that ranks share differ between them, most {name}: "
+            f"{differing} of {self.groups} replicated factors differ between ranks, most of all {name}: "
             f"by {largest:.6g} between ranks {first} and {second}. "
-            "The training did not keep them equal, so no rank's is right",
+            "The training did not keep them equal, so no rank's values are right",
             where=str(shards),
-            fix="Train again with this image: optimum-neuron 0.4.5 by itself does not sum their gradients.",
+            fix="Train again with this image: optimum-neuron 0.4.5 alone does not sum their gradients.",
         )
 
 
 def _readers(metadata: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
-    """Readers of what was fused or permuted when the model was cut, by the saved parameters' names."""
+    """Readers of the parameters that were fused or permuted when the model was split, by saved name."""
     readers: dict[str, Reader] = {}
     for module, kind, settings in _transformations(metadata):
         if kind == "FusedLinearsSpec":
@@ -345,18 +347,20 @@ def _readers(metadata: Mapping[str, Any], replicas: Replicas) -> dict[str, Reade
             readers |= _grouped_queries(module, settings, replicas)
         else:
             raise UserError(
-                f"{module} was made by {kind}, which is not known", where="the checkpoint's metadata", fix=TRAIN_AGAIN
+                f"unknown transformation {kind} of {module}", where="the checkpoint's metadata", fix=TRAIN_AGAIN
             )
     return readers
 
 
 def _reader_of_plain(name: str, metadata: Mapping[str, Any], replicas: Replicas) -> Reader:
-    """The reader of a parameter that is the base model's own, cut along one dimension or the same on all ranks."""
-    adapted = re.sub(r"\.(lora_[AB])\.", r".\1.default.", name)  # the metadata's name has the adapter's
+    """The reader of an untransformed parameter, which is split along one dimension or replicated."""
+    adapted = re.sub(r"\.(lora_[AB])\.", r".\1.default.", name)  # in the metadata the name includes the adapter's
     parameter = metadata["parameters"].get(adapted)
     if parameter is None or not re.fullmatch(r".*\.lora_[AB]\.weight", name):
         raise UserError(
-            f"{name} is no LoRA factor of a linear layer", where="the checkpoint", fix="Only plain LoRA can be read."
+            f"{name} is not a LoRA factor of a linear layer",
+            where="the checkpoint",
+            fix="Only plain LoRA is supported.",
         )
     if parameter["tensor_model_parallel"]:
         return lambda pieces: {name: torch.cat(pieces, dim=parameter["partition_dim"])}
@@ -364,13 +368,13 @@ def _reader_of_plain(name: str, metadata: Mapping[str, Any], replicas: Replicas)
 
 
 def _fused(module: str, settings: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
-    """gate_up_proj (and qkv_proj where fuse_qkv meets as many kv heads as heads): one A, and the Bs in a row.
+    """Readers of gate_up_proj (and of qkv_proj with fuse_qkv and as many kv heads as heads): one A, concatenated Bs.
 
-    FusedLinearsSpec._lora_to_original_weights. Every rank has its part of the first B, then of the second.
+    As FusedLinearsSpec._lora_to_original_weights. Every rank has its part of the first B, then of the second.
     """
     fused, names = settings["fused_linear_name"], settings["linear_names"]
     if settings["fuse_axis"] not in (0, "column"):
-        raise UserError(f"{module}.{fused} is fused by rows, which is not known", where="the checkpoint's metadata")
+        raise UserError(f"{module}.{fused} is fused by rows, which is not supported", where="the checkpoint's metadata")
     rows = [size // settings["tp_size"] for size in settings["original_dims"]]
 
     def second(pieces: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -388,9 +392,9 @@ def _fused(module: str, settings: Mapping[str, Any], replicas: Replicas) -> dict
 
 
 def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replicas) -> dict[str, Reader]:
-    """qkv_proj where there are more ranks than kv heads: those are copied, and query heads put beside their copy.
+    """Readers of qkv_proj with more ranks than kv heads, which replicates kv heads and reorders query heads.
 
-    GQAQKVColumnParallelLinearSpec._lora_to_original_weights. o_proj's columns are in the order of the query heads.
+    As GQAQKVColumnParallelLinearSpec._lora_to_original_weights. o_proj's columns are in the order of the query heads.
     """
     fused, query, key, value, output = (
         settings[f"{kind}_projection_name"] for kind in ("gqa_qkv", "query", "key", "value", "output")
@@ -406,7 +410,7 @@ def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replica
         return {f"{module}.{query}.lora_B.weight": by_head[back].view(whole.shape)}
 
     def first_copy(name: str, pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        holders = ranks // copies  # this many ranks hold one copy of all kv heads between them
+        holders = ranks // copies  # the number of ranks that together hold one copy of all kv heads
         parts = [
             replicas.same(f"{module}.{name}.lora_B.weight", pieces[rank::holders], range(rank, ranks, holders))
             for rank in range(holders)
@@ -436,9 +440,10 @@ def _grouped_queries(module: str, settings: Mapping[str, Any], replicas: Replica
 
 
 def query_heads(heads: int, kv_heads: int, copies: int) -> list[int]:
-    """Which of the model's query heads are on the ranks, one rank after the other.
+    """List the model's query heads in the order of the ranks.
 
-    The ranks hold all kv heads, then all again, ``copies`` times; each copy serves an equal part of its queries.
+    The ranks hold all kv heads, then all of them again, ``copies`` times. Each copy serves an equal
+    share of its queries.
     """
     queries = heads // kv_heads
     share = queries // copies
@@ -453,7 +458,7 @@ def query_heads(heads: int, kv_heads: int, copies: int) -> list[int]:
 def _for_each(
     replicas: Replicas, saved: str, names: Sequence[str], pieces: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """One factor, the same on all ranks, that serves several layers."""
+    """Copy one replicated factor to several layers."""
     shared = replicas.same(saved, pieces)
     return {name: shared.clone() for name in names}
 
@@ -461,7 +466,7 @@ def _for_each(
 def _split(piece: torch.Tensor, rows: Sequence[int], name: str) -> Sequence[torch.Tensor]:
     if piece.shape[0] != sum(rows):
         raise UserError(
-            f"{name} has {piece.shape[0]} rows on a rank, the metadata say {sum(rows)}",
+            f"{name} has {piece.shape[0]} rows on a rank, expected {sum(rows)} from the metadata",
             where="the checkpoint",
             fix=TRAIN_AGAIN,
         )
@@ -473,7 +478,7 @@ def _split(piece: torch.Tensor, rows: Sequence[int], name: str) -> Sequence[torc
 
 
 def _check_pieces(name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[Rank], r: int) -> None:
-    """Ranks agree about dtype and shape, the factor is of rank r, and its numbers are numbers."""
+    """Check that ranks have the same dtype and shape, that the LoRA rank is r, and that all values are finite."""
     first = pieces[0]
     for rank, piece in zip(ranks, pieces, strict=True):
         if piece.dtype != first.dtype or piece.shape != first.shape:
@@ -485,9 +490,9 @@ def _check_pieces(name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[Ran
             )
         if not piece.is_floating_point() or not torch.isfinite(piece).all():
             raise UserError(
-                f"{name} holds numbers that are not finite",
+                f"{name} contains values that are not finite",
                 where=str(rank.path),
-                fix="Train again, with a lower learning rate.",
+                fix="Train again with a lower learning rate.",
             )
     dimension = 0 if ".lora_A." in name else 1
     if first.dim() != 2 or first.shape[dimension] != r:
@@ -498,36 +503,36 @@ def _check_pieces(name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[Ran
         )
 
 
-def _bytes(piece: torch.Tensor) -> bytes:
+def _digest(piece: torch.Tensor) -> bytes:
     return hashlib.sha256(piece.contiguous().view(torch.uint8).numpy().data).digest()
 
 
 def _check_no_rank_twice(fingerprints: Sequence[Sequence[bytes]], ranks: Sequence[Rank]) -> None:
-    """A rank whose every part equals another's is that rank's file under a wrong name. Zeros say nothing."""
+    """Detect a rank's file under another rank's name: all its split parts are equal. Zeros are ignored."""
     seen: dict[tuple[bytes, ...], Rank] = {}
     for rank, digests in zip(ranks, fingerprints, strict=True):
         if not any(digests):
             continue
         if (same := seen.setdefault(tuple(digests), rank)) is not rank:
             raise UserError(
-                f"holds what rank {same.number}'s shard holds; it is not rank {rank.number}'s",
+                f"equals the shard of rank {same.number}, so it is not rank {rank.number}'s",
                 where=str(rank.path),
-                fix="Copy the whole checkpoint, or use another.",
+                fix=COPY_ALL,
             )
 
 
 def _check_complete(adapter: Adapter, shards: Path) -> None:
-    """Both factors of every layer, and layers of every target module and no other."""
+    """Check that every layer has both factors, and that the layers are those of the target modules."""
     found = set()
     for name in adapter.tensors:
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in adapter.tensors:
-            raise UserError(f"has {name} without {other}", where=str(shards), fix=TRAIN_AGAIN)
+            raise UserError(f"{name} has no matching {other}", where=str(shards), fix=TRAIN_AGAIN)
         found.add(name.split(".lora_")[0].rsplit(".", 1)[-1])
     targets = adapter.config["target_modules"]
     if found != set(targets):
         raise UserError(
-            f"holds LoRA on {', '.join(sorted(found))}, but {CONFIG} says {', '.join(targets)}",
+            f"has LoRA on {', '.join(sorted(found))}, but {CONFIG} lists {', '.join(targets)}",
             where=str(shards),
             fix=TRAIN_AGAIN,
         )

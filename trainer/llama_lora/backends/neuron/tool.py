@@ -1,16 +1,15 @@
-"""neuron_parallel_compile, AWS's program that traces a trial run's graphs and compiles them side by side.
+"""Run neuron_parallel_compile, AWS's program that traces the graphs of a trial run and compiles them in parallel.
 
-AWS Neuron docs, "PyTorch NeuronX neuron_parallel_compile CLI"; and, for what that page does not say, the program itself
+Sources: AWS Neuron docs, "PyTorch NeuronX neuron_parallel_compile CLI", and the program
 (torch_neuronx/parallel_compile/neuron_parallel_compile.py of torch-neuronx 2.6):
 
- - its exit status is 1 when the trial run fails, whatever that run's own status was; else the number of graphs that
-   failed (of which a shell sees the last 8 bits); 0 also when a process of its pool has crashed. So what counts here
-   is what the cache holds afterwards.
- - a graph that is locked by another process is left to it, and not in the summary.
- - without a graph to compile it ends with 0 and without a summary.
- - it finds the graphs in the trial run's output, by the lines "Extracting graphs (PATH)".
- - NEURON_PARALLEL_COMPILE_DUMP_RESULTS=1 writes the summary into neuron_parallel_compile_results_TIME.json, in the
-   current folder: read from there, because output of its processes can come between the lines of the printed one.
+ - Its exit status is 1 if the trial run fails, with any status; otherwise the number of graphs that failed (a shell
+   sees the last 8 bits); 0 also if a process of its pool crashed. So the content of the cache decides, not the status.
+ - It skips a graph that another process has locked, and leaves it out of the summary.
+ - If there is no graph to compile, it exits with 0 and prints no summary.
+ - It finds the graphs by the lines "Extracting graphs (PATH)" in the trial run's output.
+ - With NEURON_PARALLEL_COMPILE_DUMP_RESULTS=1 it writes the summary to neuron_parallel_compile_results_TIME.json in the
+   current folder. That file is read, because other output can come between the lines of the printed summary.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from genvalues.common.errors import UserError
 from genvalues.common.process import Command, Interrupted, run_together
 
 PROGRAM = "neuron_parallel_compile"
-What = Literal["collect-and-compile", "collect", "compile", "clear-locks"]
+ToolCommand = Literal["collect-and-compile", "collect", "compile", "clear-locks"]
 EXTRACTED = re.compile(r"Extracting graphs \((?P<graph>[^)]+)\)")
 REUSED = re.compile(r"Using a cached neff at (?P<neff>\S+?/model\.neff)")
 TOTAL = re.compile(r"Total (?P<what>graphs|successful compilations|failed compilations): (?P<number>\d+)")
 TRIAL_FAILED = "There was an error in the training script."
 GIB = 2**30
-MEMORY_OF_ONE = 64 * GIB  # the program's own rule: a compiler for each 64 GiB of the machine
+MEMORY_OF_ONE = 64 * GIB  # the program's rule: one compiler per 64 GiB of the machine
 
 
 @dataclass
 class Summary:
-    """What the program said. ``statuses`` and ``seconds`` are by the path of a graph's file."""
+    """The program's output, parsed. ``statuses`` and ``seconds`` map the path of a graph's file."""
 
     extracted: set[str] = field(default_factory=set)
     reused: set[str] = field(default_factory=set)
@@ -52,7 +51,7 @@ class Summary:
     _json: list[str] | None = None
 
     def read_line(self, line: str) -> None:
-        """Take in one line of its output."""
+        """Parse one line of the output."""
         for match in EXTRACTED.finditer(line):
             self.extracted.add(match["graph"])
         for match in REUSED.finditer(line):
@@ -70,7 +69,7 @@ class Summary:
                 self._json = None
 
     def read_report(self, text: str) -> None:
-        """Take in a report, as printed or from the file; one that was torn apart says nothing."""
+        """Parse a report, printed or from the file. Ignores one that is not valid JSON."""
         try:
             report = json.loads(text)["compilation_report"]
             for graph, entry in report.items():
@@ -81,26 +80,26 @@ class Summary:
             return
 
     def module_names(self) -> set[str]:
-        """neuronxcc-VERSION/MODULE_... of every graph that was traced."""
+        """The names neuronxcc-VERSION/MODULE_... of all graphs that were traced."""
         return {"/".join(Path(path).parts[-3:-1]) for path in self.extracted | self.reused}
 
 
 def check_installed() -> str:
-    """Where the program is. Raises UserError where it is not."""
+    """Return the program's path. Raises UserError if it is not installed."""
     found = shutil.which(PROGRAM)
     if found is None:
         raise UserError(
-            f"{PROGRAM} is not installed; it comes with torch-neuronx",
+            f"{PROGRAM} not found; it is part of torch-neuronx",
             where="compile",
-            fix="Use the Neuron image: image.repository of a build from trainer/Dockerfile.",
+            fix="Use the Neuron image (built from trainer/Dockerfile): set image.repository.",
         )
     return found
 
 
-def run(what: What, command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, Summary]:
-    """Run the program on ``command`` to its end, its output streamed; its exit status and what it said.
+def run_tool(what: ToolCommand, command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, Summary]:
+    """Run the program on ``command``, print its output, and return its exit status and summary.
 
-    Ends this process as a signal asks; nothing of it is left then, nor when this process is killed.
+    A signal ends this process. Then, and if this process is killed, no child process is left.
     """
     arguments = [check_installed(), *(["--command", what] if what != "collect-and-compile" else [])]
     if what in ("collect-and-compile", "compile") and (number := compilers()):
@@ -112,11 +111,11 @@ def run(what: What, command: Sequence[str], environment: Mapping[str, str]) -> t
         summary.read_line(line)
 
     with tempfile.TemporaryDirectory() as scratch:
-        own: dict[str, str] = {**environment, "NEURON_PARALLEL_COMPILE_DUMP_RESULTS": "1"}
-        # Ignoring a trial run that failed would hide that graphs are missing.
-        own.pop("NEURON_IGNORE_TRAINING_SCRIPT_ERROR_AND_COMPILE", None)
+        with_report: dict[str, str] = {**environment, "NEURON_PARALLEL_COMPILE_DUMP_RESULTS": "1"}
+        # Ignoring a failed trial run would hide missing graphs.
+        with_report.pop("NEURON_IGNORE_TRAINING_SCRIPT_ERROR_AND_COMPILE", None)
         try:
-            status = run_together([Command(PROGRAM, (*arguments, *command), own, Path(scratch))], on_line)
+            status = run_together([Command(PROGRAM, (*arguments, *command), with_report, Path(scratch))], on_line)
         except Interrupted as interrupted:
             sys.exit(interrupted.status)
         for report in sorted(Path(scratch).glob("neuron_parallel_compile_results_*.json")):
@@ -125,7 +124,7 @@ def run(what: What, command: Sequence[str], environment: Mapping[str, str]) -> t
 
 
 def compilers() -> int | None:
-    """How many compilers fit in this container; None where it has the machine's memory, which the program sees."""
+    """The number of compilers that fit in the container's memory; None if the container has no limit."""
     limit = memory_limit()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if limit is None or limit >= machine:
@@ -134,15 +133,15 @@ def compilers() -> int | None:
 
 
 def memory_limit() -> int | None:
-    """The container's memory limit in bytes (cgroup v2 or v1), where it has one."""
+    """The container's memory limit in bytes (cgroup v2 or v1); None if it has none."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return int(Path(file).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not this version, or "max"
+        except (OSError, ValueError):  # another cgroup version, or "max"
             continue
     return None
 
 
 def report_facts(summary: Summary) -> dict[str, Any]:
-    """What of the summary goes into a manifest."""
+    """The part of the summary for a manifest's facts."""
     return {"totals": summary.totals, "secondsOfSlowest": round(max(summary.seconds.values(), default=0.0), 1)}

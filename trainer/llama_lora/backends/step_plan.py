@@ -1,7 +1,7 @@
-"""Which rows each step takes and at what learning rate: a function of the run config, the row count and the workers.
+"""The rows and the learning rate of each step, as a function of the run config, the row count and the workers.
 
-The order of rows does not depend on how many workers share a step, so 1 and 2 processes with the same global batch
-train on the same rows.
+The order of rows does not depend on the number of workers: 1 and 2 processes with the same global batch train on the
+same rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from llama_lora.config import Training
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``rows`` rows, shuffled anew each epoch, in steps of ``global_batch`` rows over ``workers`` workers."""
+class StepPlan:
+    """The steps over ``rows`` rows, shuffled in each epoch, divided among ``workers`` workers."""
 
     rows: int
     workers: int
@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def global_batch(self) -> int:
-        """Rows a step: per device x accumulation x workers."""
+        """Rows per step: per device x accumulation x workers."""
         return self.training.per_device_batch_size * self.training.gradient_accumulation_steps * self.workers
 
     @property
@@ -33,33 +33,33 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps; the last one may be short of rows."""
+        """Optimizer steps. The last one may have fewer rows."""
         return self.training.max_steps or math.ceil(self.total_rows / self.global_batch)
 
-    def of_at_least(self, steps: int) -> Plan:
-        """A plan of so many steps or more, which goes over the rows again where there are too few."""
+    def of_at_least(self, steps: int) -> StepPlan:
+        """A plan with at least ``steps`` steps; rows repeat if there are too few."""
         longer = self.training.model_copy(update={"max_steps": max(steps, self.total_steps)})
-        return Plan(self.rows, self.workers, longer)
+        return StepPlan(self.rows, self.workers, longer)
 
     def step_rows(self, step: int) -> list[int | None]:
-        """The row numbers of a step (from 0), always ``global_batch`` of them: None fills up the last step of all.
+        """The row numbers of a step (from 0). None pads the last step to ``global_batch`` entries.
 
-        So a backend that compiles a graph for each shape can keep one: an empty row has no label.
+        With a constant shape, a backend that compiles a graph per shape needs only one. A padding row has no labels.
         """
         first = step * self.global_batch
         last = first + self.global_batch
-        # With maxSteps the epochs don't bound the run: rows come round again as often as needed.
+        # With maxSteps the epochs do not limit the run: rows repeat as often as needed.
         end = last if self.training.max_steps is not None else self.total_rows
         return [self._row(position) if position < end else None for position in range(first, last)]
 
     def worker_rows(self, step: int, worker: int) -> list[list[int | None]]:
-        """One worker's micro-batches in a step: gradient_accumulation_steps lists of per_device_batch_size rows."""
+        """One worker's micro-batches: gradient_accumulation_steps lists of per_device_batch_size rows."""
         rows, size = self.step_rows(step), self.training.per_device_batch_size
         starts = range(worker * size, self.global_batch, size * self.workers)
         return [rows[start : start + size] for start in starts]
 
     def learning_rate(self, step: int) -> float:
-        """Of step ``step``: linear warm-up, then as in transformers' get_scheduler (linear, cosine to 0, constant)."""
+        """Linear warmup, then as in transformers' get_scheduler: linear or cosine to 0, or constant."""
         peak, warmup = self.training.learning_rate, math.ceil(self.total_steps * self.training.warmup_ratio)
         if step < warmup:
             return peak * step / warmup
@@ -71,7 +71,7 @@ class Plan:
         return peak * (1 - progress)
 
     def step_after(self, rows_done: int) -> int:
-        """The step a checkpoint goes on with: the position in the rows is what counts, so other workers may go on."""
+        """The step to resume with. The position is counted in rows, so the number of workers may change."""
         return rows_done // self.global_batch
 
     def _row(self, position: int) -> int:
@@ -81,5 +81,5 @@ class Plan:
 
 @functools.lru_cache(maxsize=2)
 def row_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The order of the rows in an epoch."""
+    """The shuffled row numbers of an epoch."""
     return random.Random(f"{seed} {epoch}").sample(range(rows), rows)

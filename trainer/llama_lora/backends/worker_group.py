@@ -1,4 +1,4 @@
-"""The workers of a training, and what they tell one another on the host: no part of it is in a device's graph."""
+"""Collectives of the workers on the host. They are not part of any device graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerGroup:
     """Collectives over gloo; every worker must take part in each. ``group`` None is the default process group."""
 
     group: Any = None
@@ -30,28 +30,28 @@ class Workers:
         dist.barrier(self.group)
 
     def broadcast(self, value: T) -> T:
-        """What the worker of rank 0 has given."""
-        told = [value]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        return told[0]
+        """Return the value of rank 0."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
-    def gathered(self, value: T) -> list[T]:
-        """What every worker has given, by rank."""
+    def gather(self, value: T) -> list[T]:
+        """Return every worker's value, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def summed(self, numbers: Sequence[float]) -> list[float]:
-        """Each number, summed over the workers in fp64."""
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sum each number over the workers, in fp64."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.group)
         return list(tensor.tolist())
 
     def any(self, value: bool) -> bool:
         """Whether any worker's value is true."""
-        return bool(self.largest(int(value)))
+        return bool(self.max(int(value)))
 
-    def largest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The largest of the workers' numbers."""
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)

@@ -1,4 +1,7 @@
-"""What XLA's graphs of a training depend on: a function of the run config, the model's config.json and the workers."""
+"""The settings that XLA graphs of a training depend on, from the run config, the model's config.json and the workers.
+
+Imports no torch, so that `llama-lora fingerprint compile` can use it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from llama_lora.config import RunConfig
 
-# Keys of a model's config.json that are in no graph; optimum-neuron's hub cache leaves out the same ones (and more).
+# Keys of a model's config.json that no graph depends on. optimum-neuron's Hub cache leaves out these and more.
 NOT_IN_A_GRAPH = {
     "_name_or_path",
     "architectures",
@@ -21,15 +24,15 @@ NOT_IN_A_GRAPH = {
 
 
 def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """Everything of a run that changes a graph (FIELD-NOTES 1). Pure.
+    """Collect every setting that changes a graph.
 
-    ``model_config`` is the base model's config.json, ``world_size`` the number of all workers: groups of workers are
-    written into the collectives of a graph.
+    ``model_config`` is the base model's config.json. ``world_size`` is the number of all workers: a graph's collectives
+    contain the groups of workers.
 
-    Numbers that only scale something are inputs of a graph, except that torch-xla writes 0 and 1 into it as constants
-    (measured with torch-xla 2.8.1: x * 2 and x * 3 have one graph, x * 1 another; AdamW's weight decay and learning
-    rate are alike; the rate of a dropout is an input). So only whether they are 0 or 1 is here: the default alpha = r
-    is such a 1, and a warm-up begins with a learning rate of 0.
+    Numbers that only scale something are inputs of a graph, but torch-xla writes 0 and 1 as constants (measured with
+    torch-xla 2.8.1: x * 2 and x * 3 have the same graph, x * 1 another; the same holds for AdamW's weight decay and
+    learning rate; a dropout rate is an input). So only whether such a number is 0 or 1 is recorded: the default
+    alpha = r gives a factor of 1, and a warmup starts with a learning rate of 0.
     """
     lora, training, parallelism = config.lora, config.training, config.parallelism
     return {

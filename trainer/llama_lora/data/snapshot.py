@@ -1,7 +1,8 @@
-"""Take the base model into the workspace: from the hub, a folder, or a GGUF file; always as safetensors + tokenizer."""
+"""Copy the base model to the workspace, from the Hub, a folder or a GGUF file, as safetensors with a tokenizer."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,26 +10,28 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora import hub
 from llama_lora.config import Model
-from llama_lora.resolve import NOT_TAKEN, Source, taken_files
-from llama_lora.shards import stored_tensors
-from llama_lora.shared import making
+from llama_lora.data.hub_errors import translate_hub_errors
+from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
+from llama_lora.data.shared_folders import make_once
+from llama_lora.safetensors_files import stored_tensors
+
+log = logging.getLogger(__name__)
 
 
 def take_snapshot(model: Model, source: Source, models: Path) -> Path:
-    """The base model's folder in the workspace, MODELS/NAME@REVISION; made only if it is not there yet.
+    """Return the base model's folder MODELS/NAME@REVISION, and make it if it is not complete.
 
-    Raises UserError where the source holds no model that can be read.
+    Raises UserError if the source has no usable model.
     """
     target = models / f"{source.name}@{source.revision[:12]}"
-    with making(target) as missing:
+    with make_once(target) as missing:
         if missing:
-            print(f"taking the model {model.id or model.path} into {target}", flush=True)
+            log.info(f"copying the model {model.id or model.path} to {target}")
             if model.path:
                 with files.whole_folder(target) as folder:
-                    take = _convert_gguf if model.path.endswith(".gguf") else _copy
-                    take(Path(model.path), folder)
+                    fill = _convert_gguf if model.path.endswith(".gguf") else _copy
+                    fill(Path(model.path), folder)
                     _check(folder, model.path)
             else:
                 with _resumable_folder(target) as folder:
@@ -39,13 +42,13 @@ def take_snapshot(model: Model, source: Source, models: Path) -> Path:
 
 @contextmanager
 def _resumable_folder(target: Path) -> Iterator[Path]:
-    """As files.whole_folder, but what a killed download has left is gone on with: 16 GB take long."""
+    """Like files.whole_folder, but keep the files of a download that was killed: 16 GB take long."""
     folder = target.with_name(f".{target.name}.download")
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # written by the Hub's client
     files.settle(folder)
-    if target.exists():  # but not whole
+    if target.exists():  # but incomplete
         shutil.rmtree(target)
     folder.rename(target)
 
@@ -53,14 +56,16 @@ def _resumable_folder(target: Path) -> Iterator[Path]:
 def _download(repository: str, commit: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    with hub.translate_errors("model", repository):
-        snapshot_download(repository, revision=commit, local_dir=folder, ignore_patterns=NOT_TAKEN)
+    with translate_hub_errors("model", repository):
+        snapshot_download(repository, revision=commit, local_dir=folder, ignore_patterns=IGNORED_FILES)
 
 
 def _copy(origin: Path, folder: Path) -> None:
     if not origin.is_dir():
-        raise UserError(f"{origin} is no folder and no .gguf file", where="model.path", fix="Write one of the two.")
-    for name, file in taken_files(origin).items():
+        raise UserError(
+            f"{origin} is neither a folder nor a .gguf file", where="model.path", fix="Write the path of one of these."
+        )
+    for name, file in snapshot_files(origin).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
 
@@ -69,21 +74,21 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantize a GGUF file to bf16 safetensors, with its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-    except Exception as error:  # a torn file ends in whatever the bytes happen to mean: IndexError, KeyError, ...
+    except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
         raise UserError(
             f"transformers cannot read it as GGUF: {error}",
             where=str(file),
             fix="Download it again, or use safetensors.",
         ) from None
-    # transformers 4.57 takes the tokenizer's special tokens from a default, not from the file: SmolLM2's
-    # end-of-sequence token becomes <|im_start|>, so it would be trained on the wrong one. The config has it right.
+    # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
+    # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token_id = getattr(model.config, f"{name}_id", None)
         if token_id is not None:
@@ -93,9 +98,9 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _check(folder: Path, origin: str) -> None:
-    """Refuse a snapshot that no later stage could use, while it is cheap."""
+    """Raise UserError for a model that a later stage could not use: this stage is the cheapest place to fail."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{origin} has no config.json", where="model", fix="Write a model in the Hugging Face format.")
+        raise UserError(f"{origin} has no config.json", where="model", fix="Use a model in the Hugging Face format.")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{origin} has no *.safetensors weights",
@@ -103,18 +108,14 @@ def _check(folder: Path, origin: str) -> None:
             fix="Convert it: AutoModelForCausalLM...save_pretrained(FOLDER).",
         )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(
-            f"{origin} has no tokenizer", where="model", fix="Put the tokenizer's files beside its config.json."
-        )
+        raise UserError(f"{origin} has no tokenizer", where="model", fix="Add the tokenizer's files to the folder.")
     missing = sorted(_parameters(folder, origin) - stored_tensors(folder).keys())
-    if missing:  # transformers would make them up, at random
-        raise UserError(
-            f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix="Use a whole copy of it."
-        )
+    if missing:  # transformers would initialize them at random
+        raise UserError(f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix="Use a complete copy.")
 
 
 def _parameters(folder: Path, origin: str) -> set[str]:
-    """The names of the weights the model's architecture has, but for those it shares (tied embeddings)."""
+    """The parameter names of the model's architecture. A shared one (tied embeddings) has one name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -123,8 +124,8 @@ def _parameters(folder: Path, origin: str) -> set[str]:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"{origin} is no causal language model that transformers knows: {str(error).splitlines()[0]}",
+            f"transformers does not support {origin} as a causal language model: {str(error).splitlines()[0]}",
             where="model",
-            fix="Write a Llama, or another causal language model.",
+            fix="Use a Llama, or another causal language model.",
         ) from None
-    return {name for name, _ in model.named_parameters()}  # names a shared one once
+    return {name for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A model's safetensors shards: what is in them, and patching single tensors in place."""
+"""The safetensors shards of a model folder: list their tensors, and change single tensors in place."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from genvalues.common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# safetensors' names of dtypes, for those a base model's weights come in.
+# The safetensors names of the supported dtypes, and torch's.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+COPY_AGAIN = "Copy the file again from its source."
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor inside a shard: its dtype by safetensors' name, and where its bytes are in the file."""
+    """A tensor in a shard: dtype (safetensors name), shape, and byte range [begin, end) in the file."""
 
     shard: str
     dtype: str
@@ -30,10 +31,10 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model folder by name, from the shards' headers alone.
+    """List every tensor of a model folder by name. Reads only the shards' headers.
 
-    A shard is 8 bytes of header length (little endian), the header as JSON, and the data (the safetensors format).
-    Raises UserError where there are no shards, one that the index names is missing, or one is cut short.
+    A shard is 8 bytes of header length (little endian), the header as JSON, and the data (safetensors format).
+    Raises UserError if there are no shards, a shard that the index names is missing, or a shard is truncated.
     """
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
@@ -42,13 +43,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
             except (struct.error, ValueError, MemoryError, OverflowError):
-                raise UserError(
-                    "is no safetensors file", where=str(shard), fix="Copy it again from its origin."
-                ) from None
+                raise UserError("not a valid safetensors file", where=str(shard), fix=COPY_AGAIN) from None
         header.pop("__metadata__", None)
         ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
         if max(ends, default=0) != shard.stat().st_size:
-            raise UserError("is cut short", where=str(shard), fix="Copy it again from its origin.")
+            raise UserError("file is truncated", where=str(shard), fix=COPY_AGAIN)
         for name, entry in header.items():
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             tensors[name] = StoredTensor(shard.name, entry["dtype"], entry["shape"], begin, end)
@@ -56,9 +55,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor) -> None:
-    """Add ``delta`` (fp32) to a stored tensor: the sum is taken in fp32 and rounded once to the stored dtype.
+    """Add ``delta`` (fp32) to a stored tensor. The sum is computed in fp32 and rounded once to the stored dtype.
 
-    The rounding is that of ``weight.data += delta`` in peft 0.17's merge_and_unload().
+    It rounds as ``weight.data += delta`` in merge_and_unload() of peft 0.17 does.
     """
     import torch
 
@@ -80,12 +79,8 @@ def _shards(folder: Path) -> Iterator[Path]:
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise UserError(
-            "holds no *.safetensors weights", where=str(folder), fix="Give a model folder with safetensors."
-        )
+        raise UserError("no *.safetensors files", where=str(folder), fix="Pass a model folder with safetensors.")
     for shard in shards:
         if not shard.is_file():
-            raise UserError(
-                "is missing, but the index names it", where=str(shard), fix="Copy it again from its origin."
-            )
+            raise UserError("not found, but the index lists it", where=str(shard), fix=COPY_AGAIN)
         yield shard

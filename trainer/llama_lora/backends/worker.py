@@ -1,0 +1,77 @@
+"""A worker of a distributed stage, as torchrun runs it: python -m llama_lora.backends.worker STAGE CONFIG WORKSPACE"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from genvalues.common.errors import EXIT_USER_ERROR, UserError
+from genvalues.common.log import configure
+from llama_lora import backends, environment  # environment sets the variables that torch reads at import
+from llama_lora import config as run_config
+from llama_lora.backends import launch, stopping
+from llama_lora.paths import Paths
+from llama_lora.stage import Stage, declaration
+
+log = logging.getLogger("llama_lora.backends.worker")  # __name__ is __main__ here
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(stage_name: str, config_file: str, workspace: str) -> None:
+    """Run the worker function of a stage. The launcher reads a UserError's message from a file, and reports it once."""
+    configure(environment.verbosity())
+    die_with_launcher()
+    try:
+        config = run_config.load(Path(config_file))
+        stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
+        work = declaration(stage_name).worker
+        assert work is not None, f"{stage_name} has no workers"
+        with stack_traces(stage), compile_cache(stage):
+            work(stage, backends.get(config.backend))
+    except UserError as error:
+        Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
+        sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)  # a normal exit aborts if gloo's threads are waiting for other workers
+    except stopping.TrainingStopped as stopped:
+        if os.environ["RANK"] == "0":
+            log.info(f"{stage_name}: {stopped}")
+        os._exit(stopping.EXIT_STOPPED)
+
+
+def stack_traces(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Write this worker's stack traces to its file on a stop signal. Rank 0 deletes files of workers beyond the size
+    of the group."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank == 0:
+        current = {stage.paths.worker_stacks(stage.name, number) for number in range(size)}
+        for file in set(stage.paths.stacks.glob(f"{stage.name}-rank-*.txt")) - current:
+            file.unlink(missing_ok=True)
+    return stopping.write_stacks_to(stage.paths.worker_stacks(stage.name, rank))
+
+
+def compile_cache(stage: Stage) -> contextlib.AbstractContextManager[object]:
+    """On Trainium, use the workspace's graph cache and register as its user."""
+    if stage.config.backend != "neuron":
+        return contextlib.nullcontext()
+    from llama_lora.backends.neuron import cache
+
+    cache.set_environment(stage.paths)
+    return cache.using_cache_as_worker(stage.paths, stage.name)
+
+
+def die_with_launcher() -> None:
+    """End this worker when its launcher is killed, so that it does not keep writing to the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ[launch.LAUNCHER]):  # it has ended already
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
