@@ -30,7 +30,7 @@ from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.records import Object, Record, find_record
-from genvalues.ops.redact import redact_object, redact_text
+from genvalues.ops.redact import redact_object, redact_text, redact_yaml
 from genvalues.ops.status import Watcher, as_json, cluster_config
 
 ROOT = "bundle"
@@ -156,7 +156,7 @@ def add_record(made: Bundle, record: Record, folder: str) -> None:
     made.yaml(f"{folder}/hooks.yaml", [{"phase": hook.phase, "manifest": hook.manifest} for hook in record.hooks])
     for file in ("run.yaml", "cluster.yaml", "values.yaml"):
         if text := record.config(file):
-            made.text(f"{folder}/config/{file}", text)
+            made.text(f"{folder}/config/{file}", redact_yaml(text))
 
 
 def about(made: Bundle, watcher: Watcher, record: Record) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from genvalues.ops.redact import redact_object, redact_text
 TOKENS = ["hf_" + "planted0123456789", "AKIA" + "PLANTED012345678"[:16], "ghp_" + "planted0123456789planted"]
 SECRET = "only-its-name-tells"
 ACCOUNT = "210987654321"
+ACCOUNT_IN_CI = "123456789012"
+ROOT = Path(__file__).parents[4]
+CHART = ROOT / "chart"
 
 
 @pytest.fixture
@@ -153,7 +156,7 @@ def test_a_gitlab_token_of_any_kind_is_hidden_whole() -> None:
 
 def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
     assert redact_text("password: 'two words here', n: 1") == "password: '(redacted)', n: 1"
-    assert redact_text("Authorization: token abcdef and so on") == "Authorization: token (redacted) and so on"
+    assert redact_text("x Authorization: token abcdef, more\nnext") == "x Authorization: (redacted)\nnext"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,9 @@ def test_an_account_s_number_is_hidden_in_whatever_name_it_stands(text: str) -> 
 def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
     assert redact_object({key: SECRET}) == {key: "(redacted)"}
     assert redact_object({"name": key, "value": SECRET}) == {"name": key, "value": "(redacted)"}
-    assert redact_object(["run", f"--{key}", SECRET, "--r", "8"]) == ["run", f"--{key}", "(redacted)", "--r", "8"]
+    arguments = ["run", f"--{key}", SECRET, "--r", "8"]
+    assert redact_object({"args": arguments}) == {"args": ["run", f"--{key}", "(redacted)", "--r", "8"]}
+    assert redact_object({"labels": {key: SECRET, "team": "a"}}) == {"labels": {key: "(redacted)", "team": "a"}}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +188,7 @@ def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
         {"automountServiceAccountToken": False, "imagePullSecrets": [{"name": "registry"}]},
         {"volumes": [{"secret": {"secretName": "hf-token"}}], "huggingFace": {"tokenSecret": "hf-token"}},
         {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "token"}}}]},
-        {"tokensPerSecond": 5120.5, "max_tokens": 5, "author": "me", "authenticationMode": "API", "tokenKey": "token"},
+        {"tokensPerSecond": 5120.5, "max_tokens": 5, "tokenKey": "token", "name": "x", "nodeSelector": {"team": "a"}},
         {"args": ["--max-new-tokens", "128", "--token", "--verbose"]},
     ],
 )
@@ -196,7 +201,20 @@ def test_what_a_reader_needs_of_objects_stays(item: dict[str, Any]) -> None:
     "piece",
     [
         *("a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+", "token='", "--token "),
-        *("eyJ", "eyJ0000000.", "a ", "A", "1", "a-1", "authorization:", "token=\\'", "\n", "a ,\n", "cookie:"),
+        *(
+            "token: |\n a\n",
+            "eyJ",
+            "eyJ0000000.",
+            "a ",
+            "A",
+            "1",
+            "a-1",
+            "authorization:",
+            "token=\\'",
+            "\n",
+            "a ,\n",
+            "cookie:",
+        ),
     ],
 )
 def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
@@ -220,16 +238,49 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert redact_text(text) == text
 
 
-def test_objects_keep_their_form() -> None:
+def test_text_under_a_name_that_is_not_on_the_list_is_hidden_and_the_form_stays() -> None:
     item = {
-        "env": [{"name": "A_TOKEN", "value": "x"}, {"name": "B", "value": "y"}],
+        "env": [{"name": "MY_SETTING", "value": "x"}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+        "extraEnv": {"MY_SETTING": "x", "NEURON_RT_LOG_LEVEL": "INFO"},
+        "annotations": {"example.com/note": "x", "llama-lora/stage": "train"},
         "n": [1, None, True],
         "eos_token": "s",
+        "anything": {"else": "x", "count": 3, "nothing": ""},
     }
-    expected = {**item, "env": [{"name": "A_TOKEN", "value": "(redacted)"}, {"name": "B", "value": "y"}]}
-    assert redact_object(item) == expected
+    assert redact_object(item) == {
+        "env": [{"name": "MY_SETTING", "value": "(redacted)"}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+        "extraEnv": {"MY_SETTING": "(redacted)", "NEURON_RT_LOG_LEVEL": "INFO"},
+        "annotations": {"example.com/note": "(redacted)", "llama-lora/stage": "train"},
+        "n": [1, None, True],
+        "eos_token": "s",
+        "anything": {"else": "(redacted)", "count": 3, "nothing": ""},
+    }
     assert redact_object({"token": ""}) == {"token": ""}
-    assert redact_object({"token": "x"}) == {"token": "(redacted)"}
+    assert redact_object({"token": 12345678}) == {"token": "(redacted)"}
+
+
+def test_a_file_in_a_config_map_is_redacted_by_its_fields() -> None:
+    hidden = redact_object({"data": {"run.yaml": f"model: {{id: a/b}}\nextra: {SECRET}\n", "x": "y"}})
+    assert yaml.safe_load(hidden["data"]["run.yaml"]) == {"model": {"id": "a/b"}, "extra": "(redacted)"}
+    assert hidden["data"]["x"] == "(redacted)"
+    assert redact_object({"run.yaml": "a: ["}) == {"run.yaml": "(redacted)"}
+
+
+def test_every_text_setting_of_the_chart_can_be_replayed() -> None:
+    """A setting with a new name that holds text needs its name in redact.SHOWN, or in the inputs' schema."""
+    free = {"annotations", "podAnnotations", "extraEnv"}
+
+    def changed(before: Any, after: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        if isinstance(before, dict):
+            return [one for key in before if key not in free for one in changed(before[key], after[key], (*place, key))]
+        if isinstance(before, list):
+            pairs = zip(before, after, strict=True)
+            return [one for item, shown in pairs for one in changed(item, shown, place)]
+        return [] if before == after or ACCOUNT_IN_CI in str(before) else [place]
+
+    for file in (CHART / "values.yaml", *(CHART / "ci").glob("*.yaml"), *(ROOT / "values").glob("*.values.yaml")):
+        values = yaml.safe_load(file.read_text())
+        assert changed(values, redact_object(values)) == [], file
 
 
 def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: Run) -> None:
@@ -313,9 +364,6 @@ def archive(files: dict[str, Any], path: str = "b.tar.gz") -> Path:
 
 def about(**changes: Any) -> str:
     return json.dumps({"format": 1, "release": "demo", "chart": "0.1.0", **changes})
-
-
-CHART = Path(__file__).parents[4] / "chart"
 
 
 def test_a_bundle_s_values_are_read_again_with_the_release_s_name(run: Run) -> None:
