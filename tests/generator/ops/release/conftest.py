@@ -12,7 +12,7 @@ from genvalues.ops import follow, install, logs, status
 
 @pytest.fixture
 def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHelm:
-    """A stand-in for Helm beside Python, which is where ours is looked for first."""
+    """A stand-in for Helm in the folder of the Python program, where find_helm looks first."""
     monkeypatch.setattr("sys.executable", str(tmp_path / "helm-bin" / "python"))
     return FakeHelm(tmp_path / "helm-bin")
 

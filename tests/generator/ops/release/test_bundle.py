@@ -404,12 +404,12 @@ def test_a_bundle_that_says_no_format_is_refused() -> None:
     [
         ({}, "it does not begin with"),
         ({"bundle/about.json": about()}, "it does not begin with"),
-        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is no bundle"),
+        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is not a bundle"),
         ({"bundle/about.json": "[]", "bundle/values.yaml": "a: 1"}, "it does not begin with"),
-        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is no bundle"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is not a bundle"),
         ({"../bundle/about.json": about(), "/bundle/values.yaml": "a: 1"}, "it does not begin with"),
         ({f"x{number}": "" for number in range(9)} | {"bundle/values.yaml": "a: 1"}, "it does not begin with"),
-        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "it unpacks to more than"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "is not a bundle"),
     ],
 )
 def test_what_is_no_bundle_or_unpacks_to_too_much_is_one_line_and_writes_nothing(

@@ -108,8 +108,8 @@ def test_what_helm_says_is_shown_where_it_fails_and_its_failure_is_status_1(
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("attached", "demo: done. Look: genvalues status demo --namespace x"),
-        ("detached", "The cluster goes on with demo. Follow it: genvalues status demo --watch --namespace x"),
+        ("attached", "genvalues status demo --namespace x"),
+        ("detached", "genvalues status demo --watch --namespace x"),
     ],
 )
 def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
@@ -118,19 +118,26 @@ def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
     assert install("--set", f"mode={mode}", "-n", "x") == 0
     out, err = capfd.readouterr()
     _, of_stderr, last = err.splitlines()
-    assert (out, of_stderr, last) == ("", "Error:", said), "what Helm warns about on stderr comes through"
+    assert (out, of_stderr) == ("", "Error:"), "what Helm warns about on stderr comes through"
+    assert last.endswith(said)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--set", "nodes=none"], "--set nodes=none: must be a whole number"),
-        (["--release", "A_"], '--release: "A_" is no name for a release. Give --release at most 53 of'),
-        (["--release", ""], '--release: "" is no name for a release. Give --release at most 53 of'),
-        (["--release", "x" * 54], "is no name for a release. Give --release at most 53 of"),
-        (["--set", "mode=detached", "--release", "x" * 50], "is no name for a release. Give --release at most 49 of"),
-        (["--set", "chartValues.name=A_b"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
-        (["--chart", "nowhere"], "--chart nowhere: not a chart: Chart.yaml not found. Name the directory of the chart"),
+        (["--release", "A_"], '--release: "A_" is not a valid release name. Set --release to at most 53 of'),
+        (["--release", ""], '--release: "" is not a valid release name. Set --release to at most 53 of'),
+        (["--release", "x" * 54], "is not a valid release name. Set --release to at most 53 of"),
+        (
+            ["--set", "mode=detached", "--release", "x" * 50],
+            "is not a valid release name. Set --release to at most 49 of",
+        ),
+        (
+            ["--set", "chartValues.name=A_b"],
+            'f.yaml: name: "A_b" is not a valid release name. Set --release to at most',
+        ),
+        (["--chart", "nowhere"], "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
@@ -160,7 +167,7 @@ def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
         assert told() == "no chart found. Name its directory: --chart DIR."
     (helm.folder / "helm").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert told().startswith("helm is not to be found. Run `make setup`, or install Helm")
+    assert told().startswith("helm not found. Run `make setup`, or install Helm")
 
 
 def test_a_helm_that_does_not_run_is_told_in_a_line(
@@ -168,7 +175,7 @@ def test_a_helm_that_does_not_run_is_told_in_a_line(
 ) -> None:
     (helm.folder / "helm").write_text("of another machine")
     assert install("-n", "x") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm does not run: Exec format error. ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm cannot be run: Exec format error. ")
 
 
 def test_a_cluster_that_does_not_answer_is_told_in_a_line_and_status_1(
@@ -177,7 +184,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line_and_status_1(
     fake.away = True
     assert install("-n", "x") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer: ") and line.endswith(". Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer: ") and line.endswith(". Try: kubectl cluster-info")
     assert not helm.asked
 
 
@@ -262,10 +269,8 @@ def test_a_signal_stops_helm_and_is_told_in_a_line(fake: FakeApi, helm: FakeHelm
     assert process.returncode == status
     assert (helm.folder / "stopped").exists()
     _, of_helm, told = err.splitlines()
-    assert (of_helm, told) == (
-        "Error:",
-        "Stopped. What the cluster has begun of demo goes on; the same command takes it up again.",
-    )
+    assert of_helm == "Error:"
+    assert told.startswith("warning: Stopped. ") and "the same command" in told
     assert not Path(helm.asked[5]).exists()
 
 

@@ -75,8 +75,8 @@ def test_following_goes_on_through_a_restart_and_a_pod_that_comes_later_until_th
     fake.remove("pods", second)
     fake.logs[first] = ["one"]
     lines: list[str] = []
-    watcher = status.watcher("demo", "team-a", None)
-    following = beside(logs.logs, watcher, None, follow=True, tail=None, write=lines.append, say=lines.append)
+    watcher = status.watch_release("demo", "team-a", None)
+    following = beside(logs.write_log, watcher, None, follow=True, tail=None, write=lines.append)
     try:
         until(lambda: lines == [f"[{first}] one"])
         # A restart in place: the stream ends, and the container's new log is taken up where the old one ended.
@@ -105,8 +105,8 @@ def test_following_goes_on_through_a_restart_and_a_pod_that_comes_later_until_th
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], 'demo: no stage "trian". Stages: preflight, storage-prepare, tokenize, compile,'),
-        (["merge"], "demo: stage merge has no log. It has not begun; -f waits for it."),
+        (["trian"], 'demo: stage "trian" not found. Stages: preflight, storage-prepare, tokenize, compile,'),
+        (["merge"], "demo: stage merge has no log. It has not started; -f waits for it."),
     ],
 )
 def test_a_stage_that_is_not_there_or_has_no_log_is_one_line(

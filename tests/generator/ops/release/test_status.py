@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from generator.cluster.waiting import PATIENCE, beside, until
 from generator.ops.release.fake_helm import FakeHelm
 from generator.ops.release.run import Outer, Run
 from genvalues import cli
-from genvalues.common.manifests import SKIPPED
-from genvalues.ops import follow, status
-from genvalues.ops.stages import StageStatus
+from genvalues.ops import follow, status, status_text
+from genvalues.ops.stages import SKIPPED, StageStatus, parse_failure
 
 ROOT = Path(__file__).parents[4]
+NOW = datetime.now(timezone.utc)
 STAGES = ["preflight", "storage-prepare", "tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
 
 
@@ -32,7 +33,7 @@ def genvalues(*arguments: str) -> int:
 
 
 def look(release: str = "demo") -> status.ReleaseStatus:
-    return status.watcher(release, "team-a", None).look()
+    return status.watch_release(release, "team-a", None).status()
 
 
 def states(of: status.ReleaseStatus) -> dict[str, str]:
@@ -99,7 +100,7 @@ def test_the_stage_that_trains_has_progress_cost_and_the_nodes_it_holds(run: Run
     assert train.state == "running" and train.progress and train.progress["step"] == 120
     assert train.nodes == ("node-0", "node-1") and train.devices == {"aws.amazon.com/neuron": 32}
     assert (found.cost, found.max_cost) == (12.3, 40)
-    line = status.describe(train, (train.started or 0) + 754)
+    line = status_text.describe(train, (train.started or NOW) + timedelta(seconds=754))
     assert line == (
         "train: running for 12 min 34 s, step 120 of 1,000, loss 1.2500, 5,120 tokens/s, 1 h 02 min left, "
         "$12.30 so far of at most $40.00, holds 2 nodes"
@@ -115,7 +116,7 @@ def test_an_annotation_that_is_not_there_or_not_as_agreed_is_done_without(
     run.to_train()
     annotations = {"llama-lora/progress": annotation, "llama-lora/cost": annotation}
     fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"annotations": annotations}})
-    line = status.describe(stage("train"), 0)
+    line = status_text.describe(stage("train"), NOW - timedelta(days=9000))
     assert line.startswith("train: running for 0 s") and "step" not in line and "$" not in line
 
 
@@ -123,7 +124,7 @@ def test_what_a_stage_waits_for_is_told(run: Run, fake: FakeApi) -> None:
     first, second = run.to_train()
     lack = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}
     fake.merge("pods", second, {"status": {"phase": "Pending", "conditions": [lack], "containerStatuses": None}})
-    assert stage("train").note == f"{second} fits on no node: 0/3 nodes are available"
+    assert stage("train").note == f"{second} cannot be scheduled: 0/3 nodes are available"
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     fake.merge(
         "pods", second, {"status": {"conditions": [], "containerStatuses": [{"name": "pytorch", "state": waiting}]}}
@@ -176,6 +177,7 @@ def test_of_a_stage_with_a_gate_the_gate_s_last_words_count(run: Run, fake: Fake
     assert (train.state, train.exit_status, train.tail_of) == ("failed", 1, "demo-train-1-worker-1")
     assert train.reason.startswith("demo-train-1-worker-1 ended with status 137 (OOMKilled)")
     assert train.tail == ("step 3", "allocating 80 GB")
+    assert parse_failure("train", ["secret x is not there"]) == ("secret x is not there", "", ())
 
 
 def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_something(run: Run, fake: FakeApi) -> None:
@@ -192,7 +194,7 @@ def test_a_stage_past_its_deadline_says_so_and_one_that_a_cleanup_stopped_is_sto
     run.begin("preflight")
     fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 600}})
     fake.set_condition("jobs", "demo-preflight", "Failed", "Job was active longer", "DeadlineExceeded")
-    assert stage("preflight").reason == "did not end within its 600 s (activeDeadlineSeconds)"
+    assert stage("preflight").reason == "did not end within 600 s (activeDeadlineSeconds)"
     fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 1}})
     run.ends("failed")
     found = look()
@@ -212,7 +214,7 @@ def test_training_goes_on_without_its_gate_and_that_is_told(run: Run, fake: Fake
 def test_nothing_that_runs_or_will_is_told(run: Run) -> None:
     run.ends("deployed")  # as after a rollback, or with --no-hooks
     found = look()
-    assert found.outcome == "idle" and found.exit_status == 1 and "nothing will by itself" in found.reason
+    assert found.outcome == "idle" and found.exit_status == 1 and "genvalues install" in found.reason
 
 
 def test_detached_the_stages_are_the_inner_release_s_and_the_outcome_the_runner_s(
@@ -247,7 +249,7 @@ def test_a_runner_that_fails_or_is_stopped_by_itself_is_told(fake: FakeApi, helm
     outer.end("runner", "/opt/chart: pipeline.mode is detached.", code=2)
     found = look()
     assert (found.outcome, found.exit_status) == ("failed", 2)
-    assert status.failure_lines(found)[-1] == "  /opt/chart: pipeline.mode is detached."
+    assert status_text.closing_lines(found)[-1] == "  /opt/chart: pipeline.mode is detached."
     fake.remove("jobs", "demo-runner-1")
     assert look().outcome == "stopped"
 
@@ -294,17 +296,20 @@ def test_watch_says_each_change_once_and_ends_as_the_pipeline_does(
     assert lines[-1] == "  no column q"
 
 
-def test_watch_outlasts_an_api_server_that_is_away_for_a_while(run: Run, fake: FakeApi) -> None:
+def test_watch_outlasts_an_api_server_that_is_away_for_a_while(
+    run: Run, fake: FakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
     run.to_train()
-    told: list[str] = []
-    follower = follow.Follower(status.watcher("demo", "team-a", None), told.append)
-    follower.look()
+    caplog.set_level("INFO", "genvalues")
+    follower = follow.ReleaseFollower(status.watch_release("demo", "team-a", None))
+    assert [line for line in follower.look() if line.startswith("train: running")] and follower.status
     fake.away = True
-    assert follower.look() is None and follower.look() is None
+    assert follower.look() == [] == follower.look() and follower.status is None
     fake.away = False
-    assert follower.look()
-    assert len([line for line in told if line.endswith("Trying again.")]) == 1
-    assert told[-1] == "the API server answers again"
+    assert follower.look() == [] and follower.status, "nothing has changed"
+    away, back = (record for record in caplog.records if record.name == follow.__name__)
+    assert away.levelname == "WARNING" and "Retrying" in away.message
+    assert "answers again" in back.message
 
 
 def test_what_the_api_refuses_is_told_and_the_rest_shown(run: Run, fake: FakeApi) -> None:
@@ -332,13 +337,13 @@ def test_what_is_no_name_of_a_release_is_one_line_and_nobody_is_asked(
 ) -> None:
     assert genvalues(command, "-n", "team-a", "--", name) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is no name of a release. Names have at most 53" in line
+    assert f'"{name}" is not a valid release name' in line and "at most 53" in line
     assert not fake.requests and not helm.calls
 
 
 def test_no_such_release_names_those_that_are_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert genvalues("status", "dem", "-n", "team-a") == 2
-    assert capsys.readouterr().err == 'namespace team-a: no release "dem". There: demo.\n'
+    assert capsys.readouterr().err == 'namespace team-a: release "dem" not found. Releases: demo.\n'
 
 
 @pytest.mark.parametrize(
@@ -363,7 +368,7 @@ def test_an_api_server_that_is_away_is_one_line_and_status_1(
     fake.away = True
     assert genvalues("status", "demo", "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer") and line.endswith("Try: kubectl cluster-info")
 
 
 @pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall"])
@@ -378,7 +383,7 @@ def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and
         about = ["f.yaml", "--skip-preflight"] if command == "install" else ["demo"]
         assert genvalues(command, *about, "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer") and line.endswith("Try: kubectl cluster-info")
     assert not helm.calls
 
 
