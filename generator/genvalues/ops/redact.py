@@ -9,7 +9,6 @@ on the list. Both replace AWS account numbers.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,6 @@ import yaml
 
 from genvalues.common.text import TOKEN
 from genvalues.inputs.yaml_text import dump
-from genvalues.settings.inputs import SCHEMA
 
 HIDDEN = "(redacted)"
 
@@ -27,8 +25,8 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Text under these names is shown: fields of Kubernetes and Helm, of this chart's values, and of our own documents. The
-# names of the inputs' settings are added in shown_names.
+# Text under these names is shown: fields of Kubernetes and Helm, and of our own documents. shown_names adds the chart's
+# settings.
 SHOWN = words("""
     apiVersion kind name namespace generateName uid resourceVersion creationTimestamp deletionTimestamp finalizers key
     type reason message action operator effect phase lastTimestamp firstTimestamp eventTime reportingComponent component
@@ -37,8 +35,6 @@ SHOWN = words("""
     mountPath mountPropagation subPath claimName completionMode podReplacementPolicy containerName cleanPodPolicy
     nprocPerNode rdzvBackend rdzvHost rdzvId accessModes storageClassName volumeMode volumeName mountOptions provisioner
     reclaimPolicy persistentVolumeReclaimPolicy volumeBindingMode
-    repository tag digest pullPolicy backend id target prepare namePrefix nameOverride fullnameOverride priorityClass
-    queueName sharedMemory deploymentType subnetId securityGroupIds
     genvalues helm kubernetes trainingOperator kubelet release revision helmStatus mode chart version appVersion outcome
     state note tail tailOf pods nodes result notRead updated started ended finished stage fingerprint fullname run
 """)
@@ -150,9 +146,10 @@ def may_show(name: str, *, is_text: bool, free: bool = False) -> bool:
 
 @functools.cache
 def shown_names() -> frozenset[str]:
-    """SHOWN, and the names of the inputs' settings: none holds a secret, only the name of one."""
-    settings = names_in(json.loads(SCHEMA.read_text(encoding="utf-8")))
-    return SHOWN | {*settings}
+    """SHOWN, and the names of the chart's settings that do not look secret."""
+    from genvalues.settings.schemas import values_schema
+
+    return SHOWN | {name for name in names_in(values_schema()) if not LOOKS_SECRET.search(name)}
 
 
 def names_in(schema: Any) -> Iterator[str]:
