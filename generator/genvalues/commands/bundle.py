@@ -25,6 +25,6 @@ def bundle(name: str, namespace: str | None, context: str | None, output: Path |
     from genvalues.ops.bundle import bundle
     from genvalues.ops.status import watch_release
 
-    report = bundle(watch_release(name, namespace, context), output or Path(f"{name}-bundle.tar.gz"))
+    document = bundle(watch_release(name, namespace, context), output or Path(f"{name}-bundle.tar.gz"))
     if as_json:
-        print_json(report.document())
+        print_json(document)

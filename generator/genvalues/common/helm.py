@@ -77,6 +77,10 @@ def run_helm(
     return process.returncode
 
 
+def place_arguments(namespace: str, context: str | None) -> list[str]:
+    return ["--namespace", namespace, *(["--kube-context", context] if context else [])]
+
+
 def client(context: str | None = None) -> Any:
     """The pyhelm3 client of the helm that ``find_helm`` finds."""
     return client_of(find_helm(), context)

@@ -16,7 +16,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,11 +29,10 @@ from genvalues.common.errors import Unavailable, UserError, write_errors_as_user
 from genvalues.common.files import place_of, write_named
 from genvalues.common.helm import client, user_values
 from genvalues.common.manifests import manifests_in
-from genvalues.common.reports import document_of
 from genvalues.common.text import one_line
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.records import HelmRecord, Object, find_record
-from genvalues.ops.redact import redact_object, redact_text, redact_yaml
+from genvalues.ops.redact import redact_object, redact_text
 from genvalues.ops.status import ReleaseWatcher
 
 log = logging.getLogger(__name__)
@@ -57,20 +55,11 @@ READ_AT_MOST = 16 << 20  # unpacked bytes: a small archive may unpack to more th
 OPENED_AT_MOST = 8  # files of an archive that somebody sent
 
 
-@dataclass(frozen=True)
-class BundleReport:
-    file: str
-    bytes: int
-    files: tuple[str, ...]
-    not_read: tuple[str, ...]
+def bundle(watcher: ReleaseWatcher, output: Path) -> dict[str, Any]:
+    """Write the archive and return what --json prints.
 
-    def document(self) -> dict[str, Any]:
-        document: dict[str, Any] = document_of(self)
-        return document
-
-
-def bundle(watcher: ReleaseWatcher, output: Path) -> BundleReport:
-    """Write the archive. Raises UserError for no such release or a place that cannot be written."""
+    Raises UserError if the release does not exist or the archive cannot be written.
+    """
     with write_errors_as_user_errors(f"-o {output}"):
         place_of(output)  # first, because collecting may take minutes
     archive = collect(watcher, watcher.record())
@@ -81,7 +70,7 @@ def bundle(watcher: ReleaseWatcher, output: Path) -> BundleReport:
         log.warning("not read: %s", line)
     size = f"{len(content) / 1e6:.1f} MB, {len(archive.files)} files"
     log.info("Wrote %s (%s), without tokens, passwords and account numbers. %s", output, size, REVIEW)
-    return BundleReport(str(output), len(content), tuple(sorted(archive.files)), tuple(archive.not_read))
+    return {"file": str(output), "bytes": len(content), "files": sorted(archive.files), "notRead": archive.not_read}
 
 
 class Archive:
@@ -151,20 +140,19 @@ def add_record(archive: Archive, record: HelmRecord, folder: str) -> None:
     archive.yaml(f"{folder}/manifest.yaml", [item for item in record.resources if item["kind"] != "Secret"])
     archive.yaml(f"{folder}/hooks.yaml", [{"phase": hook.phase, "manifest": hook.manifest} for hook in record.hooks])
     for file in ("run.yaml", "cluster.yaml", "values.yaml"):
-        if text := record.config(file):
-            archive.text(f"{folder}/config/{file}", redact_yaml(text))
+        if config := record.config(file):
+            archive.yaml(f"{folder}/config/{file}", config)
 
 
 def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -> list[Object]:
     """Add the objects of the release and the nodes; return the pods."""
     server = watcher.server
-    claim = get(record.cluster_config, "claim.name", str) or f"{record.release}-workspace"
 
     def listed(kind: ApiKind) -> list[Object]:
         return sorted(server.list(kind, labels=watcher.selector), key=name_of)
 
     def events() -> list[Object]:
-        ours = [one for one in server.list(kinds.EVENTS) if is_about(one, record, claim)]
+        ours = [one for one in server.list(kinds.EVENTS) if is_about(one, record)]
         return sorted(ours, key=lambda one: (last_seen(one), name_of(one)))
 
     sources: dict[str, Callable[[], list[Object]]] = {
@@ -172,7 +160,7 @@ def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -
         "pytorchjobs": lambda: listed(kinds.PYTORCH_JOBS),
         "configmaps": lambda: listed(CONFIG_MAPS),
         "pods": lambda: listed(kinds.PODS),
-        "persistentvolumeclaims": lambda: [found] if (found := server.get(kinds.CLAIMS, claim)) else [],
+        "persistentvolumeclaims": lambda: [found] if (found := server.get(kinds.CLAIMS, record.claim)) else [],
         "events": events,
         "nodes": lambda: [node_summary(node) for node in sorted(server.list(kinds.NODES), key=name_of)],
     }
@@ -184,11 +172,11 @@ def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -
     return read.get("pods", [])
 
 
-def is_about(event: Object, record: HelmRecord, claim: str) -> bool:
+def is_about(event: Object, record: HelmRecord) -> bool:
     """Whether the event's object belongs to the release, by its name: the object itself may not exist any more."""
     fullname = get(record.cluster_config, "fullname", str) or record.release
     about = str((event.get("involvedObject") or {}).get("name", ""))
-    return about in (claim, record.release) or about.startswith((f"{record.release}-", f"{fullname}-"))
+    return about in (record.claim, record.release) or about.startswith((f"{record.release}-", f"{fullname}-"))
 
 
 def node_summary(node: Object) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from genvalues.common import findings
 from genvalues.common.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.common.files import write_text
-from genvalues.common.helm import NoSuchRelease, find_helm, run_helm
+from genvalues.common.helm import NoSuchRelease, find_helm, place_arguments, run_helm
 from genvalues.common.process import STOP_SIGNALS
 from genvalues.common.text import one_line
 from genvalues.inputs.chart import need_chart
@@ -150,8 +150,7 @@ class ReleaseInstall:
     def arguments(self, chart: Path, values: Path) -> list[str]:
         # An absolute path: Helm could take a relative one for the name of a repository.
         arguments = ["upgrade", "--install", self.release, str(chart.resolve()), "-f", str(values)]
-        arguments += ["--namespace", self.namespace, *(["--kube-context", self.context] if self.context else [])]
-        return [*arguments, "--timeout", TIMEOUT[self.mode]]
+        return [*arguments, *place_arguments(self.namespace, self.context), "--timeout", TIMEOUT[self.mode]]
 
     def install(self, arguments: list[str], *, follow: bool, as_json: bool) -> InstallReport:
         from genvalues.ops.follow import ReleaseFollower

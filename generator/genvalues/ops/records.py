@@ -15,6 +15,7 @@ import yaml
 
 from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, labels_of, name_of
 from genvalues.common import helm
+from genvalues.common.dicts import get
 
 Object = dict[str, Any]
 
@@ -37,7 +38,9 @@ class HelmHook:
 
     @property
     def stage(self) -> str:
-        return annotations_of(self.manifest).get(STAGE, "")
+        """The stage that it belongs to, with -gate at the end for a gate; empty for other hooks."""
+        is_stage = {"post-install", "post-upgrade"} & set(self.events) and self.kind in ("Job", "PyTorchJob")
+        return annotations_of(self.manifest).get(STAGE, "") if is_stage else ""
 
     @property
     def weight(self) -> int:
@@ -74,15 +77,12 @@ class HelmRecord:
     def mode(self) -> str:
         return "detached" if self.runner else "attached"
 
-    def config(self, file: str) -> str:
-        """A file of the release's ConfigMap (run.yaml, cluster.yaml, values.yaml); empty if it does not exist."""
+    def config(self, file: str) -> dict[str, Any]:
+        """A file of the release's ConfigMap (run.yaml, cluster.yaml, values.yaml); {} if it is not a YAML mapping."""
         maps = [item for item in self.resources if item["kind"] == "ConfigMap"]
-        return next((item["data"][file] for item in maps if file in (item.get("data") or {})), "")
-
-    def parsed_config(self, file: str) -> dict[str, Any]:
-        """The same file as data; {} if it does not exist or is not a YAML mapping."""
+        text = next((item["data"][file] for item in maps if file in (item.get("data") or {})), "")
         try:
-            found = yaml.safe_load(self.config(file))
+            found = yaml.safe_load(text)
         except yaml.YAMLError:
             return {}
         return found if isinstance(found, dict) else {}
@@ -90,7 +90,12 @@ class HelmRecord:
     @property
     def cluster_config(self) -> dict[str, Any]:
         """cluster.yaml, in which the chart describes the release."""
-        return self.parsed_config("cluster.yaml")
+        return self.config("cluster.yaml")
+
+    @property
+    def claim(self) -> str:
+        """The name of the volume's claim."""
+        return get(self.cluster_config, "claim.name", str) or f"{self.release}-workspace"
 
 
 def find_record(release: str, namespace: str, context: str | None) -> HelmRecord | None:

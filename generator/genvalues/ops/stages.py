@@ -108,9 +108,8 @@ def stages_of(hooks: Sequence[HelmHook], objects: ReleaseObjects) -> tuple[Stage
 def hooks_by_stage(hooks: Sequence[HelmHook]) -> dict[str, list[HelmHook]]:
     """By stage, in order: the hook of its Job, or those of its PyTorchJob and of its gate."""
     found: dict[str, list[HelmHook]] = {}
-    stages = [hook for hook in hooks if hook.stage and {"post-install", "post-upgrade"} & set(hook.events)]
-    for hook in sorted(stages, key=lambda hook: (hook.weight, hook.name)):
-        if hook.kind in ("Job", "PyTorchJob"):
+    for hook in sorted(hooks, key=lambda hook: (hook.weight, hook.name)):
+        if hook.stage:
             found.setdefault(hook.stage.removesuffix(GATE_SUFFIX), []).append(hook)
     return found
 

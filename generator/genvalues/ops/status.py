@@ -178,8 +178,8 @@ def reason_of(status: ReleaseStatus, record: HelmRecord) -> str:
 
 
 def result_of(record: HelmRecord) -> str:
-    name, claim = record.parsed_config("run.yaml").get("name"), get(record.cluster_config, "claim.name", str)
-    return f"runs/{name}/merged on the volume of claim {claim}" if name and claim else ""
+    name = record.config("run.yaml").get("name")
+    return f"runs/{name}/merged on the volume of claim {record.claim}" if name else ""
 
 
 def latest_cost(stages: Sequence[StageStatus]) -> dict[str, Any]:

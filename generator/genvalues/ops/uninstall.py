@@ -13,7 +13,7 @@ from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
-from genvalues.common.helm import STDERR, run_helm, user_values
+from genvalues.common.helm import STDERR, place_arguments, run_helm, user_values
 from genvalues.common.reports import document_of
 from genvalues.ops.records import HelmRecord, find_record
 from genvalues.ops.status import ReleaseStatus, ReleaseWatcher, api_errors_as_user_errors
@@ -76,8 +76,7 @@ def uninstall(watcher: ReleaseWatcher, confirm: Callable[[str], bool]) -> Uninst
         log.info("Nothing was changed.")
         return UninstallReport(release, namespace, uninstalled=False)
     seconds = int(get(values, "cleanup.timeoutSeconds", int) or CLEANUP_SECONDS) + BEYOND_CLEANUP
-    arguments = ["uninstall", release, "--namespace", namespace, *(["--kube-context", context] if context else [])]
-    arguments += ["--timeout", f"{seconds}s"]
+    arguments = ["uninstall", release, *place_arguments(namespace, context), "--timeout", f"{seconds}s"]
     log.info("Running: helm %s", shlex.join(arguments))
     if run_helm(arguments, output=STDERR):
         look = f"genvalues status {release} --namespace {namespace}"
@@ -121,23 +120,20 @@ def what_will_stop(status: ReleaseStatus) -> list[str]:
 
 def remaining_resources(server: Api, record: HelmRecord) -> list[RemainingResource]:
     """The volume's claim, what the release created for it, and the Secret with the token."""
-    config = record.cluster_config
     kubectl = f"kubectl -n {record.namespace} delete"
     found = remaining_claim(server, record, kubectl)
     for item in record.resources:
         if item["kind"] == "StorageClass":
             name = item["metadata"]["name"]
             found.append(RemainingResource(f"storage class {name}", f"kubectl delete storageclass {name}"))
-    if secret := get(config, "secret.name", str):
+    if secret := get(record.cluster_config, "secret.name", str):
         what = f"secret {secret}, your Hugging Face token"
         found.append(RemainingResource(what, f"{kubectl} secret {secret}"))
     return found
 
 
 def remaining_claim(server: Api, record: HelmRecord, kubectl: str) -> list[RemainingResource]:
-    config = record.cluster_config
-    name = get(config, "claim.name", str) or f"{record.release}-workspace"
-    is_managed = get(config, "claim.managed", bool)
+    name, is_managed = record.claim, get(record.cluster_config, "claim.managed", bool)
     claim = optional(lambda: server.get(kinds.CLAIMS, name))
     if claim is None:
         what = f"claim {name}, if it exists (it could not be read)"
