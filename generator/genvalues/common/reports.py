@@ -13,12 +13,16 @@ from genvalues.common.text import camel_case
 
 def print_json(document: dict[str, Any]) -> None:
     """Print the document on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    import click
+
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 def document_of(value: Any) -> Any:
-    """Dataclasses as JSON objects with camelCase keys, every key always; times in ISO 8601. Mappings stay as they are:
-    their keys are the names of resources, or somebody else's fields.
+    """Convert dataclasses to JSON objects with camelCase keys, and times to ISO 8601.
+
+    Every field is written, also if it is empty. Mappings are not converted: their keys are names of resources, or the
+    fields of an annotation.
     """
     if is_dataclass(value):
         return {camel_case(field.name): document_of(getattr(value, field.name)) for field in fields(value)}

@@ -52,7 +52,7 @@ LOG_BYTES = 4 << 20  # kept of each container's log: the end
 LOG_LINES = 50_000
 MODIFIED = 0  # the time of every file in the archive: the same state gives the same bytes
 READ_AT_MOST = 16 << 20  # unpacked bytes: a small archive may unpack to more than fits in memory
-OPENED_AT_MOST = 8  # files of an archive that somebody sent
+OPENED_AT_MOST = 8  # files read from an archive
 
 
 def bundle(watcher: ReleaseWatcher, output: Path) -> dict[str, Any]:

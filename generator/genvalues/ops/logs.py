@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL = 2.0  # seconds between two looks for new pods
 STAGE_SECONDS = 10.0  # seconds between two looks whether the stage has ended
-CLOSING_SECONDS = 5.0  # to read the rest of the logs of what has ended
+CLOSING_SECONDS = 5.0  # to read the remaining lines after the stage has ended
 RUNNER = "runner"
 
 
@@ -144,7 +144,7 @@ class LogReader:
         return sorted(self.watcher.server.list(kinds.PODS, labels=labels), key=lambda pod: (created(pod), name_of(pod)))
 
     def finish(self) -> None:
-        """Read what there is to its end; after following, for at most CLOSING_SECONDS."""
+        """Read the remaining lines; after following, for at most CLOSING_SECONDS."""
         for pod_log in self._logs.values():
             pod_log.over.set()
         ends = time.monotonic() + CLOSING_SECONDS

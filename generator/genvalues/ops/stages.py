@@ -152,7 +152,7 @@ def failed_job_status(status: StageStatus, job: Object, failed: Object, objects:
     limit = job["spec"].get("activeDeadlineSeconds")
     is_overdue = failed.get("reason") == "DeadlineExceeded"
     if is_overdue and limit == 1:  # how cleanup and recovery stop a Job
-        return replace(status, state="stopped", reason="stopped by a cleanup, or to be taken over")
+        return replace(status, state="stopped", reason="stopped by a cleanup, or by an install that takes over")
     end = next((end for pod in reversed(objects.pods_of(job)) for end in reversed(ends_of(pod)) if end.code), None)
     lines = tuple(objects.logs.get(end.pod, ())) if end else ()
     if component_of(job).endswith(GATE_SUFFIX):

@@ -163,7 +163,7 @@ def outcome_of(record: HelmRecord, stages: Sequence[StageStatus], runner: StageS
 
 
 def reason_of(status: ReleaseStatus, record: HelmRecord) -> str:
-    """What a user must know besides the stages; empty if nothing."""
+    """What the stages alone do not show, e.g. that nothing will start by itself."""
     failing = status.failing
     if status.outcome in ("failed", "stopped") and failing:
         return f"{failing.name} {failing.state}: {failing.reason}"
