@@ -126,12 +126,12 @@ def test_helms_notes_are_not_shown_and_the_next_command_is(
     ("arguments", "said"),
     [
         (["--set", "nodes=none"], "--set nodes=none: must be a whole number"),
-        (["--release", "A_"], '--release: "A_" is not a valid release name. Set --release to at most 53 of'),
-        (["--release", ""], '--release: "" is not a valid release name. Set --release to at most 53 of'),
-        (["--release", "x" * 54], "is not a valid release name. Set --release to at most 53 of"),
+        (["--release", "A_"], '--release: "A_" is not a valid release name. Set --release to at most 53 char'),
+        (["--release", ""], '--release: "" is not a valid release name. Set --release to at most 53 char'),
+        (["--release", "x" * 54], "is not a valid release name. Set --release to at most 53 char"),
         (
             ["--set", "mode=detached", "--release", "x" * 50],
-            "is not a valid release name. Set --release to at most 49 of",
+            "is not a valid release name. Set --release to at most 49 char",
         ),
         (
             ["--set", "chartValues.name=A_b"],
