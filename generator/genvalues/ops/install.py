@@ -118,7 +118,7 @@ def preflight_errors(found: Checked, release: str, target: ReleaseTarget, chart:
     """
     from genvalues.ops.preflight import run
 
-    answers = preflight.run(found, namespace=target.namespace, context=target.context, release=release, chart=chart)
+    answers = run.run_preflight(found, namespace=target.namespace, context=target.context, release=release, chart=chart)
     findings.show(answers, log.info)
     return answers if findings.exit_status(answers) == EXIT_USER_ERROR else []
 

@@ -74,8 +74,7 @@ def test_a_local_path_is_an_error_with_its_place_before_any_request(
     assert install(*skip) == 2
     *_, line = capsys.readouterr().err.splitlines()
     here = Path("rows.jsonl").resolve()
-    assert line.startswith(f"f.yaml:3:11 dataset.source: {here} is not on the volume (/workspace): the pods do not see")
-    assert "`genvalues local` runs it here; for a cluster use a hub id, s3://, or an absolute path" in line
+    assert line.startswith(f"f.yaml:3:11 dataset.source: {here}") and "genvalues local" in line and "s3://" in line
     assert not world and not fake.requests and not helm.calls
 
 

@@ -125,7 +125,7 @@ def test_helms_notes_are_not_shown_and_the_next_command_is(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--set", "nodes=none"], "--set nodes=none: must be a whole number"),
+        (["--set", "nodes=none"], "--set nodes=none: must be an integer"),
         (["--release", "A_"], '--release: "A_" is not a valid release name. Set --release to at most 53 char'),
         (["--release", ""], '--release: "" is not a valid release name. Set --release to at most 53 char'),
         (["--release", "x" * 54], "is not a valid release name. Set --release to at most 53 char"),
@@ -137,7 +137,7 @@ def test_helms_notes_are_not_shown_and_the_next_command_is(
             ["--set", "chartValues.name=A_b"],
             'f.yaml: name: "A_b" is not a valid release name. Set --release to at most',
         ),
-        (["--chart", "nowhere"], "--chart nowhere: is not a chart: it has no Chart.yaml. Name the folder of the chart"),
+        (["--chart", "nowhere"], "--chart nowhere: not a chart: Chart.yaml not found"),
     ],
 )
 def test_an_invalid_argument_is_one_line_before_any_request(
@@ -164,7 +164,7 @@ def test_a_missing_chart_helm_or_cluster_is_one_line_with_its_fix(
         assert told().startswith("no usable kubeconfig: ")
     with monkeypatch.context() as without:
         without.setattr("genvalues.inputs.chart.BESIDE_THE_SOURCES", Path("nowhere"))
-        assert told() == "no chart found. Name its directory: --chart DIR."
+        assert told().startswith("no chart found.") and "--chart DIR" in told()
     (helm.folder / "helm").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert told().startswith("helm not found. Run `make setup`, or install Helm")
