@@ -13,8 +13,8 @@ import click
 
 from genvalues import __version__
 from genvalues.commands import Commands
-from genvalues.common.errors import defect, traceback_wanted, user_errors_end_with_status_2
-from genvalues.common.log import configure
+from genvalues.common import log
+from genvalues.common.errors import internal_error, traceback_wanted, user_errors_end_with_status_2
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left, quota exceeded, file too large
 
@@ -39,9 +39,11 @@ def show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -
 @click.option(
     "--version", is_flag=True, callback=show_version, expose_value=False, is_eager=True, help="Show the version."
 )
-def genvalues() -> None:
-    """From a short inputs file to a LoRA fine-tune of Llama on Trainium: checked values for the chart llama-lora."""
-    configure()
+def genvalues(verbose: bool, quiet: bool) -> None:
+    """Turn a short inputs file into checked values for the llama-lora chart, and run a LoRA fine-tune of Llama on AWS
+    Trainium, or on this computer.
+    """
+    log.configure(verbose - quiet)
 
 
 def main() -> None:

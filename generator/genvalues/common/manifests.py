@@ -16,6 +16,7 @@ from typing import Any
 LINE_LENGTH = 6000
 FACT_LENGTH = 1000  # of a fact's JSON; those of an evaluation may be long
 OUTPUTS = 20  # that are named; the number and bytes include the others
+SKIPPED = "nothing changed, skipped"  # what a stage, or its gate, logs when its outputs are up to date
 LINE = re.compile(r"^(?:\S+ )?(?P<stage>[a-z][a-z-]{0,40}): manifest (?P<json>\{.*\})\s*$", re.MULTILINE)
 
 

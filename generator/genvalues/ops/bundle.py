@@ -23,7 +23,7 @@ from genvalues import __version__
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
-from genvalues.cluster.objects import container_statuses, last_seen, name_of
+from genvalues.cluster.objects import container_statuses, inner_release_of, last_seen, name_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
 from genvalues.common.files import place_of, write_named
@@ -117,8 +117,9 @@ def collect(watcher: ReleaseWatcher, record: HelmRecord) -> Archive:
     add_values(archive, watcher)
     add_record(archive, record, "release")
     if record.runner:
-        with archive.reading(f"release {record.release}-run"):
-            if inner := find_record(f"{record.release}-run", record.namespace, watcher.context):
+        inner_name = inner_release_of(record.release)
+        with archive.reading(f"release {inner_name}"):
+            if inner := find_record(inner_name, record.namespace, watcher.context):
                 add_record(archive, inner, "release-run")
     with archive.reading("status"):
         archive.json("status.json", watcher.status().document())

@@ -131,8 +131,8 @@ def take_over_pending_release(release: str, namespace: str | None, context: str 
     server = api.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS)
     with api_errors_as_user_errors(server.namespace):
         if recovery.pending(server, release):
-            server = api.connect(namespace, context=context, say=log.info)
-            recovery.take_over(server, release, log.info, interval=INTERVAL)
+            server = api.connect(namespace, context=context)
+            recovery.take_over(server, release, interval=INTERVAL)
     return server.namespace
 
 

@@ -8,11 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.objects import COMPONENT, JOB_NAME, created, is_over, labels_of, name_of, started_container
+from genvalues.cluster.objects import (
+    COMPONENT,
+    GATE_SUFFIX,
+    RUNNER,
+    created,
+    is_over,
+    is_worker,
+    name_of,
+    started_container,
+)
 from genvalues.cluster.podlog import PodLog
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
-from genvalues.ops.stages import GATE_SUFFIX, Object, StageStatus
+from genvalues.ops.stages import Object, StageStatus
 from genvalues.ops.status import ReleaseStatus, ReleaseWatcher, api_errors_as_user_errors
 
 log = logging.getLogger(__name__)
@@ -20,7 +29,6 @@ log = logging.getLogger(__name__)
 INTERVAL = 2.0  # seconds between two looks for new pods
 STAGE_SECONDS = 10.0  # seconds between two looks whether the stage has ended
 CLOSING_SECONDS = 5.0  # to read the remaining lines after the stage has ended
-RUNNER = "runner"
 
 
 def write_log(
@@ -117,7 +125,7 @@ class LogReader:
             self.of_gate = bool(pods)
         elif pods and self.of_gate:
             self.of_gate = False
-        self.prefixed = self.prefixed or len(pods) > 1 or any(JOB_NAME in labels_of(pod) for pod in pods)
+        self.prefixed = self.prefixed or len(pods) > 1 or any(map(is_worker, pods))
         for pod in pods:
             uid = pod["metadata"]["uid"]
             if uid not in self._logs and (container := started_container(pod)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, labels_of, name_of
+from genvalues.cluster.objects import COMPONENT, RUNNER, STAGE, annotations_of, labels_of, name_of
 from genvalues.common import helm
 from genvalues.common.dicts import get
 
@@ -70,7 +70,7 @@ class HelmRecord:
     @property
     def runner(self) -> str:
         """The name of the Job that runs the stages in mode detached; empty in mode attached."""
-        jobs = [item for item in self.resources if item["kind"] == "Job" and labels_of(item).get(COMPONENT) == "runner"]
+        jobs = [item for item in self.resources if item["kind"] == "Job" and labels_of(item).get(COMPONENT) == RUNNER]
         return name_of(jobs[0]) if jobs else ""
 
     @property

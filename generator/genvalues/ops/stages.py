@@ -39,15 +39,12 @@ from genvalues.cluster.objects import (
     why_not_started,
     workers_of,
 )
+from genvalues.common.manifests import SKIPPED
 from genvalues.ops.records import HelmHook
 
 Object = dict[str, Any]
 State = Literal["waiting", "running", "done", "skipped", "failed", "stopped"]
 
-GATE_SUFFIX = "-gate"
-# What a stage or a gate logs when it has nothing to do (llama_lora/stage.py and cluster/gate.py).
-SKIPPED = ("nothing changed, skipped", "up to date, nothing to run")
-STOPPED = "stopped: "  # starts a gate's reason when a guard has ended the stage
 NO_DEVICES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
 
 
@@ -173,23 +170,9 @@ def failed_job_status(status: StageStatus, job: Object, failed: Object, objects:
     )
 
 
-def parse_failure(stage: str, lines: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
-    """Read genvalues.cluster.failures.describe_failure from a gate's log: reason, pod, last lines of the pod's log."""
-    start = max((index for index, line in enumerate(lines) if line.startswith(f"{stage} failed: ")), default=None)
-    if start is None:
-        return (lines[-1] if lines else ""), "", tuple(lines[:-1])
-    reason, rest = [lines[start].removeprefix(f"{stage} failed: ")], list(lines[start + 1 :])
-    while rest:
-        line = rest.pop(0)
-        if begins := re.fullmatch(r"last \d+ lines of (\S+):", line):
-            return " ".join(reason), begins[1], tuple(one.removeprefix("  ") for one in rest)
-        reason.append(line.strip())
-    return " ".join(reason), "", ()
-
-
 def had_nothing_to_do(job: Object, objects: ReleaseObjects) -> bool:
     lines = (line for pod in objects.pods_of(job) for line in objects.logs.get(name_of(pod), ()))
-    return any(words in line for line in lines for words in SKIPPED)
+    return any(SKIPPED in line for line in lines)
 
 
 # --- a PyTorchJob and its gate
@@ -229,13 +212,8 @@ def pytorch_job_of(stage: str, hook: HelmHook, objects: ReleaseObjects) -> Objec
     return find(jobs, hook.name) or max(filter(is_released, jobs), key=created, default=None)
 
 
-def is_released(job: Object) -> bool:
-    return FINGERPRINT in annotations_of(job)
-
-
 def is_running(job: Object) -> bool:
-    """Released by a gate, not finished and not being deleted: a deleted job stays until its workers have ended."""
-    return is_released(job) and not is_finished(job) and "deletionTimestamp" not in job["metadata"]
+    return is_released(job) and is_active(job)
 
 
 def why_no_workers(job: Object, workers: Sequence[Object], objects: ReleaseObjects) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, ServerAway
-from genvalues.cluster.objects import INSTANCE, component_of, created, is_over, name_of
+from genvalues.cluster.failures import STAGE_FAILED
+from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
 from genvalues.cluster.podlog import text_of_line
 from genvalues.common.dicts import get
 from genvalues.common.errors import EXIT_USER_ERROR, Unavailable, UserError
@@ -28,7 +29,6 @@ FIRST_ANSWER_SECONDS = 10.0  # a user waits for it
 TAIL_LINES = 40
 LONGEST_NAME = 53  # of a release; Helm's limit
 RECORD_SECONDS = 30.0  # maximum age of Helm's record if no Job has been created, ended or deleted since
-STAGE_FAILED = 1
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class ReleaseWatcher:
     @property
     def selector(self) -> str:
         """The labels of the release's objects, and of those that its runner installs."""
-        return f"{INSTANCE} in ({self.release},{self.release}-run)"
+        return f"{INSTANCE} in ({self.release},{inner_release_of(self.release)})"
 
     def status(self) -> ReleaseStatus:
         """The status now. Raises UserError for no such release or a missing right, Unavailable for no API server."""
@@ -275,7 +275,7 @@ class ReleaseWatcher:
         is_old = time.monotonic() - self._records_at > RECORD_SECONDS
         if self._records is None or state != self._records_of or is_old:
             record = require_record(self.release, self.server.namespace, self.context)
-            inner_name = f"{self.release}-run"
+            inner_name = inner_release_of(self.release)
             inner = find_record(inner_name, self.server.namespace, self.context) if record.runner else None
             self._records, self._records_of, self._records_at = (record, inner), state, time.monotonic()
         return self._records

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from genvalues.cluster.objects import inner_release_of
 from genvalues.common.dicts import get
 from genvalues.common.reports import aligned
 from genvalues.common.text import duration, number_of
@@ -17,7 +18,7 @@ from genvalues.ops.status import ReleaseStatus
 def status_lines(status: ReleaseStatus) -> list[str]:
     """The release, its stages as a table, and what is held, missing or failed."""
     now = datetime.now(timezone.utc)
-    inner = f", runs its stages as {status.release}-run" if status.mode == "detached" else ""
+    inner = f", runs its stages as {inner_release_of(status.release)}" if status.mode == "detached" else ""
     head = f"{status.release} in {status.namespace}: {status.outcome}"
     head += f" (revision {status.revision}, Helm: {status.helm}, {status.mode}{inner})"
     rows = [("stage", "state", "started (UTC)", "")]
@@ -27,7 +28,7 @@ def status_lines(status: ReleaseStatus) -> list[str]:
         rows.append((stage.name, describe_state(stage, now), started, ", ".join(details(without_reason))))
     lines = [head, "", *aligned(rows), ""]
     if status.mode == "detached" and not status.stages:
-        lines.append(f"The stages are known as soon as the runner has installed {status.release}-run.")
+        lines.append(f"The stages are known as soon as the runner has installed {inner_release_of(status.release)}.")
     return lines + closing_lines(status)
 
 

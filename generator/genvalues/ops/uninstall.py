@@ -11,6 +11,7 @@ from typing import Any
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
+from genvalues.cluster.objects import family_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.helm import STDERR, place_arguments, run_helm, user_values
@@ -90,7 +91,7 @@ def uninstall(watcher: ReleaseWatcher, confirm: Callable[[str], bool]) -> Uninst
 
 def refuse_inner_release(record: HelmRecord, context: str | None) -> None:
     """Refuse RELEASE-run of a detached release: its runner would install it again."""
-    outer = record.release.removesuffix("-run")
+    outer = family_of(record.release)
     owner = find_record(outer, record.namespace, context) if outer != record.release else None
     if owner is not None and owner.runner:
         raise UserError(

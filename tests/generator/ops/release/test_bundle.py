@@ -21,7 +21,10 @@ from generator.ops.release.run import Outer, Run
 from generator.ops.release.test_status import genvalues
 from genvalues import __version__
 from genvalues.common.errors import UserError
-from genvalues.ops import bundle, local
+from genvalues.inputs.input_options import Sources
+from genvalues.ops import bundle
+from genvalues.ops.local import local_values
+from genvalues.ops.local.run import rendered_objects
 from genvalues.ops.redact import redact_object, redact_text
 
 # Must not appear in a bundle. Not real ones, and assembled, so that no secret scanner finds them here.
@@ -367,22 +370,22 @@ def about(**changes: Any) -> str:
 
 def test_values_of_a_bundle_are_replayed_with_the_name_of_the_release(run: Run) -> None:
     pack()
-    values = local.of_bundle(Path("b.tar.gz"), CHART)
+    values = local_values.values_of_bundle(Path("b.tar.gz"), CHART)
     assert values["name"] == "demo" and values["model"] == {"id": "org/model"}
 
 
 def test_another_chart_version_and_redacted_values_give_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     packed = archive({"bundle/about.json": about(chart="9.9.9"), "bundle/values.yaml": "note: (redacted)\n"})
-    local.of_bundle(packed, CHART)
+    local_values.values_of_bundle(packed, CHART)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("warning: b.tar.gz is of chart 9.9.9") and "redacted" in second
+    assert "b.tar.gz" in first and "9.9.9" in first and "redacted" in second
 
 
 def test_a_bundle_without_chart_version_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     packed = archive({"bundle/about.json": about(chart=None), "bundle/values.yaml": "a: 1\n"})
-    local.of_bundle(packed, CHART)
+    local_values.values_of_bundle(packed, CHART)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: b.tar.gz does not say of which chart it is; it is run with") and "None" not in line
+    assert "b.tar.gz does not name its chart version" in line and "None" not in line
 
 
 @pytest.mark.parametrize("of", [2, 0, "1", None, True, 1.0, [1]])
@@ -463,11 +466,11 @@ def test_values_for_trainium_need_a_flag_and_then_run_on_the_cpu_as_one_process(
     file = Path("values.yaml")
     if form == "bundle":
         file = archive({"bundle/about.json": about(), "bundle/values.yaml": NEURON})
-    monkeypatch.setattr(local, "NEURON_DEVICE", Path("nowhere"))
+    monkeypatch.setattr(local_values, "NEURON_DEVICE", Path("nowhere"))
     with pytest.raises(UserError) as error:
-        local.rendered(file, CHART)
-    assert str(error.value).endswith("Run its stages on the CPU, which takes a small model: --cpu")
-    objects = local.rendered(file, CHART, on_cpu=True)
+        rendered_objects(Sources((file,), chart=CHART), False)
+    assert str(error.value).endswith("--cpu")
+    objects = rendered_objects(Sources((file,), chart=CHART), True)
     train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
     assert train["spec"]["nprocPerNode"] == "1"
     config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
@@ -476,6 +479,6 @@ def test_values_for_trainium_need_a_flag_and_then_run_on_the_cpu_as_one_process(
 
 def test_values_for_trainium_run_unchanged_on_a_trainium_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Path("values.yaml").write_text(NEURON)
-    monkeypatch.setattr(local, "NEURON_DEVICE", tmp_path)
-    objects = local.rendered(Path("values.yaml"), CHART)
+    monkeypatch.setattr(local_values, "NEURON_DEVICE", tmp_path)
+    objects = rendered_objects(Sources((Path("values.yaml"),), chart=CHART), False)
     assert next(item for item in objects if item["kind"] == "PyTorchJob")["spec"]["nprocPerNode"] == "32"

@@ -146,7 +146,7 @@ def test_the_shell_completes_stages_without_a_cluster() -> None:
 
 
 def test_completion_offers_the_charts_stages_in_their_order() -> None:
-    values = local.read_values(ROOT / "values" / "trn1.values.yaml")
+    values = read_values(ROOT / "values" / "trn1.values.yaml")
     values["compile"]["runsOn"] = "cpu"  # adds a stage
     values |= {"storage": {**values.get("storage", {}), "prepare": {"enabled": True}}, "evaluation": {"enabled": True}}
     objects = [
