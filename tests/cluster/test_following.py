@@ -112,7 +112,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert watched.status == 0, watched.output
     lines = watched.output.splitlines()
     assert [line for line in lines if line.startswith("merge: done in ")] and lines[-2].startswith("llama: done")
-    assert re.fullmatch(r"the merged model: runs/llama/merged on the volume of claim \S+", lines[-1])
+    assert re.fullmatch(r"merged model: runs/llama/merged on the volume of claim \S+", lines[-1])
 
     shown = genvalues("status", "llama")
     assert shown.status == 0 and re.search(r"^train +done in ", shown.output, re.MULTILINE), shown.output
@@ -194,7 +194,7 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     assert "claim work: Bound" in following.output, "what preflight has found"
     following.kill(signal.SIGINT)
     again = f"genvalues status llama --watch --namespace {space.name}"
-    assert following.process.returncode == 130 and following.output.rstrip().endswith(f"Follow it again: {again}")
+    assert following.process.returncode == 130 and following.output.rstrip().endswith(again)
 
     watching = with_helm_4.start("status", "llama", "--watch")
     space.volume.run("touch continue")
@@ -208,7 +208,7 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
 
 def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, genvalues: Genvalues) -> None:
     ended = genvalues("status", "llama")
-    assert ended.status == 2 and "There is none here" in ended.output
+    assert ended.status == 2 and "It has no releases" in ended.output
     assert len(ended.output.splitlines()) == 1
 
 

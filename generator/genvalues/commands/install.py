@@ -8,13 +8,13 @@ from genvalues.commands.options import context_option, inputs, json_option, name
 from genvalues.inputs.input_options import Sources
 
 
-@click.command(short_help="Check everything, run the pipeline on a cluster, follow it.")
+@click.command(short_help="Run preflight checks, run the pipeline on a cluster, follow it.")
 @inputs
-@click.option("--release", metavar="NAME", help="The release's name; the inputs' name when left out.")
+@click.option("--release", metavar="NAME", help="Name of the release. Default: the name in the inputs.")
 @namespace_option
 @context_option
-@click.option("--no-follow", is_flag=True, help="End when Helm does: in mode detached, in seconds.")
-@click.option("--skip-preflight", is_flag=True, help="Don't ask AWS, the Hub and the cluster first.")
+@click.option("--no-follow", is_flag=True, help="Exit when Helm does; in mode detached after seconds.")
+@click.option("--skip-preflight", is_flag=True, help="Skip the checks of AWS, the Hub and the cluster.")
 @json_option
 def install(
     sources: Sources,
@@ -25,17 +25,21 @@ def install(
     skip_preflight: bool,
     as_json: bool,
 ) -> None:
-    """Check an inputs file, ask the world (preflight), and run the pipeline on a cluster: helm upgrade --install.
+    """Check an inputs file, run the preflight checks, and run the pipeline on a cluster (helm upgrade --install).
 
-    Then follows the stages to the end: status 0 when all are done, 1 when one has failed, 2 when something must be
-    changed. Ctrl-C stops the following, not the training. A release that a killed Helm client has left pending is taken
-    over; what still trains is followed.
+    Then follow the stages until the pipeline ends. Exit status: 0 when all stages are done, 1 when one has failed, 2
+    when you must change something. Ctrl-C stops following, not the training. If a killed Helm client has left the
+    release pending, install takes it over; training that still runs is followed, not restarted.
 
     \b
     Example:
         genvalues install finetune.yaml --namespace kubeflow
     """
-    from genvalues.ops.install import Where, install
+    from genvalues.common.reports import print_json
+    from genvalues.ops.install import ReleaseTarget, install
 
-    where = Where(release, namespace, context)
-    sys.exit(install(sources, where, follow=not no_follow, preflight=not skip_preflight, as_json=as_json))
+    target = ReleaseTarget(release, namespace, context)
+    report = install(sources, target, follow=not no_follow, preflight=not skip_preflight, as_json=as_json)
+    if as_json:
+        print_json(report.document)
+    sys.exit(report.exit_status)

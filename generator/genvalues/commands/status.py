@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -8,40 +7,38 @@ import click
 from genvalues.commands.options import context_option, json_option, namespace_option
 
 
-@click.command(short_help="Show where a release stands: stages, progress, cost.")
+@click.command(short_help="Show the status of a release: stages, progress, cost.")
 @click.argument("name")
 @namespace_option
 @context_option
-@click.option("--watch", is_flag=True, help="Follow to the end, and end as install does.")
+@click.option("--watch", is_flag=True, help="Follow until the pipeline ends; exit status as of install.")
 @json_option
 def status(name: str, namespace: str | None, context: str | None, watch: bool, as_json: bool) -> None:
-    """Where the release NAME stands: its stages, their progress and cost, and why one has failed.
+    """Show the status of the release NAME: its stages, their progress and cost, and why one has failed.
 
-    Status 0 when it could be shown, whatever it shows; with --watch 0 when the pipeline is done, 1 when a stage has
-    failed, 2 when something must be changed.
+    Exit status: 0 when the status could be shown, whatever it is. With --watch: 0 when the pipeline is done, 1 when a
+    stage has failed, 2 when you must change something.
 
     \b
     Example:
         genvalues status llama-lora --namespace kubeflow --watch
     """
-    from genvalues.ops import follow
-    from genvalues.ops.status import as_json as document_of
-    from genvalues.ops.status import print_status, watcher
+    from genvalues.common.reports import print_json
+    from genvalues.ops.follow import ReleaseFollower
+    from genvalues.ops.status import watch_release
+    from genvalues.ops.status_text import final_lines, status_lines
 
-    def say(line: str) -> None:
-        click.echo(line, err=as_json)
-
-    looking = watcher(name, namespace, context)
+    watcher = watch_release(name, namespace, context)
+    follower = ReleaseFollower(watcher)
     try:
-        found = follow.Follower(looking, say).to_the_end() if watch else looking.look()
+        for line in follower.follow() if watch else ():
+            click.echo(line, err=as_json)
+        found = follower.status or watcher.status()
     except KeyboardInterrupt:
-        click.echo(f"Stopped following. The cluster goes on with {name}.", err=True)
+        click.echo(f"Stopped following. {name} continues in the cluster.", err=True)
         sys.exit(130)
     if as_json:
-        click.echo(json.dumps(document_of(found), indent=2, ensure_ascii=False))
-    elif watch:
-        for line in follow.closing(found):
-            say(line)
+        print_json(found.document())
     else:
-        print_status(found)
+        click.echo("\n".join(final_lines(found) if watch else status_lines(found)))
     sys.exit(found.exit_status if watch else 0)

@@ -1,12 +1,13 @@
-"""What a check of the world found: the one form of it, for the chart's preflight stage and for genvalues preflight."""
+"""The result of a preflight check, for the chart's preflight stage and for genvalues preflight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from genvalues.common.errors import EXIT_USER_ERROR
+from genvalues.common.reports import document_of
 
 Level = Literal["ok", "warning", "error", "not checked"]
 
@@ -19,19 +20,19 @@ class Finding:
     subject: str
     found: str
     fix: str = ""  # a command
-    unanswered: bool = False  # who was asked was away: worth another try
+    unanswered: bool = False  # the service that was asked did not answer; a retry may help
 
     def __str__(self) -> str:
         line = f"{self.level:<11}  {self.subject}: {self.found}"
         return f"{line}\n{'':<11}  fix: {self.fix}" if self.fix else line
 
     def as_json(self) -> dict[str, Any]:
-        """Every key always, so that a reader needs no defaults."""
-        return asdict(self)
+        document: dict[str, Any] = document_of(self)
+        return document
 
 
 def show(findings: Sequence[Finding], say: Callable[[str], None] = print) -> None:
-    """Each finding with its fix below it, and last how many of them stop the release."""
+    """Pass each finding, with its fix, to ``say``, and then the number of errors."""
     for finding in findings:
         say(str(finding))
     if errors := sum(finding.level == "error" for finding in findings):
@@ -39,7 +40,7 @@ def show(findings: Sequence[Finding], say: Callable[[str], None] = print) -> Non
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """2: an error is among them, which the user must mend; 1: none, but somebody gave no answer; else 0."""
+    """2 if the user must fix an error, 1 if there is no error but a service did not answer, else 0."""
     if any(finding.level == "error" for finding in findings):
         return EXIT_USER_ERROR
     return EXIT_UNANSWERED if any(finding.unanswered for finding in findings) else 0

@@ -1,4 +1,4 @@
-"""Helm: found, asked for a rendering (by pyhelm3), or run."""
+"""Helm: find it, ask it about releases and renderings (through pyhelm3), run it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ Answer = TypeVar("Answer")
 GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/docs/intro/install/"
 
 
-STDERR = 2  # the file descriptor, for Helm's words where stdout is for a document
+STDERR = 2  # file descriptor, for Helm's output when stdout is for a document
 
 
 class NoSuchRelease(UserError):
-    """Names those ``there`` are."""
+    """The release does not exist. ``existing``: the names of those that do."""
 
-    def __init__(self, release: str, namespace: str, there: Sequence[str]) -> None:
-        names = ", ".join(sorted(there))
-        fix = f"There: {names}." if names else "There is none here: look in another with --namespace."
-        super().__init__(f'no release "{one_line(release)}"', where=f"namespace {namespace}", fix=fix)
+    def __init__(self, release: str, namespace: str, existing: Sequence[str]) -> None:
+        fix = (
+            f"Releases: {', '.join(sorted(existing))}." if existing else "It has no releases; try another --namespace."
+        )
+        super().__init__(f'release "{one_line(release)}" not found', where=f"namespace {namespace}", fix=fix)
 
 
 def find_helm() -> str:
-    """The helm beside this Python (where `make setup` puts it), else the one on PATH."""
+    """The helm in this Python's folder, where `make setup` installs it, else the one on PATH."""
     beside = Path(sys.executable).with_name("helm")
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("helm")
     if not found:
-        raise UserError("helm is not to be found", fix=GET_HELM)
+        raise UserError("helm not found", fix=GET_HELM)
     return found
 
 
@@ -49,16 +50,17 @@ def run_helm(
     interval: float = 2.0,
     output: int | None = None,
 ) -> int:
-    """Helm, with our own output (or its stdout to the file ``output``); stopped when we are. ``meanwhile`` is called
-    every ``interval`` seconds as long as Helm runs.
+    """Run Helm and return its exit status. It is stopped when this process is.
 
-    Not pyhelm3: it holds the output back until the end, which is hours away, and stops only the shell around Helm.
+    ``output``: file descriptor for its stdout (default: our own). ``meanwhile`` is called every ``interval`` seconds
+    while Helm runs. Does not use pyhelm3, which holds the output back until Helm ends, hours later, and stops only the
+    shell around Helm. Raises UserError if helm is not found or cannot be started.
     """
     helm = find_helm()
     try:
         started = subprocess.Popen([helm, *arguments], stdout=output)
     except OSError as error:
-        raise UserError(f"{helm} does not run: {error.strerror}", fix=GET_HELM) from None
+        raise UserError(f"{helm} cannot be run: {error.strerror}", fix=GET_HELM) from None
     with started as process:
         try:
             while True:
@@ -70,33 +72,37 @@ def run_helm(
                     meanwhile()
         finally:
             if process.poll() is None:
-                process.terminate()  # Helm marks the release as failed and leaves the stage's Job running
+                process.terminate()  # Helm marks the release as failed and does not stop the stage's Job
                 process.wait()
     return process.returncode
 
 
+def place_arguments(namespace: str, context: str | None) -> list[str]:
+    return ["--namespace", namespace, *(["--kube-context", context] if context else [])]
+
+
 def client(context: str | None = None) -> Any:
-    """pyhelm3's, of the helm that find_helm finds."""
+    """The pyhelm3 client of the helm that ``find_helm`` finds."""
     return client_of(find_helm(), context)
 
 
 @functools.cache
 def client_of(helm: str, context: str | None) -> Any:
-    """Once, because it asks helm for its version."""
+    """Cached, because creating a client runs `helm version`."""
     import pyhelm3
 
-    logging.getLogger("pyhelm3").setLevel(logging.ERROR)  # the errors here say the same, once
+    logging.getLogger("pyhelm3").setLevel(logging.ERROR)  # what it logs is raised as an error, too
     try:
         return pyhelm3.Client(executable=helm, kubecontext=context)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:  # no SemVer version, or no version at all
-        raise UserError(f"{helm} does not say its version: {error}", fix=GET_HELM) from None
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:  # a version that is not SemVer, or none
+        raise UserError(f"cannot read the version of {helm}: {error}", fix=GET_HELM) from None
 
 
 def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None:
-    """Helm's answer about a cluster; None when there is no such release. ``what`` was asked, for the error's place.
+    """Return Helm's answer about a cluster; None if the release does not exist.
 
-    Raises Unavailable when the cluster cannot be reached, and UserError for what else Helm complains about, such as a
-    right that is missing.
+    ``what``: what is asked about, for error messages. Raises Unavailable if the cluster does not answer, and UserError
+    for other errors of Helm, such as a missing right.
     """
     import pyhelm3
 
@@ -111,16 +117,16 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         message = " ".join(line.strip() for line in lines if "WARNING" not in line).removeprefix("Error: ")
         if any(word in message.lower() for word in AWAY) and "does not exist" not in message:
-            raise Unavailable(f"{what}: {message}. Look: kubectl cluster-info") from None
+            raise Unavailable(f"{what}: {message}. Try: kubectl cluster-info") from None
         raise UserError(message, where=what) from None
 
 
-# What Helm says, in both versions, when the API server gives no answer.
+# Words in the errors of Helm 3 and 4 when the API server does not answer.
 AWAY = ("unreachable", "connection refused", "timed out", "timeout", "no such host", "connection reset", "eof")
 
 
 def revision(release: str, namespace: str, context: str | None) -> tuple[Any, list[Any], list[Any]] | None:
-    """pyhelm3's ReleaseRevision of the newest revision, its hooks and its rendered objects; None for no release."""
+    """pyhelm3's ReleaseRevision of the newest revision, its hooks and its rendered objects; None if not found."""
     of = client(context)
 
     async def ask() -> tuple[Any, list[Any], list[Any]]:
@@ -131,7 +137,7 @@ def revision(release: str, namespace: str, context: str | None) -> tuple[Any, li
 
 
 def user_values(release: str, namespace: str, context: str | None, *, computed: bool = False) -> dict[str, Any]:
-    """The values that the release was given, or with ``computed`` those on top of the chart's; {} for no release."""
+    """The values that the user set; with ``computed`` merged with the chart's defaults. {} if not found."""
     of = client(context)
 
     async def ask() -> dict[str, Any]:
@@ -142,7 +148,7 @@ def user_values(release: str, namespace: str, context: str | None, *, computed: 
 
 
 def releases(namespace: str, context: str | None) -> list[str]:
-    """The names of the releases in a namespace, whatever their state."""
+    """The names of the releases in a namespace, in any state."""
     of = client(context)
     every = ("deployed", "failed", "pending", "uninstalling")
 
@@ -154,7 +160,7 @@ def releases(namespace: str, context: str | None) -> list[str]:
 
 
 def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "default") -> list[dict[str, Any]]:
-    """The chart's objects for these values, hooks included. Needs no cluster."""
+    """Render the chart's objects, hooks included. Needs no cluster. Raises UserError if Helm or pyhelm3 refuses."""
     import pyhelm3
 
     of = client()
@@ -170,5 +176,5 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     except pyhelm3.Error as error:
         message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
-    except ValueError as error:  # a Chart.yaml that Helm takes and pyhelm3 does not, or values that hold themselves
+    except ValueError as error:  # a Chart.yaml that only pyhelm3 refuses, or recursive values
         raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart)) from None

@@ -1,7 +1,7 @@
-"""What a stage's manifest (runs/NAME/stages/STAGE.json) says, as one line of a log.
+"""A stage's manifest (runs/NAME/stages/STAGE.json) as one line of a log.
 
-The manifest lies on the volume, which nobody outside the cluster reads; logs they do. So each stage, and the gate of
-one whose pods go with their nodes, ends its log with this line, and `genvalues bundle` takes it out of the log again.
+The manifest is on the volume, which cannot be read outside the cluster; logs can. So each stage, and each gate, whose
+stage's pods may be deleted with their nodes, ends its log with this line, and `genvalues bundle` reads it from the log.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The kubelet splits a log's line at 16 KiB (containerd, CRI-O), and people scroll past it.
+# The kubelet splits log lines at 16 KiB (containerd, CRI-O), and people read past it.
 LINE_LENGTH = 6000
-FACT_LENGTH = 1000  # a fact's JSON; an evaluation's may be long
-OUTPUTS = 20  # that are named; of the rest the number and the bytes are told
+FACT_LENGTH = 1000  # of a fact's JSON; those of an evaluation may be long
+OUTPUTS = 20  # that are named; the number and bytes include the others
 SKIPPED = "nothing changed, skipped"  # what a stage, or its gate, logs when its outputs are up to date
 LINE = re.compile(r"^(?:\S+ )?(?P<stage>[a-z][a-z-]{0,40}): manifest (?P<json>\{.*\})\s*$", re.MULTILINE)
 
 
 def line_of(file: Path) -> str:
-    """The line that tells of the manifest; nothing where there is none. Never raises: it is for the record alone."""
+    """The line for the manifest; empty if it cannot be read. Never raises, because the line is for information only."""
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         return f"{manifest['stage']}: manifest {compact(manifest)}"
@@ -30,7 +30,7 @@ def line_of(file: Path) -> str:
 
 
 def compact(manifest: Mapping[str, Any]) -> str:
-    """Its JSON, of at most LINE_LENGTH: without the outputs' digests, and without what is long."""
+    """The manifest as JSON of at most LINE_LENGTH: without the outputs' digests and without long facts."""
     outputs = {name: output["bytes"] for name, output in manifest["outputs"].items()}
     whole = {
         **{key: manifest[key] for key in ("stage", "fingerprint", "started", "finished", "versions")},
@@ -39,16 +39,16 @@ def compact(manifest: Mapping[str, Any]) -> str:
         "bytes": sum(outputs.values()),
         "outputs": dict(list(outputs.items())[:OUTPUTS]),
     }
-    for left_out in ((), ("outputs",), ("outputs", "facts"), ("outputs", "facts", "versions")):
-        text = as_json({key: value for key, value in whole.items() if key not in left_out})
+    for omitted in ((), ("outputs",), ("outputs", "facts"), ("outputs", "facts", "versions")):
+        text = as_json({key: value for key, value in whole.items() if key not in omitted})
         if len(text) <= LINE_LENGTH:
             return text
-    raise ValueError("a manifest whose names and times are long is none")
+    raise ValueError("not a manifest: its names and times are too long")
 
 
 def bounded(fact: Any) -> Any:
     length = len(as_json(fact))
-    return fact if length <= FACT_LENGTH else f"(left out: {length} characters)"
+    return fact if length <= FACT_LENGTH else f"(omitted: {length} characters)"
 
 
 def as_json(value: Any) -> str:
@@ -56,12 +56,12 @@ def as_json(value: Any) -> str:
 
 
 def manifests_in(log: str) -> dict[str, dict[str, Any]]:
-    """By stage: what a log tells of manifests, of each stage the last. With or without times in front of its lines."""
+    """The manifests in a log by stage, the last one of each. Lines may start with a time stamp."""
     found = {}
     for line in LINE.finditer(log):
         try:
             manifest = json.loads(line["json"])
-        except (ValueError, RecursionError):  # cut, or a line of another kind
+        except (ValueError, RecursionError):  # truncated, or another kind of line
             continue
         if manifest.get("stage") == line["stage"]:
             found[line["stage"]] = manifest

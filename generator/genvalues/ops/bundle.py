@@ -1,27 +1,29 @@
 """One archive for a bug report: values, objects, events, logs and the stages' manifests of a release, redacted.
 
-Names in it are always the same, so that it can be read by a program; ``genvalues local`` runs its values again.
-What could not be read is said in it (not-read.txt), never fatal: half a report is better than none.
+File names in it never change, so that programs can read it; ``genvalues local`` runs its values again. What could not
+be read is listed in not-read.txt and is never an error: half a report is better than none.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
+import logging
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, cast
+from typing import Any
 
 from genvalues import __version__
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
-from genvalues.cluster.objects import INSTANCE, container_statuses, last_seen, name_of
+from genvalues.cluster.objects import container_statuses, inner_release_of, last_seen, name_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
 from genvalues.common.files import place_of, write_named
@@ -29,30 +31,54 @@ from genvalues.common.helm import client, user_values
 from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
 from genvalues.inputs.yaml_text import dump
-from genvalues.ops.records import Object, Record, find_record
+from genvalues.ops.records import HelmRecord, Object, find_record
 from genvalues.ops.redact import redact_object, redact_text
-from genvalues.ops.status import Watcher, as_json, cluster_config
+from genvalues.ops.status import ReleaseWatcher
 
+log = logging.getLogger(__name__)
+
+REVIEW = (
+    "It contains the names of your model, dataset and buckets, and its logs may quote rows of the dataset: review it "
+    "before you send it."
+)
 ROOT = "bundle"
-ABOUT, VALUES = f"{ROOT}/about.json", f"{ROOT}/values.yaml"  # first in the archive: a replay reads no further
-FORMAT = 1  # of the archive: another number where a reader of this one would misread it
+ABOUT, VALUES = f"{ROOT}/about.json", f"{ROOT}/values.yaml"  # first in the archive, so that a replay reads no further
+FORMAT = 1  # of the archive; increase it when this version's readers would misread the new one
 CONFIG_MAPS = ApiKind("api/v1", "configmaps")
 DEPLOYMENTS = ApiKind("apis/apps/v1", "deployments")
 OPERATOR = "training-operator"  # the Deployment of Kubeflow's training operator v1, in namespace kubeflow
-LOG_BYTES = 4 << 20  # of each container: the end
+NODE_LABELS = ("node.kubernetes.io/", "topology.kubernetes.io/", "sagemaker.amazonaws.com/", "karpenter.sh/")
+LOG_BYTES = 4 << 20  # kept of each container's log: the end
 LOG_LINES = 50_000
-MOMENT = 0  # every file's time in the archive: the same state, the same bytes
-READ_AT_MOST = 16 << 20  # of an archive that somebody sent
-OPENED_AT_MOST = 8
+MODIFIED = 0  # the time of every file in the archive: the same state gives the same bytes
+READ_AT_MOST = 16 << 20  # unpacked bytes: a small archive may unpack to more than fits in memory
+OPENED_AT_MOST = 8  # files read from an archive
 
 
-class Bundle:
-    """Files by their names in the archive, redacted as they come."""
+def bundle(watcher: ReleaseWatcher, output: Path) -> dict[str, Any]:
+    """Write the archive and return what --json prints.
+
+    Raises UserError if the release does not exist or the archive cannot be written.
+    """
+    with write_errors_as_user_errors(f"-o {output}"):
+        place_of(output)  # first, because collecting may take minutes
+    archive = collect(watcher, watcher.record())
+    content = archive.packed()
+    with write_errors_as_user_errors(f"-o {output}"):
+        write_named(output, content, mode=0o600)
+    for line in archive.not_read:
+        log.warning("not read: %s", line)
+    size = f"{len(content) / 1e6:.1f} MB, {len(archive.files)} files"
+    log.info("Wrote %s (%s), without tokens, passwords and account numbers. %s", output, size, REVIEW)
+    return {"file": str(output), "bytes": len(content), "files": sorted(archive.files), "notRead": archive.not_read}
+
+
+class Archive:
+    """Files by name, redacted as they are added."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.not_read: list[str] = []
-        self.manifests: dict[str, dict[str, Any]] = {}  # by stage, as the logs tell it
 
     def text(self, name: str, text: str) -> None:
         self.files[f"{ROOT}/{name}"] = redact_text(text).encode(errors="replace")
@@ -65,137 +91,102 @@ class Bundle:
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """What cannot be read is noted, and the rest goes on."""
+        """Record what cannot be read, and go on."""
         try:
             yield
         except (ApiError, UserError, Unavailable, *kinds.TRANSPORT_ERRORS) as problem:
             self.not_read.append(redact_text(f"{what}: {' '.join(str(problem).split())}"))
 
     def packed(self) -> bytes:
-        """As a .tar.gz: about.json and values.yaml first, then by name; without times and users of this computer."""
+        """The files as a .tar.gz, about.json and values.yaml first, without times and users of this computer."""
         self.text("not-read.txt", "".join(f"{line}\n" for line in self.not_read))
-        first = [name for name in (ABOUT, VALUES) if name in self.files]
-        names = [*first, *sorted(set(self.files) - set(first))]
-        archive = io.BytesIO()
+        packed = io.BytesIO()
         with (
-            gzip.GzipFile(fileobj=archive, mode="wb", mtime=MOMENT) as compressed,
+            gzip.GzipFile(fileobj=packed, mode="wb", mtime=MODIFIED) as compressed,
             tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as tar,
         ):
-            for name in names:
+            for name in sorted(self.files, key=lambda name: (name not in (ABOUT, VALUES), name)):
                 info = tarfile.TarInfo(name)
-                info.size, info.mtime, info.mode = len(self.files[name]), MOMENT, 0o600
+                info.size, info.mtime, info.mode = len(self.files[name]), MODIFIED, 0o600
                 tar.addfile(info, io.BytesIO(self.files[name]))
-        return archive.getvalue()
+        return packed.getvalue()
 
 
-def bundle(watcher: Watcher, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write the archive; what --json prints. Raises UserError for no such release or a place that cannot be written."""
-    with write_errors_as_user_errors(f"-o {output}"):
-        place_of(output)  # before anything is asked: collecting may take minutes
-    record = watcher.need_record()
-    made = collected(watcher, record)
-    content = made.packed()
-    with write_errors_as_user_errors(f"-o {output}"):
-        write_named(output, content, mode=0o600)
-    for line in made.not_read:
-        say(f"not read: {line}")
-    say(
-        f"Wrote {output} ({len(content) / 1e6:.1f} MB, {len(made.files)} files), without tokens and account numbers. "
-        "It names your model, dataset and buckets, and its logs may quote rows: look before you send it."
-    )
-    return {"file": str(output), "bytes": len(content), "files": sorted(made.files), "notRead": made.not_read}
-
-
-def collected(watcher: Watcher, record: Record) -> Bundle:
-    made, server = Bundle(), watcher.server
-    with made.reading("values"):
-        made.yaml("values.yaml", user_values(record.release, record.namespace, watcher.context))
-    with made.reading("values with the chart's defaults"):
-        made.yaml("values-all.yaml", user_values(record.release, record.namespace, watcher.context, computed=True))
-    add_record(made, record, "release")
+def collect(watcher: ReleaseWatcher, record: HelmRecord) -> Archive:
+    archive = Archive()
+    add_values(archive, watcher)
+    add_record(archive, record, "release")
     if record.runner:
-        with made.reading(f"release {record.release}-run"):
-            if inner := find_record(f"{record.release}-run", record.namespace, watcher.context):
-                add_record(made, inner, "release-run")
-    with made.reading("status"):
-        made.json("status.json", as_json(watcher.look()))
-    labels = f"{INSTANCE} in ({record.release},{record.release}-run)"
-    for kind in (kinds.JOBS, kinds.PYTORCH_JOBS, CONFIG_MAPS):
-        with made.reading(str(kind)):
-            made.yaml(f"objects/{kind.plural}.yaml", sorted(server.list(kind, labels=labels), key=name_of))
-    pods: list[Object] = []
-    with made.reading("pods"):
-        pods = sorted(server.list(kinds.PODS, labels=labels), key=name_of)
-        made.yaml("objects/pods.yaml", pods)
-    claim = get(cluster_config(record), "claim.name", str) or f"{record.release}-workspace"
-    with made.reading(str(kinds.CLAIMS)):
-        found = server.get(kinds.CLAIMS, claim)
-        made.yaml("objects/persistentvolumeclaims.yaml", [found] if found else [])
-    with made.reading(str(kinds.EVENTS)):  # of ours: others' are in the namespace, too
-        events = [one for one in server.list(kinds.EVENTS) if is_about(one, record, claim)]
-        made.yaml("objects/events.yaml", sorted(events, key=lambda one: (last_seen(one), name_of(one))))
-    with made.reading("nodes"):
-        made.yaml("objects/nodes.yaml", [node_summary(node) for node in sorted(server.list(kinds.NODES), key=name_of)])
-    for pod in pods:
-        add_logs(made, server, pod)
-    for stage, manifest in made.manifests.items():
-        made.json(f"stages/{stage}.json", manifest)
-    made.json("about.json", about(made, watcher, record))
-    return made
+        inner_name = inner_release_of(record.release)
+        with archive.reading(f"release {inner_name}"):
+            if inner := find_record(inner_name, record.namespace, watcher.context):
+                add_record(archive, inner, "release-run")
+    with archive.reading("status"):
+        archive.json("status.json", watcher.status().document())
+    pods = add_objects(archive, watcher, record)
+    add_logs(archive, watcher.server, pods)
+    archive.json("about.json", about(archive, watcher, record))
+    return archive
 
 
-def is_about(event: Object, record: Record, claim: str) -> bool:
-    """Whether an event's object is the release's, by its name: that of an object that is gone says no more."""
-    fullname = get(cluster_config(record), "fullname", str) or record.release
-    about = str((event.get("involvedObject") or {}).get("name", ""))
-    return about == claim or about.startswith((f"{record.release}-", f"{fullname}-")) or about == record.release
+def add_values(archive: Archive, watcher: ReleaseWatcher) -> None:
+    release, namespace, context = watcher.release, watcher.server.namespace, watcher.context
+    with archive.reading("values"):
+        archive.yaml("values.yaml", user_values(release, namespace, context))
+    with archive.reading("values with the chart's defaults"):
+        archive.yaml("values-all.yaml", user_values(release, namespace, context, computed=True))
 
 
-def add_record(made: Bundle, record: Record, folder: str) -> None:
-    made.yaml(f"{folder}/manifest.yaml", [item for item in record.resources if item["kind"] != "Secret"])
-    made.yaml(f"{folder}/hooks.yaml", [{"phase": hook.phase, "manifest": hook.manifest} for hook in record.hooks])
+def add_record(archive: Archive, record: HelmRecord, folder: str) -> None:
+    archive.yaml(f"{folder}/manifest.yaml", [item for item in record.resources if item["kind"] != "Secret"])
+    archive.yaml(f"{folder}/hooks.yaml", [{"phase": hook.phase, "manifest": hook.manifest} for hook in record.hooks])
     for file in ("run.yaml", "cluster.yaml", "values.yaml"):
-        if text := record.config(file):
-            made.text(f"{folder}/config/{file}", text)
+        if config := record.config(file):
+            archive.yaml(f"{folder}/config/{file}", config)
 
 
-def about(made: Bundle, watcher: Watcher, record: Record) -> dict[str, Any]:
-    """Versions, and which release it was. Last, because all of these are asked for."""
-    found: dict[str, Any] = {
-        "format": FORMAT,
-        "genvalues": __version__,
-        "release": record.release,
-        "namespace": record.namespace,
-        "revision": record.revision,
-        "helmStatus": record.status,
-        "mode": record.mode,
-        "chart": (cluster_config(record).get("chart") or {}).get("version"),
+def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -> list[Object]:
+    """Add the objects of the release and the nodes; return the pods."""
+    server = watcher.server
+
+    def listed(kind: ApiKind) -> list[Object]:
+        return sorted(server.list(kind, labels=watcher.selector), key=name_of)
+
+    def events() -> list[Object]:
+        ours = [one for one in server.list(kinds.EVENTS) if is_about(one, record)]
+        return sorted(ours, key=lambda one: (last_seen(one), name_of(one)))
+
+    sources: dict[str, Callable[[], list[Object]]] = {
+        "jobs": lambda: listed(kinds.JOBS),
+        "pytorchjobs": lambda: listed(kinds.PYTORCH_JOBS),
+        "configmaps": lambda: listed(CONFIG_MAPS),
+        "pods": lambda: listed(kinds.PODS),
+        "persistentvolumeclaims": lambda: [found] if (found := server.get(kinds.CLAIMS, record.claim)) else [],
+        "events": events,
+        "nodes": lambda: [node_summary(node) for node in sorted(server.list(kinds.NODES), key=name_of)],
     }
-    with made.reading("Helm's version"):
-        found["helm"] = str(client(watcher.context).version)
-    with made.reading("Kubernetes' version"):
-        found["kubernetes"] = (watcher.server.discover("version") or {}).get("gitVersion")
-    with made.reading("the training operator's image"):
-        found["trainingOperator"] = operator_image(watcher.context)
-    return found
+    read: dict[str, list[Object]] = {}
+    for name, source in sources.items():
+        with archive.reading(name):
+            read[name] = source()
+            archive.yaml(f"objects/{name}.yaml", read[name])
+    return read.get("pods", [])
 
 
-def operator_image(context: str | None) -> str | None:
-    """In the namespace where Kubeflow's manifests put it; None where it is not to be seen there."""
-    server = kinds.connect("kubeflow", context=context, patience=5.0)
-    deployments = [item for item in server.list(DEPLOYMENTS) if OPERATOR in name_of(item)]
-    images = [one["image"] for item in deployments for one in item["spec"]["template"]["spec"]["containers"]]
-    return images[0] if images else None
+def is_about(event: Object, record: HelmRecord) -> bool:
+    """Whether the event's object belongs to the release, by its name: the object itself may not exist any more."""
+    fullname = get(record.cluster_config, "fullname", str) or record.release
+    about = str((event.get("involvedObject") or {}).get("name", ""))
+    return about in (record.claim, record.release) or about.startswith((f"{record.release}-", f"{fullname}-"))
 
 
 def node_summary(node: Object) -> dict[str, Any]:
-    """What matters of a node: its type, what it has, what keeps pods away; not its addresses."""
+    """A node's type, what it offers and what keeps pods away; not its addresses."""
     labels = node["metadata"].get("labels") or {}
     status = node.get("status", {})
-    wanted = ("node.kubernetes.io/", "topology.kubernetes.io/", "sagemaker.amazonaws.com/", "karpenter.sh/")
     return {
         "name": name_of(node),
-        "labels": {key: value for key, value in labels.items() if key.startswith(wanted)},
+        "labels": {key: value for key, value in labels.items() if key.startswith(NODE_LABELS)},
         "taints": node.get("spec", {}).get("taints") or [],
         "unschedulable": bool(node.get("spec", {}).get("unschedulable")),
         "allocatable": status.get("allocatable"),
@@ -204,25 +195,30 @@ def node_summary(node: Object) -> dict[str, Any]:
     }
 
 
-def add_logs(made: Bundle, server: Api, pod: Object) -> None:
-    """Every container's, and what it wrote before its last restart."""
-    for container in container_statuses(pod):
-        state, before = container.get("state") or {}, container.get("lastState") or {}
-        if not ({"running", "terminated"} & set(state) or before):
-            continue  # nothing in it yet
-        name = f"logs/{name_of(pod)}/{container['name']}"
-        with made.reading(f"log of {name_of(pod)}"):
-            log = log_end(server, name_of(pod), container["name"], previous=False)
-            made.text(f"{name}.log", log)
-            for stage, manifest in manifests_in(log).items():
-                made.manifests[stage] = newer(made.manifests.get(stage), manifest)
-        if container.get("restartCount") or before:
-            with made.reading(f"log of {name_of(pod)} before its restart"):
-                made.text(f"{name}.previous.log", log_end(server, name_of(pod), container["name"], previous=True))
+def add_logs(archive: Archive, server: Api, pods: Sequence[Object]) -> None:
+    """Add every container's log, that of before its last restart, and the manifests in them by stage."""
+    manifests: dict[str, dict[str, Any]] = {}
+    for pod in pods:
+        for container in container_statuses(pod):
+            state, before = container.get("state") or {}, container.get("lastState") or {}
+            if not ({"running", "terminated"} & set(state) or before):
+                continue  # no log yet
+            name = f"logs/{name_of(pod)}/{container['name']}"
+            with archive.reading(f"log of {name_of(pod)}"):
+                text = log_end(server, name_of(pod), container["name"], previous=False)
+                archive.text(f"{name}.log", text)
+                for stage, manifest in manifests_in(text).items():
+                    manifests[stage] = newer(manifests.get(stage), manifest)
+            if container.get("restartCount") or before:
+                with archive.reading(f"log of {name_of(pod)} before its restart"):
+                    text = log_end(server, name_of(pod), container["name"], previous=True)
+                    archive.text(f"{name}.previous.log", text)
+    for stage, manifest in manifests.items():
+        archive.json(f"stages/{stage}.json", manifest)
 
 
 def newer(known: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
-    """A stage's pods tell of its manifest, and so does its gate; an earlier revision's may be there, too."""
+    """The manifest that was finished last: pods and gate both log it, and an earlier revision's may be there, too."""
     return found if known is None or str(found.get("finished")) >= str(known.get("finished")) else known
 
 
@@ -238,62 +234,65 @@ def log_end(server: Api, pod: str, container: str, *, previous: bool) -> str:
     return "".join(lines)
 
 
+def about(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -> dict[str, Any]:
+    """Versions, and which release it is."""
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "genvalues": __version__,
+        "release": record.release,
+        "namespace": record.namespace,
+        "revision": record.revision,
+        "helmStatus": record.status,
+        "mode": record.mode,
+        "chart": get(record.cluster_config, "chart.version", str),
+    }
+    with archive.reading("Helm's version"):
+        found["helm"] = str(client(watcher.context).version)
+    with archive.reading("Kubernetes' version"):
+        found["kubernetes"] = (watcher.server.discover("version") or {}).get("gitVersion")
+    with archive.reading("the training operator's image"):
+        found["trainingOperator"] = operator_image(watcher.context)
+    return found
+
+
+def operator_image(context: str | None) -> str | None:
+    """The image of the operator in the namespace that Kubeflow's manifests use; None if it is not there."""
+    server = kinds.connect("kubeflow", context=context, patience=5.0)
+    deployments = [item for item in server.list(DEPLOYMENTS) if OPERATOR in name_of(item)]
+    images = [one["image"] for item in deployments for one in item["spec"]["template"]["spec"]["containers"]]
+    return images[0] if images else None
+
+
 # --- read again
 
 
-def is_bundle(path: Path) -> bool:
-    return path.name.endswith((".tar.gz", ".tgz"))
-
-
 def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
-    """What an archive says of itself, and the text of its values. Nothing is unpacked to the disk: of the first files
-    in it these two are read, and no more than READ_AT_MOST bytes of what it unpacks to."""
-    where, fix = str(path), "Give an archive that `genvalues bundle` has written."
+    """Return what an archive says about itself, and the text of its values.
+
+    Reads at most the first READ_AT_MOST bytes and OPENED_AT_MOST files, and writes nothing to the disk. Raises
+    UserError for a file that cannot be read, is not a bundle, or has another format.
+    """
+    where, fix = str(path), "Use an archive that `genvalues bundle` has written."
     found: dict[str, str] = {}
     try:
-        with (
-            path.open("rb") as file,
-            gzip.GzipFile(fileobj=file) as unpacked,
-            tarfile.open(fileobj=cast(Any, Limited(unpacked, READ_AT_MOST)), mode="r|") as tar,
-        ):
-            for count, member in enumerate(tar):
-                if count >= OPENED_AT_MOST or len(found) == 2:
-                    break
+        with gzip.open(path) as packed, tarfile.open(fileobj=io.BytesIO(packed.read(READ_AT_MOST)), mode="r:") as tar:
+            for member in itertools.islice(tar, OPENED_AT_MOST):
                 name = str(PurePosixPath(member.name))
                 if name in (ABOUT, VALUES) and member.isreg() and (content := tar.extractfile(member)):
                     found[name] = content.read().decode("utf-8")
+                if len(found) == 2:
+                    break
         about = json.loads(found.get(ABOUT, "null"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot be read: {reason}", where=where, fix=fix) from None
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"is no bundle: {' '.join(str(error).split())}", where=where, fix=fix) from None
+        raise UserError(f"is not a bundle: {' '.join(str(error).split())}", where=where, fix=fix) from None
     if VALUES not in found or not isinstance(about, dict):
-        raise UserError(f"is no bundle: it does not begin with {ABOUT} and {VALUES}", where=where, fix=fix)
+        raise UserError(f"is not a bundle: it does not begin with {ABOUT} and {VALUES}", where=where, fix=fix)
     if type(about.get("format")) is not int or about["format"] != FORMAT:
-        said = one_line(json.dumps(about["format"])) if "format" in about else "none"
-        by = one_line(str(about.get("genvalues") or "another"))
-        what = f"is a bundle of format {said}; genvalues {__version__} reads format {FORMAT}"
-        raise UserError(what, where=where, fix=f"Use the genvalues that wrote it: {by}.")
+        theirs = one_line(json.dumps(about["format"])) if "format" in about else "none"
+        by = one_line(str(about.get("genvalues") or "unknown"))
+        what = f"is a bundle of format {theirs}; genvalues {__version__} reads format {FORMAT}"
+        raise UserError(what, where=where, fix=f"Use the version of genvalues that wrote it: {by}.")
     return about, found[VALUES]
-
-
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-class Limited:
-    """A file of which only so much can be read: an archive may unpack to more than any disk holds."""
-
-    def __init__(self, file: Readable, at_most: int) -> None:
-        self._file = file
-        self._left = at_most
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._left:
-            size = self._left + 1
-        data = self._file.read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError("it unpacks to more than a bundle's first files may have")
-        return data

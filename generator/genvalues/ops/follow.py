@@ -1,90 +1,89 @@
-"""Following a release: what ``status`` knows, told line by line as it changes, until the pipeline's end."""
+"""Follow a release: report each change of its stages until the pipeline ends."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 
 from genvalues.common.errors import Unavailable
 from genvalues.ops.stages import StageStatus
-from genvalues.ops.status import ReleaseStatus, Watcher, closing_lines, describe, failure_lines
+from genvalues.ops.status import ReleaseStatus, ReleaseWatcher
+from genvalues.ops.status_text import describe
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 5.0  # seconds between two looks
 PATIENCE = 600.0  # seconds without an API server until following ends; the cluster goes on
 
 
-class Follower:
-    """Says what has changed since the last look."""
+class ReleaseFollower:
+    """Reports what has changed since the last look. ``status``: that of the last look; None if it failed."""
 
-    def __init__(self, watcher: Watcher, say: Callable[[str], None]) -> None:
+    def __init__(self, watcher: ReleaseWatcher) -> None:
         self.watcher = watcher
-        self.say = say
         self.status: ReleaseStatus | None = None
-        self._told: dict[str, News] = {}
+        self._reported: dict[str, Reported] = {}
         self._away_since: float | None = None
 
-    def look(self) -> ReleaseStatus | None:
-        """One look; None while the API server is away. Raises Unavailable when it stays so, else as status does."""
+    def look(self) -> list[str]:
+        """Look once and return a line for each change.
+
+        An API server that does not answer is logged; raises Unavailable if it has not answered for PATIENCE seconds.
+        Raises UserError as ``ReleaseWatcher.status`` does.
+        """
+        self.status = None
         try:
-            status = self.watcher.look()
+            status = self.watcher.status()
         except Unavailable as away:
             now = time.monotonic()
             if self._away_since is None:
                 self._away_since = now
-                self.say(f"{away} Trying again.")
+                log.warning("%s. Retrying.", str(away).rstrip("."))
             if now - self._away_since > PATIENCE:
                 raise
-            return None
+            return []
         if self._away_since is not None:
             self._away_since = None
-            self.say("the API server answers again")
-        self.tell(status)
+            log.info("The API server answers again.")
         self.status = status
-        return status
+        return self.changes(status)
 
-    def tell(self, status: ReleaseStatus) -> None:
-        for stage in (*status.stages, status.runner):
-            if stage is None or (stage.name not in self._told and stage.state == "waiting"):
+    def changes(self, status: ReleaseStatus) -> list[str]:
+        lines = []
+        for stage in (*status.stages, *status.all_stages):
+            if stage.name not in self._reported and stage.state == "waiting":
                 continue
-            before, news = self._told.get(stage.name), worth_a_line(stage)
-            self._told[stage.name] = news
-            # That its workers have ended is told with its end, a moment later.
-            if news != before and not (before and news == replace(before, nodes=())):
-                self.say(describe(stage, time.time()))
+            before, after = self._reported.get(stage.name), Reported.of(stage)
+            self._reported[stage.name] = after
+            # That its workers have ended is reported with its end, a moment later.
+            if after != before and not (before and after == replace(before, nodes=())):
+                lines.append(describe(stage, datetime.now(timezone.utc)))
+        return lines
 
-    def to_the_end(self) -> ReleaseStatus:
-        """Look until the pipeline is over."""
+    def follow(self) -> Iterator[str]:
+        """Yield each change until the pipeline is over. Raises as ``look`` does."""
         while True:
-            status = self.look()
-            if status is not None and status.is_over:
-                return status
+            yield from self.look()
+            if self.status and self.status.is_over:
+                return
             time.sleep(INTERVAL)
 
 
 @dataclass(frozen=True)
-class News:
-    """What of a stage is told again when it differs; not how long it has taken so far."""
+class Reported:
+    """What is reported again when it differs; not, for example, how long the stage has run."""
 
     state: str
     note: str
     restarts: int
     step: object
-    nodes: tuple[str, ...]  # that it holds with their devices
+    nodes: tuple[str, ...]  # whose devices it holds
 
-
-def worth_a_line(stage: StageStatus) -> News:
-    step = (stage.progress or {}).get("updated"), (stage.progress or {}).get("step")
-    return News(stage.state, stage.note, stage.restarts, step, stage.nodes if stage.devices else ())
-
-
-def closing(status: ReleaseStatus) -> list[str]:
-    """The last lines after following: the outcome, and for a failure its reason and the log's tail last."""
-    took = [stage for stage in status.stages if stage.started]
-    head = f"{status.release}: {status.outcome}"
-    if status.outcome == "done" and took:
-        head += f", {sum(stage.state == 'done' for stage in status.stages)} stages run"
-        skipped = sum(stage.state == "skipped" for stage in status.stages)
-        head += f", {skipped} skipped (up to date)" if skipped else ""
-    others = [line for line in closing_lines(status) if line not in failure_lines(status)]
-    return [head, *others, *failure_lines(status)]
+    @classmethod
+    def of(cls, stage: StageStatus) -> Reported:
+        progress = stage.progress or {}
+        step = progress.get("updated"), progress.get("step")
+        return cls(stage.state, stage.note, stage.restarts, step, stage.nodes if stage.devices else ())

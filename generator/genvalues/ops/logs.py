@@ -1,17 +1,17 @@
-"""The log of a stage, pod by pod; followed through restarts and pods that come later, until the stage ends."""
+"""The log of a stage, pod by pod; followed through restarts and new pods until the stage ends."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api
 from genvalues.cluster.objects import (
     COMPONENT,
     GATE_SUFFIX,
-    INSTANCE,
+    RUNNER,
     created,
     is_over,
     is_worker,
@@ -22,154 +22,142 @@ from genvalues.cluster.podlog import PodLog
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
 from genvalues.ops.stages import Object, StageStatus
-from genvalues.ops.status import ReleaseStatus, Watcher, told_in_a_line
+from genvalues.ops.status import ReleaseStatus, ReleaseWatcher, api_errors_as_user_errors
 
-INTERVAL = 2.0  # seconds between two looks at which pods there are
-STAGE_SECONDS = 10.0  # and at whether the stage has ended
-LAST_WORDS = 5.0  # seconds for the logs of what has ended to come through
-RUNNER = "runner"
+log = logging.getLogger(__name__)
+
+INTERVAL = 2.0  # seconds between two looks for new pods
+STAGE_SECONDS = 10.0  # seconds between two looks whether the stage has ended
+CLOSING_SECONDS = 5.0  # to read the remaining lines after the stage has ended
 
 
-def logs(
-    watcher: Watcher,
-    stage: str | None,
-    *,
-    follow: bool,
-    tail: int | None,
-    write: Callable[[str], None],
-    say: Callable[[str], None],
+def write_log(
+    watcher: ReleaseWatcher, stage: str | None, *, follow: bool, tail: int | None, write: Callable[[str], None]
 ) -> str:
-    """Write the log of a stage (None: the current one) line by line; its name. With ``follow``, until it ends."""
-    status = watcher.look()
-    name = chosen(status, stage)
-    server = watcher.server
-    reader = Reader(server, status, name, tail, follow, write)
-    with told_in_a_line(server.namespace):
+    """Write the log of a stage (None: the current one) line by line, with ``follow`` until the stage ends.
+
+    Returns the stage's name. ``tail``: only the last lines of each pod. Raises UserError if the stage does not exist or
+    has no log, and as ``ReleaseWatcher.status`` does.
+    """
+    status = watcher.status()
+    name = choose_stage(status, stage)
+    reader = LogReader(watcher, name, tail, follow, write)
+    with api_errors_as_user_errors(watcher.server.namespace):
         if not reader.open_new() and not follow:
             raise UserError(f"stage {name} has no log", where=watcher.release, fix=why_no_log(status, name))
         if reader.of_gate and name != RUNNER:
-            say(f"the pods of {name} are gone; this is its gate's log")
-        if not follow:
-            reader.finish()
-            return name
-        next_look = time.monotonic()
-        while True:
-            if time.monotonic() >= next_look:
-                try:
-                    status = watcher.look()
-                except Unavailable as away:
-                    say(f"{away} Trying again.")
-                next_look = time.monotonic() + STAGE_SECONDS
-            if has_ended(status, name):
-                break
-            time.sleep(INTERVAL)
-            reader.open_new()
-        reader.open_new()
+            log.info("The pods of %s no longer exist; this is the log of its gate.", name)
+        if follow:
+            read_until_end(reader, status, name)
         reader.finish()
     return name
 
 
-def chosen(status: ReleaseStatus, wanted: str | None) -> str:
-    names = [stage.name for stage in status.stages]
-    known = [*names, *(name + GATE_SUFFIX for name in names), *([RUNNER] if status.runner else [])]
+def read_until_end(reader: LogReader, status: ReleaseStatus, stage: str) -> None:
+    looked = time.monotonic()
+    while not has_ended(status, stage):
+        time.sleep(INTERVAL)
+        reader.open_new()
+        if time.monotonic() - looked >= STAGE_SECONDS:
+            try:
+                status = reader.watcher.status()
+            except Unavailable as away:
+                log.warning("%s. Retrying.", str(away).rstrip("."))
+            looked = time.monotonic()
+    reader.open_new()
+
+
+def choose_stage(status: ReleaseStatus, wanted: str | None) -> str:
+    """The stage whose log is shown: ``wanted``, else the current one, else the runner."""
+    stages = [*(stage.name for stage in status.stages), *([RUNNER] if status.runner else [])]
     if wanted is not None:
-        if wanted not in known:
-            fix = f"Stages: {', '.join([*names, *([RUNNER] if status.runner else [])])}."
-            raise UserError(f'no stage "{one_line(wanted)}"', where=status.release, fix=fix)
+        if wanted.removesuffix(GATE_SUFFIX) not in stages:
+            fix = f"Stages: {', '.join(stages)}."
+            raise UserError(f'stage "{one_line(wanted)}" not found', where=status.release, fix=fix)
         return wanted
     if status.current:
         return status.current.name
     if status.runner:
         return RUNNER
-    raise UserError("no stage has begun", where=status.release, fix=f"Look: genvalues status {status.release}")
+    raise UserError("no stage has started", where=status.release, fix=f"Try: genvalues status {status.release}")
 
 
-def of_stage(status: ReleaseStatus, name: str) -> StageStatus | None:
-    name = name.removesuffix(GATE_SUFFIX)
-    return next((one for one in (status.runner, *status.stages) if one and one.name == name), None)
+def find_stage(status: ReleaseStatus, name: str) -> StageStatus | None:
+    return next((stage for stage in status.all_stages if stage.name == name.removesuffix(GATE_SUFFIX)), None)
 
 
 def has_ended(status: ReleaseStatus, name: str) -> bool:
-    """Nothing will be written any more: the stage is over, or the pipeline is and never came to it."""
-    stage = of_stage(status, name)
+    """Whether no more lines will come: the stage has ended, or the pipeline has without running it."""
+    stage = find_stage(status, name)
     return stage is not None and (stage.is_over or status.is_over)
 
 
 def why_no_log(status: ReleaseStatus, name: str) -> str:
-    stage = of_stage(status, name)
+    stage = find_stage(status, name)
     if stage is not None and stage.state == "waiting":
-        return "It has not begun; -f waits for it."
+        return "It has not started; -f waits for it."
     if stage is not None and stage.note:
         return f"It has not started: {stage.note}"
-    return "Its pods are gone, and their logs with them."
+    return "Its pods no longer exist."
 
 
-class Reader:
-    """Every pod of one stage, each read once by a thread of its own, in whole lines."""
+class LogReader:
+    """Reads every pod of one stage once, each in a thread of its own, and writes whole lines."""
 
     def __init__(
-        self,
-        server: Api,
-        status: ReleaseStatus,
-        stage: str,
-        tail: int | None,
-        follow: bool,
-        write: Callable[[str], None],
+        self, watcher: ReleaseWatcher, stage: str, tail: int | None, follow: bool, write: Callable[[str], None]
     ) -> None:
-        self.server = server
-        self.release = status.release
+        self.watcher = watcher
         self.stage = stage
         self.tail = tail
         self.follow = follow
         self.write = write
         self.prefixed = False
         self.of_gate = False
-        self._follows: dict[str, PodLog] = {}
+        self._logs: dict[str, PodLog] = {}
         self._lock = threading.Lock()
 
     def open_new(self) -> bool:
-        """Begin to read the pods that have come since; whether any is, or was, read."""
+        """Start to read new pods; return whether any pod is, or was, read."""
         pods = self.pods(self.stage)
-        if not pods and not self._follows and not self.stage.endswith(GATE_SUFFIX):
+        if not pods and not self._logs and not self.stage.endswith(GATE_SUFFIX):
             pods = self.pods(self.stage + GATE_SUFFIX)
             self.of_gate = bool(pods)
         elif pods and self.of_gate:
             self.of_gate = False
-        self.prefixed = self.prefixed or len(pods) > 1 or any(is_worker(pod) for pod in pods)
+        self.prefixed = self.prefixed or len(pods) > 1 or any(map(is_worker, pods))
         for pod in pods:
             uid = pod["metadata"]["uid"]
-            if uid not in self._follows and (container := started_container(pod)):
-                self._follows[uid] = self.begun(name_of(pod), container)
-            if uid in self._follows and is_over(pod):
-                self._follows[uid].over.set()
-        living = {pod["metadata"]["uid"] for pod in pods}
-        for uid, log in self._follows.items():
-            if uid not in living:
-                log.over.set()
-        return bool(self._follows)
+            if uid not in self._logs and (container := started_container(pod)):
+                self._logs[uid] = self.start(name_of(pod), container)
+        running = {pod["metadata"]["uid"] for pod in pods if not is_over(pod)}
+        for uid, pod_log in self._logs.items():
+            if uid not in running:
+                pod_log.over.set()
+        return bool(self._logs)
 
-    def begun(self, pod: str, container: str) -> PodLog:
+    def start(self, pod: str, container: str) -> PodLog:
         def take(text: str) -> None:
             with self._lock:
                 self.write(f"[{pod}] {text}" if self.prefixed else text)
 
-        log = PodLog(self.server, pod, container, take, interval=INTERVAL, tail=self.tail)
+        pod_log = PodLog(self.watcher.server, pod, container, take, interval=INTERVAL, tail=self.tail)
         if not self.follow:
-            log.over.set()
-        log.start()
-        return log
+            pod_log.over.set()
+        pod_log.start()
+        return pod_log
 
     def pods(self, component: str) -> Sequence[Object]:
-        labels = f"{INSTANCE} in ({self.release},{self.release}-run),{COMPONENT}={component}"
-        return sorted(self.server.list(kinds.PODS, labels=labels), key=lambda pod: (created(pod), name_of(pod)))
+        labels = f"{self.watcher.selector},{COMPONENT}={component}"
+        return sorted(self.watcher.server.list(kinds.PODS, labels=labels), key=lambda pod: (created(pod), name_of(pod)))
 
     def finish(self) -> None:
-        """Read what there is to its end; of what was followed, for LAST_WORDS at most."""
-        for log in self._follows.values():
-            log.over.set()
-        ends = time.monotonic() + LAST_WORDS
-        for log in self._follows.values():
-            log.join(max(0.0, ends - time.monotonic()) if self.follow else None)
-        for log in self._follows.values():
-            if log.refused:
-                raise log.refused
+        """Read the remaining lines; after following, for at most CLOSING_SECONDS."""
+        for pod_log in self._logs.values():
+            pod_log.over.set()
+        ends = time.monotonic() + CLOSING_SECONDS
+        for pod_log in self._logs.values():
+            pod_log.join(max(0.0, ends - time.monotonic()) if self.follow else None)
+        for pod_log in self._logs.values():
+            if pod_log.refused:
+                raise pod_log.refused

@@ -1,24 +1,28 @@
-"""What Helm knows of a release: its stages, and how far it has come with them.
+"""Helm's record of a release: its stages, and how far Helm has come with them.
 
-By pyhelm3, whose ``get_current_revision`` is one ``helm status`` of Helm 3 or 4 and has the hooks with the phase of
-each; not from Helm's Secrets, which are not where $HELM_DRIVER says otherwise. pyhelm3's other ways to a release
-(get_proceedable_revision and what uses it) roll back or uninstall, and are not used.
+Read through pyhelm3, whose ``get_current_revision`` is one ``helm status`` of Helm 3 or 4 and returns the hooks with
+their phases. Not read from Helm's Secrets, which $HELM_DRIVER may store elsewhere. pyhelm3's other ways to a release
+(get_proceedable_revision and its callers) roll back or uninstall, so they are not used.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, labels_of, name_of
+import yaml
+
+from genvalues.cluster.objects import COMPONENT, RUNNER, STAGE, annotations_of, labels_of, name_of
 from genvalues.common import helm
+from genvalues.common.dicts import get
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Hook:
-    """A hook of a release. ``phase`` is Helm's: Unknown as long as it has not begun in this revision."""
+class HelmHook:
+    """A hook of a release. ``phase`` is Helm's: Unknown until the hook starts in this revision."""
 
     manifest: Object
     events: tuple[str, ...]
@@ -34,29 +38,30 @@ class Hook:
 
     @property
     def stage(self) -> str:
-        return annotations_of(self.manifest).get(STAGE, "")
+        """The stage that it belongs to, with -gate at the end for a gate; empty for other hooks."""
+        is_stage = {"post-install", "post-upgrade"} & set(self.events) and self.kind in ("Job", "PyTorchJob")
+        return annotations_of(self.manifest).get(STAGE, "") if is_stage else ""
 
     @property
     def weight(self) -> int:
         return int(annotations_of(self.manifest).get("helm.sh/hook-weight") or 0)
 
     @property
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         return self.phase != "Unknown"
 
 
 @dataclass(frozen=True)
-class Record:
-    """The newest revision of a release. ``status`` is Helm's word: deployed, failed, pending-install ..."""
+class HelmRecord:
+    """The newest revision of a release. ``status`` is Helm's word: deployed, failed, pending-install, ..."""
 
     release: str
     namespace: str
     revision: int
     status: str
-    updated: float  # seconds since 1970
-    description: str
-    hooks: tuple[Hook, ...]
-    resources: tuple[Object, ...]  # ordinary objects, as rendered
+    updated: datetime
+    hooks: tuple[HelmHook, ...]
+    resources: tuple[Object, ...]  # objects that are not hooks, as rendered
 
     @property
     def is_pending(self) -> bool:
@@ -64,41 +69,56 @@ class Record:
 
     @property
     def runner(self) -> str:
-        """The name of the Job that runs the stages in mode detached, else nothing."""
-        runners = [item for item in self.resources if labels_of(item).get(COMPONENT) == "runner"]
-        return next((name_of(item) for item in runners if item["kind"] == "Job"), "")
+        """The name of the Job that runs the stages in mode detached; empty in mode attached."""
+        jobs = [item for item in self.resources if item["kind"] == "Job" and labels_of(item).get(COMPONENT) == RUNNER]
+        return name_of(jobs[0]) if jobs else ""
 
     @property
     def mode(self) -> str:
         return "detached" if self.runner else "attached"
 
-    def config(self, file: str) -> str:
-        """A file of the release's ConfigMap (run.yaml, cluster.yaml), or nothing."""
+    def config(self, file: str) -> dict[str, Any]:
+        """A file of the release's ConfigMap (run.yaml, cluster.yaml, values.yaml); {} if it is not a YAML mapping."""
         maps = [item for item in self.resources if item["kind"] == "ConfigMap"]
-        return next((item["data"][file] for item in maps if file in (item.get("data") or {})), "")
+        text = next((item["data"][file] for item in maps if file in (item.get("data") or {})), "")
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def cluster_config(self) -> dict[str, Any]:
+        """cluster.yaml, in which the chart describes the release."""
+        return self.config("cluster.yaml")
+
+    @property
+    def claim(self) -> str:
+        """The name of the volume's claim."""
+        return get(self.cluster_config, "claim.name", str) or f"{self.release}-workspace"
 
 
-def find_record(release: str, namespace: str, context: str | None) -> Record | None:
-    """The release's newest revision; None when there is no such release."""
+def find_record(release: str, namespace: str, context: str | None) -> HelmRecord | None:
+    """Return the release's newest revision; None if the release does not exist."""
     found = helm.revision(release, namespace, context)
     if found is None:
         return None
-    status, hooks, resources = found
-    return Record(
+    revision, hooks, resources = found
+    return HelmRecord(
         release=release,
         namespace=namespace,
-        revision=status.revision,
-        status=status.status.value,
-        updated=status.updated.timestamp(),
-        description=status.description or "",
+        revision=revision.revision,
+        status=revision.status.value,
+        updated=revision.updated,
         hooks=tuple(
-            Hook(hook.resource, tuple(event.value for event in hook.events), hook.phase.value) for hook in hooks
+            HelmHook(hook.resource, tuple(event.value for event in hook.events), hook.phase.value) for hook in hooks
         ),
         resources=tuple(item for item in resources if item),
     )
 
 
-def need_record(release: str, namespace: str, context: str | None) -> Record:
+def require_record(release: str, namespace: str, context: str | None) -> HelmRecord:
+    """Return the release's newest revision. Raises NoSuchRelease."""
     found = find_record(release, namespace, context)
     if found is None:
         raise helm.NoSuchRelease(release, namespace, helm.releases(namespace, context))

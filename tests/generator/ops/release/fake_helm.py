@@ -1,7 +1,7 @@
-"""A stand-in for Helm: a script that notes what it is asked, and answers about releases from files.
+"""A stand-in for Helm: a script that records its arguments and answers questions about releases from files.
 
-Its answers have the form of Helm 3.22 and 4.3, which print the same but for what nobody here reads (seen: `helm status
--o json` of both).
+Its answers have the form of Helm 3.22 and 4.3, as `helm status -o json` of both prints it,
+except for fields that genvalues does not read.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class FakeHelm:
         (self.folder / "status").write_text(str(status))
 
     def refuses(self, message: str) -> None:
-        """Every question about a release, with Helm's words."""
+        """Fail every question about a release with this message of Helm."""
         (self.folder / "refuses").write_text(message)
 
     @property
     def asked(self) -> list[str]:
-        """The arguments of the upgrade or uninstall, once it has begun."""
+        """The arguments of the upgrade or uninstall, once it has started."""
         asked = self.folder / "asked"
         return json.loads(asked.read_text()) if asked.exists() else []
 
@@ -104,7 +104,7 @@ class FakeHelm:
         values: dict[str, Any] | None = None,
         all_values: dict[str, Any] | None = None,
     ) -> None:
-        """A release of these rendered objects; ``phases`` by hook, those left out have not begun."""
+        """Add a release of these rendered objects; ``phases`` by hook: those that are missing have not started."""
         hooks, ordinary = [], []
         for item in objects:
             annotations = item["metadata"].get("annotations") or {}

@@ -1,5 +1,5 @@
-"""A run of the pipeline at the test's word: what Helm, the controllers, the gate and the kubelets leave in Helm's
-record and in the API, of the objects that the chart really renders."""
+"""A run of the pipeline that tests control: what Helm, the controllers, the gate and the kubelets write to Helm's
+record and to the API, for the objects that the chart renders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALUES: Values = merged(
 
 
 class Run:
-    """The release ``name``, attached unless said otherwise."""
+    """The release ``name``; in mode attached by default."""
 
     def __init__(self, fake: FakeApi, helm: FakeHelm, *, name: str = "demo", values: Values | None = None) -> None:
         self.fake, self.helm, self.name = fake, helm, name
@@ -48,7 +48,7 @@ class Run:
         self.record()
 
     def hook(self, stage: str, kind: str = "Job") -> Object:
-        """The rendered object of a stage, or of a gate or runner."""
+        """The rendered object of a stage, a gate or the runner."""
         return next(
             item
             for item in self.objects
@@ -56,7 +56,7 @@ class Run:
         )
 
     def begin(self, stage: str) -> str:
-        """Helm makes the stage's Job, and the kubelet its pod; the pod's name."""
+        """Create the stage's Job and its running pod; returns the pod's name."""
         item = self.hook(stage)
         name = name_of(item)
         self.fake.remove("jobs", name)
@@ -88,7 +88,7 @@ class Run:
         return name
 
     def release_workers(self, stage: str = "train", *, revision: int = 1, fingerprint: str = "f1") -> list[str]:
-        """The gate has released the PyTorchJob, and its two workers run, each on a node of its own."""
+        """Release the PyTorchJob and run its two workers, each on its own node."""
         item = self.hook(stage, "PyTorchJob")
         self.phases[name_of(item)] = "Succeeded"
         self.record()
@@ -123,7 +123,7 @@ class Run:
         self.fake.merge("pods", pod, {"status": {"phase": phase, "containerStatuses": [status]}})
 
     def end(self, stage: str, *log: str, code: int = 0, reason: str = "") -> None:
-        """The stage's pod ends, and its Job with it."""
+        """End the stage's pod and its Job."""
         name = name_of(self.hook(stage))
         pod = f"{name}-x1"
         self.fake.logs.setdefault(pod, []).extend(log)
@@ -138,13 +138,13 @@ class Run:
         self.record()
 
     def through(self, *stages: str) -> None:
-        """These stages have run, and ended well."""
+        """Run these stages successfully."""
         for stage in stages:
             self.begin(stage)
             self.end(stage, f"{stage}: done")
 
     def to_train(self) -> list[str]:
-        """Train runs; the names of its workers."""
+        """Run the pipeline until train runs; returns the names of its workers."""
         stages = {annotations_of(item).get("llama-lora/stage") for item in self.objects}
         self.through("preflight", *(["storage-prepare"] if "storage-prepare" in stages else []), "tokenize")
         for worker in self.release_workers("compile"):
@@ -157,7 +157,7 @@ class Run:
 
 
 class Outer(Run):
-    """The release of mode detached: its runner runs."""
+    """A release in mode detached, with a running runner."""
 
     def __init__(self, fake: FakeApi, helm: FakeHelm) -> None:
         super().__init__(fake, helm, values={"pipeline": {"mode": "detached"}})

@@ -1,4 +1,4 @@
-"""genvalues bundle: what a bug report needs and nothing secret; and genvalues local, which runs its values again."""
+"""genvalues bundle: what a bug report needs and no secrets; and genvalues local, which replays its values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ from generator.ops.release.run import Outer, Run
 from generator.ops.release.test_status import genvalues
 from genvalues import __version__
 from genvalues.common.errors import UserError
-from genvalues.ops import bundle, local
+from genvalues.inputs.input_options import Sources
+from genvalues.ops import bundle
+from genvalues.ops.local import local_values
+from genvalues.ops.local.run import rendered_objects
 from genvalues.ops.redact import redact_object, redact_text
 
-# What must not come out; each in the form of its kind, none a real one. Assembled, so that no scanner finds it here.
+# Must not appear in a bundle. Not real ones, and assembled, so that no secret scanner finds them here.
 TOKENS = ["hf_" + "planted0123456789", "AKIA" + "PLANTED012345678"[:16], "ghp_" + "planted0123456789planted"]
 SECRET = "only-its-name-tells"
 ACCOUNT = "210987654321"
+ACCOUNT_IN_CI = "123456789012"
+ROOT = Path(__file__).parents[4]
+CHART = ROOT / "chart"
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def pack(*arguments: str, release: str = "demo") -> dict[str, str]:
         return {one.name: tar.extractfile(one).read().decode() for one in tar}  # type: ignore[union-attr]
 
 
-def test_it_has_what_a_bug_report_needs(run: Run, fake: FakeApi) -> None:
+def test_bundle_contains_what_a_bug_report_needs(run: Run, fake: FakeApi) -> None:
     first, _ = run.to_train()
     fake.logs[first] = ["step 1"]
     fake.previous_logs[first] = ["before the restart"]
@@ -68,14 +74,14 @@ def test_it_has_what_a_bug_report_needs(run: Run, fake: FakeApi) -> None:
     assert {"bundle/objects/jobs.yaml", "bundle/objects/pods.yaml", "bundle/objects/pytorchjobs.yaml"} <= files.keys()
 
 
-def test_the_inner_release_of_a_detached_one_is_in_it(fake: FakeApi, helm: FakeHelm) -> None:
+def test_bundle_of_a_detached_release_contains_its_inner_release(fake: FakeApi, helm: FakeHelm) -> None:
     Outer(fake, helm).inner().to_train()
     files = pack()
     assert "demo-run-train-gate" in files["bundle/release-run/hooks.yaml"]
     assert "mode: attached" in files["bundle/release/config/values.yaml"]
 
 
-def test_the_stages_manifests_are_in_it_as_their_logs_tell_them(run: Run, fake: FakeApi) -> None:
+def test_bundle_contains_the_stages_manifests_from_their_logs(run: Run, fake: FakeApi) -> None:
     def line(stage: str, finished: str, **facts: str) -> str:
         return f"{stage}: manifest " + json.dumps({"stage": stage, "finished": finished, "facts": facts})
 
@@ -93,7 +99,7 @@ def test_the_stages_manifests_are_in_it_as_their_logs_tell_them(run: Run, fake: 
     }
 
 
-def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: FakeApi, helm: FakeHelm) -> None:
+def test_bundle_contains_no_planted_token_wherever_it_was_planted(run: Run, fake: FakeApi, helm: FakeHelm) -> None:
     first, _ = run.to_train()
     everything = " ".join(TOKENS)
     env = [{"name": "WANDB_API_KEY", "value": SECRET}, {"name": "NOTE", "value": TOKENS[0]}]
@@ -118,7 +124,7 @@ def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: F
     for planted in [*TOKENS, SECRET, ACCOUNT]:
         assert [name for name, text in files.items() if planted in text] == [], planted
     assert "secrets" not in {request[1] for request in fake.requests}
-    with gzip.open("b.tar.gz") as unpacked:  # names in the archive too
+    with gzip.open("b.tar.gz") as unpacked:  # including names in the archive
         whole = unpacked.read().decode()
     assert not [planted for planted in [*TOKENS, SECRET, ACCOUNT] if planted in whole]
 
@@ -138,12 +144,12 @@ def test_no_planted_token_comes_out_whatever_it_was_planted_in(run: Run, fake: F
         f"eyJ{SECRET}.{SECRET}.{SECRET}", f"a: 1\n  dbPassword: correct horse {SECRET}\nb: 2",
     ],
 )  # fmt: skip
-def test_what_is_named_like_a_secret_is_hidden_however_it_is_written(text: str) -> None:
+def test_text_after_a_secret_name_is_hidden_in_every_notation(text: str) -> None:
     assert SECRET not in redact_text(text)
     assert redact_text(redact_text(text)) == redact_text(text)
 
 
-def test_a_gitlab_token_of_any_kind_is_hidden_whole() -> None:
+def test_gitlab_tokens_of_every_kind_are_hidden_completely() -> None:
     for kind in ("glpat-", "glrt-", "glcbt-64_", "SIE-glpat-"):  # GitLab's, and with an instance's own prefix
         token = kind + "planted_0123456-planted"
         told = redact_text(f"pip: https://x/{token}.git, {token}.01.0a1b2c3d4 and so on.")
@@ -151,9 +157,9 @@ def test_a_gitlab_token_of_any_kind_is_hidden_whole() -> None:
     assert redact_text("glpat- is a prefix, glft-short is none") == "glpat- is a prefix, glft-short is none"
 
 
-def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
+def test_a_quoted_secret_is_hidden_completely_and_the_text_after_it_stays() -> None:
     assert redact_text("password: 'two words here', n: 1") == "password: '(redacted)', n: 1"
-    assert redact_text("Authorization: token abcdef and so on") == "Authorization: token (redacted) and so on"
+    assert redact_text("x Authorization: token abcdef, more\nnext") == "x Authorization: (redacted)\nnext"
 
 
 @pytest.mark.parametrize(
@@ -163,17 +169,19 @@ def test_of_a_quoted_secret_no_word_is_left_and_what_follows_stays() -> None:
         f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/x", f"arn:aws:iam::{ACCOUNT}:role/x", f"logs.{ACCOUNT}.json",
     ],
 )  # fmt: skip
-def test_an_account_s_number_is_hidden_in_whatever_name_it_stands(text: str) -> None:
+def test_an_account_number_is_hidden_inside_every_name(text: str) -> None:
     assert redact_text(text) == text.replace(ACCOUNT, "000000000000")
 
 
 @pytest.mark.parametrize(
     "key", ["DB_PASS", "hfToken", "secretKey", "auth", "Authorization", "clientSecret", "identitytoken", "MY_PW"]
 )
-def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
+def test_objects_have_no_values_under_secret_names_in_any_spelling(key: str) -> None:
     assert redact_object({key: SECRET}) == {key: "(redacted)"}
     assert redact_object({"name": key, "value": SECRET}) == {"name": key, "value": "(redacted)"}
-    assert redact_object(["run", f"--{key}", SECRET, "--r", "8"]) == ["run", f"--{key}", "(redacted)", "--r", "8"]
+    arguments = ["run", f"--{key}", SECRET, "--r", "8"]
+    assert redact_object({"args": arguments}) == {"args": ["run", f"--{key}", "(redacted)", "--r", "8"]}
+    assert redact_object({"labels": {key: SECRET, "team": "a"}}) == {"labels": {key: "(redacted)", "team": "a"}}
 
 
 @pytest.mark.parametrize(
@@ -183,11 +191,11 @@ def test_objects_lose_what_any_spelling_calls_a_secret(key: str) -> None:
         {"automountServiceAccountToken": False, "imagePullSecrets": [{"name": "registry"}]},
         {"volumes": [{"secret": {"secretName": "hf-token"}}], "huggingFace": {"tokenSecret": "hf-token"}},
         {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "token"}}}]},
-        {"tokensPerSecond": 5120.5, "max_tokens": 5, "author": "me", "authenticationMode": "API", "tokenKey": "token"},
+        {"tokensPerSecond": 5120.5, "max_tokens": 5, "tokenKey": "token", "name": "x", "nodeSelector": {"team": "a"}},
         {"args": ["--max-new-tokens", "128", "--token", "--verbose"]},
     ],
 )
-def test_what_a_reader_needs_of_objects_stays(item: dict[str, Any]) -> None:
+def test_fields_of_objects_that_a_bug_report_needs_are_shown(item: dict[str, Any]) -> None:
     assert redact_object(item) == item
     assert redact_text(yaml.safe_dump(item)) == yaml.safe_dump(item)
 
@@ -196,10 +204,23 @@ def test_what_a_reader_needs_of_objects_stays(item: dict[str, Any]) -> None:
     "piece",
     [
         *("a_", "-", "ab-token_", "token=", "https://", "x" * 50 + " ", "hf_", "A" * 30 + "/+", "token='", "--token "),
-        *("eyJ", "eyJ0000000.", "a ", "A", "1", "a-1", "authorization:", "token=\\'", "\n", "a ,\n", "cookie:"),
+        *(
+            "token: |\n a\n",
+            "eyJ",
+            "eyJ0000000.",
+            "a ",
+            "A",
+            "1",
+            "a-1",
+            "authorization:",
+            "token=\\'",
+            "\n",
+            "a ,\n",
+            "cookie:",
+        ),
     ],
 )
-def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
+def test_a_long_log_is_redacted_in_linear_time(piece: str) -> None:
     began = time.monotonic()
     redact_text(piece * (500_000 // len(piece)))
     assert time.monotonic() - began < 5
@@ -216,23 +237,55 @@ def test_a_long_log_is_gone_through_in_time(piece: str) -> None:
         "secretName: hf-token", "--max-new-tokens 128", "token\nnext: line", "secret:\n  secretName: x",
     ],
 )  # fmt: skip
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact_text(text) == text
 
 
-def test_objects_keep_their_form() -> None:
+def test_text_under_an_unlisted_name_is_hidden_and_the_structure_is_kept() -> None:
     item = {
-        "env": [{"name": "A_TOKEN", "value": "x"}, {"name": "B", "value": "y"}],
+        "env": [{"name": "MY_SETTING", "value": "x"}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+        "extraEnv": {"MY_SETTING": "x", "NEURON_RT_LOG_LEVEL": "INFO"},
+        "annotations": {"example.com/note": "x", "llama-lora/stage": "train"},
         "n": [1, None, True],
         "eos_token": "s",
+        "anything": {"else": "x", "count": 3, "nothing": ""},
     }
-    expected = {**item, "env": [{"name": "A_TOKEN", "value": "(redacted)"}, {"name": "B", "value": "y"}]}
-    assert redact_object(item) == expected
+    assert redact_object(item) == {
+        "env": [{"name": "MY_SETTING", "value": "(redacted)"}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+        "extraEnv": {"MY_SETTING": "(redacted)", "NEURON_RT_LOG_LEVEL": "INFO"},
+        "annotations": {"example.com/note": "(redacted)", "llama-lora/stage": "train"},
+        "n": [1, None, True],
+        "eos_token": "s",
+        "anything": {"else": "(redacted)", "count": 3, "nothing": ""},
+    }
     assert redact_object({"token": ""}) == {"token": ""}
-    assert redact_object({"token": "x"}) == {"token": "(redacted)"}
+    assert redact_object({"token": 12345678, "secret": "x"}) == {"token": "(redacted)", "secret": "(redacted)"}
 
 
-def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: Run) -> None:
+def test_a_yaml_file_in_a_config_map_is_redacted_field_by_field() -> None:
+    hidden = redact_object({"data": {"run.yaml": f"model: {{id: a/b}}\nextra: {SECRET}\n", "x": "y"}})
+    assert yaml.safe_load(hidden["data"]["run.yaml"]) == {"model": {"id": "a/b"}, "extra": "(redacted)"}
+    assert hidden["data"]["x"] == "(redacted)"
+    assert redact_object({"run.yaml": "a: ["}) == {"run.yaml": "(redacted)"}
+
+
+def test_every_text_setting_of_the_chart_is_shown_so_that_values_can_be_replayed() -> None:
+    free = {"annotations", "podAnnotations", "extraEnv"}
+
+    def changed(before: Any, after: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        if isinstance(before, dict):
+            return [one for key in before if key not in free for one in changed(before[key], after[key], (*place, key))]
+        if isinstance(before, list):
+            pairs = zip(before, after, strict=True)
+            return [one for item, shown in pairs for one in changed(item, shown, place)]
+        return [] if before == after or ACCOUNT_IN_CI in str(before) else [place]
+
+    for file in (CHART / "values.yaml", *(CHART / "ci").glob("*.yaml"), *(ROOT / "values").glob("*.values.yaml")):
+        values = yaml.safe_load(file.read_text())
+        assert changed(values, redact_object(values)) == [], file
+
+
+def test_the_same_state_gives_the_same_bytes_readable_only_by_the_owner(run: Run) -> None:
     run.through("preflight")
     pack()
     first = Path("b.tar.gz").read_bytes()
@@ -242,7 +295,7 @@ def test_the_same_state_gives_the_same_bytes_readable_for_its_owner_alone(run: R
     assert [path.name for path in Path().iterdir() if "partial" in path.name] == []
 
 
-def test_what_cannot_be_read_is_said_in_it_and_the_rest_is_there(
+def test_what_cannot_be_read_is_listed_and_the_rest_is_packed(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.to_train()
@@ -262,7 +315,7 @@ def test_the_end_of_a_long_log_is_kept(run: Run, fake: FakeApi, monkeypatch: pyt
     assert log.endswith(" line 99\n") and len(log) <= 100 and log.startswith("2025-")
 
 
-def test_json_says_where_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_names_the_archive_and_its_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pack("--json")
     document = json.loads(capsys.readouterr().out)
     assert document["file"] == "b.tar.gz" and "bundle/values.yaml" in document["files"]
@@ -277,7 +330,7 @@ def test_json_says_where_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> 
         ("closed/b.tar.gz", "-o closed/b.tar.gz: cannot be written: the folder closed is not writable."),
     ],
 )
-def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_asked(
+def test_an_output_that_cannot_be_written_is_one_line_before_any_request(
     run: Run,
     fake: FakeApi,
     helm: FakeHelm,
@@ -289,7 +342,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_asked(
     Path("folder").mkdir()
     Path("closed").mkdir()
     Path("read-only.tar.gz").touch(mode=0o444)
-    access = os.access  # root, as whom tests may run, has it everywhere
+    access = os.access  # root, which may run the tests, may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
     assert genvalues("bundle", "demo", "-n", "team-a", "-o", output) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -315,37 +368,34 @@ def about(**changes: Any) -> str:
     return json.dumps({"format": 1, "release": "demo", "chart": "0.1.0", **changes})
 
 
-CHART = Path(__file__).parents[4] / "chart"
-
-
-def test_a_bundle_s_values_are_read_again_with_the_release_s_name(run: Run) -> None:
+def test_values_of_a_bundle_are_replayed_with_the_name_of_the_release(run: Run) -> None:
     pack()
-    values = local.of_bundle(Path("b.tar.gz"), CHART)
+    values = local_values.values_of_bundle(Path("b.tar.gz"), CHART)
     assert values["name"] == "demo" and values["model"] == {"id": "org/model"}
 
 
-def test_another_chart_and_redacted_values_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_chart_version_and_redacted_values_give_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     packed = archive({"bundle/about.json": about(chart="9.9.9"), "bundle/values.yaml": "note: (redacted)\n"})
-    local.of_bundle(packed, CHART)
+    local_values.values_of_bundle(packed, CHART)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("warning: b.tar.gz is of chart 9.9.9") and "redacted" in second
+    assert "b.tar.gz" in first and "9.9.9" in first and "redacted" in second
 
 
-def test_a_bundle_that_does_not_say_its_chart_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_without_chart_version_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     packed = archive({"bundle/about.json": about(chart=None), "bundle/values.yaml": "a: 1\n"})
-    local.of_bundle(packed, CHART)
+    local_values.values_of_bundle(packed, CHART)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: b.tar.gz does not say of which chart it is; it is run with") and "None" not in line
+    assert "b.tar.gz does not name its chart version" in line and "None" not in line
 
 
 @pytest.mark.parametrize("of", [2, 0, "1", None, True, 1.0, [1]])
-def test_a_bundle_of_another_format_is_refused_with_the_genvalues_that_reads_it(of: Any) -> None:
+def test_a_bundle_of_another_format_is_refused_and_the_version_that_wrote_it_named(of: Any) -> None:
     packed = archive({"bundle/about.json": about(format=of, genvalues="9.9.9"), "bundle/values.yaml": "a: 1"})
     with pytest.raises(UserError, match=r"of format .*reads format 1.*9\.9\.9"):
         bundle.read_bundle(packed)
 
 
-def test_a_bundle_that_says_no_format_is_refused() -> None:
+def test_a_bundle_without_format_is_refused() -> None:
     packed = archive({"bundle/about.json": '{"chart": "0.1.0"}', "bundle/values.yaml": "a: 1"})
     with pytest.raises(UserError, match="of format none"):
         bundle.read_bundle(packed)
@@ -356,17 +406,15 @@ def test_a_bundle_that_says_no_format_is_refused() -> None:
     [
         ({}, "it does not begin with"),
         ({"bundle/about.json": about()}, "it does not begin with"),
-        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is no bundle"),
+        ({"bundle/about.json": "{", "bundle/values.yaml": "a: 1"}, "is not a bundle"),
         ({"bundle/about.json": "[]", "bundle/values.yaml": "a: 1"}, "it does not begin with"),
-        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is no bundle"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": b"\xff\xfe"}, "is not a bundle"),
         ({"../bundle/about.json": about(), "/bundle/values.yaml": "a: 1"}, "it does not begin with"),
         ({f"x{number}": "" for number in range(9)} | {"bundle/values.yaml": "a: 1"}, "it does not begin with"),
-        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "it unpacks to more than"),
+        ({"bundle/about.json": about(), "bundle/values.yaml": bytes(17 << 20)}, "is not a bundle"),
     ],
 )
-def test_what_is_no_bundle_or_unpacks_to_too_much_is_one_line_and_writes_nothing(
-    files: dict[str, Any], said: str
-) -> None:
+def test_other_archives_and_too_large_ones_are_one_line_and_write_nothing(files: dict[str, Any], said: str) -> None:
     packed = archive(files)
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError) as error:
@@ -411,26 +459,26 @@ devices: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}
 
 
 @pytest.mark.parametrize("form", ["values", "bundle"])
-def test_values_for_trainium_say_what_to_set_here_and_run_on_the_cpu_as_one_process(
+def test_values_for_trainium_need_a_flag_and_then_run_on_the_cpu_as_one_process(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("values.yaml").write_text(NEURON)
     file = Path("values.yaml")
     if form == "bundle":
         file = archive({"bundle/about.json": about(), "bundle/values.yaml": NEURON})
-    monkeypatch.setattr(local, "NEURON_DEVICE", Path("nowhere"))
+    monkeypatch.setattr(local_values, "NEURON_DEVICE", Path("nowhere"))
     with pytest.raises(UserError) as error:
-        local.rendered(file, CHART)
-    assert str(error.value).endswith("Run its stages on the CPU, which takes a small model: --cpu")
-    objects = local.rendered(file, CHART, on_cpu=True)
+        rendered_objects(Sources((file,), chart=CHART), False)
+    assert str(error.value).endswith("--cpu")
+    objects = rendered_objects(Sources((file,), chart=CHART), True)
     train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
     assert train["spec"]["nprocPerNode"] == "1"
     config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
     assert "backend: cpu" in config and "attention: eager" in config and "perDeviceBatchSize: 2" in config
 
 
-def test_on_a_trainium_host_they_run_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_values_for_trainium_run_unchanged_on_a_trainium_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Path("values.yaml").write_text(NEURON)
-    monkeypatch.setattr(local, "NEURON_DEVICE", tmp_path)
-    objects = local.rendered(Path("values.yaml"), CHART)
+    monkeypatch.setattr(local_values, "NEURON_DEVICE", tmp_path)
+    objects = rendered_objects(Sources((Path("values.yaml"),), chart=CHART), False)
     assert next(item for item in objects if item["kind"] == "PyTorchJob")["spec"]["nprocPerNode"] == "32"

@@ -1,4 +1,4 @@
-"""genvalues install, with a stand-in for Helm beside Python and a fake API server."""
+"""genvalues install, with a stand-in for Helm and a fake API server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def genvalues(*arguments: str) -> int:
 
 
 def install(*arguments: str) -> int:
-    """As it was before there was anything to follow: what follows and what comes before it have tests of their own."""
+    """Without preflight and following, which test_following_install tests."""
     return genvalues("install", "f.yaml", "--no-follow", "--skip-preflight", *arguments)
 
 
@@ -51,7 +51,7 @@ def install(*arguments: str) -> int:
         (ON_TRAINIUM, ["--set", "chartValues.pipeline.mode=attached"], "48h"),
     ],
 )
-def test_helm_gets_what_write_would_write_and_the_time_that_the_mode_needs(
+def test_helm_gets_the_values_of_write_and_the_timeout_of_the_mode(
     fake: FakeApi, helm: FakeHelm, inputs: str, sets: list[str], timeout: str
 ) -> None:
     Path("f.yaml").write_text(inputs)
@@ -64,13 +64,13 @@ def test_helm_gets_what_write_would_write_and_the_time_that_the_mode_needs(
     assert (helm.folder / "values.yaml").read_text() == Path("values.yaml").read_text()
 
 
-def test_release_and_chart_are_those_that_are_asked_for(fake: FakeApi, helm: FakeHelm) -> None:
+def test_release_and_chart_are_those_of_the_command_line(fake: FakeApi, helm: FakeHelm) -> None:
     Path("ours").symlink_to(ROOT / "chart")
     assert install("--release", "other.one", "--chart", "ours", "-n", "x") == 0
-    assert helm.asked[2:4] == ["other.one", str(ROOT / "chart")], "a relative path could be a repository's name to Helm"
+    assert helm.asked[2:4] == ["other.one", str(ROOT / "chart")], "Helm could take a relative path for a repository"
 
 
-def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
+def test_requests_go_to_the_cluster_and_namespace_that_helm_uses(
     fake: FakeApi, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeconfig = json.loads((tmp_path / "kubeconfig").read_text())
@@ -85,7 +85,7 @@ def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
     assert install("--kube-context", "fake") == 0
     assert helm.asked[6:10] == ["--namespace", "of-the-context", "--kube-context", "fake"]
     assert fake.paths == ["/api/v1/namespaces/of-the-context/secrets"]
-    monkeypatch.setenv("HELM_KUBECONTEXT", "fake")  # Helm's own words for the same
+    monkeypatch.setenv("HELM_KUBECONTEXT", "fake")  # Helm's own variables
     monkeypatch.setenv("HELM_NAMESPACE", "of-the-environment")
     assert install() == 0
     assert helm.asked[6:10] == ["--namespace", "of-the-environment", "--kube-context", "fake"]
@@ -93,7 +93,7 @@ def test_we_ask_the_cluster_and_the_namespace_that_helm_works_on(
 
 
 @pytest.mark.parametrize(("of_helm", "ours"), [(1, 1), (2, 1), (127, 1)])
-def test_what_helm_says_is_shown_where_it_fails_and_its_failure_is_status_1(
+def test_helms_output_is_shown_if_it_fails_and_its_failure_is_status_1(
     fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], of_helm: int, ours: int
 ) -> None:
     helm.ends_with(of_helm)
@@ -108,32 +108,39 @@ def test_what_helm_says_is_shown_where_it_fails_and_its_failure_is_status_1(
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("attached", "demo: done. Look: genvalues status demo --namespace x"),
-        ("detached", "The cluster goes on with demo. Follow it: genvalues status demo --watch --namespace x"),
+        ("attached", "genvalues status demo --namespace x"),
+        ("detached", "genvalues status demo --watch --namespace x"),
     ],
 )
-def test_helm_s_notes_are_not_shown_and_what_to_do_now_is_told(
+def test_helms_notes_are_not_shown_and_the_next_command_is(
     fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str], mode: str, said: str
 ) -> None:
     assert install("--set", f"mode={mode}", "-n", "x") == 0
     out, err = capfd.readouterr()
     _, of_stderr, last = err.splitlines()
-    assert (out, of_stderr, last) == ("", "Error:", said), "what Helm warns about on stderr comes through"
+    assert (out, of_stderr) == ("", "Error:"), "what Helm warns about on stderr comes through"
+    assert last.endswith(said)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--set", "nodes=none"], "--set nodes=none: must be a whole number"),
-        (["--release", "A_"], '--release: "A_" is no name for a release. Give --release at most 53 of'),
-        (["--release", ""], '--release: "" is no name for a release. Give --release at most 53 of'),
-        (["--release", "x" * 54], "is no name for a release. Give --release at most 53 of"),
-        (["--set", "mode=detached", "--release", "x" * 50], "is no name for a release. Give --release at most 49 of"),
-        (["--set", "chartValues.name=A_b"], 'f.yaml: name: "A_b" is no name for a release. Give --release at most'),
-        (["--chart", "nowhere"], "--chart nowhere: not a chart: Chart.yaml not found. Name the directory of the chart"),
+        (["--set", "nodes=none"], "--set nodes=none: must be an integer"),
+        (["--release", "A_"], '--release: "A_" is not a valid release name. Set --release to at most 53 char'),
+        (["--release", ""], '--release: "" is not a valid release name. Set --release to at most 53 char'),
+        (["--release", "x" * 54], "is not a valid release name. Set --release to at most 53 char"),
+        (
+            ["--set", "mode=detached", "--release", "x" * 50],
+            "is not a valid release name. Set --release to at most 49 char",
+        ),
+        (
+            ["--set", "chartValues.name=A_b"],
+            'f.yaml: name: "A_b" is not a valid release name. Set --release to at most',
+        ),
+        (["--chart", "nowhere"], "--chart nowhere: not a chart: Chart.yaml not found"),
     ],
 )
-def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
+def test_an_invalid_argument_is_one_line_before_any_request(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     assert install(*arguments) == 2
@@ -142,7 +149,7 @@ def test_a_mistake_is_told_in_a_line_before_any_cluster_is_asked(
     assert not fake.paths and not helm.asked
 
 
-def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
+def test_a_missing_chart_helm_or_cluster_is_one_line_with_its_fix(
     helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told() -> str:
@@ -157,39 +164,39 @@ def test_without_a_chart_or_helm_or_cluster_a_line_says_what_to_do(
         assert told().startswith("no usable kubeconfig: ")
     with monkeypatch.context() as without:
         without.setattr("genvalues.inputs.chart.BESIDE_THE_SOURCES", Path("nowhere"))
-        assert told() == "no chart found. Name its directory: --chart DIR."
+        assert told().startswith("no chart found.") and "--chart DIR" in told()
     (helm.folder / "helm").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert told().startswith("helm is not to be found. Run `make setup`, or install Helm")
+    assert told().startswith("helm not found. Run `make setup`, or install Helm")
 
 
-def test_a_helm_that_does_not_run_is_told_in_a_line(
+def test_a_helm_that_cannot_be_run_is_one_line(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (helm.folder / "helm").write_text("of another machine")
     assert install("-n", "x") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm does not run: Exec format error. ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{helm.folder}/helm cannot be run: Exec format error. ")
 
 
-def test_a_cluster_that_does_not_answer_is_told_in_a_line_and_status_1(
+def test_a_cluster_that_does_not_answer_is_one_line_and_status_1(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.away = True
     assert install("-n", "x") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer: ") and line.endswith(". Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer: ") and line.endswith(". Try: kubectl cluster-info")
     assert not helm.asked
 
 
-def test_a_missing_right_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_right_is_one_line(fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
     fake.forbidden.add(("list", "secrets"))
     assert install("-n", "x") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("namespace x: ") and 'cannot list resource "secrets"' in line and "--kube-context" in line
 
 
-def test_a_release_that_is_not_pending_has_none_of_its_jobs_touched(fake: FakeApi, helm: FakeHelm) -> None:
-    """A client that was stopped by a signal leaves a failed release and a running Job: Helm replaces that by itself."""
+def test_jobs_of_a_release_that_is_not_pending_are_not_changed(fake: FakeApi, helm: FakeHelm) -> None:
+    """A client that a signal stopped leaves a failed release and a running Job, which Helm replaces."""
     fake.add("secrets", helm_record("failed"))
     fake.add("secrets", helm_record("pending-upgrade", release="other"))
     fake.add("jobs", job("demo-train-gate", "train-gate"))
@@ -230,7 +237,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
     ]
 
 
-def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
+def test_another_active_helm_client_is_one_line_and_helm_is_not_run(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = fake.add("secrets", helm_record("pending-install"))
@@ -248,28 +255,26 @@ def test_another_client_at_work_ends_in_a_line_and_helm_is_not_run(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_stops_helm_and_is_told_in_a_line(fake: FakeApi, helm: FakeHelm, number: int, status: int) -> None:
+def test_a_signal_stops_helm_and_is_one_line(fake: FakeApi, helm: FakeHelm, number: int, status: int) -> None:
     (helm.folder / "sleep").touch()
     code = f"import sys; sys.executable = {sys.executable!r}; from genvalues.cli import main; main()"
     command = [PYTHON, "-c", code, "install", "f.yaml", "-n", "x", "--no-follow", "--skip-preflight"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             until(lambda: helm.asked)
-            os.kill(process.pid, number)  # to us alone; a terminal's Ctrl-C goes to Helm as well
+            os.kill(process.pid, number)  # to genvalues only; Ctrl-C in a terminal goes to Helm, too
             _, err = process.communicate(timeout=PATIENCE)
         finally:
             (helm.folder / "sleep").unlink()
     assert process.returncode == status
     assert (helm.folder / "stopped").exists()
     _, of_helm, told = err.splitlines()
-    assert (of_helm, told) == (
-        "Error:",
-        "Stopped. What the cluster has begun of demo goes on; the same command takes it up again.",
-    )
+    assert of_helm == "Error:"
+    assert told.startswith("warning: Stopped. ") and "the same command" in told
     assert not Path(helm.asked[5]).exists()
 
 
-def test_the_command_is_listed_and_imports_no_kubernetes_client_before_its_inputs_are_right() -> None:
+def test_install_is_listed_and_imports_no_kubernetes_client_before_its_inputs_are_valid() -> None:
     code = (
         "import sys; from genvalues.cli import main; sys.argv = ['genvalues', *sys.argv[1:]]\n"
         "try: main()\nfinally: print('imported:', 'kubernetes' in sys.modules)"

@@ -1,4 +1,4 @@
-"""genvalues logs: the right stage's, with its pods in front, through restarts and pods that come later."""
+"""genvalues logs: of the right stage, with pod names, through restarts and new pods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) 
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_stage_that_runs_is_shown_with_each_worker_s_pod_in_front(
+def test_the_running_stage_is_shown_with_the_pod_before_each_workers_line(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = run.to_train()
@@ -44,7 +44,7 @@ def test_the_stage_that_runs_is_shown_with_each_worker_s_pod_in_front(
     assert sorted(shown(capsys, "--tail", "1")) == [f"[{first}] 20%", f"[{second}] hello"]
 
 
-def test_the_stage_that_failed_is_shown_and_its_gate_s_log_where_the_workers_are_gone(
+def test_the_failed_stage_is_shown_and_its_gates_log_if_the_workers_are_deleted(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for worker in run.to_train():
@@ -55,12 +55,12 @@ def test_the_stage_that_failed_is_shown_and_its_gate_s_log_where_the_workers_are
     assert shown(capsys) == ["train failed: no memory", "last 1 lines of w:", "  step 3"]
 
 
-def test_of_a_run_that_is_over_the_last_stage_is_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_stage_of_a_finished_run_is_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.through("preflight", "tokenize")
     assert shown(capsys) == ["tokenize: done"]
 
 
-def test_before_any_stage_the_runner_s_log_is_shown(
+def test_the_runners_log_is_shown_before_the_first_stage(
     fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outer = Outer(fake, helm)
@@ -68,18 +68,16 @@ def test_before_any_stage_the_runner_s_log_is_shown(
     assert shown(capsys) == ["waiting for demo-run-tokenize"]
 
 
-def test_following_goes_on_through_a_restart_and_a_pod_that_comes_later_until_the_stage_ends(
-    run: Run, fake: FakeApi
-) -> None:
+def test_following_continues_through_a_restart_and_a_new_pod_until_the_stage_ends(run: Run, fake: FakeApi) -> None:
     first, second = run.to_train()
     fake.remove("pods", second)
     fake.logs[first] = ["one"]
     lines: list[str] = []
-    watcher = status.watcher("demo", "team-a", None)
-    following = beside(logs.logs, watcher, None, follow=True, tail=None, write=lines.append, say=lines.append)
+    watcher = status.watch_release("demo", "team-a", None)
+    following = beside(logs.write_log, watcher, None, follow=True, tail=None, write=lines.append)
     try:
         until(lambda: lines == [f"[{first}] one"])
-        # A restart in place: the stream ends, and the container's new log is taken up where the old one ended.
+        # A restart in place: the stream ends, and reading continues with the new container's log.
         over = {"exitCode": 1, "reason": "Error", "finishedAt": "2025-01-01T00:00:00Z"}
         container = {"name": "pytorch", "state": {"terminated": over}, "restartCount": 0}
         fake.merge("pods", first, {"status": {"containerStatuses": [container]}})
@@ -98,18 +96,18 @@ def test_following_goes_on_through_a_restart_and_a_pod_that_comes_later_until_th
         fake.set_condition("pytorchjobs", "demo-train-1", "Succeeded")
         run.end("train-gate", "train: done")
     assert following.result(PATIENCE) == "train"
-    assert lines.count(f"[{first}] one") == 1, "what was seen before the stream broke off is not told again"
+    assert lines.count(f"[{first}] one") == 1, "a line that was read before the restart is not repeated"
     assert {f"[{first}] bye", "[demo-train-1-worker-7] bye"} <= set(lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], 'demo: no stage "trian". Stages: preflight, storage-prepare, tokenize, compile,'),
-        (["merge"], "demo: stage merge has no log. It has not begun; -f waits for it."),
+        (["trian"], 'demo: stage "trian" not found. Stages: preflight, storage-prepare, tokenize, compile,'),
+        (["merge"], "demo: stage merge has no log. It has not started; -f waits for it."),
     ],
 )
-def test_a_stage_that_is_not_there_or_has_no_log_is_one_line(
+def test_an_unknown_stage_or_one_without_log_is_one_line(
     run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     run.through("preflight")
@@ -147,9 +145,9 @@ def test_the_shell_completes_stages_without_a_cluster() -> None:
     assert completed("genvalues logs demo nothing-so") == [""], "nothing of that name"
 
 
-def test_what_is_completed_are_the_chart_s_stages_in_their_order() -> None:
+def test_completion_offers_the_charts_stages_in_their_order() -> None:
     values = read_values(ROOT / "values" / "trn1.values.yaml")
-    values["compile"]["runsOn"] = "cpu"  # which has one stage more
+    values["compile"]["runsOn"] = "cpu"  # adds a stage
     values |= {"storage": {**values.get("storage", {}), "prepare": {"enabled": True}}, "evaluation": {"enabled": True}}
     objects = [
         item

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from generator.ops.release.fake_helm import FakeHelm
 from generator.ops.release.run import Outer, Run
 from genvalues import cli
 from genvalues.common.manifests import SKIPPED
-from genvalues.ops import follow, status
+from genvalues.ops import follow, status, status_text
 from genvalues.ops.stages import StageStatus
 
 ROOT = Path(__file__).parents[4]
+NOW = datetime.now(timezone.utc)
 STAGES = ["preflight", "storage-prepare", "tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
 
 
@@ -32,7 +34,7 @@ def genvalues(*arguments: str) -> int:
 
 
 def look(release: str = "demo") -> status.ReleaseStatus:
-    return status.watcher(release, "team-a", None).look()
+    return status.watch_release(release, "team-a", None).status()
 
 
 def states(of: status.ReleaseStatus) -> dict[str, str]:
@@ -48,7 +50,7 @@ def run(fake: FakeApi, helm: FakeHelm) -> Run:
     return Run(fake, helm, values={"storage": {"prepare": {"enabled": True}}})
 
 
-def test_stages_stand_in_the_order_of_their_hooks_and_one_not_begun_waits(run: Run) -> None:
+def test_stages_are_in_hook_order_and_waiting_until_they_start(run: Run) -> None:
     assert states(look()) == dict.fromkeys(STAGES, "waiting")
     run.through("preflight")
     run.begin("storage-prepare")
@@ -57,7 +59,7 @@ def test_stages_stand_in_the_order_of_their_hooks_and_one_not_begun_waits(run: R
     assert found.outcome == "running" and found.mode == "attached" and found.helm == "pending-install"
 
 
-def test_the_jobs_of_an_earlier_revision_are_not_this_one_s(run: Run) -> None:
+def test_jobs_of_an_earlier_revision_do_not_count(run: Run) -> None:
     run.to_train()
     run.end("train-gate", "train: done")
     run.through("consolidate", "merge", "evaluate")
@@ -70,7 +72,7 @@ def test_the_jobs_of_an_earlier_revision_are_not_this_one_s(run: Run) -> None:
     assert states(found)["preflight"] == "running" and states(found)["merge"] == "waiting"
 
 
-def test_a_stage_that_had_nothing_to_do_was_skipped(run: Run) -> None:
+def test_a_stage_with_nothing_to_do_is_skipped(run: Run) -> None:
     run.through("preflight", "storage-prepare")
     run.begin("tokenize")
     run.end("tokenize", f"tokenize: {SKIPPED} (/workspace/x.json)")
@@ -82,7 +84,7 @@ def test_the_trainer_uses_the_same_words_for_nothing_to_do() -> None:
     assert SKIPPED in stage_text or "manifests.SKIPPED" in stage_text
 
 
-def test_the_stage_that_trains_has_progress_cost_and_the_nodes_it_holds(run: Run) -> None:
+def test_the_training_stage_has_progress_cost_and_nodes(run: Run) -> None:
     run.to_train()
     progress = {
         "stage": "train",
@@ -99,7 +101,7 @@ def test_the_stage_that_trains_has_progress_cost_and_the_nodes_it_holds(run: Run
     assert train.state == "running" and train.progress and train.progress["step"] == 120
     assert train.nodes == ("node-0", "node-1") and train.devices == {"aws.amazon.com/neuron": 32}
     assert (found.cost, found.max_cost) == (12.3, 40)
-    line = status.describe(train, (train.started or 0) + 754)
+    line = status_text.describe(train, (train.started or NOW) + timedelta(seconds=754))
     assert line == (
         "train: running for 12 min 34 s, step 120 of 1,000, loss 1.2500, 5,120 tokens/s, 1 h 02 min left, "
         "$12.30 so far of at most $40.00, holds 2 nodes"
@@ -109,21 +111,19 @@ def test_the_stage_that_trains_has_progress_cost_and_the_nodes_it_holds(run: Run
 @pytest.mark.parametrize(
     "annotation", ["", "[]", "{", "null", '{"step": "many", "loss": null, "etaSeconds": true}', '{"stage": "compile"}']
 )
-def test_an_annotation_that_is_not_there_or_not_as_agreed_is_done_without(
-    run: Run, fake: FakeApi, annotation: str
-) -> None:
+def test_a_missing_or_malformed_annotation_is_ignored(run: Run, fake: FakeApi, annotation: str) -> None:
     run.to_train()
     annotations = {"llama-lora/progress": annotation, "llama-lora/cost": annotation}
     fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"annotations": annotations}})
-    line = status.describe(stage("train"), 0)
+    line = status_text.describe(stage("train"), NOW - timedelta(days=9000))
     assert line.startswith("train: running for 0 s") and "step" not in line and "$" not in line
 
 
-def test_what_a_stage_waits_for_is_told(run: Run, fake: FakeApi) -> None:
+def test_what_a_stage_waits_for_is_shown(run: Run, fake: FakeApi) -> None:
     first, second = run.to_train()
     lack = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}
     fake.merge("pods", second, {"status": {"phase": "Pending", "conditions": [lack], "containerStatuses": None}})
-    assert stage("train").note == f"{second} fits on no node: 0/3 nodes are available"
+    assert stage("train").note == f"{second} cannot be scheduled: 0/3 nodes are available"
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     fake.merge(
         "pods", second, {"status": {"conditions": [], "containerStatuses": [{"name": "pytorch", "state": waiting}]}}
@@ -141,7 +141,7 @@ def test_what_a_stage_waits_for_is_told(run: Run, fake: FakeApi) -> None:
     assert stage("train").note == "waits in queue team"
 
 
-def test_a_failed_stage_has_the_reason_its_status_and_the_log_s_tail_last(
+def test_a_failed_stage_has_its_reason_and_exit_status_and_ends_with_the_logs_tail(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.through("preflight", "storage-prepare")
@@ -159,7 +159,7 @@ def test_a_failed_stage_has_the_reason_its_status_and_the_log_s_tail_last(
     ]
 
 
-def test_of_a_stage_with_a_gate_the_gate_s_last_words_count(run: Run, fake: FakeApi) -> None:
+def test_a_gated_stages_reason_is_in_the_gates_last_lines(run: Run, fake: FakeApi) -> None:
     workers = run.to_train()
     for worker in workers:
         fake.remove("pods", worker)  # the operator deletes the pods of a failed job
@@ -178,7 +178,7 @@ def test_of_a_stage_with_a_gate_the_gate_s_last_words_count(run: Run, fake: Fake
     assert train.tail == ("step 3", "allocating 80 GB")
 
 
-def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_something(run: Run, fake: FakeApi) -> None:
+def test_a_stage_that_a_guard_ended_is_stopped_with_status_2(run: Run, fake: FakeApi) -> None:
     run.to_train()
     fake.merge("pytorchjobs", "demo-train-1", {"metadata": {"deletionTimestamp": now()}})
     run.end("train-gate", "train failed: stopped: guards.maxCost 40 dollars is reached. Raise it", code=2)
@@ -188,18 +188,18 @@ def test_a_stage_that_a_guard_has_ended_is_stopped_and_the_user_must_change_some
     assert found.reason == "train stopped: guards.maxCost 40 dollars is reached. Raise it"
 
 
-def test_a_stage_past_its_deadline_says_so_and_one_that_a_cleanup_stopped_is_stopped(run: Run, fake: FakeApi) -> None:
+def test_a_missed_deadline_is_a_failure_and_a_cleanup_a_stop(run: Run, fake: FakeApi) -> None:
     run.begin("preflight")
     fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 600}})
     fake.set_condition("jobs", "demo-preflight", "Failed", "Job was active longer", "DeadlineExceeded")
-    assert stage("preflight").reason == "did not end within its 600 s (activeDeadlineSeconds)"
+    assert stage("preflight").reason == "did not end within 600 s (activeDeadlineSeconds)"
     fake.merge("jobs", "demo-preflight", {"spec": {"activeDeadlineSeconds": 1}})
     run.ends("failed")
     found = look()
     assert (stage("preflight", found).state, found.outcome, found.exit_status) == ("stopped", "stopped", 1)
 
 
-def test_training_goes_on_without_its_gate_and_that_is_told(run: Run, fake: FakeApi) -> None:
+def test_training_without_its_gate_is_running_and_noted(run: Run, fake: FakeApi) -> None:
     run.to_train()
     fake.merge("jobs", "demo-train-gate", {"spec": {"activeDeadlineSeconds": 1}})
     fake.set_condition("jobs", "demo-train-gate", "Failed", "", "DeadlineExceeded")
@@ -209,15 +209,13 @@ def test_training_goes_on_without_its_gate_and_that_is_told(run: Run, fake: Fake
     assert "no Helm client follows" in look().reason
 
 
-def test_nothing_that_runs_or_will_is_told(run: Run) -> None:
-    run.ends("deployed")  # as after a rollback, or with --no-hooks
+def test_a_release_that_runs_nothing_is_idle(run: Run) -> None:
+    run.ends("deployed")  # as after a rollback or with --no-hooks
     found = look()
-    assert found.outcome == "idle" and found.exit_status == 1 and "nothing will by itself" in found.reason
+    assert found.outcome == "idle" and found.exit_status == 1 and "genvalues install" in found.reason
 
 
-def test_detached_the_stages_are_the_inner_release_s_and_the_outcome_the_runner_s(
-    fake: FakeApi, helm: FakeHelm
-) -> None:
+def test_detached_stages_are_the_inner_releases_and_the_outcome_is_the_runners(fake: FakeApi, helm: FakeHelm) -> None:
     outer = Outer(fake, helm)
     found = look()
     assert (found.mode, found.outcome, found.stages) == ("detached", "running", ())
@@ -225,16 +223,16 @@ def test_detached_the_stages_are_the_inner_release_s_and_the_outcome_the_runner_
     inner.to_train()
     found = look()
     assert states(found)["train"] == "running" and found.runner and found.runner.state == "running"
-    # The gate has deleted the job, which stays until its workers have saved and ended.
+    # The gate has deleted the job, which stays until its workers have ended.
     fake.merge("pytorchjobs", "demo-run-train-1", {"metadata": {"deletionTimestamp": now()}})
     inner.end("train-gate", "train failed: no memory", code=1)
     outer.end("runner", "pipeline: demo-run-train-gate failed", code=1)
     found = look()
     assert (found.outcome, found.exit_status) == ("failed", 1) and found.reason == "train failed: no memory"
-    assert stage("train", found).nodes == ("node-0", "node-1"), "which they hold until then"
+    assert stage("train", found).nodes == ("node-0", "node-1"), "held until the workers have ended"
 
 
-def test_detached_what_an_earlier_runner_installed_is_not_told_as_this_one_s(fake: FakeApi, helm: FakeHelm) -> None:
+def test_detached_stages_of_an_earlier_runner_do_not_count(fake: FakeApi, helm: FakeHelm) -> None:
     inner = Outer(fake, helm).inner()
     inner.through("preflight")
     inner.updated = "2020-01-01T00:00:00Z"
@@ -242,12 +240,12 @@ def test_detached_what_an_earlier_runner_installed_is_not_told_as_this_one_s(fak
     assert set(states(look()).values()) == {"waiting"}
 
 
-def test_a_runner_that_fails_or_is_stopped_by_itself_is_told(fake: FakeApi, helm: FakeHelm) -> None:
+def test_a_runner_that_fails_or_is_stopped_ends_the_pipeline(fake: FakeApi, helm: FakeHelm) -> None:
     outer = Outer(fake, helm)
     outer.end("runner", "/opt/chart: pipeline.mode is detached.", code=2)
     found = look()
     assert (found.outcome, found.exit_status) == ("failed", 2)
-    assert status.failure_lines(found)[-1] == "  /opt/chart: pipeline.mode is detached."
+    assert status_text.closing_lines(found)[-1] == "  /opt/chart: pipeline.mode is detached."
     fake.remove("jobs", "demo-runner-1")
     assert look().outcome == "stopped"
 
@@ -262,7 +260,7 @@ def test_json_has_every_key_and_nothing_else_is_on_stdout(run: Run, capsys: pyte
     assert train["devices"] == {"aws.amazon.com/neuron": 32} and {"tailOf", "exitStatus", "cost"} <= train.keys()
 
 
-def test_watch_says_each_change_once_and_ends_as_the_pipeline_does(
+def test_watch_prints_each_change_once_and_exits_with_the_outcome(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.to_train()
@@ -277,7 +275,7 @@ def test_watch_says_each_change_once_and_ends_as_the_pipeline_does(
 
         until(lambda: says("train: running"))
         looks = len(fake.requests)
-        until(lambda: len(fake.requests) > looks + 20)  # a few times, with nothing new
+        until(lambda: len(fake.requests) > looks + 20)  # several looks without a change
         run.annotate("demo-train-1", progress={"stage": "train", "step": 7, "totalSteps": 9, "updated": now()})
         until(lambda: says("step 7 of 9"))
     finally:
@@ -294,20 +292,21 @@ def test_watch_says_each_change_once_and_ends_as_the_pipeline_does(
     assert lines[-1] == "  no column q"
 
 
-def test_watch_outlasts_an_api_server_that_is_away_for_a_while(run: Run, fake: FakeApi) -> None:
+def test_watch_continues_after_the_api_server_was_unavailable(
+    run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
     run.to_train()
-    told: list[str] = []
-    follower = follow.Follower(status.watcher("demo", "team-a", None), told.append)
-    follower.look()
+    follower = follow.ReleaseFollower(status.watch_release("demo", "team-a", None))
+    assert [line for line in follower.look() if line.startswith("train: running")] and follower.status
     fake.away = True
-    assert follower.look() is None and follower.look() is None
+    assert follower.look() == [] == follower.look() and follower.status is None
     fake.away = False
-    assert follower.look()
-    assert len([line for line in told if line.endswith("Trying again.")]) == 1
-    assert told[-1] == "the API server answers again"
+    assert follower.look() == [] and follower.status, "nothing has changed"
+    away, back = (line for line in capsys.readouterr().err.splitlines() if "API server" in line)
+    assert away.startswith("warning: ") and away.endswith("Retrying.") and "answers again" in back
 
 
-def test_what_the_api_refuses_is_told_and_the_rest_shown(run: Run, fake: FakeApi) -> None:
+def test_optional_requests_that_are_refused_are_listed_and_the_rest_is_shown(run: Run, fake: FakeApi) -> None:
     run.to_train()
     fake.forbidden |= {("list", "pods"), ("list", "events"), ("get", "pods/log")}
     found = look()
@@ -316,7 +315,7 @@ def test_what_the_api_refuses_is_told_and_the_rest_shown(run: Run, fake: FakeApi
 
 
 @pytest.mark.parametrize("resource", ["jobs.batch", "pytorchjobs.kubeflow.org"])
-def test_what_cannot_be_done_without_is_one_line_and_status_2(
+def test_a_required_request_that_is_refused_is_one_line_and_status_2(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str], resource: str
 ) -> None:
     fake.forbidden.add(("list", resource))
@@ -327,18 +326,20 @@ def test_what_cannot_be_done_without_is_one_line_and_status_2(
 
 @pytest.mark.parametrize("name", ["A_b", "x" * 54, "", "-x", "a b"])
 @pytest.mark.parametrize("command", ["status", "logs", "bundle", "uninstall"])
-def test_what_is_no_name_of_a_release_is_one_line_and_nobody_is_asked(
+def test_an_invalid_release_name_is_one_line_before_any_request(
     run: Run, fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     assert genvalues(command, "-n", "team-a", "--", name) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is no name of a release. Names have at most 53" in line
+    assert f'"{name}" is not a valid release name' in line and "at most 53" in line
     assert not fake.requests and not helm.calls
 
 
-def test_no_such_release_names_those_that_are_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_release_is_one_line_that_names_the_existing_ones(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert genvalues("status", "dem", "-n", "team-a") == 2
-    assert capsys.readouterr().err == 'namespace team-a: no release "dem". There: demo.\n'
+    assert capsys.readouterr().err == 'namespace team-a: release "dem" not found. Releases: demo.\n'
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_no_such_release_names_those_that_are_there(run: Run, capsys: pytest.Cap
         ("Kubernetes cluster unreachable: connection refused", 1, "release demo: Kubernetes cluster unreachable"),
     ],
 )
-def test_what_helm_refuses_is_one_line(
+def test_an_error_of_helm_is_one_line(
     run: Run, helm: FakeHelm, capsys: pytest.CaptureFixture[str], said: str, ours: int, told: str
 ) -> None:
     helm.refuses(said)
@@ -357,20 +358,20 @@ def test_what_helm_refuses_is_one_line(
     assert line.startswith(told)
 
 
-def test_an_api_server_that_is_away_is_one_line_and_status_1(
+def test_an_unavailable_api_server_is_one_line_and_status_1(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.away = True
     assert genvalues("status", "demo", "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer") and line.endswith("Try: kubectl cluster-info")
 
 
 @pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall"])
-def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and_status_1(
+def test_an_api_server_that_accepts_connections_and_never_answers_is_one_line_and_status_1(
     command: str, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Helm would wait for it without an end: so it is not asked."""
+    """Helm is not run, because it would wait forever."""
     Path("f.yaml").write_text("name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -378,7 +379,7 @@ def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and
         about = ["f.yaml", "--skip-preflight"] if command == "install" else ["demo"]
         assert genvalues(command, *about, "-n", "team-a") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the API server does not answer") and line.endswith("Look: kubectl cluster-info")
+    assert line.startswith("the API server does not answer") and line.endswith("Try: kubectl cluster-info")
     assert not helm.calls
 
 
@@ -386,7 +387,7 @@ def test_an_api_server_that_takes_a_connection_and_never_answers_is_one_line_and
 def test_no_kubeconfig_ends_a_command_with_2_and_is_one_finding_of_preflight(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As docs/preflight.md has it."""
+    """As docs/preflight.md says."""
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     arguments = {
         "install": [str(ROOT / "values" / "cpu.yaml"), "--release", "demo"],

@@ -1,4 +1,4 @@
-"""genvalues uninstall: what will be stopped is said before, what stays, costs and how to remove it after."""
+"""genvalues uninstall: lists what will be stopped, then what remains, what costs money and how to remove it."""
 
 from __future__ import annotations
 
@@ -38,83 +38,80 @@ def uninstall(*arguments: str, release: str = "demo") -> int:
     return genvalues("uninstall", release, "-n", "team-a", *arguments)
 
 
-def test_what_runs_is_said_before_and_what_stays_after(
+def test_what_runs_is_listed_before_and_what_remains_after(
     run: Run, fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.to_train()
     run.annotate("demo-train-1", progress={"stage": "train", "step": 7, "totalSteps": 9})
     claim(fake)
     assert uninstall() == 0
-    err = capsys.readouterr().err.splitlines()
-    running = next(number for number, line in enumerate(err) if line.startswith("Running: helm uninstall demo"))
-    assert any(
-        line.startswith("Will be stopped: train at step 7 of 9 (demo-train-1-worker-0") for line in err[:running]
-    )
-    after = "\n".join(err[running:])
+    after, err = capsys.readouterr()
+    before, _, _ = err.partition("Running: helm uninstall demo")
+    assert "Will be stopped: train at step 7 of 9 (demo-train-1-worker-0" in before
     assert "claim demo-workspace, 1200Gi, storage class fsx-sc" in after
-    assert "FSx for Lustre file system fs-0123456789abcdef0 - costs money until it is removed" in after
+    assert "FSx for Lustre file system fs-0123456789abcdef0 (costs money until it is removed)" in after
     assert "aws fsx delete-file-system --file-system-id fs-0123456789abcdef0" in after
     assert "kubectl delete pv pvc-1" in after and "kubectl -n team-a delete secret hf-token" in after
     assert helm.asked[:4] == ["uninstall", "demo", "--namespace", "team-a"]
 
 
-def test_helm_gets_the_time_that_the_cleanup_may_take(fake: FakeApi, helm: FakeHelm) -> None:
+def test_helms_timeout_includes_that_of_the_cleanup(fake: FakeApi, helm: FakeHelm) -> None:
     Run(fake, helm, values={"cleanup": {"timeoutSeconds": 1000}})
     assert uninstall("--kube-context", "fake") == 0
     assert helm.asked[4:] == ["--kube-context", "fake", "--timeout", "1270s"]
 
 
-def test_a_volume_that_goes_with_its_claim_is_not_said_to_stay(
+def test_a_volume_that_is_deleted_with_its_claim_is_not_listed(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim(fake, policy="Delete")
     assert uninstall() == 0
-    err = capsys.readouterr().err
-    assert "delete pvc demo-workspace" in err and "pv pvc-1" not in err and "fs-0" not in err
+    out = capsys.readouterr().out
+    assert "delete pvc demo-workspace" in out and "pv pvc-1" not in out and "fs-0" not in out
 
 
-def test_what_cannot_be_read_is_said_to_stay_perhaps(
+def test_what_cannot_be_read_is_listed_as_possibly_remaining(
     run: Run, fake: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim(fake)
     fake.forbidden |= {("get", "persistentvolumes")}
     assert uninstall() == 0
-    assert "volume pvc-1, which could not be read: perhaps it outlives its claim" in capsys.readouterr().err
+    assert "volume pvc-1, which could not be read" in capsys.readouterr().out
     fake.forbidden |= {("get", "persistentvolumeclaims")}
     assert uninstall() == 0
-    assert "claim demo-workspace, if there is one (it could not be read)" in capsys.readouterr().err
+    assert "claim demo-workspace, if it exists (it could not be read)" in capsys.readouterr().out
 
 
-def test_an_existing_claim_is_called_yours(fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_claim_is_listed_as_not_created_by_the_release(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
     Run(fake, helm, values={"storage": {"existingClaim": "ours"}})
     spec = {"resources": {"requests": {"storage": "5Gi"}}}
     fake.add("persistentvolumeclaims", {"metadata": {"name": "ours"}, "spec": spec})
     assert uninstall() == 0
-    assert "claim ours, 5Gi, which is yours (storage.existingClaim)" in capsys.readouterr().err
+    assert "claim ours, 5Gi, not created by this release (storage.existingClaim)" in capsys.readouterr().out
 
 
-def test_at_a_terminal_it_asks_and_no_means_nothing_was_done(
-    run: Run, helm: FakeHelm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_is_asked_and_no_changes_nothing(run: Run, helm: FakeHelm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     answers = iter([False, True])
     monkeypatch.setattr("click.confirm", lambda question, err: next(answers))
     assert uninstall() == 1 and not helm.asked
     assert uninstall() == 0 and helm.asked
-    assert uninstall("--yes") == 0, "it does not ask"
+    assert uninstall("--yes") == 0, "no question"
 
 
-def test_when_helm_fails_nothing_is_said_to_be_gone(
+def test_a_helm_failure_is_reported_as_not_uninstalled(
     run: Run, helm: FakeHelm, capfd: pytest.CaptureFixture[str]
 ) -> None:
     helm.ends_with(1)
     assert uninstall("--json") == 1
     out, err = capfd.readouterr()
     assert json.loads(out)["uninstalled"] is False
-    assert "demo is still there" in err and "What stays" not in err
+    assert "demo was not uninstalled" in err and json.loads(out)["stays"] == []
 
 
-def test_json_says_what_stays(run: Run, fake: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_lists_what_remains(run: Run, fake: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
     claim(fake)
     assert uninstall("--json") == 0
     document = json.loads(capfd.readouterr().out)
@@ -127,15 +124,13 @@ def test_the_inner_release_of_a_runner_is_refused_and_the_outer_one_named(
 ) -> None:
     Outer(fake, helm).inner()
     assert uninstall(release="demo-run") == 2
-    told = capsys.readouterr().err
-    assert told == (
-        "demo-run: is installed by the runner of demo and goes with it. "
-        "Write: genvalues uninstall demo --namespace team-a\n"
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo-run: is installed by the runner of demo")
+    assert line.endswith("genvalues uninstall demo --namespace team-a")
     assert not helm.asked
 
 
-def test_no_such_release_is_one_line(run: Run, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_release_is_one_line(run: Run, helm: FakeHelm, capsys: pytest.CaptureFixture[str]) -> None:
     assert uninstall(release="dem") == 2
-    assert capsys.readouterr().err == 'namespace team-a: no release "dem". There: demo.\n'
+    assert capsys.readouterr().err == 'namespace team-a: release "dem" not found. Releases: demo.\n'
     assert not helm.asked
