@@ -33,7 +33,7 @@ than `--reuse-values`, which keeps the old chart's defaults.
 """
 
 
-class Row(NamedTuple):
+class KeyRow(NamedTuple):
     key: str  # dotted; NAME stands for a name that the user chooses
     kind: str
     default: str
@@ -67,13 +67,13 @@ def definition(heading: str, part: Part) -> str:
     return f"## {heading}\n\n{part['description']}\n\n{table(['Key', 'Value', 'Description'], lines)}"
 
 
-def rows(prefix: str, part: Part, defaults: Any) -> Iterator[Row]:
+def rows(prefix: str, part: Part, defaults: Any) -> Iterator[KeyRow]:
     """Every key below ``prefix``."""
     for name, inner in part.get("properties", {}).items():
         key = f"{prefix}.{name}".lstrip(".")
         default = defaults.get(name, NO_DEFAULT) if isinstance(defaults, dict) else NO_DEFAULT
         spelled_out_below = "properties" in inner and default != {}
-        yield Row(key, kind(inner), "" if spelled_out_below else shown(default), inner["description"])
+        yield KeyRow(key, kind(inner), "" if spelled_out_below else shown(default), inner["description"])
         yield from rows(key, inner, default)
         named = inner.get("additionalProperties")
         if isinstance(named, dict):
