@@ -399,5 +399,5 @@ def test_no_kubeconfig_ends_a_command_with_2_and_is_one_finding_of_preflight(
         assert ended == 1 and printed.out.startswith("not checked  cluster: ")
     else:
         assert ended == 2 and printed.err.splitlines()[-1].startswith("no usable kubeconfig: ")
-    said = (ROOT / "docs" / "preflight.md").read_text().partition("can do nothing without a kubeconfig and end with 2")
+    said = (ROOT / "docs" / "preflight.md").read_text().partition("cannot work without a kubeconfig and end with 2")
     assert command == "preflight" or f"`{command}`" in said[0].splitlines()[-1]
