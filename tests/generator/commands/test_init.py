@@ -183,7 +183,7 @@ def test_an_invalid_answer_is_reported_at_once_and_prompted_for_again() -> None:
     wrong += "0\ntwo\n2\nllama-lora\nme/llama-lora:1\nA_b\nmine\n"
     status, shown = on_a_terminal(wrong)
     assert status == 0, shown
-    assert shown.count("Model (") == shown.count("Instance type") == shown.count("Name of the run") == 2
+    assert shown.count("Model (") == shown.count("Instance type") == shown.count("Name of the run [") == 2
     assert shown.count("Nodes [") == 3
     first, _, rest = shown.partition("Dataset (")
     assert "Error: " in first and '"bad model"' in first, "before the next question"
