@@ -118,7 +118,9 @@ def stage_command(declared: stage.Declaration) -> click.Command:
         command = click.option(f"--{name}", type=click.Path(path_type=Path), help="For use without a run config.")(
             command
         )
-    return click.command(declared.name, help=declared.summary)(config_option(workspace_option(command)))
+    return click.command(declared.name, help=declared.summary, short_help=declared.summary)(
+        config_option(workspace_option(command))
+    )
 
 
 for stage_name in stage.names():

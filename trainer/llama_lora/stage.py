@@ -204,6 +204,7 @@ def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
     if stage.is_done():
         log.info(f"{name}: nothing changed, skipped ({stage.paths.manifest(name)})")  # `genvalues status` reads this
         return
+    log.debug(f"{name}: fingerprint {stage.fingerprint}")
     stage.check_upstream()
     files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
     stage._declaration.run(stage)

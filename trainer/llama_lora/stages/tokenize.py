@@ -54,7 +54,7 @@ def tokenize(stage: Stage) -> None:
 STAGE = Declaration(
     name="tokenize",
     version=1,
-    summary="Model snapshot, tokenized and packed rows, eval split, data report.",
+    summary="Copy the model, and tokenize, split and pack the rows; writes a data report.",
     reads_sources=True,
     reads=lambda config: {
         "dataset": config.dataset.model_dump(include={"config", "split", "format", "columns", "eval_fraction"}),
