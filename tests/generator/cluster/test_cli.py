@@ -171,6 +171,7 @@ def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: lis
     code = f"{stand_in}; from genvalues.commands.cluster import cluster; cluster()"
     with subprocess.Popen([PYTHON, "-c", code, *runner_arguments]) as process:
         until((helm / "asked").exists)
+        time.sleep(0.5)  # helm may run before Popen returns in the busy runner
         process.send_signal(signal.SIGTERM)
         assert process.wait(3) == 143
     assert (helm / "stopped").exists()
