@@ -62,7 +62,7 @@ def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space:
         " pod-security.kubernetes.io/enforce=baseline --overwrite # or, if the stages' user already owns the volume's"
         " root folder, set storage.prepare.enabled: false",
         f"error secret hf-token: Secret not found in namespace {space.name}"
-        f" FIX: {here} create secret generic hf-token --from-literal=token=hf_...",
+        f" FIX: {here} create secret generic hf-token --from-file=token=/dev/stdin",
         "error nodes ml.trn1.32xlarge: 1 of 1 are ready and schedulable, 2 needed"
         " FIX: kubectl get nodes -L node.kubernetes.io/instance-type",
         f"error {NEURON}: 999 per node needed on 2 nodes; 0 of 1 have that many (most: 16)"

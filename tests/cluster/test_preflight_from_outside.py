@@ -84,7 +84,7 @@ def test_a_missing_namespace_is_an_error_and_is_not_created(space: Space) -> Non
         f"kubectl create namespace {name}",
     )
     assert findings["secret hf-token"].fix == (
-        f"kubectl -n {name} create secret generic hf-token --from-literal=token=hf_..."
+        f"kubectl -n {name} create secret generic hf-token --from-file=token=/dev/stdin"
     )
     assert findings["training operator"].level == "not checked" and findings[NEURON].level == "ok"
     assert run(["kubectl", "get", "namespace", name]).status != 0

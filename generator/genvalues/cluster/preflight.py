@@ -293,7 +293,7 @@ def check_secret(api: Api, config: ClusterConfig, timings: PreflightTimings) -> 
     if wanted is None:
         return [Finding("ok", "Hugging Face token", "none configured")]
     subject = f"secret {wanted.name}"
-    create = f"kubectl -n {config.namespace} create secret generic {wanted.name} --from-literal={wanted.key}=hf_..."
+    create = f"kubectl -n {config.namespace} create secret generic {wanted.name} --from-file={wanted.key}=/dev/stdin"
     secret = api.get(kinds.SECRETS, wanted.name)
     if secret is None:
         return [Finding("error", subject, f"Secret not found in namespace {config.namespace}", create)]

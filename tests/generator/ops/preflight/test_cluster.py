@@ -152,7 +152,7 @@ def test_a_missing_secret_is_an_error_with_the_command_that_creates_it(ready: Fa
     ready.remove("secrets", "hf-token")
     [found] = problems()
     assert found.level == "error"
-    assert found.fix == f"kubectl -n {NAMESPACE} create secret generic hf-token --from-literal=token=hf_..."
+    assert found.fix == f"kubectl -n {NAMESPACE} create secret generic hf-token --from-file=token=/dev/stdin"
 
 
 def test_what_the_user_is_not_allowed_to_read_is_not_checked(ready: FakeApi) -> None:
