@@ -19,9 +19,3 @@ class Sources:
     def file(self) -> Path:
         """FILE, which names the inputs in messages."""
         return self.files[0]
-
-    @property
-    def are_right(self) -> str:
-        """What a command says that has found no mistake in them."""
-        *others, last = map(str, self.files)
-        return f"{', '.join(others)} and {last} are right" if others else f"{last} is right"

@@ -77,7 +77,7 @@ def install(
         values_file = Path(folder) / "values.yaml"
         write_text(values_file, text_of(found, sources))
         arguments = running.arguments(chart, values_file)
-        log.info("%s. Running: helm %s", sources.are_right, shlex.join(arguments))
+        log.info("No problems found. Running: helm %s", shlex.join(arguments))
         return running.install(arguments, follow=follow, as_json=as_json)
 
 
