@@ -85,7 +85,7 @@ def test_the_order_of_the_files_is_the_order_of_the_options_and_set_comes_last()
 def test_the_values_file_names_every_file_and_set() -> None:
     sources = Sources(tuple(files(base=BASE, trn2=TRN2, mine=MINE)), ("lora.r=8",), None, ("dataset.config=5",))
     lines = text_of(checked(sources), sources).splitlines()
-    assert " from base.yaml, trn2.yaml and mine.yaml: change those and write again, not this one." in lines[0]
+    assert " from base.yaml, trn2.yaml and mine.yaml: edit those and run genvalues write again." in lines[0]
     assert lines[1:3] == ["#   --set lora.r=8", "#   --set-string dataset.config=5"]
 
 

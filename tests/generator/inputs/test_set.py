@@ -91,8 +91,7 @@ def test_set_string_makes_text_and_comes_after_set(file: Path) -> None:
         ("lora..r=5", "--set lora..r=5: is not of the form key=value: a key has no name. Write --set lora.r=8."),
         (
             "dataset.config=a,b",
-            "--set b: is not of the form key=value. Write --set lora.r=8. A comma in a value is written \\, and a list "
-            "{a,b}.",
+            "--set b: is not of the form key=value. Write --set lora.r=8. Write \\, for a comma",
         ),
         (
             "lora.targetModules=[q_proj,v_proj]",
@@ -101,15 +100,15 @@ def test_set_string_makes_text_and_comes_after_set(file: Path) -> None:
         ("a={b", "--set a={b: the list has no closing }. Write {a,b}."),
         (
             "a={b}c",
-            "--set a={b}c: unexpected text after the closing }. Write --set lora.r=8. A comma in",
+            "--set a={b}c: unexpected text after the closing }. Write --set lora.r=8. Write",
         ),
         ("a[x]=1", "--set a[x]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
         ("a[-1]=1", "--set a[-1]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
         ("a[1", "--set a[1: the text in [ ] is not a valid index. Write a[0] for the first."),
         ("a[99999]=1", "--set a[99999]=1: the text in [ ] is not a valid index. Write a[0] for the first."),
-        ("a[0]b=1", "--set a[0]b=1: a[0] has no value. Write --set lora.r=8. A comma in a value is written \\, an"),
+        ("a[0]b=1", "--set a[0]b=1: a[0] has no value. Write --set lora.r=8. Write \\, for a comma"),
         ("a[0]", "--set a[0]: a[0] has no value. Write --set lora.r=8."),
-        (".".join("a" * 60) + "=1", "more than 50 levels deep. Write it flatter."),
+        (".".join("a" * 60) + "=1", "more than 50 levels deep"),
         (f"lora.r={'9' * 5000}", "a number of 5000 digits is too large. Write a number such as 16 or 5e-5."),
         ("training.epochs=1e999", "--set training.epochs=1e999: 1e999 is not a finite number. Write a number such as"),
         ("dataset.config=\udcff", "--set dataset.config=?: not UTF-8 text. Write"),
