@@ -33,7 +33,7 @@ def run_locally(sources: Sources, workspace: Path, *, on_cpu: bool = False) -> i
             stages = [machine.stage(item) for item in stages_to_run(objects)]
             screen = Screen()
             screen.show_skipped(skipped_stages(objects))
-            status = run_stages(stages, machine.logs, screen, lock)
+            status = run_local_stages(stages, machine.logs, screen, lock)
         if status == 0:
             screen.show_next_steps(workspace / "runs" / run_name(objects))
         return status
@@ -55,7 +55,7 @@ def rendered_objects(sources: Sources, on_cpu: bool) -> list[Object]:
     return objects
 
 
-def run_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, lock: int) -> int:
+def run_local_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, lock: int) -> int:
     """Run the stages until one fails; return its status, or 0."""
     outcomes = [Outcome(stage.name) for stage in stages]
     status = 0
@@ -63,7 +63,7 @@ def run_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, lock: i
         began = time.monotonic()
         with screen.stage(stage.name, logs / f"{stage.name}.log") as output:
             try:
-                status = run_stage(stage, output, lock)
+                status = run_local_stage(stage, output, lock)
                 outcome.result = f"failed with status {status}" if status else "done"
             except Interrupted as interrupted:
                 status = interrupted.status
@@ -78,7 +78,7 @@ def run_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, lock: i
     return status
 
 
-def run_stage(stage: LocalStage, output: StageOutput, lock: int) -> int:
+def run_local_stage(stage: LocalStage, output: StageOutput, lock: int) -> int:
     """Run the groups of a stage until one fails; return its status, or 0."""
     for group in stage.groups:
 
