@@ -29,8 +29,8 @@ from genvalues.settings.datasets import (
 )
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import Inputs, inputs_from
+from genvalues.settings.shared import DURATION
 from genvalues.settings.value_rules import DEFAULT_MOUNT, contradictions
-from genvalues.settings.values import DURATION
 
 LONGEST_NAME = 255  # bytes of a file name, the limit of ext4, XFS and Lustre
 STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file

@@ -11,7 +11,7 @@ from genvalues.settings.base import Block
 from genvalues.settings.datasets import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
-from genvalues.settings.values import HuggingFace
+from genvalues.settings.shared import HuggingFace
 
 # For stages that hold one model at a time: 8B parameters in bf16 take 16 GB, and as much again as working memory.
 HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}

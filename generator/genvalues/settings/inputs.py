@@ -31,7 +31,7 @@ from genvalues.settings.run import (
     TensorParallelSize,
     TrainingOptions,
 )
-from genvalues.settings.values import (
+from genvalues.settings.shared import (
     ExistingClaim,
     FileSystem,
     GuardOptions,

@@ -20,7 +20,7 @@ from genvalues.accelerators.neuron_rules import (
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
-from genvalues.settings.values import DURATION
+from genvalues.settings.shared import DURATION
 
 Values = dict[str, Any]
 SECRETS_FIX = (

@@ -14,7 +14,6 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from genvalues.settings.base import (
     DIGEST,
     DNS_LABEL,
-    DNS_NAME,
     LARGE,
     REPOSITORY,
     TAG,
@@ -34,61 +33,16 @@ from genvalues.settings.run import (
     Source,
     Training,
 )
-
-# --- keys that genvalues chooses or fills in when the inputs leave them out
-
-DURATION = r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?"
-StallTimeout = Annotated[
-    str,
-    Field(
-        pattern=f"^{DURATION}$",
-        max_length=32,
-        description="End train after this long without a step while all its pods run, such as 45m or 1h30m. Empty: "
-        "never. Must be longer than what precedes the first step: reading the model, and with compile.onMismatch: warn "
-        "compiling, which can take an hour.",
-    ),
-]
-StorageKind = Annotated[
-    Literal["fsx", "fsx-static", "generic"],
-    Field(
-        description="fsx: a new FSx for Lustre file system (about 10 minutes). fsx-static: an existing one. generic: "
-        "any storage class."
-    ),
-]
-Size = Annotated[
-    str,
-    Field(
-        pattern=r"^[1-9][0-9]{0,6}(Mi|Gi|Ti)$",
-        description="Size of the claim. FSx: 1200Gi, 2400Gi or a multiple of 2400Gi.",
-    ),
-]
-StorageClass = Annotated[
-    str,
-    Field(
-        pattern=optional(DNS_NAME),
-        max_length=253,
-        description="Storage class of the claim. Empty (kind generic only): the cluster's default class.",
-    ),
-]
-ExistingClaim = Annotated[
-    str,
-    Field(
-        pattern=optional(DNS_NAME),
-        max_length=253,
-        description="An existing PersistentVolumeClaim of the release's namespace to use instead of creating one.",
-    ),
-]
-TokenSecret = Annotated[
-    str,
-    Field(
-        pattern=optional(DNS_NAME),
-        max_length=253,
-        description="Name of the Secret that holds the token, never the token itself. Empty: no token.",
-    ),
-]
-TokenKey = Annotated[
-    str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="Key of the token in the Secret.")
-]
+from genvalues.settings.shared import (
+    ExistingClaim,
+    FileSystem,
+    GuardOptions,
+    HuggingFace,
+    Size,
+    StallTimeout,
+    StorageClass,
+    StorageKind,
+)
 
 # --- Kubernetes
 
@@ -237,22 +191,6 @@ class Pipeline(Block):
     )
 
 
-class GuardOptions(Block):
-    """Limits that end compile and train early: a checkpoint is saved, the nodes are freed, and the release fails
-    with the reason. See docs/operations.md.
-    """
-
-    max_cost: float | None = Field(
-        None,
-        gt=0,
-        le=LARGE,
-        description="Dollars that the run's nodes may cost, over all upgrades and retries. Requires pricePerNodeHour.",
-    )
-    price_per_node_hour: float | None = Field(
-        None, gt=0, le=LARGE, description="Dollars per node and hour, by which the cost is counted."
-    )
-
-
 class Guards(GuardOptions):
     stall_timeout: StallTimeout = "30m"
 
@@ -266,15 +204,6 @@ class NeuronSettings(Block):
     logical_core_size: int = Field(
         1, ge=1, le=2, description="Physical NeuronCores per logical core: 1 on trn1, 1 or (usually) 2 on trn2."
     )
-
-
-class HuggingFace(Block):
-    """The Secret with the Hugging Face token for gated models. Only the tokenize stage gets it, as HF_TOKEN. Create it
-    with kubectl create secret generic hf-token --from-file=token=/dev/stdin, so that the token is in no command line.
-    """
-
-    token_secret: TokenSecret = ""
-    token_key: TokenKey = "token"
 
 
 class HyperPod(Block):
@@ -370,23 +299,6 @@ class Fsx(Block):
     )
     per_unit_storage_throughput: Literal[50, 100, 125, 200, 250, 500, 1000] = Field(
         250, description="Throughput of the PERSISTENT types, in MB/s per TiB."
-    )
-
-
-class FileSystem(Block):
-    """kind fsx-static: the file system, as `aws fsx describe-file-systems` shows it."""
-
-    file_system_id: str = Field(
-        "", pattern=r"^(fs-[0-9a-f]{8,40})?$", description="FileSystemId, such as fs-0123456789abcdef0."
-    )
-    dns_name: str = Field(
-        "",
-        pattern=optional(DNS_NAME),
-        max_length=253,
-        description="DNSName, such as fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com.",
-    )
-    mount_name: str = Field(
-        "", pattern=r"^[A-Za-z0-9_-]{0,64}$", description="LustreConfiguration.MountName: fsx, or 8 characters."
     )
 
 

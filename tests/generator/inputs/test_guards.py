@@ -17,7 +17,7 @@ from genvalues.planner.estimate import START_HOURS
 from genvalues.planner.layout import FROM_INPUTS
 from genvalues.settings import value_rules as contradictions
 from genvalues.settings.inputs import GuardInputs
-from genvalues.settings.values import DURATION
+from genvalues.settings.shared import DURATION
 
 CHART = Path(__file__).parents[3] / "chart"
 TRN1 = CHART.parent / "values/trn1.yaml"
