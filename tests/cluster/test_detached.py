@@ -65,7 +65,7 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
     assert outcome(space) == "Complete"
     assert trainers(space) == first
     tested = llama("test", "llama", "--logs")
-    assert tested.status == 0 and re.search(r"merge: .*all as written", tested.output), tested.output
+    assert tested.status == 0 and re.search(r"merge: .*all match the manifest", tested.output), tested.output
 
 
 @pytest.mark.node

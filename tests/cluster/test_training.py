@@ -131,7 +131,7 @@ def test_only_compile_and_train_hold_neuron_and_efa_over_the_whole_run(trained: 
 def test_helm_test_checks_the_merged_model_and_reports_what_is_wrong(trained: Trained) -> None:
     tested = trained.release("test", "llama", "--logs")
     assert tested.status == 0, tested.output
-    assert "merge: " in tested.output and "all as written" in tested.output
+    assert "merge: " in tested.output and "all match the manifest" in tested.output
     volume = trained.space.volume
     volume.run(
         "cp -p runs/llama/merged/model.safetensors spare && printf X | dd of=runs/llama/merged/model.safetensors"

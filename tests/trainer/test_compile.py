@@ -414,7 +414,7 @@ def test_with_compile_on_cpu_the_graphs_are_collected_by_compile_and_compiled_by
     neuron: Callable[..., NeuronRun],
 ) -> None:
     run = neuron()
-    run.run.config["compile"] = {"on": "cpu"}
+    run.run.config["compile"] = {"runsOn": "cpu"}
     run()
     assert run.commands == ["collect"] and run.facts["graphs"] == {"found": 3}
     assert not any(module.is_compiled for module in run.modules)
@@ -438,7 +438,7 @@ def test_neff_refuses_graphs_of_another_compiler_and_the_next_upgrade_collects_t
     neuron: Callable[..., NeuronRun],
 ) -> None:
     run = neuron()
-    run.run.config["compile"] = {"on": "cpu"}
+    run.run.config["compile"] = {"runsOn": "cpu"}
     run()
     recorded(run, lambda then: then["versions"].update({"neuronx-cc": "2.20"}))
     assert "collected with neuronx-cc 2.20" in run("neff", status=2)
@@ -448,7 +448,7 @@ def test_neff_refuses_graphs_of_another_compiler_and_the_next_upgrade_collects_t
 def test_neff_compiles_its_own_graphs_whatever_becomes_of_other_runs(neuron: Callable[..., NeuronRun]) -> None:
     """`--command compile` takes every graph of the cache, and its status counts them all."""
     run = neuron()
-    run.run.config["compile"] = {"on": "cpu"}
+    run.run.config["compile"] = {"runsOn": "cpu"}
     run()
     run("neff", STANDIN_STATUS="7")
     assert run.is_done("neff")
@@ -467,7 +467,7 @@ def test_workers_share_the_cores_under_the_program_as_without_it(
 
 def test_neff_tells_the_compiler_what_was_traced_for(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron()
-    run.run.config["compile"] = {"on": "cpu"}
+    run.run.config["compile"] = {"runsOn": "cpu"}
     run()
     manifest = run.run.manifest("compile")
     manifest["facts"]["provenance"]["platform"] = "trn1"
@@ -657,7 +657,7 @@ def test_training_goes_on_where_onMismatch_is_warn_and_says_so(
 
 def test_training_with_compile_on_cpu_wants_neff_done(neuron: Callable[..., NeuronRun]) -> None:
     run = neuron()
-    run.run.config["compile"] = {"on": "cpu"}
+    run.run.config["compile"] = {"runsOn": "cpu"}
     run()
     with pytest.raises(UserError, match="train needs neff"):
         provenance.check_provenance(run.stage("train"))
