@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -45,32 +45,37 @@ def main() -> int:
         return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
-    with own_node(keep=wish == "keep"):
+    with own_node(keep=wish == "keep") as trainer_image:
         os.environ["KUBECONFIG"] = str(node.KUBECONFIG)
         if wish == "keep":
+            trainer_image.result()
             print(f"export KUBECONFIG={node.KUBECONFIG} CLUSTER=current   # stop it: python {__file__} stop")
             return 0
-        return run_tests([], sys.argv[1:])
+        return run_tests([], sys.argv[1:], trainer_image)
 
 
 @contextmanager
-def own_node(keep: bool) -> Iterator[None]:
+def own_node(keep: bool) -> Iterator[Future[None]]:
+    """A node that runs the stand-in image; the result is there when it has the trainer image, too."""
     for number in STOPPED_BY:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     node.check_this_machine()
     lock = take_lock()
     began = time.monotonic()
-    with ThreadPoolExecutor(1) as beside:  # one downloads while the other compiles
-        bases = beside.submit(images.make_bases)
-        binaries.build_all()
-        bases.result()
     try:
-        node.start()
-        images.load_all()
+        with ThreadPoolExecutor(2) as beside:  # one downloads while the other compiles, and the node starts meanwhile
+            bases = beside.submit(images.make_bases)
+            binaries.build_all(binaries.OF_THE_NODE)
+            others = beside.submit(binaries.build_all)
+            node.start()
+            others.result()
+            bases.result()
+        images.load_all(but=[images.trainer()])
         operators.install("1.9")
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
-        yield
+        with ThreadPoolExecutor(1) as beside:  # gigabytes, which the first half of the tests does not need
+            yield beside.submit(images.load_all)
     except BaseException:
         keep = False
         raise
@@ -94,15 +99,21 @@ def take_lock() -> IO[str]:
     return lock
 
 
-def run_tests(selection: list[str], arguments: list[str]) -> int:
-    """First those that can go side by side, then those that want the node for themselves."""
+def run_tests(selection: list[str], arguments: list[str], trainer_image: Future[None] | None = None) -> int:
+    """First those that can go side by side, then those that want the node for themselves or train."""
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
+        wait_for(trainer_image)
         return run_pytest([*pytest, *selection, *arguments])
-    together = [*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"]
-    alone = [*pytest, "-m", ONE_AFTER_THE_OTHER]
-    statuses = [run_pytest(command) for command in (together, alone)]
+    statuses = [run_pytest([*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"])]
+    wait_for(trainer_image)
+    statuses += [run_pytest([*pytest, "-m", ONE_AFTER_THE_OTHER])]
     return 1 if any(statuses) else 0
+
+
+def wait_for(trainer_image: Future[None] | None) -> None:
+    if trainer_image is not None:
+        trainer_image.result()
 
 
 def run_pytest(command: list[str]) -> int:

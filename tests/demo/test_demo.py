@@ -16,6 +16,7 @@ import run_demo
 from genvalues.common import files
 from genvalues.ops.local.screen import next_steps
 from trainer.conftest import make_model
+from trainer.warm import WarmPopen
 
 STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
 SKIPPED = ["preflight", "storage-prepare", "compile-gate", "train-gate"]
@@ -98,8 +99,9 @@ def test_started_again_every_stage_is_skipped_in_seconds(settings: dict[str, obj
 
 
 def test_killed_in_any_stage_and_run_again_it_gives_the_same_adapter(
-    settings: dict[str, object], undisturbed: Path, tmp_path: Path
+    settings: dict[str, object], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)  # of what it starts, too
     workspace = tmp_path / "workspace"
     command = run_demo.local_command(run_demo.HERE / "finetune.yaml", settings, workspace)
     checkpoints = workspace / "runs" / "demo" / "checkpoints"

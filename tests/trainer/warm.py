@@ -28,16 +28,19 @@ PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes, in /proc/PID/comm
 
 
 class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
-    """``subprocess.Popen`` for ``python -m MODULE``, ``python -c CODE``, ``python FILE`` and ``llama-lora``."""
+    """``subprocess.Popen`` that forks for Python, ``llama-lora`` and ``genvalues``, and executes other programs."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         warm_up()
         super().__init__(*arguments, **options)
 
     def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
-        cwd, env = given[4:6]
+        preexec_fn, _, pass_fds, cwd, env = given[1:6]
         streams = given[9:15]  # p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
         start_new_session = given[20]  # the last before Python 3.11's process_group
+        if args[0] != sys.executable and Path(args[0]).name not in ("llama-lora", "genvalues"):
+            super()._execute_child(args, *given)  # type: ignore[misc]
+            return
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.pid = os.fork()
@@ -46,7 +49,10 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
             try:
                 if start_new_session:
                     os.setsid()
-                become(list(args), dict(os.environ if env is None else env), cwd, streams[0::2][:1] + streams[3::2])
+                take_streams((streams[0], streams[3], streams[5]), pass_fds)
+                start_anew(list(args), dict(os.environ if env is None else env), cwd)
+                if preexec_fn:
+                    preexec_fn()
                 status = run_to_exit(list(args))
             finally:
                 os._exit(status)
@@ -54,22 +60,26 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
         self._close_pipe_fds(*streams)  # type: ignore[attr-defined]
 
 
-def become(args: list[str], env: dict[str, str], cwd: str | None, streams: Sequence[int]) -> None:
-    """Give this fork what an exec would: environment, streams, default signal handlers, none of our descriptors."""
-    signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+def take_streams(streams: Sequence[int], kept: Sequence[int]) -> None:
+    """Standard input, output and error, and none of the other file descriptors of the test process."""
     for target, descriptor in enumerate(streams):
         if descriptor not in (-1, target):
             os.dup2(descriptor, target)
     null = os.open(os.devnull, os.O_RDWR)
     for entry in sorted(Path("/proc/self/fd").iterdir()):  # replaced, not closed: objects that own one close it later
-        if int(entry.name) > 2 and int(entry.name) != null and entry.exists():
+        if int(entry.name) not in (0, 1, 2, null, *kept) and entry.exists():
             os.dup2(null, int(entry.name))
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+
+
+def start_anew(args: list[str], env: dict[str, str], cwd: str | None) -> None:
+    """Default signal handlers, environment and working directory, as after an exec."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     logging.getLogger().handlers.clear()  # pytest's
     warnings.simplefilter("ignore")  # of runpy: the module is imported already
     os.environ.clear()
@@ -97,21 +107,22 @@ def process_name(args: Sequence[str], env: dict[str, str]) -> str:
 
 def run_to_exit(args: list[str]) -> int:
     """Run the command in this process; its exit status."""
+    program, *rest = args
+    while rest[0] in ("-I", "-S"):
+        del rest[0]
     try:
-        if args[1] == "-m":
-            sys.argv = args[2:]
-            runpy.run_module(args[2], run_name="__main__", alter_sys=True)
-        elif args[1] == "-c":
-            sys.argv = args[1:2] + args[3:]
-            exec(compile(args[2], "<string>", "exec"), {"__name__": "__main__"})
-        elif args[0] == sys.executable:
-            sys.argv = args[1:]
-            runpy.run_path(args[1], run_name="__main__")
-        else:
-            from llama_lora.cli import main
-
+        if program != sys.executable:
             sys.argv = args
-            main()
+            importlib.import_module(f"{Path(program).name.replace('-', '_')}.cli").main()
+        elif rest[0] == "-m":
+            sys.argv = rest[1:]
+            runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+        elif rest[0] == "-c":
+            sys.argv = [rest[0], *rest[2:]]
+            exec(compile(rest[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = rest
+            runpy.run_path(rest[0], run_name="__main__")
         status = 0
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):

@@ -114,6 +114,8 @@ PROGRAMS = [
     Program("helmfile", "1.8.0", helmfile),
 ]
 
+OF_THE_NODE = ["kubernetes", "etcd", "coredns"]  # without which it does not start
+
 
 def build_all(names: Sequence[str] = ()) -> None:
     """Build what the cache does not have yet: these, or all."""

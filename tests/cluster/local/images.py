@@ -74,8 +74,8 @@ def operator(minor: str) -> str:
     return f"localhost/training-operator:{binary.parent.name.removeprefix('training-operator-')}"
 
 
-def load_all() -> None:
-    """Make the images the node does not have, and forget those of other sources."""
+def load_all(but: Container[str] = ()) -> None:
+    """Make the images the node does not have, except those of ``but``, and forget those of other sources."""
     there = set(ctr("images", "ls", "-q").stdout.split())
     wanted: dict[str, Callable[[str], None]] = {
         "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep"),
@@ -87,7 +87,7 @@ def load_all() -> None:
         wanted[operator(minor)] = lambda name, binary=binary: around(binary, name, ["/manager"], as_="manager")
     forget_images_but(wanted)
     for name, make in wanted.items():
-        if name not in there:
+        if name not in there and name not in but:
             print(f"making the image {name}", flush=True)
             make(name)
     forget_all_but(base("debian"), base("libraries"))
