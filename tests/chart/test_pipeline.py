@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def chart_at_revision(revision: int, folder: Path) -> Path:
     shutil.copytree(CHART, chart)
     for template in chart.rglob("*.*"):
         if template.suffix in {".tpl", ".yaml", ".txt"}:
-            template.write_text(template.read_text().replace(".Release.Revision", str(revision)))
+            text = re.sub(r"(\.root)?\.Release\.Revision", str(revision), template.read_text())
+            template.write_text(text)
     return chart
 
 

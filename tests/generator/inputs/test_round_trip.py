@@ -218,7 +218,7 @@ def test_what_genvalues_wrote_is_overwritten_without_a_word(tmp_path: Path) -> N
     [
         (lambda text: text.replace("r: 16", "r: 64"), "was edited after genvalues wrote it", "-  r: 64\n+  r: 16"),
         (lambda text: text + "extra: 1\n", "was edited after genvalues wrote it", "-extra: 1"),
-        (lambda text: text.replace("# The adapter.", "# ours"), "was edited", "-# ours\n+# The adapter."),
+        (lambda text: text.replace("# How the stages run.", "# ours"), "was edited", "-# ours\n+# How the stages run."),
         (lambda text: re.sub("# digest: .*\n", "", text), "was not written by genvalues", "+# digest: "),
         (lambda text: re.sub("# digest: .*\n", "# digest: " + "0" * 16 + "\n", text), "was edited", "-# digest: 000"),
         (lambda text: "mine: 1\n", "was not written by genvalues", "-mine: 1"),
@@ -238,7 +238,7 @@ def test_what_somebody_edited_or_wrote_is_kept_shown_as_a_diff_and_overwritten_b
     assert done.returncode == 2
     assert output.read_bytes() == edited
     *diff, line = done.stderr.splitlines()
-    assert line.startswith(f"-o values.yaml: {said}") and line.endswith("or over this one with --force.")
+    assert line.startswith(f"-o values.yaml: {said}") and line.endswith("--force.")
     assert diff[0].startswith("--- values.yaml (current)") and diff[1].startswith("+++ ")
     assert shown in "\n".join(diff)
     assert len(diff) <= 61

@@ -232,7 +232,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
         "stopping",  # the gate
         "waiting",
         "demo",  # is pending-install
-        "f.yaml",
+        "No",
         "demo:",  # done
     ]
 
