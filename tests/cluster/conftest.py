@@ -18,24 +18,24 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.when != "teardown" and report.failed:  # while the namespaces are still there
+    if report.when != "teardown" and report.failed:  # while the namespaces still exist
         for space in Space.living:
             try:
                 report.sections.append((f"namespace {space.name}", space.describe()))
-            except Exception as error:  # the API server is away
+            except Exception as error:  # the API server is stopped
                 report.sections.append((f"namespace {space.name}", f"cannot be shown: {error}"))
     return report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a History asks again and again while the server is away
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a History retries while the server is stopped
     connect()
 
 
 @pytest.fixture
 def new_space(request: pytest.FixtureRequest) -> Iterator[Callable[..., Space]]:
-    """Makes namespaces; they are gone after the test."""
+    """Create namespaces, and delete them after the test."""
     spaces: list[Space] = []
 
     def make(enforce: str = "restricted") -> Space:
@@ -50,7 +50,7 @@ def new_space(request: pytest.FixtureRequest) -> Iterator[Callable[..., Space]]:
 
 @pytest.fixture
 def space(new_space: Callable[..., Space]) -> Space:
-    """A namespace with a volume, claimed as `work`."""
+    """A namespace with a volume and the claim `work`."""
     made = new_space()
     made.volume.create()
     return made

@@ -1,6 +1,6 @@
-"""What a test has: a namespace of its own in the cluster, a volume, releases of the chart, and what was seen there.
+"""The space of one test: a namespace, a volume, releases of the chart, and the history of their objects.
 
-Every wait is bounded, and says what was going on when it gives up.
+Every wait has a time limit, and shows the state of the namespace when it fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from genvalues.cluster.objects import (
 
 Found = TypeVar("Found")
 
-PATIENCE = "--timeout=150s"  # a kubelet that has lost its API server comes back to it after a minute and more
+PATIENCE = "--timeout=150s"  # a kubelet takes a minute or more to reconnect to its API server
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 STAGE = "llama-lora/stage"
 CLAIM = "work"
@@ -48,7 +48,7 @@ STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
 HELMS = {major: binaries.program(f"helm{major}") for major in (3, 4)}
 
 RESOURCES = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}
-# Two workers of half a trn1.32xlarge each: one node has room for one training, as in the field.
+# Two workers of half a trn1.32xlarge each: as on real nodes, one node fits one training.
 SMALL: Values = {
     "model": {"path": "/workspace/model"},
     "dataset": {
@@ -74,14 +74,14 @@ def image(name: str) -> Values:
 
 
 def stand_in(**scripts: str) -> Values:
-    """Values whose stages run these shell scripts instead of their work; the others do nothing, and succeed."""
+    """Values with which stages run these shell scripts instead of their work. Other stages do nothing and succeed."""
     stages = {stage: {"extraEnv": {"STAND_IN": script}} for stage, script in scripts.items()}
     return merged(SMALL, image(STAND_IN_IMAGE), {"stages": stages})
 
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The result of a command."""
 
     status: int
     output: str
@@ -89,10 +89,10 @@ class Ended:
 
 
 class Client:
-    """A Helm client that runs beside the test."""
+    """A Helm client that runs in parallel with the test."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the client
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the client runs
         self._began = time.monotonic()
         self.process = subprocess.Popen(
             command,
@@ -119,7 +119,7 @@ class Client:
         return self.process.poll() is None
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """The whole group: a command that has started Helm dies with it, as with a laptop whose battery is empty."""
+        """Kill the process group, Helm included, as when a laptop loses power."""
         if self.is_alive():
             os.killpg(self.process.pid, how)
         self.process.wait(60)
@@ -133,7 +133,7 @@ class Sighting:
 
 
 class History:
-    """Every state of the jobs and pods of a namespace that the API server told, in the order it told them."""
+    """Every state of the jobs and pods of a namespace, in the order in which the API server reported them."""
 
     def __init__(self, namespace: str) -> None:
         self.sightings: list[Sighting] = []
@@ -157,27 +157,27 @@ class History:
                     self.sightings.append(Sighting(time.monotonic(), change["type"], item))
                     if self._over.is_set():
                         return
-            except Exception:  # the API server is away, or the kind is not there: tests do that
+            except Exception:  # the API server is stopped, or the kind is not installed: some tests do that
                 self._over.wait(0.3)
 
     def close(self) -> None:
         self._over.set()
 
     def pods(self, **labels: str) -> list[Object]:
-        """Every pod there has ever been, as last seen."""
+        """Every pod that existed, in its last state."""
         pods = (one.item for one in list(self.sightings) if one.item.get("kind") == "Pod")
         latest = {pod["metadata"]["uid"]: pod for pod in pods}
         return [pod for pod in latest.values() if labels.items() <= labels_of(pod).items()]
 
     def made_since(self, moment: float) -> list[Sighting]:
-        """The first sight of each object that was not there before. (ADDED comes again with each new watch.)"""
+        """The first event of each new object. (Each new watch repeats ADDED.)"""
         first: dict[str, Sighting] = {}
         for one in list(self.sightings):
             first.setdefault(one.item["metadata"]["uid"], one)
         return [one for one in first.values() if one.at > moment]
 
     def trainings_at_once(self) -> int:
-        """The most PyTorchJobs of the stage train that had a running container at the same moment."""
+        """The largest number of train PyTorchJobs that had a running container at the same time."""
         most, working = 0, dict[str, str]()
         for one in list(self.sightings):
             if one.item.get("kind") == "Pod" and component_of(one.item) == "train":
@@ -189,19 +189,19 @@ class History:
         return most
 
     def first(self, what: Callable[[Object], bool]) -> float | None:
-        """When an object was first in a state."""
+        """The time at which an object first had a state."""
         return next((one.at for one in list(self.sightings) if what(one.item)), None)
 
     def first_version(self, what: Callable[[Object], bool]) -> int | None:
-        """The same by the API server's own count, which is one for all kinds (etcd's revision): each kind has a watch
-        of its own here, and on a busy machine they tell of things out of step."""
+        """The same as a resource version (etcd's revision), which orders objects of all kinds. Each kind has its own
+        watch, and on a busy machine their events arrive out of order."""
         return next(
             (int(one.item["metadata"]["resourceVersion"]) for one in list(self.sightings) if what(one.item)), None
         )
 
 
 class Volume:
-    """The claim's files, through a pod that has it mounted: works on any cluster."""
+    """The files of the claim, read through a pod that mounts it. Works on any cluster."""
 
     POD = "files"
 
@@ -212,7 +212,7 @@ class Volume:
         self.space.apply(claim(CLAIM, storage_class, modes))
 
     def pod(self) -> str:
-        """The pod, made anew when a drain has evicted it."""
+        """The pod; created again after a drain has evicted it."""
         found = self.space.get("pod", self.POD)
         if found is None or is_over(found) or "deletionTimestamp" in found["metadata"]:
             self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
@@ -242,7 +242,7 @@ class Volume:
         subprocess.run(command, input=archive.getvalue(), check=True, capture_output=True)
 
     def copy_out(self, path: str, folder: Path) -> Path:
-        """A folder of the volume, as FOLDER/its name."""
+        """The path of a file in a folder of the volume."""
         tar_out = ["tar", "-cf", "-", "-C", str(Path(path).parent), Path(path).name]
         done = subprocess.run([*self.space.base, "exec", self.pod(), "--", *tar_out], check=True, capture_output=True)
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
@@ -251,9 +251,9 @@ class Volume:
 
 
 class Space:
-    """A namespace of the test's own, with Pod Security `restricted` enforced."""
+    """A namespace for one test that enforces Pod Security `restricted`."""
 
-    living: ClassVar[list[Space]] = []  # those that a test that fails has to show
+    living: ClassVar[list[Space]] = []  # shown when a test fails
 
     def __init__(self, name: str, enforce: str = "restricted") -> None:
         self.name = name
@@ -272,7 +272,7 @@ class Space:
         Space.living.append(self)
 
     def remove(self) -> None:
-        """Everything of it, cluster-scoped objects included; nobody waits for grace periods."""
+        """Delete everything, including cluster-scoped objects, without grace periods."""
         Space.living.remove(self)
         for one in self.clients:
             one.kill()
@@ -306,7 +306,7 @@ class Space:
         return items
 
     def pods(self, release: str, component: str = "") -> list[Object]:
-        """Those of a release that have not ended."""
+        """The objects of a release that have not ended."""
         selector = f"{INSTANCE}={release}" + (f",app.kubernetes.io/component={component}" if component else "")
         return [pod for pod in self.list("pods", selector) if not is_over(pod)]
 
@@ -318,7 +318,7 @@ class Space:
     def wait(
         self, what: str, happens: Callable[[], Found | None], seconds: float = 60.0, interval: float = 0.5
     ) -> Found:
-        """What ``happens`` returns as soon as it is something."""
+        """Wait until ``happens`` returns a true value, and return it."""
         ends = time.monotonic() + seconds
         while True:
             if found := happens():
@@ -339,14 +339,14 @@ class Space:
         return self.wait(f"{workers} {stage} pods of {release}", all_run, seconds)
 
     def never(self, what: str, happens: Callable[[], object], seconds: float) -> None:
-        """For ``seconds``, ``happens`` stays false."""
+        """Check that ``happens`` stays false for ``seconds``."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             assert not happens(), f"{what}\n{self.describe()}"
             time.sleep(0.5)
 
     def describe(self) -> str:
-        """Everything a reader of a failed test would look for."""
+        """The state of the namespace, for the report of a failed test."""
         parts = [self.kubectl("get", "pytorchjobs,jobs,pods,pvc", "-o", "wide", check=False)]
         parts += [self.kubectl("get", "events", "--sort-by=.lastTimestamp", check=False)[-4000:]]
         for pod in self.list("pods"):
@@ -362,7 +362,7 @@ class Space:
 
 
 class Release:
-    """One release, by one Helm."""
+    """One release, managed with one version of Helm."""
 
     def __init__(self, space: Space, helm: int, name: str, chart: Path) -> None:
         self.space = space
@@ -378,7 +378,7 @@ class Release:
         return [str(HELMS[self.helm]), *arguments, "--namespace", self.space.name]
 
     def __call__(self, *arguments: str, seconds: float = 300.0) -> Ended:
-        """Run Helm to its end."""
+        """Run Helm and wait for it."""
         return self.start(*arguments).wait(seconds)
 
     def start(self, *arguments: str) -> Client:
@@ -388,7 +388,7 @@ class Release:
 
     @contextmanager
     def values_file(self, values: Values) -> Iterator[str]:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:  # a client beside reads it later
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:  # read later
             yaml.safe_dump(values, file)
         yield file.name
 
@@ -418,7 +418,7 @@ class Release:
 
     @property
     def state(self) -> str:
-        """deployed, failed, pending-install ..."""
+        """Helm's status: deployed, failed, pending-install, ..."""
         shown = self("status", self.name, "--output", "json")
         return json.loads(shown.output)["info"]["status"] if shown.status == 0 else "none"
 
@@ -439,7 +439,7 @@ BEFORE = {
 
 
 def stages_in_order(history: History) -> None:
-    """No pod of a stage was there before what comes before it had succeeded, the PyTorchJob as well as its gate."""
+    """Check that no pod of a stage existed before the stages before it had succeeded, PyTorchJob and gate."""
 
     def first_pod(stage: str) -> int | None:
         return history.first_version(lambda item: item["kind"] == "Pod" and is_stage(item, stage))
@@ -455,14 +455,14 @@ def stages_in_order(history: History) -> None:
 
 
 def asking_for_neuron(space: Space, began: float) -> set[str]:
-    """The stages of which a pod that asks for devices was made since."""
+    """The stages that created a pod with devices since."""
     made = [one.item for one in space.history.made_since(began)]
     pods = [item for item in made if item["kind"] == "Pod" and (holds(item, NEURON) or holds(item, EFA))]
     return {component_of(pod) for pod in pods}
 
 
 def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
-    """From each stage's Job's creation to its success, of the Jobs made since."""
+    """Seconds from creation to success of each stage's Job that was created since."""
     made = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
     sightings = list(space.history.sightings)
     ended = {one.item["metadata"]["uid"]: one.at for one in reversed(sightings) if succeeded(one.item)}
@@ -471,8 +471,8 @@ def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
 
 
 def skipping(space: Space, upgrade: Callable[[], object], within: float = 5.0, times: int = 3) -> dict[str, float]:
-    """Seconds that each stage's Job takes when nothing has changed: the quickest of so many upgrades, or of fewer where
-    all are as quick as they must be. What else the machine does comes and goes; what a stage does stays."""
+    """Seconds that each stage's Job takes when nothing has changed: the minimum over several upgrades, or fewer if all
+    are fast enough. The minimum leaves out what else the machine was doing."""
     quickest: dict[str, float] = {}
     for _ in range(times):
         began = time.monotonic()
@@ -493,7 +493,7 @@ def succeeded(job: Object) -> bool:
 
 
 def holds(pod: Object, resource: str) -> int:
-    """How many of a device the pod's containers ask for."""
+    """The number of devices that the pod's containers request."""
     limits = (container.get("resources", {}).get("limits", {}) for container in pod["spec"]["containers"])
     return sum(int(limit.get(resource, 0)) for limit in limits)
 

@@ -4,8 +4,7 @@ trainer     trainer/Dockerfile over Debian with torch and its friends from PyPI
 stand-in    the same Dockerfile without torch, its llama-lora replaced by images/llama-lora
 and the training operators and the pause container, each around one static binary.
 
-Each image is named with a hash of what it is made from (pause apart), and made when the node's containerd does not have
-it.
+Each image except pause is named with a hash of its sources, and built when the node's containerd does not have it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CERTIFICATES = Path("/etc/ssl/certs")
 
 @cache
 def digest(*names: str) -> str:
-    """Of files and folders of the repository, as far as git would take them."""
+    """Hash files and folders of the repository, without what git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *names],
         cwd=ROOT,
@@ -55,7 +54,7 @@ def digest(*names: str) -> str:
 
 
 def requirements() -> list[str]:
-    """What the trainer image needs besides ourselves, torch included: the versions that go together."""
+    """The requirements of the trainer image, torch included, in versions that work together."""
     listed = [command(sys.executable, ROOT / "trainer/pins.py", wanted) for wanted in ("base", "[trainer]")]
     return "".join(listed).splitlines()
 
@@ -75,7 +74,7 @@ def operator(minor: str) -> str:
 
 
 def load_all(but: Container[str] = ()) -> None:
-    """Make the images the node does not have, except those of ``but``, and forget those of other sources."""
+    """Build the images that the node does not have, except ``but``, and delete those of other sources."""
     there = set(ctr("images", "ls", "-q").stdout.split())
     wanted: dict[str, Callable[[str], None]] = {
         "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep"),
@@ -94,7 +93,7 @@ def load_all(but: Container[str] = ()) -> None:
 
 
 def forget_images_but(wanted: Container[str]) -> None:
-    """Those of the kubelet's service, too, which keeps each image once more, by digest: gigabytes for every source."""
+    """Delete images of other sources, also by the digests under which the kubelet keeps them again."""
     listed = [line.split()[:3] for line in ctr("images", "ls").stdout.splitlines()[1:]]
     ours = "localhost/llama-lora"
     kept = {digest for name, _, digest in listed if name.startswith("localhost/") and not name.startswith(ours)}
@@ -120,7 +119,7 @@ def make_stand_in(name: str) -> None:
 
 
 def base(target: str) -> str:
-    """The name of the image that a target of images/Dockerfile makes."""
+    """The name of the image of a target in images/Dockerfile."""
     made_from: list[str] = [DEBIAN, *DEBIAN_PACKAGES]
     made_from += [digest("tests/cluster/images/Dockerfile", "tests/cluster/images/unused_libraries.py")]
     made_from += requirements() if target == "libraries" else []
@@ -128,12 +127,12 @@ def base(target: str) -> str:
 
 
 def make_bases() -> None:
-    """What is under the images and changes seldom. Needs no node."""
+    """Build the base images, which change rarely. Needs no node."""
     there = {one: buildah("images", "--quiet", base(one), check=False).stdout for one in ("debian", "libraries")}
     missing = [one for one, image in there.items() if not image]
     if not missing:
         return
-    buildah("rm", "--all", check=False)  # what a killed run left
+    buildah("rm", "--all", check=False)  # left by a killed run
     for leftover in CACHE.glob("making-*"):
         shutil.rmtree(leftover)
     forget_all_but(*(base(one) for one in there if one not in missing))
@@ -151,7 +150,7 @@ def make_bases() -> None:
 
 
 def forget_all_but(*names: str) -> None:
-    """Of what buildah keeps, gigabytes each: the images of other sources, and those that the node has by now."""
+    """Delete from buildah's storage the images of other sources, and those that the node has."""
     listed = buildah("images", "--format", "{{.Name}}:{{.Tag}}").stdout.split()
     if others := [name for name in listed if name not in names and not name.startswith("<none>")]:
         buildah("rmi", "--force", *others, check=False)
@@ -159,7 +158,7 @@ def forget_all_but(*names: str) -> None:
 
 
 def build(name: str, dockerfile: Path, context: Path, *options: str, **arguments: str) -> None:
-    """With this machine's certificates and pip settings, which it may need to reach PyPI; none stay in the image."""
+    """Build with this machine's certificates and pip settings, which may be needed for PyPI. None stay in the image."""
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as settings:
         settings.write(pip_settings())
         settings.flush()
@@ -182,7 +181,7 @@ def pip_settings() -> str:
 
 
 def around(binary: Path, name: str, entrypoint: list[str], *, as_: str) -> None:
-    """An image of one static binary."""
+    """Build an image of one static binary."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / as_
         file.parent.mkdir(exist_ok=True, parents=True)
@@ -195,17 +194,17 @@ def around(binary: Path, name: str, entrypoint: list[str], *, as_: str) -> None:
 
 
 def load(name: str) -> None:
-    """From buildah to the node, as a stream: the archive of the trainer image would be 6 GB."""
+    """Copy an image from buildah to the node as a stream: the archive of the trainer image would be 6 GB."""
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "stream"
         os.mkfifo(stream)
-        held = os.open(stream, os.O_RDWR)  # so that neither waits for the other to open it
+        held = os.open(stream, os.O_RDWR)  # so that neither side waits for the other to open it
         target = f"docker-archive:{stream}:{name}"
         push = ["buildah", *STORE, "push", "--quiet", "--disable-compression", name, target]
         with ThreadPoolExecutor(1) as beside:
             pushing = subprocess.Popen(push, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
             loading = beside.submit(ctr, "images", "import", stream, check=False)
-            # A full disk, for one: what nobody reads any more would be written for ever.
+            # For example a full disk: without a reader the writer would block.
             loading.add_done_callback(lambda loaded: pushing.kill() if loaded.result().returncode else None)
             _, complaint = pushing.communicate()
             os.close(held)

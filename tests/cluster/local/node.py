@@ -1,7 +1,7 @@
 """One node of a real Kubernetes on this machine: API server, controllers, scheduler, kubelet, containerd, DNS.
 
-Everything of it lies in one folder, by which it is also found again: whatever names that folder in its command line is
-stopped, whatever is mounted below it is unmounted. So a run that was killed leaves nothing that the next one minds.
+All its files are in one folder, which also identifies it: processes with that folder in their command line are
+stopped, and mounts below it are unmounted. So the next run can clean up after one that was killed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .binaries import CACHE, KUBERNETES_PROGRAMS, program
 FOLDER = CACHE / "node"
 KUBECONFIG = FOLDER / "kubeconfig"
 SOCKET = FOLDER / "containerd.sock"
-IMAGES = CACHE / "containerd"  # outlives the node: what was loaded once stays loaded
+IMAGES = CACHE / "containerd"  # kept after the node: images stay loaded
 NODE, BRIDGE, NETWORK = "local", "llamalora0", "llama-lora-tests"
 INSTANCE_TYPE = "ml.trn1.32xlarge"
 IP, PODS, SERVICES = "10.88.0.1", "10.88.0.0/16", "10.96.0.0/16"
 
-# What Debian's packages bring; the Makefile lists them.
+# From Debian's packages, which the Makefile lists.
 NEEDED = [
     *("containerd", "ctr", "runc", "buildah", "mmdebstrap", "iptables", "conntrack", "ip", "sysctl", "openssl"),
     *("git", "go", "kubectl"),
@@ -41,7 +41,7 @@ BUSYBOX = Path("/bin/busybox")
 
 
 def check_this_machine() -> None:
-    """Raise UserError for what the node cannot do without."""
+    """Raise UserError if something that the node needs is missing."""
     if os.geteuid() != 0:
         fix = "Use root, or a cluster of yours: make test-cluster CLUSTER=current"
         raise UserError("a Kubernetes node needs root", fix=fix)
@@ -55,7 +55,7 @@ def check_this_machine() -> None:
 
 
 def start() -> None:
-    """Start the node over whatever an earlier one has left, and wait until it is ready."""
+    """Clean up after an earlier node, start the node, and wait until it is ready."""
     stop()
     FOLDER.mkdir(parents=True)
     make_certificates()
@@ -123,7 +123,7 @@ def start_api_server() -> None:
 
 
 def restart_api_server(away: float) -> None:
-    """Take the API server away for ``away`` seconds."""
+    """Stop the API server for ``away`` seconds."""
     stop_program("apiserver")
     time.sleep(away)
     start_api_server()
@@ -135,7 +135,7 @@ def start_containerd() -> None:
 
 
 def forget_containers() -> None:
-    """Images outlive a node, the containers of its pods must not."""
+    """Delete the containers of the node's pods; its images are kept."""
     start_containerd()
     for container in ctr("containers", "ls", "-q").stdout.split():
         ctr("containers", "rm", container)
@@ -143,7 +143,7 @@ def forget_containers() -> None:
 
 
 def stop() -> None:
-    """Stop whatever belongs to a node in our folder, also one whose starter was killed."""
+    """Stop everything that belongs to a node in the folder, also after its starter was killed."""
     for name in ["provisioner", "kubelet", "proxy", "scheduler", "controller-manager", "coredns"]:
         stop_program(name)
     containers = [path.name for path in (FOLDER / "containerd/io.containerd.runtime.v2.task/k8s.io").glob("*")]
@@ -160,7 +160,7 @@ def stop_program(name: str) -> None:
     file = FOLDER / f"{name}.pid"
     if file.exists():
         pid = int(file.read_text())
-        if pid in processes_that_name(FOLDER):  # else the number is somebody else's by now
+        if pid in processes_that_name(FOLDER):  # else the process ID was reused
             end([pid], signal.SIGTERM)
             end([pid], signal.SIGKILL)
         file.unlink()
@@ -175,7 +175,7 @@ def start_program(name: str, *command: str | Path) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            umask=0o022,  # with 077 image roots would be closed to every user but root
+            umask=0o022,  # with 077 only root could read the roots of images
         )
     (FOLDER / f"{name}.pid").write_text(str(process.pid))
 
@@ -203,13 +203,13 @@ def ctr(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProce
 
 
 def pretend_to_be_trainium() -> None:
-    """So that scheduling is real: the devices of a trn1.32xlarge, whose driver nobody needs on the CPU backend."""
+    """Report the devices of a trn1.32xlarge, so that scheduling is real. The CPU backend needs no driver."""
     capacity = {"aws.amazon.com/neuron": "16", "vpc.amazonaws.com/efa": "8"}
     kubectl("patch", "node", NODE, "--subresource=status", "-p", json.dumps({"status": {"capacity": capacity}}))
     kubectl("label", "node", NODE, "--overwrite", f"node.kubernetes.io/instance-type={INSTANCE_TYPE}")
 
 
-# --- what belongs to us
+# --- what belongs to the node
 
 
 def processes() -> Iterable[Path]:
@@ -217,8 +217,8 @@ def processes() -> Iterable[Path]:
 
 
 def processes_that_name(folder: Path) -> list[int]:
-    """Programs of a node that have ``folder`` in their command line (not, say, somebody's shell that looks at it), and
-    what else runs from the cache: a Helm whose test was killed."""
+    """Programs of a node that have ``folder`` in their command line (not, for example, a shell in that folder), and
+    other programs from the cache, such as the Helm of a killed test."""
     found = []
     for path in processes():
         command = read(path / "cmdline").split("\0")
@@ -255,7 +255,7 @@ def end(pids: Iterable[int], how: signal.Signals, patience: float = 15.0) -> Non
 
 def is_running(pid: int) -> bool:
     with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)  # our own child, if it is one, must not stay a zombie
+        os.waitpid(pid, os.WNOHANG)  # reap it if it is a child of this process
     return read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] not in ([], ["Z"])
 
 
@@ -270,13 +270,13 @@ def make_bridge() -> None:
     run("ip", "address", "add", f"{IP}/16", "dev", BRIDGE, check=False)
     run("ip", "link", "set", BRIDGE, "up")
     run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-    if shutil.which("modprobe"):  # built in, or out of reach in a container: pods on one bridge do without
+    if shutil.which("modprobe"):  # built in, or not loadable in a container; pods on one bridge work without it
         run("modprobe", "br_netfilter", check=False)
     run("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1", check=False)
 
 
 def forget_network() -> None:
-    """The bridge, what kube-proxy wrote, and the rules of pods whose network was never taken down."""
+    """Remove the bridge, the rules of kube-proxy, and those of pods whose network was not removed."""
     if program("kube-proxy").exists():
         run(str(program("kube-proxy")), "--cleanup", check=False)
     run("ip", "link", "delete", BRIDGE, check=False)

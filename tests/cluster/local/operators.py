@@ -17,15 +17,15 @@ NAMESPACE = "kubeflow"
 
 
 def install(minor: str) -> None:
-    """Install that operator, or put it in the place of another one, and wait until it is at work."""
+    """Install this version of the operator, or replace another one, and wait until it runs."""
     kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", text=manifests(minor))
     kubectl("-n", NAMESPACE, "rollout", "status", "deployment/training-operator", "--timeout=120s")
 
 
 def manifests(minor: str) -> str:
-    """With our image; its webhooks and the CRDs are as its authors wrote them."""
+    """The manifests with the image of the tests. Webhooks and CRDs are unchanged."""
     source = module_folder(MODULE, OPERATORS[minor]) / "manifests"
-    with tempfile.TemporaryDirectory() as folder:  # the module cache is read-only, and kustomize wants a base beside it
+    with tempfile.TemporaryDirectory() as folder:  # a copy: the module cache is read-only
         overlay = Path(folder)
         subprocess.run(["cp", "-r", f"{source}/.", folder], check=True)
         subprocess.run(["chmod", "-R", "u+w", folder], check=True)

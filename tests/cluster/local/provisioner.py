@@ -1,6 +1,6 @@
-"""Makes a volume for each claim of our storage classes: a folder of this machine, with the owner the class asks for.
+"""Provision a volume for each claim of the tests' storage classes: a local folder with the owner that the class names.
 
-Run as a process of its own beside the node: provisioner.py KUBECONFIG FOLDER
+Runs as a process: provisioner.py KUBECONFIG FOLDER
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kubernetes import client, config
 
 PROVISIONER = "tests.llama-lora/folder"
 USER = 1000
-# Class: the folder's owner; when its volume is made; whether a claim without a class gets it.
+# Class: owner of the folder; binding mode; whether it is the default class.
 CLASSES = {
     "folder": (USER, "Immediate", "true"),
-    "folder-of-root": (0, "Immediate", "false"),  # as FSx for Lustre gives it: root's, mode 0755
+    "folder-of-root": (0, "Immediate", "false"),  # like a new FSx for Lustre: owned by root, mode 0755
     "folder-on-first-use": (USER, "WaitForFirstConsumer", "false"),
     "nobody-makes-it": (None, "Immediate", "false"),
 }
@@ -47,7 +47,7 @@ def volume(claim: Any, folder: Path) -> dict[str, Any]:
             "capacity": {"storage": claim.spec.resources.requests["storage"]},
             "claimRef": {**reference, "uid": claim.metadata.uid},
             "hostPath": {"path": str(folder), "type": "Directory"},
-            "persistentVolumeReclaimPolicy": "Retain",  # this process removes them
+            "persistentVolumeReclaimPolicy": "Retain",  # removed by this process
             "storageClassName": claim.spec.storage_class_name,
         },
     }
@@ -78,7 +78,7 @@ def main(kubeconfig: str, folder: str) -> None:
     while True:
         try:
             provision(core, Path(folder))
-        except Exception as error:  # the API server is away for a moment: a test of ours does that
+        except Exception as error:  # a test stops the API server for a moment
             print(type(error).__name__, str(error)[:200], flush=True)
         time.sleep(0.5)
 
