@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster.local import binaries, images, node, operators
 from genvalues.common.errors import UserError, user_errors_end_with_status_2
+from genvalues.common.process import processes
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -63,7 +64,7 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
     lock = take_lock()
     began = time.monotonic()
     try:
-        with ThreadPoolExecutor(2) as beside:  # one downloads while the other compiles, and the node starts meanwhile
+        with executor(2) as beside:  # one downloads while the other compiles, and the node starts meanwhile
             bases = beside.submit(images.make_bases)
             binaries.build_all(binaries.OF_THE_NODE)
             others = beside.submit(binaries.build_all)
@@ -74,7 +75,7 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
         operators.install("1.9")
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
-        with ThreadPoolExecutor(1) as beside:  # gigabytes, which the first half of the tests does not need
+        with executor(1) as beside:  # gigabytes, which the first half of the tests does not need
             yield beside.submit(images.load_all)
     except BaseException:
         keep = False
@@ -86,6 +87,17 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
             node.stop()
         print(f"after {time.monotonic() - began:.0f} s", flush=True)
         lock.close()
+
+
+@contextmanager
+def executor(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose builds and downloads are ended when the block is: a stopped run does not wait for them."""
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            yield threads
+        except BaseException:
+            node.end([pid for pid, parent in processes() if parent == os.getpid()], signal.SIGTERM)
+            raise
 
 
 def take_lock() -> IO[str]:

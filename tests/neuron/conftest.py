@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -117,16 +118,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents and "test_graphs.py" not in item.path.name:
             item.add_marker(pytest.mark.neuron)
             if missing:
-                item.add_marker(pytest.mark.skip(f"not run: {missing} cannot be imported here (docs/neuron.md)"))
+                item.add_marker(pytest.mark.skip(f"need {missing}: docs/neuron.md"))
 
 
 def missing_libraries() -> str:
-    """Which of the Neuron libraries are not to be had; nothing where all are."""
-    import importlib.util
-
-    wanted = ("torch_xla", "neuronx_distributed", "optimum.neuron")
+    """The Neuron libraries that are not installed; empty if all are."""
     missing = []
-    for name in wanted:
+    for name in ("torch_xla", "neuronx_distributed", "optimum.neuron"):
         try:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError:  # the package above it

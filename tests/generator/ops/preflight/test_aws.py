@@ -382,7 +382,7 @@ def test_a_call_takes_10_seconds_at_most() -> None:
 def test_if_aws_does_not_answer_all_checks_wait_in_parallel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(aws, "READ_SECONDS", 1)
+    monkeypatch.setattr(aws, "READ_SECONDS", 2)
     with silent_server() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         AwsClients(REGION).client("ec2")  # loads boto3 before the clock starts
@@ -392,7 +392,7 @@ def test_if_aws_does_not_answer_all_checks_wait_in_parallel(
     silent = [finding for finding in findings if finding.unanswered]
     assert [finding.level for finding in silent] == ["not checked"] * 6
     assert exit_status(findings) == 1
-    assert took < 5, "credentials first, then all others"
+    assert took < 10, "4 s: credentials first, then all others; one after the other they would take 14 s"
 
 
 def test_a_question_of_several_checks_is_asked_once() -> None:
