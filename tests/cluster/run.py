@@ -1,11 +1,11 @@
-"""`make test-cluster`: every promise of the chart, shown on a real Kubernetes.
+"""`make test-cluster`: test the chart on a real Kubernetes.
 
-Starts a node of its own on this machine (root, Debian's packages, Go), runs tests/cluster on it and stops it again,
-also after a failure. Arguments are pytest's.
+Starts a node on this machine (needs root, Debian's packages and Go), runs tests/cluster on it and stops it, also after a
+failure. Arguments are passed to pytest.
 
-CLUSTER=current    uses the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can get the
+CLUSTER=current    use the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can pull the
                    images $TRAINER_IMAGE and $STAND_IN_IMAGE
-CLUSTER=keep       leaves the node running, and says how to use it
+CLUSTER=keep       leave the node running, and print how to use it
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def main() -> int:
 
 @contextmanager
 def own_node(keep: bool) -> Iterator[Future[None]]:
-    """A node that runs the stand-in image; the result is there when it has the trainer image, too."""
+    """Start a node with the stand-in image. The future is done when the node also has the trainer image."""
     for number in STOPPED_BY:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     node.check_this_machine()
     lock = take_lock()
     began = time.monotonic()
     try:
-        with executor(2) as beside:  # one downloads while the other compiles, and the node starts meanwhile
+        with executor(2) as beside:  # one downloads, the other compiles, and the node starts in parallel
             bases = beside.submit(images.make_bases)
             binaries.build_all(binaries.OF_THE_NODE)
             others = beside.submit(binaries.build_all)
@@ -75,13 +75,13 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
         operators.install("1.9")
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
-        with executor(1) as beside:  # gigabytes, which the first half of the tests does not need
+        with executor(1) as beside:  # gigabytes that the first half of the tests does not need
             yield beside.submit(images.load_all)
     except BaseException:
         keep = False
         raise
     finally:
-        for number in STOPPED_BY:  # a second one must not end this half-way
+        for number in STOPPED_BY:  # a second signal must not interrupt the cleanup
             signal.signal(number, signal.SIG_IGN)
         if not keep:
             node.stop()
@@ -91,7 +91,7 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
 
 @contextmanager
 def executor(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose builds and downloads are ended when the block is: a stopped run does not wait for them."""
+    """Threads whose builds and downloads are stopped when the block fails, so that a stopped run does not wait."""
     with ThreadPoolExecutor(workers) as threads:
         try:
             yield threads
@@ -101,18 +101,18 @@ def executor(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def take_lock() -> IO[str]:
-    """Two would stop each other's node."""
+    """Take the lock of the node: two runs would stop each other's node. Raises UserError if another run has it."""
     binaries.CACHE.mkdir(parents=True, exist_ok=True)
     lock = (binaries.CACHE / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError("another make test-cluster is at work on this machine", fix="Wait for it, or stop it") from None
+        raise UserError("another make test-cluster is running on this machine", fix="Wait for it, or stop it") from None
     return lock
 
 
 def run_tests(selection: list[str], arguments: list[str], trainer_image: Future[None] | None = None) -> int:
-    """First those that can go side by side, then those that want the node for themselves or train."""
+    """Run the tests that can run in parallel, then those that need the node alone or train."""
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         wait_for(trainer_image)
@@ -129,7 +129,7 @@ def wait_for(trainer_image: Future[None] | None) -> None:
 
 
 def run_pytest(command: list[str]) -> int:
-    """Ended with us, and with time for its tests to take down what they have started."""
+    """Run pytest. It ends when this process does, with time for the tests to clean up."""
     process = subprocess.Popen(command)
     try:
         return process.wait(AT_MOST)
