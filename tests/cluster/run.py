@@ -1,7 +1,7 @@
 """`make test-cluster`: test the chart on a real Kubernetes.
 
-Starts a node on this machine (needs root, Debian's packages and Go), runs tests/cluster on it and stops it, also after a
-failure. Arguments are passed to pytest.
+Starts a node on this machine (needs root, Debian's packages and Go), runs tests/cluster on it and stops it, also after
+a failure. Arguments are passed to pytest.
 
 CLUSTER=current    use the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can pull the
                    images $TRAINER_IMAGE and $STAND_IN_IMAGE
@@ -30,10 +30,10 @@ from genvalues.common.process import processes
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-AT_MOST = 1800  # seconds for either half of the tests: something hangs
-AT_ONCE = 4  # tests that leave the node alone, side by side
-NEEDS_ITS_OWN_NODE = "node"  # the marker of tests that drain it, stop its API server, change its operator
-ONE_AFTER_THE_OTHER = "node or training"  # and of those that go on from one whole training
+AT_MOST = 1800  # seconds for each half of the tests
+AT_ONCE = 4  # tests that run in parallel
+NEEDS_ITS_OWN_NODE = "node"  # marker of tests that drain the node, stop its API server or change its operator
+ONE_AFTER_THE_OTHER = "node or training"  # "training": tests that share one whole training
 
 
 @user_errors_end_with_status_2
