@@ -176,3 +176,10 @@ def test_without_the_trainers_packages_its_command_says_what_to_install() -> Non
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "torch is not installed. Install what the stages need: pip install 'llama-lora[trainer]'.\n"
+
+
+def test_the_cluster_tests_can_be_collected() -> None:
+    """They run only on a cluster, where an import that fails would be found late."""
+    command = [sys.executable, "-m", "pytest", "tests/cluster", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

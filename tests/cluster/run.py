@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -46,18 +46,17 @@ def main() -> int:
         return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
-    with own_node(keep=wish == "keep") as trainer_image:
+    with own_node(keep=wish == "keep"):
         os.environ["KUBECONFIG"] = str(node.KUBECONFIG)
         if wish == "keep":
-            trainer_image.result()
             print(f"export KUBECONFIG={node.KUBECONFIG} CLUSTER=current   # stop it: python {__file__} stop")
             return 0
-        return run_tests([], sys.argv[1:], trainer_image)
+        return run_tests([], sys.argv[1:])
 
 
 @contextmanager
-def own_node(keep: bool) -> Iterator[Future[None]]:
-    """Start a node with the stand-in image. The future is done when the node also has the trainer image."""
+def own_node(keep: bool) -> Iterator[None]:
+    """Start a node that has the images, and stop it at the end unless it is to be kept."""
     for number in STOPPED_BY:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     node.check_this_machine()
@@ -71,12 +70,11 @@ def own_node(keep: bool) -> Iterator[Future[None]]:
             node.start()
             others.result()
             bases.result()
-        images.load_all(but=[images.trainer()])
+        images.load_all()  # gigabytes: loaded in parallel with tests, it delays their pods by more than they allow
         operators.install("1.9")
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
-        with executor(1) as beside:  # gigabytes that the first half of the tests does not need
-            yield beside.submit(images.load_all)
+        yield
     except BaseException:
         keep = False
         raise
@@ -111,21 +109,14 @@ def take_lock() -> IO[str]:
     return lock
 
 
-def run_tests(selection: list[str], arguments: list[str], trainer_image: Future[None] | None = None) -> int:
+def run_tests(selection: list[str], arguments: list[str]) -> int:
     """Run the tests that can run in parallel, then those that need the node alone or train."""
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
-        wait_for(trainer_image)
         return run_pytest([*pytest, *selection, *arguments])
     statuses = [run_pytest([*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"])]
-    wait_for(trainer_image)
     statuses += [run_pytest([*pytest, "-m", ONE_AFTER_THE_OTHER])]
     return 1 if any(statuses) else 0
-
-
-def wait_for(trainer_image: Future[None] | None) -> None:
-    if trainer_image is not None:
-        trainer_image.result()
 
 
 def run_pytest(command: list[str]) -> int:

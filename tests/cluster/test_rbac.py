@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kubernetes import client
 
 from chart.manifests import Values, merged, render
-from chart.test_security import asked_for
+from chart.test_security import documented
 from cluster.space import EFA, NEURON, SMALL, Space, holds, stand_in
 from genvalues.cluster.objects import component_of, name_of
 
@@ -121,7 +121,7 @@ def rules(space: Space, account: str) -> set[tuple[str, str, str]]:
 def needed(space: Space, commands: list[str]) -> Iterator[tuple[str, str, str]]:
     for command in commands:
         names = {"namespaces": space.name, **NAMES} if command == "preflight" else {}
-        for verb, resource in asked_for(command):
+        for verb, resource in documented(command):
             yield verb, resource, names.get(resource, "")
 
 

@@ -73,8 +73,8 @@ def operator(minor: str) -> str:
     return f"localhost/training-operator:{binary.parent.name.removeprefix('training-operator-')}"
 
 
-def load_all(but: Container[str] = ()) -> None:
-    """Build the images that the node does not have, except ``but``, and delete those of other sources."""
+def load_all() -> None:
+    """Build the images that the node does not have, and delete those of other sources."""
     there = set(ctr("images", "ls", "-q").stdout.split())
     wanted: dict[str, Callable[[str], None]] = {
         "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep"),
@@ -86,7 +86,7 @@ def load_all(but: Container[str] = ()) -> None:
         wanted[operator(minor)] = lambda name, binary=binary: around(binary, name, ["/manager"], as_="manager")
     forget_images_but(wanted)
     for name, make in wanted.items():
-        if name not in there and name not in but:
+        if name not in there:
             print(f"making the image {name}", flush=True)
             make(name)
     forget_all_but(base("debian"), base("libraries"))
