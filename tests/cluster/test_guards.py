@@ -152,7 +152,7 @@ def test_a_real_training_that_hangs_writes_the_stack_traces_of_its_workers(real:
     [name] = [pod["metadata"]["name"] for pod in real.pods("llama", "train") if pod["metadata"]["name"].endswith("-1")]
     stop = (
         "for folder in /proc/[0-9]*; do "
-        "grep -aq [l]lama_lora.worker $folder/cmdline 2>/dev/null && kill -STOP ${folder#/proc/}; done; true"
+        "grep -aq [l]lama_lora.backends.worker $folder/cmdline 2>/dev/null && kill -STOP ${folder#/proc/}; done; true"
     )
     real.kubectl("exec", name, "--", "sh", "-c", stop)
     fails(llama, client.wait(500))
