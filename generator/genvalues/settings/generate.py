@@ -16,7 +16,7 @@ from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
 from genvalues.settings.base import Block
 from genvalues.settings.inputs import SCHEMA
-from genvalues.settings.reference import inputs_tables, values_page
+from genvalues.settings.reference import flow, inputs_tables, values_page
 from genvalues.settings.run import RunConfig
 from genvalues.settings.schemas import inputs_schema, values_schema
 from genvalues.settings.values import StageSettings, Values
@@ -117,14 +117,6 @@ def resources_lines(resources: dict[str, Any]) -> list[str]:
 def comment(text: str, depth: int) -> list[str]:
     indent = "  " * depth
     return [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 2, break_on_hyphens=False)]
-
-
-def flow(value: Any) -> str:
-    """A value on one line of YAML."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
-    return text.removesuffix("\n").removesuffix("\n...").replace("'", '"')
 
 
 # --- chart/templates/config/_settings.tpl

@@ -146,13 +146,15 @@ def bounds(part: Part) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML on one line."""
-    if value is NO_DEFAULT or value is None:
-        return ""
+    return "" if value is NO_DEFAULT or value is None else code(flow(value))
+
+
+def flow(value: Any) -> str:
+    """A value on one line of YAML."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
-    return code(text.removesuffix("\n").removesuffix("\n...").replace("'", '"'))
+    return str(text).removesuffix("\n").removesuffix("\n...").replace("'", '"')
 
 
 def link(heading: str) -> str:
