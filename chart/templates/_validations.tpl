@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "parallelism" "devices" "neuron" "guards" "storage" "workspace" "names" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -46,12 +46,10 @@ evaluation.enabled is true, but dataset.evalFraction 0 leaves no rows to evaluat
 
 {{- define "llama-lora.validations.training" -}}
 {{- $training := .Values.training }}
-{{- if eq $training.attention "flash" }}
-{{- if eq .Values.backend "cpu" }}
-training.attention flash is not supported by backend cpu. Set it to eager.
-{{- else if mod $training.maxSequenceLength 2048 }}
-training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention flash requires. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to eager.
-{{- end }}
+{{- if and (eq .Values.backend "xla") (eq $training.attention "causal") (mod $training.maxSequenceLength 2048) }}
+training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention causal requires with backend xla. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to isolated.
+{{- else if and (eq .Values.backend "native") (eq (include "llama-lora.device" .) "neuron") (mod $training.maxSequenceLength 512) }}
+training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 512, as backend native requires on Trainium. Set it to {{ mul 512 (add 1 (div $training.maxSequenceLength 512)) }}.
 {{- end }}
 {{- end }}
 
@@ -66,19 +64,33 @@ training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple o
 {{- end }}
 parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}. {{ $fix }}.
 {{- end }}
-{{- if and (eq .Values.backend "cpu") (gt (int $layout.tensorParallelSize) 1) }}
-parallelism.tensorParallelSize is {{ $layout.tensorParallelSize }}, but backend cpu supports only data parallelism. Set it to 1, or backend to neuron.
+{{- if and (eq .Values.backend "xla") (gt (int $layout.shardSize) 1) }}
+parallelism.shardSize is {{ $layout.shardSize }}, which requires backend native. Set it to 1.
+{{- else if mod $layout.dataParallelSize $layout.shardSize }}
+parallelism.shardSize {{ $layout.shardSize }} does not divide parallelism.dataParallelSize {{ $layout.dataParallelSize }}. Set it to a divisor.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.backend" -}}
+{{- $values := .Values }}
+{{- if and (eq $values.backend "xla") (eq $values.instance "cpu") }}
+instance is cpu, but backend is xla. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to native.
+{{- end }}
+{{- if eq $values.backend "xla" }}
+{{- if ne $values.compile.mode "layers" }}
+compile.mode {{ $values.compile.mode }} requires backend native. Set it to layers.
+{{- end }}
+{{- if ne $values.compile.onFallback "refuse" }}
+compile.onFallback {{ $values.compile.onFallback }} requires backend native. Set it to refuse.
+{{- end }}
+{{- else if and (ne $values.compile.runsOn "accelerator") (eq (include "llama-lora.device" .) "neuron") }}
+compile.runsOn {{ $values.compile.runsOn }} requires backend xla. Set it to accelerator, or backend to xla.
 {{- end }}
 {{- end }}
 
 {{- define "llama-lora.validations.devices" -}}
-{{- if eq .Values.backend "neuron" }}
-{{- if not (hasKey .Values.devices "aws.amazon.com/neuron") }}
-devices has no aws.amazon.com/neuron, which backend neuron requires. Set devices to those of one node, e.g. for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
-{{- end }}
-{{- if eq .Values.instance "cpu" }}
-instance is cpu, but backend is neuron. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to cpu.
-{{- end }}
+{{- if and (eq (include "llama-lora.device" .) "neuron") (not (hasKey .Values.devices "aws.amazon.com/neuron")) }}
+devices has no aws.amazon.com/neuron, which instance {{ .Values.instance }} requires. Set devices to those of one node, e.g. for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
 {{- end }}
 {{- range $device := list "aws.amazon.com/neurondevice" "aws.amazon.com/neuroncore" }}
 {{- if hasKey $.Values.devices $device }}
@@ -88,7 +100,7 @@ devices.{{ $device }} is not supported, because it does not count whole devices.
 {{- end }}
 
 {{- define "llama-lora.validations.neuron" -}}
-{{- if eq .Values.backend "neuron" }}
+{{- if eq (include "llama-lora.device" .) "neuron" }}
 {{- $neuron := .Values.neuron }}
 {{- $generation := regexFind "trn[0-9]" .Values.instance }}
 {{- if and $generation (ne $generation $neuron.target) }}
@@ -110,8 +122,12 @@ devices has no vpc.amazonaws.com/efa, which {{ .Values.parallelism.nodes }} node
 {{- range $stage := list "compile" "neff" "train" }}
 {{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).extraEnv }}
 {{- $_ := set $environments $stage $extra }}
-{{- if hasKey $extra "NEURON_COMPILE_CACHE_URL" }}
-stages.{{ $stage }}: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is in workspace.mountPath.
+{{- $cache := ternary "NEURON_COMPILE_CACHE_URL" "TORCH_NEURONX_NEFF_CACHE_DIR" (eq $.Values.backend "xla") }}
+{{- if hasKey $extra $cache }}
+stages.{{ $stage }}: extraEnv.{{ $cache }} is set by the chart. Remove it: the cache is in workspace.mountPath.
+{{- end }}
+{{- if and (eq $.Values.backend "native") (hasKey $extra "NEURON_RT_VISIBLE_CORES") }}
+stages.{{ $stage }}: extraEnv.NEURON_RT_VISIBLE_CORES is set by TorchNeuron in each worker, and not with a value of the pod. Remove it.
 {{- end }}
 {{- if hasKey $extra "NEURON_LOGICAL_NC_CONFIG" }}
 stages.{{ $stage }}: extraEnv.NEURON_LOGICAL_NC_CONFIG is set by the chart. Use neuron.logicalCoreSize.
@@ -126,7 +142,7 @@ stages.{{ $stage }}: extraEnv.{{ $name }} is not supported since Neuron 2.25; be
 {{- end }}
 {{- end }}
 {{- range $name := concat (keys $environments.compile) (keys $environments.train) | uniq | sortAlpha }}
-{{- if and (regexMatch "^(NEURON|XLA)_" $name) (not (hasPrefix "NEURON_RT_" $name)) }}
+{{- if and (regexMatch "^(NEURON|XLA|TORCH_NEURONX|NKI)_" $name) (not (hasPrefix "NEURON_RT_" $name)) }}
 {{- if ne (get $environments.compile $name | toString) (get $environments.train $name | toString) }}
 stages.compile and stages.train differ in extraEnv.{{ $name }}, so train needs other graphs than compile has compiled. Set it in both.
 {{- end }}

@@ -10,9 +10,10 @@ import yaml
 
 from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
 from genvalues.cluster.config import load as load_cluster_config
+from genvalues.settings.run import RunConfig, with_own_words
 
 SECTIONS = [
-    *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism"),
+    *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism", "rehearse"),
 ]
 SETTINGS: Values = {
     "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
@@ -93,7 +94,44 @@ def test_the_run_config_is_the_values_own_sections(values_file: Path, helm: int)
     values = merged(defaults, yaml.safe_load(values_file.read_text()))
     run = config(render(values_file, helm=helm), "run.yaml")
     assert run.pop("name") == (values["name"] or "llama")
+    assert run.pop("device") == ("cpu" if values["instance"] == "cpu" else "neuron")
+    values = with_own_words(values)
     assert run == {section: values[section] for section in SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "read"),
+    [
+        ({"backend": "cpu"}, "backend", "native"),
+        ({"training": {"attention": "eager"}}, "training.attention", "isolated"),
+        ({"training": {"attention": "flash"}}, "training.attention", "causal"),
+        ({"compile": {"mode": False}}, "compile.mode", "off"),  # YAML 1.1's off
+        ({"compile": {"mode": "off"}}, "compile.mode", "off"),
+    ],
+)
+def test_other_words_for_a_value_reach_the_stages_as_its_own(written: Values, key: str, read: str, helm: int) -> None:
+    run = config(render(merged(MINIMAL, written), helm=helm), "run.yaml")
+    for part in key.split("."):
+        run = run[part]
+    assert run == read
+
+
+@pytest.mark.parametrize(
+    ("instance", "backend", "device"),
+    [
+        ("cpu", "native", "cpu"),
+        ("m7i.4xlarge", "native", "cpu"),
+        ("ml.trn2.48xlarge", "native", "neuron"),
+        ("trn2u.48xlarge", "xla", "neuron"),
+        ("ml.trn1.32xlarge", "neuron", "neuron"),
+        ("ml.trn1.32xlarge", "cpu", "cpu"),  # as before backend native: any node, small models
+    ],
+)
+def test_the_device_follows_from_the_instance_type(instance: str, backend: str, device: str, helm: int) -> None:
+    target = {"target": "trn2", "logicalCoreSize": 2} if "trn2" in instance else {}
+    values = {"instance": instance, "backend": backend, "neuron": target, "devices": {"aws.amazon.com/neuron": 16}}
+    run = config(render(merged(MINIMAL, values), helm=helm), "run.yaml")
+    assert RunConfig.model_validate(run).device == device
 
 
 @pytest.mark.parametrize("learning_rate", [1e-7, 5e-5, 1.5e-6, 0.001, 1])
@@ -121,6 +159,7 @@ def test_a_run_is_named_after_its_release_unless_it_is_named(helm: int) -> None:
 def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
     keys = yaml.safe_load((CHART / "values.yaml").read_text())["stages"]
     del keys["neff"]  # of Trainium alone; its compilers request more than the limits here
+    del keys["rehearse"]  # no template yet
     own_resources = {key for key, stage in keys.items() if "resources" in stage}
     values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
     objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}), helm=helm)

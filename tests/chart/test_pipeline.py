@@ -47,7 +47,7 @@ TRAINIUM = merged(
     MINIMAL,
     {
         "instance": "ml.trn1.32xlarge",
-        "backend": "neuron",
+        "backend": "xla",
         "devices": DEVICES,
         "parallelism": {"nodes": 2, "processesPerNode": 32, "tensorParallelSize": 8, "dataParallelSize": 8},
     },

@@ -84,6 +84,7 @@ def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[
         "processes": job["nprocPerNode"],
         "TP": str(layout["tensorParallelSize"]),
         "DP": str(layout["dataParallelSize"]),
+        "shard": str(layout["shardSize"]),
         "neuron": str(limits.get(NEURON, 0)),
         "efa": str(limits.get(EFA, 0)),
         "cpu": limits["cpu"],
@@ -125,7 +126,7 @@ def test_the_others_are_rejected_with_the_reason(name: str, nodes: int, prefix: 
 
 @pytest.mark.parametrize(("name", "column"), [("trn1n.32xlarge", "trn1 CPU"), ("ml.trn2.48xlarge", "trn2 CPU")])
 def test_a_cpu_pod_that_compiles_gets_the_target(name: str, column: str, tmp_path: Path) -> None:
-    objects = stages(values_of(name, 2, tmp_path, "compile.runsOn=cpu"))
+    objects = stages(values_of(name, 2, tmp_path, "backend=xla", "compile.runsOn=cpu"))
     each = pod(objects, "neff")
     environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE}
     assert environment == environment_of(column)
@@ -140,12 +141,13 @@ def test_generated_values_match_the_reference_configuration(instance: str, nodes
     """32 processes per node, TP 8 x DP 4 (x nodes), bf16, accumulation 3, r 16, alpha 16, dropout 0.05, q and v."""
     objects = stages(values_of(instance, nodes, tmp_path))
     run = config(objects, "run.yaml")
-    assert run["backend"] == "neuron"
+    assert (run["backend"], run["device"]) == ("xla", "neuron")
     assert run["parallelism"] == {
         "nodes": nodes,
         "processesPerNode": 32,
         "tensorParallelSize": 8,
         "dataParallelSize": 4 * nodes,
+        "shardSize": 1,
     }
     assert run["lora"] == {"r": 16, "alpha": 16, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"]}
     training = run["training"]
@@ -185,6 +187,16 @@ def test_huge_pages_can_be_requested(tmp_path: Path) -> None:
         assert "hugepages-2Mi" not in pod(objects, "compile").containers[0]["resources"][bound]
 
 
-def test_backend_cpu_sets_none_of_it(helm: int) -> None:
+@pytest.mark.parametrize(("nodes", "column"), [(1, "trn2 xla one"), (2, "trn2 xla several")])
+def test_backend_xla_on_trn2_gets_what_it_got_before_backend_native(nodes: int, column: str, tmp_path: Path) -> None:
+    objects = stages(values_of("ml.trn2.48xlarge", nodes, tmp_path, "backend=xla"))
+    for stage in ("compile", "train"):
+        environment = pod(objects, stage).environment
+        assert {name: value for name, value in environment.items() if name not in OF_EVERY_STAGE} == (
+            environment_of(column)
+        )
+
+
+def test_a_cpu_sets_none_of_it(helm: int) -> None:
     for each in pods(render(MINIMAL, helm=helm)):
         assert each.environment.keys() == OF_EVERY_STAGE

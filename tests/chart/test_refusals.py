@@ -12,7 +12,7 @@ from chart.manifests import CHART, MINIMAL, Refused, Values, merged, pods, rende
 MISFITS: dict[str, tuple[Values, str]] = {
     "unknown section": ({"trainning": {}}, "trainning"),
     "unknown key": ({"lora": {"rank": 8}}, "rank"),
-    "unknown stage": ({"stages": {"rehearse": {}}}, "rehearse"),
+    "unknown stage": ({"stages": {"distill": {}}}, "distill"),
     "unknown key of a stage": ({"stages": {"train": {"replicas": 2}}}, "replicas"),
     "text for a number": ({"training": {"learningRate": "5e-5 or so"}}, "learningRate"),
     "number for text": ({"model": {"revision": 20241001}}, "revision"),
@@ -68,6 +68,11 @@ MISFITS: dict[str, tuple[Values, str]] = {
 
 # Rejected by the templates: values, and a part of the message.
 NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
+TRN2: Values = {
+    "instance": "trn2.48xlarge",
+    "devices": {"aws.amazon.com/neuron": 16},
+    "neuron": {"target": "trn2", "logicalCoreSize": 2},
+}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
     "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
@@ -90,17 +95,33 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"parallelism": {"processesPerNode": 32, "tensorParallelSize": 5, "dataParallelSize": 6}}),
         "parallelism.dataParallelSize = 30. Make parallelism.tensorParallelSize a divisor of 32.",
     ),
-    "tensor parallelism on CPUs": (
-        {"parallelism": {"tensorParallelSize": 2, "dataParallelSize": 1}},
-        "parallelism.tensorParallelSize is 2, but backend cpu supports only data parallelism. Set it to 1, or",
+    "shards of xla": (
+        merged(NEURON, {"parallelism": {"shardSize": 2}}),
+        "parallelism.shardSize is 2, which requires backend native. Set it to 1.",
     ),
-    "Neuron without devices": (
-        merged(NEURON, {"devices": None}, {"devices": {"vpc.amazonaws.com/efa": 8}}),
-        "devices has no aws.amazon.com/neuron, which backend neuron requires. Set devices to those of one node",
+    "shards that do not divide the copies": (
+        {"parallelism": {"shardSize": 4}},
+        "parallelism.shardSize 4 does not divide parallelism.dataParallelSize 2. Set it to a divisor.",
     ),
-    "Neuron on CPUs": (
+    "xla on CPUs": (
         merged(NEURON, {"instance": "cpu"}),
-        "instance is cpu, but backend is neuron. Set instance to the nodes' type",
+        "instance is cpu, but backend is xla. Set instance to the nodes' type",
+    ),
+    "operator by operator with xla": (
+        merged(NEURON, {"compile": {"mode": "off"}}),
+        "compile.mode off requires backend native. Set it to layers.",
+    ),
+    "fallbacks with xla": (
+        merged(NEURON, {"compile": {"onFallback": "warn"}}),
+        "compile.onFallback warn requires backend native. Set it to refuse.",
+    ),
+    "compiling on CPUs with native": (
+        merged(TRN2, {"compile": {"runsOn": "cpu"}}),
+        "compile.runsOn cpu requires backend xla. Set it to accelerator, or backend to xla.",
+    ),
+    "Trainium without devices": (
+        merged(NEURON, {"devices": None}, {"devices": {"vpc.amazonaws.com/efa": 8}}),
+        "devices has no aws.amazon.com/neuron, which instance trn1.32xlarge requires. Set devices to those of one node",
     ),
     "a device resource that is not supported": (
         merged(NEURON, {"devices": {"aws.amazon.com/neurondevice": 16}}),
@@ -120,13 +141,13 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"storage": {"kind": "fsx-static", "static": {"dnsName": "a.b", "mountName": "fsx"}}},
         "storage.static.fileSystemId is required for storage.kind fsx-static.",
     ),
-    "flash on CPUs": (
-        {"training": {"attention": "flash"}},
-        "training.attention flash is not supported by backend cpu. Set it to eager.",
+    "causal attention of xla with an unsupported sequence length": (
+        merged(NEURON, {"training": {"attention": "causal", "maxSequenceLength": 3000}}),
+        "training.maxSequenceLength 3000 is not a multiple of 2048, as training.attention causal requires with",
     ),
-    "flash with an unsupported sequence length": (
-        merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
-        "training.maxSequenceLength 3000 is not a multiple of 2048, as training.attention flash requires. Set it to",
+    "native on Trainium with an unsupported sequence length": (
+        merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
+        "training.maxSequenceLength 1000 is not a multiple of 512, as backend native requires on Trainium. Set it",
     ),
     "graphs for another instance": (
         merged(NEURON, {"instance": "ml.trn2.48xlarge"}),
@@ -147,6 +168,14 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "another cache of graphs": (
         merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}}}),
         "stages.train: extraEnv.NEURON_COMPILE_CACHE_URL is set by the chart. Remove it: the cache is in",
+    ),
+    "another cache of native's graphs": (
+        merged(TRN2, {"stageDefaults": {"extraEnv": {"TORCH_NEURONX_NEFF_CACHE_DIR": "/tmp/mine"}}}),
+        "stages.train: extraEnv.TORCH_NEURONX_NEFF_CACHE_DIR is set by the chart. Remove it: the cache is in",
+    ),
+    "cores of the pod": (
+        merged(TRN2, {"stageDefaults": {"extraEnv": {"NEURON_RT_VISIBLE_CORES": "0-15"}}}),
+        "stages.train: extraEnv.NEURON_RT_VISIBLE_CORES is set by TorchNeuron in each worker, and not with",
     ),
     "another cache of graphs, by a flag": (
         merged(NEURON, {"stageDefaults": {"extraEnv": {"NEURON_CC_FLAGS": "-O1 --cache_dir=/workspace/mine"}}}),

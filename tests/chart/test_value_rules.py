@@ -9,6 +9,11 @@ from genvalues.inputs.chart import on_top_of_defaults
 from genvalues.settings.value_rules import contradictions
 
 NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
+TRN2: Values = {
+    "instance": "trn2.48xlarge",
+    "devices": {"aws.amazon.com/neuron": 16},
+    "neuron": {"target": "trn2", "logicalCoreSize": 2},
+}
 ENVIRONMENT = "stages.train.extraEnv"
 
 # Values, and a key that both name.
@@ -19,18 +24,26 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "no dataset": ({"dataset": {"source": ""}}, "dataset.source"),
     "no format": ({"dataset": {"format": ""}}, "dataset.format"),
     "nothing to evaluate on": ({"dataset": {"evalFraction": 0}}, "evaluation.enabled"),
-    "flash on CPUs": ({"training": {"attention": "flash"}}, "training.attention"),
+    "rows that native cannot pad on Trainium": (
+        merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
+        "training.maxSequenceLength",
+    ),
     "flash and odd rows": (
         merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
         "training.maxSequenceLength",
     ),
     "processes and copies": ({"parallelism": {"nodes": 3, "tensorParallelSize": 1}}, "parallelism.nodes"),
-    "tensor parallel on CPUs": (
-        {"parallelism": {"tensorParallelSize": 2, "dataParallelSize": 1}},
-        "parallelism.tensorParallelSize",
+    "shards that do not divide the copies": ({"parallelism": {"shardSize": 3}}, "parallelism.shardSize"),
+    "shards of xla": (
+        merged(NEURON, {"parallelism": {"shardSize": 2}}),
+        "parallelism.shardSize",
     ),
-    "Neuron on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
-    "Neuron without devices": ({"instance": "trn1.32xlarge", "backend": "neuron"}, "devices"),
+    "xla on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
+    "xla without devices": ({"instance": "trn1.32xlarge", "backend": "xla"}, "devices"),
+    "native without devices": (merged(TRN2, {"devices": None}), "devices"),
+    "compiling on CPUs with native": (merged(TRN2, {"compile": {"runsOn": "cpu"}}), "compile.runsOn"),
+    "operator by operator with xla": (merged(NEURON, {"compile": {"mode": False}}), "compile.mode"),
+    "fallbacks with xla": (merged(NEURON, {"compile": {"onFallback": "warn"}}), "compile.onFallback"),
     "the wrong device": (
         merged(NEURON, {"devices": {"aws.amazon.com/neuroncore": 2}}),
         "devices.aws.amazon.com/neuroncore",
@@ -66,6 +79,14 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "another compile cache": (
         merged(NEURON, {"stages": {"train": {"extraEnv": {"NEURON_COMPILE_CACHE_URL": "/x"}}}}),
         f"{ENVIRONMENT}.NEURON_COMPILE_CACHE_URL",
+    ),
+    "another cache of native": (
+        merged(TRN2, {"stages": {"train": {"extraEnv": {"TORCH_NEURONX_NEFF_CACHE_DIR": "/x"}}}}),
+        f"{ENVIRONMENT}.TORCH_NEURONX_NEFF_CACHE_DIR",
+    ),
+    "cores of the pod": (
+        merged(TRN2, {"stages": {"train": {"extraEnv": {"NEURON_RT_VISIBLE_CORES": "0-15"}}}}),
+        f"{ENVIRONMENT}.NEURON_RT_VISIBLE_CORES",
     ),
     "flags of one stage": (
         merged(NEURON, {"stages": {"train": {"extraEnv": {"NEURON_CC_FLAGS": "-O1"}}}}),

@@ -295,14 +295,14 @@ def test_more_workers_than_kv_heads_are_refused_on_trn2_for_all_targets() -> Non
             {},
             "training.attention",
             "multiple of 2048, not 3000",
-            "Set maxSequenceLength to 2048 or 4096, or attention to eager.",
+            "Set maxSequenceLength to 2048 or 4096, or set attention to isolated.",
         ),
         (
             {"maxSequenceLength": 1024, "attention": "flash"},
             {"max_position_embeddings": 1024},
             "training.attention",
             "multiple of 2048, not 1024",
-            "Set attention to eager.",
+            "Set attention to isolated.",
         ),
         (
             {"maxSequenceLength": 4096},
@@ -311,7 +311,7 @@ def test_more_workers_than_kv_heads_are_refused_on_trn2_for_all_targets() -> Non
             "4096 is more than the 2048 positions",
             "Use 2048 or less.",
         ),
-        ({"attention": "flash"}, {"head_dim": 256}, "training.attention", "up to 128 features", "Use eager."),
+        ({"attention": "flash"}, {"head_dim": 256}, "training.attention", "up to 128 features", "Use isolated."),
     ],
 )
 def test_a_row_length_is_refused_with_those_that_work(
@@ -359,7 +359,7 @@ def test_a_config_without_a_size_is_refused_by_its_name() -> None:
 def test_packed_examples_with_flash_are_a_warning_unless_they_are_text() -> None:
     flash = {"attention": "flash"}
     (warning,) = rules.warnings(run_config(training=flash))
-    assert warning.startswith("training.attention: ") and "attention: eager or packing: false" in warning
+    assert warning.startswith("training.attention: ") and "attention: isolated or packing: false" in warning
     assert rules.warnings(run_config()) == []
     assert rules.warnings(run_config(training={**flash, "packing": False})) == []
     assert rules.warnings(run_config(training=flash, dataset={"format": "text"})) == []

@@ -16,6 +16,9 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.manifests import manifests_in
 from llama_lora import backends, stage
+from llama_lora.config import RunConfig
+from llama_lora.data import resolve
+from llama_lora.paths import Paths
 from llama_lora.stages.train import training_job
 from trainer.conftest import LLAMA_LORA, Run, llama_lora
 from trainer.warm import WarmPopen
@@ -55,6 +58,47 @@ def test_a_change_reruns_what_reads_it_and_what_follows(
     assert None not in before.values()
     run.config[section] = {**run.config[section], **change}
     assert changed(before, fingerprints(run)) == reruns
+
+
+# Recorded with release 0.1.0, whose run configs have the older words: {stage: [eager, flash]}.
+OF_0_1_0 = {
+    "compile": ["def2cb7367f8770e", "f327afe81bd4861c"],
+    "neff": ["d559fd02a982d40a", "d8a753234e65d78b"],
+    "train": ["df3d77445421c329", "67395fcc7ded5fd1"],
+    "merge": ["a355f94954d1629d", "f376edf0bec65999"],
+}
+
+
+@pytest.mark.parametrize("backend", ["neuron", "xla"])
+def test_an_upgrade_repeats_no_stage_of_an_xla_run(backend: str) -> None:
+    sources = resolve.ResolvedSources(resolve.Source("org/model", "0" * 40), resolve.Source("org/rows", "1" * 40))
+    for number, words in enumerate((["eager", "isolated"], ["flash", "causal"])):
+        for attention in words:
+            config = RunConfig.model_validate(
+                {
+                    "name": "a",
+                    "backend": backend,
+                    "model": {"id": "org/model"},
+                    "dataset": {"source": "org/rows", "format": "instruction"},
+                    "training": {"attention": attention},
+                    "parallelism": {
+                        "nodes": 1,
+                        "processesPerNode": 32,
+                        "tensorParallelSize": 8,
+                        "dataParallelSize": 4,
+                    },
+                }
+            )
+            found = {name: fingerprint_of(name, config, sources) for name in OF_0_1_0}
+            assert found == {name: recorded[number] for name, recorded in OF_0_1_0.items()}
+
+
+def fingerprint_of(name: str, config: RunConfig, sources: resolve.ResolvedSources) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "known_sources", lambda config, paths: sources)
+        found = stage.Stage(name, config, Paths(Path("/workspace"), config.name)).fingerprint
+    assert found is not None
+    return found[:16]
 
 
 def test_the_content_of_a_source_counts_and_not_its_place(new_run: Callable[..., Run]) -> None:

@@ -8,9 +8,36 @@ import yaml
 from pydantic import ValidationError
 
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.settings.run import Compile, Dataset, Evaluation, Lora, Model, Parallelism, Probe, RunConfig, Training
+from genvalues.settings.run import (
+    OLDER_ATTENTION,
+    OLDER_BACKENDS,
+    Compile,
+    Dataset,
+    Evaluation,
+    Lora,
+    Model,
+    Parallelism,
+    Probe,
+    RunConfig,
+    Training,
+)
 
 __all__ = ["Compile", "Dataset", "Evaluation", "Lora", "Model", "Parallelism", "Probe", "RunConfig", "Training", "load"]
+
+# xla runs keep the words of release 0.1 in fingerprints and records, so that an upgrade repeats none of their stages.
+XLA_BACKEND = {new: old for old, new in OLDER_BACKENDS.items()}["xla"]
+XLA_ATTENTION = {new: old for old, new in OLDER_ATTENTION.items()}
+
+
+def recorded_backend(config: RunConfig) -> str:
+    """The backend as fingerprints record it."""
+    return XLA_BACKEND if config.backend == "xla" else config.backend
+
+
+def recorded_attention(config: RunConfig) -> str:
+    """training.attention as fingerprints record it."""
+    attention = config.training.attention
+    return XLA_ATTENTION[attention] if config.backend == "xla" else attention
 
 
 def load(path: Path) -> RunConfig:

@@ -26,8 +26,8 @@ def page(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str,
     data = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
     trained = stage.upstream("train")
     metrics = read_metrics(stage.paths.metrics(trained.fingerprint))
-    on_cpu = stage.config.backend == "cpu"
-    backend = "CPU backend: the times and memory here do not apply to Trainium" if on_cpu else "Trainium"
+    on_cpu = stage.config.device == "cpu"
+    backend = "Trained on CPUs: the times and memory here do not apply to Trainium" if on_cpu else "Trainium"
     base, merged = result["base"], result["merged"]
     change = (merged["loss"] - base["loss"]) / base["loss"]
     sections = [

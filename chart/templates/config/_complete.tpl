@@ -1,10 +1,20 @@
 {{- /* Completes .Values in place: restores missing defaults (a null took them away, or `helm upgrade --reuse-values` kept the
-       values of a chart that lacks them), and turns numbers that `helm --set` passed as text into numbers. */}}
+       values of a chart that lacks them), replaces other words for values, such as backend neuron, by the present ones, and
+       turns numbers that `helm --set` passed as text into numbers. */}}
 {{- define "llama-lora.settings.complete" -}}
 {{- if not (kindIs "map" .Values.storage) }}      {{- /* the subchart's values are another map by now */}}
 {{- fail "invalid values:\n\n  storage is missing. Remove storage: null, or upgrade with --reset-then-reuse-values.\n" }}
 {{- end }}
 {{- include "llama-lora.settings.restore" (dict "values" .Values "defaults" (include "llama-lora.settings.defaults" . | fromJson)) }}
+{{- range $key, $words := include "llama-lora.settings.words" . | fromJson }}
+{{- $path := splitList "." $key }}
+{{- $block := $.Values }}
+{{- range initial $path }}
+{{- $block = get $block . }}
+{{- end }}
+{{- $written := get $block (last $path) | toString }}
+{{- $_ := set $block (last $path) (get $words $written | default $written) }}
+{{- end }}
 {{- $mistakes := list }}
 {{- range $key, $limits := include "llama-lora.settings.numbers" . | fromJson }}
 {{- $path := splitList "." $key }}

@@ -4,8 +4,16 @@
 {{- range $section := include "llama-lora.settings.sections" . | fromJsonArray }}
 {{- $_ := set $config $section (deepCopy (get $.Values $section)) }}
 {{- end }}
+{{- $_ := set $config "device" (include "llama-lora.device" .) }}
 {{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}
 {{- include "llama-lora.config.yaml" $config }}
+{{- end }}
+
+{{- /* The device of compile and train, by the instance type: neuron on Trainium. Backend native has no device on Trn1: there it
+       trains on the node's CPUs. */}}
+{{- define "llama-lora.device" -}}
+{{- $trainium := ternary "^(ml\\.)?trn" "^(ml\\.)?trn[2-9]" (eq .Values.backend "xla") }}
+{{- ternary "neuron" "cpu" (regexMatch $trainium .Values.instance) }}
 {{- end }}
 
 {{- /* The config of genvalues cluster. */}}

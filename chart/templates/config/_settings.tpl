@@ -9,8 +9,24 @@
  "probe",
  "compile",
  "evaluation",
- "parallelism"
+ "parallelism",
+ "rehearse"
 ]
+{{- end }}
+{{- define "llama-lora.settings.words" -}}
+{
+ "backend": {
+  "cpu": "native",
+  "neuron": "xla"
+ },
+ "training.attention": {
+  "eager": "isolated",
+  "flash": "causal"
+ },
+ "compile.mode": {
+  "false": "off"
+ }
+}
 {{- end }}
 {{- define "llama-lora.settings.defaults" -}}
 {
@@ -18,7 +34,7 @@
  "nameOverride": "",
  "fullnameOverride": "",
  "instance": "cpu",
- "backend": "cpu",
+ "backend": "native",
  "image": {
   "repository": "llama-lora",
   "tag": "",
@@ -65,7 +81,7 @@
   "saveSteps": 100,
   "saveTotalLimit": 2,
   "seed": 42,
-  "attention": "eager",
+  "attention": "isolated",
   "activationCheckpointing": "selective",
   "perDeviceBatchSize": 1,
   "gradientAccumulationSteps": 3
@@ -76,6 +92,8 @@
   "tolerance": 0.02
  },
  "compile": {
+  "mode": "layers",
+  "onFallback": "refuse",
   "runsOn": "accelerator",
   "onMismatch": "refuse"
  },
@@ -92,7 +110,11 @@
   "nodes": 1,
   "processesPerNode": 2,
   "tensorParallelSize": 1,
-  "dataParallelSize": 2
+  "dataParallelSize": 2,
+  "shardSize": 1
+ },
+ "rehearse": {
+  "enabled": false
  },
  "devices": {},
  "neuron": {
@@ -179,6 +201,7 @@
   "preflight": {},
   "storagePrepare": {},
   "tokenize": {},
+  "rehearse": {},
   "compile": {},
   "neff": {},
   "train": {},

@@ -13,6 +13,7 @@ class Generation:
     """A generation of Trainium, as compiler, runtime and process groups need to know it."""
 
     target: str  # the compiler's name
+    backend: str  # what trains on it by default
     logical_core_size: int  # NeuronCores that form one logical core
     tensor_parallel: int  # default tensor-parallel size
     groups: tuple[int, ...]  # possible sizes of a process group
@@ -29,8 +30,10 @@ class Generation:
 # chooses only with lnc_size, which optimum-neuron never sets.
 # A device: Neuron docs, Trainium Architecture (2 NeuronCores, 32 GiB, 190 TFLOPS in bf16) and Trainium2 Architecture
 # (8 NeuronCores, 96 GiB, 667 TFLOPS).
-TRN1 = Generation("trn1", 1, 8, (1, 2, 8, 16, 32), cores=2, hbm_gib=32, bf16_tflops=190)
-TRN2 = Generation("trn2", 2, 4, (1, 4, 16, 64), cores=8, hbm_gib=96, bf16_tflops=667)
+# Backend: TorchNeuron supports Trn2 and later (Neuron docs of 2.33, TorchNeuron release notes). Training on PyTorch/XLA
+# is not supported since Neuron 2.30 (announcement of May 2026: no support for PyTorch/XLA training).
+TRN1 = Generation("trn1", "xla", 1, 8, (1, 2, 8, 16, 32), cores=2, hbm_gib=32, bf16_tflops=190)
+TRN2 = Generation("trn2", "native", 2, 4, (1, 4, 16, 64), cores=8, hbm_gib=96, bf16_tflops=667)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
 def trainium(name: str) -> Instance | None:
     """The Trainium instance of that name, with or without HyperPod's prefix; None for cpu."""
     return TRAINIUM.get(name.removeprefix(HYPERPOD))
+
+
+def default_backend(name: str) -> str:
+    """The backend that trains on an instance type unless the inputs name another."""
+    instance = trainium(name)
+    return instance.generation.backend if instance else "native"
 
 
 def refusal(name: str, nodes: int) -> str | None:

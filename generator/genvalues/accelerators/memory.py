@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
     length: int
     rows: int
-    attention: str  # eager or flash
+    attention: str  # isolated or causal
     checkpointing: str  # none, selective or full
     r: int
     targets: tuple[str, ...]
@@ -162,7 +162,7 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
     if a.normalizes_heads:
         norms += FP32 * (query + key)
     attention = BF16 * query + 2 * BF16 * key  # query, key and value
-    if step.attention == "flash":
+    if step.attention == "causal":
         attention += BF16 * query + FP32 * a.heads / size  # output, and log-sum-exp per row
     mlp = 3 * BF16 * inner
     lora = lora_input_bytes(a, step, size)
@@ -190,7 +190,7 @@ def score_bytes(architecture: Architecture, step: Step, size: int) -> float:
     The 5 a s^2 b of Korthikanti et al. (softmax, dropout and its mask, equation 2) with the fp32 softmax of
     optimum-neuron's eager_attention_forward, and without dropout.
     """
-    if step.attention == "flash":
+    if step.attention == "causal":
         return 0
     a, tokens = architecture, step.tokens
     scores = (FP32 + BF16) * a.heads / size * step.length
@@ -212,7 +212,7 @@ def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
         per_layer = tokens * BF16 * a.hidden / size
     last_norm = tokens * FP32 * a.hidden / size
     # The additive mask, and which example each token belongs to (trainer, _loss_sum).
-    mask = (BF16 + 1) * step.rows * step.length**2 if step.attention == "eager" else 0
+    mask = (BF16 + 1) * step.rows * step.length**2 if step.attention == "isolated" else 0
     return int(a.layers * per_layer + last_norm + mask)
 
 
@@ -236,7 +236,7 @@ def working_bytes(architecture: Architecture, step: Step, size: int) -> int:
         recomputed = score_bytes(a, step, size)
     elif step.checkpointing == "full":
         recomputed = layer_bytes(a, step, size) + score_bytes(a, step, size)
-    of_scores = tokens * (FP32 + 2 * BF16) * a.heads / size * step.length if step.attention == "eager" else 0
+    of_scores = tokens * (FP32 + 2 * BF16) * a.heads / size * step.length if step.attention == "isolated" else 0
     of_mlp = tokens * 3 * BF16 * a.intermediate / size
     gathered = 2 * tokens * BF16 * a.hidden
     return int(recomputed + max(of_scores, of_mlp) + gathered)

@@ -134,18 +134,18 @@ def group_problems(instance_type: str, size: int, key: str = TENSOR_PARALLEL) ->
 
 def length_problems(architecture: Architecture, length: int, attention: str, size: int = 1) -> Iterator[Problem]:
     """Row lengths that the model or its attention cannot take, or that groups of ``size`` cannot split."""
-    a, flash = architecture, attention == "flash"
+    a, flash = architecture, attention == "causal"
     unit = math.lcm(size, FLASH_ROWS if flash else 1)
     if flash and a.head > FLASH_HEAD:
-        what = f"flash attention supports heads of up to {FLASH_HEAD} features, the model's have {a.head}"
-        yield Problem(key_paths(ATTENTION), what, "Use eager.")
+        what = f"causal attention supports heads of up to {FLASH_HEAD} features, the model's have {a.head}"
+        yield Problem(key_paths(ATTENTION), what, "Use isolated.")
     if length > a.positions:
         yield from position_problems(length, a.positions, unit)
     elif flash and length % FLASH_ROWS:
         yield from flash_length_problems(length, a.positions, unit)
     elif length % size:
         # NxD mappings.py, _split_along_dim: sequence parallelism, always on with tensor parallelism, splits each row.
-        near = _multiples(length, unit, a.positions)
+        near = multiples(length, unit, a.positions)
         yield Problem(
             key_paths(LENGTH, TENSOR_PARALLEL),
             f"rows of {length} tokens are not divisible by tensorParallelSize {size}, as sequence parallelism requires",
@@ -163,19 +163,20 @@ def position_problems(length: int, positions: int, unit: int = 1) -> Iterator[Pr
 def flash_length_problems(length: int, positions: int | None = None, unit: int = FLASH_ROWS) -> Iterator[Problem]:
     """Row lengths that flash attention does not support; ``positions`` None: the model is not known."""
     if length % FLASH_ROWS:
-        near = _multiples(length, unit, positions)
-        fix = f"Set maxSequenceLength to {either(near)}, or attention to eager." if near else "Set attention to eager."
-        what = f"flash attention needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}"
+        near = multiples(length, unit, positions)
+        isolated = "set attention to isolated"
+        fix = f"Set maxSequenceLength to {either(near)}, or {isolated}." if near else f"{isolated.capitalize()}."
+        what = f"causal attention needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}"
         yield Problem(key_paths(ATTENTION, LENGTH), what, fix)
 
 
 def packed_flash_problems(attention: str | None, packing: bool | None, row_format: str | None) -> Iterator[Problem]:
     """Works, but is unlikely to be intended."""
-    if attention == "flash" and packing and row_format != "text":
+    if attention == "causal" and packing and row_format != "text":
         yield Problem(
             key_paths(ATTENTION),
-            f"flash is causal only: each packed example of format {row_format} attends to those before it in its row",
-            "Write attention: eager or packing: false to keep them apart.",
+            f"with attention: causal each packed example of format {row_format} attends to those before it in its row",
+            "Write attention: isolated or packing: false to keep them apart.",
         )
 
 
@@ -212,7 +213,7 @@ def _missing(together: Sequence[str], targets: Sequence[str]) -> list[str]:
     return missing if len(missing) < len(together) else []
 
 
-def _multiples(length: int, unit: int, most: int | None) -> list[int]:
+def multiples(length: int, unit: int, most: int | None) -> list[int]:
     """The multiples of ``unit`` below and above a length."""
     lower = length // unit * unit
     return [each for each in (lower, lower + unit) if each and (most is None or each <= most)]

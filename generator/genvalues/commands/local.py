@@ -12,7 +12,7 @@ from genvalues.inputs.input_options import Sources
 @click.command(short_help="Run the chart's stages on this computer.")
 @inputs
 @path("--workspace", required=True, metavar="DIR", help="The folder that replaces the volume.")
-@click.option("--cpu", is_flag=True, help="Run a configuration for Trainium on the CPU: one process, eager attention.")
+@click.option("--cpu", is_flag=True, help="Run a configuration for Trainium on the CPU: one process.")
 def local(sources: Sources, workspace: Path, cpu: bool) -> None:
     """Run the chart's stages on this computer, as processes, one after the other.
 

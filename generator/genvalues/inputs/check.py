@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, refusal
+from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, default_backend, refusal
 from genvalues.accelerators.neuron_rules import target_problems
 from genvalues.common.dicts import get, merge, without_null
 from genvalues.common.problems import Problem
@@ -29,6 +29,7 @@ from genvalues.settings.datasets import (
 )
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import Inputs, inputs_from
+from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION
 from genvalues.settings.value_rules import DEFAULT_MOUNT, contradictions
 
@@ -224,16 +225,19 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
 
 def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
     """The values as far as they are known before all errors are fixed: the sections that inputs and values share."""
-    named = ("dataset", "training", "evaluation", "storage", "guards")
+    named = ("dataset", "training", "compile", "evaluation", "storage", "guards")
     sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
     if guards := sections.get("guards"):
         sections["guards"] = {key: written for key, written in guards.items() if can_be_judged(key, guards)}
+    if shard := get(value, "parallelism.shardSize", int):
+        sections["parallelism"] = {"shardSize": shard}
     instance = get(value, "instance", str)
     below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
     if instance:
-        below["backend"] = "cpu" if instance == CPU else "neuron"
+        below["instance"] = instance
+        below["backend"] = get(value, "backend", str) or default_backend(instance)
     below = merge(below, without_null(sections))
-    return dict(without_null(merge(below, get(value, "chartValues", dict) or {})))
+    return with_own_words(without_null(merge(below, get(value, "chartValues", dict) or {})))
 
 
 def can_be_judged(key: str, guards: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from genvalues.settings.base import Block
 from genvalues.settings.datasets import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
+from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import HuggingFace
 
 # For stages that hold one model at a time: 8B parameters in bf16 take 16 GB, and as much again as working memory.
@@ -21,13 +22,15 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """The values of a run, in the order of the chart's values.yaml. The inputs' chartValues are merged last."""
     instance = trainium(inputs.instance)
     layout = plan.layout
-    evaluation = inputs.evaluation
+    evaluation, rehearses = inputs.evaluation, inputs.rehearse.enabled
+    if rehearses is None:
+        rehearses = instance is not None
     if evaluation.enabled is None:
         evaluation = evaluation.model_copy(update={"enabled": inputs.dataset.eval_fraction > 0})
     values = {
         "name": inputs.name,
         "instance": inputs.instance,
-        "backend": "neuron" if instance else "cpu",
+        "backend": inputs.chosen_backend,
         "image": image(inputs.image),
         "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
         "model": model(inputs.model),
@@ -43,7 +46,9 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
             "processesPerNode": layout.processes_per_node,
             "tensorParallelSize": layout.tensor_parallel,
             "dataParallelSize": layout.data_parallel,
+            "shardSize": layout.shard_size,
         },
+        "rehearse": {"enabled": rehearses},
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),
@@ -57,7 +62,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         if inputs.probe.rows:
             values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
         values["stages"]["evaluate"] = holds_model
-    return merge(values, inputs.chart_values)
+    return with_own_words(merge(values, inputs.chart_values))
 
 
 def as_values(block: Block) -> dict[str, Any]:

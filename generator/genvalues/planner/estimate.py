@@ -55,9 +55,9 @@ def flops_per_token(architecture: Architecture, step: Step) -> Flops:
     """
     a = architecture
     linear = 2.0 * a.matrix_parameters
-    products = 4.0 * a.layers * a.query * step.length * (0.5 if step.attention == "flash" else 1)
+    products = 4.0 * a.layers * a.query * step.length * (0.5 if step.attention == "causal" else 1)
     again = 0.0
-    if step.checkpointing == "selective" and step.attention == "eager":
+    if step.checkpointing == "selective" and step.attention == "isolated":
         again = products
     elif step.checkpointing == "full":
         again = 2.0 * a.layers * a.layer_linear_parameters + products

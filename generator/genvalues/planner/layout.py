@@ -53,6 +53,7 @@ class Layout(NamedTuple):
     per_device: int
     accumulation: int
     checkpointing: str
+    shard_size: int = 1  # copies that share the base model's weights
 
     @property
     def global_batch(self) -> int:

@@ -183,19 +183,20 @@ def estimate_of(
 
 
 def attention_choice(inputs: Inputs) -> Choice:
-    """training.attention: flash where it computes the same as eager (one text per row) and supports the rows."""
+    """training.attention: causal where it computes the same as isolated (one text per row) and supports the rows."""
     key, wanted, length = "training.attention", inputs.training.attention, inputs.training.max_sequence_length
     format_ = row_format(inputs.dataset.format, inputs.dataset.source)
     if wanted is not None:
         return Choice(key, wanted, FROM_INPUTS, wished=True)
     if inputs.on_cpu:
-        return Choice(key, "eager", "flash attention requires Trainium")
+        return Choice(key, "isolated", "default; causal is not faster on a CPU")
     if format_ != "text":
-        reason = f"packed examples of format {format_} need a mask that flash attention does not support"
-        return Choice(key, "eager", reason)
+        reason = f"packed examples of format {format_} need a mask, which causal attention does not have"
+        return Choice(key, "isolated", reason)
     if length % FLASH_ROWS:
-        return Choice(key, "eager", f"flash attention needs rows of a multiple of {FLASH_ROWS} tokens, not {length}")
-    return Choice(key, "flash", f"format text has one text per row, and {length} is a multiple of {FLASH_ROWS}")
+        reason = f"causal attention needs rows of a multiple of {FLASH_ROWS} tokens, not {length}"
+        return Choice(key, "isolated", reason)
+    return Choice(key, "causal", f"format text has one text per row, and {length} is a multiple of {FLASH_ROWS}")
 
 
 def stall_timeout(inputs: Inputs) -> Choice:

@@ -96,8 +96,8 @@ def checkpointing_reason(run: Run, model: ModelFacts, instance: Instance, found:
         return "default; memory is not checked, because the model's architecture is unknown"
     if layout.checkpointing == "full":
         return "recomputes whole layers; selective does not fit (see below)"
-    if run.attention == "flash":
-        return "default; same as none, because flash attention keeps no scores"
+    if run.attention == "causal":
+        return "default; same as none, because causal attention keeps no scores"
     saved = none.activations + none.working - found.memory.activations - found.memory.working
     return f"recomputes attention scores, which saves {gib(saved)} GiB per core"
 
@@ -137,7 +137,7 @@ def rejected_settings(
         return
     chosen = flops_per_token(model.architecture, run.step(layout.per_device, layout.checkpointing)).total
     for other in ("none", "selective", "full"):
-        same = run.attention == "flash" and {other, layout.checkpointing} <= {"none", "selective"}
+        same = run.attention == "causal" and {other, layout.checkpointing} <= {"none", "selective"}
         needed = layout_memory(run, model, instance, layout, other, layout.per_device)
         if same or other == layout.checkpointing or needed is None:
             continue

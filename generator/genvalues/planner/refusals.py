@@ -199,7 +199,7 @@ def _divisible_length(case: Case) -> Problem | None:
     near, length = case.nearest(LENGTH), case.run.length
     if near is None:
         return None
-    step = math.lcm(near.size, FLASH_ROWS if case.run.attention == "flash" else 1)
+    step = math.lcm(near.size, FLASH_ROWS if case.run.attention == "causal" else 1)
     around = [each for each in (length // step * step, -(-length // step) * step) if each]
     fitting = [each for each in around if case.works(case.run._replace(length=each))]
     return Problem((LENGTH,), near.reason(LENGTH), f"Use {either(fitting)}.") if fitting else None
@@ -209,7 +209,7 @@ def _shorter_rows(case: Case) -> Problem | None:
     if not case.too_much:
         return None
     largest = max(each.size for each in case.tried if each.blocked_by == {MEMORY})
-    unit = math.lcm(largest, FLASH_ROWS if case.run.attention == "flash" else 256)
+    unit = math.lcm(largest, FLASH_ROWS if case.run.attention == "causal" else 256)
     lengths = range((case.run.length - 1) // unit * unit, 0, -unit)
     shorter = next((length for length in lengths if case.works(case.run._replace(length=length))), None)
     fix = f"Use {shorter}, or a larger instance."

@@ -8,10 +8,21 @@ follows from the declarations.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
 
 from genvalues.common.text import camel_case
 
@@ -52,6 +63,36 @@ class Block(BaseModel):
     def as_keys(self) -> dict[str, Any]:
         """The block with its keys as a user writes them: for fingerprints, records and values."""
         return self.model_dump(by_alias=True)
+
+
+@dataclass(frozen=True, eq=False)
+class OtherWords:
+    """Annotation of a key: words that are valid besides the key's own, and the key's own words for them.
+
+    The classes read them as the key's own words. ``run.with_own_words`` and the chart's llama-lora.settings.complete
+    replace them in values.
+    """
+
+    words: Mapping[Any, str]
+
+    def own(self, value: Any) -> Any:
+        return self.words[value] if isinstance(value, (str, bool)) and value in self.words else value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.own, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        rules = handler(schema)
+        return {**rules, "enum": [*rules["enum"], *self.words]}
+
+
+def other_words(block: type[Block], above: str = "") -> Iterator[tuple[str, OtherWords]]:
+    """The dotted keys that have other words."""
+    for name, field in block.model_fields.items():
+        key = f"{above}{block.key_of(name)}"
+        yield from ((key, each) for each in field.metadata if isinstance(each, OtherWords))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
+            yield from other_words(field.annotation, f"{key}.")
 
 
 def optional(pattern: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
-from genvalues.settings.base import Block
+from genvalues.settings.base import Block, other_words
 from genvalues.settings.inputs import SCHEMA
 from genvalues.settings.reference import flow, inputs_tables, values_page
 from genvalues.settings.run import RunConfig
@@ -123,11 +123,13 @@ def comment(text: str, depth: int) -> list[str]:
 
 
 def settings_template(schema: Part) -> str:
-    """What the chart's templates know of the settings: the run config's sections, the defaults, and the numbers, which
-    ``helm --set`` passes as text (helm/helm issue 8205), with their limits.
+    """What the chart's templates know of the settings: the run config's sections, other words for values, the
+    defaults, and the numbers, which ``helm --set`` passes as text (helm/helm issue 8205), with their limits.
     """
+    words = other_words(RunConfig)
     parts = {
-        "sections": [key for key in RunConfig.model_fields if key != "name"],
+        "sections": [key for key in RunConfig.model_fields if key in Values.model_fields and key != "name"],
+        "words": {key: {as_template_text(word): own for word, own in each.words.items()} for key, each in words},
         "defaults": defaults_to_restore(),
         "numbers": dict(number_limits(schema["properties"])),
     }
@@ -136,6 +138,11 @@ def settings_template(schema: Part) -> str:
         for name, value in parts.items()
     )
     return f"{{{{- /* {NOTE} */}}}}\n{defines}"
+
+
+def as_template_text(value: str | bool) -> str:
+    """A value as toString of the templates writes it."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def defaults_to_restore() -> dict[str, Any]:

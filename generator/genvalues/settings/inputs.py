@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from genvalues.accelerators.instances import CPU, NAMES
+from genvalues.accelerators.instances import CPU, NAMES, default_backend
 from genvalues.settings.base import DIGEST, DNS_LABEL, HUB_ID, LARGE, REPOSITORY, REVISION, TAG, Block, Text
 from genvalues.settings.run import (
     ActivationCheckpointing,
     Attention,
+    Backend,
     Compile,
     DatasetOptions,
     EvaluationEnabled,
@@ -27,6 +28,8 @@ from genvalues.settings.run import (
     PerDeviceBatchSize,
     Probe,
     Processes,
+    RehearseEnabled,
+    ShardSize,
     Source,
     TensorParallelSize,
     TrainingOptions,
@@ -81,6 +84,7 @@ class ParallelismInputs(Block):
     """What the layout must keep to. `genvalues plan` shows the layout and its reasons."""
 
     tensor_parallel_size: TensorParallelSize | None = None
+    shard_size: ShardSize | None = None
     max_hours: float | None = Field(
         None,
         gt=0,
@@ -92,6 +96,12 @@ class ParallelismInputs(Block):
 
 class EvaluationInputs(EvaluationOptions):
     enabled: EvaluationEnabled | None = None
+
+
+class RehearseInputs(Block):
+    """The rehearse stage. Left out: enabled on Trainium."""
+
+    enabled: RehearseEnabled | None = None
 
 
 class GuardInputs(GuardOptions):
@@ -131,6 +141,7 @@ class Inputs(Block):
     instance: Annotated[str, Field(json_schema_extra={"enum": [*NAMES]})] = Field(
         description="Instance type to train on, or cpu."
     )
+    backend: Backend | None = None
     nodes: Nodes | None = Field(
         None, description="Nodes that compile and train. Left out: 1, or as many as parallelism.maxHours needs."
     )
@@ -140,6 +151,7 @@ class Inputs(Block):
     training: TrainingInputs = TrainingInputs()
     probe: Probe = Probe()
     compile: Compile = Compile()
+    rehearse: RehearseInputs = RehearseInputs()
     evaluation: EvaluationInputs = EvaluationInputs()
     guards: GuardInputs = GuardInputs()
     storage: StorageInputs = StorageInputs()
@@ -164,6 +176,11 @@ class Inputs(Block):
     @property
     def on_cpu(self) -> bool:
         return self.instance == CPU
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend of the inputs, or else that of the instance type."""
+        return self.backend or default_backend(self.instance)
 
 
 def inputs_from(written: dict[str, Any]) -> Inputs:

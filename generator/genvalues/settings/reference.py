@@ -117,7 +117,7 @@ def kind(part: Part, blocks: Part | None = None) -> str:
     if part.get("title") == "Quantity":
         return link("Quantity")
     if "enum" in part:
-        return ", ".join(map(shown, part["enum"]))
+        return ", ".join(shown(value) for value in part["enum"] if value is not False)  # YAML 1.1's off
     if "const" in part:
         return shown(part["const"])
     if "anyOf" in part:

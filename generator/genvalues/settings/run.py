@@ -7,14 +7,31 @@ genvalues chooses a value that the inputs leave out, the type and description st
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from genvalues.settings.base import HUB_ID, LARGE, REVISION, Block, Fraction, NullIsEmpty, Number, Text, optional
+from genvalues.common.dicts import get, merge
+from genvalues.settings.base import (
+    HUB_ID,
+    LARGE,
+    REVISION,
+    Block,
+    Fraction,
+    NullIsEmpty,
+    Number,
+    OtherWords,
+    Text,
+    optional,
+    other_words,
+)
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RowFormat = Literal["text", "instruction", "prompt-completion", "chat"]
+
+# What release 0.1 called the backends and the kinds of attention.
+OLDER_BACKENDS = {"cpu": "native", "neuron": "xla"}
+OLDER_ATTENTION = {"eager": "isolated", "flash": "causal"}
 
 # --- keys that genvalues chooses when the inputs leave them out
 
@@ -27,12 +44,22 @@ Source = Annotated[
     ),
 ]
 Format = Annotated[RowFormat, Field(description="What a row of the dataset is.")]
-Attention = Annotated[
-    Literal["eager", "flash"],
+Backend = Annotated[
+    Literal["native", "xla"],
+    OtherWords(OLDER_BACKENDS),
     Field(
-        description="eager keeps packed examples apart. flash (backend neuron, maxSequenceLength a multiple of 2048) "
-        "is faster and takes less memory, but is causal only: a packed example sees those before it in its row, so "
-        "use it for format text.",
+        description="native: PyTorch on CPUs, and by TorchNeuron on Trn2 and later. xla: optimum-neuron on PyTorch/XLA "
+        "for Trn1, and for Trn2 with images of Neuron SDK 2.29 or older. cpu and neuron are their older names.",
+    ),
+]
+Attention = Annotated[
+    Literal["isolated", "causal"],
+    OtherWords(OLDER_ATTENTION),
+    Field(
+        description="isolated keeps packed examples apart. causal is Trainium's flash kernel: faster, less memory, "
+        "but a packed example sees those before it in its row, so use it for format text. On Trainium it requires a "
+        "maxSequenceLength that is a multiple of 512 (backend native) or 2048 (xla). eager and flash are their older "
+        "names.",
     ),
 ]
 ActivationCheckpointing = Annotated[
@@ -47,12 +74,28 @@ PerDeviceBatchSize = Annotated[
 ]
 GradientAccumulationSteps = Annotated[int, Field(ge=1, le=65536, description="Batches per optimizer step.")]
 TensorParallelSize = Annotated[
-    int, Field(ge=1, le=1024, description="Processes that share one copy of the model. Backend cpu: 1.")
+    int, Field(ge=1, le=1024, description="Processes that split each layer of one copy of the model.")
+]
+ShardSize = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=1048576,
+        description="Copies that share the base model's weights (FSDP2): each keeps 1 / shardSize of them, and gathers "
+        "one layer at a time. A divisor of dataParallelSize. Backend xla: 1.",
+    ),
 ]
 Nodes = Annotated[int, Field(ge=1, le=1024, description="Nodes that compile and train.")]
 Processes = Annotated[int, Field(ge=1, le=1024, description="Training processes on each node.")]
 EvaluationEnabled = Annotated[
     bool, Field(description="Run the evaluate stage. Requires held-out rows (dataset.evalFraction above 0).")
+]
+RehearseEnabled = Annotated[
+    bool,
+    Field(
+        description="Run the rehearse stage: train, save and merge a model of 2 layers with the run's own settings and "
+        "rows on a CPU node, before any Trainium node is requested."
+    ),
 ]
 
 
@@ -161,7 +204,7 @@ class TrainingOptions(Block):
 
 
 class Training(TrainingOptions):
-    attention: Attention = "eager"
+    attention: Attention = "isolated"
     activation_checkpointing: ActivationCheckpointing = "selective"
     per_device_batch_size: PerDeviceBatchSize = 1
     gradient_accumulation_steps: GradientAccumulationSteps = 3
@@ -183,13 +226,26 @@ class Probe(Block):
 
 
 class Compile(Block):
-    """How backend neuron compiles its graphs."""
+    """How graphs are compiled for Trainium."""
 
+    mode: Annotated[
+        Literal["layers", "off"],
+        OtherWords({False: "off"}),  # Helm and other readers of YAML 1.1 take off for the boolean false
+        Field(
+            description="Backend native: compile each decoder layer (layers), or run operator by operator (off), which "
+            "is slower and helps to find a fault. No effect on the CPU."
+        ),
+    ] = "layers"
+    on_fallback: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="Backend native: what train does when an operator runs on the CPU because the device has none: end "
+        "the run, or warn.",
+    )
     # Not "on", which Helm and other readers of YAML 1.1 take for the boolean true.
     runs_on: Literal["accelerator", "cpu"] = Field(
         "accelerator",
-        description="accelerator: compile on the nodes that train. cpu: those nodes only collect the graphs, and a "
-        "CPU pod compiles them.",
+        description="accelerator: compile on the nodes that train. cpu (backend xla): those nodes only collect the "
+        "graphs, and a CPU pod compiles them.",
     )
     on_mismatch: Literal["refuse", "warn"] = Field(
         "refuse",
@@ -219,13 +275,21 @@ class Parallelism(Block):
     processes_per_node: Processes = 2
     tensor_parallel_size: TensorParallelSize = 1
     data_parallel_size: int = Field(2, ge=1, le=1048576, description="Copies of the model, over all nodes.")
+    shard_size: ShardSize = 1
+
+
+class Rehearse(Block):
+    """The rehearse stage: the run's own settings and rows, on a small model of the same architecture."""
+
+    enabled: RehearseEnabled = False
 
 
 class RunConfig(Block):
     """Everything a stage reads, as the chart's ConfigMap holds it."""
 
     name: str
-    backend: Literal["cpu", "neuron"]
+    backend: Backend
+    device: Literal["cpu", "neuron", "cuda"] = "cpu"  # the chart writes it, from the instance type
     model: Model
     dataset: Dataset
     lora: Lora = Lora()
@@ -234,3 +298,17 @@ class RunConfig(Block):
     compile: Compile = Compile()
     evaluation: Evaluation = Evaluation()
     parallelism: Parallelism = Parallelism()
+    rehearse: Rehearse = Rehearse()
+
+
+def with_own_words(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with each key's own words where they have others: backend xla for neuron."""
+    for key, words in other_words(RunConfig):
+        *blocks, name = key.split(".")
+        block = get(values, ".".join(blocks), dict) if blocks else values
+        if block and (own := words.own(block.get(name))) != block.get(name):
+            replaced: Any = own
+            for part in reversed([*blocks, name]):
+                replaced = {part: replaced}
+            values = merge(values, replaced)
+    return values

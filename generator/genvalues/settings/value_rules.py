@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from genvalues.accelerators import native_rules
+from genvalues.accelerators.instances import CPU, TRN1, trainium
 from genvalues.accelerators.neuron_rules import (
     flash_length_problems,
     group_problems,
@@ -20,6 +22,7 @@ from genvalues.accelerators.neuron_rules import (
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION
 
 Values = dict[str, Any]
@@ -42,11 +45,13 @@ GRACE_SECONDS = (
 
 
 def contradictions(values: Values) -> Iterator[Problem]:
+    values = with_own_words(values)
     rules = (
         model,
         dataset,
         attention,
         parallelism,
+        backend,
         process_groups,
         devices,
         guards,
@@ -61,10 +66,9 @@ def contradictions(values: Values) -> Iterator[Problem]:
 
 def warnings(values: Values) -> Iterator[Problem]:
     """Settings that work but are probably not intended."""
-    format_ = get(values, "dataset.format", str)
-    if get(values, "backend", str) == "neuron":
-        attention, packing = get(values, "training.attention", str), get(values, "training.packing", bool)
-        yield from packed_flash_problems(attention, packing, format_)
+    values = with_own_words(values)
+    attention, packing = get(values, "training.attention", str), get(values, "training.packing", bool)
+    yield from packed_flash_problems(attention, packing, get(values, "dataset.format", str))
 
     if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
         yield Problem(
@@ -79,7 +83,7 @@ def warnings(values: Values) -> Iterator[Problem]:
 def short_standstill(values: Values) -> Iterator[Problem]:
     """A guards.stallTimeout that may be shorter than what precedes the first step."""
     timeout = get(values, "guards.stallTimeout", str)
-    if not timeout or get(values, "backend", str) != "neuron":
+    if not timeout or not on_trainium(values):
         return
     compiles = get(values, "compile.onMismatch", str) == "warn"
     if compiles and seconds(timeout) < seconds(COMPILING_STALL_TIMEOUT):
@@ -122,14 +126,19 @@ def dataset(values: Values) -> Iterator[Problem]:
         )
 
 
+def on_trainium(values: Values) -> bool:
+    return trainium(get(values, "instance", str) or "") is not None
+
+
 def attention(values: Values) -> Iterator[Problem]:
-    if get(values, "training.attention", str) != "flash":
+    length = get(values, "training.maxSequenceLength", int)
+    if length is None:
         return
-    length, backend = get(values, "training.maxSequenceLength", int), get(values, "backend", str)
-    if backend == "cpu":
-        yield Problem(key_paths("training.attention"), "flash requires backend neuron", "Write eager, or remove it.")
-    elif backend == "neuron" and length is not None:
+    wanted, backend = get(values, "training.attention", str) or "isolated", get(values, "backend", str)
+    if backend == "xla" and wanted == "causal":
         yield from flash_length_problems(length)
+    elif backend == "native" and on_trainium(values):
+        yield from native_rules.length_problems(length, wanted, "neuron")
 
 
 def parallelism(values: Values) -> Iterator[Problem]:
@@ -137,12 +146,46 @@ def parallelism(values: Values) -> Iterator[Problem]:
     nodes, per_node, tensor, data = (get(values, f"parallelism.{name}", int) for name in names)
     if nodes and per_node and tensor and data:
         yield from process_problems(nodes, per_node, tensor, data)
-    if get(values, "backend", str) == "cpu" and (tensor or 1) > 1:
+    shard = get(values, "parallelism.shardSize", int) or 1
+    if shard > 1 and get(values, "backend", str) == "xla":
+        yield Problem(key_paths("parallelism.shardSize", "backend"), "requires backend native", "Write 1.")
+    elif data and data % shard:
         yield Problem(
-            key_paths("parallelism.tensorParallelSize", "backend"),
-            "backend cpu supports data parallelism only",
-            "Write 1.",
+            key_paths("parallelism.shardSize", "parallelism.dataParallelSize"),
+            f"{shard} does not divide dataParallelSize {data}",
+            "Write a divisor of it.",
         )
+
+
+# Keys of one backend, with the value that changes nothing.
+OF_ONE_BACKEND = {
+    "compile.mode": ("native", "layers"),
+    "compile.onFallback": ("native", "refuse"),
+    "compile.runsOn": ("xla", "accelerator"),
+}
+
+
+def backend(values: Values) -> Iterator[Problem]:
+    """Keys of the other backend, and backends that do not run on the instance type."""
+    wanted, instance = get(values, "backend", str), get(values, "instance", str) or ""
+    found = trainium(instance)
+    if wanted == "xla" and instance == CPU:
+        yield Problem(
+            key_paths("backend", "instance"),
+            "backend xla requires a Trainium instance",
+            "Write native, or remove it.",
+        )
+    elif wanted == "native" and found and found.generation is TRN1:
+        yield Problem(
+            key_paths("backend", "instance"),
+            f"backend native requires Trn2 or later; {instance} has Trn1",
+            "Write xla, or remove it.",
+        )
+    for key, (owner, neutral) in OF_ONE_BACKEND.items() if found else ():  # on CPUs they have no effect
+        written = get(values, key, str)
+        if wanted and written and wanted != owner and written != neutral:
+            what = f"{written} requires backend {owner}, and this run has backend {wanted}"
+            yield Problem(key_paths(key, "backend"), what, f"Write {neutral}, or backend: {owner}.")
 
 
 def process_groups(values: Values) -> Iterator[Problem]:
@@ -154,16 +197,10 @@ def process_groups(values: Values) -> Iterator[Problem]:
 
 def devices(values: Values) -> Iterator[Problem]:
     asked = get(values, "devices", dict)
-    if get(values, "backend", str) == "neuron" and get(values, "instance", str) == "cpu":
+    if on_trainium(values) and asked is not None and "aws.amazon.com/neuron" not in asked:
         yield Problem(
-            key_paths("backend", "instance"),
-            "backend neuron requires a Trainium instance",
-            "Change the inputs' instance.",
-        )
-    elif get(values, "backend", str) == "neuron" and asked is not None and "aws.amazon.com/neuron" not in asked:
-        yield Problem(
-            key_paths("backend", "devices"),
-            "backend neuron requires aws.amazon.com/neuron in devices",
+            key_paths("devices", "instance"),
+            f"instance {values['instance']} requires aws.amazon.com/neuron in devices",
             "Remove this override.",
         )
     for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
@@ -198,7 +235,7 @@ def guards(values: Values) -> Iterator[Problem]:
             f"{one_line(timeout)!r} is not a valid duration",
             "Write one like 45m or 1h30m, or '' for none.",
         )
-    elif timeout and get(values, "backend", str) == "neuron" and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
+    elif timeout and on_trainium(values) and seconds(timeout) < seconds(SHORTEST_STALL_TIMEOUT):
         yield Problem(
             key_paths("guards.stallTimeout"),
             f"{timeout} ends every training before its first step: starting and reading the model takes longer",
@@ -284,8 +321,8 @@ def access_modes(values: Values) -> Iterator[Problem]:
 CHARTS_OWN = {  # environment variables that the chart sets, and what to do instead
     "LLAMA_LORA_WORKSPACE": ("is set by the chart", "Use chartValues.workspace.mountPath."),
 }
+CACHE_FIX = ("is set by the chart", "Remove it: the cache is on the volume.")
 CHARTS_OWN_ON_NEURON = {
-    "NEURON_COMPILE_CACHE_URL": ("is set by the chart", "Remove it: the cache is on the volume."),
     "NEURON_LOGICAL_NC_CONFIG": ("is set by the chart", "Use chartValues.neuron.logicalCoreSize."),
     **dict.fromkeys(
         ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"),
@@ -295,27 +332,38 @@ CHARTS_OWN_ON_NEURON = {
         ),
     ),
 }
+CHARTS_OWN_OF = {
+    "xla": {"NEURON_COMPILE_CACHE_URL": CACHE_FIX},
+    "native": {
+        "TORCH_NEURONX_NEFF_CACHE_DIR": CACHE_FIX,
+        "NEURON_RT_VISIBLE_CORES": (
+            "is set by TorchNeuron in each worker, and not with a value of the pod",
+            "Remove it.",
+        ),
+    },
+}
+OF_THE_GRAPHS = ("NEURON_", "XLA_", "TORCH_NEURONX_", "NKI_")  # prefixes
 
 
 def environment(values: Values) -> Iterator[Problem]:
     """Variables that extraEnv must not set, or must set alike in compile and train."""
     common = get(values, "stageDefaults.extraEnv", dict) or {}
     stages = get(values, "stages", dict) or {}
-    on_neuron = get(values, "backend", str) == "neuron"
+    on_neuron = on_trainium(values)
+    own_on_neuron = CHARTS_OWN_ON_NEURON | CHARTS_OWN_OF.get(get(values, "backend", str), {})
     compiling = {"compile", "neff", "train"} if on_neuron else set()
     extra = {stage: {**common, **(get(stages, f"{stage}.extraEnv", dict) or {})} for stage in compiling | set(stages)}
     for stage in sorted(extra):
-        taken = CHARTS_OWN | (CHARTS_OWN_ON_NEURON if stage in compiling else {})
+        taken = CHARTS_OWN | (own_on_neuron if stage in compiling else {})
         for name in sorted(taken.keys() & extra[stage].keys()):
             yield Problem(variable(name, stage), *taken[name])
         if stage in compiling and "--cache_dir" in as_text(extra[stage].get("NEURON_CC_FLAGS")):
             what = "--cache_dir moves the compiler's cache away from where the stages look for it"
             yield Problem(variable("NEURON_CC_FLAGS", stage), what, "Remove --cache_dir.")
     for name in sorted(set(extra.get("compile", ())) | set(extra.get("train", ()))) if on_neuron else []:
-        if name.startswith("NEURON_RT_") or name in CHARTS_OWN_ON_NEURON:
+        if name.startswith("NEURON_RT_") or name in own_on_neuron:
             continue
-        of_the_graphs = name.startswith(("NEURON_", "XLA_"))
-        if of_the_graphs and as_text(extra["compile"].get(name)) != as_text(extra["train"].get(name)):
+        if name.startswith(OF_THE_GRAPHS) and as_text(extra["compile"].get(name)) != as_text(extra["train"].get(name)):
             yield Problem(
                 variable(name, "train", "compile"),
                 "differs between compile and train, so train would need other graphs than compile made",

@@ -22,6 +22,7 @@ from genvalues.settings.base import (
     optional,
 )
 from genvalues.settings.run import (
+    Backend,
     Compile,
     DatasetOptions,
     Evaluation,
@@ -30,6 +31,7 @@ from genvalues.settings.run import (
     Model,
     Parallelism,
     Probe,
+    Rehearse,
     Source,
     Training,
 )
@@ -196,7 +198,7 @@ class Guards(GuardOptions):
 
 
 class NeuronSettings(Block):
-    """What compiler and runtime must know of the instance type (backend neuron)."""
+    """What compiler and runtime must know of a Trainium instance type."""
 
     target: Literal["trn1", "trn2"] = Field(
         "trn1", description="Compiler target: trn1 (trn1, trn1n) or trn2 (trn2, trn2u)."
@@ -350,14 +352,18 @@ class Stages(Block):
         StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
         description="Downloads model and dataset; renders, tokenizes and packs the rows.",
     )
+    rehearse: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
+        description="Only with rehearse.enabled. Rehearses the run on a small model, with two processes on a CPU.",
+    )
     compile: StageSettings = Field(
         StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
         description="Compiles what train will run, on the nodes that train. On the CPU: ten trial steps.",
     )
     neff: StageSettings = Field(
         StageSettings(resources=resources("8", "64Gi", "32", "128Gi")),
-        description="Only with compile.runsOn: cpu. Compiles the collected graphs on a CPU node, with one compiler per "
-        "64Gi of the memory limit.",
+        description="Only with backend xla and compile.runsOn: cpu. Compiles the collected graphs on a CPU node, with "
+        "one compiler per 64Gi of the memory limit.",
     )
     train: StageSettings = Field(
         StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
@@ -422,9 +428,7 @@ class Values(Block):
         description="cpu, or the instance type of the nodes that compile and train, as in their label "
         "node.kubernetes.io/instance-type (HyperPod: with ml.).",
     )
-    backend: Literal["cpu", "neuron"] = Field(
-        "cpu", description="Training backend: cpu (any node, small models) or neuron (Trainium)."
-    )
+    backend: Backend = "native"
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
     model: Model = Model()
@@ -436,6 +440,7 @@ class Values(Block):
     guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
     parallelism: Parallelism = Parallelism()
+    rehearse: Rehearse = Rehearse()
     devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
         {},
         description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "

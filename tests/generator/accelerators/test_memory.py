@@ -164,7 +164,7 @@ def wrapped(config: dict[str, Any], targets: Any, dropout: float) -> Any:
 
 
 def step(rows: int, length: int, targets: Any, dropout: float, checkpointing: str = "none") -> Step:
-    return Step(length, rows, "eager", checkpointing, 4, tuple(target_names(targets)), dropout > 0)
+    return Step(length, rows, "isolated", checkpointing, 4, tuple(target_names(targets)), dropout > 0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -253,7 +253,7 @@ QV = ("q_proj", "v_proj")
 def test_tensor_parallelism_splits_every_activation() -> None:
     """Korthikanti et al. 2022, equation 4: with sequence parallelism a layer's activations are all divided."""
     assert LLAMA_8B is not None
-    whole, cut = (layer_bytes(LLAMA_8B, Step(2048, 1, "eager", "none", 16, QV, True), size) for size in (1, 8))
+    whole, cut = (layer_bytes(LLAMA_8B, Step(2048, 1, "isolated", "none", 16, QV, True), size) for size in (1, 8))
     assert whole / cut == pytest.approx(8, rel=0.01)
     # 34 s b h per layer in their GPT, which is fully trained and has an MLP of 4 h.
     assert whole / (2048 * 4096) == pytest.approx(40, rel=0.01)
@@ -261,17 +261,17 @@ def test_tensor_parallelism_splits_every_activation() -> None:
 
 def test_flash_keeps_no_scores_with_and_without_selective() -> None:
     assert LLAMA_8B is not None
-    flash, eager = (Step(4096, 1, attention, "none", 16, QV, True) for attention in ("flash", "eager"))
+    flash, eager = (Step(4096, 1, attention, "none", 16, QV, True) for attention in ("causal", "isolated"))
     assert score_bytes(LLAMA_8B, flash, 8) == 0
     assert score_bytes(LLAMA_8B, eager, 8) > 6 * 4 * 4096**2
-    selective = Step(4096, 1, "flash", "selective", 16, QV, True)
+    selective = Step(4096, 1, "causal", "selective", 16, QV, True)
     assert activation_bytes(LLAMA_8B, flash, 8) == activation_bytes(LLAMA_8B, selective, 8)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_more_recomputation_keeps_less_and_needs_more_working_memory(size: int) -> None:
     assert LLAMA_8B is not None
-    steps = [Step(2048, 1, "eager", checkpointing, 16, QV, True) for checkpointing in ("none", "selective", "full")]
+    steps = [Step(2048, 1, "isolated", checkpointing, 16, QV, True) for checkpointing in ("none", "selective", "full")]
     kept = [activation_bytes(LLAMA_8B, each, size) for each in steps]
     work = [working_bytes(LLAMA_8B, each, size) for each in steps]
     assert kept == sorted(kept, reverse=True)
@@ -282,7 +282,7 @@ def test_more_recomputation_keeps_less_and_needs_more_working_memory(size: int) 
 def test_llama_8b_on_a_trn1_core() -> None:
     """By hand: 8.03e9 parameters x 2 bytes / 8 are 1.87 GiB; the norms' 266,240 numbers are whole on every core."""
     assert LLAMA_8B is not None
-    counted = memory(LLAMA_8B, Step(2048, 1, "eager", "selective", 16, QV, True), 8, 4, 16 * GIB)
+    counted = memory(LLAMA_8B, Step(2048, 1, "isolated", "selective", 16, QV, True), 8, 4, 16 * GIB)
     assert counted.weights == 2 * ((8_030_261_248 - 266_240) // 8 + 266_240)
     assert counted.reserved == 2 * GIB
     assert counted.total == sum(
@@ -290,4 +290,4 @@ def test_llama_8b_on_a_trn1_core() -> None:
         for name in ("weights", "lora", "gradients", "optimizer", "activations", "logits", "working", "reserved")
     )
     assert counted.fits
-    assert not memory(LLAMA_8B, Step(2048, 1, "eager", "full", 16, QV, True), 1, 32, 16 * GIB).fits
+    assert not memory(LLAMA_8B, Step(2048, 1, "isolated", "full", 16, QV, True), 1, 32, 16 * GIB).fits

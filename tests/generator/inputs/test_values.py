@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from genvalues import __version__
 from genvalues.accelerators import instances
+from genvalues.accelerators.instances import default_backend
 from genvalues.common import helm
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart
@@ -82,9 +83,10 @@ def test_the_example_gives_tensor_parallel_8_data_parallel_4_on_32_processes(tmp
         "processesPerNode": 32,
         "tensorParallelSize": 8,
         "dataParallelSize": 4,
+        "shardSize": 1,
     }
     assert values["devices"] == {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
-    assert (values["backend"], values["pipeline"]) == ("neuron", {"mode": "detached"})
+    assert (values["backend"], values["pipeline"]) == ("xla", {"mode": "detached"})
     assert values["model"] == {"id": "meta-llama/Meta-Llama-3.1-8B", "revision": "", "path": ""}
     assert values["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
     assert values["image"]["digest"] == f"sha256:{'0' * 64}"
@@ -98,11 +100,16 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
     assert values_of(tmp_path, short + "huggingFace: null\n")["huggingFace"]["tokenSecret"] == ""
 
 
+SHARED = (
+    *("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "rehearse", "hyperpod"),
+)
+
+
 def test_the_inputs_defaults_are_the_charts() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     least = inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"})
     derived = values_from(least, plan(least, gather_facts(least)))
-    for section in ("lora", "training", "probe", "compile", "evaluation", "huggingFace", "parallelism", "hyperpod"):
+    for section in SHARED:
         assert derived[section] == defaults[section]
     assert derived["devices"] == defaults["devices"]
 
@@ -111,11 +118,11 @@ def test_cpu_needs_three_keys_and_runs_attached(tmp_path: Path) -> None:
     values = values_of(
         tmp_path, "model: gpt2@main\ndataset: {source: a/b}\ninstance: cpu\nnodes: 2\ncpu: {processes: 3}\n"
     )
-    assert (values["backend"], values["devices"], values["pipeline"]) == ("cpu", {}, {"mode": "attached"})
+    assert (values["backend"], values["devices"], values["pipeline"]) == ("native", {}, {"mode": "attached"})
     assert values["model"] == {"id": "gpt2", "revision": "main", "path": ""}
     assert values["huggingFace"]["tokenSecret"] == ""
     assert values["storage"]["kind"] == "generic"
-    assert list(values["parallelism"].values()) == [2, 3, 1, 6]
+    assert list(values["parallelism"].values()) == [2, 3, 1, 6, 1]
 
 
 def layout_of(instance: str, nodes: int) -> Layout:
@@ -153,21 +160,21 @@ ON_TRAINIUM = "model: meta-llama/Llama-3.1-8B\ndataset: {source: a/b, format: %s
 @pytest.mark.parametrize(
     ("format_", "instance", "length", "attention"),
     [
-        ("text", "trn1.32xlarge", 2048, "flash"),
-        ("text", "ml.trn2.48xlarge", 8192, "flash"),
-        ("text", "trn1.32xlarge", 3072, "eager"),
-        ("text", "cpu", 2048, "eager"),
-        ("instruction", "trn1.32xlarge", 2048, "eager"),
-        ("chat", "trn1.32xlarge", 2048, "eager"),
+        ("text", "trn1.32xlarge", 2048, "causal"),
+        ("text", "ml.trn2.48xlarge", 8192, "causal"),
+        ("text", "trn1.32xlarge", 3072, "isolated"),
+        ("text", "cpu", 2048, "isolated"),
+        ("instruction", "trn1.32xlarge", 2048, "isolated"),
+        ("chat", "trn1.32xlarge", 2048, "isolated"),
     ],
 )
-def test_attention_is_flash_where_a_row_is_one_text_and_the_kernel_takes_it(
+def test_attention_is_causal_where_a_row_is_one_text_and_the_kernel_takes_it(
     tmp_path: Path, format_: str, instance: str, length: int, attention: str
 ) -> None:
     text = ON_TRAINIUM % (format_, instance)
     assert values_of(tmp_path, text, f"training.maxSequenceLength={length}")["training"]["attention"] == attention
     written = values_of(tmp_path, text, "training.attention=eager", f"training.maxSequenceLength={length}")
-    assert written["training"]["attention"] == "eager"
+    assert written["training"]["attention"] == "isolated", "its older word"
 
 
 @pytest.mark.parametrize("below", ["", "chartValues."])
@@ -176,9 +183,7 @@ def test_flash_that_cannot_work_is_a_mistake_with_its_fix(tmp_path: Path, below:
     with pytest.raises(UserError) as refused:
         values_of(tmp_path, ON_TRAINIUM % ("text", "trn1.32xlarge"), flash, "training.maxSequenceLength=3000")
     assert "a multiple of 2048, not 3000" in str(refused.value)
-    assert "Set maxSequenceLength to 2048 or 4096, or attention to eager" in str(refused.value)
-    with pytest.raises(UserError, match=r"flash requires backend neuron\. Write eager, or remove it\."):
-        values_of(tmp_path, ON_TRAINIUM % ("text", "cpu"), flash)
+    assert "Set maxSequenceLength to 2048 or 4096, or set attention to isolated" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_flash_over_packed_examples_is_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str, packing: bool, warned: bool
 ) -> None:
     sets = ("training.attention=flash", f"training.packing={str(packing).lower()}")
-    assert values_of(tmp_path, ON_TRAINIUM % (format_, "trn1.32xlarge"), *sets)["training"]["attention"] == "flash"
+    assert values_of(tmp_path, ON_TRAINIUM % (format_, "trn1.32xlarge"), *sets)["training"]["attention"] == "causal"
     told = capsys.readouterr().err
     expected = "warning: --set training.attention=flash: "
     assert (told.startswith(expected) and "each packed example of format chat" in told) if warned else told == ""
@@ -206,7 +211,7 @@ def test_what_holds_a_model_gets_the_memory_for_it(tmp_path: Path) -> None:
 def test_compile_and_probe_are_passed_on(tmp_path: Path) -> None:
     sets = ("compile.runsOn=cpu", "compile.onMismatch=warn", "probe.maxTokens=64", "probe.tolerance=0.5")
     values = values_of(tmp_path, ISSUE, *sets, "training.activationCheckpointing=full")
-    assert values["compile"] == {"runsOn": "cpu", "onMismatch": "warn"}
+    assert values["compile"] == {"mode": "layers", "onFallback": "refuse", "runsOn": "cpu", "onMismatch": "warn"}
     assert values["probe"] == {"rows": 8, "maxTokens": 64, "tolerance": 0.5}
     assert values["training"]["activationCheckpointing"] == "full"
 
@@ -342,6 +347,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
             ]
         )
     )
+    native = default_backend(instance) == "native"
     all_optional = {
         "name": NAME,
         "nodes": st.just(1) if instances.refusal(instance, 2) else st.integers(1, 64),
@@ -350,10 +356,11 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
             {},
             # (globalBatchSize follows from the others: any of its values with any of theirs is a mistake)
             optional={name: each for name, each in numbers("TrainingInputs").items() if name != "globalBatchSize"}
+            | ({"maxSequenceLength": st.integers(1, 256).map(lambda number: 512 * number)} if native else {})
             | {
                 "packing": st.booleans(),
                 "lrScheduler": st.sampled_from(["linear", "cosine", "constant"]),
-                "attention": st.sampled_from(["eager", None]),
+                "attention": st.sampled_from(["isolated", None]),
                 "activationCheckpointing": st.sampled_from(["none", "selective", "full"]),
             },
         ),
@@ -361,7 +368,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
         "compile": st.fixed_dictionaries(
             {},
             optional={
-                "runsOn": st.sampled_from(["accelerator", "cpu"]),
+                "runsOn": st.sampled_from(["accelerator"] if native else ["accelerator", "cpu"]),
                 "onMismatch": st.sampled_from(["refuse", "warn"]),
             },
         ),

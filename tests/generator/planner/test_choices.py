@@ -67,6 +67,7 @@ def test_the_plan_is_what_write_writes(environment: str) -> None:
         "processesPerNode": layout.processes_per_node,
         "tensorParallelSize": layout.tensor_parallel,
         "dataParallelSize": layout.data_parallel,
+        "shardSize": layout.shard_size,
     }
     for name, chosen in (
         ("perDeviceBatchSize", layout.per_device),
@@ -240,7 +241,7 @@ RUNS = {
     "training.perDeviceBatchSize": [*LEFT_OUT, 2, 16],
     "training.globalBatchSize": [*LEFT_OUT, 10, 64],
     "training.activationCheckpointing": [*LEFT_OUT, "none", "selective", "full"],
-    "training.attention": ["eager", "flash"],
+    "training.attention": ["isolated", "causal"],
 }
 
 
@@ -259,7 +260,7 @@ def test_following_a_fix_ends_that_mistake(written: dict[str, Any]) -> None:
 
     After a size that must be removed, a second error may be at the same key: it is that of the remaining sizes.
     """
-    flash, length = written["training.attention"] == "flash", written["training.maxSequenceLength"]
+    flash, length = written["training.attention"] == "causal", written["training.maxSequenceLength"]
     assume(not flash or length % 2048 == 0)
     try:
         planned(**nested(written))
@@ -271,7 +272,7 @@ def test_following_a_fix_ends_that_mistake(written: dict[str, Any]) -> None:
             continue
         key = key_of(problem)
         suggested = problem.fix.partition("Use ")[2].partition(",")[0]
-        for fitting in re.findall(r"trn\w+\.\w+|\b[0-9]+\b|none|selective|full|eager", suggested):
+        for fitting in re.findall(r"trn\w+\.\w+|\b[0-9]+\b|none|selective|full|isolated", suggested):
             value = int(fitting) if fitting.isdigit() else fitting
             try:
                 planned(**nested({**written, key: value}))
@@ -294,7 +295,7 @@ BATCHES = {
 @given(st.fixed_dictionaries({key: st.sampled_from(values) for key, values in {**RUNS, **BATCHES}.items()}))
 def test_following_the_fixes_leads_to_a_plan(written: dict[str, Any]) -> None:
     """Or to another instance or model, whatever rules batch and micro-batches violate together."""
-    assume(written["training.attention"] != "flash" or written["training.maxSequenceLength"] % 2048 == 0)
+    assume(written["training.attention"] != "causal" or written["training.maxSequenceLength"] % 2048 == 0)
     told: list[str] = []
     while len(told) < 6:
         try:

@@ -20,10 +20,10 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[3]
 LLAMA_8B = known("meta-llama/Llama-3.1-8B")
 QV = ("q_proj", "v_proj")
-RUN = Run("trn1.32xlarge", 2048, "eager", 16, QV, True)
+RUN = Run("trn1.32xlarge", 2048, "isolated", 16, QV, True)
 
 
-def step(checkpointing: str = "selective", attention: str = "eager", length: int = 2048) -> Step:
+def step(checkpointing: str = "selective", attention: str = "isolated", length: int = 2048) -> Step:
     return Step(length, 1, attention, checkpointing, 16, QV, True)
 
 
@@ -47,7 +47,7 @@ def test_flops_equal_those_that_torch_counts(name: str) -> None:
         mask = torch.zeros((1, 1, length, length))
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum().backward()
-    counted = flops_per_token(a, Step(length, 1, "eager", "none", 16, tuple(LINEAR), False))
+    counted = flops_per_token(a, Step(length, 1, "isolated", "none", 16, tuple(LINEAR), False))
     # The first layer of a frozen base needs no gradient of its input, which saves 2 P of q, k and v.
     first = 2.0 * a.hidden * (a.query + 2 * a.key)
     assert counter.get_total_flops() / length == pytest.approx(counted.total - first, rel=0.02)
@@ -60,7 +60,7 @@ def test_recomputation_costs_what_it_recomputes() -> None:
     assert none.again == 0
     assert selective.again == scores
     assert full.again == 2 * 32 * LLAMA_8B.layer_linear_parameters + scores
-    assert flops_per_token(LLAMA_8B, step(attention="flash")).again == 0
+    assert flops_per_token(LLAMA_8B, step(attention="causal")).again == 0
     assert none.forward == 2 * (LLAMA_8B.parameters - 128256 * 4096 - 65 * 4096) + scores
     assert none.backward == none.forward + scores, "gradients of activations, none of weights"
 

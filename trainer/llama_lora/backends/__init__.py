@@ -13,9 +13,9 @@ from llama_lora.backends.base import Backend
 from llama_lora.probe import ProbeRecord
 
 
-def get(name: Literal["cpu", "neuron"]) -> Backend:
+def get(name: Literal["native", "xla"]) -> Backend:
     """Return the backend that a run config names."""
-    if name == "cpu":
+    if name == "native":
         from llama_lora.backends.cpu import CpuBackend
 
         return CpuBackend()
@@ -29,9 +29,9 @@ def of_checkpoint(checkpoint: Path) -> Backend:
     from llama_lora.backends.neuron.shards import is_neuron_checkpoint
 
     if is_neuron_checkpoint(checkpoint):
-        return get("neuron")
+        return get("xla")
     if (checkpoint / "checkpoint.json").is_file() or any(checkpoint.glob("*.distcp")):
-        return get("cpu")
+        return get("native")
     raise UserError("not a checkpoint", where=str(checkpoint), fix="Pass a folder checkpoints/*/step-N.")
 
 

@@ -92,7 +92,7 @@ class CpuEngine:
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
-        self.isolated = job.training.attention == "eager"
+        self.isolated = job.training.attention == "isolated"
         self.model = load_lora_model(job.model, job.lora, job.training.seed).train()
         if job.training.activation_checkpointing == "full":  # sdpa stores no scores, so selective has no effect
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -57,7 +57,7 @@ def stack_traces(stage: Stage) -> contextlib.AbstractContextManager[None]:
 
 def compile_cache(stage: Stage) -> contextlib.AbstractContextManager[object]:
     """On Trainium, use the workspace's graph cache and register as its user."""
-    if stage.config.backend != "neuron":
+    if stage.config.backend != "xla":
         return contextlib.nullcontext()
     from llama_lora.backends.neuron import cache
 

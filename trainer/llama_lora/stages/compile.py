@@ -18,7 +18,7 @@ from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingResult
 from llama_lora.backends.launch import run_workers, worker_command
 from llama_lora.backends.neuron.graphs import graph_settings, world_size
-from llama_lora.config import RunConfig
+from llama_lora.config import RunConfig, recorded_backend
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.train import training_job
 
@@ -32,7 +32,7 @@ def compile(stage: Stage) -> None:
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
-    if stage.config.backend == "neuron":
+    if stage.config.backend == "xla":
         from llama_lora.backends.neuron import compiling
 
         compiling.compile_graphs(stage)
@@ -59,7 +59,7 @@ def compile_worker(stage: Stage, backend: Backend) -> None:
 
         compiling.record_trial_end(stage)
 
-    backend.train(training_job(stage, dry_run=STEPS), finish_trial if stage.config.backend == "neuron" else finish)
+    backend.train(training_job(stage, dry_run=STEPS), finish_trial if stage.config.backend == "xla" else finish)
 
 
 def reads(config: RunConfig) -> Mapping[str, Any]:
@@ -68,11 +68,11 @@ def reads(config: RunConfig) -> Mapping[str, Any]:
     Graphs depend on the number of workers, because their collectives contain the groups of workers; so does this
     fingerprint, unlike those of other stages. The model's config.json is covered by tokenize's fingerprint.
     """
-    if config.backend == "neuron":
+    if config.backend == "xla":
         graphs = graph_settings(config, {}, world_size(config))
-        return {"backend": config.backend, "graphs": graphs, "on": config.compile.runs_on}
+        return {"backend": recorded_backend(config), "graphs": graphs, "on": config.compile.runs_on}
     return {
-        "backend": config.backend,
+        "backend": recorded_backend(config),
         "lora": config.lora.as_keys(),
         "training": config.training.model_dump(
             include={"max_sequence_length", "per_device_batch_size", "gradient_accumulation_steps"}

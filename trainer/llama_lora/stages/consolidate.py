@@ -43,7 +43,7 @@ def verify_weights(stage: Stage, recorded: ProbeRecord | None, load: Callable[[]
         log.info(f"probe: skipped, the weights are not verified ({reason})")
         return
     rows = load_from_disk(str(stage.paths.workspace / stage.upstream("tokenize").facts["dataset"] / "train"))
-    isolated = stage.config.training.attention == "eager"
+    isolated = stage.config.training.attention == "isolated"
     log.info(probe.verify_loss(recorded, rows, settings, load(), isolated, what))
 
 

@@ -12,7 +12,7 @@ from llama_lora.stage import Declaration, Stage
 
 def neff(stage: Stage) -> None:
     """Compile all graphs that compile collected. Raises UserError unless compile.runsOn is cpu."""
-    if stage.config.backend != "neuron" or stage.config.compile.runs_on != "cpu":
+    if stage.config.backend != "xla" or stage.config.compile.runs_on != "cpu":
         raise UserError(
             "nothing to do: the compile stage compiles its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
         )

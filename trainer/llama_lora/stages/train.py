@@ -5,6 +5,7 @@ from __future__ import annotations
 from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingJob, TrainingResult
 from llama_lora.backends.launch import run_workers, worker_command
+from llama_lora.config import recorded_attention, recorded_backend
 from llama_lora.stage import Declaration, Stage
 
 
@@ -13,7 +14,7 @@ def train(stage: Stage) -> None:
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
-    if stage.config.backend == "neuron":
+    if stage.config.backend == "xla":
         from llama_lora.backends.neuron.provenance import check_provenance
 
         check_provenance(stage)
@@ -56,11 +57,12 @@ STAGE = Declaration(
     after=["tokenize"],
     needs=["compile"],
     reads=lambda config: {
-        "backend": config.backend,
+        "backend": recorded_backend(config),
         "lora": config.lora.as_keys(),
         "training": config.training.model_dump(
             exclude={"save_steps", "save_total_limit", "activation_checkpointing"}  # affect only memory and time
-        ),
+        )
+        | {"attention": recorded_attention(config)},
     },
     run=train,
     worker=train_worker,

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from genvalues.accelerators.instances import trainium
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.text import dotted, one_line
 from genvalues.inputs.chart import on_top_of_defaults, part, refusals
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.yaml_text import UnreadableYAML, decode, load_as_helm
+from genvalues.settings.run import with_own_words
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +36,11 @@ def values_to_run(sources: Sources, chart: Path, on_cpu: bool) -> dict[str, Any]
     else:
         refuse_input_options(sources)
         values = read_values(file)
+    values = with_own_words(values)
     if on_cpu:
         values = values_on_cpu(values)
-    elif values.get("backend") == "neuron" and not NEURON_DEVICE.exists():
-        what = "backend neuron requires a Trainium device, and this computer has none"
+    elif trainium(str(values.get("instance"))) and not NEURON_DEVICE.exists():
+        what = f"instance {values['instance']} requires a Trainium device, and this computer has none"
         raise UserError(what, where=str(file), fix="Run the stages on the CPU, which takes a small model: --cpu")
     if errors := schema_errors(chart, values, file):
         raise UserErrors(errors)
@@ -107,16 +110,21 @@ def values_of_bundle(path: Path, chart: Path) -> dict[str, Any]:
 
 
 def values_on_cpu(values: dict[str, Any]) -> dict[str, Any]:
-    """Change values for Trainium to the CPU: one process, no devices, eager attention."""
-    one_process = {"nodes": 1, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 1}
+    """Change values for Trainium to the CPU: one process, no devices."""
+    one_process = {
+        "nodes": 1,
+        "processesPerNode": 1,
+        "tensorParallelSize": 1,
+        "dataParallelSize": 1,
+        "shardSize": 1,
+    }
     without = {key: value for key, value in values.items() if key not in ("neuron", "devices")}
     return merge(
         without,
         {
-            "backend": "cpu",
+            "backend": "native",
             "instance": "cpu",
             "parallelism": one_process,
-            "training": {"attention": "eager"},
             "compile": {"runsOn": "accelerator"},
         },
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama_lora.config import RunConfig
+from llama_lora.config import RunConfig, recorded_attention
 
 # Keys of a model's config.json that no graph depends on. optimum-neuron's Hub cache leaves out these and more.
 NOT_IN_A_GRAPH = {
@@ -49,7 +49,7 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
             "perDeviceBatchSize": training.per_device_batch_size,
             "accumulates": training.gradient_accumulation_steps > 1,  # 2 and 3 have the same graphs (measured)
             "packing": training.packing,
-            "attention": training.attention,
+            "attention": recorded_attention(config),
             "activationCheckpointing": training.activation_checkpointing,
             "weightDecay": training.weight_decay > 0,
             "warmup": training.warmup_ratio > 0,

@@ -38,7 +38,7 @@ def neuron_config(parallelism: Parallelism, training: Training) -> Any:
         sequence_parallel_enabled=parallelism.tensor_parallel_size > 1,
         gradient_checkpointing=training.activation_checkpointing == "full",
         # True ignores the mask that isolates packed examples.
-        recompute_causal_mask=training.attention == "flash",
+        recompute_causal_mask=training.attention == "causal",
     )
 
 
@@ -55,7 +55,7 @@ def load_parallel_model(
         str(path),
         trn_config,
         dtype=torch.bfloat16,
-        attn_implementation="flash_attention_2" if training.attention == "flash" else "eager",
+        attn_implementation="flash_attention_2" if training.attention == "causal" else "eager",
     )
     if training.activation_checkpointing == "full":
         model.enable_input_require_grads()  # a layer is recomputed only if its input requires a gradient

@@ -149,7 +149,7 @@ class NeuronEngine:
     def _loss_sum(self, rows: Sequence[Row | None]) -> torch.Tensor:
         """The summed cross entropy (nats, fp32) of rows padded to maxSequenceLength, so that all use one graph."""
         training = self.job.training
-        isolated = training.attention == "eager"
+        isolated = training.attention == "isolated"
         on_device = PaddedRows(
             *(part.to(self.device) for part in pad_rows(rows, training.max_sequence_length, isolated))
         )
