@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft  # noqa: F401  imported once, before the workers are forked
+import pytest
+import torch
+import torch._dynamo  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
+
+from llama_lora.backends.native import model as native_model
+from trainer.conftest import make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # before the first fork: threads do not survive it
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the tests are short: with the real chunk the logits would be one chunk."""
+    monkeypatch.setattr(native_model, "LOSS_CHUNK", 16)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("native") / "fp32", num_key_value_heads=4)
+
+
+@pytest.fixture(scope="session")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("native") / "bf16", dtype="bfloat16", num_key_value_heads=4)

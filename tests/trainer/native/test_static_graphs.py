@@ -1,0 +1,128 @@
+"""With compiled layers, no step, save, probe or resume makes a new graph after the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genvalues.common.errors import UserError
+from llama_lora.backends import checkpoints
+from llama_lora.backends.checkpoints import CheckpointRecord
+from llama_lora.backends.native import engine as engines
+from llama_lora.backends.native.devices import Device, check_installed, open_device
+from llama_lora.backends.native.engine import NativeEngine
+from trainer.native.workers import in_workers, job, rows_of_step, take_steps
+
+SHARD = {"data_parallel_size": 2, "shard_size": 2}
+
+
+def graphs() -> tuple[int, int]:
+    """The graphs compiled so far, and the graph breaks."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def run_of_everything(given: Any, folder: Path) -> tuple[list[tuple[int, int]], float]:
+    """Graphs after each part of a training, and the loss of its last step."""
+    device, workers = open_device("cpu")
+    engine = NativeEngine(given, device, workers, "aot_eager")
+    (first,) = take_steps(engine, 0, 1)
+    counted = [graphs()]
+    take_steps(engine, 1, 4)
+    counted.append(graphs())
+    record = CheckpointRecord("f", 4, 16, workers.size)
+    saved = checkpoints.save(folder, record, engine.save, workers)
+    engine.row_loss(rows_of_step(0)[0])
+    counted.append(graphs())
+    engine.restore(saved, checkpoints.verify_checkpoint(saved))
+    short = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "lengths": [3]}
+    engine.step(4, [[short], [None]], 4, 1e-2)()  # a short row, and one of padding
+    counted.append(graphs())
+    return counted, first.loss
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (1, {"activation_checkpointing": "full", "dropout": 0.1}),
+        (2, {**SHARD, "attention": "causal"}),
+        (2, {"tensor_parallel_size": 2}),
+    ],
+)
+def test_the_number_of_graphs_stays(world: int, settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    counted, loss = in_workers(world, run_of_everything, job(tmp_path, model, **settings), tmp_path / "checkpoints")
+    assert counted[0][0] > 0
+    assert {number for number, _ in counted} == {counted[0][0]}
+    assert {breaks for _, breaks in counted} == {0}
+    eagerly = in_workers(world, first_loss, job(tmp_path, model, **settings))
+    assert loss == pytest.approx(eagerly, abs=1e-5 if "dropout" not in settings else 0.05)
+
+
+def first_loss(given: Any) -> float:
+    engine = NativeEngine(given, *open_device("cpu"))
+    return take_steps(engine, 0, 1)[0].loss
+
+
+def with_free_shapes(given: Any) -> tuple[int, int]:
+    """The control: rows of different lengths make graphs."""
+    engine = NativeEngine(given, *open_device("cpu"), "aot_eager")
+    engine.static = False
+    rows = rows_of_step(0)
+    engine.step(0, [[rows[0]]], 10, 1e-2)()
+    before, _ = graphs()
+    engine.step(1, [[{key: rows[0][key][:30] for key in ("input_ids", "labels")} | {"lengths": [30]}]], 10, 1e-2)()
+    return before, graphs()[0]
+
+
+def test_a_new_shape_would_be_noticed(model: Path, tmp_path: Path) -> None:
+    before, after = in_workers(1, with_free_shapes, job(tmp_path, model))
+    assert after > before
+
+
+# --- the device neuron, without one
+
+
+def test_fallbacks_to_the_cpu_end_the_run_or_warn(caplog: pytest.LogCaptureFixture) -> None:
+    engines.report_fallbacks([], "refuse")
+    with pytest.raises(UserError, match=r"compile.onFallback.*aten::sort.*warn"):
+        engines.report_fallbacks(["aten::sort"], "refuse")
+    engines.report_fallbacks(["aten::sort"], "warn")
+    assert "aten::sort" in caplog.text
+
+
+class NeuronLibrary:
+    """A stand-in for torch_neuronx's list of operators that it ran on the CPU."""
+
+    def __init__(self) -> None:
+        self.operators = ["aten::sort"]
+
+    def get_fallback_ops(self) -> list[str]:
+        return self.operators
+
+    def clear_op_tracking(self) -> None:
+        self.operators = []
+
+
+def test_fallbacks_are_those_after_the_last_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch_neuronx", NeuronLibrary())
+    device = Device("neuron")
+    assert device.fallback_operators() == ["aten::sort"]
+    device.clear_fallback_operators()
+    assert device.fallback_operators() == []
+    assert device.static_shapes
+
+
+def test_a_device_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"torch_neuronx is not installed.*image"):
+        check_installed("neuron")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="torch_xla"):
+        check_installed("neuron")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        check_installed("cuda")
+    check_installed("cpu")

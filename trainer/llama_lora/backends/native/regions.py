@@ -1,0 +1,172 @@
+"""Parts of tensors: which part of a parameter this worker holds, and reading just that part from safetensors files.
+
+Base weights and checkpoints are both read this way. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from genvalues.common.errors import UserError
+from llama_lora.safetensors_files import stored_tensors
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box in a tensor: the index of its first element in each dimension, and its shape."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(first, first + size) for first, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def empty(self) -> bool:
+        return 0 in self.shape
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of a whole tensor, as a view."""
+        return tensor[self.slices]
+
+    def intersection(self, other: Region) -> Region:
+        """The common part; empty if there is none."""
+        first = tuple(max(pair) for pair in zip(self.offset, other.offset, strict=True))
+        ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        last = (min(a + a_size, b + b_size) for a, a_size, b, b_size in ends)
+        return Region(first, tuple(max(0, end - begin) for begin, end in zip(first, last, strict=True)))
+
+    def within(self, other: Region) -> Region:
+        """This region with offsets counted from the first element of ``other``."""
+        return Region(tuple(a - b for a, b in zip(self.offset, other.offset, strict=True)), self.shape)
+
+
+def whole(shape: Sequence[int]) -> Region:
+    return Region((0,) * len(shape), tuple(shape))
+
+
+def local_region(tensor: torch.Tensor) -> Region:
+    """The part of a tensor that this worker holds: all of it, unless it is a DTensor."""
+    if not isinstance(tensor, DTensor):
+        return whole(tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Region(tuple(offset), tuple(shape))
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This worker's part, sharing the memory, without gradient history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A tensor in a safetensors file: a part of a larger one, or a whole one."""
+
+    file: Path
+    key: str
+    region: Region
+
+
+@dataclass
+class StoredWeights:
+    """Tensors by name, each in parts over the safetensors files of a folder."""
+
+    folder: Path
+    parts: dict[str, list[StoredPart]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_model(cls, folder: Path) -> StoredWeights:
+        """The weights of a model folder. Raises UserError if the folder is not complete."""
+        stored = stored_tensors(folder)
+        parts = {name: [StoredPart(folder / each.shard, name, whole(each.shape))] for name, each in stored.items()}
+        return cls(folder, parts, {name: each.dtype for name, each in stored.items()})
+
+    @classmethod
+    def of_parts(cls, folder: Path, files: Iterable[Path]) -> StoredWeights:
+        """The tensors of files that ``write_parts`` has written."""
+        from safetensors import SafetensorError, safe_open
+
+        stored = cls(folder)
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    offsets = json.loads((opened.metadata() or {})[OFFSETS])
+                    for key in opened.keys():  # noqa: SIM118  (it has no __iter__)
+                        view = opened.get_slice(key)
+                        region = Region(tuple(offsets[key]), tuple(view.get_shape()))
+                        stored.parts.setdefault(key, []).append(StoredPart(file, key, region))
+                        stored.dtypes[key] = view.get_dtype()
+            except (SafetensorError, KeyError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"not a part of a checkpoint: {error}", where=str(file), fix="Use a complete checkpoint."
+                ) from None
+        return stored
+
+    def read_into(self, target: torch.Tensor, name: str, region: Region) -> None:
+        """Copy one region of a tensor into ``target``, which has the region's shape; convert to its dtype.
+
+        Raises UserError if the tensor is missing, or its parts do not cover the region exactly once.
+        """
+        covered = 0
+        for part in self.parts.get(name, []):
+            if len(part.region.shape) != len(region.shape):
+                raise self._misfit(name, region)
+            common = region.intersection(part.region)
+            if common.empty:
+                continue
+            values = self._slice(part)[common.within(part.region).slices]
+            common.within(region).of(target).copy_(values)
+            covered += values.numel()
+        if name not in self.parts or covered != target.numel():
+            raise self._misfit(name, region)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        regions = [part.region for part in self.parts[name]]
+        ends = ([a + b for a, b in zip(each.offset, each.shape, strict=True)] for each in regions)
+        return tuple(max(sizes) for sizes in zip(*ends, strict=True))
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Read a whole tensor."""
+        tensor = torch.empty(self.shape(name), dtype=dtype)
+        self.read_into(tensor, name, whole(tensor.shape))
+        return tensor
+
+    def _slice(self, part: StoredPart) -> Any:
+        from safetensors import safe_open
+
+        if part.file not in self._open:
+            self._open[part.file] = safe_open(part.file, framework="pt")
+        return self._open[part.file].get_slice(part.key)
+
+    def _misfit(self, name: str, region: Region) -> UserError:
+        found = [[list(part.region.offset), list(part.region.shape)] for part in self.parts.get(name, [])]
+        return UserError(
+            f"{name} does not have the part from {list(region.offset)} of shape {list(region.shape)}; it has {found}",
+            where=str(self.folder),
+            fix="Use a complete copy.",
+        )
+
+
+OFFSETS = "offsets"  # metadata key of a file of parts: JSON, name -> offset
+
+
+def write_parts(file: Path, parts: Mapping[str, tuple[Region, torch.Tensor]]) -> None:
+    """Write parts of tensors (CPU) as one safetensors file, with their offsets in its metadata."""
+    from safetensors.torch import save_file
+
+    offsets = {name: list(region.offset) for name, (region, _) in parts.items()}
+    tensors = {name: tensor.contiguous() for name, (_, tensor) in parts.items()}
+    save_file(tensors, file, metadata={"format": "pt", OFFSETS: json.dumps(offsets)})
