@@ -81,6 +81,18 @@ def make_model(folder: Path, dtype: str = "float32", max_shard_size: str = "5GB"
     return folder
 
 
+def plain_lora_model(folder: Path, lora: run_config.Lora, seed: int) -> Any:
+    """The model as transformers and peft load it, with the initial adapter of every backend."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from llama_lora.backends.lora import initialize_lora, lora_config
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora_config(lora))
+    initialize_lora(model.named_parameters(), seed)
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")

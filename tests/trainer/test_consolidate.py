@@ -38,7 +38,7 @@ def test_alone_it_gives_what_the_run_gives(whole_run: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["part-00000.safetensors", "training.json", "adapter_config.json"])
 def test_a_missing_file_is_refused_by_name_and_nothing_is_written(finished_run: Run, name: str, alone: bool) -> None:
     checkpoint = checkpoint_of(finished_run)
     (checkpoint / name).unlink()
@@ -57,11 +57,13 @@ def test_a_missing_file_is_refused_by_name_and_nothing_is_written(finished_run: 
 
 def test_a_shard_of_another_step_is_refused_by_name(finished_run: Run) -> None:
     checkpoint = checkpoint_of(finished_run)
-    other = checkpoint.with_name("step-000004") / "__1_0.distcp"
-    (checkpoint / "__1_0.distcp").write_bytes(other.read_bytes())
+    other = checkpoint.with_name("step-000004") / "part-00000.safetensors"
+    (checkpoint / "part-00000.safetensors").write_bytes(other.read_bytes())
     output = finished_run.folder / "new"
     said = llama_lora_here("consolidate", "--checkpoint", str(checkpoint), "--output", str(output), status=2)
-    assert f"{checkpoint / '__1_0.distcp'}: the shard's digest differs from the one recorded at step 6" in said
+    assert (
+        f"{checkpoint / 'part-00000.safetensors'}: the shard's digest differs from the one recorded at step 6" in said
+    )
     assert not output.exists()
 
 
@@ -89,7 +91,7 @@ def test_an_adapter_config_of_another_rank_is_refused(finished_run: Run) -> None
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "__0_0.distcp").write_bytes(b"")
+    (tmp_path / "torn" / "part-00000.safetensors").write_bytes(b"")
     folder = tmp_path / checkpoint
     said = llama_lora_here("consolidate", "--checkpoint", str(folder), "--output", str(tmp_path / "out"), status=2)
     assert message.format(folder) in said and not (tmp_path / "out").exists()

@@ -134,9 +134,9 @@ def test_a_stop_during_a_save_leaves_that_one_whole(new_run: Callable[..., Run])
     run = prepared(new_run(training={"maxSteps": 5000, "saveSteps": 3}, parallelism=TWO_PROCESSES))
     patched = trainer_with(
         run,
-        "import time; from llama_lora.backends import cpu; save = cpu.CpuEngine.save\n"
+        "import time; from llama_lora.backends.native.engine import NativeEngine; save = NativeEngine.save\n"
         "def slow(self, folder): time.sleep(2); save(self, folder)\n"
-        "cpu.CpuEngine.save = slow\n",
+        "NativeEngine.save = slow\n",
     )
     wait_for(lambda: step_of(run) == 3)
     time.sleep(0.5)
@@ -151,9 +151,9 @@ def test_before_the_first_step_there_is_nothing_to_save_and_it_ends_quickly(new_
     run = prepared(new_run(**LONG))
     trainer = trainer_with(
         run,
-        "import time; from llama_lora.backends import cpu\n"
-        "def reading_the_model(self, job): time.sleep(600)\n"
-        "cpu.CpuEngine.__init__ = reading_the_model\n",
+        "import time; from llama_lora.backends.native.engine import NativeEngine\n"
+        "def reading_the_model(*arguments): time.sleep(600)\n"
+        "NativeEngine.__init__ = reading_the_model\n",
     )
     wait_for(lambda: len(list(run.paths.stacks.glob("*.txt"))) == 2)
     time.sleep(1)
@@ -191,9 +191,9 @@ def test_a_dry_run_ends_at_once_and_does_not_count(new_run: Callable[..., Run]) 
     run("tokenize")
     trainer = trainer_with(
         run,
-        "import time; from llama_lora.backends import cpu; step = cpu.CpuEngine.step\n"
+        "import time; from llama_lora.backends.native.engine import NativeEngine; step = NativeEngine.step\n"
         "def slow(*arguments): time.sleep(1); return step(*arguments)\n"
-        "cpu.CpuEngine.step = slow\n",
+        "NativeEngine.step = slow\n",
         stage="compile",
     )
     wait_for(lambda: len(list(run.paths.stacks.glob("compile-rank-*.txt"))) == 2)
@@ -215,12 +215,12 @@ def test_a_worker_that_hangs_leaves_its_stack_and_is_killed(new_run: Callable[..
     run.paths.worker_stacks("train", 0).write_text("an earlier one's", encoding="utf-8")
     trainer = trainer_with(
         run,
-        "import os, time; from llama_lora.backends import cpu; take = cpu.CpuEngine.step\n"
+        "import os, time; from llama_lora.backends.native.engine import NativeEngine; take = NativeEngine.step\n"
         "def waiting_for_a_lost_friend(): time.sleep(600)\n"
         "def step(self, number, *rest):\n"
         "    if number == 2 and os.environ['RANK'] == '1': waiting_for_a_lost_friend()\n"
         "    return take(self, number, *rest)\n"
-        "cpu.CpuEngine.step = step\n",
+        "NativeEngine.step = step\n",
         launcher="stopping.GRACE_PERIOD = 14\n",
     )
     wait_for(lambda: step_of(run) == 2)
@@ -232,7 +232,7 @@ def test_a_worker_that_hangs_leaves_its_stack_and_is_killed(new_run: Callable[..
     assert 4 <= time.monotonic() - began < 12, "4 s to end, and then no longer"
     hung, waiting = (run.paths.worker_stacks("train", rank).read_text(encoding="utf-8") for rank in (1, 0))
     assert "waiting_for_a_lost_friend" in hung
-    assert "sum_over_workers" in waiting and "all_reduce" in waiting and "an earlier one's" not in waiting
+    assert "_sum_over_copies" in waiting and "all_reduce" in waiting and "an earlier one's" not in waiting
     assert not stale.exists()
     assert not run.paths.manifest("train").exists()
 

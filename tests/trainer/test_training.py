@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from genvalues.common import files
-from trainer.conftest import LLAMA_LORA, TWO_PROCESSES, Run
+from trainer.conftest import LLAMA_LORA, TWO_PROCESSES, Run, plain_lora_model
 from trainer.warm import WarmPopen
 
 
@@ -86,13 +86,12 @@ def test_the_losses_are_those_of_a_plain_loop_with_transformers_and_peft(whole_r
     import torch
     from datasets import load_from_disk
 
-    from llama_lora.backends.cpu import load_lora_model
     from llama_lora.backends.step_plan import StepPlan
 
     config = whole_run.load()
     facts = whole_run.manifest("tokenize")["facts"]
     rows = load_from_disk(str(whole_run.workspace / facts["dataset"] / "train"))
-    model = load_lora_model(whole_run.workspace / facts["model"], config.lora, config.training.seed).train()
+    model = plain_lora_model(whole_run.workspace / facts["model"], config.lora, config.training.seed).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.training.weight_decay)
     plan, expected, token_counts = StepPlan(len(rows), 2, config.training), [], set()
@@ -266,8 +265,12 @@ def test_a_worker_that_dies_is_retried(new_run: Callable[..., Run]) -> None:
     ("section", "change", "words"),
     [
         ("lora", {"targetModules": ["q_proj", "query"]}, ["lora.targetModules", "'q_proj'", "'down_proj'"]),
-        ("training", {"maxSequenceLength": 1024}, ["training.maxSequenceLength: 1024 exceeds", "512 or less"]),
-        ("parallelism", {"tensorParallelSize": 2, "dataParallelSize": 1}, ["parallelism.tensorParallelSize: "]),
+        ("training", {"maxSequenceLength": 1024}, ["training.maxSequenceLength: 1024", "512 or less"]),
+        (
+            "parallelism",
+            {"tensorParallelSize": 4, "dataParallelSize": 1, "processesPerNode": 4},
+            ["parallelism.tensorParallelSize: "],
+        ),
     ],
 )
 def test_mistakes_are_found_by_tokenize_already(
@@ -287,9 +290,9 @@ def test_mistakes_made_later_are_found_before_a_worker_starts(new_run: Callable[
 
     run.config["lora"]["targetModules"] = ["q_proj"]
     run("compile")
-    run.config["parallelism"] |= {"tensorParallelSize": 2, "processesPerNode": 2}
+    run.config["parallelism"] |= {"tensorParallelSize": 4, "processesPerNode": 4}
     said = run("train", status=2)
-    assert "parallelism.tensorParallelSize: backend cpu" in said and "training:" not in said
+    assert "parallelism.tensorParallelSize: the model's 2 key-value heads" in said and "training:" not in said
 
 
 def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: Callable[..., Run]) -> None:
@@ -306,8 +309,8 @@ def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: 
 def test_only_the_newest_checkpoints_are_kept(whole_run: Run) -> None:
     folder = whole_run.paths.checkpoints(whole_run.manifest("train")["fingerprint"])
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004", "step-000006"]
-    shards = sorted(path.name for path in (folder / "step-000006").glob("*.distcp"))
-    assert shards == ["__0_0.distcp", "__1_0.distcp"], "each worker writes a shard of its own"
+    parts = [path.name for path in (folder / "step-000006").glob("*.safetensors")]
+    assert parts == ["part-00000.safetensors"], "of two copies of the adapter one is written"
 
 
 def test_a_checkpoint_of_another_configuration_is_not_resumed(new_run: Callable[..., Run]) -> None:
@@ -321,7 +324,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
     finished_run.paths.manifest("train").unlink()
     shard = next(
         finished_run.paths.checkpoints(finished_run.manifest("merge")["fingerprint"]).parent.glob(
-            "*/step-000006/__0_0.distcp"
+            "*/step-000006/part-00000.safetensors"
         )
     )
     shard.write_bytes(shard.read_bytes()[::-1])
@@ -330,12 +333,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
 
 def test_the_first_adapter_depends_on_seed_and_layer_alone(tiny_model: Path) -> None:
     """Not on the order of layers or on how many there are: so it is the same wherever a part of it is."""
-    from llama_lora.backends.cpu import load_lora_model
     from llama_lora.config import Lora
 
     def first(seed: int, *modules: str) -> dict[str, Any]:
         lora = Lora(r=4, alpha=8, dropout=0.0, target_modules=list(modules))
-        model = load_lora_model(tiny_model, lora, seed)
+        model = plain_lora_model(tiny_model, lora, seed)
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     one, more, other = first(1, "v_proj"), first(1, "q_proj", "v_proj"), first(2, "v_proj")

@@ -145,7 +145,7 @@ def warm_up() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import llama_lora.backends.cpu
+    import llama_lora.backends.native.backend
     import llama_lora.stages.compile
     import llama_lora.stages.train  # noqa: F401
 

@@ -11,8 +11,10 @@ from genvalues.common.errors import UserError, UserErrors
 from genvalues.settings.run import (
     OLDER_ATTENTION,
     OLDER_BACKENDS,
+    ActivationCheckpointing,
     Compile,
     Dataset,
+    DeviceType,
     Evaluation,
     Lora,
     Model,
@@ -22,7 +24,20 @@ from genvalues.settings.run import (
     Training,
 )
 
-__all__ = ["Compile", "Dataset", "Evaluation", "Lora", "Model", "Parallelism", "Probe", "RunConfig", "Training", "load"]
+__all__ = [
+    "ActivationCheckpointing",
+    "Compile",
+    "Dataset",
+    "DeviceType",
+    "Evaluation",
+    "Lora",
+    "Model",
+    "Parallelism",
+    "Probe",
+    "RunConfig",
+    "Training",
+    "load",
+]
 
 # xla runs keep the words of release 0.1 in fingerprints and records, so that an upgrade repeats none of their stages.
 XLA_BACKEND = {new: old for old, new in OLDER_BACKENDS.items()}["xla"]

@@ -33,6 +33,8 @@ RowFormat = Literal["text", "instruction", "prompt-completion", "chat"]
 OLDER_BACKENDS = {"cpu": "native", "neuron": "xla"}
 OLDER_ATTENTION = {"eager": "isolated", "flash": "causal"}
 
+DeviceType = Literal["cpu", "neuron", "cuda"]
+
 # --- keys that genvalues chooses when the inputs leave them out
 
 Source = Annotated[
@@ -289,7 +291,7 @@ class RunConfig(Block):
 
     name: str
     backend: Backend
-    device: Literal["cpu", "neuron", "cuda"] = "cpu"  # the chart writes it, from the instance type
+    device: DeviceType = "cpu"  # the chart writes it, from the instance type
     model: Model
     dataset: Dataset
     lora: Lora = Lora()

@@ -5,8 +5,8 @@ from pathlib import Path
 import peft  # noqa: F401  imported once, before the workers are forked
 import pytest
 import torch
-import torch._dynamo  # noqa: F401
-import torch.distributed.fsdp  # noqa: F401
+import torch._dynamo
+import torch.distributed.fsdp
 
 from llama_lora.backends.native import model as native_model
 from trainer.conftest import make_model

@@ -180,5 +180,3 @@ def test_dropout_differs_between_rows_and_repeats_on_a_rerun(model: Path, tmp_pa
     assert first.steps == second.steps
     without = in_workers(2, train, job(tmp_path, model, **DATA), steps=2)
     assert first.steps[0].grad_norm != without.steps[0].grad_norm
-
-

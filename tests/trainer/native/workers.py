@@ -1,4 +1,4 @@
-"""Functions run in the workers of a process group: forks of the test process, which has torch and transformers loaded."""
+"""Functions run in the workers of a process group: forks of the test process, which has imported all libraries."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def rows_of_step(step: int, count: int = 4, vocabulary: int = 259) -> list[Row]:
     return rows
 
 
-def take_steps(engine: NativeEngine, first: int, last: int, rows: Callable[[int], list[Row]] = rows_of_step) -> list[StepResult]:
+def take_steps(
+    engine: NativeEngine, first: int, last: int, rows: Callable[[int], list[Row]] = rows_of_step
+) -> list[StepResult]:
     """Steps on the same rows for any layout, a row a micro-batch."""
     results = []
     for step in range(first, last):

@@ -16,9 +16,9 @@ from llama_lora.probe import ProbeRecord
 def get(name: Literal["native", "xla"]) -> Backend:
     """Return the backend that a run config names."""
     if name == "native":
-        from llama_lora.backends.cpu import CpuBackend
+        from llama_lora.backends.native.backend import NativeBackend
 
-        return CpuBackend()
+        return NativeBackend()
     from llama_lora.backends.neuron.backend import NeuronBackend
 
     return NeuronBackend()
@@ -26,11 +26,12 @@ def get(name: Literal["native", "xla"]) -> Backend:
 
 def of_checkpoint(checkpoint: Path) -> Backend:
     """Return the backend that wrote a checkpoint, detected from its files. Raises UserError for other folders."""
+    from llama_lora.backends.native.shards import is_native_checkpoint
     from llama_lora.backends.neuron.shards import is_neuron_checkpoint
 
     if is_neuron_checkpoint(checkpoint):
         return get("xla")
-    if (checkpoint / "checkpoint.json").is_file() or any(checkpoint.glob("*.distcp")):
+    if is_native_checkpoint(checkpoint) or (checkpoint / "checkpoint.json").is_file():  # the latter of release 0.1
         return get("native")
     raise UserError("not a checkpoint", where=str(checkpoint), fix="Pass a folder checkpoints/*/step-N.")
 

@@ -24,6 +24,8 @@ class TrainingJob:
     lora: config.Lora
     training: config.Training
     parallelism: config.Parallelism
+    compile: config.Compile
+    device: config.DeviceType
     probe: config.Probe
     fingerprint: str
     paths: Paths

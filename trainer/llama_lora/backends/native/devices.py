@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from genvalues.common.errors import UserError
 from llama_lora import environment
 from llama_lora.backends.worker_group import WorkerGroup
+from llama_lora.config import DeviceType
 
-DeviceType = Literal["cpu", "cuda", "neuron"]
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "neuron": "neuron"}  # the process group's backend of each device
 NEURON_LIBRARY = "torch_neuronx"
 
@@ -65,7 +65,9 @@ class Device:
 def check_installed(device: DeviceType) -> None:
     """Raise UserError if the libraries of a device are missing, or one that must not be beside them is installed."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA device", where="device", fix="Run on a node with one, or set device: cpu.")
+        raise UserError(
+            "PyTorch finds no CUDA device", where="device", fix="Run on a node with one, or set device: cpu."
+        )
     if device != "neuron":
         return
     if importlib.util.find_spec(NEURON_LIBRARY) is None:

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from genvalues.common.errors import UserError
 from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import CheckpointRecord
-from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.loop import Row, StepResult
+from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.native import layout as layouts
 from llama_lora.backends.native import shards
 from llama_lora.backends.native.devices import Device
@@ -74,7 +74,7 @@ class NativeEngine:
             loss += micro_loss.detach()
         gradients = self.optimizer.gradients()
         if not self.layout.sharded:
-            self._all_reduce_gradients(gradients)
+            self._sum_over_copies(gradients)
         loss, norm = self._loss_and_norm(loss, gradients)
         clip(gradients, norm, self.job.training.max_grad_norm)
         self.optimizer.step(gradients, learning_rate)
@@ -109,7 +109,7 @@ class NativeEngine:
         if isinstance(self.root, FSDPModule):
             self.root.set_requires_gradient_sync(is_last)
 
-    def _all_reduce_gradients(self, gradients: list[torch.Tensor]) -> None:
+    def _sum_over_copies(self, gradients: list[torch.Tensor]) -> None:
         """Sum the gradients over the copies of the model, in place, in one collective."""
         if self.data_size == 1:
             return
@@ -118,9 +118,7 @@ class NativeEngine:
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def _loss_and_norm(
-        self, loss: torch.Tensor, gradients: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss_and_norm(self, loss: torch.Tensor, gradients: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's loss and the norm of its whole gradient, over all workers, in one collective of two numbers."""
         square = squared_norm(self.optimizer.parameters.values(), gradients, self.workers.size)
         both = torch.stack([loss / self.layout.tensor_size, square])  # a tensor group computes the same loss

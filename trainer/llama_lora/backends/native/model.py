@@ -92,9 +92,7 @@ class SummedLoss(nn.Module):
             hidden = hidden[batch.positions]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part, targets in zip(hidden.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(
-                self.chunk_loss, part, targets, use_reentrant=False, preserve_rng_state=False
-            )
+            total = total + checkpoint(self.chunk_loss, part, targets, use_reentrant=False, preserve_rng_state=False)
         return total
 
     def chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -110,7 +108,7 @@ class LoraModel(NamedTuple):
 
 
 def build_model(config: Any, lora: Lora, dtype: torch.dtype) -> LoraModel:
-    """Build the model of a transformers config with an fp32 adapter. Parameters are on the meta device, buffers real."""
+    """Build the model of a transformers config, with an fp32 adapter. Parameters are meta tensors, buffers are real."""
     from accelerate import init_empty_weights
     from peft import get_peft_model
     from transformers import AttentionInterface, AutoModelForCausalLM

@@ -146,6 +146,4 @@ def first_holder(held: Held) -> dict[tuple[str, Region], int]:
 
 
 def is_native_checkpoint(folder: Path) -> bool:
-    return (folder / TRAINING).is_file()
-
-
+    return (folder / TRAINING).is_file() or any(folder.glob(PARTS))
