@@ -126,7 +126,7 @@ def test_an_architecture_takes_an_entry_and_a_row(copy: Copy) -> None:
     (config,) = [item for item in copy.rendered(values) if item["kind"] == "ConfigMap"]
     (copy.folder / "run.yaml").write_text(config["data"]["run.yaml"], encoding="utf-8")  # type: ignore[index]
     of_trainer = (
-        "from pathlib import Path; from llama_lora.config import load; from llama_lora.backends.neuron import rules; "
+        "from pathlib import Path; from llama_lora.config import load; from llama_lora.backends.xla import rules; "
         f"print(rules.check(load(Path('run.yaml')), {sizes!r} | {{'architectures': ['MadeUpForCausalLM']}}))"
     )
     assert copy.python("-c", of_trainer) == "[]\n"

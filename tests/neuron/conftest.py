@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llama_lora.backends.neuron.provenance import provenance
+from llama_lora.backends.xla.provenance import provenance
 from llama_lora.stage import Stage
 from trainer.conftest import Run, make_model, make_run
 

@@ -11,13 +11,13 @@ from typing import Any
 from datasets import load_from_disk
 
 from llama_lora import config as run_config
-from llama_lora.backends.neuron.training import NeuronEngine
+from llama_lora.backends.xla.training import XlaEngine
 from llama_lora.paths import Paths
 from llama_lora.stage import Stage
 from llama_lora.stages.train import training_job
 
 
-def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
+def row_losses(engine: XlaEngine, rows: Any) -> list[list[float]]:
     """For each example of a packed row, its loss before and after a change of all other examples."""
     number = next(index for index in range(len(rows)) if len(rows[index]["lengths"]) > 1)
     row = rows[number]
@@ -37,7 +37,7 @@ def row_losses(engine: NeuronEngine, rows: Any) -> list[list[float]]:
     return found
 
 
-def buffers_and_long_row(engine: NeuronEngine, rows: Any) -> dict[str, Any]:
+def buffers_and_long_row(engine: XlaEngine, rows: Any) -> dict[str, Any]:
     """The rotary frequencies on the device, and the loss of the last tokens of a long example."""
     row = {"input_ids": [(7 * i * i + i) % 250 for i in range(1024)], "lengths": [1024]}
     row["labels"] = [-100] * 512 + row["input_ids"][512:]
@@ -49,7 +49,7 @@ def buffers_and_long_row(engine: NeuronEngine, rows: Any) -> dict[str, Any]:
     return {"frequencies": frequencies, "loss": engine.row_loss(row), "row": row}
 
 
-def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
+def gradients(engine: XlaEngine, rows: Any) -> dict[str, list[float]]:
     """The norm and sum of each parameter's gradient for one row, with factors B that are not 0."""
     for name, parameter in engine.parameters.items():
         if ".lora_B." in name:
@@ -62,7 +62,7 @@ def gradients(engine: NeuronEngine, rows: Any) -> dict[str, list[float]]:
     }
 
 
-def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
+def summed_gradients(engine: XlaEngine, rows: Any) -> list[Any]:
     """Whether the library is detected to sum gradients, as it is and if it did, and the largest norm in each case."""
     import torch_xla.core.xla_model as xm
     from neuronx_distributed.parallel_layers import parallel_state
@@ -94,7 +94,7 @@ def summed_gradients(engine: NeuronEngine, rows: Any) -> list[Any]:
     return found
 
 
-def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
+def spoilt_save(engine: XlaEngine, rows: Any) -> str:
     """The error of a save after a change of one worker's replica of a factor."""
     from genvalues.common.errors import UserError
 
@@ -110,8 +110,8 @@ def spoilt_save(engine: NeuronEngine, rows: Any) -> str:
 def main(function: str, config_file: str, workspace: str, answer: str) -> None:
     config = run_config.load(Path(config_file))
     job = training_job(Stage("train", config, Paths(Path(workspace), config.name)))
-    engine = NeuronEngine(job)
-    asked: Callable[[NeuronEngine, Any], Any] = globals()[function]
+    engine = XlaEngine(job)
+    asked: Callable[[XlaEngine, Any], Any] = globals()[function]
     result = asked(engine, load_from_disk(str(job.dataset / "train")))
     if engine.workers.rank == 0:
         Path(answer).write_text(json.dumps(result), encoding="utf-8")

@@ -14,16 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora import backends, stage
+from llama_lora import stage
 from llama_lora.backends import launch
-from llama_lora.backends.neuron import cache, compiling, provenance, tool
-from llama_lora.backends.neuron.graphs import graph_settings
+from llama_lora.backends.provenance import differences
+from llama_lora.backends.xla import cache, compiling, provenance, tool
+from llama_lora.backends.xla.backend import XlaBackend
+from llama_lora.backends.xla.graphs import graph_settings
 from llama_lora.paths import Paths
 from trainer.conftest import LLAMA_LORA, Run, llama_lora_here
 from trainer.warm import WarmPopen
@@ -115,7 +116,7 @@ class NeuronRun:
 
 @pytest.fixture
 def neuron(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[..., NeuronRun]:
-    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(check=lambda config, model: None))
+    monkeypatch.setattr(XlaBackend, "check", lambda self, config, model: None)
     monkeypatch.setattr(cache, "HEARTBEAT", 0.2)
     monkeypatch.setattr(cache, "TIMEOUT", 2.0)
 
@@ -518,7 +519,7 @@ def test_a_setting_that_changes_a_graph_is_in_the_settings_and_in_the_fingerprin
     new_run: Callable[..., Run], section: str, change: dict[str, Any], difference: str
 ) -> None:
     before, after, then, now = changed(new_run(), section, change)
-    assert difference in provenance.differences(before, after)
+    assert difference in differences(before, after)
     assert then != now
 
 
@@ -532,7 +533,7 @@ def test_a_setting_that_changes_no_graph_is_in_neither(
 
 def test_of_a_norm_it_only_counts_whether_it_is_1(new_run: Callable[..., Run]) -> None:
     before, after, then, now = changed(new_run(), "training", {"maxGradNorm": 0.5})
-    assert provenance.differences(before, after) == ["training.maxGradNormIs1: true -> false"] and then != now
+    assert differences(before, after) == ["training.maxGradNormIs1: true -> false"] and then != now
     other = new_run("other", training={"maxGradNorm": 0.4})
     before, after, then, now = changed(other, "training", {"maxGradNorm": 0.5})
     assert before == after and then == now
@@ -540,7 +541,7 @@ def test_of_a_norm_it_only_counts_whether_it_is_1(new_run: Callable[..., Run]) -
 
 def test_alpha_that_equals_r_is_a_graph_of_its_own(new_run: Callable[..., Run]) -> None:
     before, after, then, now = changed(new_run(), "lora", {"alpha": 4})
-    assert provenance.differences(before, after) == ["lora.alphaIsR: false -> true"] and then != now
+    assert differences(before, after) == ["lora.alphaIsR: false -> true"] and then != now
 
 
 @pytest.mark.parametrize(
@@ -591,7 +592,7 @@ def test_the_models_own_settings_and_the_number_of_workers_count(new_run: Callab
     config = new_run().load()
     first = graph_settings(config, {"hidden_size": 32, "_name_or_path": "a"}, 2)
     assert first == graph_settings(config, {"hidden_size": 32, "_name_or_path": "b"}, 2)
-    differing = provenance.differences(first, graph_settings(config, {"hidden_size": 64}, 4))
+    differing = differences(first, graph_settings(config, {"hidden_size": 64}, 4))
     assert differing == ["model.hidden_size: 32 -> 64", "parallelism.workers: 2 -> 4"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from genvalues.accelerators.architectures import LINEAR, target_names
-from llama_lora.backends.neuron import rules
+from llama_lora.backends.xla import rules
 from llama_lora.config import RunConfig
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "neuron" / "refusals.json").read_text())

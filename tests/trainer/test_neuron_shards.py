@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from genvalues.common.errors import UserError
 from llama_lora.adapter import write_adapter
-from llama_lora.backends.neuron import shards
+from llama_lora.backends.xla import shards
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures" / "neuron").glob("*.tar.xz"))
 NAMES = [archive.name.removesuffix(".tar.xz") for archive in ARCHIVES]
@@ -196,8 +196,8 @@ def test_o_proj_alone_is_reordered_like_the_query_heads(
 
 
 def test_a_checkpoint_is_detected_by_its_folders(qv: Path, tmp_path: Path) -> None:
-    assert shards.is_neuron_checkpoint(qv)
-    assert not shards.is_neuron_checkpoint(tmp_path) and not shards.is_neuron_checkpoint(tmp_path / "nowhere")
+    assert shards.is_xla_checkpoint(qv)
+    assert not shards.is_xla_checkpoint(tmp_path) and not shards.is_xla_checkpoint(tmp_path / "nowhere")
     assert "adapter_default/adapter_shards not found" in refusal(tmp_path)
 
 
@@ -445,7 +445,7 @@ def test_the_expected_shapes_are_those_of_pefts_models() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from llama_lora.backends.neuron import shards
+from llama_lora.backends.xla import shards
 
 def memory(what):  # VmRSS: current; VmHWM: peak of this process (ru_maxrss starts with its parent's)
     lines = Path("/proc/self/status").read_text().splitlines()

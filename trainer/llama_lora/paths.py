@@ -23,8 +23,13 @@ class Paths:
 
     @property
     def compile_cache(self) -> Path:
-        """The Neuron compiler's persistent cache."""
+        """The Neuron compiler's persistent cache, of backend xla."""
         return self.workspace / "compile-cache"
+
+    @property
+    def neff_cache(self) -> Path:
+        """TorchNeuron's cache of compiled graphs."""
+        return self.workspace / "neff-cache"
 
     @property
     def compile_users(self) -> Path:

@@ -219,7 +219,7 @@ def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
 def logit_bytes(architecture: Architecture, step: Step, size: int) -> int:
     """Logits in bf16 and fp32, and their exponentials in fp32, split by the vocabulary.
 
-    trainer/llama_lora/backends/neuron/training.py, _loss_sum, and optimum-neuron's parallel_cross_entropy.
+    trainer/llama_lora/backends/xla/training.py, _loss_sum, and optimum-neuron's parallel_cross_entropy.
     """
     return (BF16 + 2 * FP32) * step.tokens * local_vocabulary(architecture, size)
 

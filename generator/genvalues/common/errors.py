@@ -30,7 +30,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         message = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{message}. {self.fix}" if self.fix else message
+        end = "" if message.endswith("\n") else ". "  # a message of several lines ends with one
+        return f"{message}{end}{self.fix}" if self.fix else message
 
 
 class UserErrors(UserError):

@@ -1,4 +1,4 @@
-"""In every Python that has this folder on PYTHONPATH, a backend neuron that traces and trains nothing.
+"""In every Python that has this folder on PYTHONPATH, a backend xla that traces and trains nothing.
 
 Its workers are real ones, under torchrun. In a trial run each tells of the graphs it would trace, as libneuronxla does,
 which depend on the job as graphs do. With STANDIN_USER_ERROR all end so, STANDIN_CRASH names the rank that
@@ -23,7 +23,13 @@ KINDS = ("step", "save", "probe")
 GARBAGE = 0.123456  # a loss of zeros; must be nowhere
 
 
-class StandIn:
+def stand_in() -> Any:
+    from llama_lora.backends.xla.backend import XlaBackend
+
+    return type("StandIn", (TracesOnly, XlaBackend), {})()
+
+
+class TracesOnly:
     def check(self, config: Any, model: Path) -> None:
         pass
 
@@ -80,4 +86,4 @@ def trace(job: TrainingJob, kind: str) -> None:
 if any("llama-lora" in word or "llama_lora." in word for word in sys.orig_argv[:3]):  # not the program, for its time
     from llama_lora import backends
 
-    backends.get = lambda name: StandIn()  # type: ignore[assignment, return-value]
+    backends.get = lambda name: stand_in()  # type: ignore[assignment, return-value]

@@ -19,17 +19,17 @@ def get(name: Literal["native", "xla"]) -> Backend:
         from llama_lora.backends.native.backend import NativeBackend
 
         return NativeBackend()
-    from llama_lora.backends.neuron.backend import NeuronBackend
+    from llama_lora.backends.xla.backend import XlaBackend
 
-    return NeuronBackend()
+    return XlaBackend()
 
 
 def of_checkpoint(checkpoint: Path) -> Backend:
     """Return the backend that wrote a checkpoint, detected from its files. Raises UserError for other folders."""
     from llama_lora.backends.native.shards import is_native_checkpoint
-    from llama_lora.backends.neuron.shards import is_neuron_checkpoint
+    from llama_lora.backends.xla.shards import is_xla_checkpoint
 
-    if is_neuron_checkpoint(checkpoint):
+    if is_xla_checkpoint(checkpoint):
         return get("xla")
     if is_native_checkpoint(checkpoint) or (checkpoint / "checkpoint.json").is_file():  # the latter of release 0.1
         return get("native")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,8 @@ from llama_lora.paths import Paths
 
 if TYPE_CHECKING:
     import torch
+
+    from llama_lora.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,25 @@ class Adapter:
 
 
 class Backend(Protocol):
-    """An accelerator: its limits, training on it, and its checkpoint format."""
+    """An accelerator: its limits, compiling and training for it, and its checkpoint format."""
 
     def check(self, config: config.RunConfig, model: Path) -> None:
         """Raise UserErrors for settings that the model cannot be trained with. Called before any worker starts."""
+
+    def dry_run_steps(self, config: config.RunConfig) -> int:
+        """The number of steps that the compile stage takes."""
+
+    def compile(self, stage: Stage) -> None:
+        """Do the compile stage on this node: run the workers of train for a few steps."""
+
+    def finish_dry_run(self, stage: Stage, result: TrainingResult) -> None:
+        """Finish compile, or this node's part of it, in the worker of rank 0 after a dry run."""
+
+    def check_compiled(self, stage: Stage) -> None:
+        """Raise UserError if train would need other graphs than compile has made. Called before any worker starts."""
+
+    def using_cache(self, stage: Stage) -> AbstractContextManager[object]:
+        """Use the workspace's graph cache in a worker, before it imports the accelerator's libraries."""
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         """Train to the end, in every worker under torchrun. Resumes from the newest complete checkpoint.

@@ -32,8 +32,9 @@ def main(stage_name: str, config_file: str, workspace: str) -> None:
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
         work = declaration(stage_name).worker
         assert work is not None, f"{stage_name} has no workers"
-        with stack_traces(stage), compile_cache(stage):
-            work(stage, backends.get(config.backend))
+        backend = backends.get(config.backend)
+        with stack_traces(stage), backend.using_cache(stage):
+            work(stage, backend)
     except UserError as error:
         Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
         sys.stdout.flush()
@@ -53,16 +54,6 @@ def stack_traces(stage: Stage) -> contextlib.AbstractContextManager[None]:
         for file in set(stage.paths.stacks.glob(f"{stage.name}-rank-*.txt")) - current:
             file.unlink(missing_ok=True)
     return stopping.write_stacks_to(stage.paths.worker_stacks(stage.name, rank))
-
-
-def compile_cache(stage: Stage) -> contextlib.AbstractContextManager[object]:
-    """On Trainium, use the workspace's graph cache and register as its user."""
-    if stage.config.backend != "xla":
-        return contextlib.nullcontext()
-    from llama_lora.backends.neuron import cache
-
-    cache.set_environment(stage.paths)
-    return cache.using_cache_as_worker(stage.paths, stage.name)
 
 
 def die_with_launcher() -> None:

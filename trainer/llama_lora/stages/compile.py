@@ -1,30 +1,20 @@
 """Run a few steps of the training first: to compile its graphs on Trainium, or as a dry run on the CPU.
 
-On the CPU nothing is compiled. The dry run checks batch, memory and loss, and measures the time per step.
-
-On Trainium neuron_parallel_compile runs the same workers (backends/neuron/compiling.py). Results of that run are not
-real, so the manifest records the graphs only.
+How graphs are compiled, and what is recorded: backends/native/compiling.py and backends/xla/compiling.py.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from genvalues.common.text import duration
 from llama_lora import backends
-from llama_lora.backends.base import Backend, TrainingResult
-from llama_lora.backends.launch import run_workers, worker_command
-from llama_lora.backends.neuron.graphs import graph_settings, world_size
+from llama_lora.backends.base import Backend
+from llama_lora.backends.native import graphs as native_graphs
+from llama_lora.backends.xla.graphs import graph_settings, world_size
 from llama_lora.config import RunConfig, recorded_backend
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.train import training_job
-
-log = logging.getLogger(__name__)
-
-STEPS = 10  # AWS recommends "about 10": they cover every graph of a run
 
 
 def compile(stage: Stage) -> None:
@@ -32,34 +22,13 @@ def compile(stage: Stage) -> None:
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
-    if stage.config.backend == "xla":
-        from llama_lora.backends.neuron import compiling
-
-        compiling.compile_graphs(stage)
-        return
-    log.info("compile: dry run of the first training steps on the CPU; nothing is compiled")
-    run_workers(worker_command(stage.name, stage.paths), stage.config)
+    backend.compile(stage)
 
 
 def compile_worker(stage: Stage, backend: Backend) -> None:
     """Run the first training steps, in every worker. Only the job's ``dry_run`` differs from train."""
-
-    def finish(result: TrainingResult) -> None:
-        assert result.seconds_per_step is not None
-        stage.facts = {name: value for name, value in asdict(result).items() if name != "checkpoint"}
-        stage.finish([])
-        log.info(
-            f"dry run: {result.steps} steps, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
-            f"{result.seconds_per_step:.2f} s per step, {result.peak_memory_bytes / 2**30:.1f} GiB per worker; "
-            f"{result.total_steps} steps will take about {duration(result.total_steps * result.seconds_per_step)}"
-        )
-
-    def finish_trial(result: TrainingResult) -> None:
-        from llama_lora.backends.neuron import compiling
-
-        compiling.record_trial_end(stage)
-
-    backend.train(training_job(stage, dry_run=STEPS), finish_trial if stage.config.backend == "xla" else finish)
+    job = training_job(stage, dry_run=backend.dry_run_steps(stage.config))
+    backend.train(job, lambda result: backend.finish_dry_run(stage, result))
 
 
 def reads(config: RunConfig) -> Mapping[str, Any]:
@@ -71,8 +40,10 @@ def reads(config: RunConfig) -> Mapping[str, Any]:
     if config.backend == "xla":
         graphs = graph_settings(config, {}, world_size(config))
         return {"backend": recorded_backend(config), "graphs": graphs, "on": config.compile.runs_on}
+    if config.device == "neuron":
+        return {"backend": config.backend, "graphs": native_graphs.graph_settings(config)}
     return {
-        "backend": recorded_backend(config),
+        "backend": config.backend,
         "lora": config.lora.as_keys(),
         "training": config.training.model_dump(
             include={"max_sequence_length", "per_device_batch_size", "gradient_accumulation_steps"}

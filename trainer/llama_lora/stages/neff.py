@@ -16,7 +16,7 @@ def neff(stage: Stage) -> None:
         raise UserError(
             "nothing to do: the compile stage compiles its graphs itself", where="neff", fix="Set compile.runsOn: cpu."
         )
-    from llama_lora.backends.neuron import compiling
+    from llama_lora.backends.xla import compiling
 
     compiling.compile_collected(stage)
 

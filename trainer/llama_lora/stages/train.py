@@ -14,10 +14,7 @@ def train(stage: Stage) -> None:
     tokenized = stage.upstream("tokenize").facts
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
-    if stage.config.backend == "xla":
-        from llama_lora.backends.neuron.provenance import check_provenance
-
-        check_provenance(stage)
+    backend.check_compiled(stage)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,19 +12,49 @@ import torch.distributed as dist
 from genvalues.common.errors import UserErrors
 from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
-from llama_lora.backends.native import rules, shards
+from llama_lora.backends.launch import run_workers, worker_command
+from llama_lora.backends.native import compiling, rules, shards
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
+from llama_lora.backends.provenance import check_compiled
 from llama_lora.config import RunConfig
+from llama_lora.stage import Stage
+
+log = logging.getLogger(__name__)
 
 
 class NativeBackend:
     """See ``base.Backend``."""
 
+    def __init__(self) -> None:
+        self._cached_before: dict[Path, int] = {}
+
     def check(self, config: RunConfig, model: Path) -> None:
         """Check the settings against the rules of native, and the model against what the engine calls."""
         if mistakes := rules.check(config, model):
             raise UserErrors(mistakes)
+
+    def dry_run_steps(self, config: RunConfig) -> int:
+        return 10 if config.device == "cpu" else 3  # on a device they are for the graphs, not for a good median time
+
+    def compile(self, stage: Stage) -> None:
+        if stage.config.device == "cpu":
+            log.info("compile: dry run of the first training steps on the CPU; nothing is compiled")
+        run_workers(worker_command(stage.name, stage.paths), stage.config)
+
+    def finish_dry_run(self, stage: Stage, result: TrainingResult) -> None:
+        compiling.finish(stage, result, self._cached_before)
+
+    def check_compiled(self, stage: Stage) -> None:
+        if stage.config.device == "neuron":
+            compiling.set_cache(stage.paths)
+            check_compiled(stage, compiling.provenance(stage), stage.paths.neff_cache)
+
+    def using_cache(self, stage: Stage) -> AbstractContextManager[object]:
+        if stage.config.device == "neuron":
+            compiling.set_cache(stage.paths)
+            self._cached_before = compiling.cached_files()
+        return nullcontext()
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         device, workers = open_device(job.device)

@@ -36,9 +36,9 @@ from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import CheckpointRecord
 from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, StepResult
 from llama_lora.backends.lora import dropout_seed
-from llama_lora.backends.neuron import model as neuron_model
-from llama_lora.backends.neuron import shards
 from llama_lora.backends.worker_group import WorkerGroup
+from llama_lora.backends.xla import model as neuron_model
+from llama_lora.backends.xla import shards
 from llama_lora.data.batches import PaddedRows, isolating_mask, pad_rows
 from llama_lora.data.rendering import IGNORED
 
@@ -51,7 +51,7 @@ OPTIMIZER = "optimizer"  # the folder of the optimizer's parts in a checkpoint, 
 REDUCE_SCATTER_BUCKET_MB = 130
 
 
-class NeuronEngine:
+class XlaEngine:
     """See ``loop.Engine``. A worker has one core; ``tensor_parallel_size`` workers hold one copy of the model."""
 
     steps_in_flight = 1

@@ -26,9 +26,10 @@ from genvalues.common import files
 from genvalues.common.errors import Unavailable, UserError, UserErrors
 from genvalues.common.text import duration
 from llama_lora.backends import launch
-from llama_lora.backends.neuron import cache, tool
-from llama_lora.backends.neuron.cache import CacheUse, Module
-from llama_lora.backends.neuron.provenance import COMPILER, differences, package_versions, provenance
+from llama_lora.backends.provenance import differences
+from llama_lora.backends.xla import cache, tool
+from llama_lora.backends.xla.cache import CacheUse, Module
+from llama_lora.backends.xla.provenance import COMPILER, package_versions, provenance
 from llama_lora.environment import THREADS_SET_BY_USER
 from llama_lora.stage import Stage
 

@@ -32,7 +32,7 @@ from genvalues.accelerators.architectures import LINEAR, target_names
 from genvalues.common.errors import UserError
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
-from llama_lora.backends.neuron.rules import architecture_of
+from llama_lora.backends.xla.rules import architecture_of
 from llama_lora.progress import track
 
 ADAPTER = "adapter_default"
@@ -44,7 +44,7 @@ TRAIN_AGAIN = "Use another checkpoint, or train again."
 COPY_ALL = "Copy the whole checkpoint, or use another."
 
 
-def is_neuron_checkpoint(folder: Path) -> bool:
+def is_xla_checkpoint(folder: Path) -> bool:
     """Whether optimum-neuron wrote this folder, complete or not."""
     return (folder / ADAPTER / SHARDS).is_dir()
 
@@ -62,7 +62,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
     """
     folder = checkpoint / ADAPTER
     shards = folder / SHARDS
-    if not is_neuron_checkpoint(checkpoint):
+    if not is_xla_checkpoint(checkpoint):
         raise UserError(
             f"{ADAPTER}/{SHARDS} not found", where=str(checkpoint), fix="Pass a folder step-N or checkpoint-N."
         )

@@ -18,7 +18,7 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from genvalues.accelerators.architectures import MODEL_TYPES, target_names
 from llama_lora.backends.lora import initial_a, lora_config
-from llama_lora.backends.neuron.shards import query_heads
+from llama_lora.backends.xla.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
 
 # The attention function of optimum-neuron's models. They look it up by name in their module.

@@ -1,0 +1,1 @@
+"""Backend xla: training on Trainium with optimum-neuron and NeuronX Distributed, on PyTorch/XLA."""
