@@ -73,7 +73,7 @@ def test_a_setting_takes_its_declaration_the_line_that_uses_it_and_its_test(copy
     assert "lora.useRslora" in (copy.folder / "docs/values.md").read_text(encoding="utf-8")
     assert "lora.useRslora" in (copy.folder / "docs/inputs.md").read_text(encoding="utf-8")
     assert "  useRslora: false  # Scale by" in (copy.folder / "chart/values.yaml").read_text(encoding="utf-8")
-    for inputs, backend in (("values/cpu.yaml", "cpu"), ("values/trn1.yaml", "neuron")):
+    for inputs, backend in (("values/cpu.yaml", "native"), ("values/trn1.yaml", "xla")):
         values = copy.genvalues("write", inputs, "--set", "lora.useRslora=true", "-o", "-")
         (config,) = [item for item in copy.rendered(values) if item["kind"] == "ConfigMap"]
         run = copy.folder / f"{backend}.yaml"

@@ -107,6 +107,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"instance": "cpu"}),
         "instance is cpu, but backend is xla. Set instance to the nodes' type",
     ),
+    "Trainium3": (
+        {"instance": "ml.trn3.48xlarge", "devices": {"aws.amazon.com/neuron": 16}},
+        "instance ml.trn3.48xlarge: the instance types of Trainium3 are not known yet. Use one of Trainium2",
+    ),
     "operator by operator with xla": (
         merged(NEURON, {"compile": {"mode": "off"}}),
         "compile.mode off requires backend native. Set it to layers.",

@@ -101,12 +101,21 @@ TRAINIUM = {
     "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
     "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
 }
+# Generations whose instance types AWS has not named yet (botocore 1.44.8, November 2026), by how the names begin. Once
+# it has, write their rows above and remove the line here.
+UNNAMED = {"trn3": "Trainium3"}
 NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
 
 
 def trainium(name: str) -> Instance | None:
     """The Trainium instance of that name, with or without HyperPod's prefix; None for cpu."""
     return TRAINIUM.get(name.removeprefix(HYPERPOD))
+
+
+def unnamed_generation(name: str) -> str | None:
+    """The generation of an instance type whose names are not known yet; None for all other names."""
+    plain = name.removeprefix(HYPERPOD)
+    return next((generation for beginning, generation in UNNAMED.items() if plain.startswith(beginning)), None)
 
 
 def default_backend(name: str) -> str:

@@ -34,6 +34,9 @@ def model_problems(architecture: Architecture, attention: str = "causal") -> Ite
         named = a.model_class or f"model type {a.model_type}"
         yield Problem(MODEL, f"{named} is not supported by backend native", f"Use one of {supported_models()}.")
         return
+    if a.heads % a.kv_heads:  # transformers: LlamaAttention, num_key_value_groups
+        what = f"num_attention_heads {a.heads} is not divisible by num_key_value_heads {a.kv_heads}"
+        yield Problem(MODEL, what, "Use another model.")
     if a.quantized:
         yield Problem(MODEL, "backend native cannot train quantized weights", "Use the model's bf16 weights.")
     if a.sliding_window and attention == "isolated":
@@ -59,10 +62,7 @@ def possible_sizes(architecture: Architecture, sizes: Iterable[int]) -> list[int
 def _size_rules(architecture: Architecture, size: int) -> Iterator[str]:
     """Tensor parallelism splits heads and the MLP. Embedding and output layer are whole in each group."""
     a = architecture
-    for what, number in (
-        ("attention heads", a.heads),
-        ("key-value heads", a.kv_heads),
-    ):
+    for what, number in (("attention heads", a.heads), ("key-value heads", a.kv_heads)):
         if number % size:
             yield f"the model's {number} {what} are not divisible by {size}"
     if a.intermediate % size:

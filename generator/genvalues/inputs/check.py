@@ -82,8 +82,9 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
     if reason := refusal(instance, get(value, "nodes", int) or 1):
         prefix = HYPERPOD if instance.startswith(HYPERPOD) else ""
         yield Mistake(("nodes",), reason, f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge.")
+    backend = get(with_own_words(value), "backend", str) or default_backend(instance)
     targets = [target for target in get(value, "lora.targetModules", list) or [] if isinstance(target, str)]
-    for problem in target_problems(targets):
+    for problem in target_problems(targets) if backend == "xla" else ():
         yield Mistake(problem.keys[0], problem.what, problem.fix)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 from jsonschema.exceptions import ValidationError
 
-from genvalues.accelerators.instances import HYPERPOD
+from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, unnamed_generation
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, kinds, resolve
@@ -118,8 +118,10 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
                 yield Mistake((*key, name), MISSING, purpose((*key, name), schema))
     elif keyword == "type":
         yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
+    elif key == ("instance",) and isinstance(found, str) and (unnamed := unnamed_generation(found)):
+        yield Mistake(key, f"the instance types of {unnamed} are not known yet", f"Use one of {either([*TRAINIUM])}.")
     elif keyword in ("enum", "const"):
-        choices = wanted if keyword == "enum" else [wanted]
+        choices = [each for each in (wanted if keyword == "enum" else [wanted]) if isinstance(each, str)]
         beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
         close = close_matches(str(found), choices) or beginning
         guess = f"Did you mean {close[0]}? " if close else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genvalues.accelerators.instances import CPU
+from genvalues.accelerators.instances import CPU, default_backend
 from genvalues.common.errors import UserError, UserErrors, write_errors_as_user_errors
 from genvalues.common.files import place_of, write_named
 from genvalues.common.text import KeyPath, one_line
@@ -33,10 +33,12 @@ EXAMPLES: dict[str, Any] = {
     "huggingFace": {"tokenSecret": "hf-token", "tokenKey": "token"},
     "storage": {"kind": "fsx", "size": "1200Gi", "storageClass": "fsx-sc"},
     "mode": "detached",
+    "rehearse": {"enabled": True},
 }
 ON_CPU: dict[str, Any] = {
     "storage": {"kind": "generic", "size": "100Gi"},
     "mode": "attached",
+    "rehearse": {"enabled": False},
     "huggingFace": None,
     "image": IMAGE,
 }
@@ -131,6 +133,8 @@ def section(key: str, inputs: dict[str, Any], on_cpu: bool) -> str:
     if key in inputs:
         return dump({key: inputs[key]})
     shown = ON_CPU[key] if on_cpu and key in ON_CPU else EXAMPLES.get(key, default_of(key))
+    if key == "backend":
+        shown = default_backend(inputs["instance"])
     if key in WRITTEN_OUT:
         keys = shown if key != "training" else {name: shown[name] for name in TRIED_FIRST if name in shown}
         return f"{key}:\n" + "".join(f"  {in_a_line(name, value)}\n" for name, value in keys.items())

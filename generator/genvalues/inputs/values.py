@@ -58,7 +58,8 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     }
     if instance:
         trains, holds_model = {"resources": instance.resources}, {"resources": HOLDS_8B}
-        values["stages"] = {"compile": trains, "train": trains}
+        values["stages"] = {"rehearse": holds_model} if rehearses else {}
+        values["stages"] |= {"compile": trains, "train": trains}
         if inputs.probe.rows:
             values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
         values["stages"]["evaluate"] = holds_model

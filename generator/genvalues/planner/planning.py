@@ -20,7 +20,7 @@ from genvalues.planner.models import ModelFacts
 from genvalues.planner.prices import Price, Priced, known_price
 from genvalues.settings.datasets import is_file, is_on_hub, row_format
 from genvalues.settings.inputs import Inputs, ModelPath
-from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, STALL_TIMEOUT, seconds
+from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, seconds, usual_stall_timeout
 
 
 class Facts(NamedTuple):
@@ -207,7 +207,10 @@ def stall_timeout(inputs: Inputs) -> Choice:
     if (get(inputs.chart_values, "compile.onMismatch", str) or inputs.compile.on_mismatch) == "warn":
         reason = "with compile.onMismatch: warn the first step may compile for an hour"
         return Choice(key, COMPILING_STALL_TIMEOUT, reason)
-    return Choice(key, STALL_TIMEOUT, "default; longer than loading the model usually takes")
+    reason = "longer than loading the model usually takes"
+    if inputs.chosen_backend == "native":
+        reason = "longer than loading the model and compiling some graphs again usually take"
+    return Choice(key, usual_stall_timeout(inputs.chosen_backend), f"default; {reason}")
 
 
 # --- notes

@@ -141,7 +141,11 @@ class Inputs(Block):
     instance: Annotated[str, Field(json_schema_extra={"enum": [*NAMES]})] = Field(
         description="Instance type to train on, or cpu."
     )
-    backend: Backend | None = None
+    backend: Backend | None = Field(
+        None,
+        description="native: PyTorch on CPUs, and by TorchNeuron on Trn2 and later. xla: optimum-neuron on PyTorch/XLA"
+        ". Left out: native for cpu and trn2, xla for trn1. cpu and neuron are their older names.",
+    )
     nodes: Nodes | None = Field(
         None, description="Nodes that compile and train. Left out: 1, or as many as parallelism.maxHours needs."
     )

@@ -37,6 +37,9 @@ DEFAULT_MOUNT = "/workspace"  # default of workspace.mountPath
 STALL_TIMEOUT = "30m"  # default if all graphs are compiled before train; also the chart's default
 COMPILING_STALL_TIMEOUT = "2h"  # default if the first step of train may compile for an hour
 STARTING_STALL_TIMEOUT = "18m"  # estimated longest start of a training (planner/estimate.py, START_HOURS)
+# Backend native: graphs come from compile's cache, but that TorchNeuron finds all of them there is not verified on
+# hardware, and the first step may compile some again.
+NATIVE_STALL_TIMEOUT = "1h"
 # Not measured; a lower bound: the workers of a node (32 on trn1) load libraries, rendezvous and read the model first.
 SHORTEST_STALL_TIMEOUT = "2m"
 GRACE_SECONDS = (
@@ -98,8 +101,13 @@ def short_standstill(values: Values) -> Iterator[Problem]:
             key_paths("guards.stallTimeout"),
             f"{timeout} may end the training before its first step: starting and reading the model may take "
             f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
-            f"Write {STALL_TIMEOUT}, or leave it out to get the same.",
+            f"Write {usual_stall_timeout(get(values, 'backend', str))}, or leave it out to get the same.",
         )
+
+
+def usual_stall_timeout(backend: str | None) -> str:
+    """The default of guards.stallTimeout if train compiles nothing by itself."""
+    return NATIVE_STALL_TIMEOUT if backend == "native" else STALL_TIMEOUT
 
 
 def model(values: Values) -> Iterator[Problem]:
@@ -157,11 +165,11 @@ def parallelism(values: Values) -> Iterator[Problem]:
         )
 
 
-# Keys of one backend, with the value that changes nothing.
+# Values that one backend has, and what to write for the other.
 OF_ONE_BACKEND = {
-    "compile.mode": ("native", "layers"),
-    "compile.onFallback": ("native", "refuse"),
-    "compile.runsOn": ("xla", "accelerator"),
+    "compile.mode": ("off", "native", "layers"),
+    "compile.onFallback": ("warn", "native", "refuse"),
+    "compile.runsOn": ("cpu", "xla", "accelerator"),
 }
 
 
@@ -181,11 +189,10 @@ def backend(values: Values) -> Iterator[Problem]:
             f"backend native requires Trn2 or later; {instance} has Trn1",
             "Write xla, or remove it.",
         )
-    for key, (owner, neutral) in OF_ONE_BACKEND.items() if found else ():  # on CPUs they have no effect
-        written = get(values, key, str)
-        if wanted and written and wanted != owner and written != neutral:
-            what = f"{written} requires backend {owner}, and this run has backend {wanted}"
-            yield Problem(key_paths(key, "backend"), what, f"Write {neutral}, or backend: {owner}.")
+    for key, (value, owner, other) in OF_ONE_BACKEND.items() if found else ():  # on CPUs they have no effect
+        if wanted and wanted != owner and get(values, key, str) == value:
+            what = f"{value} requires backend {owner}, and this run has backend {wanted}"
+            yield Problem(key_paths(key, "backend"), what, f"Write {other}, or backend: {owner}.")
 
 
 def process_groups(values: Values) -> Iterator[Problem]:

@@ -65,6 +65,9 @@ def test_a_time_is_one_or_is_refused(written: str, right: bool) -> None:
         (("compile.onMismatch=warn",), "2h", ""),
         (("chartValues.compile.onMismatch=warn",), "2h", ""),
         (("compile.onMismatch=warn", "chartValues.compile.onMismatch=refuse"), "30m", ""),
+        (("instance=ml.trn2.48xlarge",), "1h", ""),
+        (("instance=ml.trn2.48xlarge", "backend=xla"), "30m", ""),
+        (("instance=ml.trn2.48xlarge", "compile.onMismatch=warn"), "2h", ""),
         (("compile.onMismatch=warn", "instance=cpu", "image=null", "nodes=1"), "", ""),
         (("compile.onMismatch=warn", "guards.stallTimeout=3h"), "3h", ""),
         (("compile.onMismatch=warn", "guards.stallTimeout=120m"), "120m", ""),
@@ -144,6 +147,8 @@ def test_the_plan_says_how_long_a_training_may_stand_still_and_why() -> None:
     ((plain, _),) = chosen()
     ((compiling, why),) = chosen("compile.onMismatch=warn")
     assert (plain, compiling) == ("30m", "2h") and "compile.onMismatch: warn" in why
+    ((native, why),) = chosen("instance=ml.trn2.48xlarge")
+    assert native == "1h" and "compiling" in why
     assert chosen("guards.stallTimeout=5h") == [("5h", FROM_INPUTS)]
     assert chosen("guards.stallTimeout=") == [("never", FROM_INPUTS)]
     assert chosen("instance=cpu", "image=null", "nodes=1") == []

@@ -204,7 +204,8 @@ def test_what_holds_a_model_gets_the_memory_for_it(tmp_path: Path) -> None:
     for stage in ("consolidate", "merge", "evaluate"):
         assert stages[stage]["resources"]["requests"]["memory"] == "40Gi"
     without = values_of(tmp_path, ISSUE, "probe.rows=0")["stages"]
-    assert without.keys() == {"compile", "train", "evaluate"}, "copying tensors needs little"
+    assert without.keys() == {"rehearse", "compile", "train", "evaluate"}, "copying tensors needs little"
+    assert "rehearse" not in values_of(tmp_path, ISSUE, "rehearse.enabled=false")["stages"]
     assert "stages" not in values_of(tmp_path, ON_TRAINIUM % ("text", "cpu")), "the demo's models are small"
 
 

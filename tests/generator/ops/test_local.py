@@ -450,7 +450,7 @@ def test_inputs_options_are_refused_for_a_values_file_and_a_bundle(laptop: Lapto
     values = (ROOT / "values" / "cpu.values.yaml").read_text()
     # -f and --set say that the file is an inputs file: what only values have is an unknown key.
     lines = errors_with_our_chart(laptop.folder, values, "--set", "lora.r=8")
-    assert any(" backend: unknown key" in line for line in lines)
+    assert any(" pipeline: unknown key" in line for line in lines)
     (laptop.folder / "b.tar.gz").touch()
     command = [sys.executable, "-m", "genvalues.cli", "local", "b.tar.gz", "--workspace", "w", "--set", "lora.r=8"]
     done = subprocess.run(command, cwd=laptop.folder, capture_output=True, text=True, check=False, timeout=90)
@@ -525,7 +525,7 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
             ]
             assert command.environment["LLAMA_LORA_WORKSPACE"] == folder
             assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/{each.name}")
-        assert json.loads(json.dumps(yaml.safe_load(Path(config).read_text())))["backend"] == "cpu"
+        assert json.loads(json.dumps(yaml.safe_load(Path(config).read_text())))["backend"] == "native"
 
 
 UPDATES = "; ".join(

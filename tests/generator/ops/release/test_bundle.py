@@ -65,7 +65,7 @@ def test_bundle_contains_what_a_bug_report_needs(run: Run, fake: FakeApi) -> Non
     assert "org/model" in files["bundle/values.yaml"]
     assert "demo-train-gate" in files["bundle/release/hooks.yaml"] and "Running" in files["bundle/release/hooks.yaml"]
     assert "demo-config" in files["bundle/release/manifest.yaml"]
-    assert "backend: cpu" in files["bundle/release/config/run.yaml"]
+    assert "backend: native" in files["bundle/release/config/run.yaml"]
     assert "tensor" not in files["bundle/objects/nodes.yaml"] and "trn1.32xlarge" in files["bundle/objects/nodes.yaml"]
     assert "ours" in files["bundle/objects/events.yaml"] and "theirs" not in files["bundle/objects/events.yaml"]
     assert files[f"bundle/logs/{first}/pytorch.log"].endswith("Z step 1\n")
@@ -474,7 +474,12 @@ def test_values_for_trainium_need_a_flag_and_then_run_on_the_cpu_as_one_process(
     train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
     assert train["spec"]["nprocPerNode"] == "1"
     config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
-    assert "backend: cpu" in config and "attention: eager" in config and "perDeviceBatchSize: 2" in config
+    assert (
+        "backend: native" in config
+        and "device: cpu" in config
+        and "attention: causal" in config
+        and "perDeviceBatchSize: 2" in config
+    )
 
 
 def test_values_for_trainium_run_unchanged_on_a_trainium_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
