@@ -49,9 +49,8 @@ test test-all: $(READY)
 	$(PYTEST)
 
 # What runs in the image of backend xla, with its versions of the libraries. docs/testing.md
-NOT_XLA := native test_training.py test_stopping.py test_image_pins.py
 test-xla: $(READY_XLA)
-	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer $(NOT_XLA:%=--ignore=tests/trainer/%)
+	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native --ignore=tests/trainer/test_image_pins.py
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)
