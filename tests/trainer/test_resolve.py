@@ -64,6 +64,12 @@ class FakeHub:
         if self.refusal and (self.refusal[1].startswith("all:") or not metadata):
             status, code, message = self.refusal
             return status, {"X-Error-Code": code.removeprefix("all:"), "X-Error-Message": message}, b""
+        if "/tree/" in path:  # asked by huggingface_hub 2.x, not by 0.x
+            listed = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                for file in sorted(self.folder.iterdir())
+            ]
+            return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
         if metadata:
             names = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             answer = {"id": "org/thing", "modelId": "org/thing", "sha": self.commit, "siblings": names, "tags": []}

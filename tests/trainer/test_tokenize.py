@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lora.data.rendering import IGNORED, Example
-from llama_lora.stages.tokenize import split
+from llama_lora.stages.tokenize import load_tokenizer, split
 from trainer.conftest import Run
 
 
@@ -79,3 +79,21 @@ def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file() -> None:
     assert len(held_out) == 100 and len(train) == 900 and numbers != sorted(numbers)
     assert not {example.input_ids[0] for example in train} & set(numbers)
     assert 300 < sum(numbers[:25]) / 25 < 700
+
+
+def test_a_tokenizer_is_loaded_as_its_file_describes_it_whatever_class_the_config_names(tmp_path: Path) -> None:
+    """Here digits are split into threes, as in Llama 3; GPT2Tokenizer of transformers 5 would keep them together."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    vocab = {byte: index for index, byte in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "34"])}
+    described = Tokenizer(models.BPE(vocab=vocab, merges=[("3", "4")]))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    threes = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    described.pre_tokenizer = pre_tokenizers.Sequence([threes, bytes_only])
+    described.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("1234 34").input_ids == described.encode("1234 34").ids
+    assert len(loaded("1234 34").input_ids) == 6 and loaded.eos_token == "!"

@@ -32,7 +32,7 @@ class Delta:
         return [self.b.shape[0], self.a.shape[1]]
 
     def weight(self) -> torch.Tensor:
-        """Compute the delta, fp32 [out, in], as merge_and_unload() of peft 0.17 does."""
+        """Compute the delta, fp32 [out, in], as merge_and_unload() of peft does (0.17 to 0.21)."""
         return (self.b.float() @ self.a.float()) * self.scaling
 
 

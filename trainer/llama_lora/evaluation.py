@@ -35,7 +35,9 @@ class Prompt:
 def load_model(path: Path, adapter: Path | None = None) -> Any:
     """Load a model folder in its stored dtype, in evaluation mode, optionally with a LoRA adapter."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
     if adapter:
         from peft import PeftModel

@@ -57,7 +57,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor) -> None:
     """Add ``delta`` (fp32) to a stored tensor. The sum is computed in fp32 and rounded once to the stored dtype.
 
-    It rounds as ``weight.data += delta`` in merge_and_unload() of peft 0.17 does.
+    It rounds as ``weight.data += delta`` in merge_and_unload() of peft does (0.17 to 0.21).
     """
     import torch
 

@@ -16,8 +16,9 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
 
     A gated repository allows access to its metadata and refuses its files.
     """
-    import requests
     from huggingface_hub import errors
+
+    from llama_lora.library_versions import hub_connection_errors
 
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
     try:
@@ -36,9 +37,9 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
             where=key,
             fix="Check the id. A private repository needs huggingFace.tokenSecret.",
         ) from None
-    except (requests.ConnectionError, requests.Timeout, errors.OfflineModeIsEnabled):
+    except hub_connection_errors():
         raise Unavailable(f"{name}: the Hugging Face Hub cannot be reached.") from None
-    except errors.HfHubHTTPError as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         # snapshot_download raises LocalEntryNotFoundError from the first error.
         first = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
         response = first.response if isinstance(first, errors.HfHubHTTPError) else None

@@ -6,6 +6,7 @@ separately, as a prompt is at generation time, so that no token spans the border
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,15 @@ IGNORED = -100  # the label of a token without loss, in torch and transformers
 
 # Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
+
+# Put before a chat template, this replaces the strftime_now that transformers provides, which formats today's date. It
+# is a macro because transformers 5 passes only JSON values to a template; 4.57 also passes functions. A format that is
+# not a literal in the template has no entry in template_dates. The newline is part of the block (trim_blocks).
+FIXED_STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}"
+    "{{ template_dates[format] if format in template_dates else raise_exception('strftime_now without a literal') }}"
+    "{% endmacro %}\n"
+)
 
 # For tokenizers without a chat template. The context is left out if the row has no input.
 PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n"
@@ -74,6 +84,7 @@ class Renderer:
             "chat": self._chat,
         }[format]
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
+        self._chat_template = tokenizer.get_chat_template() if self.uses_chat_template else ""
         self._special = set(tokenizer.all_special_ids)
         if format != "text" and self._marks_beginnings():
             raise UserError(
@@ -193,10 +204,11 @@ class Renderer:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
+                chat_template=FIXED_STRFTIME_NOW + self._chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 date_string=date.strftime("%d %b %Y"),  # read by Llama 3's templates
-                strftime_now=date.strftime,  # called by others
+                template_dates=_template_dates(self._chat_template, date),  # for those that call strftime_now
             )
         except TemplateError as error:
             raise Dropped(f"the chat template raises: {error}") from None
@@ -266,6 +278,15 @@ class Renderer:
         alone = self.tokenizer("a", add_special_tokens=False).input_ids
         after_newline = self.tokenizer("\na", add_special_tokens=False).input_ids
         return bool(after_newline[-len(alone) :] != alone)
+
+
+@functools.cache
+def _template_dates(template: str, date: datetime) -> dict[str, str]:
+    """Format ``date`` with each string literal of a template that can be a format of strftime."""
+    from jinja2 import Environment
+
+    literals = (token.value for token in Environment().lexer.tokenize(template) if token.type == "string")
+    return {literal: date.strftime(literal) for literal in literals if "%" in literal}
 
 
 def _check_unicode(text: str) -> None:

@@ -73,14 +73,16 @@ def _copy(origin: Path, folder: Path) -> None:
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantize a GGUF file to bf16 safetensors, with its tokenizer and chat template."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
+
+    from llama_lora.library_versions import load_gguf_model
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model = load_gguf_model(file, torch.bfloat16)
     except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
         raise UserError(
             f"transformers cannot read it as GGUF: {error}",

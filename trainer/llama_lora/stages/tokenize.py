@@ -67,10 +67,11 @@ STAGE = Declaration(
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. Raises UserError if transformers cannot."""
-    from transformers import AutoTokenizer
+    from llama_lora import library_versions
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer: PreTrainedTokenizerBase = library_versions.load_tokenizer(model)
+        return tokenizer
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load the tokenizer: {error}", where=str(model)) from None
 

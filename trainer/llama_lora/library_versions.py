@@ -1,0 +1,52 @@
+"""What differs between the supported versions of the Hugging Face libraries and PyTorch. Nothing else depends on them.
+
+Two sets are supported (pyproject.toml): [trainer], the current one, and [trainer-xla], which optimum-neuron 0.4.5 pins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+_TRANSFORMERS = int(importlib.metadata.version("transformers").partition(".")[0])
+
+
+def hub_connection_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of huggingface_hub when the Hub cannot be reached: its own, and those of its HTTP client.
+
+    The client is requests in huggingface_hub 0.x, which transformers 4 requires, and httpx or its successor httpx2 in
+    1.x and 2.x (https://huggingface.co/docs/huggingface_hub/concepts/migration).
+    """
+    from huggingface_hub import errors
+
+    client = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
+    if client.__name__ == "requests":
+        return (errors.OfflineModeIsEnabled, client.ConnectionError, client.Timeout)
+    return (errors.OfflineModeIsEnabled, client.TransportError)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder as its tokenizer.json describes it.
+
+    AutoTokenizer of transformers 5 rebuilds some tokenizers (GPT2Tokenizer, Qwen2Tokenizer) with the pre-tokenizer of
+    their class instead of the file's, so that numbers become other tokens. That of 4.57 uses the file for every class.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if _TRANSFORMERS >= 5 and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_gguf_model(file: Path, dtype: Any) -> Any:
+    """Load a GGUF file as a model with plain weights of a torch dtype, which can be saved as safetensors.
+
+    transformers 5 keeps the weights in GGUF's blocks unless it is told otherwise; 4.57 has no such choice
+    (https://huggingface.co/docs/transformers/gguf).
+    """
+    import transformers
+
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _TRANSFORMERS >= 5 else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
