@@ -26,10 +26,7 @@ else:
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "trainer"
 DOCKERFILE = TRAINER / "Dockerfile"
-# The libraries of this environment are those of one backend.
-BACKEND = "xla" if importlib.metadata.version("torch").startswith("2.8.") else "native"
-EXTRA = {"native": "trainer", "xla": "trainer-xla"}[BACKEND]
-SMOKE_TEST = [sys.executable, str(TRAINER / "smoke_test.py"), BACKEND]
+SMOKE_TEST = [sys.executable, str(TRAINER / "smoke_test.py"), "native"]
 
 
 def module(name: str) -> Any:
@@ -411,7 +408,7 @@ def freeze(folder: Path, **changed: str) -> Path:
     there.pop("llama-lora", None)
     lines = [f"{name}=={version}" for name, version in there.items() if name != "torch"]
     file = folder / "constraints.txt"
-    file.write_text("\n".join(["# [base]", f"torch=={there['torch']}", "# [command]", *lines, f"# [{EXTRA}]"]))
+    file.write_text("\n".join(["# [base]", f"torch=={there['torch']}", "# [command]", *lines, "# [trainer]"]))
     return file
 
 
@@ -422,9 +419,9 @@ def smoke_test(*arguments: str | Path, path: str) -> subprocess.CompletedProcess
 
 
 def test_a_complete_image_passes(tmp_path: Path) -> None:
-    done = smoke_test(f"[{EXTRA}]", "--constraints", freeze(tmp_path), path=str(Path(sys.executable).parent))
+    done = smoke_test("[trainer]", "--constraints", freeze(tmp_path), path=str(Path(sys.executable).parent))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"The image is complete: command, {EXTRA}.\n"
+    assert done.stdout == "The image is complete: command, trainer.\n"
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
