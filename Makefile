@@ -60,10 +60,10 @@ cluster-packages:
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $(CLUSTER_PACKAGES)
 
-# Build and push the image that FILE names, and write its digest into FILE. docs/image.md
+# Build and push the image that FILE names, over BASE, and write its digest into FILE. docs/image.md
 FILE ?= finetune.yaml
 image: $(READY)
-	.venv/bin/genvalues image push $(FILE)
+	.venv/bin/genvalues image push $(FILE) $(if $(BASE),--base $(BASE))
 
 # Generated and committed files. make test fails when one is stale.
 generate: $(READY)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -13,7 +16,7 @@ import pytest
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.specifiers import SpecifierSet
 
-from trainer.image_pins import PYTHON, RECORD, drop_unused_extras
+from trainer.image_pins import TARGETS, drop_unused_extras, record_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,100 +26,147 @@ else:
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "trainer"
 DOCKERFILE = TRAINER / "Dockerfile"
-EXTRAS = "[trainer,neuron]"
-SMOKE_TEST = [sys.executable, str(TRAINER / "smoke_test.py")]
-# The environment of the image's Python. Debian's, in the cluster tests, is 3.11.
-ENVIRONMENT = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.12", "sys_platform": "linux"}
-ENVIRONMENT |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
-ENVIRONMENT |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+SMOKE_TEST = [sys.executable, str(TRAINER / "smoke_test.py"), "native"]
 
 
-def pins_module() -> Any:
-    """Import trainer/pins.py, a script of the image that is not in a package."""
+def module(name: str) -> Any:
+    """Import a script of the image that is not in a package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TRAINER))
-        import pins
-    return pins
+        return importlib.import_module(name)
 
 
-pins = pins_module()
-SECTIONS: dict[str, dict[str, str]] = pins.sections()
-BY_NAME = {pins.normalized(name): version for section in SECTIONS.values() for name, version in section.items()}
-OF_THE_BASE = {pins.normalized(name) for section in ("base", "sdk") for name in SECTIONS[section]}
-RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))
+pins = module("pins")
+base_image = module("base_image")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def ours(*extras: str) -> list[Requirement]:
-    optional = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
-    return [Requirement(line) for line in [*PROJECT["dependencies"], *optional]]
+class PinSet:
+    """The constraints file of a backend, with the recorded requirements of its packages."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.sections: dict[str, dict[str, Any]] = pins.sections(pins.constraints(backend))
+        self.pins = {name: pin for section in self.sections.values() for name, pin in section.items()}
+        self.of_the_base = {name for section in ("base", "sdk") for name in self.sections.get(section, {})}
+        self.recorded: dict[str, dict[str, Any]] = json.loads(record_of(backend).read_text(encoding="utf-8"))
+        self.needed = self.closure(pins.extras_of(pins.EXTRAS[backend]))
+
+    def closure(self, extras: list[str]) -> dict[str, list[Requirement]]:
+        """Map all packages that llama-lora with these extras needs, directly or not, to their requirements, without
+        those of the base image."""
+        lines = [
+            *PROJECT["dependencies"],
+            *(one for extra in extras for one in PROJECT["optional-dependencies"][extra]),
+        ]
+        asked: dict[str, list[Requirement]] = {}
+        for python in TARGETS[self.backend].pythons:
+            seen: set[str] = set()
+            todo = [parsed(line) for line in lines]
+            while todo:
+                wanted = todo.pop()
+                name = pins.normalized(wanted.name)
+                asked.setdefault(name, []).append(wanted)
+                if name in self.of_the_base or name not in self.recorded or str(wanted) in seen:
+                    continue
+                seen.add(str(wanted))
+                for line in self.recorded[name]["requires"]:
+                    below = parsed(line)
+                    if below.marker is None or any(
+                        below.marker.evaluate({**environment(python), "extra": one}) for one in ("", *wanted.extras)
+                    ):
+                        todo.append(below)
+        return asked
 
 
-def closure(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
-    """Map all packages that these need, directly or not, to their requirements, without those of the base image."""
-    asked: dict[str, list[Requirement]] = {}
-    seen: set[str] = set()
-    todo = list(requirements)
-    while todo:
-        wanted = todo.pop()
-        name = pins.normalized(wanted.name)
-        asked.setdefault(name, []).append(wanted)
-        if name in OF_THE_BASE or name not in RECORDED or str(wanted) in seen:
-            continue
-        seen.add(str(wanted))
-        for line in RECORDED[name]["requires"]:
-            below = Requirement(line)
-            extras = ("", *wanted.extras)
-            if below.marker is None or any(below.marker.evaluate({**ENVIRONMENT, "extra": one}) for one in extras):
-                todo.append(below)
-    return asked
+parsed = functools.cache(Requirement)
 
 
-NEEDED = closure(ours("trainer", "neuron"))
+def environment(python: str) -> dict[str, str]:
+    found = {"python_version": python, "python_full_version": f"{python}.12", "sys_platform": "linux"}
+    found |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    return found | {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
 
 
-def test_every_required_package_is_pinned() -> None:
-    assert len(NEEDED) > 80
-    assert sorted(set(NEEDED) - set(BY_NAME)) == []
+NATIVE, XLA = SETS = [PinSet(backend) for backend in ("native", "xla")]
+both = pytest.mark.parametrize("of", SETS, ids=lambda of: of.backend)
 
 
-def test_every_pinned_package_is_required() -> None:
+@both
+def test_every_required_package_is_pinned(of: PinSet) -> None:
+    assert len(of.needed) > 80
+    assert sorted(set(of.needed) - set(of.pins)) == []
+
+
+@both
+def test_every_pinned_package_is_required(of: PinSet) -> None:
     of_torch_neuronx = {"torch-xla"}
-    assert sorted(set(BY_NAME) - set(NEEDED) - OF_THE_BASE - of_torch_neuronx) == []
+    assert sorted(set(of.pins) - set(of.needed) - of.of_the_base - of_torch_neuronx) == []
 
 
-@pytest.mark.parametrize("name", sorted(NEEDED))
-def test_a_pin_meets_all_requirements(name: str) -> None:
-    for wanted in NEEDED[name]:
-        assert wanted.specifier.contains(BY_NAME[name], prereleases=True), f"{wanted}, and {BY_NAME[name]} is pinned"
+@pytest.mark.parametrize(
+    ("of", "name"), [pytest.param(of, name, id=f"{of.backend} {name}") for of in SETS for name in sorted(of.needed)]
+)
+def test_a_pin_meets_all_requirements(of: PinSet, name: str) -> None:
+    version = of.pins[name].specifier.partition(",")[0].lstrip("=>")  # of torch in a base image, the oldest
+    for wanted in of.needed[name]:
+        assert wanted.specifier.contains(version, prereleases=True), f"{wanted}, and {version} is pinned"
 
 
-def test_each_section_is_complete_without_the_next() -> None:
-    """Images without extras, and for the CPU, install only their sections."""
-    there = set(OF_THE_BASE)
-    for section, extras in (("command", ()), ("trainer", ("trainer",)), ("neuron", ("trainer", "neuron"))):
-        there |= {pins.normalized(name) for name in SECTIONS[section]}
-        assert set(closure(ours(*extras))) <= there, section
+@both
+def test_each_section_is_complete_without_the_next(of: PinSet) -> None:
+    """Images without extras, and without the Neuron libraries, install only their sections."""
+    there = of.of_the_base | set(of.sections.get("build", {}))
+    extras: list[str] = []
+    for section in ("command", *pins.extras_of(pins.EXTRAS[of.backend])):
+        extras += [section] if section != "command" else []
+        there |= set(of.sections[section])
+        assert set(of.closure(extras)) <= there, section
 
 
-def test_the_recorded_requirements_of_the_pins_are_up_to_date() -> None:
+@both
+def test_the_recorded_requirements_of_the_pins_are_up_to_date(of: PinSet) -> None:
     """If not, run: python tests/trainer/image_pins.py"""
-    of_pypi = {pins.normalized(name): v for key, of in SECTIONS.items() if key != "sdk" for name, v in of.items()}
-    assert {name: of["version"] for name, of in RECORDED.items()} == of_pypi
-    before = json.dumps(RECORDED)
-    drop_unused_extras(RECORDED)
-    assert json.dumps(RECORDED) == before
+    skipped = {"sdk", "base"} if of.backend == "native" else {"sdk"}
+    of_pypi = {
+        name: pin.version for key, found in of.sections.items() if key not in skipped for name, pin in found.items()
+    }
+    assert {name: found["version"] for name, found in of.recorded.items()} == of_pypi
+    before = json.dumps(of.recorded)
+    drop_unused_extras(of.recorded)
+    assert json.dumps(of.recorded) == before
 
 
-@pytest.mark.parametrize("name", sorted(RECORDED))
-def test_a_pin_has_a_wheel_for_the_images_python(name: str) -> None:
-    of = RECORDED[name]
-    python, abi, platform = of["wheel"].removesuffix(".whl").split("-")[-3:]
-    assert SpecifierSet(of["python"]).contains(f"{PYTHON}.12")
-    stable = abi == "abi3" and int(python.removeprefix("cp3")) <= 10
-    assert {"py3", "py310", "cp310"} & set(python.split(".")) or stable
-    glibc = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_x86_64", platform)]
-    assert platform == "any" or "manylinux2014_x86_64" in platform or min(glibc, default=99) <= 35
+@pytest.mark.parametrize(
+    ("of", "name"), [pytest.param(of, name, id=f"{of.backend} {name}") for of in SETS for name in sorted(of.recorded)]
+)
+def test_a_pin_has_a_wheel_for_every_python_of_the_image(of: PinSet, name: str) -> None:
+    found, (pythons, newest_glibc) = of.recorded[name], TARGETS[of.backend]
+    assert set(found["wheels"]) == set(pythons)
+    for python, wheel in found["wheels"].items():
+        tag, abi, platform = wheel.removesuffix(".whl").split("-")[-3:]
+        minor = int(python.removeprefix("3."))
+        assert SpecifierSet(found["python"]).contains(f"{python}.12")
+        stable = abi == "abi3" and int(tag.removeprefix("cp3")) <= minor
+        assert {"py3", f"py3{minor}", f"cp3{minor}"} & set(tag.split(".")) or stable
+        glibc = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_x86_64", platform)]
+        assert platform == "any" or "manylinux2014_x86_64" in platform or min(glibc, default=99) <= newest_glibc
+
+
+def test_every_native_pin_has_the_hash_of_each_wheel() -> None:
+    for name, found in NATIVE.recorded.items():
+        assert len(set(NATIVE.pins[name].hashes)) == len(set(found["wheels"].values())), name
+
+
+def test_the_torch_of_a_native_base_image_is_in_the_range_of_the_extra() -> None:
+    torch = Requirement(next(one for one in PROJECT["optional-dependencies"]["trainer"] if one.startswith("torch")))
+    assert torch.specifier == SpecifierSet(NATIVE.sections["base"]["torch"].specifier) == SpecifierSet(">=2.13,<2.16")
+
+
+def test_the_native_pins_are_current_libraries_of_hugging_face() -> None:
+    majors = {name: NATIVE.pins[name].version.partition(".")[0] for name in ("transformers", "datasets")}
+    assert majors == {"transformers": "5", "datasets": "5"} and NATIVE.pins["peft"].version.startswith("0.21.")
+    assert "torch-xla" not in NATIVE.pins and "optimum-neuron" not in NATIVE.pins
 
 
 def test_the_pins_of_the_neuron_stack_are_those_of_optimum_neuron() -> None:
@@ -132,45 +182,79 @@ def test_the_pins_of_the_neuron_stack_are_those_of_optimum_neuron() -> None:
         "torch-neuronx": "2.8.0.2.10.16998",
         "trl": "0.24.0",
     }
-    assert {name: BY_NAME[name] for name in expected} == expected
-    assert BY_NAME["transformers"].startswith("4.57.")
-    assert SpecifierSet(">=1.22.2,<=1.26.4").contains(BY_NAME["numpy"])
-    assert SpecifierSet(">=3.20.3,<4").contains(BY_NAME["protobuf"])
+    assert {name: XLA.pins[name].version for name in expected} == expected
+    assert XLA.pins["transformers"].version.startswith("4.57.")
+    assert SpecifierSet(">=1.22.2,<=1.26.4").contains(XLA.pins["numpy"].version)
+    assert SpecifierSet(">=3.20.3,<4").contains(XLA.pins["protobuf"].version)
 
 
 @pytest.mark.parametrize(
-    "wrong", ["torch>=2.8", "torch", "torch==2.8.0 # why", "torch==2.8.*", "a==1\nA==2", "a_b==1\nA-b==1"]
+    "wrong",
+    ["torch>=2.8", "torch", "torch==2.8.0 # why", "torch==2.8.*", "a==1\nA==2", "a_b==1\nA-b==1", "a==1 --hash=md5:0"],
 )
 def test_a_pin_that_is_not_exact_is_an_error(tmp_path: Path, wrong: str) -> None:
-    (tmp_path / "constraints.txt").write_text(f"# [base]\n{wrong}\n")
+    (tmp_path / "constraints.txt").write_text(f"# [trainer]\n{wrong}\n")
     with pytest.raises(ValueError, match="write each package once"):
         pins.sections(tmp_path / "constraints.txt")
 
 
-def test_pip_never_installs_packages_of_the_base_image() -> None:
-    for extras in ("", "[trainer]", EXTRAS):
-        done = subprocess.run([sys.executable, TRAINER / "pins.py", extras], capture_output=True, text=True, check=True)
-        given = {pins.normalized(line.partition("==")[0]) for line in done.stdout.splitlines()}
-        assert len(given) > 30 and not given & OF_THE_BASE
+@both
+def test_pip_never_installs_packages_of_the_base_image(of: PinSet) -> None:
+    for extras in ("", *(f"[{one}]" for one in pins.extras_of(pins.EXTRAS[of.backend])), pins.EXTRAS[of.backend]):
+        command = [sys.executable, TRAINER / "pins.py", of.backend, extras]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        given = {pins.normalized(line.partition("==")[0]) for line in lines}
+        assert len(given) > 30 and not given & of.of_the_base
         assert not any(name.startswith(("nvidia", "triton", "torchvision")) for name in given)
+        assert all((" --hash=sha256:" in line) == (of.backend == "native") for line in lines)
 
 
 # --- the Dockerfile
 
+Instructions = list[tuple[str, str]]
+BACKENDS = ("xla", "native")
+each_target = pytest.mark.parametrize("backend", BACKENDS)
 
-def instructions() -> list[tuple[str, str]]:
+
+def stages() -> dict[str, Instructions]:
     lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     whole = re.sub(r"\\\n", " ", "\n".join(lines))
-    return [(found[1], found[2]) for found in re.finditer(r"^([A-Z]+) (.*)$", whole, re.MULTILINE)]
+    found: dict[str, Instructions] = {"": []}
+    for kind, text in re.findall(r"^([A-Z]+) (.*)$", whole, re.MULTILINE):
+        if kind == "FROM":
+            found[text.rpartition(" AS ")[2]] = []
+        list(found.values())[-1].append((kind, text))
+    return found
 
 
-def test_every_install_is_without_dependencies() -> None:
-    runs = [text for kind, text in instructions() if kind == "RUN"]
+def instructions() -> Instructions:
+    return [one for stage in stages().values() for one in stage]
+
+
+def test_the_targets_are_xla_and_by_default_native() -> None:
+    order = list(stages())
+    assert order[-1] == "native"
+    # Docker without BuildKit runs every stage before the target's.
+    assert order.index("xla") < order.index("no-base")
+    bases = {name: of[0][1].partition(" ")[0] for name, of in stages().items() if name}
+    assert bases["native"] == "${BASE:-no-base}", "no default"
+    [error] = [text for kind, text in stages()["no-base"] if kind == "COPY"]
+    assert "--build-arg BASE=" in error and "docs/image.md" in error
+
+
+@each_target
+def test_every_install_is_without_dependencies(backend: str) -> None:
+    runs = [text for kind, text in stages()[backend] if kind == "RUN"]
     installs = re.findall(r"pip install [^&;]*", " ".join(runs))
-    assert len(installs) == 3
+    assert len(installs) == {"xla": 3, "native": 2}[backend]
     assert all("--no-deps" in install and "--no-cache-dir" in install for install in installs)
     aws = [install for install in installs if "sdk.txt" in install]
-    assert len(aws) == 1 and "--index-url https://pip.repos.neuron.amazonaws.com " in aws[0]
+    if backend == "xla":
+        assert len(aws) == 1 and "--index-url https://pip.repos.neuron.amazonaws.com " in aws[0]
+    else:
+        dependencies, own = installs
+        assert "--require-hashes" in dependencies and "--only-binary=:all:" in dependencies and not aws
+        assert "--no-build-isolation" in own, "or pip downloads setuptools without a hash"
 
 
 def test_no_system_package_and_no_kernel_module_is_installed() -> None:
@@ -193,37 +277,126 @@ def test_the_context_is_what_the_dockerfile_copies() -> None:
     ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert ignore[0] == "*"
     let_in = {line[1:] for line in ignore if line.startswith("!")}
-    copied = {part for kind, text in instructions() if kind == "COPY" for part in text.split()[:-1]}
+    copies = [text for kind, text in instructions() if kind == "COPY" and not text.startswith(("--from=", "["))]
+    copied = {part for text in copies for part in text.split()[:-1]}
     assert all(any(Path(part).is_relative_to(one) for one in let_in) for part in copied)
     assert all(any(Path(part).is_relative_to(one) for part in copied) for one in let_in)
 
 
-def test_the_last_user_is_not_root_and_runs_the_smoke_test() -> None:
-    order = [(kind, text) for kind, text in instructions() if kind in ("USER", "RUN")]
+@each_target
+def test_the_last_user_is_not_root_and_runs_the_smoke_test(backend: str) -> None:
+    order = [(kind, text) for kind, text in stages()[backend] if kind in ("USER", "RUN")]
     users = [place for place, (kind, _) in enumerate(order) if kind == "USER"]
     assert order[users[-1]] == ("USER", "1000:1000")
     assert [text for kind, text in order[users[-1] :] if kind == "RUN"] == [
-        'HOME=/tmp PYTHONDONTWRITEBYTECODE=1 python3 trainer/smoke_test.py "${EXTRAS}"'
+        f'HOME=/tmp PYTHONDONTWRITEBYTECODE=1 python3 trainer/smoke_test.py {backend} "${{EXTRAS}}"'
     ]
 
 
-def test_dependencies_come_before_sources() -> None:
+@each_target
+def test_the_scripts_that_the_smoke_test_imports_are_in_the_image(backend: str) -> None:
+    of_stage = stages()["sources"] + stages()[backend]
+    there = {part for kind, text in of_stage if kind == "COPY" for part in text.split()}
+    for script in ("smoke_test", "base_image", "pins"):
+        imported = re.findall(r"^import (\w+)$", (TRAINER / f"{script}.py").read_text(encoding="utf-8"), re.MULTILINE)
+        wanted = {f"trainer/{name}.py" for name in [script, *imported] if (TRAINER / f"{name}.py").exists()}
+        assert wanted <= there, script
+
+
+@each_target
+def test_dependencies_come_before_sources(backend: str) -> None:
     """A change of the sources rebuilds no large layer, and a change of labels rebuilds none."""
-    text = [f"{kind} {text}" for kind, text in instructions()]
-    at = [next(place for place, line in enumerate(text) if word in line) for word in ("pins.txt", "COPY generator gen")]
+    text = [f"{kind} {text}" for kind, text in stages()[backend]]
+    at = [
+        next(place for place, line in enumerate(text) if word in line) for word in ("pins.txt", "COPY --from=sources")
+    ]
     assert at == sorted(at)
     assert text[-1].startswith("LABEL ") and text[-2].startswith("ARG ")
 
 
-def test_the_labels_describe_the_image() -> None:
-    labels = next(text for kind, text in instructions() if kind == "LABEL")
+def test_both_targets_differ_only_in_their_libraries_and_base() -> None:
+    """What follows the sources is the same, but for how pip installs them and the name of the base image."""
+
+    def tail(backend: str) -> list[str]:
+        lines = [f"{kind} {text}" for kind, text in stages()[backend]]
+        after = lines[lines.index("COPY --from=sources / ./") + 2 :]
+        same = [line for line in after if not line.startswith("ARG XLA_BASE")]
+        return [line.replace("${BASE:-${XLA_BASE}}", "${BASE}").replace(backend, "BACKEND") for line in same]
+
+    assert tail("xla") == tail("native")
+
+
+@each_target
+def test_the_labels_describe_the_image(backend: str) -> None:
+    labels = next(text for kind, text in stages()[backend] if kind == "LABEL")
     named = set(re.findall(r"org\.opencontainers\.image\.([a-z.]+)=", labels))
     assert named == {"title", "description", "licenses", "version", "revision", "base.name"}
 
 
-def test_the_build_fails_first_on_another_processor() -> None:
-    first = next(text for kind, text in instructions() if kind == "RUN")
+@each_target
+def test_the_build_fails_first_on_another_processor(backend: str) -> None:
+    first = next(text for kind, text in stages()[backend] if kind == "RUN")
     assert "uname -m" in first and "x86_64" in first and "exit 1" in first
+
+
+# --- the base image of target native
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    (folder / f"{name}-{version}.dist-info").mkdir(parents=True)
+    (folder / f"{name}-{version}.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.16.0"])
+def test_a_base_image_with_another_torch_or_with_torch_xla_is_an_error_that_says_where_to_look(
+    tmp_path: Path, version: str
+) -> None:
+    distribution(tmp_path, "torch", version)
+    (tmp_path / "torch_xla").mkdir()
+    command = [sys.executable, TRAINER / "base_image.py", "[trainer]"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "docs/image.md" in done.stderr
+    assert f"  torch is {version}; the image needs torch>=2.13,<2.16" in done.stderr.splitlines()
+    assert "  torch_xla is installed" in done.stderr
+
+
+def test_a_build_of_torchneuron_is_in_the_range(tmp_path: Path) -> None:
+    distribution(tmp_path, "torch", "2.14.0+cpu")
+    code = "import base_image; print(*base_image.problems(['trainer']), sep='\\n')"
+    environment = {"PYTHONPATH": f"{TRAINER}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "torch is" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("python", "fits"), [((3, 11, 9), False), ((3, 12, 0), True), ((3, 14, 9), True), ((3, 15, 0), False)]
+)
+def test_the_python_of_the_base_image(monkeypatch: pytest.MonkeyPatch, python: tuple[int, ...], fits: bool) -> None:
+    monkeypatch.setattr(sys, "version_info", python)
+    assert any("3.12 to 3.14" in line for line in base_image.problems([])) != fits
+
+
+def test_what_the_installation_changes_in_the_base_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.14.0", "neuronx-cc": "2.28.1", "numpy": "2.2.0"}
+    unmet = {"a 1 requires b, which is not installed."}
+    monkeypatch.setattr(base_image, "packages", lambda: there)
+    monkeypatch.setattr(base_image, "unmet_requirements", lambda: unmet)
+    before = base_image.record()
+    there["numpy"] = NATIVE.pins["numpy"].version
+    assert list(base_image.changes(before)) == [], "a pinned package may have another version"
+    there |= {"torch": "2.15.0", "neuronx-cc": "2.29"}
+    unmet.add("neuronx-cc 2.28.1 has requirement numpy<2.3")
+    torch, compiler, conflict = base_image.changes(before)
+    assert "2.14.0" in torch and "2.15.0" in torch and "neuronx-cc" in compiler and "numpy<2.3" in conflict
+
+
+def test_of_two_installed_versions_that_on_top_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    distribution(tmp_path / "venv", "torch", "1.0")
+    distribution(tmp_path / "base", "torch", "2.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "venv"), str(tmp_path / "base")])
+    assert base_image.packages() == {"torch": "1.0"}
 
 
 # --- the smoke test
@@ -231,15 +404,11 @@ def test_the_build_fails_first_on_another_processor() -> None:
 
 def freeze(folder: Path, **changed: str) -> Path:
     """Write a constraints file with the versions of this environment."""
-    import importlib.metadata
-
     there = {pins.normalized(of.metadata["Name"]): of.version for of in importlib.metadata.distributions()} | changed
-    there.pop("llama-lora")
+    there.pop("llama-lora", None)
     lines = [f"{name}=={version}" for name, version in there.items() if name != "torch"]
     file = folder / "constraints.txt"
-    file.write_text(
-        "\n".join(["# [base]", f"torch=={there['torch']}", "# [sdk]", "# [command]", *lines, "# [trainer]"])
-    )
+    file.write_text("\n".join(["# [base]", f"torch=={there['torch']}", "# [command]", *lines, "# [trainer]"]))
     return file
 
 
@@ -267,16 +436,23 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stdout == ""
     first, *rest = done.stderr.splitlines()
     assert first == f"The image is not complete ({len(rest)} problems):"
-    peft = f"  peft is {version('peft')}; constraints.txt has 0.16.0"
-    assert {peft, "  no-such-package is not installed; constraints.txt has 1.0"} <= set(rest)
+    peft = f"  peft is {version('peft')}; the constraints file has 0.16.0"
+    assert {peft, "  no-such-package is not installed; the constraints file has 1.0"} <= set(rest)
     assert "  helm version --short: exits with status 1: Error: no such chart" in rest
-    assert any(re.fullmatch(r"  idna, which \S+ needs, is not in constraints.txt", line) for line in rest)
+    assert any(re.fullmatch(r"  idna, which \S+ needs, is not in the constraints file", line) for line in rest)
     assert not any("genvalues" in line for line in rest)
 
 
-def version(name: str) -> str:
-    import importlib.metadata
+def test_a_gradient_that_is_zero_is_a_problem() -> None:
+    """In this process, which has torch imported; the complete image above runs it as it is."""
+    gradient = module("smoke_test").GRADIENT
+    broken = gradient.replace(".loss.backward()", ".loss.mul(0).backward()")
+    assert broken != gradient
+    with pytest.raises(AssertionError, match="gradient is 0"):
+        exec(broken, {})
 
+
+def version(name: str) -> str:
     return importlib.metadata.version(name)
 
 
@@ -297,12 +473,19 @@ def test_an_import_that_fails_or_crashes_is_reported_by_name(tmp_path: Path, bod
     assert done.stdout.splitlines() == [said]
 
 
-def test_modules_for_neuron_are_imported_only_with_that_extra() -> None:
+def test_a_backends_modules_are_imported_only_with_its_extras() -> None:
     code = "import json, smoke_test as s; print(json.dumps({part: s.modules_of(part) for part in s.IMPORTS}))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(TRAINER)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{TRAINER}:{ROOT / 'generator'}"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     listed = json.loads(done.stdout)
     assert "genvalues.ops.image" in listed["command"] and "genvalues.cluster.runner" in listed["command"]
-    assert "llama_lora.stages.merge" in listed["trainer"] and not any(".neuron" in one for one in listed["trainer"])
-    assert all(".neuron" in name for name in listed["neuron"])
+    of_xla = re.compile(r"llama_lora\.backends\.(xla|neuron)\b")
+    for part in ("trainer", "trainer-xla"):
+        assert "llama_lora.stages.merge" in listed[part] and not any(of_xla.match(one) for one in listed[part])
+    assert not any(one.startswith("llama_lora.backends.native") for one in listed["trainer-xla"])
+    assert listed["xla"] and all(of_xla.match(one) for one in listed["xla"])

@@ -27,7 +27,9 @@ def image_options(command: Command) -> Command:
             "--network", metavar="NAME", help="The network of the build. Default in SageMaker Studio: sagemaker."
         ),
         click.option(
-            "--base", metavar="IMAGE", help="The base image. Default: AWS's Neuron training container of the region."
+            "--base",
+            metavar="IMAGE",
+            help="The base image. Required for backend native. Default for xla: AWS's container of the region.",
         ),
     )
 
@@ -39,7 +41,7 @@ def image_build(file: Path, builder: str | None, network: str | None, base: str 
 
     \b
     Example:
-        genvalues image build finetune.yaml
+        genvalues image build finetune.yaml --base public.ecr.aws/neuron/NAME:TAG
     """
     from genvalues.ops.image import build
 
@@ -55,7 +57,7 @@ def image_push(file: Path, builder: str | None, network: str | None, base: str |
 
     \b
     Example:
-        genvalues image push finetune.yaml
+        genvalues image push finetune.yaml --base public.ecr.aws/neuron/NAME:TAG
     """
     from genvalues.ops.image import build
 

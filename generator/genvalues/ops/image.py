@@ -28,6 +28,7 @@ from genvalues.inputs.document import read
 from genvalues.inputs.yaml_text import UnreadableYAML, replaced
 from genvalues.ops.aws import default_region
 from genvalues.ops.registries import (
+    NATIVE_BASE,
     ImageReference,
     base_image,
     ensure_repository,
@@ -52,11 +53,14 @@ TAIL = 20  # lines of a builder's output that are searched for the reason of a f
 
 @dataclass(frozen=True)
 class ImageBuild:
-    """One build, checked before anything runs. ``reference`` is the image as the file names it."""
+    """One build, checked before anything runs. ``reference`` is the image as the file names it, ``target`` that of
+    trainer/Dockerfile.
+    """
 
     file: Path
     reference: str
     image: ImageReference
+    target: str
     base: str
     builder: str
     sources: Path
@@ -81,24 +85,28 @@ def build(file: Path, builder: str | None, network: str | None, base: str | None
 
 
 def plan_build(file: Path, builder: str | None, network: str | None, base: str | None) -> ImageBuild:
-    """Check the file, this machine, the builder, the sources and the region. Raises UserError."""
+    """Check the file, this machine, the builder, the sources and the base image. Raises UserError."""
     document = read(file)
-    reference = check(document).image
+    inputs = check(document)
+    reference, backend = inputs.image, inputs.chosen_backend
     where = f"{document.position(('image',)).label} image"
     image = image_to_build(reference, where)
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        what = f"cannot build on {platform.machine()}: Trainium nodes and the base image are x86-64"
+        what = f"cannot build on {platform.machine()}: Trainium nodes and the base images are x86-64"
         fix = "Build on an x86-64 machine: Code Editor in SageMaker Studio, or an EC2 instance."
         raise UserError(what, fix=fix)
     builder = find_builder(builder)
     sources = find_sources()
+    if base is None and backend == "native":
+        what = "backend native has no default base image"
+        raise UserError(what, where=f"{file} instance {inputs.instance}", fix=NATIVE_BASE)
     if base is None:
         region = image.region or default_region()
         if not region:
             fix = "Set AWS_REGION, or name the base image: --base IMAGE."
             raise UserError("no region is set, so the base image is unknown", where=where, fix=fix)
         base = base_image(region, where if image.in_ecr else f"AWS_REGION {region}")
-    return ImageBuild(file, str(reference), image, base, builder, sources, network or studio_network())
+    return ImageBuild(file, str(reference), image, backend, base, builder, sources, network or studio_network())
 
 
 def find_builder(name: str | None) -> str:
@@ -138,10 +146,11 @@ def git_revision(sources: Path) -> str:
 
 
 def build_image(wanted: ImageBuild) -> None:
-    """Run trainer/Dockerfile. Logs in to the base image's registry first if that is ECR."""
+    """Build the target of trainer/Dockerfile. Logs in to the base image's registry first if that is ECR."""
     base = parse_image(wanted.base)
     log_in(wanted, base)
-    arguments = ["build", "--file", str(wanted.sources / DOCKERFILE), "--tag", wanted.image.tagged]
+    dockerfile = str(wanted.sources / DOCKERFILE)
+    arguments = ["build", "--file", dockerfile, "--target", wanted.target, "--tag", wanted.image.tagged]
     if wanted.builder == "buildah":
         arguments += ["--layers"]  # cache layers for the next build, as docker and podman do by default
     if wanted.network:
@@ -200,6 +209,8 @@ def run_builder(wanted: ImageBuild, arguments: list[str], registry: str, secret:
 
     # With attestations, docker pushes an index of image and build record, and the digest would be the index's.
     environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
+    if wanted.target == "native":
+        environment["DOCKER_BUILDKIT"] = "1"  # an old docker would build the stages of target xla, too
     stdin = secret.encode() if secret else None
     command = Command(arguments[0], (wanted.builder, *arguments), environment, Path.cwd(), stdin)
     if status := run_together([command], on_line):
@@ -214,6 +225,7 @@ def builder_fix(output: str, builder: str, registry: str) -> str:
     registry = registry or "docker.io"
     fixes = {
         "only allows 'sagemaker' as network input": "Add --network sagemaker.",
+        "buildx component is missing": "Install docker's buildx plugin, or add --builder podman.",
         "no space left on device": "Free some tens of GB of disk space.",
         r"exec format error|no match(ing manifest)? for (platform|linux/arm)": "Build on an x86-64 machine.",
         r"tag .*already exists|ImageTagAlreadyExists": "Tags are immutable there: write a new one in image:.",

@@ -1,4 +1,4 @@
-"""Image addresses, AWS's registries of the base image, and the calls to ECR that a push needs."""
+"""Image addresses, AWS's registries of the base images, and the calls to ECR that a push needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from genvalues.common.errors import UserError
 from genvalues.ops.aws import AwsClients, Denied, Missing
 from genvalues.settings.images import split_image
 
-# AWS's Deep Learning Containers are in one registry per region, in most regions under one account (as of 2026-08):
+# Where to find a base image of backend native. It has no default: AWS's pages alone know the repository and its tags.
+NATIVE_BASE = (
+    "Add --base IMAGE, AWS's TorchNeuron training container of Neuron SDK 2.33 or newer. Its tags: "
+    "https://awsdocs-neuron.readthedocs-hosted.com/en/latest/setup/pytorch/dlc.html and https://gallery.ecr.aws/neuron."
+)
+
+# The base image of backend xla. AWS's Deep Learning Containers are in one registry per region, in most regions under
+# one account (as of 2026-08):
 # https://aws.github.io/deep-learning-containers/reference/region_availability/. That page omits GovCloud, whose
 # accounts are from sagemaker-core's image_uri_config/huggingface-neuronx.json in aws/sagemaker-python-sdk.
 DEFAULT_ACCOUNT = "763104351884"
@@ -116,7 +123,7 @@ def image_to_build(reference: str | None, where: str) -> ImageReference:
 
 
 def base_image(region: str, where: str) -> str:
-    """The address of AWS's container in a region. Raises UserError if it is not available there."""
+    """The address of backend xla's container in a region. Raises UserError if it is not available there."""
     if region not in ACCOUNTS:
         near = difflib.get_close_matches(region, ACCOUNTS, n=1)
         meant = f"Did you mean {near[0]}? " if near else ""

@@ -1,7 +1,7 @@
 """The images of the tests, from packages alone: nothing is pulled.
 
-trainer     trainer/Dockerfile over Debian with torch and its friends from PyPI
-stand-in    the same Dockerfile without torch, its llama-lora replaced by images/llama-lora
+trainer     target native of trainer/Dockerfile over Debian with torch and the trainer's libraries from PyPI
+stand-in    the same target without torch, its llama-lora replaced by images/llama-lora
 and the training operators and the pause container, each around one static binary.
 
 Each image except pause is named with a hash of its sources, and built when the node's containerd does not have it.
@@ -27,8 +27,9 @@ from .node import BUSYBOX, ctr
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parents[1] / "images"
-DEBIAN = "bookworm"
+DEBIAN = "trixie"  # Python 3.13
 DEBIAN_PACKAGES = ["python3", "python3-pip", "ca-certificates", "libgomp1"]
+TORCH = "torch==2.14.0"  # that of TorchNeuron's newest container; `make test` has a newer one
 STORAGE = CACHE / "buildah"
 IN_THE_TRAINER_IMAGE = [
     *("pyproject.toml", "README.md", "LICENSE", "generator", "trainer", "chart", "tests/helm_binaries.py")
@@ -54,9 +55,10 @@ def digest(*names: str) -> str:
 
 
 def requirements() -> list[str]:
-    """The requirements of the trainer image, torch included, in versions that work together."""
-    listed = [command(sys.executable, ROOT / "trainer/pins.py", wanted) for wanted in ("base", "[trainer]")]
-    return "".join(listed).splitlines()
+    """The requirements of the trainer image, torch included, in versions that work together. torch has no hash, so none
+    has."""
+    listed = command(sys.executable, ROOT / "trainer/pins.py", "native", "[trainer]")
+    return [TORCH, *(line.partition(" ")[0] for line in listed.splitlines())]
 
 
 def trainer() -> str:
@@ -104,16 +106,16 @@ def forget_images_but(wanted: Container[str]) -> None:
 
 
 def make_trainer(name: str) -> None:
-    build(name, ROOT / "trainer/Dockerfile", ROOT, BASE=base("libraries"), EXTRAS="[trainer]")
+    build(name, ROOT / "trainer/Dockerfile", ROOT, "--target", "native", BASE=base("libraries"), EXTRAS="[trainer]")
     load(name)
 
 
 def make_stand_in(name: str) -> None:
     without_torch = name.replace("stand-in", "without-torch")
-    build(without_torch, ROOT / "trainer/Dockerfile", ROOT, BASE=base("debian"), EXTRAS="")
+    build(without_torch, ROOT / "trainer/Dockerfile", ROOT, "--target", "native", BASE=base("debian"), EXTRAS="")
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(HERE / "llama-lora", folder)
-        (Path(folder) / "Dockerfile").write_text(f"FROM {without_torch}\nCOPY llama-lora /usr/local/bin/llama-lora\n")
+        (Path(folder) / "Dockerfile").write_text(f"FROM {without_torch}\nCOPY llama-lora /opt/venv/bin/llama-lora\n")
         build(name, Path(folder) / "Dockerfile", Path(folder))
     load(name)
 

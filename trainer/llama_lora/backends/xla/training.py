@@ -229,7 +229,7 @@ class XlaEngine:
             f"{name} differs by up to {difference:.3g} between workers {one} and {other}, where it must be equal: "
             "a checkpoint would not contain the trained weights",
             where=f"optimum-neuron {importlib.metadata.version('optimum-neuron')}",
-            fix="Use the versions in trainer/constraints.txt. This step was not saved.",
+            fix="Use the versions in trainer/constraints-xla.txt. This step was not saved.",
         )
 
     def save(self, folder: Path) -> None:
