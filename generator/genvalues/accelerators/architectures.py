@@ -119,6 +119,12 @@ class Architecture:
         return sum(inner * outer for inner, outer in map(self.linear, LINEAR))
 
     @property
+    def attention_parameters(self) -> int:
+        """Parameters of the attention's linear layers of one decoder layer, without biases."""
+        names = (name for name, layer in LINEAR.items() if layer.block == "self_attn")
+        return sum(inner * outer for inner, outer in map(self.linear, names))
+
+    @property
     def layer_norm_parameters(self) -> int:
         """Parameters of the norms of one decoder layer."""
         return 2 * self.hidden + (2 * self.head if self.normalizes_heads else 0)

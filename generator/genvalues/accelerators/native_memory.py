@@ -57,6 +57,18 @@ class NativeMemory:
         return self.peak + self.reserved
 
     @property
+    def summary(self) -> dict[str, int]:
+        """Parts by name, for a message."""
+        return {
+            "base weights": self.base,
+            "adapter and optimizer": self.adapter + self.gradients + self.optimizer,
+            "gathered weights": self.gathered,
+            "activations": self.activations,
+            "backward pass of the loss or a layer": max(self.loss, self.working),
+            "reserved": self.reserved,
+        }
+
+    @property
     def fits(self) -> bool:
         return self.total <= self.hbm
 

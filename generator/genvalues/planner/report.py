@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.common.text import camel_case, number_of
 from genvalues.planner.candidates import gib
 from genvalues.planner.estimate import UTILIZATION, Range, plus
+from genvalues.planner.layout import Memory
 from genvalues.planner.planning import Plan
 
 MEMORY_LINES = {
@@ -18,6 +20,17 @@ MEMORY_LINES = {
     "optimizer": "AdamW weights and moments, fp32, this copy's shard",
     "activations": "kept for the backward pass",
     "logits": "logits, bf16 and fp32",
+    "working": "backward pass of one layer",
+    "reserved": "runtime and compiled graphs (one eighth)",
+}
+NATIVE_MEMORY_LINES = {
+    "base": "base weights, bf16, this core's shard",
+    "adapter": "LoRA weights, fp32, this core's shard",
+    "gradients": "LoRA gradients, fp32",
+    "optimizer": "AdamW moments, fp32, this core's shard",
+    "gathered": "weights of the layer in use, the next one, embedding and output layer",
+    "activations": "kept for the backward pass",
+    "loss": "logits of 256 tokens and their gradients, fp32",
     "working": "backward pass of one layer",
     "reserved": "runtime and compiled graphs (one eighth)",
 }
@@ -59,6 +72,8 @@ def tables(plan: Plan) -> list[Table]:
 
 def run_lines(plan: Plan) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("instance", f"{plan.layout.nodes} x {plan.instance}")]
+    if plan.backend_status:
+        lines.append(("backend", f"{plan.backend}: {plan.backend_status}"))
     architecture = plan.model.architecture
     if architecture is None:
         return [*lines, ("model", f"{plan.model.name}, architecture unknown: {plan.model.unknown}")]
@@ -73,7 +88,10 @@ def memory_lines(plan: Plan) -> list[tuple[str, ...]]:
     needs = plan.memory
     if needs is None:
         return []
-    lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in MEMORY_LINES.items()]
+    parts = NATIVE_MEMORY_LINES if isinstance(needs, NativeMemory) else MEMORY_LINES
+    lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in parts.items()]
+    if isinstance(needs, NativeMemory):
+        lines.append(("peak", gib(needs.peak), "the most at a time: loss and backward pass of a layer do not coincide"))
     return [*lines, ("total", gib(needs.total), f"{needs.total / needs.hbm:.0%} of {gib(needs.hbm)} GiB")]
 
 
@@ -90,7 +108,7 @@ def time_lines(plan: Plan) -> list[tuple[str, ...]]:
     if costed is None:
         return []
     flops, stages = costed.flops, costed.cpu_node_hours
-    low, high = UTILIZATION
+    low, high = UTILIZATION[plan.backend]
     lines: list[tuple[str, ...]] = [
         (
             "GFLOPs per token",
@@ -159,6 +177,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     architecture = model.architecture
     return {
         "instance": plan.instance,
+        "backend": plan.backend,
+        "backendStatus": plan.backend_status or None,
         "model": {
             "name": model.name,
             "source": model.source or None,
@@ -172,6 +192,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "processesPerNode": layout.processes_per_node,
             "tensorParallelSize": layout.tensor_parallel,
             "dataParallelSize": layout.data_parallel,
+            "shardSize": layout.shard_size,
             "perDeviceBatchSize": layout.per_device,
             "gradientAccumulationSteps": layout.accumulation,
             "globalBatchSize": layout.global_batch,
@@ -180,7 +201,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "choices": [each._asdict() for each in plan.choices],
         "rejected": [each._asdict() for each in plan.rejected],
-        "memory": {**camel_keys(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
+        "memory": memory_as_json(plan.memory) if plan.memory else None,
         "work": {
             "steps": list(plan.work.steps) if plan.work.steps else None,
             "tokens": list(plan.work.tokens) if plan.work.tokens else None,
@@ -210,6 +231,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
         "notes": [note.text for note in plan.notes],
     }
+
+
+def memory_as_json(memory: Memory) -> dict[str, int]:
+    if isinstance(memory, NativeMemory):
+        names = [*NATIVE_MEMORY_LINES, "peak", "total", "hbm"]
+        return {name: getattr(memory, name) for name in names}
+    return {**camel_keys(memory._asdict()), "total": memory.total}
 
 
 def rounded(both: Range | None) -> list[float] | None:
