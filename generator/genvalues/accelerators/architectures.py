@@ -206,7 +206,12 @@ def table() -> dict[str, Any]:
     return rows
 
 
+def known_config(model_id: str) -> dict[str, Any] | None:
+    """The sizes in the config.json of a model in the table, by its id on the Hub."""
+    return next((row["config"] for row in table().values() if model_id in row["models"]), None)
+
+
 def known(model_id: str) -> Architecture | None:
     """The architecture of a model in the table, by its id on the Hub."""
-    row = next((row for row in table().values() if model_id in row["models"]), None)
-    return from_config(row["config"]) if row else None
+    config = known_config(model_id)
+    return from_config(config) if config else None

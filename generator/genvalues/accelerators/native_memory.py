@@ -39,8 +39,8 @@ class NativeMemory:
 
     @property
     def gathered(self) -> int:
-        """The root, one layer in use and one gathered in advance."""
-        return self.root + 2 * self.layer
+        """The most at a time: the root with a layer in use and one gathered in advance, or with its own buffer."""
+        return self.root + self.layer + max(self.root, self.layer)
 
     @property
     def peak(self) -> int:

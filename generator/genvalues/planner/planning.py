@@ -18,6 +18,7 @@ from genvalues.planner.estimate import Estimate, Range, Work, assumptions, cpu_n
 from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Memory, Note, Rejection, Run, Wishes
 from genvalues.planner.models import ModelFacts
 from genvalues.planner.prices import Price, Priced, known_price
+from genvalues.planner.trace import Trace
 from genvalues.settings.datasets import is_file, is_on_hub, row_format
 from genvalues.settings.inputs import Inputs, ModelPath
 from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, STALL_TIMEOUT, seconds
@@ -57,6 +58,7 @@ class Plan(NamedTuple):
     lora_parameters: int | None
     notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
+    trace: Trace | None = None  # of `genvalues plan --trace`
 
 
 def gather_facts(inputs: Inputs, offline: bool = False, count_rows: bool = False) -> Facts:

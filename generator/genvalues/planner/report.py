@@ -12,6 +12,7 @@ from genvalues.planner.candidates import gib
 from genvalues.planner.estimate import UTILIZATION, Range, plus
 from genvalues.planner.layout import Memory
 from genvalues.planner.planning import Plan
+from genvalues.planner.trace import Trace, compare
 
 MEMORY_LINES = {
     "weights": "base weights, bf16, this core's part",
@@ -28,13 +29,13 @@ NATIVE_MEMORY_LINES = {
     "adapter": "LoRA weights, fp32, this core's shard",
     "gradients": "LoRA gradients, fp32",
     "optimizer": "AdamW moments, fp32, this core's shard",
-    "gathered": "weights of the layer in use, the next one, embedding and output layer",
+    "gathered": "weights of other cores' shards, at most: embedding and output layer, and a layer",
     "activations": "kept for the backward pass",
     "loss": "logits of 256 tokens and their gradients, fp32",
     "working": "backward pass of one layer",
     "reserved": "runtime and compiled graphs (one eighth)",
 }
-NUMERIC_COLUMNS = ("value", "GiB", "estimate")
+NUMERIC_COLUMNS = ("value", "GiB", "computed GiB", "traced GiB", "estimate")
 
 
 class Table(NamedTuple):
@@ -59,6 +60,8 @@ def tables(plan: Plan) -> list[Table]:
             [(each.key, str(each.value), each.reason) for each in plan.rejected],
         ),
         Table("Memory per core", ("part", "GiB", ""), memory_lines(plan)),
+        Table("Memory per core, computed and traced", ("part", "computed GiB", "traced GiB", ""), traced_lines(plan)),
+        Table("Trace of the engine", ("", ""), trace_lines(plan)),
         Table(
             "Time and cost (estimates)",
             ("", "estimate", ""),
@@ -93,6 +96,28 @@ def memory_lines(plan: Plan) -> list[tuple[str, ...]]:
     if isinstance(needs, NativeMemory):
         lines.append(("peak", gib(needs.peak), "the most at a time: loss and backward pass of a layer do not coincide"))
     return [*lines, ("total", gib(needs.total), f"{needs.total / needs.hbm:.0%} of {gib(needs.hbm)} GiB")]
+
+
+def traced_lines(plan: Plan) -> list[tuple[str, ...]]:
+    """Computed bytes beside those of `--trace`."""
+    if plan.trace is None or not isinstance(plan.memory, NativeMemory):
+        return []
+    return [
+        (each.part, gib(each.computed), gib(each.traced), "" if each.difference is None else f"{each.difference:+.1%}")
+        for each in compare(plan.memory, plan.trace)
+    ]
+
+
+def trace_lines(plan: Plan) -> list[tuple[str, ...]]:
+    found = plan.trace
+    if found is None:
+        return []
+    lines: list[tuple[str, ...]] = [
+        ("workers", f"one of {found.world}, traced in {found.seconds:.0f} s"),
+        ("graphs", f"{found.graphs} to compile"),
+        ("operators", f"{len(found.operators)}: {', '.join(found.operators)}"),
+    ]
+    return [*lines, *(("problem", problem) for problem in found.problems)]
 
 
 def work_lines(plan: Plan) -> list[tuple[str, ...]]:
@@ -202,6 +227,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "choices": [each._asdict() for each in plan.choices],
         "rejected": [each._asdict() for each in plan.rejected],
         "memory": memory_as_json(plan.memory) if plan.memory else None,
+        "trace": trace_as_json(plan.trace) if plan.trace else None,
         "work": {
             "steps": list(plan.work.steps) if plan.work.steps else None,
             "tokens": list(plan.work.tokens) if plan.work.tokens else None,
@@ -238,6 +264,10 @@ def memory_as_json(memory: Memory) -> dict[str, int]:
         names = [*NATIVE_MEMORY_LINES, "peak", "total", "hbm"]
         return {name: getattr(memory, name) for name in names}
     return {**camel_keys(memory._asdict()), "total": memory.total}
+
+
+def trace_as_json(found: Trace) -> dict[str, Any]:
+    return {**found._asdict(), "operators": list(found.operators), "problems": list(found.problems)}
 
 
 def rounded(both: Range | None) -> list[float] | None:
