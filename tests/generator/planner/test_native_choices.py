@@ -168,9 +168,7 @@ def test_an_unknown_model_shares_its_weights_as_widely_as_possible() -> None:
     ("length", "format_", "attention"),
     [(2048, "text", "causal"), (512, "text", "causal"), (2048, "chat", "isolated")],
 )
-def test_causal_attention_is_chosen_for_text(
-    length: int, format_: str, attention: str
-) -> None:
+def test_causal_attention_is_chosen_for_text(length: int, format_: str, attention: str) -> None:
     written = {"dataset": {"source": "a/b", "format": format_}, "training": {"maxSequenceLength": length}}
     assert planned(**written).attention == attention
 
