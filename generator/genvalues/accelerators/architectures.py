@@ -119,6 +119,12 @@ class Architecture:
         return sum(inner * outer for inner, outer in map(self.linear, LINEAR))
 
     @property
+    def attention_parameters(self) -> int:
+        """Parameters of the attention's linear layers of one decoder layer, without biases."""
+        names = (name for name, layer in LINEAR.items() if layer.block == "self_attn")
+        return sum(inner * outer for inner, outer in map(self.linear, names))
+
+    @property
     def layer_norm_parameters(self) -> int:
         """Parameters of the norms of one decoder layer."""
         return 2 * self.hidden + (2 * self.head if self.normalizes_heads else 0)
@@ -200,7 +206,12 @@ def table() -> dict[str, Any]:
     return rows
 
 
+def known_config(model_id: str) -> dict[str, Any] | None:
+    """The sizes in the config.json of a model in the table, by its id on the Hub."""
+    return next((row["config"] for row in table().values() if model_id in row["models"]), None)
+
+
 def known(model_id: str) -> Architecture | None:
     """The architecture of a model in the table, by its id on the Hub."""
-    row = next((row for row in table().values() if model_id in row["models"]), None)
-    return from_config(row["config"]) if row else None
+    config = known_config(model_id)
+    return from_config(config) if config else None

@@ -13,6 +13,7 @@ from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
 from genvalues.ops.aws import AwsClients, Missing, translate_aws_errors
+from genvalues.ops.trace import with_trace
 from genvalues.planner.planning import Plan
 from genvalues.planner.prices import Price, Priced, known_price, region_of
 from genvalues.settings.inputs import Inputs
@@ -21,7 +22,9 @@ PRICING_REGION = "us-east-1"  # has the prices of all regions (AWS docs, Using t
 WRITE_PRICE = "Write guards.pricePerNodeHour"
 
 
-def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) -> Plan:
+def planned(
+    sources: Sources, *, live: bool = False, offline: bool = False, region: str | None = None, trace: bool = False
+) -> Plan:
     """The plan for these inputs. Raises all mistakes in the inputs, and UserError for options that conflict."""
     if live and offline:
         raise UserError("asks AWS: cannot be combined with --offline", where="--live", fix="Omit one of the two.")
@@ -36,7 +39,8 @@ def planned(sources: Sources, *, live: bool, offline: bool, region: str | None) 
             raise UserError("needs a region", where="--live", fix="Write --region, such as us-west-2.")
         return Priced(live_price(inputs.instance, where))
 
-    return checked(sources, offline, price, count_rows=True).plan
+    found = checked(sources, offline, price, count_rows=True)
+    return with_trace(found) if trace else found.plan
 
 
 def live_price(instance: str, region: str, client: Any = None) -> Price:

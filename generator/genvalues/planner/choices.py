@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from genvalues.accelerators import native_rules, neuron_rules
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance, refusal, trainium
-from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, length_problems, model_problems
+from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, group_problems
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import number_of
-from genvalues.planner.candidates import SIZE, batch, candidate, host_memory_note
+from genvalues.planner.candidates import SHARD, SIZE, batch, candidate, host_memory_note, length_problems
 from genvalues.planner.estimate import START_HOURS, compile_hours, hours_to_finish
 from genvalues.planner.layout import Choice, Chosen, Layout, Note, Refused, Rejection, Run, Wishes, choice
 from genvalues.planner.models import ModelFacts
-from genvalues.planner.reasons import batch_choices, layout_choices, rejected_settings, rejected_sizes
+from genvalues.planner.reasons import SHARD_SIZE, batch_choices, layout_choices, rejected_settings, rejected_sizes
 from genvalues.planner.refusals import refused
 
 MOST_NODES = 64  # tried for parallelism.maxHours
@@ -27,8 +28,15 @@ def choose(run: Run, wishes: Wishes, model: ModelFacts) -> Chosen:
     if instance is None:
         return on_cpu(run, wishes)
     if architecture := model.architecture:
-        refuse(*(replace(each, what=f"{model.name}: {each.what}") for each in model_problems(architecture)))
-        refuse(*length_problems(architecture, run.length, run.attention))
+        unsupported = (
+            native_rules.model_problems(architecture, run.attention)
+            if run.backend == "native"
+            else neuron_rules.model_problems(architecture)
+        )
+        refuse(*(replace(each, what=f"{model.name}: {each.what}") for each in unsupported))
+        refuse(*length_problems(run, architecture))
+    if run.backend == "native" and wishes.shard_size:
+        refuse(*group_problems(run.instance, wishes.shard_size, SHARD_SIZE))
     if wishes.max_hours is not None:
         return fewest_nodes(run, wishes, model, instance, wishes.max_hours)
     chosen = arrange(run, wishes, model, instance, wishes.nodes or 1)
@@ -37,25 +45,39 @@ def choose(run: Run, wishes: Wishes, model: ModelFacts) -> Chosen:
 
 
 def on_cpu(run: Run, wishes: Wishes) -> Chosen:
-    """Data parallel only. Memory is not checked: models for the CPU are small, and so is the machine's."""
-    nodes = wishes.nodes or 1
-    copies = nodes * run.cpu_processes
-    if wishes.tensor_parallel not in (None, 1):
-        raise Refused(Problem((SIZE,), "backend cpu is data parallel only", "Set it to 1, or remove it."))
+    """One copy of the model in each process, unless the inputs divide it.
+
+    Memory is not checked: models for the CPU are small, and so is the machine's.
+    """
+    nodes, size, shard = wishes.nodes or 1, wishes.tensor_parallel or 1, wishes.shard_size or 1
+    copies, rest = divmod(nodes * run.cpu_processes, size)
+    if rest:
+        what = f"{size} does not divide the {nodes * run.cpu_processes} processes (nodes x cpu.processes)"
+        raise Refused(Problem((SIZE,), what, "Set it to a divisor, or remove it."))
+    if copies % shard:
+        raise Refused(Problem((SHARD,), f"{shard} does not divide {copies} copies of the model", "Use a divisor."))
     if wishes.max_hours is not None:
         raise Refused(Problem(MAX_HOURS, "requires Trainium: a CPU's speed is unknown", "Remove it."))
     per_device, accumulation = batch(run, wishes, copies)
-    layout = Layout(nodes, run.cpu_processes, 1, copies, per_device, accumulation, wishes.checkpointing or "selective")
+    layout = Layout(
+        nodes, run.cpu_processes, size, copies, per_device, accumulation, wishes.checkpointing or "selective", shard
+    )
+    by_size = "" if size == 1 else f" / {size}"
     choices = [
         choice("nodes", nodes, wishes.nodes, "default"),
-        Choice(TENSOR_PARALLEL, 1, "backend cpu is data parallel only"),
-        Choice("parallelism.dataParallelSize", copies, f"{number_of(nodes, 'node')} x {run.cpu_processes} processes"),
+        choice(TENSOR_PARALLEL, size, wishes.tensor_parallel, "default on the CPU"),
+        Choice(
+            "parallelism.dataParallelSize",
+            copies,
+            f"{number_of(nodes, 'node')} x {run.cpu_processes} processes{by_size}",
+        ),
+        choice(SHARD_SIZE, shard, wishes.shard_size, "default on the CPU"),
         *batch_choices(run, wishes, layout, "default"),
         choice(
             "training.activationCheckpointing",
             layout.checkpointing,
             wishes.checkpointing,
-            "default; backend cpu recomputes nothing with selective",
+            "default; on the CPU selective recomputes nothing",
         ),
     ]
     return Chosen(layout, tuple(choices), (), None)
@@ -72,7 +94,7 @@ def fewest_nodes(run: Run, wishes: Wishes, model: ModelFacts, instance: Instance
             break
         kept = wishes
         if wishes.global_batch is None and wishes.accumulation is None:
-            kept = wishes._replace(accumulation=shared_accumulation(rows, wishes, instance, nodes))
+            kept = wishes._replace(accumulation=shared_accumulation(rows, run, wishes, instance, nodes))
         try:
             found = arrange(run, kept, model, instance, nodes)
         except Refused as error:
@@ -108,7 +130,7 @@ def too_slow(run: Run, wishes: Wishes, most_hours: float, tried: list[Rejection]
     limit = "" if last is nearest else f"; {last.reason}"
     if last is nearest and last.value == MOST_NODES and not wishes.nodes:
         limit = f"; more than {MOST_NODES} nodes are not tried; to use more, set nodes"
-    if compile_hours(run.compile_on_cpu)[1] + START_HOURS[1] > most_hours:
+    if compile_hours(run)[1] + START_HOURS[1] > most_hours:
         fix = "Increase or remove it: compiling and starting take longer."
     elif last is not nearest or wishes.nodes:
         fix = "Increase or remove it, or train fewer steps."
@@ -118,16 +140,25 @@ def too_slow(run: Run, wishes: Wishes, most_hours: float, tried: list[Rejection]
     return Refused(Problem(MAX_HOURS, f"{subject}{nearest.reason}{limit}", fix))
 
 
-def shared_accumulation(rows: int, wishes: Wishes, instance: Instance, nodes: int) -> int:
+def shared_accumulation(rows: int, run: Run, wishes: Wishes, instance: Instance, nodes: int) -> int:
     """Micro-batches of so many nodes whose steps take at least ``rows``."""
-    size = wishes.tensor_parallel or min(instance.cores, instance.generation.tensor_parallel)
+    size = wishes.tensor_parallel or usual_size(run, instance)
     copies = max(1, nodes * instance.cores // size)
     return max(1, math.ceil(rows / (copies * (wishes.per_device or 1))))
 
 
+def usual_size(run: Run, instance: Instance) -> int:
+    """The tensor-parallel size to try first.
+
+    Backend xla: that of optimum-neuron's examples. Native: 1, because tensor parallelism exchanges activations twice in
+    each layer, in the forward and in the backward pass, and FSDP gathers weights ahead of time.
+    """
+    return 1 if run.backend == "native" else min(instance.cores, instance.generation.tensor_parallel)
+
+
 def arrange(run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, nodes: int) -> Chosen:
     """Layout and batch on a number of nodes, without the choice of nodes. Raises Refused."""
-    usual = min(instance.cores, instance.generation.tensor_parallel)
+    usual = usual_size(run, instance)
     larger = [size for size in instance.groups if size > usual]
     smaller = [size for size in reversed(instance.groups) if size < usual]
     order = dict.fromkeys([usual, *larger, *smaller, wishes.tensor_parallel or usual])
@@ -141,16 +172,16 @@ def arrange(run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, nod
         raise refused(run, wishes, model, instance, nodes, found, list(tried.values()))
     return Chosen(
         layout,
-        tuple(layout_choices(run, wishes, model, instance, found, layout, usual)),
+        tuple(layout_choices(run, wishes, model, instance, found, layout, tried[usual])),
         (*rejected_sizes(run, instance, found, tried), *rejected_settings(run, wishes, model, instance, layout)),
         found.memory,
-        tuple(filter(None, [model_note(model, instance, found.size)])),
+        tuple(filter(None, [model_note(run, model, instance, found.size)])),
     )
 
 
-def model_note(model: ModelFacts, instance: Instance, size: int) -> Note | None:
+def model_note(run: Run, model: ModelFacts, instance: Instance, size: int) -> Note | None:
     if model.architecture:
-        return host_memory_note(model.architecture, instance, size)
+        return host_memory_note(run, model.architecture, instance, size)
     text = (
         f"The architecture of {model.name} is unknown: {model.unknown}. Its heads and memory are not checked here; "
         "the stage tokenize checks the heads before Trainium nodes start."

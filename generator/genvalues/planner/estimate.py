@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance
-from genvalues.accelerators.memory import Step
 from genvalues.common.text import number_of
 from genvalues.planner.layout import Layout, Run
 from genvalues.planner.prices import Price
@@ -19,10 +18,15 @@ Range = tuple[float, float]
 # second x 61 GFLOP (6 per parameter, 12 L s q for attention: PaLM, arXiv:2204.02311, appendix B) are 22 % of
 # 32 x 16 x 190 TFLOPS, with rows four times as long and less overhead between kernels. No throughput is published for
 # LoRA with eager attention and one row per core; the lower end is an assumption.
-UTILIZATION: Range = (0.08, 0.22)
+#
+# TorchNeuron (native): AWS publishes no training throughput for it (SDK 2.33). The upper end is a user's report, not
+# AWS's: LoRA on Qwen3 1.7B, tensor parallel 4 on one Trn2 device, compiled, 6,600 tokens per second, which is 7 to 10 %
+# of 667 TFLOPS by the formula below. The lower end is an assumption.
+UTILIZATION: dict[str, Range] = {"xla": (0.08, 0.22), "native": (0.02, 0.10)}
 # Hours on each Trainium node. optimum-neuron's guide cache_system: 30 to 60 minutes to compile a large model's graphs
-# from scratch. With cached graphs only the trial run remains.
-COMPILE_HOURS: Range = (0.5, 1.0)
+# from scratch. With cached graphs only the trial run remains. TorchNeuron compiles one decoder layer, whose graph all
+# layers share: 5 to 10 minutes before the first step in the report above; the upper end is an assumption.
+COMPILE_HOURS: dict[str, Range] = {"xla": (0.5, 1.0), "native": (0.1, 0.5)}
 COLLECT_HOURS: Range = (0.1, 0.3)  # compile.runsOn cpu: the nodes only trace the graphs, a CPU node compiles them
 START_HOURS: Range = (0.1, 0.3)  # start the pod, read the model from FSx, load the graphs: an assumption
 # A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/neuron.md, 135M
@@ -45,19 +49,22 @@ class Flops(NamedTuple):
         return self.forward + self.backward + self.again + self.lora
 
 
-def flops_per_token(architecture: Architecture, step: Step) -> Flops:
+def flops_per_token(architecture: Architecture, run: Run, layout: Layout) -> Flops:
     """Two operations per parameter that a token is multiplied with (Kaplan et al. 2020, arXiv:2001.08361, table 1).
 
     forward: 2 P, and attention's two products with s tokens, 4 s q per layer (flash: the causal half). backward: the
     same for the gradients of activations, with twice attention's products; the frozen base has no weight gradients,
     which saves 2 P of the usual 4 P. LoRA's parameters have both. again: what is recomputed (attention's products when
-    selective, all layers when full; Korthikanti et al. 2022, section 5).
+    selective, with the attention's linear layers where backend native recomputes the whole block, all layers when full;
+    Korthikanti et al. 2022, section 5).
     """
-    a = architecture
+    a, step = architecture, run.step(layout.per_device, layout.checkpointing)
     linear = 2.0 * a.matrix_parameters
     products = 4.0 * a.layers * a.query * step.length * (0.5 if step.attention == "causal" else 1)
     again = 0.0
-    if step.checkpointing == "selective" and step.attention == "isolated":
+    if step.checkpointing == "selective" and run.backend == "native":
+        again = products + 2.0 * a.layers * a.attention_parameters
+    elif step.checkpointing == "selective" and step.attention == "isolated":
         again = products
     elif step.checkpointing == "full":
         again = 2.0 * a.layers * a.layer_linear_parameters + products
@@ -126,11 +133,11 @@ def estimate(
     nodes, step_tokens = layout.nodes, todo.global_batch * todo.length
     speed = tokens_per_second(architecture, run, instance, layout)
     million = hours_for(1e6, 1e6, speed)
-    training, compiling = training_hours(todo, speed), compile_hours(run.compile_on_cpu)
+    training, compiling = training_hours(todo, speed), compile_hours(run)
     node_hours = times(plus(training, compiling), nodes) if training else None
     rate = price.dollars if price else None
     return Estimate(
-        flops=flops_per_token(architecture, run.step(layout.per_device, layout.checkpointing)),
+        flops=flops_per_token(architecture, run, layout),
         peak=peak_flops(instance, nodes),
         tokens_per_second=speed,
         step_seconds=times(hours_for(step_tokens, step_tokens, speed), 3600),
@@ -149,7 +156,7 @@ def hours_to_finish(architecture: Architecture, run: Run, instance: Instance, la
     """Hours that compile and train hold Trainium nodes; None where the number of steps is unknown."""
     speed = tokens_per_second(architecture, run, instance, layout)
     training = training_hours(work(run, run.rows, layout.global_batch), speed)
-    return plus(training, compile_hours(run.compile_on_cpu)) if training else None
+    return plus(training, compile_hours(run)) if training else None
 
 
 def peak_flops(instance: Instance, nodes: int) -> float:
@@ -158,8 +165,8 @@ def peak_flops(instance: Instance, nodes: int) -> float:
 
 
 def tokens_per_second(architecture: Architecture, run: Run, instance: Instance, layout: Layout) -> Range:
-    flops = flops_per_token(architecture, run.step(layout.per_device, layout.checkpointing)).total
-    return times(UTILIZATION, peak_flops(instance, layout.nodes) / flops)
+    flops = flops_per_token(architecture, run, layout).total
+    return times(UTILIZATION[run.backend], peak_flops(instance, layout.nodes) / flops)
 
 
 def training_hours(todo: Work, speed: Range) -> Range | None:
@@ -167,9 +174,9 @@ def training_hours(todo: Work, speed: Range) -> Range | None:
     return plus(hours_for(*todo.tokens, speed), START_HOURS) if todo.tokens else None
 
 
-def compile_hours(on_cpu: bool) -> Range:
+def compile_hours(run: Run) -> Range:
     """Hours that the compile stage holds Trainium nodes."""
-    return COLLECT_HOURS if on_cpu else COMPILE_HOURS
+    return COLLECT_HOURS if run.compile_on_cpu else COMPILE_HOURS[run.backend]
 
 
 def hours_for(fewest: float, most: float, per_second: Range) -> Range:
@@ -214,21 +221,16 @@ def times(one: Range, factor: float) -> Range:
     return one[0] * factor, one[1] * factor
 
 
-def assumptions(compile_on_cpu: bool) -> list[tuple[str, str]]:
+def assumptions(run: Run) -> list[tuple[str, str]]:
     """(assumption, source), for people."""
-    low, high = UTILIZATION
-    hours = compile_hours(compile_on_cpu)
+    low, high = UTILIZATION[run.backend]
+    hours = compile_hours(run)
+    utilization, compiling = SOURCES[run.backend]
     return [
-        (
-            f"training reaches {low:.0%} to {high:.0%} of the peak",
-            "upper end: AWS's pre-training of Llama 3.1 8B on trn1, Neuron docs, Trn1/Trn1n Training Performance; "
-            "lower end: assumed, as no throughput of LoRA with one row per core is published",
-        ),
+        (f"training reaches {low:.0%} to {high:.0%} of the peak", utilization),
         (
             f"compiling takes {hours[0]:g} to {hours[1]:g} h on each node, and nothing with cached graphs",
-            "assumed: the nodes only trace the graphs"
-            if compile_on_cpu
-            else "optimum-neuron's guide cache_system: 30 to 60 minutes for large models",
+            "assumed: the nodes only trace the graphs" if run.compile_on_cpu else compiling,
         ),
         (f"starting and loading the model take {START_HOURS[0]:g} to {START_HOURS[1]:g} h", "assumed"),
         (
@@ -237,3 +239,18 @@ def assumptions(compile_on_cpu: bool) -> list[tuple[str, str]]:
         ),
         ("padding takes as long as tokens", "rows are padded to maxSequenceLength"),
     ]
+
+
+SOURCES = {  # of UTILIZATION and COMPILE_HOURS
+    "xla": (
+        "upper end: AWS's pre-training of Llama 3.1 8B on trn1, Neuron docs, Trn1/Trn1n Training Performance; "
+        "lower end: assumed, as no throughput of LoRA with one row per core is published",
+        "optimum-neuron's guide cache_system: 30 to 60 minutes for large models",
+    ),
+    "native": (
+        "a guess: no throughput of TorchNeuron is published; upper end: a user's report of LoRA on Qwen3 1.7B with one "
+        "Trn2 device, 6,600 tokens per second; lower end: assumed",
+        "a guess: 5 to 10 minutes in the same report, for one decoder layer whose graph all layers share; upper end: "
+        "assumed",
+    ),
+}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from genvalues.accelerators.memory import Memory, Step
+from genvalues.accelerators.memory import Step
+from genvalues.accelerators.native_memory import NativeMemory
+from genvalues.accelerators.xla_memory import XlaMemory
 from genvalues.common.problems import Problem
 from genvalues.common.text import KeyPath
 
 FROM_INPUTS = "set in the inputs"  # the reason for a choice that the inputs make
+Memory = XlaMemory | NativeMemory
 
 
 class Wishes(NamedTuple):
     """The choices that the inputs make; None: planned."""
 
+    backend: str | None = None
     nodes: int | None = None
     tensor_parallel: int | None = None
+    shard_size: int | None = None
     max_hours: float | None = None
     per_device: int | None = None
     accumulation: int | None = None
@@ -27,6 +32,7 @@ class Run(NamedTuple):
     """The settings that planning does not choose. ``rows`` are (fewest, most) per epoch, where known."""
 
     instance: str
+    backend: str  # native or xla
     length: int
     attention: str
     r: int

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from genvalues.accelerators.architectures import Architecture, UnknownArchitecture, from_config, known
+from genvalues.accelerators.architectures import Architecture, UnknownArchitecture, from_config, known_config
 
 MOST_BYTES = 1 << 20  # of a config.json; the largest have a few kilobytes
 
@@ -21,6 +21,7 @@ class ModelFacts(NamedTuple):
     architecture: Architecture | None
     source: str = ""
     unknown: str = ""
+    config: Mapping[str, Any] | None = None  # config.json, or the table's part of it
 
 
 def at_path(path: str, here: bool) -> ModelFacts:
@@ -41,8 +42,8 @@ def on_hub(model_id: str, revision: str, offline: bool) -> ModelFacts:
 
     The table has one entry per model: its sizes do not change between revisions.
     """
-    if architecture := known(model_id):
-        return ModelFacts(model_id, architecture, "built-in table")
+    if config := known_config(model_id):
+        return ModelFacts(model_id, from_config(config), "built-in table", config=config)
     revision = revision or "main"
     cached = cache_file(model_id, revision)
     try:
@@ -65,7 +66,8 @@ def on_hub(model_id: str, revision: str, offline: bool) -> ModelFacts:
 
 def _model(name: str, config: Any, source: str) -> ModelFacts:
     try:
-        return ModelFacts(name, from_config(config if isinstance(config, dict) else {}), source)
+        sizes = config if isinstance(config, dict) else {}
+        return ModelFacts(name, from_config(sizes), source, config=sizes)
     except UnknownArchitecture as error:
         return ModelFacts(name, None, source, unknown=f"its config.json {error}")
 

@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 from genvalues.accelerators.architectures import target_names
 from genvalues.accelerators.instances import trainium
-from genvalues.accelerators.memory import Memory
+from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS
 from genvalues.common.dicts import get
 from genvalues.planner import dataset, models
-from genvalues.planner.candidates import too_few_rows
+from genvalues.planner.candidates import few_steps, too_few_rows
 from genvalues.planner.choices import choose
 from genvalues.planner.estimate import Estimate, Range, Work, assumptions, cpu_node_hours, estimate, times, work
-from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Note, Rejection, Run, Wishes
+from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Memory, Note, Rejection, Run, Wishes
 from genvalues.planner.models import ModelFacts
 from genvalues.planner.prices import Price, Priced, known_price
+from genvalues.planner.trace import Trace
 from genvalues.settings.datasets import is_file, is_on_hub, row_format
 from genvalues.settings.inputs import Inputs, ModelPath
 from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, seconds, usual_stall_timeout
@@ -40,6 +41,8 @@ class Plan(NamedTuple):
     """What a run will be. ``memory`` and ``estimate`` are None on the CPU and for unknown architectures."""
 
     instance: str
+    backend: str
+    backend_status: str
     model: ModelFacts
     attention: str
     layout: Layout
@@ -55,6 +58,7 @@ class Plan(NamedTuple):
     lora_parameters: int | None
     notes: tuple[Note, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
+    trace: Trace | None = None  # of `genvalues plan --trace`
 
 
 def gather_facts(inputs: Inputs, offline: bool = False, count_rows: bool = False) -> Facts:
@@ -96,6 +100,7 @@ def plan(inputs: Inputs, facts: Facts, priced: Priced | None = None) -> Plan:
     notes = [
         *chosen.notes,
         few,
+        few_steps(run, wishes, chosen.layout, rows),
         chart_values_note(inputs),
         unreadable_model_note(inputs, facts.model),
         cost_note(inputs, costed),
@@ -103,6 +108,8 @@ def plan(inputs: Inputs, facts: Facts, priced: Priced | None = None) -> Plan:
     ]
     return Plan(
         instance=inputs.instance,
+        backend=run.backend,
+        backend_status=backend_status(inputs),
         model=facts.model,
         attention=run.attention,
         layout=chosen.layout,
@@ -117,7 +124,7 @@ def plan(inputs: Inputs, facts: Facts, priced: Priced | None = None) -> Plan:
         dollars_on_ec2=times(node_hours, ec2.dollars) if ec2 and node_hours else None,
         lora_parameters=architecture.lora_parameters(run.r, run.targets) if architecture else None,
         notes=tuple(note for note in notes if note),
-        assumptions=tuple(assumptions(run.compile_on_cpu)) if costed else (),
+        assumptions=tuple(assumptions(run)) if costed else (),
     )
 
 
@@ -125,6 +132,7 @@ def run_of(inputs: Inputs, facts: Facts) -> Run:
     training = inputs.training
     return Run(
         instance=inputs.instance,
+        backend=inputs.chosen_backend,
         length=training.max_sequence_length,
         attention=str(attention_choice(inputs).value),
         r=inputs.lora.r,
@@ -142,8 +150,10 @@ def run_of(inputs: Inputs, facts: Facts) -> Run:
 def wishes_of(inputs: Inputs) -> Wishes:
     training, parallelism = inputs.training, inputs.parallelism
     return Wishes(
+        backend=inputs.backend,
         nodes=inputs.nodes,
         tensor_parallel=parallelism.tensor_parallel_size,
+        shard_size=parallelism.shard_size,
         max_hours=parallelism.max_hours,
         per_device=training.per_device_batch_size,
         accumulation=training.gradient_accumulation_steps,
@@ -193,10 +203,11 @@ def attention_choice(inputs: Inputs) -> Choice:
     if format_ != "text":
         reason = f"packed examples of format {format_} need a mask, which causal attention does not have"
         return Choice(key, "isolated", reason)
-    if length % FLASH_ROWS:
-        reason = f"causal attention needs rows of a multiple of {FLASH_ROWS} tokens, not {length}"
+    unit = ROWS if inputs.chosen_backend == "native" else FLASH_ROWS
+    if length % unit:
+        reason = f"causal attention needs rows of a multiple of {unit} tokens, not {length}"
         return Choice(key, "isolated", reason)
-    return Choice(key, "causal", f"format text has one text per row, and {length} is a multiple of {FLASH_ROWS}")
+    return Choice(key, "causal", f"format text has one text per row, and {length} is a multiple of {unit}")
 
 
 def stall_timeout(inputs: Inputs) -> Choice:
@@ -214,6 +225,21 @@ def stall_timeout(inputs: Inputs) -> Choice:
 
 
 # --- notes
+
+
+def backend_status(inputs: Inputs) -> str:
+    """What is known about the backend on Trainium; empty on the CPU."""
+    if inputs.on_cpu:
+        return ""
+    if inputs.chosen_backend == "xla":
+        return (
+            "AWS ended PyTorch/XLA training on Neuron with SDK 2.30 (May 2026); Trn1 stays on the last images for it. "
+            "The way on is Trn2 with backend native."
+        )
+    return (
+        "proven on CPUs, not yet run on Trainium. Memory is computed; `genvalues plan --trace` compares it with a "
+        "trace of the engine. Hours and dollars are guesses."
+    )
 
 
 def chart_values_note(inputs: Inputs) -> Note | None:

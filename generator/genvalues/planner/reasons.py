@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from genvalues.accelerators.instances import Instance
-from genvalues.accelerators.memory import Memory, memory
+from genvalues.accelerators.instances import Instance, trainium
+from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, group_problems
-from genvalues.planner.candidates import ACCUMULATION, Candidate, gib
+from genvalues.common.text import number_of
+from genvalues.planner.candidates import ACCUMULATION, STEP_ROWS, Candidate, gib, layout_memory, shard_sizes
 from genvalues.planner.estimate import flops_per_token
-from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Rejection, Run, Wishes, choice
+from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Memory, Rejection, Run, Wishes, choice
 from genvalues.planner.models import ModelFacts
 
 CHECKPOINTING, PER_DEVICE = "training.activationCheckpointing", "training.perDeviceBatchSize"
+SHARD_SIZE = "parallelism.shardSize"
 
 
 def layout_choices(
-    run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, found: Candidate, layout: Layout, usual: int
+    run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, found: Candidate, layout: Layout, usual: Candidate
 ) -> list[Choice]:
-    """The choices of a layout on Trainium, without the number of nodes. ``usual`` is the default size."""
-    node_count = f"{layout.nodes} node{'' if layout.nodes == 1 else 's'}"
+    """The choices of a layout on Trainium, without the number of nodes. ``usual`` has the default size."""
+    node_count = number_of(layout.nodes, "node")
     return [
         Choice(
             TENSOR_PARALLEL,
@@ -32,6 +35,11 @@ def layout_choices(
             layout.data_parallel,
             f"copies of the model: {node_count} x {instance.cores} cores / {found.size}",
         ),
+        *(
+            [choice(SHARD_SIZE, layout.shard_size, wishes.shard_size, shard_reason(run, model, instance, layout))]
+            if run.backend == "native"
+            else []
+        ),
         *batch_choices(run, wishes, layout, micro_batch_reason(run, model, instance, layout)),
         choice(
             CHECKPOINTING,
@@ -39,34 +47,61 @@ def layout_choices(
             wishes.checkpointing,
             checkpointing_reason(run, model, instance, found, layout),
         ),
-        Choice(
-            "sequence parallelism",
-            "on" if found.size > 1 else "off",
-            "always on with tensor parallelism: splits activations by tokens",
-        ),
-        Choice(
-            "ZeRO-1",
-            "on",
-            f"always on: shards AdamW's fp32 weights and moments over {copies_of(layout.data_parallel)}",
-        ),
+        *(xla_choices(found.size, layout) if run.backend == "xla" else ()),
     ]
 
 
-def size_reason(run: Run, wishes: Wishes, instance: Instance, found: Candidate, usual: int) -> str:
+def xla_choices(size: int, layout: Layout) -> Iterator[Choice]:
+    """What optimum-neuron always does."""
+    yield Choice(
+        "sequence parallelism",
+        "on" if size > 1 else "off",
+        "always on with tensor parallelism: splits activations by tokens",
+    )
+    yield Choice(
+        "ZeRO-1",
+        "on",
+        f"always on: shards AdamW's fp32 weights and moments over {copies_of(layout.data_parallel)}",
+    )
+
+
+def size_reason(run: Run, wishes: Wishes, instance: Instance, found: Candidate, usual: Candidate) -> str:
     fit = f"; uses {gib(found.memory.total)} of {gib(found.memory.hbm)} GiB per core" if found.memory else ""
     if wishes.tensor_parallel:
         return f"{FROM_INPUTS}{fit}"
-    if found.size != usual:
+    if run.backend == "native":
+        if found.size == usual.size:
+            return f"no tensor parallelism: it exchanges activations in every layer, and is not needed{fit}"
+        return f"{usual.size} does not work: {usual.problems[0].what}{fit}"
+    return xla_size_reason(run, instance, found.size, usual.size, fit)
+
+
+def xla_size_reason(run: Run, instance: Instance, size: int, usual: int, fit: str) -> str:
+    if size != usual:
         return f"the default, {usual}, does not work (see below){fit}"
     if usual > 2:
         return f"default on {instance.generation.target}, as in optimum-neuron's Llama 3.1 8B example{fit}"
     return f"all cores of {run.instance}{fit}"
 
 
+def shard_reason(run: Run, model: ModelFacts, instance: Instance, layout: Layout) -> str:
+    """Why so many copies share the base weights (backend native)."""
+    if model.architecture is None:
+        return "all copies of a node share the base weights, because the model's size is unknown"
+    if layout.shard_size == 1:
+        return "each core holds the whole base model, so that no weights are exchanged"
+    smaller = [size for size in instance.groups if size < layout.shard_size][-1]
+    needed = layout_memory(run, model.architecture, instance, layout._replace(shard_size=smaller))
+    return (
+        f"copies that share the base weights and gather them layer by layer; the fewest that fit: {smaller} would use "
+        f"{gib(needed.total)} of {gib(needed.hbm)} GiB per core"
+    )
+
+
 def micro_batch_reason(run: Run, model: ModelFacts, instance: Instance, layout: Layout) -> str:
     if model.architecture is None:
         return "default: the smallest graphs"
-    twice = layout_memory(run, model, instance, layout, layout.checkpointing, 2 * layout.per_device)
+    twice = other_memory(run, model, instance, layout, per_device=2 * layout.per_device)
     return f"default: the smallest graphs compile fastest; 2 would use {gib(twice.total)} GiB per core" if twice else ""
 
 
@@ -74,6 +109,13 @@ def batch_choices(run: Run, wishes: Wishes, layout: Layout, micro_batch: str) ->
     copies = copies_of(layout.data_parallel)
     if wishes.global_batch:
         accumulated = f"globalBatchSize {wishes.global_batch} / ({copies} x {layout.per_device})"
+    elif run.backend == "native" and trainium(run.instance):
+        at_once = layout.per_device * layout.data_parallel
+        accumulated = (
+            f"default: the fewest with {STEP_ROWS} rows per step"
+            if layout.accumulation > 1
+            else (f"default: each micro-batch has {number_of(at_once, 'row')} already")
+        )
     elif layout.accumulation < ACCUMULATION and run.rows:
         accumulated = f"the default, {ACCUMULATION}, takes more rows per step than the dataset's {run.rows[1]}"
     else:
@@ -91,25 +133,24 @@ def copies_of(number: int) -> str:
 
 
 def checkpointing_reason(run: Run, model: ModelFacts, instance: Instance, found: Candidate, layout: Layout) -> str:
-    none = layout_memory(run, model, instance, layout, "none", layout.per_device)
+    none = other_memory(run, model, instance, layout, checkpointing="none")
     if found.memory is None or none is None:
         return "default; memory is not checked, because the model's architecture is unknown"
     if layout.checkpointing == "full":
         return "recomputes whole layers; selective does not fit (see below)"
+    if isinstance(none, NativeMemory) or isinstance(found.memory, NativeMemory):
+        return f"recomputes the attention blocks, which saves {gib(none.total - found.memory.total)} GiB per core"
     if run.attention == "causal":
         return "default; same as none, because causal attention keeps no scores"
     saved = none.activations + none.working - found.memory.activations - found.memory.working
     return f"recomputes attention scores, which saves {gib(saved)} GiB per core"
 
 
-def layout_memory(
-    run: Run, model: ModelFacts, instance: Instance, layout: Layout, checkpointing: str, per_device: int
-) -> Memory | None:
-    """The memory of a layout with another checkpointing or micro-batch; None for an unknown model."""
+def other_memory(run: Run, model: ModelFacts, instance: Instance, layout: Layout, **other: Any) -> Memory | None:
+    """The memory of a layout with other settings; None for an unknown model."""
     if model.architecture is None:
         return None
-    step = run.step(per_device, checkpointing)
-    return memory(model.architecture, step, layout.tensor_parallel, layout.data_parallel, instance.hbm)
+    return layout_memory(run, model.architecture, instance, layout._replace(**other))
 
 
 def rejected_sizes(run: Run, instance: Instance, found: Candidate, tried: dict[int, Candidate]) -> Iterator[Rejection]:
@@ -126,22 +167,27 @@ def rejected_sizes(run: Run, instance: Instance, found: Candidate, tried: dict[i
             if size > found.size
             else "each core holds more of the model"
         )
+        if run.backend == "native" and size < found.size:
+            costs = f"tensorParallelSize {found.size} is {FROM_INPUTS}"
         yield Rejection(TENSOR_PARALLEL, size, f"{fit}, but {costs}", possible=True)
 
 
 def rejected_settings(
     run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, layout: Layout
 ) -> Iterator[Rejection]:
-    """The other activation checkpointings and twice the micro-batch, by memory and FLOPs."""
+    """The other shard sizes, activation checkpointings and twice the micro-batch, by memory and FLOPs."""
     if model.architecture is None:
         return
-    chosen = flops_per_token(model.architecture, run.step(layout.per_device, layout.checkpointing)).total
+    if run.backend == "native":
+        yield from rejected_shards(run, wishes, model, instance, layout)
+    chosen = flops_per_token(model.architecture, run, layout).total
     for other in ("none", "selective", "full"):
-        same = run.attention == "causal" and {other, layout.checkpointing} <= {"none", "selective"}
-        needed = layout_memory(run, model, instance, layout, other, layout.per_device)
+        keeps_scores = run.attention == "isolated" or run.backend == "native"
+        same = not keeps_scores and {other, layout.checkpointing} <= {"none", "selective"}
+        needed = other_memory(run, model, instance, layout, checkpointing=other)
         if same or other == layout.checkpointing or needed is None:
             continue
-        change = flops_per_token(model.architecture, run.step(layout.per_device, other)).total / chosen - 1
+        change = flops_per_token(model.architecture, run, layout._replace(checkpointing=other)).total / chosen - 1
         reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
         if needed.fits:
             but = (
@@ -151,7 +197,24 @@ def rejected_settings(
         if wishes.checkpointing:
             reason += f"; {layout.checkpointing} is {FROM_INPUTS}"
         yield Rejection(CHECKPOINTING, other, reason, possible=needed.fits)
-    twice = layout_memory(run, model, instance, layout, layout.checkpointing, 2 * layout.per_device)
+    twice = other_memory(run, model, instance, layout, per_device=2 * layout.per_device)
     if twice and not twice.fits:
         reason = f"does not fit: {gib(twice.total)} of {gib(twice.hbm)} GiB per core"
         yield Rejection(PER_DEVICE, 2 * layout.per_device, reason)
+
+
+def rejected_shards(
+    run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, layout: Layout
+) -> Iterator[Rejection]:
+    """The other numbers of copies that could share the base weights."""
+    for size in shard_sizes(run, wishes._replace(shard_size=None), instance, layout):
+        needed = other_memory(run, model, instance, layout, shard_size=size)
+        if size == layout.shard_size or needed is None:
+            continue
+        reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
+        if needed.fits:
+            why = "weights are gathered from more cores"
+            if wishes.shard_size:
+                why = f"shardSize {layout.shard_size} is {FROM_INPUTS}"
+            reason = f"works ({gib(needed.total)} GiB per core), but {why}"
+        yield Rejection(SHARD_SIZE, size, reason, possible=needed.fits)

@@ -9,11 +9,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, Instance, trainium
+from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, Instance, default_backend, trainium
+from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS, QUERY_KEY_VALUE, either
 from genvalues.common.problems import Problem
 from genvalues.common.text import KeyPath
-from genvalues.planner.candidates import BATCH, CHECKPOINTING, MEMORY, SIZE, Candidate, candidate, needs
+from genvalues.planner.candidates import (
+    BATCH,
+    CHECKPOINTING,
+    MEMORY,
+    SHARD,
+    SIZE,
+    Candidate,
+    candidate,
+    needs,
+    settings,
+)
 from genvalues.planner.layout import Refused, Run, Wishes
 from genvalues.planner.models import ModelFacts
 
@@ -49,13 +60,15 @@ class Case(NamedTuple):
     def nearest(self, key: KeyPath) -> Candidate | None:
         """The first size that is blocked only by this setting.
 
-        With ``alone`` it may need changes of batch, LoRA targets and row length together. Then it is the size whose
-        change helps the other sizes too: the one with the most copies for the batch, else the largest.
+        With ``alone`` it may need changes of shard size, batch, LoRA targets and row length together. Then it is the
+        size whose change helps the others too: the one with the most copies for shard size and batch, else the largest.
         """
         if not self.alone:
             return next((each for each in self.tried if each.blocked_by == {key}), None)
-        near = [each for each in self.tried if key in each.blocked_by and each.blocked_by <= {BATCH, TARGETS, LENGTH}]
-        most_copies_or_widest = min if key == BATCH else max
+        near = [
+            each for each in self.tried if key in each.blocked_by and each.blocked_by <= {SHARD, BATCH, TARGETS, LENGTH}
+        ]
+        most_copies_or_widest = min if key in (BATCH, SHARD) else max
         return most_copies_or_widest(near, key=lambda each: each.size, default=None)
 
     @property
@@ -67,8 +80,14 @@ class Case(NamedTuple):
             return ""
         _, memory, layout, size = min(counted, key=lambda each: each[0])
         rows = f"perDeviceBatchSize {layout.per_device}, " if layout.per_device > 1 else ""
-        settings = f"{rows}tensorParallelSize {size} and activationCheckpointing {layout.checkpointing}"
-        return f"{self.model.name} {needs(memory, settings)}"
+        sizes = f"{rows}tensorParallelSize {size}{', ' if self.run.backend == 'native' else ' and '}"
+        return f"{self.model.name} {needs(memory, sizes + settings(self.run, layout))}"
+
+    def row_unit(self, size: int, otherwise: int) -> int:
+        """What row lengths are a multiple of with groups of ``size``; ``otherwise`` for isolated attention."""
+        if self.run.backend == "native":
+            return ROWS
+        return math.lcm(size, FLASH_ROWS if self.run.attention == "causal" else otherwise)
 
 
 def refused(
@@ -111,12 +130,14 @@ def _smallest_change(case: Case) -> Refused | None:
 
     Where a single change is not enough, the first of several: after it another key has the error.
     """
-    relaxed = case.wishes._replace(per_device=None, checkpointing=None, accumulation=None, global_batch=None)
+    relaxed = case.wishes._replace(
+        per_device=None, checkpointing=None, shard_size=None, accumulation=None, global_batch=None
+    )
     for others in (case.wishes, relaxed):
         for change in CHANGES:
             if problem := change(case._replace(others=others)):
                 return Refused(problem)
-    for change in (_global_batch, _targets, _divisible_length):
+    for change in (_shard_size, _global_batch, _targets, _divisible_length):
         if problem := change(case._replace(alone=True)):
             return Refused(problem)
     return None
@@ -142,6 +163,20 @@ def _checkpointing(case: Case) -> Problem | None:
     return Problem((("training", "activationCheckpointing"),), case.too_much, fix) if fitting else None
 
 
+def _shard_size(case: Case) -> Problem | None:
+    """Backend native: another number of copies that share the base weights."""
+    near = case.nearest(SHARD)
+    if not case.wishes.shard_size or not (near or case.too_much):
+        return None
+    possible = case.instance.groups
+    if near:
+        copies = case.nodes * case.instance.cores // near.size
+        possible = [size for size in possible if copies % size == 0]
+    fitting = [size for size in possible if case.works(wishes=case.others._replace(shard_size=size))]
+    what = near.reason(SHARD) if near else case.too_much
+    return Problem((SHARD,), what, f"Use {either(fitting)}, or remove it.") if fitting else None
+
+
 def _global_batch(case: Case) -> Problem | None:
     """A divisible global batch, whose micro-batches fit where the inputs set their number but not their rows."""
     wishes, near = case.wishes, case.nearest(BATCH)
@@ -150,8 +185,14 @@ def _global_batch(case: Case) -> Problem | None:
         return None
     what = near.reason(BATCH) if near else f"with {wishes.global_batch} rows per step {case.too_much}"
     sizes = [near.size] if near and case.alone else [each.size for each in case.tried]
-    fitting = next(filter(None, (_batches(case, size) for size in sizes)), [])
+    possible = [found for size in sizes if (found := _batches(case, size))]
+    fitting = possible[0] if possible else []
+    if case.run.backend == "native":  # any size will do: the nearest of all
+        fitting = _nearest(wishes.global_batch, [batch for found in possible for batch in found])
     fixes = [f"Use {either(fitting)}"] if fitting else []
+    fewer_cores = [name for name in _instances(case, wishes) if TRAINIUM[bare(name)].cores < case.instance.cores]
+    if case.run.backend == "native" and near and fewer_cores:
+        fixes.append(f"set instance to {fewer_cores[0]}, which has {TRAINIUM[bare(fewer_cores[0])].cores} cores")
     fewer_at_once = case.others._replace(global_batch=wishes.global_batch, accumulation=None)
     if derived and case.works(wishes=fewer_at_once):
         fixes.append("remove gradientAccumulationSteps" if fixes else "Remove gradientAccumulationSteps")
@@ -179,6 +220,12 @@ def _batches(case: Case, size: int) -> list[int]:
     return [unit * most] if most else []
 
 
+def _nearest(wanted: int, batches: Sequence[int]) -> list[int]:
+    """The nearest below and above."""
+    below, above = [each for each in batches if each < wanted], [each for each in batches if each > wanted]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
 def _most(works: Callable[[int], bool], limit: int) -> int:
     """The largest number up to ``limit`` that works, if all smaller ones do (bisection); 0 where none does."""
     least, most = 0, limit
@@ -199,7 +246,7 @@ def _divisible_length(case: Case) -> Problem | None:
     near, length = case.nearest(LENGTH), case.run.length
     if near is None:
         return None
-    step = math.lcm(near.size, FLASH_ROWS if case.run.attention == "causal" else 1)
+    step = case.row_unit(near.size, 1)
     around = [each for each in (length // step * step, -(-length // step) * step) if each]
     fitting = [each for each in around if case.works(case.run._replace(length=each))]
     return Problem((LENGTH,), near.reason(LENGTH), f"Use {either(fitting)}.") if fitting else None
@@ -209,7 +256,7 @@ def _shorter_rows(case: Case) -> Problem | None:
     if not case.too_much:
         return None
     largest = max(each.size for each in case.tried if each.blocked_by == {MEMORY})
-    unit = math.lcm(largest, FLASH_ROWS if case.run.attention == "causal" else 256)
+    unit = case.row_unit(largest, 256)
     lengths = range((case.run.length - 1) // unit * unit, 0, -unit)
     shorter = next((length for length in lengths if case.works(case.run._replace(length=length))), None)
     fix = f"Use {shorter}, or a larger instance."
@@ -219,21 +266,28 @@ def _shorter_rows(case: Case) -> Problem | None:
 def _another_instance(case: Case) -> Problem | None:
     if not case.too_much:
         return None
-    fitting = list(_instances(case))
+    fitting = list(_instances(case, case.others))
     smallest_and_largest = list(dict.fromkeys((fitting[0], fitting[-1]))) if fitting else []
     fix = f"Use {either(smallest_and_largest)}, or a smaller model." if fitting else "Use a smaller model."
     return Problem((MEMORY,), case.too_much, fix)
 
 
-def _instances(case: Case) -> Iterator[str]:
-    """The instance types of the same service of which one node is enough."""
+def bare(instance: str) -> str:
+    """An instance type without HyperPod's prefix."""
+    return instance.removeprefix(HYPERPOD)
+
+
+def _instances(case: Case, others: Wishes) -> Iterator[str]:
+    """The instance types of the same service of which one node is enough for these wishes."""
     prefix = HYPERPOD if case.run.instance.startswith(HYPERPOD) else ""
-    wishes = case.others._replace(tensor_parallel=None)
+    wishes = others._replace(tensor_parallel=None)
     for name in TRAINIUM:
         instance = trainium(name)
         if instance is None or prefix + name == case.run.instance:
             continue
-        run = case.run._replace(instance=prefix + name)
+        if case.run.backend == "native" and default_backend(name) == "xla":
+            continue  # no way on for a run that starts now
+        run = case.run._replace(instance=prefix + name, backend=case.wishes.backend or default_backend(name))
         if any(candidate(run, wishes, case.model.architecture, instance, 1, size).works for size in instance.groups):
             yield prefix + name
 
@@ -241,6 +295,7 @@ def _instances(case: Case) -> Iterator[str]:
 CHANGES = (  # the smallest first
     _micro_batch,
     _checkpointing,
+    _shard_size,
     _global_batch,
     _targets,
     _divisible_length,

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.common.text import camel_case, number_of
 from genvalues.planner.candidates import gib
 from genvalues.planner.estimate import UTILIZATION, Range, plus
+from genvalues.planner.layout import Memory
 from genvalues.planner.planning import Plan
+from genvalues.planner.trace import Trace, compare
 
 MEMORY_LINES = {
     "weights": "base weights, bf16, this core's part",
@@ -21,7 +24,18 @@ MEMORY_LINES = {
     "working": "backward pass of one layer",
     "reserved": "runtime and compiled graphs (one eighth)",
 }
-NUMERIC_COLUMNS = ("value", "GiB", "estimate")
+NATIVE_MEMORY_LINES = {
+    "base": "base weights, bf16, this core's shard",
+    "adapter": "LoRA weights, fp32, this core's shard",
+    "gradients": "LoRA gradients, fp32",
+    "optimizer": "AdamW moments, fp32, this core's shard",
+    "gathered": "weights of other cores' shards, at most: embedding and output layer, and a layer",
+    "activations": "kept for the backward pass",
+    "loss": "logits of 256 tokens and their gradients, fp32",
+    "working": "backward pass of one layer",
+    "reserved": "runtime and compiled graphs (one eighth)",
+}
+NUMERIC_COLUMNS = ("value", "GiB", "computed GiB", "traced GiB", "estimate")
 
 
 class Table(NamedTuple):
@@ -46,6 +60,8 @@ def tables(plan: Plan) -> list[Table]:
             [(each.key, str(each.value), each.reason) for each in plan.rejected],
         ),
         Table("Memory per core", ("part", "GiB", ""), memory_lines(plan)),
+        Table("Memory per core, computed and traced", ("part", "computed GiB", "traced GiB", ""), traced_lines(plan)),
+        Table("Trace of the engine", ("", ""), trace_lines(plan)),
         Table(
             "Time and cost (estimates)",
             ("", "estimate", ""),
@@ -59,6 +75,8 @@ def tables(plan: Plan) -> list[Table]:
 
 def run_lines(plan: Plan) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("instance", f"{plan.layout.nodes} x {plan.instance}")]
+    if plan.backend_status:
+        lines.append(("backend", f"{plan.backend}: {plan.backend_status}"))
     architecture = plan.model.architecture
     if architecture is None:
         return [*lines, ("model", f"{plan.model.name}, architecture unknown: {plan.model.unknown}")]
@@ -73,8 +91,33 @@ def memory_lines(plan: Plan) -> list[tuple[str, ...]]:
     needs = plan.memory
     if needs is None:
         return []
-    lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in MEMORY_LINES.items()]
+    parts = NATIVE_MEMORY_LINES if isinstance(needs, NativeMemory) else MEMORY_LINES
+    lines: list[tuple[str, ...]] = [(name, gib(getattr(needs, name)), text) for name, text in parts.items()]
+    if isinstance(needs, NativeMemory):
+        lines.append(("peak", gib(needs.peak), "the most at a time: loss and backward pass of a layer do not coincide"))
     return [*lines, ("total", gib(needs.total), f"{needs.total / needs.hbm:.0%} of {gib(needs.hbm)} GiB")]
+
+
+def traced_lines(plan: Plan) -> list[tuple[str, ...]]:
+    """Computed bytes beside those of `--trace`."""
+    if plan.trace is None or not isinstance(plan.memory, NativeMemory):
+        return []
+    return [
+        (each.part, gib(each.computed), gib(each.traced), "" if each.difference is None else f"{each.difference:+.1%}")
+        for each in compare(plan.memory, plan.trace)
+    ]
+
+
+def trace_lines(plan: Plan) -> list[tuple[str, ...]]:
+    found = plan.trace
+    if found is None:
+        return []
+    lines: list[tuple[str, ...]] = [
+        ("workers", f"one of {found.world}, traced in {found.seconds:.0f} s"),
+        ("graphs", f"{found.graphs} to compile"),
+        ("operators", f"{len(found.operators)}: {', '.join(found.operators)}"),
+    ]
+    return [*lines, *(("problem", problem) for problem in found.problems)]
 
 
 def work_lines(plan: Plan) -> list[tuple[str, ...]]:
@@ -90,7 +133,7 @@ def time_lines(plan: Plan) -> list[tuple[str, ...]]:
     if costed is None:
         return []
     flops, stages = costed.flops, costed.cpu_node_hours
-    low, high = UTILIZATION
+    low, high = UTILIZATION[plan.backend]
     lines: list[tuple[str, ...]] = [
         (
             "GFLOPs per token",
@@ -159,6 +202,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     architecture = model.architecture
     return {
         "instance": plan.instance,
+        "backend": plan.backend,
+        "backendStatus": plan.backend_status or None,
         "model": {
             "name": model.name,
             "source": model.source or None,
@@ -172,6 +217,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "processesPerNode": layout.processes_per_node,
             "tensorParallelSize": layout.tensor_parallel,
             "dataParallelSize": layout.data_parallel,
+            "shardSize": layout.shard_size,
             "perDeviceBatchSize": layout.per_device,
             "gradientAccumulationSteps": layout.accumulation,
             "globalBatchSize": layout.global_batch,
@@ -180,7 +226,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "choices": [each._asdict() for each in plan.choices],
         "rejected": [each._asdict() for each in plan.rejected],
-        "memory": {**camel_keys(plan.memory._asdict()), "total": plan.memory.total} if plan.memory else None,
+        "memory": memory_as_json(plan.memory) if plan.memory else None,
+        "trace": trace_as_json(plan.trace) if plan.trace else None,
         "work": {
             "steps": list(plan.work.steps) if plan.work.steps else None,
             "tokens": list(plan.work.tokens) if plan.work.tokens else None,
@@ -210,6 +257,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "assumptions": [{"assumed": assumed, "from": source} for assumed, source in plan.assumptions],
         "notes": [note.text for note in plan.notes],
     }
+
+
+def memory_as_json(memory: Memory) -> dict[str, int]:
+    if isinstance(memory, NativeMemory):
+        names = [*NATIVE_MEMORY_LINES, "peak", "total", "hbm"]
+        return {name: getattr(memory, name) for name in names}
+    return {**camel_keys(memory._asdict()), "total": memory.total}
+
+
+def trace_as_json(found: Trace) -> dict[str, Any]:
+    return {**found._asdict(), "operators": list(found.operators), "problems": list(found.problems)}
 
 
 def rounded(both: Range | None) -> list[float] | None:

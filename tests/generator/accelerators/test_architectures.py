@@ -17,8 +17,8 @@ from genvalues.accelerators.architectures import (
     table,
     target_names,
 )
-from genvalues.accelerators.memory import weights
 from genvalues.accelerators.neuron_rules import model_problems, size_problems, supported_models
+from genvalues.accelerators.xla_memory import weights
 from genvalues.settings.run import TargetModule
 
 torch = pytest.importorskip("torch")

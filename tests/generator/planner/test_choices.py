@@ -84,7 +84,7 @@ def test_the_plan_is_what_write_writes(environment: str) -> None:
     [("ml.trn1.32xlarge", 1, 8, 4, 12), ("trn1n.32xlarge", 2, 8, 8, 24), ("ml.trn2.48xlarge", 1, 4, 16, 48)],
 )
 def test_llama_8b_keeps_its_layout(instance: str, nodes: int, tensor: int, copies: int, batch: int) -> None:
-    layout = planned(instance=instance, nodes=nodes).layout
+    layout = planned(instance=instance, backend="xla", nodes=nodes).layout
     assert (layout.tensor_parallel, layout.data_parallel, layout.global_batch) == (tensor, copies, batch)
     assert (layout.per_device, layout.accumulation, layout.checkpointing) == (1, 3, "selective")
 
@@ -97,11 +97,13 @@ MODELS_OF_TABLE = [row["models"][0] for row in table().values()]
 
 @pytest.mark.parametrize("instance", [name for name in instances.TRAINIUM if instances.refusal(name, 1) is None])
 @pytest.mark.parametrize("model", MODELS_OF_TABLE)
-def test_every_chosen_layout_satisfies_the_rules(model: str, instance: str) -> None:
+def test_every_chosen_layout_of_xla_satisfies_the_rules(model: str, instance: str) -> None:
     architecture = known(model)
     assert architecture is not None
     try:
-        made = planned(model=model, instance=instance, lora=EVERY_LAYER, training={"maxSequenceLength": 1024})
+        made = planned(
+            model=model, instance=instance, backend="xla", lora=EVERY_LAYER, training={"maxSequenceLength": 1024}
+        )
     except Refused as told:
         assert all(problem.fix for problem in told.problems)
         return
@@ -117,7 +119,7 @@ def test_every_chosen_layout_satisfies_the_rules(model: str, instance: str) -> N
 
 
 def test_sizes_that_are_not_chosen_have_the_rule_they_violate() -> None:
-    on_trn1, on_trn2 = planned(), planned(instance="trn2.48xlarge")
+    on_trn1, on_trn2 = planned(), planned(instance="trn2.48xlarge", backend="xla")
     assert "process groups of 1, 2, 8, 16 or 32, not of 4" in rejected(on_trn1, TP, 4)
     assert "LoRA must target q, k and v together" in rejected(on_trn1, TP, 16)
     assert "needs 22" in rejected(on_trn1, TP, 1)
@@ -191,7 +193,7 @@ def test_8b_on_a_trn1_2xlarge_fits_only_with_whole_layers_recomputed() -> None:
 @pytest.mark.parametrize(
     ("model", "instance", "fix"),
     [
-        ("meta-llama/Llama-3.1-70B", "trn1.2xlarge", "Use a smaller model."),
+        ("meta-llama/Llama-3.1-70B", "trn1.2xlarge", "Use trn2.48xlarge or trn2u.48xlarge, or a smaller model."),
         ("Qwen/Qwen3-14B", "ml.trn1.2xlarge", "Use ml.trn1.32xlarge or ml.trn2u.48xlarge, or a smaller model."),
     ],
 )
@@ -219,6 +221,7 @@ def test_a_size_in_the_inputs_is_refused_by_the_rule_it_violates_not_by_memory()
     told = refused(
         model="meta-llama/Llama-3.1-70B",
         instance="ml.trn2.48xlarge",
+        backend="xla",
         lora=EVERY_LAYER,
         parallelism={"tensorParallelSize": 16},
     ).splitlines()
@@ -234,9 +237,10 @@ MODELS = ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "Qwen/Qwen3-14B
 LEFT_OUT = [None, None, None]
 RUNS = {
     "model": MODELS,
-    "instance": ["trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge"],
+    "instance": ["trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge"],  # both backends
     "lora.targetModules": ["all-linear", ["q_proj", "v_proj"]],
     "parallelism.tensorParallelSize": [*LEFT_OUT, 1, 2, 4, 8, 16, 32, 64],
+    "parallelism.shardSize": [*LEFT_OUT, *LEFT_OUT, 1, 4, 64],
     "training.maxSequenceLength": [1000, 2048, 2047, 8192, 32768, 65536, 131072],
     "training.perDeviceBatchSize": [*LEFT_OUT, 2, 16],
     "training.globalBatchSize": [*LEFT_OUT, 10, 64],
@@ -452,7 +456,9 @@ def test_the_cpu_needs_no_model_sizes() -> None:
     made = planned(model="some/body", instance="cpu", training={"globalBatchSize": 6})
     assert (made.layout.data_parallel, made.layout.accumulation) == (2, 3)
     assert made.notes == ()
-    assert "backend cpu is data parallel only" in refused(instance="cpu", parallelism={"tensorParallelSize": 2})
+    assert "3 does not divide the 2 processes" in refused(instance="cpu", parallelism={"tensorParallelSize": 3})
+    split = planned(instance="cpu", cpu={"processes": 4}, parallelism={"tensorParallelSize": 2, "shardSize": 2}).layout
+    assert (split.tensor_parallel, split.data_parallel, split.shard_size) == (2, 2, 2)
 
 
 def test_chart_values_that_override_the_plan_are_noted() -> None:

@@ -20,6 +20,7 @@ from genvalues.inputs.input_options import Sources
 from genvalues.ops.live_plan import planned
 from genvalues.planner import report
 from genvalues.planner.planning import Plan
+from genvalues.planner.trace import Trace
 
 ROOT = Path(__file__).parents[3]
 TRN1 = ROOT / "values/trn1.yaml"
@@ -45,7 +46,10 @@ def keys(value: Any, prefix: str = "") -> set[str]:
 
 def test_every_key_of_the_json_is_documented() -> None:
     told = set(re.findall(r"^\| `([A-Za-z0-9.]+)` \|", DOCUMENTED.partition("## The JSON")[2], re.MULTILINE))
-    shown = keys(report.as_json(made("training.maxSteps=100", "guards.pricePerNodeHour=25", "compile.runsOn=cpu")))
+    known = ("training.maxSteps=100", "guards.pricePerNodeHour=25")
+    shown = keys(report.as_json(made(*known, "compile.runsOn=cpu")))
+    shown |= keys(report.as_json(made(*known, file=ROOT / "values/trn2.yaml")))
+    shown |= {f"trace.{field}" for field in Trace._fields}
     named = {key for key in shown if not key.startswith("estimate.cpuNodeHours.")}
     assert told == named, "docs/plan.md, The JSON"
 

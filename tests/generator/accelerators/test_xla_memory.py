@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from genvalues.accelerators.architectures import LINEAR, MODEL_TYPES, from_config, known, target_names
-from genvalues.accelerators.memory import (
-    Step,
+from genvalues.accelerators.memory import Step
+from genvalues.accelerators.xla_memory import (
     activation_bytes,
     gradient_bytes,
     layer_bytes,
     logit_bytes,
     lora_factors,
-    memory,
     optimizer_bytes,
     score_bytes,
     weights,
     working_bytes,
+    xla_memory,
 )
 
 torch = pytest.importorskip("torch")
@@ -282,7 +282,7 @@ def test_more_recomputation_keeps_less_and_needs_more_working_memory(size: int) 
 def test_llama_8b_on_a_trn1_core() -> None:
     """By hand: 8.03e9 parameters x 2 bytes / 8 are 1.87 GiB; the norms' 266,240 numbers are whole on every core."""
     assert LLAMA_8B is not None
-    counted = memory(LLAMA_8B, Step(2048, 1, "isolated", "selective", 16, QV, True), 8, 4, 16 * GIB)
+    counted = xla_memory(LLAMA_8B, Step(2048, 1, "isolated", "selective", 16, QV, True), 8, 4, 16 * GIB)
     assert counted.weights == 2 * ((8_030_261_248 - 266_240) // 8 + 266_240)
     assert counted.reserved == 2 * GIB
     assert counted.total == sum(
@@ -290,4 +290,4 @@ def test_llama_8b_on_a_trn1_core() -> None:
         for name in ("weights", "lora", "gradients", "optimizer", "activations", "logits", "working", "reserved")
     )
     assert counted.fits
-    assert not memory(LLAMA_8B, Step(2048, 1, "isolated", "full", 16, QV, True), 1, 32, 16 * GIB).fits
+    assert not xla_memory(LLAMA_8B, Step(2048, 1, "isolated", "full", 16, QV, True), 1, 32, 16 * GIB).fits
