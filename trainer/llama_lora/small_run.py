@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 2, 64, 128, 4
 ROWS = 16
 ROW_TOKENS = 512  # more take minutes with a vocabulary of 128,256, and lead through no other code
-STEPS, SAVE_STEPS = 4, 2
+STEPS, SAVE_STEPS = 3, 2
 WORKERS = 2
 
 
@@ -37,15 +37,15 @@ def small_config(config: RunConfig) -> RunConfig:
     Two workers share a layer if the run uses tensor parallelism, the base weights if it shards them, and train on
     different rows otherwise.
     """
-    layout, training, small = config.parallelism, config.training, min
-    tensor = small(WORKERS, layout.tensor_parallel_size)
+    layout, training = config.parallelism, config.training
+    tensor = min(WORKERS, layout.tensor_parallel_size)
     data = WORKERS // tensor
     parallelism = Parallelism(
         nodes=1,
         processes_per_node=WORKERS,
         tensor_parallel_size=tensor,
         data_parallel_size=data,
-        shard_size=small(data, layout.shard_size),
+        shard_size=min(data, layout.shard_size),
     )
     return config.model_copy(
         update={
@@ -57,8 +57,8 @@ def small_config(config: RunConfig) -> RunConfig:
                     "max_steps": STEPS,
                     "save_steps": SAVE_STEPS,
                     "save_total_limit": STEPS,
-                    "per_device_batch_size": small(2, training.per_device_batch_size),
-                    "gradient_accumulation_steps": small(2, training.gradient_accumulation_steps),
+                    "per_device_batch_size": min(2, training.per_device_batch_size),
+                    "gradient_accumulation_steps": min(2, training.gradient_accumulation_steps),
                 }
             ),
             "probe": config.probe.model_copy(update={"rows": 2}),
@@ -127,7 +127,7 @@ def first_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
         raise UserError(
             "no row has a token to train on",
             where="dataset",
-            fix="Check dataset.format and dataset.columns, or raise training.maxSequenceLength, and run tokenize again.",
+            fix="Check dataset.format and dataset.columns, or raise training.maxSequenceLength.",
         )
     return found
 

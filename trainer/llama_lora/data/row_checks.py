@@ -27,7 +27,7 @@ def check_vocabulary(rows: Dataset, tokenizer: Any, vocabulary: int) -> None:
         raise UserError(
             f"the rows contain token {largest} ({token}), but the model's vocabulary has {vocabulary} tokens",
             where="model",
-            fix="Use the tokenizer that belongs to the model, or a model whose embeddings were resized for the tokenizer.",
+            fix="Use the model's own tokenizer, or a model whose embeddings were resized for this one.",
         )
 
 

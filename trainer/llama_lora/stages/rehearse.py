@@ -21,6 +21,7 @@ from genvalues.common.errors import UserError
 from llama_lora import backends, evaluation
 from llama_lora.backends import checkpoints
 from llama_lora.data import row_checks
+from llama_lora.layout_trace import trace
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_metrics
 from llama_lora.small_run import SAVE_STEPS, first_rows, make_small_run, other_stage
@@ -29,7 +30,6 @@ from llama_lora.stages.consolidate import consolidate
 from llama_lora.stages.merge import merge
 from llama_lora.stages.tokenize import load_tokenizer
 from llama_lora.stages.train import train
-from llama_lora.layout_trace import trace
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ def check_resume(small: Stage, losses: list[float]) -> None:
     trained.paths.manifest("train").unlink()
     train(trained)
     again = recorded_losses(trained)
-    for step, (loss, resumed) in enumerate(zip(losses, again, strict=True), start=1):
-        if step > SAVE_STEPS and not math.isclose(loss, resumed, abs_tol=RESUMED_DIFFERENCE):
+    for number, (loss, resumed) in enumerate(zip(losses, again, strict=True), start=1):
+        if not math.isclose(loss, resumed, abs_tol=RESUMED_DIFFERENCE):
             raise UserError(
-                f"after resuming at step {SAVE_STEPS} the loss of step {step} is {resumed:.6f}, before it was "
+                f"after resuming at step {SAVE_STEPS} the loss of step {number} is {resumed:.6f}, before it was "
                 f"{loss:.6f}",
                 where="rehearse: resume",
                 fix="Report this with the log of the stage: a run that is interrupted would not continue as it was.",
