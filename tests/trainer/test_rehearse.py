@@ -46,7 +46,7 @@ def stand_in_tracer(monkeypatch: pytest.MonkeyPatch, peak: float = GIB, problems
         "problems": list(problems),
     }
     script = f"import sys; print('tracing'); print({json.dumps(summary)!r}, flush=True); print('late', file=sys.stderr)"
-    monkeypatch.setattr(layout_trace, "tracer_command", lambda paths: [sys.executable, "-c", script])
+    monkeypatch.setattr(layout_trace, "tracer_command", lambda config, model: [sys.executable, "-c", script])
 
 
 def test_every_step_is_rehearsed_and_nothing_is_left(native_run: Callable[..., Run]) -> None:
@@ -168,7 +168,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Run, pytest.MonkeyPatch], None], str, l
     "quantized base": ("tokenize", quantized, "model", ["quantized", "bf16"]),
     "sliding window": ("tokenize", sliding_window, "model", ["sliding_window is 64", "use_sliding_window"]),
     "memory": ("rehearse", out_of_memory, "parallelism.shardSize", ["30.0 GiB", "24 GiB", "Raise"]),
-    "traced problem": ("rehearse", data_dependent_shape, "rehearse: trace", ["aten.nonzero", "compile.mode"]),
+    "traced problem": ("rehearse", data_dependent_shape, "rehearse: trace", ["aten.nonzero", "rehearse.enabled"]),
     "unwritable volume": ("rehearse", unwritable_volume, "rehearse: prepare", ["small-run", "writable"]),
 }
 

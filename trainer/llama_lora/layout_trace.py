@@ -7,24 +7,35 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from genvalues.accelerators.instances import TRAINIUM
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.process import Command, Interrupted, run_together
-from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
 
 WHERE = "rehearse: trace"
+# python -m llama_lora.backends.native.trace, without TorchNeuron: its device has the name of the traced one.
+TRACER = """\
+import runpy, sys
+sys.modules["torch_neuronx"] = None
+runpy.run_module("llama_lora.backends.native.trace", run_name="__main__", alter_sys=True)
+"""
+FIX_PROBLEM = "Report it with the log of the stage, or set rehearse.enabled: false to train without a rehearsal."
 # Every instance type of backend native has the same: 24 GiB.
 CORE_MEMORY = min(instance.hbm for instance in TRAINIUM.values() if instance.generation.backend == "native")
 
 
-def trace(paths: Paths) -> dict[str, Any]:
-    """Trace a run in a process of its own; the summary. Raises UserError if it cannot be traced or does not fit."""
+def trace(config: Path, model: Path) -> dict[str, Any]:
+    """Trace the run of a config file with the model of a folder, in another process; the summary.
+
+    Raises UserError if it cannot be traced or does not fit.
+    """
     lines: list[str] = []
-    command = Command("trace", tuple(tracer_command(paths)), dict(os.environ), paths.run)
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = Command("trace", tuple(tracer_command(config, model)), environment, config.parent)
     try:
         status = run_together([command], lambda name, line: lines.append(line))
     except Interrupted as interrupted:
@@ -34,7 +45,7 @@ def trace(paths: Paths) -> dict[str, Any]:
         for line in lines:
             log.info(line)
         reason = next((line for line in reversed(lines) if line.strip()), "it has no output")
-        raise UserError(f"the trace ended with status {status}: {reason}", where=WHERE, fix="Report it with the log.")
+        raise UserError(f"the trace ended with status {status}: {reason}", where=WHERE, fix=FIX_PROBLEM)
     check_summary(summary)
     log.info(
         f"traced {summary['world']} workers: at most {summary['bytes']['peak'] / 2**30:.1f} GiB of a core's "
@@ -43,10 +54,9 @@ def trace(paths: Paths) -> dict[str, Any]:
     return summary
 
 
-def tracer_command(paths: Paths) -> list[str]:
+def tracer_command(config: Path, model: Path) -> list[str]:
     """The command of the trace. The last line of its output is a JSON object."""
-    command = [sys.executable, "-m", "llama_lora.backends.native.trace", "--config", str(paths.config)]
-    return [*command, "--workspace", str(paths.workspace)]
+    return [sys.executable, "-c", TRACER, "--config", str(config), "--model", str(model / "config.json")]
 
 
 def read_summary(lines: Sequence[str]) -> dict[str, Any] | None:
@@ -76,6 +86,3 @@ def check_summary(summary: Mapping[str, Any]) -> None:
         )
     if errors:
         raise UserErrors(errors)
-
-
-FIX_PROBLEM = "Set compile.mode: off, or report it with the log."

@@ -19,7 +19,6 @@ from typing import Any
 
 from genvalues.common.errors import UserError
 from llama_lora import backends, evaluation
-from llama_lora.backends import checkpoints
 from llama_lora.data import row_checks
 from llama_lora.layout_trace import trace
 from llama_lora.paths import Paths
@@ -64,7 +63,7 @@ def rehearse(stage: Stage) -> None:
     stage.facts = {"losses": losses, "seconds": round(time.monotonic() - began, 1)}
     if stage.config.device == "neuron" and stage.config.backend == "native":
         with step("trace"):
-            stage.facts["trace"] = trace(stage.paths)
+            stage.facts["trace"] = trace(stage.paths.config, model)
     stage.finish([])
     log.info(
         f"rehearsed in {time.monotonic() - began:.0f} s: trained, saved, resumed, consolidated, merged and loaded a "
@@ -92,6 +91,8 @@ def train_small(small: Stage) -> list[float]:
 
 def check_resume(small: Stage, losses: list[float]) -> None:
     """Resume from the first checkpoint in new processes, which must take the remaining steps as the first ones did."""
+    from llama_lora.backends import checkpoints
+
     trained = other_stage(small, "train")
     assert trained.fingerprint is not None
     saved = checkpoints.complete(trained.paths.checkpoints(trained.fingerprint), trained.fingerprint)
