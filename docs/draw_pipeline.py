@@ -26,6 +26,7 @@ DOES = {
     "preflight": "checks cluster, nodes, volume and token",
     "storage-prepare": "gives the volume to the run's user",
     "tokenize": "downloads the model; tokenizes and packs rows",
+    "rehearse": "the whole run on a small model",
     "compile": "compiles every graph of the training",
     "neff": "compiles the graphs on a CPU node",
     "train": "LoRA, with sharded checkpoints",

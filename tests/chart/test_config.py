@@ -159,10 +159,9 @@ def test_a_run_is_named_after_its_release_unless_it_is_named(helm: int) -> None:
 def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
     keys = yaml.safe_load((CHART / "values.yaml").read_text())["stages"]
     del keys["neff"]  # of Trainium alone; its compilers request more than the limits here
-    del keys["rehearse"]  # no template yet
     own_resources = {key for key, stage in keys.items() if "resources" in stage}
     values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
-    objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}), helm=helm)
+    objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}, "rehearse": {"enabled": True}}), helm=helm)
     seen = set()
     for each in pods(objects):
         key = KEY_OF_STAGE.get(each.stage, each.stage)
@@ -219,7 +218,7 @@ def test_pull_secrets_that_are_on_reach_every_pod(helm: int) -> None:
 def test_the_notes_say_how_to_follow_where_the_result_is_and_how_to_uninstall(
     mode: str, helm: int, tmp_path: Path
 ) -> None:
-    text = notes(merged(MINIMAL, {"pipeline": {"mode": mode}}), helm, tmp_path)
+    text = notes(merged(MINIMAL, {"pipeline": {"mode": mode}, "rehearse": {"enabled": True}}), helm, tmp_path)
     for promised in [
         "org/model on org/rows",
         "kubectl -n research logs -f job/llama-" + ("train-gate" if mode == "attached" else "runner-1"),
@@ -231,7 +230,7 @@ def test_the_notes_say_how_to_follow_where_the_result_is_and_how_to_uninstall(
         "helm -n research uninstall llama --timeout",
         "helm -n research uninstall llama --no-hooks",
         "app.kubernetes.io/component in (cleanup,verify)'",
-        "preflight, storage-prepare, tokenize, compile, train, consolidate, merge, evaluate",
+        "preflight, storage-prepare, tokenize, rehearse, compile, train, consolidate, merge, evaluate",
     ]:
         assert promised in text, text
     assert ("--timeout 48h" in text) == (mode == "attached"), "Helm waits 5 minutes for a stage, if not told otherwise"

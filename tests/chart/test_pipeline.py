@@ -30,6 +30,7 @@ WEIGHTS = {
     "preflight": 0,
     "storage-prepare": 5,
     "tokenize": 10,
+    "rehearse": 15,
     "compile": 20,
     "compile-gate": 21,
     "neff": 25,
@@ -39,9 +40,9 @@ WEIGHTS = {
     "merge": 50,
     "evaluate": 60,
 }
-OPTIONAL = {"storage-prepare", "neff", "evaluate"}
+OPTIONAL = {"storage-prepare", "rehearse", "neff", "evaluate"}
 NEEDS_CLUSTER = {"preflight", "storage-prepare", "compile-gate", "train-gate", "cleanup", "runner"}
-TRAINER = {"tokenize", "compile", "neff", "train", "consolidate", "merge", "evaluate"}
+TRAINER = {"tokenize", "rehearse", "compile", "neff", "train", "consolidate", "merge", "evaluate"}
 DEVICES = {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
 TRAINIUM = merged(
     MINIMAL,
@@ -361,7 +362,7 @@ def test_a_detached_release_has_storage_config_rbac_and_a_runner(helm: int) -> N
 
 def test_the_inner_release_has_the_stages_without_storage_and_rbac(helm: int) -> None:
     changes = {"pipeline": {"mode": "detached"}, "fullnameOverride": "other", "compile": {"runsOn": "cpu"}}
-    detached = merged(TRAINIUM, changes)
+    detached = merged(TRAINIUM, changes, {"rehearse": {"enabled": True}})
     outer = render(detached, helm=helm)
     inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
     attached = render(merged(detached, {"pipeline": {"mode": "attached"}}), helm=helm)

@@ -105,7 +105,7 @@ def write_rows(path: Path, count: int = 40) -> Path:
     return path
 
 
-DISTRIBUTED = ("compile", "train")  # start workers
+DISTRIBUTED = ("compile", "rehearse", "train")  # start workers
 LLAMA_LORA = str(Path(sys.executable).with_name("llama-lora"))
 
 
@@ -136,7 +136,7 @@ class Run:
         """Run a stage as the chart does; its output. Fails the test when it ends with another status."""
         command = [stage, *arguments, "--config", str(self.write_config()), "--workspace", str(self.workspace)]
         if stage in DISTRIBUTED or environment:
-            popen = WarmPopen if self.config["backend"] == "cpu" else subprocess.Popen
+            popen = WarmPopen if self.config["backend"] in ("cpu", "native") else subprocess.Popen
             return llama_lora(*command, status=status, popen=popen, **environment)
         return llama_lora_here(*command, status=status)
 

@@ -85,6 +85,11 @@ class Paths:
         return self.run / "rehearsal"
 
     @property
+    def small_run(self) -> Path:
+        """The workspace of the small run of the stage rehearse, deleted when it ends."""
+        return self.run / "small-run"
+
+    @property
     def adapter(self) -> Path:
         return self.run / "adapter"
 

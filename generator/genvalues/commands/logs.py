@@ -9,8 +9,8 @@ from genvalues.commands.options import context_option, json_option, namespace_op
 # The chart's stages in the order in which they run, and the runner of mode detached: for shell completion without a
 # cluster. A release may have fewer; other names, such as train-gate, are accepted, too.
 STAGES = (
-    *("preflight", "storage-prepare", "tokenize", "compile", "neff", "train", "consolidate", "merge", "evaluate"),
-    "runner",
+    *("preflight", "storage-prepare", "tokenize", "rehearse", "compile", "neff", "train", "consolidate", "merge"),
+    *("evaluate", "runner"),
 )
 
 

@@ -126,6 +126,7 @@ def values_on_cpu(values: dict[str, Any]) -> dict[str, Any]:
             "instance": "cpu",
             "parallelism": one_process,
             "compile": {"runsOn": "accelerator"},
+            "rehearse": {"enabled": False},  # the run itself is on a CPU
         },
     )
 

@@ -1,0 +1,185 @@
+"""Rehearse the run on a CPU before any Trainium node is requested.
+
+A model of two layers of the same architecture is trained by two workers with the run's settings, tokenizer and rows,
+saved, resumed, consolidated, merged and loaded. Then the layout of the real model is traced, for its memory. Whatever
+fails here would fail, or never end, in train or after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from genvalues.common.errors import UserError
+from llama_lora import backends, evaluation
+from llama_lora.data import row_checks
+from llama_lora.layout_trace import trace
+from llama_lora.paths import Paths
+from llama_lora.runlog import read_metrics
+from llama_lora.small_run import SAVE_STEPS, first_rows, make_small_run, other_stage
+from llama_lora.stage import Declaration, Stage
+from llama_lora.stages.consolidate import consolidate
+from llama_lora.stages.merge import merge
+from llama_lora.stages.tokenize import load_tokenizer
+from llama_lora.stages.train import train
+
+log = logging.getLogger(__name__)
+
+CHECKED_ROWS = 256  # rows whose answers are checked for their ends
+NEW_TOKENS = 4
+RESUMED_DIFFERENCE = 1e-4  # nats; a resumed training has equal losses, up to the order of sums
+
+
+def rehearse(stage: Stage) -> None:
+    """Check rows and settings, run the stages on the small model, and trace the real one."""
+    from datasets import load_from_disk
+
+    tokenized = stage.upstream("tokenize").facts
+    model = stage.paths.workspace / tokenized["model"]
+    rows = load_from_disk(str(stage.paths.workspace / tokenized["dataset"] / "train"))
+    began = time.monotonic()
+    with step("check"):
+        check(stage, model, rows)
+    with small_run_folder(stage.paths):
+        with step("prepare"):
+            small = make_small_run(stage, model, first_rows(rows))
+        with step("train"):
+            losses = train_small(small)
+        with step("resume"):
+            check_resume(small, losses)
+        with step("consolidate"):
+            consolidate(other_stage(small, "consolidate"))
+        with step("merge"):
+            merge(other_stage(small, "merge"))
+        with step("generate"):
+            generate(small.paths.merged, first_rows(rows, 1)[0])
+    stage.facts = {"losses": losses, "seconds": round(time.monotonic() - began, 1)}
+    if stage.config.device == "neuron" and stage.config.backend == "native":
+        with step("trace"):
+            stage.facts["trace"] = trace(stage.paths.config, model)
+    stage.finish([])
+    log.info(
+        f"rehearsed in {time.monotonic() - began:.0f} s: trained, saved, resumed, consolidated, merged and loaded a "
+        f"model of two layers; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    )
+
+
+def check(stage: Stage, model: Path, rows: Any) -> None:
+    """Check settings and rows against the model, as far as that needs no training."""
+    backends.get(stage.config.backend).check(stage.config, model)
+    tokenizer = load_tokenizer(model)
+    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    row_checks.check_vocabulary(rows, tokenizer, vocabulary)
+    first = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
+    stops = row_checks.stop_tokens(model, tokenizer)
+    row_checks.check_ends(first, tokenizer, stops, stage.config.training.max_sequence_length)
+
+
+def train_small(small: Stage) -> list[float]:
+    """Train the small model from the start; the loss of each step."""
+    trained = other_stage(small, "train")
+    train(trained)
+    return recorded_losses(trained)
+
+
+def check_resume(small: Stage, losses: list[float]) -> None:
+    """Resume from the first checkpoint in new processes, which must take the remaining steps as the first ones did."""
+    from llama_lora.backends import checkpoints
+
+    trained = other_stage(small, "train")
+    assert trained.fingerprint is not None
+    saved = checkpoints.complete(trained.paths.checkpoints(trained.fingerprint), trained.fingerprint)
+    for newer in saved[1:]:
+        shutil.rmtree(newer)
+    trained.paths.manifest("train").unlink()
+    train(trained)
+    again = recorded_losses(trained)
+    for number, (loss, resumed) in enumerate(zip(losses, again, strict=True), start=1):
+        if not math.isclose(loss, resumed, abs_tol=RESUMED_DIFFERENCE):
+            raise UserError(
+                f"after resuming at step {SAVE_STEPS} the loss of step {number} is {resumed:.6f}, before it was "
+                f"{loss:.6f}",
+                where="rehearse: resume",
+                fix="Report this with the log of the stage: a run that is interrupted would not continue as it was.",
+            )
+
+
+def recorded_losses(trained: Stage) -> list[float]:
+    assert trained.fingerprint is not None
+    return [step["loss"] for step in read_metrics(trained.paths.metrics(trained.fingerprint))]
+
+
+def generate(merged: Path, row: dict[str, Any]) -> None:
+    """Load the merged model and its tokenizer with transformers, and generate a few tokens of an answer."""
+    answer = evaluation.answer(
+        evaluation.load_model(merged), load_tokenizer(merged), evaluation.prompt_of(row), NEW_TOKENS
+    )
+    log.debug(f"the small model answers {answer!r}")
+
+
+@contextlib.contextmanager
+def small_run_folder(paths: Paths) -> Iterator[None]:
+    """Delete the small run's folder before, if another rehearsal was killed, and after the block."""
+    shutil.rmtree(paths.small_run, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(paths.small_run, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Log a step, and raise whatever fails in it as one UserError: repeating it would not help.
+
+    A signal that ends the workers ends this stage too, to be retried.
+    """
+    log.info(f"rehearse: {name}")
+    where = f"rehearse: {name}"
+    skip = "or set rehearse.enabled: false to train without a rehearsal."
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}",
+            where=where,
+            fix="Make the volume writable for the user of the pods (securityContext.runAsUser), with free space.",
+        ) from None
+    except SystemExit as end:
+        if end.code != 1:
+            raise
+        raise UserError(
+            "the workers failed; their output is above",
+            where=where,
+            fix=f"If it ends without an error, raise stages.rehearse.resources.limits.memory. Else report it, {skip}",
+        ) from None
+    except Exception as error:
+        log.error("the error in full:", exc_info=True)
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(what, where=where, fix=f"Report it with the log of the stage, {skip}") from None
+
+
+STAGE = Declaration(
+    name="rehearse",
+    version=1,
+    summary="Train, resume, merge and load a small model with the run's settings and rows, on a CPU.",
+    after=["tokenize"],
+    reads=lambda config: {
+        "backend": config.backend,
+        "device": config.device,
+        "lora": config.lora.as_keys(),
+        "training": config.training.model_dump(exclude={"save_steps", "save_total_limit", "epochs", "max_steps"}),
+        "parallelism": config.parallelism.model_dump(exclude={"nodes", "processes_per_node"}),
+        "probe": config.probe.as_keys(),
+        "compile": config.compile.mode,
+    },
+    run=rehearse,
+)
