@@ -21,11 +21,13 @@ from llama_lora.backends.native import layout as layouts
 from llama_lora.backends.native import shards
 from llama_lora.backends.native.devices import Device
 from llama_lora.backends.native.model import (
+    LoraModel,
     ModelBatch,
     adapter_parameters,
     build_model,
     make_batch,
     materialize,
+    move_buffers,
     to_device,
 )
 from llama_lora.backends.native.optimizer import LocalAdamW, clip, squared_norm
@@ -43,35 +45,39 @@ class NativeEngine:
     def __init__(
         self, job: TrainingJob, device: Device, workers: WorkerGroup, compile_backend: str | None = None
     ) -> None:
-        from transformers import AutoConfig
-
         self.job, self.device, self.workers = job, device, workers
         self.static = device.static_shapes or compile_backend is not None
         self.layout = layouts.make_layout(device.type, job.parallelism)
         self.data_rank, self.data_size = self.layout.data_rank, self.layout.data_size
         self.steps_in_flight, self.rehearses = device.steps_in_flight, self.static
-        weights = StoredWeights.of_model(job.model)
-        model = build_model(AutoConfig.from_pretrained(job.model), job.lora, weights_dtype(weights, device))
-        self.root, self.peft_config = model.root, model.adapter_config
-        recompute = recomputation(job.training.activation_checkpointing, device)
-        layouts.parallelize(self.root, self.layout, recompute, compile_backend)
-        materialize(self.root, device.torch, weights, job.training.seed)
+        self.load(compile_backend)
         self.root.train()
         self.optimizer = LocalAdamW(adapter_parameters(self.root), device.torch, job.training.weight_decay)
         self._steps_taken = 0
         if self.static:  # the probe's graphs are compiled before the first step, so that no later step waits for them
             self._summed_loss([None])
 
+    def load(self, compile_backend: str | None) -> None:
+        """Build the model and read this worker's part of the base weights."""
+        from transformers import AutoConfig
+
+        weights = StoredWeights.of_model(self.job.model)
+        config = AutoConfig.from_pretrained(self.job.model)
+        self.divide(build_model(config, self.job.lora, weights_dtype(weights, self.device)), compile_backend)
+        materialize(self.root, self.device.torch, weights, self.job.training.seed)
+
+    def divide(self, model: LoraModel, compile_backend: str | None) -> None:
+        """Take this worker's part of a model whose parameters are on the meta device."""
+        self.root, self.peft_config = model
+        move_buffers(self.root, self.device.torch)
+        recompute = recomputation(self.job.training.activation_checkpointing, self.device)
+        layouts.parallelize(self.root, self.layout, recompute, compile_backend)
+
     def step(
         self, step: int, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int, learning_rate: float
     ) -> Callable[[], StepResult]:
         torch.manual_seed(dropout_seed(self.job.training.seed, step, self.data_rank))
-        loss = torch.zeros((), device=self.device.torch)
-        for index, micro_batch in enumerate(micro_batches):
-            self._sum_gradients(is_last=index == len(micro_batches) - 1)
-            micro_loss = self.root(self._batch(micro_batch)) / trained_tokens
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        loss = self._backward(micro_batches, trained_tokens)
         gradients = self.optimizer.gradients()
         if not self.layout.sharded:
             self._sum_over_copies(gradients)
@@ -82,7 +88,7 @@ class NativeEngine:
         return lambda: StepResult(loss.item(), norm.item(), self.optimizer.learning_rate)
 
     def row_loss(self, row: Row) -> float:
-        return self._summed_loss([row])
+        return float(self._summed_loss([row]).item())
 
     def save(self, folder: Path) -> None:
         shards.save_parts(folder, self.optimizer, adapter_config(self.peft_config, self.job.base_name), self.workers)
@@ -90,19 +96,31 @@ class NativeEngine:
     def restore(self, checkpoint: Path, record: CheckpointRecord) -> None:
         shards.load_parts(checkpoint, record.files, self.optimizer)
 
-    def _batch(self, rows: Sequence[Row | None]) -> ModelBatch:
-        length = self.job.training.max_sequence_length if self.static else None
-        isolated = self.job.training.attention == "isolated"
-        return to_device(make_batch(rows, length, isolated), self.device.torch)
+    def _backward(self, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int) -> torch.Tensor:
+        """Sum the gradients of the micro-batches, and return this worker's share of the step's loss."""
+        loss = torch.zeros((), device=self.device.torch)
+        for index, micro_batch in enumerate(micro_batches):
+            self._sum_gradients(is_last=index == len(micro_batches) - 1)
+            micro_loss = self.root(self._batch(micro_batch)) / trained_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss
 
-    def _summed_loss(self, rows: list[Row | None]) -> float:
+    def _batch(self, rows: Sequence[Row | None]) -> ModelBatch:
+        return to_device(self._host_batch(rows), self.device.torch)
+
+    def _host_batch(self, rows: Sequence[Row | None]) -> ModelBatch:
+        length = self.job.training.max_sequence_length if self.static else None
+        return make_batch(rows, length, isolated=self.job.training.attention == "isolated")
+
+    def _summed_loss(self, rows: list[Row | None]) -> torch.Tensor:
         """The summed loss without dropout. The batch has the shape of a training batch where shapes are static."""
         padding = [None] * (self.job.training.per_device_batch_size - len(rows)) if self.static else []
         self.root.eval()
         with torch.no_grad():
-            loss = self.root(self._batch([*rows, *padding])).item()
+            loss: torch.Tensor = self.root(self._batch([*rows, *padding]))
         self.root.train()
-        return float(loss)
+        return loss
 
     def _sum_gradients(self, is_last: bool) -> None:
         """Have FSDP sum gradients over the workers in the last micro-batch only."""

@@ -6,7 +6,7 @@ worker then reads its own part of the base weights only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,12 +165,24 @@ def materialize(root: SummedLoss, device: torch.device, weights: StoredWeights, 
 
 
 def allocate(root: SummedLoss, device: torch.device) -> None:
-    """Allocate parameters that are on the meta device, uninitialized, and move the buffers, which have values."""
+    """Allocate parameters that are on the meta device, uninitialized. Buffers keep their values."""
     buffers = dict(root.named_buffers())
     tied = root.lm.lm_head.weight is root.lm.model.embed_tokens.weight
     root.to_empty(device=device)
-    for name, buffer in buffers.items():
-        module, _, leaf = name.rpartition(".")
-        root.get_submodule(module)._buffers[leaf] = buffer.to(device)
+    set_buffers(root, buffers)
     if tied:
         root.lm.lm_head.weight = root.lm.model.embed_tokens.weight
+
+
+def move_buffers(root: nn.Module, device: torch.device) -> None:
+    """Move the buffers, which have values, to ``device``.
+
+    fully_shard would assign to their ``data``, which needs tensors of compatible device types: not every device is.
+    """
+    set_buffers(root, {name: buffer.to(device) for name, buffer in root.named_buffers()})
+
+
+def set_buffers(root: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
+        module, _, leaf = name.rpartition(".")
+        root.get_submodule(module)._buffers[leaf] = buffer

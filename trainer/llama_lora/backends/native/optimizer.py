@@ -29,12 +29,14 @@ class LocalAdamW:
         self.on_device = device.type != "cpu"
         self.adamw = torch.optim.AdamW(
             self.local.values(),
-            lr=torch.zeros((), device=device) if self.on_device else 0.0,
+            lr=0.0,
             betas=ADAM_BETAS,
             eps=ADAM_EPSILON,
             weight_decay=weight_decay,
             capturable=self.on_device,
         )
+        if self.on_device:  # not as an argument: AdamW reads that back from the device, to check it
+            self.adamw.param_groups[0]["lr"] = torch.zeros((), device=device)
         for tensor in self.local.values():  # as AdamW does at its first step; a checkpoint can then be read into it
             step = torch.zeros((), dtype=torch.float32, device=device)
             self.adamw.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
