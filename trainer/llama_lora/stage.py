@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -29,9 +29,6 @@ from llama_lora import stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
 from llama_lora.paths import Paths
-
-if TYPE_CHECKING:
-    from llama_lora.backends.base import Backend
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ class Declaration:
     - ``needs``: stages that must be done first, but whose output it does not read
     - ``run``: does the work of the stage in a run
     - ``tool``: does the same on folders, outside a run; its parameters become options of the command
-    - ``worker``: what each worker of a distributed stage runs
+    - ``worker``: what each worker of a distributed stage runs, with its backend
     - ``reads_sources``: whether it reads the model and the dataset from outside the workspace
     """
 
@@ -61,7 +58,7 @@ class Declaration:
     after: Sequence[str] = ()
     needs: Sequence[str] = ()
     tool: Callable[..., None] | None = None
-    worker: Callable[[Stage, Backend], None] | None = None
+    worker: Callable[[Stage, Any], None] | None = None  # Any: backends.base knows Stage
     reads_sources: bool = False
 
 

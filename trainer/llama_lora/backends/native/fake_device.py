@@ -104,7 +104,7 @@ def opened(world: int, rank: int) -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def real_ranks() -> Iterator[None]:
-    """Have meshes of workers compute with values: they divide tensors of ranks when made, sliced or joined (by FSDP)."""
+    """Have meshes of workers compute with values: they divide tensors of ranks when made, sliced or joined."""
     concatenate = staticmethod(with_values(DeviceMesh._concatenate))
     with (
         patch.object(layout, "init_device_mesh", with_values(layout.init_device_mesh)),

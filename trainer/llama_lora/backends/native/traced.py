@@ -76,7 +76,7 @@ class Known:
     gathered: bool
 
 
-# Below: FSDP's operators whose outputs are gathered parameters (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
+# FSDP operators that output gathered parameters (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
 BOOKKEEPING = ("prim", "profiler")  # namespaces of operators that run on no device
 GATHERING = ("fsdp.all_gather_copy_in.default", "fsdp.split_with_sizes_copy.default")
 
@@ -199,9 +199,7 @@ class DeviceMonitor(TorchDispatchMode):
 class TracedEngine(NativeEngine):
     """The engine without weights, on the fake device, with a monitor of its operators."""
 
-    def __init__(
-        self, job: TrainingJob, config: Any, mode: FakeTensorMode, compile_backend: str | None = None
-    ) -> None:
+    def __init__(self, job: TrainingJob, config: Any, mode: FakeTensorMode, compile_backend: str | None = None) -> None:
         self.config, self.mode = config, mode
         self.monitor = DeviceMonitor(mode)
         self.sizes: dict[str, int] = {}
