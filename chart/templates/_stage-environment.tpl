@@ -32,6 +32,10 @@
 {{- $_ := set $environment "TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS" "1" }}
 {{- /* Round to nearest even: a resumed run must not differ (RTD/about-neuron/arch/neuron-features/rounding-modes.html). */}}
 {{- $_ := set $environment "NEURON_RT_STOCHASTIC_ROUNDING_EN" "0" }}
+{{- /* Seconds that an execution may take, and so that a collective may wait for a node that still compiles or loads its graph.
+       600 is the default on trn1. That of trn2, 30, is shorter than the compilation of a layer
+       (RTD/neuron-runtime/guides/configuration-guide.html). */}}
+{{- $_ := set $environment "NEURON_RT_EXEC_TIMEOUT" "600" }}
 {{- /* Runtime and compiler must use the same size, and a node may have another default
        (RTD/about-neuron/arch/neuron-features/logical-neuroncore-config.html). */}}
 {{- $_ := set $environment "NEURON_LOGICAL_NC_CONFIG" (int $values.neuron.logicalCoreSize | toString) }}

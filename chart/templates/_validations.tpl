@@ -76,8 +76,8 @@ parallelism.shardSize {{ $layout.shardSize }} does not divide parallelism.dataPa
 {{- if regexMatch "^(ml\\.)?trn3" $values.instance }}
 instance {{ $values.instance }}: the instance types of Trainium3 are not known yet. Use one of Trainium2, e.g. trn2.48xlarge.
 {{- end }}
-{{- if and (eq $values.backend "xla") (eq $values.instance "cpu") }}
-instance is cpu, but backend is xla. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to native.
+{{- if and (eq $values.backend "xla") (ne (include "llama-lora.device" .) "neuron") }}
+instance is {{ $values.instance }}, but backend is xla. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to native.
 {{- end }}
 {{- if eq $values.backend "xla" }}
 {{- if ne $values.compile.mode "layers" }}

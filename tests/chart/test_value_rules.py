@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "parallelism.shardSize",
     ),
     "xla on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
+    "xla on other accelerators": (merged(NEURON, {"instance": "p5.48xlarge"}), "backend"),
     "xla without devices": ({"instance": "trn1.32xlarge", "backend": "xla"}, "devices"),
     "native without devices": (merged(TRN2, {"devices": None}), "devices"),
     "compiling on CPUs with native": (merged(TRN2, {"compile": {"runsOn": "cpu"}}), "compile.runsOn"),

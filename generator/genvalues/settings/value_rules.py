@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from genvalues.accelerators import native_rules
-from genvalues.accelerators.instances import CPU, TRN1, trainium
+from genvalues.accelerators.instances import TRN1, trainium
 from genvalues.accelerators.neuron_rules import (
     flash_length_problems,
     group_problems,
@@ -177,7 +177,7 @@ def backend(values: Values) -> Iterator[Problem]:
     """Keys of the other backend, and backends that do not run on the instance type."""
     wanted, instance = get(values, "backend", str), get(values, "instance", str) or ""
     found = trainium(instance)
-    if wanted == "xla" and instance == CPU:
+    if wanted == "xla" and instance and not found:
         yield Problem(
             key_paths("backend", "instance"),
             "backend xla requires a Trainium instance",
