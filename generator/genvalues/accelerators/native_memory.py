@@ -39,8 +39,8 @@ class NativeMemory:
 
     @property
     def gathered(self) -> int:
-        """The most at a time: the root with a layer in use and one gathered in advance, or with its own buffer."""
-        return self.root + self.layer + max(self.root, self.layer)
+        """In the backward pass: the root, one layer in use and one gathered in advance."""
+        return self.root + 2 * self.layer
 
     @property
     def peak(self) -> int:

@@ -27,7 +27,8 @@ LIBRARIES_GIB = 3
 HOST_SHARE = 0.75
 
 (SIZE,) = key_paths(TENSOR_PARALLEL)
-SHARD: KeyPath = ("parallelism", "shardSize")
+SHARD_SIZE = "parallelism.shardSize"
+(SHARD,) = key_paths(SHARD_SIZE)
 FEW_STEPS = 20  # fewer are worth a note: an assumption, as warm-up alone takes some
 BATCH: KeyPath = ("training", "globalBatchSize")
 MEMORY: KeyPath = ("instance",)

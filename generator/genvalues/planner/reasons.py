@@ -9,13 +9,20 @@ from genvalues.accelerators.instances import Instance, trainium
 from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, group_problems
 from genvalues.common.text import number_of
-from genvalues.planner.candidates import ACCUMULATION, STEP_ROWS, Candidate, gib, layout_memory, shard_sizes
+from genvalues.planner.candidates import (
+    ACCUMULATION,
+    SHARD_SIZE,
+    STEP_ROWS,
+    Candidate,
+    gib,
+    layout_memory,
+    shard_sizes,
+)
 from genvalues.planner.estimate import flops_per_token
 from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Memory, Rejection, Run, Wishes, choice
 from genvalues.planner.models import ModelFacts
 
 CHECKPOINTING, PER_DEVICE = "training.activationCheckpointing", "training.perDeviceBatchSize"
-SHARD_SIZE = "parallelism.shardSize"
 
 
 def layout_choices(
@@ -111,11 +118,9 @@ def batch_choices(run: Run, wishes: Wishes, layout: Layout, micro_batch: str) ->
         accumulated = f"globalBatchSize {wishes.global_batch} / ({copies} x {layout.per_device})"
     elif run.backend == "native" and trainium(run.instance):
         at_once = layout.per_device * layout.data_parallel
-        accumulated = (
-            f"default: the fewest with {STEP_ROWS} rows per step"
-            if layout.accumulation > 1
-            else (f"default: each micro-batch has {number_of(at_once, 'row')} already")
-        )
+        accumulated = f"default: a micro-batch has {number_of(at_once, 'row')}"
+        if layout.accumulation > 1:
+            accumulated = f"default: the fewest with {STEP_ROWS} rows per step"
     elif layout.accumulation < ACCUMULATION and run.rows:
         accumulated = f"the default, {ACCUMULATION}, takes more rows per step than the dataset's {run.rows[1]}"
     else:

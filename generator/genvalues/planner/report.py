@@ -29,7 +29,7 @@ NATIVE_MEMORY_LINES = {
     "adapter": "LoRA weights, fp32, this core's shard",
     "gradients": "LoRA gradients, fp32",
     "optimizer": "AdamW moments, fp32, this core's shard",
-    "gathered": "weights of other cores' shards, at most: embedding and output layer, and a layer",
+    "gathered": "weights of all shards: embedding, output layer and two decoder layers",
     "activations": "kept for the backward pass",
     "loss": "logits of 256 tokens and their gradients, fp32",
     "working": "backward pass of one layer",
