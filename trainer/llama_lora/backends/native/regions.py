@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -77,12 +77,21 @@ class StoredPart:
     region: Region
 
 
+class Part(NamedTuple):
+    """A worker's part of a tensor: where it is in the whole, the shape of the whole, and the values (CPU)."""
+
+    region: Region
+    whole_shape: tuple[int, ...]
+    values: torch.Tensor
+
+
 @dataclass
 class StoredWeights:
     """Tensors by name, each in parts over the safetensors files of a folder."""
 
     folder: Path
     parts: dict[str, list[StoredPart]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     _open: dict[Path, Any] = field(default_factory=dict)
 
@@ -91,7 +100,8 @@ class StoredWeights:
         """The weights of a model folder. Raises UserError if the folder is not complete."""
         stored = stored_tensors(folder)
         parts = {name: [StoredPart(folder / each.shard, name, whole(each.shape))] for name, each in stored.items()}
-        return cls(folder, parts, {name: each.dtype for name, each in stored.items()})
+        shapes = {name: tuple(each.shape) for name, each in stored.items()}
+        return cls(folder, parts, shapes, {name: each.dtype for name, each in stored.items()})
 
     @classmethod
     def of_parts(cls, folder: Path, files: Iterable[Path]) -> StoredWeights:
@@ -102,10 +112,11 @@ class StoredWeights:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    offsets = json.loads((opened.metadata() or {})[OFFSETS])
+                    described = json.loads((opened.metadata() or {})[PARTS])
                     for key in opened.keys():  # noqa: SIM118  (it has no __iter__)
                         view = opened.get_slice(key)
-                        region = Region(tuple(offsets[key]), tuple(view.get_shape()))
+                        region = Region(tuple(described[key]["offset"]), tuple(view.get_shape()))
+                        stored.shapes[key] = tuple(described[key]["shape"])
                         stored.parts.setdefault(key, []).append(StoredPart(file, key, region))
                         stored.dtypes[key] = view.get_dtype()
             except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -132,15 +143,9 @@ class StoredWeights:
         if name not in self.parts or covered != target.numel():
             raise self._misfit(name, region)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-        regions = [part.region for part in self.parts[name]]
-        ends = ([a + b for a, b in zip(each.offset, each.shape, strict=True)] for each in regions)
-        return tuple(max(sizes) for sizes in zip(*ends, strict=True))
-
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read a whole tensor."""
-        tensor = torch.empty(self.shape(name), dtype=dtype)
+        tensor = torch.empty(self.shapes[name], dtype=dtype)
         self.read_into(tensor, name, whole(tensor.shape))
         return tensor
 
@@ -160,13 +165,15 @@ class StoredWeights:
         )
 
 
-OFFSETS = "offsets"  # metadata key of a file of parts: JSON, name -> offset
+PARTS = "parts"  # metadata key of a file of parts: JSON, name -> {offset, shape of the whole tensor}
 
 
-def write_parts(file: Path, parts: Mapping[str, tuple[Region, torch.Tensor]]) -> None:
-    """Write parts of tensors (CPU) as one safetensors file, with their offsets in its metadata."""
+def write_parts(file: Path, parts: Mapping[str, Part]) -> None:
+    """Write parts of tensors as one safetensors file, with their places in its metadata."""
     from safetensors.torch import save_file
 
-    offsets = {name: list(region.offset) for name, (region, _) in parts.items()}
-    tensors = {name: tensor.contiguous() for name, (_, tensor) in parts.items()}
-    save_file(tensors, file, metadata={"format": "pt", OFFSETS: json.dumps(offsets)})
+    described = {
+        name: {"offset": list(part.region.offset), "shape": list(part.whole_shape)} for name, part in parts.items()
+    }
+    tensors = {name: part.values.contiguous() for name, part in parts.items()}
+    save_file(tensors, file, metadata={"format": "pt", PARTS: json.dumps(described)})

@@ -21,7 +21,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.native.optimizer import MOMENTS, LocalAdamW
-from llama_lora.backends.native.regions import Region, StoredWeights, local_region, write_parts
+from llama_lora.backends.native.regions import Part, Region, StoredWeights, local_region, write_parts
 from llama_lora.backends.worker_group import WorkerGroup
 
 FORMAT = 1
@@ -40,13 +40,14 @@ def save_parts(folder: Path, optimizer: LocalAdamW, adapter_config: Mapping[str,
     held = workers.gather([(name, regions[name], digest(adapter[name])) for name in adapter])
     check_copies(held)
     own = first_holder(held)
-    parts: dict[str, tuple[Region, torch.Tensor]] = {}
+    parts: dict[str, Part] = {}
     for name, region in regions.items():
         if own[name, region] != workers.rank or region.empty:
             continue
-        parts[f"{ADAPTER}/{name}"] = region, adapter[name]
+        shape = tuple(optimizer.parameters[name].shape)
+        parts[f"{ADAPTER}/{name}"] = Part(region, shape, adapter[name])
         for moment in MOMENTS:
-            parts[f"{moment}/{name}"] = region, optimizer.state(name)[moment].cpu()
+            parts[f"{moment}/{name}"] = Part(region, shape, optimizer.state(name)[moment].cpu())
     if parts:
         file = folder / f"part-{workers.rank:05d}.safetensors"
         write_parts(file, parts)
