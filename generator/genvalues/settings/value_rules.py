@@ -197,7 +197,7 @@ def backend(values: Values) -> Iterator[Problem]:
 
 def process_groups(values: Values) -> Iterator[Problem]:
     """Process groups that the Neuron runtime does not support or neuronx_distributed cannot place."""
-    for key in ("parallelism.tensorParallelSize", "parallelism.processesPerNode"):
+    for key in ("parallelism.tensorParallelSize", "parallelism.shardSize", "parallelism.processesPerNode"):
         if size := get(values, key, int):
             yield from group_problems(get(values, "instance", str) or "", size, key)
 
