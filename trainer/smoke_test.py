@@ -50,7 +50,6 @@ COMMANDS = {
 SECTIONS = {"command": ["build", "command"], "trainer": ["base", "trainer"], "trainer-xla": ["base", "trainer-xla"]}
 SECTIONS["xla"] = ["sdk", "xla"]
 ON_PATH = {"xla": ["neuron_parallel_compile", "neuronx-cc"]}  # not run: --help of either loads the compiler
-XLA = ("neuron", "xla")  # folders of llama_lora.backends
 NO_DEVICE = {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}  # as optimum.neuron sets it (its utils/instance.py)
 LIMIT = 600  # seconds for the imports of one part from a cold disk
 Pinned = dict[str, dict[str, pins.Pin]]
@@ -147,9 +146,9 @@ def modules_of(part: str) -> list[str]:
     if part == "command":
         return names
     if part == "xla":
-        return [name for name in names if in_backend(name, *XLA)]
+        return [name for name in names if in_backend(name, "xla")]
     # The engine of backend native needs the torch of its own image.
-    other = (*XLA, "native") if part == "trainer-xla" else XLA
+    other = ("native", "xla") if part == "trainer-xla" else ("xla",)
     return [name for name in names if not in_backend(name, *other)]
 
 

@@ -484,7 +484,7 @@ def test_a_backends_modules_are_imported_only_with_its_extras() -> None:
     )
     listed = json.loads(done.stdout)
     assert "genvalues.ops.image" in listed["command"] and "genvalues.cluster.runner" in listed["command"]
-    of_xla = re.compile(r"llama_lora\.backends\.(xla|neuron)\b")
+    of_xla = re.compile(r"llama_lora\.backends\.xla\b")
     for part in ("trainer", "trainer-xla"):
         assert "llama_lora.stages.merge" in listed[part] and not any(of_xla.match(one) for one in listed[part])
     assert not any(one.startswith("llama_lora.backends.native") for one in listed["trainer-xla"])
