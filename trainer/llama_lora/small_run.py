@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 2, 64, 128, 4
 ROWS = 16
-ROW_TOKENS = 512  # more take minutes with a vocabulary of 128,256, and lead through no other code
+ROW_TOKENS = 256  # more take minutes with a vocabulary of 128,256, and lead through no other code
 STEPS, SAVE_STEPS = 3, 2
 WORKERS = 2
 
