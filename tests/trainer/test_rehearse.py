@@ -18,7 +18,16 @@ from llama_lora.config import Parallelism
 from llama_lora.data.rendering import IGNORED
 from llama_lora.data.row_checks import answer_ends, stop_tokens, trained_window
 from llama_lora.stages import merge as merge_stage
-from trainer.conftest import CHAT_TEMPLATE, LLAMA_LORA, TWO_PROCESSES, Run, byte_tokenizer, make_model, make_run
+from trainer.conftest import (
+    CHAT_TEMPLATE,
+    LLAMA_LORA,
+    TWO_PROCESSES,
+    Run,
+    byte_tokenizer,
+    llama_lora,
+    make_model,
+    make_run,
+)
 from trainer.warm import WarmPopen
 
 GIB = 2**30
@@ -237,29 +246,33 @@ def test_what_fails_in_any_step_ends_with_one_message(
     assert not run.paths.small_run.exists()
 
 
-def test_a_run_of_xla_is_rehearsed_with_backend_native(tiny_model: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "xla", tiny_model)
+def test_a_run_of_xla_is_rehearsed_with_backend_native_and_without_a_trace(new_run: Callable[..., Run]) -> None:
+    run = new_run(training={"attention": "eager"}, parallelism=TWO_PROCESSES)
     run.config |= {"backend": "xla", "device": "neuron"}
-    small = small_run.small_config(run.load())
-    assert (small.backend, small.device) == ("native", "cpu")
+    run("tokenize")
+    arguments = ["rehearse", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
+    said = llama_lora(*arguments, popen=WarmPopen)
+    assert "2 workers" in said and "rehearsed in" in said
+    assert "trace" not in run.manifest("rehearse")["facts"]
 
 
 # --- the small model and its rows
 
 
 @pytest.mark.parametrize(
-    ("parallelism", "expected"),
+    ("backend", "parallelism", "expected"),
     [
-        (TWO_PROCESSES, (2, 1, 1)),
-        ({"processesPerNode": 64, "dataParallelSize": 16, "tensorParallelSize": 4}, (1, 1, 2)),
-        ({"processesPerNode": 64, "dataParallelSize": 64, "shardSize": 8}, (2, 2, 1)),
+        ("native", TWO_PROCESSES, (2, 1, 1)),
+        ("native", {"processesPerNode": 64, "dataParallelSize": 16, "tensorParallelSize": 4}, (1, 1, 2)),
+        ("native", {"processesPerNode": 64, "dataParallelSize": 64, "shardSize": 8}, (2, 2, 1)),
+        ("xla", {"processesPerNode": 32, "dataParallelSize": 4, "tensorParallelSize": 8}, (2, 1, 1)),
     ],
 )
 def test_two_workers_divide_the_small_model_as_the_run_does(
-    parallelism: dict[str, int], expected: tuple[int, int, int], tiny_model: Path, tmp_path: Path
+    backend: str, parallelism: dict[str, int], expected: tuple[int, int, int], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", tiny_model)
-    run.config |= {"backend": "native", "parallelism": {"nodes": 1, "tensorParallelSize": 1, **parallelism}}
+    run.config |= {"backend": backend, "parallelism": {"nodes": 1, "tensorParallelSize": 1, **parallelism}}
     layout: Parallelism = small_run.small_config(run.load()).parallelism
     assert (layout.data_parallel_size, layout.shard_size, layout.tensor_parallel_size) == expected
     assert layout.processes_per_node == 2

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 2, 64, 128, 4
 ROWS = 16
-ROW_TOKENS = 512  # more take minutes with a vocabulary of 128,256, and lead through no other code
+ROW_TOKENS = 256  # more take minutes with a vocabulary of 128,256, and lead through no other code
 STEPS, SAVE_STEPS = 3, 2
 WORKERS = 2
 
@@ -34,11 +34,11 @@ WORKERS = 2
 def small_config(config: RunConfig) -> RunConfig:
     """The run's settings, for a few steps of two workers on the CPU with backend native.
 
-    Two workers share a layer if the run uses tensor parallelism, the base weights if it shards them, and train on
-    different rows otherwise.
+    Two workers share layers if the run uses tensor parallelism, the base weights if it shards them, and train on
+    different rows otherwise, as with backend xla, which has rules of its own for tensor parallelism.
     """
     layout, training = config.parallelism, config.training
-    tensor = min(WORKERS, layout.tensor_parallel_size)
+    tensor = min(WORKERS, layout.tensor_parallel_size) if config.backend == "native" else 1
     data = WORKERS // tensor
     parallelism = Parallelism(
         nodes=1,

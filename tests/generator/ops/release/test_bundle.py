@@ -455,6 +455,7 @@ dataset: {source: org/rows, format: text}
 training: {attention: flash, perDeviceBatchSize: 2}
 parallelism: {nodes: 2, processesPerNode: 32, tensorParallelSize: 8, dataParallelSize: 8}
 devices: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}
+rehearse: {enabled: true}
 """
 
 
@@ -473,6 +474,7 @@ def test_values_for_trainium_need_a_flag_and_then_run_on_the_cpu_as_one_process(
     objects = rendered_objects(Sources((file,), chart=CHART), True)
     train = next(item for item in objects if item["kind"] == "PyTorchJob" and "train" in item["metadata"]["name"])
     assert train["spec"]["nprocPerNode"] == "1"
+    assert not [item for item in objects if "rehearse" in item["metadata"]["name"]], "the run itself is on a CPU"
     config = next(item["data"]["run.yaml"] for item in objects if "run.yaml" in (item.get("data") or {}))
     assert (
         "backend: native" in config
