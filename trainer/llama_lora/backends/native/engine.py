@@ -85,7 +85,8 @@ class NativeEngine:
         clip(gradients, norm, self.job.training.max_grad_norm)
         self.optimizer.step(gradients, learning_rate)
         self._check_fallbacks()
-        return lambda: StepResult(loss.item(), norm.item(), self.optimizer.learning_rate)
+        rate = self.optimizer.learning_rate
+        return lambda: StepResult(loss.item(), norm.item(), float(rate))
 
     def row_loss(self, row: Row) -> float:
         return float(self._summed_loss([row]).item())
@@ -99,9 +100,10 @@ class NativeEngine:
     def _backward(self, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int) -> torch.Tensor:
         """Sum the gradients of the micro-batches, and return this worker's share of the step's loss."""
         loss = torch.zeros((), device=self.device.torch)
+        tokens = torch.tensor(float(trained_tokens)).to(self.device.torch)  # a number would be a new graph
         for index, micro_batch in enumerate(micro_batches):
             self._sum_gradients(is_last=index == len(micro_batches) - 1)
-            micro_loss = self.root(self._batch(micro_batch)) / trained_tokens
+            micro_loss = self.root(self._batch(micro_batch)) / tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         return loss

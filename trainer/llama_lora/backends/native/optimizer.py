@@ -49,7 +49,7 @@ class LocalAdamW:
         """Take a step with local gradients, and clear them."""
         group = self.adamw.param_groups[0]
         if self.on_device:
-            group["lr"].fill_(learning_rate)
+            group["lr"].copy_(torch.tensor(learning_rate))
         else:
             group["lr"] = learning_rate
         for tensor, gradient in zip(self.local.values(), gradients, strict=True):
@@ -59,8 +59,10 @@ class LocalAdamW:
             tensor.grad = parameter.grad = None
 
     @property
-    def learning_rate(self) -> float:
-        return float(self.adamw.param_groups[0]["lr"])
+    def learning_rate(self) -> torch.Tensor | float:
+        """The rate of the last step, on the device: reading it waits for the step."""
+        rate: torch.Tensor | float = self.adamw.param_groups[0]["lr"]
+        return rate.clone() if isinstance(rate, torch.Tensor) else rate
 
     @property
     def steps(self) -> int:
@@ -70,7 +72,7 @@ class LocalAdamW:
     @steps.setter
     def steps(self, number: int) -> None:
         for name in self.local:
-            self.state(name)["step"].fill_(number)
+            self.state(name)["step"].copy_(torch.tensor(float(number)))
 
     def state(self, name: str) -> dict[str, Any]:
         """AdamW's state of a parameter: step, and both moments of its local part."""
