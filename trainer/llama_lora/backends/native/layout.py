@@ -56,22 +56,24 @@ def make_layout(device_type: str, parallelism: Parallelism) -> Layout:
 def parallelize(
     root: SummedLoss, layout: Layout, recompute: ActivationCheckpointing, compile_backend: str | None
 ) -> None:
-    """Divide a model, in this order: tensor parallel, recompute, compile, shard.
+    """Divide a model, in this order: tensor parallel, compile, recompute, shard.
 
-    Each step wraps what the one before has made: FSDP gathers the parameters of a compiled layer outside its graph, and
-    the graph contains the recomputation.
+    FSDP gathers the parameters of a layer outside its graph. What is recomputed is a graph that runs again, so that
+    torch.utils.checkpoint restores the state of the random numbers for its dropout: within a graph PyTorch can do that
+    on a few devices only (run_and_save_rng_state in torch/_prims/rng_prims.py).
     """
     layers = root.lm.model.layers
     if layout.tensor_size > 1:
         for layer in layers:
             split_linear_layers(layer, layout.mesh[TENSOR])
     for index, layer in enumerate(layers):
+        if compile_backend is not None:
+            for module in [layer.self_attn, layer.mlp] if recompute == "selective" else [layer]:
+                module.compile(backend=compile_backend, fullgraph=True, dynamic=False)
         if recompute == "full":
             layers[index] = checkpoint_wrapper(layer)
         elif recompute == "selective":
             layer.self_attn = checkpoint_wrapper(layer.self_attn)
-        if compile_backend is not None:
-            layers[index].compile(backend=compile_backend, fullgraph=True, dynamic=False)
     if layout.sharded:
         replicated = layout.mesh[DATA].size() > 1
         mesh = layout.mesh[DATA, SHARD] if replicated else layout.mesh[SHARD]
