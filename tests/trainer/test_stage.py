@@ -362,7 +362,7 @@ def test_an_image_without_the_neuron_libraries_says_so(new_run: Callable[..., Ru
     run.config["backend"] = "neuron"
     run("tokenize")
     job = training_job(stage.Stage("train", run.load(), run.paths))
-    with pytest.raises(UserError, match="is not installed; backend neuron needs it"):
+    with pytest.raises(UserError, match="is not installed; backend xla needs it"):
         backends.get("neuron").train(job, lambda result: None)
 
 

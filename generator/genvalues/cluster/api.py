@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import urllib3
 import yaml
 from kubernetes import client, config, dynamic
 from kubernetes.utils.quantity import parse_quantity
+from urllib3.util.ssl_ import create_urllib3_context
 
 from genvalues.common.errors import UserError
 
@@ -303,8 +305,22 @@ def connect(namespace: str | None, *, context: str | None = None, **options: Any
         fix = f"Set KUBECONFIG, or check: kubectl config {look}"
         raise UserError(f"no usable kubeconfig: {' '.join(str(error).split())}", fix=fix) from error
     settings.retries = False  # Api retries itself, more slowly, and logs it
-    without_discovery = dynamic.DynamicClient(client.ApiClient(settings), discoverer=lambda client, cache: None)
+    api_client = client.ApiClient(settings)
+    if settings.verify_ssl:
+        accept_older_certificates(api_client)
+    without_discovery = dynamic.DynamicClient(api_client, discoverer=lambda client, cache: None)
     return Api(without_discovery, namespace, **options)
+
+
+def accept_older_certificates(api_client: Any) -> None:
+    """Verify certificates as before Python 3.13, as Helm and kubectl do.
+
+    Python 3.13 sets VERIFY_X509_STRICT, which refuses API servers whose certificates lack extensions of RFC 5280, such
+    as EKS's without an authority key identifier (kubernetes-client/python issue 2394).
+    """
+    context = create_urllib3_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    api_client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = context
 
 
 def namespace_of(context: str | None, path: str) -> str:
