@@ -83,7 +83,7 @@ class NativeEngine:
             self._sum_over_copies(gradients)
         loss, norm = self._loss_and_norm(loss, gradients)
         clip(gradients, norm, self.job.training.max_grad_norm)
-        self.optimizer.step(gradients, learning_rate)
+        self.optimizer.step(gradients, self._scalar(learning_rate))
         self._check_fallbacks()
         rate = self.optimizer.learning_rate
         return lambda: StepResult(loss.item(), norm.item(), float(rate))
@@ -100,13 +100,18 @@ class NativeEngine:
     def _backward(self, micro_batches: Sequence[Sequence[Row | None]], trained_tokens: int) -> torch.Tensor:
         """Sum the gradients of the micro-batches, and return this worker's share of the step's loss."""
         loss = torch.zeros((), device=self.device.torch)
-        tokens = torch.tensor(float(trained_tokens)).to(self.device.torch)  # a number would be a new graph
+        tokens = self._scalar(float(trained_tokens))  # a number would be a new graph
         for index, micro_batch in enumerate(micro_batches):
             self._sum_gradients(is_last=index == len(micro_batches) - 1)
             micro_loss = self.root(self._batch(micro_batch)) / tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         return loss
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32).to(
+            self.device.torch
+        )
 
     def _batch(self, rows: Sequence[Row | None]) -> ModelBatch:
         return to_device(self._host_batch(rows), self.device.torch)

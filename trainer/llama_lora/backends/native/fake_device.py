@@ -64,7 +64,7 @@ class InOrder:
         pass
 
 
-class DeviceModule(_DummyBackendModule):  # type: ignore[misc]
+class DeviceModule(_DummyBackendModule):
     """``torch.neuron``: what FSDP asks a device for."""
 
     Stream = Event = InOrder
@@ -104,7 +104,7 @@ def opened(world: int, rank: int) -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def real_ranks() -> Iterator[None]:
-    """Have meshes of workers compute with values: they divide tensors of ranks when made, sliced or joined."""
+    """Have meshes of workers compute with values: they hold tensors of ranks, which are sliced, and joined by FSDP."""
     concatenate = staticmethod(with_values(DeviceMesh._concatenate))
     with (
         patch.object(layout, "init_device_mesh", with_values(layout.init_device_mesh)),
@@ -152,7 +152,7 @@ def device_attention() -> Iterator[None]:
             result: torch.Tensor = kernel(query, key, value, is_causal=is_causal, scale=scale)[0]
             return result
         options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        return default(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)  # type: ignore[no-any-return]
+        return default(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)
 
     with patch.object(F, "scaled_dot_product_attention", attention):
         yield

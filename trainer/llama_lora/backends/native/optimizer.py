@@ -45,13 +45,13 @@ class LocalAdamW:
         """The local gradients, in the order of the parameters."""
         return [local_gradient(parameter) for parameter in self.parameters.values()]
 
-    def step(self, gradients: Iterable[torch.Tensor], learning_rate: float) -> None:
+    def step(self, gradients: Iterable[torch.Tensor], learning_rate: torch.Tensor) -> None:
         """Take a step with local gradients, and clear them."""
         group = self.adamw.param_groups[0]
         if self.on_device:
-            group["lr"].copy_(torch.tensor(learning_rate))
+            group["lr"].copy_(learning_rate)
         else:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate.item()
         for tensor, gradient in zip(self.local.values(), gradients, strict=True):
             tensor.grad = gradient
         self.adamw.step()

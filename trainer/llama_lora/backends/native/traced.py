@@ -41,6 +41,8 @@ from llama_lora.backends.native.optimizer import copies
 from llama_lora.backends.native.regions import local_tensor
 from llama_lora.backends.worker_group import WorkerGroup
 
+TORCH = Path(torch.__file__).parent
+MICRO_BATCHES = 3  # the most that a step is traced with
 PhaseKey = tuple[str, str, int]  # part of the step, what it computes, and the layer's index (0 for no layer)
 
 
@@ -76,8 +78,8 @@ class Known:
     gathered: bool
 
 
-# FSDP operators that output gathered parameters (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
 BOOKKEEPING = ("prim", "profiler")  # namespaces of operators that run on no device
+# FSDP's operators whose outputs are gathered parameters (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
 GATHERING = ("fsdp.all_gather_copy_in.default", "fsdp.split_with_sizes_copy.default")
 
 
@@ -92,7 +94,7 @@ class DeviceMonitor(TorchDispatchMode):
         super().__init__()
         self.mode = mode
         self.operators: set[str] = set()
-        self.elsewhere: dict[tuple[str, str], None] = {}  # operator, device
+        self.elsewhere: dict[tuple[str, str], str] = {}  # (operator, device) -> place in the code
         self.live = Live()
         self.phases: dict[PhaseKey, Phase] = {}
         self._phase: Phase | None = None
@@ -127,13 +129,13 @@ class DeviceMonitor(TorchDispatchMode):
                 monitor._set_size(known, storage.nbytes())
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_and_count
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -159,12 +161,15 @@ class DeviceMonitor(TorchDispatchMode):
             for tensor in tree_leaves((result, kwargs.get("out"))):
                 if isinstance(tensor, torch.Tensor):
                     self._set_gathered(self._storages[id(tensor.untyped_storage())])
-        self._update_peaks()
+        if not name.startswith("aten.empty"):  # only the next operator tells whether it is FSDP's buffer
+            self._update_peaks()
 
     def track(self, tensor: torch.Tensor, operator: str) -> None:
         if tensor.device.type != fake_device.NAME:
             if tensor.device.type != "meta":
-                self.elsewhere[operator, tensor.device.type] = None
+                found = (operator, tensor.device.type)
+                if found not in self.elsewhere:
+                    self.elsewhere[found] = place_of(traceback.extract_stack())
             return
         storage = tensor.untyped_storage()
         known = self._storages.get(id(storage))
@@ -204,8 +209,10 @@ class TracedEngine(NativeEngine):
         self.monitor = DeviceMonitor(mode)
         self.sizes: dict[str, int] = {}
         self.part = "start"
-        with self.monitor:
-            super().__init__(job, fake_device.FakeDevice(fake_device.NAME), WorkerGroup(None), compile_backend)
+        # torch.compile compiles nothing under a mode that watches operators.
+        self.watching: Any = self.monitor if compile_backend is None else contextlib.nullcontext()
+        with self.watching:
+            super().__init__(job, fake_device.FakeDevice("neuron"), WorkerGroup(None), compile_backend)
         state = [self.optimizer.state(name) for name in self.optimizer.local]
         self.sizes["optimizer"] = storage_bytes(tree_leaves((state, self.optimizer.adamw.param_groups[0]["lr"])))
 
@@ -227,10 +234,11 @@ class TracedEngine(NativeEngine):
             self._mark_phases()
 
     def trace_step(self) -> None:
-        """One optimizer step. Of more than three micro-batches, the others are as the second."""
+        """One optimizer step. The first, second and last of its micro-batches differ, and no others."""
         training = self.job.training
-        micro_batches = [[None] * training.per_device_batch_size] * min(3, training.gradient_accumulation_steps)
-        with self.monitor:
+        count = min(MICRO_BATCHES, training.gradient_accumulation_steps)
+        micro_batches = [[None] * training.per_device_batch_size] * count
+        with self.watching:
             self.step(0, micro_batches, 1, training.learning_rate)
 
     @property
@@ -248,7 +256,8 @@ class TracedEngine(NativeEngine):
 
     def problems(self) -> list[str]:
         """Tensors that were on another device."""
-        return [f"{operator}: a tensor is on the device {device}" for operator, device in self.monitor.elsewhere]
+        found = self.monitor.elsewhere.items()
+        return [f"{operator}: a tensor is on the device {device}{place}" for (operator, device), place in found]
 
     # --- the engine's steps, marked
 
@@ -256,6 +265,9 @@ class TracedEngine(NativeEngine):
         with fake_device.host_values():
             batch = super()._host_batch(rows)
         return ModelBatch(*(None if tensor is None else self.mode.from_tensor(tensor) for tensor in batch))
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        return torch.ones((), device=self.device.torch)  # of a constant, fake mode would compute with values
 
     def _batch(self, rows: Sequence[Row | None]) -> ModelBatch:
         with self.monitor.paused():  # the transfer to the device has a tensor on the host
@@ -325,15 +337,27 @@ def storage_bytes(tensors: Any) -> int:
 
 def problem(error: Exception) -> str:
     """One line for an error of a traced step: what cannot run on the device, and where."""
-    place = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if any(f"/{package}/" in frame.filename for package in ("llama_lora", "transformers", "peft")):
-            place = f" ({'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno})"
+    text, place = " ".join(str(error).split())[:300], place_of(traceback.extract_tb(error.__traceback__))
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return f"{error.func}: its result depends on data{place}"
     if isinstance(error, UnsupportedOperatorException):
         return f"{error.func}: no rule for its shape is known{place}"
-    text = " ".join(str(error).split())
-    if "two different devices" in text:
-        return f"a tensor is on another device: {text[:300]}{place}"
-    return f"{type(error).__name__}: {text[:300]}{place}"
+    if "same device" in text or "different devices" in text:
+        return f"a tensor is on another device: {text}{place}"
+    if "Backend not supported for" in text:  # torch/_prims/rng_prims.py: it has rules for cpu, cuda, hpu and xpu only
+        return (
+            "run_and_save_rng_state: PyTorch has no rule for dropout that a compiled layer computes again. Set "
+            "lora.dropout: 0, training.activationCheckpointing: none or compile.mode: off."
+        )
+    return f"{type(error).__name__}: {text}{place}"
+
+
+def place_of(frames: traceback.StackSummary) -> str:
+    """The innermost line of code that is neither PyTorch's nor the trace's, as " (file:line)"."""
+    own = [Path(__file__), Path(fake_device.__file__)]
+    places = [
+        f" ({'/'.join(file.parts[-3:])}:{frame.lineno})"
+        for frame in frames
+        if (file := Path(frame.filename)) not in own and TORCH not in file.parents and file.suffix == ".py"
+    ]
+    return places[-1] if places else ""
