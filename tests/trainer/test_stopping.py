@@ -246,10 +246,10 @@ def trainer_with(run: Run, worker: str, launcher: str = "", stage: str = "train"
         "import sys; from pathlib import Path\n"
         "from llama_lora.backends import launch, stopping\nfrom llama_lora.cli import main\n"
         f"{launcher}"
-        "import llama_lora.stages.train as train, llama_lora.stages.compile as compile\n"
+        "import llama_lora.stages.train as train, llama_lora.backends.native.backend as native\n"
         "def command(stage, paths): return "
         f"[sys.executable, {str(patched)!r}, stage, str(paths.config), str(paths.workspace)]\n"
-        "train.worker_command = compile.worker_command = command\n"
+        "train.worker_command = native.worker_command = command\n"
         f"main([{stage!r}, '--config', {str(config)!r}, '--workspace', {str(run.workspace)!r}])\n"
     )
     return started([sys.executable, "-c", code])
