@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -74,6 +75,10 @@ def test_every_step_is_rehearsed_and_nothing_is_left(native_run: Callable[..., R
     assert "resuming from" in run("rehearse")
 
 
+@pytest.mark.skipif(
+    int(importlib.metadata.version("torch").split(".")[1]) < 13,
+    reason="backend native needs PyTorch 2.13: parallelize_module of 2.8 has base weights require gradients again",
+)
 def test_on_trainium_the_real_layout_is_traced(native_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_tracer(monkeypatch)
     run = native_run(
