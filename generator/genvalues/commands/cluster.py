@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from genvalues.common.errors import EXIT_USER_ERROR, UserError, user_errors_end_with_status_2
 
 STOPPED = 128 + signal.SIGTERM
+GRACE = 5.0  # seconds from SIGTERM to the end
 PREFLIGHT_PATIENCE_SECONDS = 8.0
 
 config_option = click.option(
@@ -25,6 +28,14 @@ config_option = click.option(
 @click.group()
 def cluster() -> None:
     """Commands for the chart's pods, which use the Kubernetes API."""
+
+
+def stop(number: int, frame: Any) -> NoReturn:
+    """Handle SIGTERM: exit with status 143, within GRACE seconds even if a request blocks what still has to be done."""
+    timer = threading.Timer(GRACE, os._exit, [STOPPED])
+    timer.daemon = True
+    timer.start()
+    sys.exit(STOPPED)
 
 
 def command(work: Callable[..., int]) -> Callable[..., None]:
@@ -38,7 +49,8 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
         from genvalues.cluster.trainer_client import TrainerCommandFailed
 
         # Without a handler, a container's first process ignores SIGTERM, and its pod takes 30 s longer to stop.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
+        signal.signal(signal.SIGTERM, stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent's mask is inherited
         try:
             status = work(**options)
         except NotAllowed as error:

@@ -111,7 +111,10 @@ def test_sigterm_ends_the_gate_at_once_and_leaves_the_job_running(
     with subprocess.Popen([PYTHON, "-c", code, *gate_arguments(config_file)]) as process:
         until(lambda: not (fake.get("pytorchjobs", OWN) or {})["spec"]["runPolicy"]["suspend"])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(3) == 143
+        try:
+            assert process.wait(20) == 143
+        finally:
+            process.kill()  # otherwise a failure waits until the gate gives up, for half an hour
     assert (fake.get("pytorchjobs", OWN) or {})["spec"]["runPolicy"]["suspend"] is False
 
 
@@ -173,7 +176,10 @@ def test_sigterm_stops_helm_with_the_runner(fake: FakeApi, runner_arguments: lis
         until((helm / "asked").exists)
         time.sleep(0.5)  # helm may run before Popen returns in the busy runner
         process.send_signal(signal.SIGTERM)
-        assert process.wait(3) == 143
+        try:
+            assert process.wait(20) == 143
+        finally:
+            process.kill()  # otherwise a failure waits until the gate gives up, for half an hour
     assert (helm / "stopped").exists()
 
 
