@@ -17,12 +17,7 @@ from genvalues.common.process import Command, Interrupted, run_together
 log = logging.getLogger(__name__)
 
 WHERE = "rehearse: trace"
-# python -m llama_lora.backends.native.trace, without TorchNeuron: its device has the name of the traced one.
-TRACER = """\
-import runpy, sys
-sys.modules["torch_neuronx"] = None
-runpy.run_module("llama_lora.backends.native.trace", run_name="__main__", alter_sys=True)
-"""
+TRACER = "llama_lora.backends.native.trace"
 FIX_PROBLEM = "Report it with the log of the stage, or set rehearse.enabled: false to train without a rehearsal."
 # Every instance type of backend native has the same: 24 GiB.
 CORE_MEMORY = min(instance.hbm for instance in TRAINIUM.values() if instance.generation.backend == "native")
@@ -34,8 +29,7 @@ def trace(config: Path, model: Path) -> dict[str, Any]:
     Raises UserError if it cannot be traced or does not fit.
     """
     lines: list[str] = []
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    command = Command("trace", tuple(tracer_command(config, model)), environment, config.parent)
+    command = Command("trace", tuple(tracer_command(config, model)), dict(os.environ), config.parent)
     try:
         status = run_together([command], lambda name, line: lines.append(line))
     except Interrupted as interrupted:
@@ -56,7 +50,7 @@ def trace(config: Path, model: Path) -> dict[str, Any]:
 
 def tracer_command(config: Path, model: Path) -> list[str]:
     """The command of the trace. The last line of its output is a JSON object."""
-    return [sys.executable, "-c", TRACER, "--config", str(config), "--model", str(model / "config.json")]
+    return [sys.executable, "-m", TRACER, "--config", str(config), "--model", str(model / "config.json")]
 
 
 def read_summary(lines: Sequence[str]) -> dict[str, Any] | None:

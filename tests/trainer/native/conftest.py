@@ -17,6 +17,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # before the first fork: threads do not survive it
     with torch.no_grad():  # import what compiling needs; a backward would start a thread
         torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.ones(1))
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ Exit status: 0 with the JSON object, also if there are problems; 2 if the user m
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +61,11 @@ def trace(config: run_config.RunConfig, model: Any, all_layers: bool = False) ->
     job = training_job(config)
     world = config.parallelism.data_parallel_size * config.parallelism.tensor_parallel_size
     tracing = Tracing(job, model, world)
+    graphs = tracing.graphs() if config.compile.mode == "layers" else 0
     found = tracing.worker_bytes(0, all_layers)
     if tracing.uneven:  # FSDP gives the last workers less, or nothing, of each parameter
         last = tracing.worker_bytes(world - 1, all_layers)
         found = {term: max(found[term], last[term]) for term in TERMS}
-    graphs = tracing.graphs() if config.compile.mode == "layers" else 0
     seconds = round(time.monotonic() - started, 1)
     return Trace(world, found, sorted(tracing.operators), graphs, seconds, tracing.problems)
 
@@ -89,27 +89,32 @@ class Tracing:
         return sizes(self.engine(rank, LAYERS), self.engine(rank, LAYERS + 1), LAYERS, layers)
 
     def engine(self, rank: int, layers: int, compile_backend: str | None = None) -> TracedEngine | None:
-        """Run a step of a worker of a model with so many layers. None if there are problems."""
+        """Run a step of a worker of a model with so many layers. None if it cannot run to its end."""
         from llama_lora.backends.native import fake_device
         from llama_lora.backends.native.traced import TracedEngine, problem
 
-        if self.problems:
-            return None
-        engine = None
         try:
             with fake_device.opened(self.world, rank) as mode:
                 engine = TracedEngine(self.job, with_layers(self.model, layers), mode, compile_backend)
                 engine.trace_step()
         except Exception as error:
-            self.problems.append(problem(error))
+            self.add_problems([problem(error)])
             return None
         self.uneven = self.uneven or engine.uneven
         self.operators |= engine.monitor.operators
-        self.problems += engine.problems()
+        self.add_problems(engine.problems())
         return engine
 
+    def add_problems(self, found: list[str]) -> None:
+        """Add what other traces have not found."""
+        self.problems += [problem for problem in found if problem not in self.problems]
+
     def graphs(self) -> int:
-        """The graphs of a run: all layers share those of one."""
+        """The graphs of a run: further layers share those of the second.
+
+        Call it before other traces: with tensor parallelism the first layer of a process can have a graph of its own,
+        because PyTorch keeps the mesh of the first DTensor of each kind and a graph depends on which object that is.
+        """
         from torch._dynamo.utils import counters
 
         counters.clear()
@@ -181,21 +186,16 @@ def read_model(config: run_config.RunConfig, file: Path | None) -> Any:
 @click.option("--model", "model_file", type=click.Path(path_type=Path), help="The model's config.json.")
 @user_errors_end_with_status_2
 def main(config_file: Path, model_file: Path | None) -> None:
-    check_name_is_free()
+    hide_torch_neuronx()
     config = run_config.load(config_file)
     found = trace(config, read_model(config, model_file))
     click.echo(json.dumps(dataclasses.asdict(found)))
 
 
-def check_name_is_free() -> None:
-    """Raise UserError where TorchNeuron is installed: its device has the name. PyTorch must not load it by itself."""
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    if importlib.util.find_spec("torch_neuronx") is not None:
-        raise UserError(
-            "torch_neuronx is installed: its device has the name of the traced one",
-            where="trace",
-            fix="Trace in an environment without it, such as pip install 'llama-lora[trainer]'.",
-        )
+def hide_torch_neuronx() -> None:
+    """Make TorchNeuron unavailable to this process: its device has the name of the traced one."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # read by the import of torch
+    sys.modules["torch_neuronx"] = None  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -344,11 +344,6 @@ def problem(error: Exception) -> str:
         return f"{error.func}: no rule for its shape is known{place}"
     if "same device" in text or "different devices" in text:
         return f"a tensor is on another device: {text}{place}"
-    if "Backend not supported for" in text:  # torch/_prims/rng_prims.py: it has rules for cpu, cuda, hpu and xpu only
-        return (
-            "run_and_save_rng_state: PyTorch has no rule for dropout that a compiled layer computes again. Set "
-            "lora.dropout: 0, training.activationCheckpointing: none or compile.mode: off."
-        )
     return f"{type(error).__name__}: {text}{place}"
 
 
