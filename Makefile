@@ -46,9 +46,9 @@ test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/trainer/xla
 
-# What runs in the image of backend xla, with its versions of the libraries. docs/testing.md
+# What runs in the image of backend xla, with its versions of the libraries; tests/trainer/xla runs here alone. docs/testing.md
 test-xla: $(READY_XLA)
 	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native --ignore=tests/trainer/test_image_pins.py
 
