@@ -22,11 +22,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """The values of a run, in the order of the chart's values.yaml. The inputs' chartValues are merged last."""
     instance = trainium(inputs.instance)
     layout = plan.layout
-    evaluation, rehearses = inputs.evaluation, inputs.rehearse.enabled
-    if rehearses is None:
-        rehearses = instance is not None
-    if evaluation.enabled is None:
-        evaluation = evaluation.model_copy(update={"enabled": inputs.dataset.eval_fraction > 0})
+    evaluation = inputs.evaluation.model_copy(update={"enabled": inputs.evaluates})
     values = {
         "name": inputs.name,
         "instance": inputs.instance,
@@ -48,7 +44,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
             "dataParallelSize": layout.data_parallel,
             "shardSize": layout.shard_size,
         },
-        "rehearse": {"enabled": rehearses},
+        "rehearse": {"enabled": inputs.rehearses},
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),
@@ -58,7 +54,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     }
     if instance:
         trains, holds_model = {"resources": instance.resources}, {"resources": HOLDS_8B}
-        values["stages"] = {"rehearse": holds_model} if rehearses else {}
+        values["stages"] = {"rehearse": holds_model} if inputs.rehearses else {}
         values["stages"] |= {"compile": trains, "train": trains}
         if inputs.probe.rows:
             values["stages"] |= {"consolidate": holds_model, "merge": holds_model}

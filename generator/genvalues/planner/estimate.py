@@ -28,6 +28,7 @@ UTILIZATION: dict[str, Range] = {"xla": (0.08, 0.22), "native": (0.02, 0.10)}
 # layers share: 5 to 10 minutes before the first step in the report above; the upper end is an assumption.
 COMPILE_HOURS: dict[str, Range] = {"xla": (0.5, 1.0), "native": (0.1, 0.5)}
 COLLECT_HOURS: Range = (0.1, 0.3)  # compile.runsOn cpu: the nodes only trace the graphs, a CPU node compiles them
+REHEARSE_HOURS: Range = (0.02, 0.15)  # two processes, a model of two layers and the trace: an assumption
 START_HOURS: Range = (0.1, 0.3)  # start the pod, read the model from FSx, load the graphs: an assumption
 # A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/neuron.md, 135M
 # parameters: 1 TFLOP in 75 to 100 s), times eight; the upper end assumes AMX.
@@ -191,6 +192,7 @@ def cpu_node_hours(
     eval_tokens: Range,
     generated_tokens: int,
     compile_on_cpu: bool,
+    rehearses: bool,
 ) -> dict[str, Range]:
     """Node-hours of the stages on CPU nodes with 16 vCPU. ``eval_tokens`` (0, 0): no evaluation.
 
@@ -204,6 +206,8 @@ def cpu_node_hours(
         "consolidate": plus(probe, moved, (0.02, 0.05)),
         "merge": plus(probe, times(moved, 2), (0.02, 0.05)),
     }
+    if rehearses:
+        stages["rehearse"] = REHEARSE_HOURS
     if compile_on_cpu:
         stages["neff"] = (0.5, 1.5)
     if eval_tokens[1]:

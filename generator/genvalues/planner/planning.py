@@ -178,16 +178,16 @@ def estimate_of(
     if architecture is None or instance is None:
         return None
     evaluation, probe = inputs.evaluation, inputs.probe
-    evaluates = inputs.dataset.eval_fraction > 0 if evaluation.enabled is None else evaluation.enabled
     # Held-out examples are not packed: each is one row with its own length.
     examples = facts.examples or facts.of_hub
     example_tokens = examples.tokens(run.length) if examples else (min(dataset.SHORTEST, run.length), run.length)
     stages = cpu_node_hours(
         architecture,
         probe_tokens=probe.rows * min(probe.max_tokens, run.length),
-        eval_tokens=times(example_tokens, evaluation.max_rows) if evaluates else (0, 0),
+        eval_tokens=times(example_tokens, evaluation.max_rows) if inputs.evaluates else (0, 0),
         generated_tokens=evaluation.samples * evaluation.max_new_tokens,
         compile_on_cpu=run.compile_on_cpu,
+        rehearses=inputs.rehearses,
     )
     return estimate(architecture, run, instance, layout, todo, price, stages)
 

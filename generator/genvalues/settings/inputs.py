@@ -186,6 +186,17 @@ class Inputs(Block):
         """The backend of the inputs, or else that of the instance type."""
         return self.backend or default_backend(self.instance)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the evaluate stage runs; left out: if there are held-out examples."""
+        enabled = self.evaluation.enabled
+        return self.dataset.eval_fraction > 0 if enabled is None else enabled
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether the rehearse stage runs; left out: on Trainium."""
+        return not self.on_cpu if self.rehearse.enabled is None else self.rehearse.enabled
+
 
 def inputs_from(written: dict[str, Any]) -> Inputs:
     """The inputs of a file that the JSON schema accepts."""

@@ -156,14 +156,16 @@ def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
 def test_stages_on_cpu_nodes_are_counted_separately() -> None:
     assert LLAMA_8B is not None
     wanted = {"probe_tokens": 4096, "generated_tokens": 512}
-    stages = cpu_node_hours(LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, **wanted)
-    assert list(stages) == ["tokenize", "consolidate", "merge", "neff", "evaluate"]
+    stages = cpu_node_hours(
+        LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, rehearses=True, **wanted
+    )
+    assert list(stages) == ["tokenize", "consolidate", "merge", "rehearse", "neff", "evaluate"]
     assert all(0 < low <= high for low, high in stages.values())
     low, high = (2 * 2 * LLAMA_8B.matrix_parameters * 256 / 3600 * each for each in (100 / 1.5e12, 2048 / 0.1e12))
     assert low < stages["evaluate"][0] < 10 * low, "base and merged, one forward pass each"
     assert high < stages["evaluate"][1] < 2 * high
-    without = cpu_node_hours(LLAMA_8B, eval_tokens=(0, 0), compile_on_cpu=False, **wanted)
-    assert {"neff", "evaluate"}.isdisjoint(without)
+    without = cpu_node_hours(LLAMA_8B, eval_tokens=(0, 0), compile_on_cpu=False, rehearses=False, **wanted)
+    assert {"rehearse", "neff", "evaluate"}.isdisjoint(without)
 
 
 def test_every_assumption_has_a_source() -> None:

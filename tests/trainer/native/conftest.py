@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import peft  # noqa: F401  imported once, before the workers are forked
@@ -15,9 +16,8 @@ from trainer.conftest import make_model
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # before the first fork: threads do not survive it
-    with torch.no_grad():  # import what compiling needs; a backward would start a thread
-        torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.ones(1))
-    torch._dynamo.utils.counters.clear()
+    for name in ("torch._dynamo.convert_frame", "torch._functorch.aot_autograd", "torch._inductor.compile_fx"):
+        importlib.import_module(name)  # torch.compile imports them, for seconds in each fork
 
 
 @pytest.fixture(autouse=True)
