@@ -1,4 +1,4 @@
-"""Runs on the Neuron backend, where its libraries are: on a Trainium node, or a CPU in its place (docs/neuron-xla.md)."""
+"""Runs on backend xla, where its libraries are: on a Trainium node, or a CPU in its place (docs/neuron-xla.md)."""
 
 from __future__ import annotations
 

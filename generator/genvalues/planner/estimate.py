@@ -29,8 +29,8 @@ UTILIZATION: dict[str, Range] = {"xla": (0.08, 0.22), "native": (0.02, 0.10)}
 COMPILE_HOURS: dict[str, Range] = {"xla": (0.5, 1.0), "native": (0.1, 0.5)}
 COLLECT_HOURS: Range = (0.1, 0.3)  # compile.runsOn cpu: the nodes only trace the graphs, a CPU node compiles them
 START_HOURS: Range = (0.1, 0.3)  # start the pod, read the model from FSx, load the graphs: an assumption
-# A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/pipeline.md, 135M
-# parameters: 1 TFLOP in 75 to 100 s), times eight; the upper end assumes AMX.
+# A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/pipeline.md:
+# 135M parameters, 1 TFLOP in 75 to 100 s), times eight; the upper end assumes AMX.
 CPU_FLOPS: Range = (0.1e12, 1.5e12)
 DOWNLOAD: Range = (100e6, 500e6)  # bytes per second, from the Hub, S3 and FSx to a pod
 CPU_MEMORY: Range = (10e9, 100e9)  # bytes per second at which a CPU node reads weights
