@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from chart.manifests import MINIMAL, config, merged, pods, render
 from draw_pipeline import PICTURE, VALUES, attached, picture, stages_of
 from genvalues.cli import genvalues
+from genvalues.common.helm import find_helm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "chart/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,3 +101,24 @@ def test_the_commands_of_operations_md_use_only_what_its_first_lines_set() -> No
     for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE):
         for line in block.splitlines():
             assert line.count("'") % 2 == 0 and line.count('"') % 2 == 0, line
+
+
+def test_the_commands_of_the_acceptance_run_change_the_charts_job_of_train() -> None:
+    text = (ROOT / "docs/neuron.md").read_text(encoding="utf-8")
+    section = text[text.index("## The acceptance run") :].replace("\\\n", "")
+    [render_command] = re.findall(r'RENDER="helm (.+)"', section)
+    [(template, edits)] = re.findall(r"\$RENDER (templates/train/\S+) \| sed (.+?) \|", section)
+    options = render_command.replace("$R", "r").replace("$NS", "ns").replace("values.yaml", "values/trn2.values.yaml")
+    command = [find_helm(), *options.split(), template]
+    rendered = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for expression in shlex.split(edits.replace("-e ", "")):
+        before, after = re.fullmatch(r"s/(.+)/(.+)/", expression).groups()  # type: ignore[union-attr]
+        assert rendered.count(before) == 1, expression
+        rendered = rendered.replace(before, after)
+    spec = yaml.safe_load(rendered)["spec"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    assert not spec["runPolicy"]["suspend"] and worker["restartPolicy"] == "Never"
+    [container] = worker["template"]["spec"]["containers"]
+    assert container["command"][:2] == ["llama-lora", "acceptance"]
+    for stage in re.findall(r"for STAGE in (.+?);", section)[0].split():
+        assert (ROOT / f"chart/templates/{stage}/job.yaml").is_file()

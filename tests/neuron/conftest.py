@@ -1,4 +1,4 @@
-"""Runs on the Neuron backend, where its libraries are: on a Trainium node, or a CPU in its place (docs/neuron.md)."""
+"""Runs on backend xla, where its libraries are: on a Trainium node, or a CPU in its place (docs/neuron-xla.md)."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents and "test_graphs.py" not in item.path.name:
             item.add_marker(pytest.mark.neuron)
             if missing:
-                item.add_marker(pytest.mark.skip(f"need {missing}: docs/neuron.md"))
+                item.add_marker(pytest.mark.skip(f"need {missing}: docs/neuron-xla.md"))
 
 
 def missing_libraries() -> str:

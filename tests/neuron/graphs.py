@@ -1,6 +1,6 @@
 """Compare the XLA graphs of two runs by XLA's text dumps.
 
-Run the workers of compile and of train, or of any two runs, wherever torch-xla runs (docs/neuron.md), with separate
+Run the workers of compile and of train, or of any two runs, wherever torch-xla runs (docs/neuron-xla.md), with separate
 
     XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text"
 

@@ -338,7 +338,7 @@ def test_ranks_with_different_tensors_are_an_error(checkpoint_of: Callable[[str]
 
 
 def test_a_replicated_factor_that_differs_between_ranks_is_an_error_with_the_difference(qv: Path) -> None:
-    """What optimum-neuron 0.4.5 leaves without a correction (docs/neuron.md, defect A)."""
+    """What optimum-neuron 0.4.5 leaves without a correction (docs/neuron-xla.md, defect A)."""
     for name, difference in ((Q_A, 0.25), (Q_A.replace("q_proj", "v_proj"), 0.0625)):
 
         def drifted(tensor: torch.Tensor, difference: float = difference) -> torch.Tensor:

@@ -30,8 +30,8 @@ COMPILE_HOURS: dict[str, Range] = {"xla": (0.5, 1.0), "native": (0.1, 0.5)}
 COLLECT_HOURS: Range = (0.1, 0.3)  # compile.runsOn cpu: the nodes only trace the graphs, a CPU node compiles them
 REHEARSE_HOURS: Range = (0.02, 0.15)  # two processes, a model of two layers and the trace: an assumption
 START_HOURS: Range = (0.1, 0.3)  # start the pod, read the model from FSx, load the graphs: an assumption
-# A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/neuron.md, 135M
-# parameters: 1 TFLOP in 75 to 100 s), times eight; the upper end assumes AMX.
+# A CPU node with 16 vCPU, in bf16 with torch. The lower end is the probe's time on two busy cores (docs/pipeline.md:
+# 135M parameters, 1 TFLOP in 75 to 100 s), times eight; the upper end assumes AMX.
 CPU_FLOPS: Range = (0.1e12, 1.5e12)
 DOWNLOAD: Range = (100e6, 500e6)  # bytes per second, from the Hub, S3 and FSx to a pod
 CPU_MEMORY: Range = (10e9, 100e9)  # bytes per second at which a CPU node reads weights
@@ -239,7 +239,7 @@ def assumptions(run: Run) -> list[tuple[str, str]]:
         (f"starting and loading the model take {START_HOURS[0]:g} to {START_HOURS[1]:g} h", "assumed"),
         (
             f"a CPU node reaches {CPU_FLOPS[0] / 1e12:g} to {CPU_FLOPS[1] / 1e12:g} TFLOP/s in bf16",
-            "lower end: measured on two cores, times eight, docs/neuron.md; upper end: assumed, with AMX",
+            "lower end: measured on two cores, times eight, docs/pipeline.md; upper end: assumed, with AMX",
         ),
         ("padding takes as long as tokens", "rows are padded to maxSequenceLength"),
     ]

@@ -265,7 +265,7 @@ def raise_failures(stage: Stage, failures: Mapping[str, str], broken: list[str],
             raise UserError(
                 what,
                 where=str(log_file),
-                fix="Change a setting of the graph (docs/neuron.md), or use another image. A rerun retries.",
+                fix="Change a setting of the graph (docs/neuron-xla.md), or use another image. A rerun retries.",
             )
         raise Unavailable(f"{log_file}: {what}A rerun retries them. A compiler that was killed needs more memory.")
     if broken:

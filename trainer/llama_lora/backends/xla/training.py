@@ -2,8 +2,8 @@
 
 The loop is the project's (``loop``), because the trainer of optimum-neuron 0.4.5 has silent defects: the scheduler's
 learning rate does not reach the optimizer, padding is trained on, the loss is a mean of the workers' means, and a
-training cannot be resumed (docs/neuron.md, defects B, C and D). ``_sum_replicated_gradients`` corrects the gradients of
-its model (defect A), and ``_check_replicas`` verifies the result.
+training cannot be resumed (docs/neuron-xla.md, defects B, C and D). ``_sum_replicated_gradients`` corrects the
+gradients of its model (defect A), and ``_check_replicas`` verifies the result.
 """
 
 from __future__ import annotations
