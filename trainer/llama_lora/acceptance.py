@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genvalues.accelerators.architectures import from_config, target_names
+from genvalues.accelerators.architectures import Architecture, from_config, target_names
 from genvalues.accelerators.memory import Step
 from genvalues.accelerators.native_memory import NativeMemory, native_memory
 from genvalues.common import files
@@ -26,12 +26,14 @@ from genvalues.common.errors import UserError, write_errors_as_user_errors
 from llama_lora import acceptance_checks as checks
 from llama_lora import backends, probe
 from llama_lora.acceptance_checks import Check
+from llama_lora.backends.base import TrainingJob
 from llama_lora.config import RunConfig
 from llama_lora.layout_trace import CORE_MEMORY
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_metrics
 from llama_lora.small_run import first_rows, other_stage, write_rows, write_tokenized
 from llama_lora.stage import LIBRARIES, Stage, installed_versions, now
+from llama_lora.stages.train import training_job
 
 log = logging.getLogger(__name__)
 
@@ -305,32 +307,27 @@ def digests(training: Training) -> dict[str, str]:
 
 
 def check_memory(trainings: Trainings) -> Check:
-    whole, device = trainings["whole"], trainings.config.device
-    planned = planned_memory(whole.stage.config, trainings.model)
+    whole = trainings["whole"]
+    model = from_config(json.loads((trainings.model / "config.json").read_text(encoding="utf-8")))
     allocated = max((step["memory"].get("allocated", 0) for step in whole.measured), default=0)
-    return checks.planned_memory(device, allocated, planned)
+    return checks.planned_memory(trainings.config.device, allocated, planned_memory(training_job(whole.stage), model))
 
 
-def planned_memory(config: RunConfig, model: Path) -> NativeMemory:
+def planned_memory(job: TrainingJob, model: Architecture) -> NativeMemory:
     """The memory of one worker as `genvalues plan` computes it."""
-    training, layout = config.training, config.parallelism
+    training, layout = job.training, job.parallelism
     step = Step(
         length=training.max_sequence_length,
         rows=training.per_device_batch_size,
         attention=training.attention,
         checkpointing=training.activation_checkpointing,
-        r=config.lora.r,
-        targets=tuple(target_names(config.lora.target_modules)),
-        dropout=config.lora.dropout > 0,
+        r=job.lora.r,
+        targets=tuple(target_names(job.lora.target_modules)),
+        dropout=job.lora.dropout > 0,
     )
-    return native_memory(
-        from_config(json.loads((model / "config.json").read_text(encoding="utf-8"))),
-        step,
-        layout.tensor_parallel_size,
-        layout.shard_size,
-        CORE_MEMORY,
-        accumulates=training.gradient_accumulation_steps > 1,
-    )
+    accumulates = training.gradient_accumulation_steps > 1
+    size, shard = layout.tensor_parallel_size, layout.shard_size
+    return native_memory(model, step, size, shard, CORE_MEMORY, accumulates=accumulates)
 
 
 CHECKS: Mapping[str, Callable[[Trainings], Check]] = {
