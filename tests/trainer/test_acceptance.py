@@ -15,8 +15,9 @@ import pytest
 from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.common.errors import UserError
 from llama_lora import acceptance_checks as checks
-from llama_lora.acceptance import CHECKS, LAUNCHES, SAVE_STEPS, STEPS
+from llama_lora.acceptance import CHECKS
 from llama_lora.acceptance_checks import Check
+from llama_lora.acceptance_trainings import LAUNCHES, SAVE_STEPS, STEPS
 from llama_lora.backends.native.engine import NativeEngine
 from llama_lora.config import Parallelism
 from llama_lora.probe import ProbeRecord
