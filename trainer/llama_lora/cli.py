@@ -1,4 +1,4 @@
-"""The ``llama-lora`` command: one command per stage, ``fingerprint`` and ``verify``."""
+"""The ``llama-lora`` command: one command per stage, ``fingerprint``, ``verify`` and ``acceptance``."""
 
 from __future__ import annotations
 
@@ -86,15 +86,45 @@ def verify(name: str, config_file: Path | None, workspace: Path | None) -> None:
     click.echo(stage.verify_outputs(name, *load_run(config_file, workspace)))
 
 
+@main.command(name="acceptance", short_help="Check a device with a few steps of a run.")
+@config_option
+@workspace_option
+@user_errors_end_with_status_2
+def acceptance_command(config_file: Path | None, workspace: Path | None) -> None:
+    """Train a few steps of a run on its device, and print PASS, FAIL or SKIP for each check (docs/neuron.md).
+
+    Run it on every node of the run. It changes nothing of the run and writes acceptance.json into its folder.
+    Exit status: 0 nothing failed, 1 a check failed, 2 the user must change something.
+    """
+    require_torch()
+    stopping.exit_on_sigterm()
+    from llama_lora.acceptance import acceptance
+    from llama_lora.acceptance_checks import passed
+
+    config, paths = load_run(config_file, workspace)
+    found = []
+    for check in acceptance(config, paths):
+        click.echo(str(check))
+        found.append(check)
+    click.echo(f"written to {paths.acceptance}")
+    if not passed(found):
+        sys.exit(1)
+
+
+def require_torch() -> None:
+    """Raise UserError if the trainer's libraries are not installed."""
+    if importlib.util.find_spec("torch") is None:
+        needed = "pip install 'llama-lora[trainer]'"
+        raise UserError("torch is not installed", fix=f"Install what the stages need: {needed}.")
+
+
 def stage_command(declared: stage.Declaration) -> click.Command:
     """Build the command of a stage. It runs with --config, or, if the stage has a tool, with all options of that."""
     tool_options = list(inspect.signature(declared.tool).parameters) if declared.tool else []
 
     @user_errors_end_with_status_2
     def command(config_file: Path | None, workspace: Path | None, **folders: Path | None) -> None:
-        if importlib.util.find_spec("torch") is None:
-            needed = "pip install 'llama-lora[trainer]'"
-            raise UserError("torch is not installed", fix=f"Install what the stages need: {needed}.")
+        require_torch()
         stopping.exit_on_sigterm()
         given = [name for name in tool_options if folders[name] is not None]
         if not given:

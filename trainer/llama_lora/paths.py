@@ -90,6 +90,16 @@ class Paths:
         return self.run / "small-run"
 
     @property
+    def acceptance_trainings(self) -> Path:
+        """The workspace of the trainings of `llama-lora acceptance`."""
+        return self.run / "acceptance"
+
+    @property
+    def acceptance(self) -> Path:
+        """The result of `llama-lora acceptance`."""
+        return self.run / "acceptance.json"
+
+    @property
     def adapter(self) -> Path:
         return self.run / "adapter"
 

@@ -77,6 +77,21 @@ def measure(dataset: Sequence[Row], settings: config.Probe, loss_of: Callable[[R
     return ProbeRecord(list(rows), settings.max_tokens, losses, [trained_tokens(row) for row in rows.values()])
 
 
+def recompute(recorded: ProbeRecord, dataset: Sequence[Row], model: Any, isolated: bool) -> ProbeRecord:
+    """Measure the rows of a probe with a transformers model."""
+    import torch
+
+    from llama_lora.data.batches import make_batch
+    from llama_lora.losses import loss_sum
+
+    losses = []
+    with torch.no_grad():
+        for number in track(recorded.rows, "probe row", len(recorded.rows)):
+            row = truncate(dataset[number], recorded.max_tokens)
+            losses.append(loss_sum(model, make_batch([row], isolated)).item())
+    return ProbeRecord(recorded.rows, recorded.max_tokens, losses, recorded.tokens)
+
+
 def verify_loss(
     recorded: ProbeRecord, dataset: Sequence[Row], settings: config.Probe, model: Any, isolated: bool, what: Path
 ) -> str:
@@ -84,22 +99,12 @@ def verify_loss(
 
     Raises UserError if the mean losses differ by more than ``settings.tolerance`` nats per trained token.
     """
-    import torch
-
-    from llama_lora.data.batches import make_batch
-    from llama_lora.losses import loss_sum
-
     recorded = recorded.first(settings.rows)
-    losses = []
-    with torch.no_grad():
-        for number in track(recorded.rows, "probe row", len(recorded.rows)):
-            row = truncate(dataset[number], recorded.max_tokens)
-            losses.append(loss_sum(model, make_batch([row], isolated)).item())
-    recomputed = ProbeRecord(recorded.rows, recorded.max_tokens, losses, recorded.tokens)
+    recomputed = recompute(recorded, dataset, model, isolated)
     difference = abs(recomputed.loss - recorded.loss)
     comparison = (
-        f"the loss of {len(losses)} rows ({sum(recorded.tokens)} trained tokens) was {recorded.loss:.5f} when the last "
-        f"checkpoint was saved, and is now {recomputed.loss:.5f}"
+        f"the loss of {len(recorded.rows)} rows ({sum(recorded.tokens)} trained tokens) was {recorded.loss:.5f} when "
+        f"the last checkpoint was saved, and is now {recomputed.loss:.5f}"
     )
     if not difference <= settings.tolerance:
         raise UserError(

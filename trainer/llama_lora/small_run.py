@@ -114,13 +114,13 @@ def make_small_model(model: Path, folder: Path) -> None:
     files.write_json(folder / "config.json", config)  # save_pretrained writes it as transformers spells it
 
 
-def first_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
-    """The first rows with a trained token, each cut to ROW_TOKENS. Raises UserError if there are none."""
+def first_rows(rows: Sequence[Row], count: int = ROWS, tokens: int = ROW_TOKENS) -> list[Row]:
+    """The first rows with a trained token, each cut to ``tokens``. Raises UserError if there are none."""
     found: list[Row] = []
     for number in range(len(rows)):
         row = rows[number]
         if any(label != IGNORED for label in row["labels"][1:]):
-            found.append(trained_window(row, ROW_TOKENS))
+            found.append(trained_window(row, tokens))
             if len(found) == count:
                 return found
     if not found:
@@ -134,18 +134,28 @@ def first_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
 
 def make_small_run(stage: Stage, model: Path, rows: Sequence[Row]) -> Stage:
     """Make the small run's folder with tokenize done, as its stage ``tokenize``; the caller deletes the folder."""
-    from datasets import Dataset
-
     config = small_config(stage.config)
     paths = Paths(stage.paths.small_run, config.name)
-    paths.run.mkdir(parents=True)
-    files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
-    shutil.copyfile(stage.paths.resolved, paths.resolved)
     make_small_model(model, paths.models / "small")
-    Dataset.from_list(list(rows)).save_to_disk(paths.datasets / "small" / "train")
+    write_rows(rows, paths.datasets / "small")
+    return write_tokenized(config, paths, stage.paths.resolved, paths.models / "small", paths.datasets / "small")
+
+
+def write_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Write rows as a dataset that workers read."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    Dataset.from_list(list(rows)).save_to_disk(folder / "train")
+
+
+def write_tokenized(config: RunConfig, paths: Paths, resolved: Path, model: Path, dataset: Path) -> Stage:
+    """Write the files of a run whose tokenize has made ``model`` and ``dataset``; its stage ``tokenize``."""
+    files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
+    files.write_bytes(paths.resolved, resolved.read_bytes())
     tokenized = Stage("tokenize", config, paths)
-    tokenized.facts = {"model": "models/small", "dataset": "datasets/small"}
-    tokenized.finish([paths.models, paths.datasets])
+    tokenized.facts = {"model": str(model), "dataset": str(dataset)}  # absolute, which joins with any workspace
+    tokenized.finish([])
     return tokenized
 
 

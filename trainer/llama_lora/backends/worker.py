@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
@@ -15,6 +16,7 @@ from genvalues.common.log import configure
 from llama_lora import backends, environment  # environment sets the variables that torch reads at import
 from llama_lora import config as run_config
 from llama_lora.backends import launch, stopping
+from llama_lora.backends.base import Backend
 from llama_lora.paths import Paths
 from llama_lora.stage import Stage, declaration
 
@@ -24,14 +26,19 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(stage_name: str, config_file: str, workspace: str) -> None:
-    """Run the worker function of a stage. The launcher reads a UserError's message from a file, and reports it once."""
+    """Run the worker function of a stage."""
+    work = declaration(stage_name).worker
+    assert work is not None, f"{stage_name} has no workers"
+    run(stage_name, config_file, workspace, work)
+
+
+def run(stage_name: str, config_file: str, workspace: str, work: Callable[[Stage, Backend], None]) -> None:
+    """Run ``work``. The launcher reads a UserError's message from a file, and reports it once."""
     configure(environment.verbosity())
     die_with_launcher()
     try:
         config = run_config.load(Path(config_file))
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
-        work = declaration(stage_name).worker
-        assert work is not None, f"{stage_name} has no workers"
         backend = backends.get(config.backend)
         with stack_traces(stage), backend.using_cache(stage):
             work(stage, backend)

@@ -14,9 +14,10 @@ from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.base import Adapter, TrainingJob, TrainingResult
 from llama_lora.backends.launch import run_workers, worker_command
 from llama_lora.backends.native import compiling, rules, shards
-from llama_lora.backends.native.devices import open_device
+from llama_lora.backends.native.devices import Device, open_device
 from llama_lora.backends.native.engine import NativeEngine
 from llama_lora.backends.provenance import check_compiled
+from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.config import RunConfig
 from llama_lora.stage import Stage
 
@@ -58,9 +59,15 @@ class NativeBackend:
 
     def train(self, job: TrainingJob, finish: Callable[[TrainingResult], None]) -> None:
         device, workers = open_device(job.device)
-        compile_backend = device.type if device.static_shapes and job.compile.mode == "layers" else None
-        loop.run_training(job, NativeEngine(job, device, workers, compile_backend), workers, finish)
+        loop.run_training(job, self.make_engine(job, device, workers), workers, finish)
         dist.destroy_process_group()
+
+    def make_engine(self, job: TrainingJob, device: Device, workers: WorkerGroup) -> NativeEngine:
+        return NativeEngine(job, device, workers, self.compile_backend(job, device))
+
+    def compile_backend(self, job: TrainingJob, device: Device) -> str | None:
+        """What torch.compile compiles each decoder layer with; None to compute eagerly."""
+        return device.type if device.static_shapes and job.compile.mode == "layers" else None
 
     def read_adapter(self, checkpoint: Path, base: Path | None) -> Adapter:
         """Read the adapter from the parts of all workers, without a model or a process group."""

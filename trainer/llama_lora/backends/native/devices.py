@@ -68,6 +68,13 @@ def check_installed(device: DeviceType) -> None:
         raise UserError(
             "PyTorch finds no CUDA device", where="device", fix="Run on a node with one, or set device: cpu."
         )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda" and torch.cuda.device_count() < processes:
+        raise UserError(
+            f"{processes} processes, but PyTorch finds {torch.cuda.device_count()} CUDA devices on this node",
+            where="parallelism.processesPerNode",
+            fix="Write the number of devices.",
+        )
     if device != "neuron":
         return
     if importlib.util.find_spec(NEURON_LIBRARY) is None:
