@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ LEAST_FALL = 0.15  # of the held-out loss, which falls by 0.19 in 60 steps; less
 
 
 def main() -> int:
-    """Run the demo. Returns the status of a failing stage, 1 if the held-out loss fell too little, else 0."""
+    """Run the demo. Returns the status of a failing stage, 1 if the held-out loss fell too little or a stage warned."""
     began = time.monotonic()
     demo = Path("demo")
     rows = docstrings.write_rows(demo / "docstrings.jsonl")
@@ -45,6 +46,9 @@ def main() -> int:
     fell = print_result(run)
     print(f"The demo took {duration(time.monotonic() - began)}.")
     print("\n".join(next_steps(run)), flush=True)
+    if warned := warnings_in(run.parents[1]):
+        print("The stages have warnings:", *warned, sep="\n  ", file=sys.stderr)
+        return 1
     if fell < LEAST_FALL:
         print(f"The held-out loss fell by {fell:.1%}; at least {LEAST_FALL:.0%} is expected.", file=sys.stderr)
         return 1
@@ -56,6 +60,12 @@ def local_command(inputs: Path, settings: dict[str, object], workspace: Path) ->
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
     genvalues = str(Path(sys.executable).with_name("genvalues"))
     return [genvalues, "--quiet", "local", str(inputs), "--workspace", str(workspace), *options]
+
+
+def warnings_in(workspace: Path) -> list[str]:
+    """Lines of the stages' logs that make a reader ask what is wrong."""
+    lines = [line for log in sorted(workspace.rglob("*.log")) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if re.search(r"(?i)warning|gloo|c10d", line)]
 
 
 def smollm2() -> Path:
