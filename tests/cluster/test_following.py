@@ -179,7 +179,7 @@ def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
         "instance": "cpu",
         "nodes": chart_values["parallelism"]["nodes"],
         "cpu": {"processes": 1},
-        "chartValues": chart_values,
+        "chartValues": {**chart_values, "backend": "xla"},  # of the instance in these values
     }
     file = folder / "finetune.yaml"
     file.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects

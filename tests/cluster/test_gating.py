@@ -23,6 +23,7 @@ def test_the_values_of_an_instance_type_install_with_its_backend(space: Space, e
         "devices": {NEURON: 8, EFA: 4},  # of a node that has as many as a trn1.32xlarge
         "storage": SMALL["storage"],
         "huggingFace": {"tokenSecret": ""},
+        "sharedMemory": "64Mi",
         "stageDefaults": small,
         "stages": dict.fromkeys(written["stages"], small),
     }

@@ -160,7 +160,7 @@ def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continue
         "instance": "cpu",
         "nodes": training["parallelism"]["nodes"],
         "cpu": {"processes": 1},
-        "chartValues": training,
+        "chartValues": {**training, "backend": "xla"},  # of the instance in these values
     }
     inputs.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
     install = [str(Path(sys.executable).with_name("genvalues")), "install", str(inputs), "--namespace", space.name]
