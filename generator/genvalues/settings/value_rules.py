@@ -181,13 +181,13 @@ def backend(values: Values) -> Iterator[Problem]:
         yield Problem(
             key_paths("backend", "instance"),
             "backend xla requires a Trainium instance",
-            "Write native, or remove it.",
+            "Write backend: native, or remove it.",
         )
     elif wanted == "native" and found and found.generation is TRN1:
         yield Problem(
             key_paths("backend", "instance"),
             f"backend native requires Trn2 or later; {instance} has Trn1",
-            "Write xla, or remove it.",
+            "Write backend: xla, or remove it.",
         )
     for key, (value, owner, other) in OF_ONE_BACKEND.items() if found else ():  # on CPUs they have no effect
         if wanted and wanted != owner and get(values, key, str) == value:
