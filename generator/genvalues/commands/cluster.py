@@ -17,7 +17,7 @@ import click
 from genvalues.common.errors import EXIT_USER_ERROR, UserError, user_errors_end_with_status_2
 
 STOPPED = 128 + signal.SIGTERM
-GRACE = 5.0  # seconds from SIGTERM to the end
+GRACE = 5.0  # seconds from SIGTERM to the end of the gate
 PREFLIGHT_PATIENCE_SECONDS = 8.0
 
 config_option = click.option(
@@ -31,11 +31,19 @@ def cluster() -> None:
 
 
 def stop(number: int, frame: Any) -> NoReturn:
-    """Handle SIGTERM: exit with status 143, within GRACE seconds even if a request blocks what still has to be done."""
+    """Handle SIGTERM: exit with status 143."""
+    sys.exit(STOPPED)
+
+
+def stop_within_grace(number: int, frame: Any) -> NoReturn:
+    """The same, within GRACE seconds even if a request blocks what still has to be done. Not where Helm must end first.
+
+    An exit that is lost, because a library swallows the exception, is made up for too.
+    """
     timer = threading.Timer(GRACE, os._exit, [STOPPED])
     timer.daemon = True
     timer.start()
-    sys.exit(STOPPED)
+    stop(number, frame)
 
 
 def command(work: Callable[..., int]) -> Callable[..., None]:
@@ -115,6 +123,7 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     from genvalues.cluster.gate import gate
     from genvalues.cluster.trainer_client import read_stage_state
 
+    signal.signal(signal.SIGTERM, stop_within_grace)
     settings = load(config)
     try:
         gate(api.connect(settings.namespace), settings, stage, job, lambda of: read_stage_state(of, run_config))
