@@ -15,14 +15,16 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from genvalues.accelerators import architectures, memory, native_memory
+from genvalues.accelerators import architectures
 from llama_lora import config as run_config
+from llama_lora.acceptance import planned_memory
 from llama_lora.backends.native import engine as engines
 from llama_lora.backends.native import fake_device, trace, traced
 from llama_lora.backends.native import model as native_model
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
 from llama_lora.backends.native.trace import Trace
+from llama_lora.layout_trace import CORE_MEMORY
 from trainer.native.workers import in_workers, job, rows_of_step, take_steps
 
 SMALL = {
@@ -120,14 +122,12 @@ RUNS: dict[str, dict[str, Any]] = {  # architectures that genvalues knows, on 4 
     "qwen3-8b": {"data": 8, "shard": 2, "tensor": 4, "attention": "causal", "activation_checkpointing": "selective"},
     "qwen3-32b": {"shard": 8, "tensor": 8, "attention": "causal", "gradient_accumulation_steps": 3},
 }
-HBM = 24 << 30  # of one logical core of Trn2
 
 
 def real_config(name: str) -> Any:
     from transformers import AutoConfig
 
-    table = json.loads(Path(architectures.__file__).with_name("architectures.json").read_text(encoding="utf-8"))
-    return AutoConfig.for_model(**table["architectures"][name]["config"])
+    return AutoConfig.for_model(**architectures.table()[name]["config"])
 
 
 def expected_bytes(config: run_config.RunConfig, model: Any) -> dict[str, int]:
@@ -162,29 +162,6 @@ def depends_on_data(operator: str) -> bool:
     return torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
 
 
-def formula(config: run_config.RunConfig, model: dict[str, Any]) -> dict[str, int]:
-    """The planner's bytes of the same run."""
-    training, lora = config.training, config.lora
-    step = memory.Step(
-        length=training.max_sequence_length,
-        rows=training.per_device_batch_size,
-        attention=training.attention,
-        checkpointing=training.activation_checkpointing,
-        r=lora.r,
-        targets=tuple(architectures.target_names(lora.target_modules)),
-        dropout=lora.dropout > 0,
-    )
-    found = native_memory.native_memory(
-        architectures.from_config(model),
-        step,
-        tensor=config.parallelism.tensor_parallel_size,
-        shard=config.parallelism.shard_size,
-        hbm=HBM,
-        accumulates=training.gradient_accumulation_steps > 1,
-    )
-    return {term: getattr(found, term) for term in trace.TERMS}
-
-
 def differences(planned: dict[str, int], found: dict[str, int]) -> dict[str, float]:
     """By how much the formula differs, as a share of the trace, for the peak and every term above a twentieth of it."""
     return {term: planned[term] / size - 1 for term, size in found.items() if size > found["peak"] / 20}
@@ -198,12 +175,15 @@ def test_a_real_size_runs_on_the_device_in_the_bytes_of_its_layout_and_of_the_pl
     assert found.world == config.parallelism.processes_per_node
     assert {term: found.bytes[term] for term in ("base", "adapter", "optimizer")} == expected_bytes(config, model)
     assert not [operator for operator in found.operators if depends_on_data(operator)]
-    assert found.bytes["peak"] < HBM
+    assert found.bytes["peak"] < CORE_MEMORY
     flash = any("fused_attention" in operator for operator in found.operators)
     assert flash == (config.training.attention == "causal")
     communicates = any(operator.startswith(("c10d.", "_c10d_functional.")) for operator in found.operators)
     assert communicates
-    off = differences(formula(config, architectures.table()[name]["config"]), found.bytes)
+    planned = planned_memory(
+        trace.training_job(config), architectures.from_config(architectures.table()[name]["config"])
+    )
+    off = differences({term: getattr(planned, term) for term in trace.TERMS}, found.bytes)
     assert max(map(abs, off.values())) < 0.05, off
 
 
