@@ -56,7 +56,19 @@
   "revision": "",
   "split": "",
   "columns": {},
+  "weight": 1,
+  "additional": {},
   "evalFraction": 0.02,
+  "eval": {
+   "config": "",
+   "revision": "",
+   "split": "",
+   "source": ""
+  },
+  "groupColumn": "",
+  "trainOn": "all-answers",
+  "maxDropped": 0.5,
+  "onBadRow": "fail",
   "source": "",
   "format": ""
  },
@@ -217,9 +229,17 @@
 {{- end }}
 {{- define "llama-lora.settings.numbers" -}}
 {
+ "dataset.weight": {
+  "exclusiveMinimum": 0,
+  "maximum": 1000
+ },
  "dataset.evalFraction": {
   "minimum": 0,
   "exclusiveMaximum": 1
+ },
+ "dataset.maxDropped": {
+  "minimum": 0,
+  "maximum": 1
  },
  "lora.alpha": {
   "exclusiveMinimum": 0,

@@ -128,6 +128,11 @@ class Columns(Block):
     prompt: Text | None = Field(None, description="Format prompt-completion: the prompt.")
     completion: Text | None = Field(None, description="Format prompt-completion: the completion.")
     messages: Text | None = Field(None, description="Format chat: a list of {role, content}.")
+    system: Text | None = Field(None, description="Format instruction: the system prompt, optional.")
+    history: Text | None = Field(
+        None, description="Format instruction: earlier turns, a list of [question, answer], optional."
+    )
+    tools: Text | None = Field(None, description="Format chat: the tools that the assistant may call, optional.")
 
     @model_serializer(mode="wrap")
     def only_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, str]:
@@ -138,19 +143,78 @@ class Columns(Block):
         return self.as_keys()
 
 
-class DatasetOptions(Block):
-    """What to train on."""
-
-    FIRST: ClassVar[tuple[str, ...]] = ("source", "format")
+class DatasetLocation(Block):
+    """Which rows of a source."""
 
     config: NullIsEmpty = Field("", max_length=1024, description="Configuration of a Hub dataset that has several.")
     revision: NullIsEmpty = Field(
         "", pattern=optional(REVISION), max_length=256, description="Branch, tag or commit of a Hub dataset."
     )
-    split: NullIsEmpty = Field("", max_length=1024, description="Split of a Hub dataset. Empty: train.")
+    split: NullIsEmpty = Field(
+        "",
+        max_length=1024,
+        description="Split of a Hub dataset, or a part of it: train[:10%], train[1000:2000]. Empty: train.",
+    )
+
+
+class DatasetPart(DatasetLocation):
+    """A source of rows, and how often its rows are used."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ("source", "format")
+
     columns: Columns = Columns()
+    weight: Number = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often an epoch uses each row of the source that is not held out: 2 twice, 0.5 a random half.",
+    )
+
+
+class AdditionalSource(DatasetPart):
+    """A further source of rows."""
+
+    source: Annotated[Source, Field(min_length=1)]
+    format: RowFormat | None = Field(None, description="What a row is. Left out: dataset.format.")
+
+
+class HeldOut(DatasetLocation):
+    """Where the held-out rows come from. source and split empty: evalFraction of the rows to train on."""
+
+    source: Source = Field("", description="Source of the held-out rows. Empty, with a split: dataset.source.")
+
+
+class DatasetOptions(DatasetPart):
+    """What to train on."""
+
+    additional: dict[str, AdditionalSource] = Field(
+        {}, description="Further sources of rows by name, such as replay: {source: ..., weight: 0.5}."
+    )
     eval_fraction: Fraction = Field(
         0.02, description="Share of the rows held out for evaluation. 0 requires evaluation.enabled: false."
+    )
+    eval: HeldOut = HeldOut()
+    group_column: NullIsEmpty = Field(
+        "",
+        max_length=1024,
+        description="Column whose equal values keep rows together: all of them are held out, or none.",
+    )
+    train_on: Literal["all-answers", "last-answer"] = Field(
+        "all-answers",
+        description="Which assistant turns of a conversation have a loss. A message with weight: 0, train: false or "
+        "masked: true never has one.",
+    )
+    overlong: Literal["split", "truncate", "drop"] | None = Field(
+        None,
+        description="What becomes of an example longer than training.maxSequenceLength: split (format text) makes full "
+        "pieces, truncate cuts off its end, drop omits it if a trained token would be lost. Left out: split for format "
+        "text, else drop.",
+    )
+    max_dropped: float = Field(
+        0.5, ge=0, le=1, description="Refuse a dataset if more than this share of its rows is dropped."
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="fail lists the first 20 rows that cannot be read, with their places. skip drops them."
     )
 
 
