@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_lora.data.batches import isolating_mask, make_batch, pad_rows
 from llama_lora.data.packing import PackedRow, pack
-from llama_lora.data.rendering import IGNORED, Example
+from llama_lora.data.tokens import IGNORED, Example
 from llama_lora.losses import loss_sum
 
 MAX_LENGTH = 32

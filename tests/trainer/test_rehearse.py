@@ -16,8 +16,8 @@ from genvalues.accelerators import architectures
 from genvalues.common.errors import UserError
 from llama_lora import layout_trace, small_run
 from llama_lora.config import Parallelism
-from llama_lora.data.rendering import IGNORED
 from llama_lora.data.row_checks import answer_ends, stop_tokens, trained_window
+from llama_lora.data.tokens import IGNORED
 from llama_lora.stages import merge as merge_stage
 from trainer.conftest import (
     CHAT_TEMPLATE,

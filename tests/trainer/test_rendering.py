@@ -9,13 +9,15 @@ import pytest
 
 from genvalues.common.errors import UserError
 from llama_lora.data.dataset_readers import Row
-from llama_lora.data.rendering import IGNORED, TEMPLATE_DATE, Dropped, Renderer
+from llama_lora.data.rendering import TEMPLATE_DATE, Dropped, Renderer
+from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.conftest import byte_tokenizer
 
 
 def shown(tokenizer: Any, format: str, values: dict[str, Any], max_length: int = 1000, **columns: str) -> str:
     """Decode the row's tokens, with the trained ones in [brackets]."""
-    example, _ = Renderer(tokenizer, format, columns).example(Row("rows.jsonl:1", values), max_length)
+    [rendered] = Renderer(tokenizer, format, columns).render(Row("rows.jsonl:1", values))
+    example, _ = ExampleTokenizer(tokenizer).example(rendered, max_length)
     assert len(example.input_ids) == len(example.labels)
     text, trained = "", False
     for token, label in zip(example.input_ids, example.labels, strict=True):
@@ -127,9 +129,12 @@ def test_the_fixed_date_changes_nothing_else_of_a_template(beginning: str) -> No
 
 def test_a_row_is_truncated_to_the_maximum_length_and_reported(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, "prompt-completion", {})
-    example, truncated = renderer.example(Row("x", {"prompt": "abc", "completion": "defgh"}), 6)
+    tokens = ExampleTokenizer(tokenizer)
+    [rendered] = renderer.render(Row("x", {"prompt": "abc", "completion": "defgh"}))
+    example, truncated = tokens.example(rendered, 6)
     assert (tokenizer.decode(example.input_ids), truncated) == ("<|bos|>abcde", True)
-    assert renderer.example(Row("x", {"prompt": "a", "completion": "b"}), 6)[1] is False
+    [short] = renderer.render(Row("x", {"prompt": "a", "completion": "b"}))
+    assert tokens.example(short, 6)[1] is False
 
 
 @pytest.mark.parametrize(

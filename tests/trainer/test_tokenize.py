@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_lora.data.rendering import IGNORED, Example
+from llama_lora.data.tokens import IGNORED, Example
 from llama_lora.stages.tokenize import load_tokenizer, split
 from trainer.conftest import Run
 

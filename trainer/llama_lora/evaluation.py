@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 from llama_lora.progress import StageProgress
 from llama_lora.safetensors_files import stored_tensors
 

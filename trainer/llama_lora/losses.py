@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llama_lora.data.batches import Batch
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from genvalues.common.errors import UserError
 from llama_lora import config
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 from llama_lora.progress import track
 
 Row = dict[str, Any]

@@ -16,8 +16,8 @@ from genvalues.accelerators.architectures import UnknownArchitecture, from_confi
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora.config import Parallelism, RunConfig
-from llama_lora.data.rendering import IGNORED
 from llama_lora.data.row_checks import Row, trained_window
+from llama_lora.data.tokens import IGNORED
 from llama_lora.paths import Paths
 from llama_lora.safetensors_files import DTYPES, stored_tensors
 from llama_lora.stage import Stage

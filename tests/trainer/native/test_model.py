@@ -12,7 +12,7 @@ from llama_lora.backends.lora import initialize_lora, lora_config
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
 from llama_lora.backends.native.model import make_batch
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 from trainer.conftest import make_model
 from trainer.native.workers import Trained, in_workers, job, rows_of_step, train
 

@@ -22,7 +22,7 @@ from llama_lora.backends.base import TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import CheckpointRecord
 from llama_lora.backends.step_plan import StepPlan
 from llama_lora.backends.worker_group import WorkerGroup
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 from llama_lora.probe import ProbeRecord, Row
 from llama_lora.runlog import DryRunLog, RunLog, StepMetrics, check_loss
 

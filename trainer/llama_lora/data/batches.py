@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 
 
 class PaddedRows(NamedTuple):

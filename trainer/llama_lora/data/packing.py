@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from llama_lora.data.rendering import Example
+from llama_lora.data.tokens import Example
 
 
 @dataclass(frozen=True)

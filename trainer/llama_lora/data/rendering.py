@@ -1,13 +1,11 @@
-"""Render a row as text segments, and tokenize them into token ids and labels.
+"""Render a row as examples: text segments with and without a loss.
 
-Only answers, with their end-of-sequence tokens, have a loss (format text: everything). Segments are tokenized
-separately, as a prompt is at generation time, so that no token spans the border between a prompt and its answer.
+Only answers, with their end-of-sequence tokens, have a loss (format text: everything).
 """
 
 from __future__ import annotations
 
 import functools
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +13,6 @@ from typing import Any, NamedTuple
 
 from genvalues.common.errors import UserError
 from llama_lora.data.dataset_readers import Row
-
-IGNORED = -100  # the label of a token without loss, in torch and transformers
 
 # Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -50,18 +46,11 @@ class Dropped(Exception):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One tokenized row. ``input_ids`` and ``labels`` have the same length; tokens without loss have label IGNORED.
+class RenderedExample:
+    """The text of one example. ``begins``: the tokens that the tokenizer puts before a text come first."""
 
-    Arrays of int32 rather than lists: a million tokens take 8 MB, not 36.
-    """
-
-    input_ids: array[int]
-    labels: array[int]
-
-    @property
-    def trained_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+    segments: tuple[Segment, ...]
+    begins: bool
 
 
 class Renderer:
@@ -113,24 +102,12 @@ class Renderer:
         except Dropped:  # the template does not accept a single question
             return None
 
-    def example(self, row: Row, max_length: int) -> tuple[Example, bool]:
-        """Tokenize a row, truncated to ``max_length``, and return whether it was truncated.
+    def render(self, row: Row) -> list[RenderedExample]:
+        """Render a row.
 
-        Raises Dropped if no token has a loss, UserError if a column is missing or not text.
+        Raises Dropped if it has nothing to train on, UserError if a column is missing or not text.
         """
-        ids: list[int] = [] if self.uses_chat_template else self._beginning()
-        labels = [IGNORED] * len(ids)
-        for text, trained, ends in self._segments(row):
-            piece = self.tokenizer(text, add_special_tokens=False).input_ids
-            if ends:
-                piece = [*piece, self.tokenizer.eos_token_id]
-            ids += piece
-            labels += piece if trained else [IGNORED] * len(piece)
-        labels[:1] = [IGNORED]  # the first token cannot be predicted from anything
-        example = Example(array("i", ids[:max_length]), array("i", labels[:max_length]))
-        if not example.trained_tokens:
-            raise Dropped("prompt fills maxSequenceLength" if len(ids) > max_length else "no token to train on")
-        return example, len(ids) > max_length
+        return [RenderedExample(tuple(self._segments(row)), begins=not self.uses_chat_template)]
 
     def _text(self, row: Row) -> list[Segment]:
         return [Segment(self._column(row, "text"), trained=True, ends=True)]
@@ -266,12 +243,6 @@ class Renderer:
             where=row.place,
             fix=f"Set dataset.columns.{key} to one of: {', '.join(map(str, row.values))}.",
         )
-
-    def _beginning(self) -> list[int]:
-        """The tokens that the tokenizer puts before a text: the beginning-of-sequence token, or none."""
-        bare = self.tokenizer("a", add_special_tokens=False).input_ids
-        ids: list[int] = self.tokenizer("a").input_ids
-        return ids[: ids.index(bare[0])]
 
     def _marks_beginnings(self) -> bool:
         """Whether the tokens of a text differ between the beginning of a text and a later place in it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genvalues.common.errors import UserError
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

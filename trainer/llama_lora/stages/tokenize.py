@@ -17,10 +17,11 @@ from llama_lora import backends
 from llama_lora.config import RunConfig, Training
 from llama_lora.data.dataset_readers import read_rows
 from llama_lora.data.packing import PackedRow, pack
-from llama_lora.data.rendering import IGNORED, Dropped, Example, Renderer
+from llama_lora.data.rendering import Dropped, Renderer
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.data.shared_folders import make_once
 from llama_lora.data.snapshot import take_snapshot
+from llama_lora.data.tokens import IGNORED, Example, ExampleTokenizer
 from llama_lora.progress import track
 from llama_lora.stage import Declaration, Stage
 
@@ -98,7 +99,7 @@ def write_dataset(
 ) -> None:
     """Write train/, eval/ (Arrow) and report.json. Raises UserError if no row is left to train on or to hold out."""
     renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns.named())
-    examples, report = _examples(config, sources, renderer)
+    examples, report = _examples(config, sources, renderer, ExampleTokenizer(tokenizer))
     train, held_out = split(examples, config.dataset.eval_fraction, config.training.seed)
     if not train:
         raise UserError("no rows left to train on", where="dataset", fix=f"Dropped: {report['dropped']}.")
@@ -117,7 +118,9 @@ def write_dataset(
     files.write_json(folder / "report.json", report)
 
 
-def _examples(config: RunConfig, sources: ResolvedSources, renderer: Renderer) -> tuple[list[Example], dict[str, Any]]:
+def _examples(
+    config: RunConfig, sources: ResolvedSources, renderer: Renderer, tokenizer: ExampleTokenizer
+) -> tuple[list[Example], dict[str, Any]]:
     """Render every row; return the examples and the counts for the report."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
@@ -126,12 +129,12 @@ def _examples(config: RunConfig, sources: ResolvedSources, renderer: Renderer) -
     for row in track(read_rows(config.dataset, sources.dataset), "row"):
         found.update(row.values)
         try:
-            example, cut = renderer.example(row, config.training.max_sequence_length)
+            for rendered in renderer.render(row):
+                example, cut = tokenizer.example(rendered, config.training.max_sequence_length)
+                examples.append(example)
+                truncated += cut
         except Dropped as reason:
             dropped[str(reason)] += 1
-            continue
-        examples.append(example)
-        truncated += cut
     for key, column in config.dataset.columns.named().items():
         if found and column not in found:  # a misspelled optional column would be ignored in every row
             raise UserError(

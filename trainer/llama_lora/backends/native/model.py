@@ -19,7 +19,7 @@ from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.native.regions import StoredWeights, local_region, local_tensor
 from llama_lora.config import Lora
 from llama_lora.data.batches import isolating_mask, pad_rows
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 
 LOSS_CHUNK = 256  # tokens whose logits exist at once
 # transformers' sdpa under another name: for a name without a mask function, transformers builds no mask and does not

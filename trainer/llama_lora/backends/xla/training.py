@@ -40,7 +40,7 @@ from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.backends.xla import model as neuron_model
 from llama_lora.backends.xla import shards
 from llama_lora.data.batches import PaddedRows, isolating_mask, pad_rows
-from llama_lora.data.rendering import IGNORED
+from llama_lora.data.tokens import IGNORED
 
 log = logging.getLogger(__name__)
 
