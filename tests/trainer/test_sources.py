@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora.data.dataset_readers import read_file
+from llama_lora.data.file_formats import read_file
+from llama_lora.data.rows import BadRows, Row
 from llama_lora.data.s3 import s3_parts
 
 ROWS = [{"q": "How much is 1 + 1?", "a": "2"}, {"q": 'Größe, in "cm"?\nExactly.', "a": "10"}]
@@ -36,18 +37,26 @@ WRITERS = {
 }
 
 
+def read(path: Path, bad_rows: BadRows | None = None) -> list[Row]:
+    """The rows of a file. Raises UserErrors with those that cannot be read."""
+    bad_rows = bad_rows or BadRows()
+    rows = list(read_file(path, bad_rows))
+    bad_rows.raise_errors()
+    return rows
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path)
-    assert [row.values for row in read_file(path)] == ROWS
+    assert [row.values for row in read(path)] == ROWS
 
 
 def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("\ufeffOne\n\nTwo\n", encoding="utf-8")
-    assert [row.values for row in read_file(path)] == [{"text": "One"}, {"text": "Two"}]
-    assert [row.place for row in read_file(path)] == [f"{path}:1", f"{path}:3"]
+    assert [row.values for row in read(path)] == [{"text": "One"}, {"text": "Two"}]
+    assert [row.place for row in read(path)] == [f"{path}:1", f"{path}:3"]
 
 
 @pytest.mark.parametrize(
@@ -59,19 +68,19 @@ def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
         ("a.json", b'[{"q": 1},\n 2]', "a.json row 2: not a JSON object"),
         ("a.json", b'{"q": 1}\n{"q": 2}', "a.json:2:1: invalid JSON: Extra data"),
         ("a.csv", b"q,a\n1,2,3\n", "a.csv:2: has more fields than the header. Quote fields"),
-        ("a.txt", b"caf\xe9\n", "a.txt: not valid UTF-8 (byte 3)"),
+        ("a.txt", b"caf\xe9\n", "a.txt:1: not valid UTF-8 (byte 3)"),
         ("a.parquet", b"not parquet", "a.parquet: not a valid Parquet file"),
     ],
 )
 def test_an_unreadable_file_is_an_error_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        list(read_file(tmp_path / name))
+        read(tmp_path / name)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/folder/", "s3:///rows.jsonl"])
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/rows.xml", "s3:///rows.jsonl"])
 def test_an_s3_uri_must_name_a_data_file(uri: str) -> None:
-    with pytest.raises(UserError, match="not the URI of a data file"):
+    with pytest.raises(UserError, match="not the URI of data in S3"):
         s3_parts(uri)
     assert s3_parts("s3://bucket/a/rows.jsonl") == ("bucket", "a/rows.jsonl")

@@ -24,7 +24,7 @@ from genvalues.settings.datasets import (
     OPTIONAL_COLUMNS,
     OTHER_SUFFIXES,
     REQUIRED_COLUMNS,
-    is_file,
+    is_path,
     row_format,
 )
 from genvalues.settings.images import split_image
@@ -114,7 +114,7 @@ def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
             f"{shown(source, ())} is not a file in S3",
             f"Write s3://bucket/key of a file. {FILES}",
         )
-    if is_file(source) or on_s3:
+    if is_path(source) or on_s3:
         for name in ("config", "revision", "split"):
             if get(value, f"dataset.{name}", str):
                 yield Mistake(("dataset", name), "applies to Hub datasets only, and this is a file", "Remove it.")
@@ -280,7 +280,7 @@ def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if model := get(value, "model.path", str):
         yield ("model", "path"), model
     source = get(value, "dataset.source", str) or ""
-    if is_file(source):
+    if is_path(source):
         yield ("dataset", "source"), source
 
 

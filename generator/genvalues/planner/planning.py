@@ -19,7 +19,7 @@ from genvalues.planner.layout import FROM_INPUTS, Choice, Layout, Memory, Note, 
 from genvalues.planner.models import ModelFacts
 from genvalues.planner.prices import Price, Priced, known_price
 from genvalues.planner.trace import Trace
-from genvalues.settings.datasets import is_file, is_on_hub, row_format
+from genvalues.settings.datasets import is_on_hub, is_path, row_format
 from genvalues.settings.inputs import Inputs, ModelPath
 from genvalues.settings.value_rules import COMPILING_STALL_TIMEOUT, DEFAULT_MOUNT, seconds, usual_stall_timeout
 
@@ -74,7 +74,7 @@ def gather_facts(inputs: Inputs, offline: bool = False, count_rows: bool = False
         model = models.on_hub(hub_id, revision, offline or inputs.on_cpu)
     wanted = inputs.dataset
     source = wanted.source
-    if inputs.on_cpu and is_file(source):
+    if inputs.on_cpu and is_path(source):
         return Facts(model, dataset.count(Path(source)), "the row count of this file is unknown")
     if is_on_hub(source):
         asks = count_rows and not (offline or models.is_offline(os.environ) or inputs.on_cpu) and model.architecture

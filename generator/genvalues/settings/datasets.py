@@ -1,27 +1,26 @@
-"""Kinds of dataset sources, and the columns of each row format."""
+"""Kinds of dataset sources, parts of splits, and the columns of each row format."""
 
 from __future__ import annotations
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-FILES = f"(supported files: {' '.join(FILE_SUFFIXES)})"
+import re
+from typing import NamedTuple
+
+FORMATS = {  # of files, by suffix
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSIONS = (".gz", ".zst")  # a second suffix; Parquet files are compressed inside
+FILE_SUFFIXES = (*FORMATS, *(f"{suffix}{end}" for suffix in FORMATS if suffix != ".parquet" for end in COMPRESSIONS))
+FILES = f"(supported files: {' '.join(FORMATS)}; all but .parquet also with .gz or .zst)"
 # Suffixes of files that the stages cannot read. A Hub id could end with one, but hardly any does.
 OTHER_SUFFIXES = (
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"),
-    *(
-        ".tsv",
-        ".ndjson",
-        ".jsonlines",
-        ".arrow",
-        ".feather",
-        ".orc",
-        ".avro",
-        ".pq",
-        ".xls",
-        ".xlsx",
-        ".npy",
-        ".npz",
-        ".h5",
-    ),
+    *(".jsonlines", ".arrow", ".feather", ".orc", ".avro", ".pq", ".xls", ".xlsx", ".npy", ".npz", ".h5"),
     *(".xml", ".html", ".yaml", ".yml", ".md", ".pdf", ".log", ".db", ".sqlite", ".pkl"),
 )
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
@@ -31,16 +30,68 @@ REQUIRED_COLUMNS = {
     "prompt-completion": ["prompt", "completion"],
     "chat": ["messages"],
 }
-OPTIONAL_COLUMNS = {"instruction": ["input"]}
+OPTIONAL_COLUMNS = {"instruction": ["input", "system", "history"], "chat": ["tools"]}
+COLUMNS = {name for columns in (REQUIRED_COLUMNS, OPTIONAL_COLUMNS) for names in columns.values() for name in names}
+
+SPLIT_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[-?[0-9]*%?:-?[0-9]*%?\])?"
+SPLIT = rf"{SPLIT_PART}( *\+ *{SPLIT_PART})*"  # as `datasets` reads it
 
 
-def is_file(source: str) -> bool:
-    return source.endswith(FILE_SUFFIXES) and not source.startswith("s3://")
+def file_format(name: str) -> str:
+    """The format of a file by its suffix, in any case; empty if it has none that is supported."""
+    name = name.lower()
+    return next((FORMATS[f".{suffix.split('.')[1]}"] for suffix in FILE_SUFFIXES if name.endswith(suffix)), "")
+
+
+def on_s3(source: str) -> bool:
+    return source.startswith("s3://")
+
+
+def is_glob(source: str) -> bool:
+    """Whether a source contains a wildcard, which a Hub id cannot."""
+    return any(character in source for character in "*?[")
+
+
+def is_path(source: str) -> bool:
+    """Whether a source can only be a file, a folder or a glob. A relative folder looks like a Hub id: ``is_file`` and
+    this are about the text, not about what exists.
+    """
+    if not source or "://" in source:
+        return False
+    begins = source.startswith(("/", "./", "../", "~/")) or source in (".", "..")
+    return begins or source.endswith("/") or is_glob(source) or bool(file_format(source))
 
 
 def row_format(format_: str | None, source: str) -> str:
-    return format_ or ("text" if source.endswith(".txt") else "instruction")
+    return format_ or ("text" if file_format(source) == "text" else "instruction")
 
 
 def is_on_hub(source: str) -> bool:
-    return not source.startswith("s3://") and not is_file(source)
+    return "://" not in source and not is_path(source)
+
+
+class SplitPart(NamedTuple):
+    """A split, or the part of it between two bounds: numbers of rows, or percentages; negative from the end."""
+
+    name: str
+    first: str = ""
+    end: str = ""
+
+    def bounds(self, rows: int) -> tuple[int, int]:
+        """The first row (from 0) and the end of the part, of a split of so many rows. `datasets` rounds as well."""
+        first, end = (
+            round(int(bound[:-1]) * rows / 100) if bound.endswith("%") else int(bound)
+            for bound in (self.first or "0", self.end or str(rows))
+        )
+        first, end = (max(0, bound + rows) if bound < 0 else min(bound, rows) for bound in (first, end))
+        return first, max(first, end)
+
+    @property
+    def whole(self) -> bool:
+        return not self.first and not self.end
+
+
+def split_parts(split: str) -> list[SplitPart]:
+    """The parts of a split that matches SPLIT: ``train[:10%]+test``."""
+    parts = (re.match(r"([^\[]+)(?:\[(.*):(.*)\])?$", part.strip()) for part in split.split("+"))
+    return [SplitPart(*(group or "" for group in part.groups())) for part in parts if part]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from genvalues.common.errors import Unavailable, UserError
+from genvalues.common.text import one_line
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
+PARQUET_REVISION = "refs/convert/parquet"  # the branch on which the Hub keeps Parquet files of a dataset
 
 
 @contextmanager
@@ -54,3 +57,63 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
                 fix="Allow read access to gated repositories, or use a classic read token.",
             ) from None
         raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {first or error}") from None
+
+
+@contextmanager
+def translate_dataset_errors(key: str, name: str) -> Iterator[None]:
+    """Within the block, errors of `datasets` become UserErrors for the block of settings ``key``.
+
+    Those of the Hub that caused them are translated as by translate_hub_errors. A full disk, and unknown errors, pass.
+    """
+    with translate_hub_errors(f"{key}.source", name, dataset=True):
+        try:
+            yield
+        except (UserError, Unavailable):
+            raise
+        except Exception as error:
+            raise _dataset_error(key, name, error) from None
+
+
+def _dataset_error(key: str, name: str, error: Exception) -> Exception:
+    """The error to raise for an error of `datasets`."""
+    import pyarrow
+    from datasets import exceptions
+    from datasets.table import CastError
+    from huggingface_hub import errors
+
+    from llama_lora.library_versions import hub_connection_errors
+
+    causes = list(_causes(error))
+    hub_errors = (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError)
+    for each in causes:
+        if isinstance(each, (*hub_errors, *hub_connection_errors())):
+            return each
+    if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in causes):
+        return error
+    if any(isinstance(each, (ConnectionError, TimeoutError)) for each in causes):
+        return Unavailable(f"{name}: the Hugging Face Hub cannot be reached.")
+    page = f"https://huggingface.co/datasets/{name}"
+    if "scripts are no longer supported" in str(error):
+        return UserError(
+            f"{name} is read by a Python script, which `datasets` no longer runs",
+            where=f"{key}.revision",
+            fix=f"Set it to {PARQUET_REVISION}: there the Hub keeps the same rows as Parquet files ({page}).",
+        )
+    if any(isinstance(each, (exceptions.DatasetGenerationCastError, CastError)) for each in causes):
+        what, fix = "its files have different columns", f"Set {key}.config, or name files with the same columns."
+    elif any(isinstance(each, FileNotFoundError) for each in causes):
+        what, fix = f"a file is missing: {error}", f"See {page}: it may be gated or have no data files."
+    else:
+        known = (exceptions.DatasetsError, pyarrow.ArrowInvalid, RuntimeError, ValueError, TypeError, LookupError)
+        if not isinstance(error, (*known, ImportError, AttributeError)):
+            return error
+        what = f"{type(causes[-1]).__name__}: {causes[-1]}"
+        fix = f"Check {key}.config and {key}.split with {page}, or use {key}.revision: {PARQUET_REVISION}."
+    return UserError(f"`datasets` cannot read {name}: {one_line(what, 300)}", where=f"{key}.source", fix=fix)
+
+
+def _causes(error: BaseException | None) -> Iterator[Exception]:
+    """An error and those that led to it, the first last."""
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__ or error.__context__

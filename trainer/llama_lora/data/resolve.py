@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.settings.datasets import is_file
-from llama_lora.config import Dataset, Model, RunConfig
+from genvalues.settings.datasets import FILES, FORMATS, on_s3
+from llama_lora.config import Model, RunConfig
+from llama_lora.data.dataset_files import exists_here, files_of, s3_keys
 from llama_lora.data.hub_errors import translate_hub_errors
-from llama_lora.data.s3 import is_s3, s3_client, s3_parts, translate_s3_errors
+from llama_lora.data.parts import Part, held_out_part, training_parts
+from llama_lora.data.s3 import is_prefix, list_keys, s3_client, s3_parts, translate_s3_errors
 from llama_lora.paths import Paths
 
 # Files of a model folder or repository that are not copied. Weights in other formats (such as Meta's consolidated.pth)
@@ -32,30 +35,41 @@ IGNORED_FILES = [
 
 @dataclass(frozen=True)
 class Source:
-    """A pinned source: ``revision`` is a commit (Hub), an ETag (S3) or a SHA-256 (file or folder)."""
+    """A pinned source: ``revision`` is a commit (Hub), an ETag (S3) or a SHA-256 (file, folder, or several objects).
+
+    ``objects``: of an S3 prefix or glob, the ETag of each key.
+    """
 
     name: str
     revision: str
+    objects: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ResolvedSources:
-    """The pinned base model and dataset."""
+    """The pinned base model and dataset: dataset.source, dataset.additional by name, and dataset.eval if it is set."""
 
     model: Source
     dataset: Source
+    additional: Mapping[str, Source] = field(default_factory=dict)
+    held_out: Source | None = None
 
     def identity(self) -> dict[str, str]:
         """The part that goes into a fingerprint: the content of a source, not its path."""
-        return {"model": self.model.revision, "dataset": self.dataset.revision}
+        others = {f"dataset.additional.{name}": source.revision for name, source in self.additional.items()}
+        if self.held_out:
+            others["dataset.eval"] = self.held_out.revision
+        return {"model": self.model.revision, "dataset": self.dataset.revision, **others}
 
 
 def known_sources(config: RunConfig, paths: Paths) -> ResolvedSources | None:
     """Return the sources without network access; None if one is not resolved yet, or is a file that does not exist."""
     recorded = _recorded(paths)
-    model = _known_model(config.model, recorded)
-    dataset = _known_dataset(config.dataset, recorded)
-    return ResolvedSources(_source(model), _source(dataset)) if model and dataset else None
+    entries = {"model": _known_model(config.model, recorded)}
+    for part in _parts(config):
+        entries[part.key] = _known_dataset(part, recorded.values())
+    known = {key: entry for key, entry in entries.items() if entry}
+    return _resolved(known) if known.keys() == entries.keys() else None
 
 
 def resolve_sources(config: RunConfig, paths: Paths) -> ResolvedSources:
@@ -64,11 +78,26 @@ def resolve_sources(config: RunConfig, paths: Paths) -> ResolvedSources:
     Raises UserError if one does not exist or is not readable.
     """
     recorded = _recorded(paths)
-    model = _known_model(config.model, recorded) or _look_up_model(config.model)
-    dataset = _known_dataset(config.dataset, recorded) or _look_up_dataset(config.dataset)
-    if {"model": model, "dataset": dataset} != recorded:
-        files.write_json(paths.resolved, {"model": model, "dataset": dataset})
-    return ResolvedSources(_source(model), _source(dataset))
+    entries = {"model": _known_model(config.model, recorded) or _look_up_model(config.model)}
+    for part in _parts(config):
+        entries[part.key] = _known_dataset(part, [*recorded.values(), *entries.values()]) or _look_up_dataset(part)
+    if entries != recorded:
+        files.write_json(paths.resolved, entries)
+    return _resolved(entries)
+
+
+def _parts(config: RunConfig) -> list[Part]:
+    held_out = held_out_part(config.dataset)
+    return [*training_parts(config.dataset), *([held_out] if held_out else [])]
+
+
+def _resolved(entries: dict[str, dict[str, Any]]) -> ResolvedSources:
+    sources = {
+        key: Source(entry["name"], entry["revision"], entry.get("objects", {})) for key, entry in entries.items()
+    }
+    above = "dataset.additional."
+    additional = {key.removeprefix(above): source for key, source in sources.items() if key.startswith(above)}
+    return ResolvedSources(sources["model"], sources["dataset"], additional, sources.get("dataset.eval"))
 
 
 def snapshot_files(folder: Path) -> dict[str, Path]:
@@ -85,34 +114,46 @@ def _recorded(paths: Paths) -> dict[str, Any]:
         return {}
 
 
-def _source(entry: dict[str, Any]) -> Source:
-    return Source(entry["name"], entry["revision"])
-
-
 def _model_settings(model: Model) -> dict[str, str]:
     return {"id": model.id, "revision": model.revision, "path": model.path}
 
 
-def _dataset_settings(dataset: Dataset) -> dict[str, str]:
-    return {"source": dataset.source, "config": dataset.config, "revision": dataset.revision}
+def _dataset_settings(part: Part) -> dict[str, str]:
+    return {"source": part.source, "config": part.config, "revision": part.revision}
 
 
 def _known_model(model: Model, recorded: dict[str, Any]) -> dict[str, Any] | None:
-    return _known(model.path, recorded.get("model"), _model_settings(model))
+    path = Path(model.path)
+    content = _model_files(path) if model.path and path.exists() else {}
+    return _known(path, content, recorded.get("model"), _model_settings(model))
 
 
-def _known_dataset(dataset: Dataset, recorded: dict[str, Any]) -> dict[str, Any] | None:
-    path = dataset.source if is_file(dataset.source) else ""
-    return _known(path, recorded.get("dataset"), _dataset_settings(dataset))
+def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry of a part. Parts of one source, such as two splits of a Hub dataset, are pinned to one commit."""
+    settings = _dataset_settings(part)
+    entry = next((each for each in recorded if each["asked"] == settings), None)
+    try:
+        found = files_of(part.source) if exists_here(part.source) else []
+    except UserError as error:
+        raise UserError(f"{part.source} {error.what}", where=f"{part.key}.source", fix=error.fix) from None
+    content = {file.name or _suffix(file.path): file.path for file in found}
+    return _known(Path(part.source), content, entry, settings)
 
 
-def _known(path_text: str, recorded: dict[str, Any] | None, settings: dict[str, str]) -> dict[str, Any] | None:
-    """The recorded entry if it is for these settings; a new one if it is for a local file or folder that changed."""
+def _suffix(path: Path) -> str:
+    """The name under which the digest covers a single file: empty for the suffixes that release 0.1 knew, whose
+    format is in the fingerprint. The same bytes are other rows as .txt.gz than as .jsonl.gz.
+    """
+    return "" if path.suffix in FORMATS else "".join(path.suffixes[-2:]).lower()
+
+
+def _known(
+    path: Path, content: dict[str, Path], recorded: dict[str, Any] | None, settings: dict[str, str]
+) -> dict[str, Any] | None:
+    """The recorded entry if it is for these settings; a new one if it is for local files (by name) that changed."""
     entry = recorded if recorded and recorded["asked"] == settings else None
-    path = Path(path_text)
-    if not path_text or not path.exists():
+    if not content:
         return entry  # a file that was deleted is in the workspace since it was pinned
-    content = _content(path)
     state = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in content.items()}
     if entry and entry["state"] == state:
         return entry
@@ -121,13 +162,13 @@ def _known(path_text: str, recorded: dict[str, Any] | None, settings: dict[str, 
         digest.update(f"{name} {files.sha256(file)}\n".encode())
     return {
         "asked": settings,
-        "name": path.stem if path.is_file() else path.name,
+        "name": path.stem if path.is_file() else re.sub(r"[^\w.-]+", "-", path.name),
         "revision": digest.hexdigest(),
         "state": state,
     }
 
 
-def _content(path: Path) -> dict[str, Path]:
+def _model_files(path: Path) -> dict[str, Path]:
     """The files that the digest covers, by relative name. A single file's own name is not covered."""
     if path.is_file():
         return {"": path}
@@ -149,25 +190,34 @@ def _look_up_model(model: Model) -> dict[str, Any]:
     return {"asked": _model_settings(model), "name": name, "revision": commit, "state": {}}
 
 
-def _look_up_dataset(dataset: Dataset) -> dict[str, Any]:
-    name = re.sub(r"[^\w.-]+", "--", dataset.source)
-    return {"asked": _dataset_settings(dataset), "name": name, "revision": _dataset_revision(dataset), "state": {}}
-
-
-def _dataset_revision(dataset: Dataset) -> str | None:
-    if is_s3(dataset.source):
-        bucket, key = s3_parts(dataset.source)
-        with translate_s3_errors(dataset.source):
-            etag: str = s3_client().head_object(Bucket=bucket, Key=key)["ETag"]
-            return etag.strip('"')
-    if is_file(dataset.source):
+def _look_up_dataset(part: Part) -> dict[str, Any]:
+    where = f"{part.key}.source"
+    name = re.sub(r"[^\w.-]+", "--", part.source)
+    entry = {"asked": _dataset_settings(part), "name": name, "state": {}}
+    if on_s3(part.source):
+        return {**entry, **_look_up_s3(part.source, where)}
+    if exists_here(part.source):
         raise UserError(
-            f"{dataset.source} not found",
-            where="dataset.source",
-            fix="Write the path of a file that the tokenize stage can read, a Hub id or an s3:// URI.",
+            f"{part.source} not found",
+            where=where,
+            fix="Write the path of a file, folder or glob that the tokenize stage can read, a Hub id or an s3:// URI.",
         )
     from huggingface_hub import HfApi
 
-    with translate_hub_errors("dataset.source", dataset.source, dataset=True):
-        commit: str | None = HfApi().dataset_info(dataset.source, revision=dataset.revision or None).sha
-    return commit
+    with translate_hub_errors(where, part.source, dataset=True):
+        return {**entry, "revision": HfApi().dataset_info(part.source, revision=part.revision or None).sha}
+
+
+def _look_up_s3(uri: str, where: str) -> dict[str, Any]:
+    bucket, key = s3_parts(uri, where)
+    with translate_s3_errors(uri, where):
+        if not is_prefix(key):
+            return {"revision": s3_client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')}
+        listed = list_keys(bucket, key)
+    objects = {name: listed[name] for name in s3_keys(key, listed)}
+    if not objects:
+        raise UserError(
+            f"{uri} has no data file among {len(listed)} objects", where=where, fix=f"Check the prefix. {FILES}"
+        )
+    digest = hashlib.sha256("".join(f"{name} {etag}\n" for name, etag in objects.items()).encode())
+    return {"revision": digest.hexdigest(), "objects": objects}

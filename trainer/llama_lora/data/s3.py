@@ -1,31 +1,41 @@
-"""Dataset files in S3: parse their URIs, and translate S3 errors into errors that say what the user must change."""
+"""Datasets in S3: parse their URIs, list prefixes, and translate S3 errors into errors that say what the user must
+change.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from genvalues.common.errors import UserError
-from genvalues.settings.datasets import FILE_SUFFIXES
+from genvalues.settings.datasets import FILES, file_format, is_glob
 
 
-def is_s3(source: str) -> bool:
-    return source.startswith("s3://")
-
-
-def s3_parts(uri: str) -> tuple[str, str]:
-    """Split s3://BUCKET/KEY into bucket and key. Raises UserError if the key is missing or not of a data file."""
-    parts = urlsplit(uri)
-    key = parts.path.lstrip("/")
-    if not parts.netloc or not key.endswith(FILE_SUFFIXES):
+def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
+    """Split s3://BUCKET/KEY into bucket and key. Raises UserError if it cannot be a data file, a prefix or a glob."""
+    parts = urlsplit(uri, allow_fragments=False)
+    key = (parts.path + (f"?{parts.query}" if parts.query else "")).lstrip("/")
+    if not parts.netloc or not key or not (file_format(key) or is_prefix(key)):
         raise UserError(
-            f"{uri} is not the URI of a data file",
-            where="dataset.source",
-            fix=f"Write s3://BUCKET/KEY with a key that ends in {' '.join(FILE_SUFFIXES)}.",
+            f"{uri} is not the URI of data in S3",
+            where=where,
+            fix=f"Write s3://BUCKET/KEY of a file, s3://BUCKET/PREFIX/ or s3://BUCKET/PREFIX/*.jsonl. {FILES}",
         )
     return parts.netloc, key
+
+
+def is_prefix(key: str) -> bool:
+    """Whether a key names several objects: it ends with a slash, or has a wildcard."""
+    return key.endswith("/") or is_glob(key)
+
+
+def list_keys(bucket: str, key: str) -> dict[str, str]:
+    """The ETag of each object under a prefix, or under the part of a glob before its first wildcard, by key."""
+    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=re.split(r"[*?\[]", key)[0])
+    return {found["Key"]: found["ETag"].strip('"') for page in pages for found in page.get("Contents", [])}
 
 
 def s3_client() -> Any:
@@ -36,7 +46,7 @@ def s3_client() -> Any:
 
 
 @contextmanager
-def translate_s3_errors(uri: str) -> Iterator[None]:
+def translate_s3_errors(uri: str, where: str = "dataset.source") -> Iterator[None]:
     """Within the block, S3 errors that the user must fix become UserErrors. Throttling and network errors pass."""
     from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError
 
@@ -45,23 +55,23 @@ def translate_s3_errors(uri: str) -> Iterator[None]:
     except NoCredentialsError:
         raise UserError(
             f"no AWS credentials to read {uri}",
-            where="dataset.source",
+            where=where,
             fix="Give tokenize's service account a role with read access to it.",
         ) from None
     except ParamValidationError:
-        raise UserError(f"invalid S3 URI {uri}", where="dataset.source", fix="Write s3://BUCKET/KEY.") from None
+        raise UserError(f"invalid S3 URI {uri}", where=where, fix="Write s3://BUCKET/KEY.") from None
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code in ("412", "PreconditionFailed"):
             raise UserError(
                 f"{uri} has been replaced since this run first read it",
-                where="dataset.source",
+                where=where,
                 fix="Delete the run's resolved.json to use the new object, or restore the old one.",
             ) from None
         if code in ("404", "NoSuchKey", "NoSuchBucket", "403", "AccessDenied"):
             raise UserError(
                 f"S3 returns {code} for {uri}",
-                where="dataset.source",
-                fix="Check the bucket, the key and the role's s3:GetObject permission.",
+                where=where,
+                fix="Check the bucket, the key and the role's s3:GetObject permission (for a prefix s3:ListBucket).",
             ) from None
         raise

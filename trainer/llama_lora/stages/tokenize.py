@@ -126,7 +126,7 @@ def _examples(
     dropped: Counter[str] = Counter()
     truncated = 0
     found: set[str] = set()
-    for row in track(read_rows(config.dataset, sources.dataset), "row"):
+    for row in track(read_rows(config.dataset, sources), "row"):
         found.update(row.values)
         try:
             for rendered in renderer.render(row):

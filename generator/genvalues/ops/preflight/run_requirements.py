@@ -9,7 +9,7 @@ from typing import Any
 from genvalues.accelerators.instances import HYPERPOD, Instance, trainium
 from genvalues.common.dicts import get
 from genvalues.ops.registries import ImageReference, invalid_account, parse_image
-from genvalues.settings.datasets import is_file
+from genvalues.settings.datasets import is_on_hub
 
 # fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com
 FSX_ADDRESS = re.compile(r"fs-[0-9a-f]+\.fsx\.(?P<region>[a-z]{2,4}(-[a-z]+)+-[0-9]+)\.amazonaws\.com(\.cn)?")
@@ -111,8 +111,7 @@ class RunRequirements:
     @property
     def hub_dataset(self) -> str:
         """The dataset's name on the Hub; empty if it is elsewhere."""
-        elsewhere = "://" in self.dataset or self.dataset.startswith("/") or is_file(self.dataset)
-        return "" if elsewhere else self.dataset
+        return self.dataset if is_on_hub(self.dataset) else ""
 
     @property
     def token_secret(self) -> str:

@@ -1,0 +1,126 @@
+"""Rows of Arrow and Parquet data as Python values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from genvalues.common.errors import UserError
+from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row
+
+BATCH_BYTES = 32 << 20
+MOST_ROWS = 1000  # of a batch
+
+
+def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a Parquet file. See ``rows_of`` for ``columns``.
+
+    A few bytes of Parquet can expand to gigabytes, so a batch has only as many rows as surely fit into memory: the
+    largest value of a column is at most as large as the column of its row group.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for index in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(index)
+                if group.total_byte_size > group.num_rows * MAX_ROW_BYTES:
+                    bad_rows.add(too_long_row(f"{name} row {number + 1}"))
+                    number += group.num_rows
+                    continue
+                size = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, group.total_byte_size)))
+                for batch in file.iter_batches(size, row_groups=[index]):
+                    yield from rows_of(batch, name, number, bad_rows, columns)
+                    number += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise UserError(f"not a valid Parquet file: {error}", where=name) from None
+
+
+def rows_of(batch: Any, name: str, before: int, bad_rows: BadRows, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a record batch whose first row has the number ``before + 1``.
+
+    NaN becomes None, and bytes are decoded as UTF-8. Bytes in ``columns`` that are not UTF-8 make a bad row; others are
+    kept as bytes.
+    """
+    cleaners = {field.name: clean for field in batch.schema if (clean := _cleaner(field.type))}
+    large = batch.nbytes > MAX_ROW_BYTES
+    number = before
+    for part in (_row_of(batch, index) for index in range(batch.num_rows)) if large else [batch]:
+        too_long = large and part.nbytes > MAX_ROW_BYTES
+        for values in [{}] if too_long else part.to_pylist():
+            number += 1
+            place = f"{name} row {number}"
+            if too_long:
+                bad_rows.add(too_long_row(place))
+                continue
+            for column, clean in cleaners.items():
+                values[column] = clean(values[column])
+            undecoded = [column for column in cleaners.keys() & set(columns) if _has_bytes(values[column])]
+            if undecoded:
+                bad_rows.add(
+                    UserError(
+                        f"column {undecoded[0]} contains bytes that are not UTF-8",
+                        where=place,
+                        fix="Name another column in dataset.columns, or store text.",
+                    )
+                )
+            else:
+                yield Row(place, values)
+
+
+def _row_of(batch: Any, index: int) -> Any:
+    """One row of a batch, without the dictionaries of its columns, which hold the values of other rows, too."""
+    import pyarrow
+
+    row = batch.slice(index, 1)
+    columns = [column.dictionary_decode() if hasattr(column, "dictionary_decode") else column for column in row.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def too_long_row(place: str) -> UserError:
+    return UserError(
+        f"is longer than {MAX_ROW_BYTES >> 20} MiB", where=place, fix="Split long texts into several rows."
+    )
+
+
+def _cleaner(kind: Any) -> Callable[[Any], Any] | None:
+    """The function that replaces NaN and bytes in values of an Arrow type; None if it can have neither."""
+    from pyarrow import types
+
+    if types.is_floating(kind):
+        return lambda value: None if value is not None and math.isnan(value) else value
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return _decoded
+    if types.is_dictionary(kind):
+        return _cleaner(kind.value_type)
+    if types.is_nested(kind):
+        inner = [kind.field(index).type for index in range(kind.num_fields)]
+        return _cleaned if any(_cleaner(each) for each in inner) else None
+    return None
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cleaned(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleaned(inner) for inner in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return _decoded(value) if isinstance(value, bytes) else value
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_bytes, value.values()))
+    return any(map(_has_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)
