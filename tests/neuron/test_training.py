@@ -73,7 +73,7 @@ def mean_loss(model: Any, rows: Any, recorded: Any) -> float:
 
 def test_the_optimizer_uses_the_scheduled_learning_rate(trained_run: Callable[[int, int], Run]) -> None:
     used = [step["learning_rate"] for step in metrics(trained_run(2, 2))]
-    assert used == pytest.approx([0, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
+    assert used == pytest.approx([5e-3, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
 
 
 def test_replicated_factors_are_equal_and_a_save_fails_if_they_are_not(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genvalues.common.errors import UserError
 from llama_lora.backends.step_plan import StepPlan
 from llama_lora.config import Training
 
@@ -88,9 +89,26 @@ def test_the_learning_rate_equals_that_of_transformers(scheduler: str, warmup_ra
     name = "constant_with_warmup" if scheduler == "constant" else scheduler
     theirs = get_scheduler(name, optimizer, num_warmup_steps=round(40 * warmup_ratio), num_training_steps=40)
     for step in range(40):
-        assert plan.learning_rate(step) == pytest.approx(theirs.get_last_lr()[0])
+        if step or not warmup_ratio:  # the first step of theirs is at 0
+            assert plan.learning_rate(step) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 100])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.99])
+def test_every_step_learns(scheduler: str, steps: int, warmup_ratio: float) -> None:
+    plan = StepPlan(40, 1, training(lr_scheduler=scheduler, warmup_ratio=warmup_ratio, max_steps=steps))
+    rates = [plan.learning_rate(step) for step in range(steps)]
+    assert all(0 < rate <= plan.training.learning_rate for rate in rates)
+    plan.check_learns()
+
+
+def test_a_run_whose_steps_are_all_at_rate_0_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        StepPlan(40, 1, training(learning_rate=1e-50)).check_learns()
+    assert caught.value.where == "training.learningRate" and "nothing would be trained" in caught.value.what
 
 
 def test_another_number_of_workers_resumes_at_the_same_row() -> None:

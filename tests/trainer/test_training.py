@@ -65,7 +65,7 @@ def test_training_lowers_the_loss_and_reports_every_step(whole_run: Run) -> None
     steps = metrics(whole_run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.02
-    assert [step["learning_rate"] for step in steps] == pytest.approx([0, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
+    assert [step["learning_rate"] for step in steps] == pytest.approx([5e-3, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
     progress = json.loads(whole_run.paths.progress.read_text())
     assert (progress["step"], progress["totalSteps"], progress["etaSeconds"]) == (6, 6, 0)
     folder = whole_run.workspace / Path(whole_run.manifest("train")["facts"]["checkpoint"]).parent

@@ -85,6 +85,7 @@ def run_training(
 
     rows: Sequence[Row] = load_from_disk(str(job.dataset / "train"))
     plan = StepPlan(len(rows), engine.data_size, job.training)
+    plan.check_learns()
     loop = Loop(job, engine, workers, rows, plan)
     result = loop.train() if job.dry_run is None else loop.rehearse(job.dry_run)
     if loop.run_log:

@@ -11,7 +11,10 @@ import math
 import random
 from dataclasses import dataclass
 
+from genvalues.common.errors import UserError
 from llama_lora.config import Training
+
+SMALLEST_FLOAT32 = 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,29 @@ class StepPlan:
         return [rows[start : start + size] for start in starts]
 
     def learning_rate(self, step: int) -> float:
-        """Linear warmup, then as in transformers' get_scheduler: linear or cosine to 0, or constant."""
+        """The rate of a step (from 0), as in transformers' get_scheduler, except that the first step is not at 0.
+
+        Linear warm-up, then linear or cosine to 0, or constant. The first step of a warm-up has half the rate of the
+        second: at 0 it would train nothing, and a run of one step would have no effect.
+        """
         peak, warmup = self.training.learning_rate, math.ceil(self.total_steps * self.training.warmup_ratio)
         if step < warmup:
-            return peak * step / warmup
+            return peak * max(step, 0.5) / warmup
         if self.training.lr_scheduler == "constant":
             return peak
         progress = (step - warmup) / max(1, self.total_steps - warmup)
         if self.training.lr_scheduler == "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * progress))
         return peak * (1 - progress)
+
+    def check_learns(self) -> None:
+        """Raise UserError if the learning rate of every step is 0 as float32, the optimizer's type."""
+        if all(self.learning_rate(step) < SMALLEST_FLOAT32 for step in range(self.total_steps)):
+            raise UserError(
+                f"the learning rate is 0 in each of the {self.total_steps} steps, so nothing would be trained",
+                where="training.learningRate",
+                fix=f"Raise it: {self.training.learning_rate:g} rounds to 0.",
+            )
 
     def step_after(self, rows_done: int) -> int:
         """The step to resume with. The position is counted in rows, so the number of workers may change."""

@@ -51,7 +51,7 @@ def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
 
 STAGE = Declaration(
     name="train",
-    version=2,
+    version=3,
     summary="Train with LoRA on all workers; writes checkpoints, progress and metrics.",
     after=["tokenize"],
     needs=["compile"],

@@ -32,7 +32,8 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
     Numbers that only scale something are inputs of a graph, but torch-xla writes 0 and 1 as constants (measured with
     torch-xla 2.8.1: x * 2 and x * 3 have the same graph, x * 1 another; the same holds for AdamW's weight decay and
     learning rate; a dropout rate is an input). So only whether such a number is 0 or 1 is recorded: the default
-    alpha = r gives a factor of 1, and a warmup starts with a learning rate of 0.
+    alpha = r gives a factor of 1. Whether there is a warm-up is recorded because its first step was at 0 in release
+    0.1; without the key, the graphs compiled then would be compiled again.
     """
     lora, training, parallelism = config.lora, config.training, config.parallelism
     return {
