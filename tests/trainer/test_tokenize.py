@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_lora.data.tokens import IGNORED, Example
-from llama_lora.stages.tokenize import load_tokenizer, split
+from llama_lora.data.selection import draw
+from llama_lora.stages.tokenize import load_tokenizer
 from trainer.conftest import Run
 
 
@@ -20,7 +19,7 @@ def report_of(run: Run) -> dict[str, Any]:
 
 
 def test_the_report_counts_kept_dropped_and_truncated_rows(new_run: Callable[..., Run]) -> None:
-    run = new_run(dataset={"evalFraction": 0.25}, training={"maxSequenceLength": 60})
+    run = new_run(dataset={"evalFraction": 0.25, "overlong": "truncate"}, training={"maxSequenceLength": 60})
     rows = [
         {"q": "Short?", "a": "Yes."},
         {"q": "Long?", "a": "Very long indeed. " * 9},  # truncated
@@ -41,8 +40,10 @@ def test_the_report_counts_kept_dropped_and_truncated_rows(new_run: Callable[...
     assert (report["rendered_with"], report["date_in_template"]) == ("the tokenizer's chat template", None)
     assert len(report["shown"]) == 3
     for pieces in report["shown"]:
-        assert [piece["trained"] for piece in pieces[:2]] == [False, True]
-        assert pieces[0]["text"].endswith("assistant\n")
+        answer = next(index for index, piece in enumerate(pieces) if piece["trained"])
+        question = "".join(piece["text"] for piece in pieces[:answer])
+        assert question.startswith("<|start|>user\n") and question.endswith("<|start|>assistant\n")
+        assert {piece["text"] for piece in pieces if piece["special"]} == {"<|start|>", "<|end|>"}
     assert "rows dropped: 1 (empty output)" in said and "rows truncated to maxSequenceLength: 1" in said
 
 
@@ -73,11 +74,8 @@ def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -
 
 
 def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file() -> None:
-    examples = [Example(array("i", [n, n]), array("i", [IGNORED, n])) for n in range(1000)]
-    train, held_out = split(examples, 0.1, seed=42)
-    numbers = [example.input_ids[0] for example in held_out]
-    assert len(held_out) == 100 and len(train) == 900 and numbers != sorted(numbers)
-    assert not {example.input_ids[0] for example in train} & set(numbers)
+    numbers = draw(1000, 0.1, seed=42).tolist()
+    assert len(set(numbers)) == 100 and numbers != sorted(numbers)
     assert 300 < sum(numbers[:25]) / 25 < 700
 
 

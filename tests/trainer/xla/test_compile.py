@@ -498,7 +498,6 @@ CHANGES_GRAPHS: list[tuple[str, dict[str, Any], str]] = [
     ("training", {"activationCheckpointing": "full"}, 'training.activationCheckpointing: "selective" -> "full"'),
     ("training", {"packing": False}, "training.packing: true -> false"),
     ("training", {"weightDecay": 0.0}, "training.weightDecay: true -> false"),
-    ("training", {"warmupRatio": 0.0}, "training.warmup: true -> false"),
     ("training", {"gradientAccumulationSteps": 1}, "training.accumulates: true -> false"),
     ("lora", {"r": 8}, "lora.r: 4 -> 8"),
     ("lora", {"targetModules": ["q_proj"]}, 'lora.targetModules: ["q_proj", "v_proj"] -> ["q_proj"]'),

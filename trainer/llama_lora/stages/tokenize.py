@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-from array import array
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import backends
-from llama_lora.config import RunConfig, Training
+from llama_lora.config import Dataset, RunConfig
+from llama_lora.data import data_report, token_store
 from llama_lora.data.dataset_readers import read_rows
-from llama_lora.data.packing import PackedRow, pack
-from llama_lora.data.rendering import Dropped, Renderer
+from llama_lora.data.packing import one_per_row, pack
+from llama_lora.data.preparation import Counts, RowTokenizer, prepare
+from llama_lora.data.rendering import Renderer
 from llama_lora.data.resolve import ResolvedSources
+from llama_lora.data.selection import Kept, Selection, select
 from llama_lora.data.shared_folders import make_once
 from llama_lora.data.snapshot import take_snapshot
-from llama_lora.data.tokens import IGNORED, Example, ExampleTokenizer
-from llama_lora.progress import track
+from llama_lora.data.token_store import TokenStore
+from llama_lora.data.tokens import IGNORED
+from llama_lora.environment import available_cores
 from llama_lora.stage import Declaration, Stage
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REASONS = 3  # that an error names
 SAMPLE_ROWS = 3  # rows that the report shows with their loss mask
 
 
@@ -52,14 +56,31 @@ def tokenize(stage: Stage) -> None:
     _log_report(report, dataset)
 
 
+def dataset_settings(dataset: Dataset) -> dict[str, Any]:
+    """What the rows depend on besides the content of the sources: each source's suffix instead of its name and path.
+
+    The same bytes give other rows as .txt than as .jsonl.
+    """
+    return _without_names(dataset.model_dump())
+
+
+def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key == "source":
+            found["kind"] = Path(value).suffix
+        elif key != "revision":
+            found[key] = _without_names(value) if isinstance(value, dict) else value
+    return found
+
+
 STAGE = Declaration(
     name="tokenize",
-    version=1,
+    version=2,
     summary="Copy the model, and tokenize, split and pack the rows; writes a data report.",
     reads_sources=True,
     reads=lambda config: {
-        "dataset": config.dataset.model_dump(include={"config", "split", "format", "columns", "eval_fraction"}),
-        "kind": Path(config.dataset.source).suffix,  # the same bytes give other rows as .txt than as .jsonl
+        "dataset": dataset_settings(config.dataset),
         "training": config.training.model_dump(include={"max_sequence_length", "packing", "seed"}),
     },
     run=tokenize,
@@ -77,139 +98,119 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"transformers cannot load the tokenizer: {error}", where=str(model)) from None
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into (train, held out): a seeded draw of round(fraction x rows) examples, before packing.
-
-    The held-out examples keep the order of the draw, so that the first few are a fair sample too.
-    """
-    drawn = random.Random(seed).sample(range(len(examples)), round(fraction * len(examples)))
-    held_out = set(drawn)
-    return [example for index, example in enumerate(examples) if index not in held_out], [examples[i] for i in drawn]
-
-
-def rows_of(examples: Sequence[Example], training: Training) -> list[PackedRow]:
-    """Make the training rows: packed, or one example each."""
-    if training.packing:
-        return pack(examples, training.max_sequence_length)
-    return [PackedRow((example,)) for example in examples]
-
-
 def write_dataset(
     config: RunConfig, sources: ResolvedSources, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write train/, eval/ (Arrow) and report.json. Raises UserError if no row is left to train on or to hold out."""
-    renderer = Renderer(tokenizer, config.dataset.format, config.dataset.columns.named())
-    examples, report = _examples(config, sources, renderer, ExampleTokenizer(tokenizer))
-    train, held_out = split(examples, config.dataset.eval_fraction, config.training.seed)
-    if not train:
-        raise UserError("no rows left to train on", where="dataset", fix=f"Dropped: {report['dropped']}.")
-    if config.evaluation.enabled and not held_out:
-        raise UserError(
-            f"none of {len(examples)} rows is held out, so the evaluation has no rows",
-            where="dataset.evalFraction",
-            fix=f"Raise it to {1 / len(examples):.2g} or more, or set evaluation.enabled: false in the values.",
+    """Write train/, eval/ (Arrow), report.json and report.html.
+
+    Raises UserError if no row is left to train on or to hold out, or if more rows are dropped than dataset.maxDropped.
+    """
+    dataset, training = config.dataset, config.training
+    renderers = {"": Renderer(tokenizer, dataset.format, dataset.columns.named())}
+    with TokenStore(folder / "examples") as store:
+        kept = Kept()
+        work = RowTokenizer(renderers, tokenizer, dataset, training)
+        rows = read_rows(dataset, sources.dataset)
+        counts = prepare(rows, work, store, kept, available_cores(), held_out=False)
+        check_columns(dataset.columns.named(), counts.columns.get("", set()))
+        check_dropped(counts, dataset.max_dropped)
+        store.finish()
+        selection = select(
+            kept,
+            {0: dataset.weight},
+            fraction=dataset.eval_fraction,
+            seed=training.seed,
+            grouped=bool(dataset.group_column),
+            eval_source=False,
         )
-    rows = rows_of(train, config.training)
-    report["train"] = _counts(train, rows, config.training.max_sequence_length)
-    report["eval"] = {"examples": len(held_out), "tokens": sum(len(example.input_ids) for example in held_out)}
-    report["shown"] = [_masked_text(example, tokenizer) for example in train[:SAMPLE_ROWS]]
-    _store(rows, folder / "train")
-    _store([PackedRow((example,)) for example in held_out], folder / "eval")
+        check_selection(config, counts, selection)
+        lengths = numpy.asarray(store.lengths)[selection.train]
+        packing = pack(lengths, training.max_sequence_length) if training.packing else one_per_row(len(lengths))
+        report = {
+            "source": dataset.source,
+            "revision": sources.dataset.revision,
+            **data_report.report_of(counts, renderers),
+            "duplicates": selection.duplicates,
+            "in_train_and_eval": selection.in_both,
+            "train": _counts(store, selection.train, len(packing), training.max_sequence_length),
+            "eval": {
+                "rows": selection.held_out_rows,
+                "examples": len(selection.held_out),
+                "tokens": sum(store.lengths[number] for number in selection.held_out),
+            },
+            "shown": [
+                data_report.masked_text(store.example(number), tokenizer) for number in selection.train[:SAMPLE_ROWS]
+            ],
+        }
+        token_store.write_dataset(store, (selection.train[row] for row in packing), folder / "train")
+        token_store.write_dataset(store, ([number] for number in selection.held_out), folder / "eval")
     files.write_json(folder / "report.json", report)
+    files.write_text(folder / "report.html", data_report.page(report))
 
 
-def _examples(
-    config: RunConfig, sources: ResolvedSources, renderer: Renderer, tokenizer: ExampleTokenizer
-) -> tuple[list[Example], dict[str, Any]]:
-    """Render every row; return the examples and the counts for the report."""
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
-    truncated = 0
-    found: set[str] = set()
-    for row in track(read_rows(config.dataset, sources), "row"):
-        found.update(row.values)
-        try:
-            for rendered in renderer.render(row):
-                example, cut = tokenizer.example(rendered, config.training.max_sequence_length)
-                examples.append(example)
-                truncated += cut
-        except Dropped as reason:
-            dropped[str(reason)] += 1
-    for key, column in config.dataset.columns.named().items():
-        if found and column not in found:  # a misspelled optional column would be ignored in every row
+def check_columns(named: Mapping[str, str], found: Set[str]) -> None:
+    """Raise UserError for a column that no row has: a misspelled optional one would be ignored in every row."""
+    for key, column in named.items():
+        if found and column not in found:
             raise UserError(
                 f"no row has a column {column!r}",
                 where=f"dataset.columns.{key}",
                 fix=f"Available columns: {', '.join(sorted(found))}.",
             )
-    return examples, {
-        "source": config.dataset.source,
-        "revision": sources.dataset.revision,
-        "rendered_with": renderer.template(),
-        "date_in_template": renderer.date(),
-        "rows_read": len(examples) + sum(dropped.values()),
-        "kept": len(examples),
-        "dropped": dict(dropped),
-        "truncated": truncated,
-    }
 
 
-def _counts(examples: Sequence[Example], rows: Sequence[PackedRow], max_length: int) -> dict[str, Any]:
-    tokens = sum(len(example.input_ids) for example in examples)
-    trained = sum(example.trained_tokens for example in examples)
+def check_dropped(counts: Counts, most: float) -> None:
+    """Raise UserError if a greater share of the rows than ``most`` is dropped, or all."""
+    if counts.dropped_rows == counts.rows:
+        raise UserError("no rows left to train on", where="dataset", fix=f"Dropped: {dict(counts.dropped)}.")
+    if counts.dropped_rows > most * counts.rows:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in counts.dropped.most_common(REASONS))
+        [(most_common, _)] = counts.dropped.most_common(1)
+        first = counts.dropped_shown[most_common][0]["place"]
+        raise UserError(
+            f"{counts.dropped_rows} of {counts.rows} rows are dropped: {reasons}; the first is {first}",
+            where="dataset.maxDropped",
+            fix=f"Correct the rows or the settings, or raise it to {counts.dropped_rows / counts.rows:.2f} or more.",
+        )
+
+
+def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> None:
+    """Raise UserError if no example is left to train on, or none to evaluate with."""
+    kept = counts.rows - counts.dropped_rows
+    if not len(selection.train):
+        fix = f"Dropped: {dict(counts.dropped)}; held out: {selection.held_out_rows} rows; "
+        raise UserError(
+            "no rows left to train on", where="dataset", fix=f"{fix}in train and held out: {selection.in_both}."
+        )
+    if config.evaluation.enabled and not len(selection.held_out):
+        raise UserError(
+            f"none of {kept} rows is held out, so the evaluation has no rows",
+            where="dataset.evalFraction",
+            fix=f"Raise it to {1 / kept:.2g} or more, or set evaluation.enabled: false in the values.",
+        )
+
+
+def _counts(store: TokenStore, train: Any, rows: int, max_length: int) -> dict[str, Any]:
+    tokens = trained = longest = 0
+    for number in train.tolist():
+        length = store.lengths[number]
+        tokens += length
+        longest = max(longest, length)
+        trained += int(numpy.count_nonzero(store.part("labels", number) != IGNORED))
     return {
-        "examples": len(examples),
+        "examples": len(train),
         "tokens": tokens,
         "trained_tokens": trained,
         "mask_share": round(1 - trained / tokens, 4),
-        "rows": len(rows),
-        "packing_efficiency": round(tokens / (len(rows) * max_length), 4),
-        "longest_example": max(len(example.input_ids) for example in examples),
+        "rows": rows,
+        "packing_efficiency": round(tokens / (rows * max_length), 4),
+        "longest_example": longest,
     }
 
 
-def _masked_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Decode an example in pieces, split where the loss mask changes."""
-    pieces: list[tuple[bool, list[int]]] = []
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        if not pieces or pieces[-1][0] != (label != IGNORED):
-            pieces.append((label != IGNORED, []))
-        pieces[-1][1].append(token)
-    return [{"trained": trained, "text": tokenizer.decode(ids)} for trained, ids in pieces]
-
-
-def _store(rows: Sequence[PackedRow], folder: Path) -> None:
-    """Save rows as an Arrow dataset with the columns input_ids, labels and lengths (int32 lists), one at a time."""
-    import pyarrow
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    columns = {}
-    for name in ("input_ids", "labels", "lengths"):
-        values, offsets = array("i"), array("i", [0])
-        for row in rows:
-            values.extend(getattr(row, name))
-            offsets.append(len(values))
-        columns[name] = pyarrow.ListArray.from_arrays(_int32(offsets), _int32(values))
-    Dataset(pyarrow.table(columns)).save_to_disk(folder)
-
-
-def _int32(numbers: array[int]) -> Any:
-    """Wrap the memory of ``numbers`` in an Arrow array."""
-    import pyarrow
-
-    return pyarrow.Array.from_buffers(pyarrow.int32(), len(numbers), [None, pyarrow.py_buffer(numbers)])
-
-
 def _log_report(report: dict[str, Any], dataset: Path) -> None:
-    train = report["train"]
-    log.info(f"rows: {report['rows_read']} read, {report['kept']} kept, {report['eval']['examples']} of them held out")
-    for reason, count in report["dropped"].items():
-        log.info(f"rows dropped: {count} ({reason})")
-    if report["truncated"]:
-        log.info(f"rows truncated to maxSequenceLength: {report['truncated']}")
-    log.info(
-        f"train: {train['tokens']} tokens, {train['trained_tokens']} of them with loss, in {train['rows']} rows "
-        f"({train['packing_efficiency']:.1%} full)"
-    )
-    log.info(f"report: {dataset / 'report.json'}")
+    for line in data_report.lines(report):
+        log.info(line)
+    if warning := data_report.warning(report):
+        log.warning(warning)
+    log.info(f"report: {dataset / 'report.html'}")

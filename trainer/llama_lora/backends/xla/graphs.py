@@ -32,8 +32,7 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
     Numbers that only scale something are inputs of a graph, but torch-xla writes 0 and 1 as constants (measured with
     torch-xla 2.8.1: x * 2 and x * 3 have the same graph, x * 1 another; the same holds for AdamW's weight decay and
     learning rate; a dropout rate is an input). So only whether such a number is 0 or 1 is recorded: the default
-    alpha = r gives a factor of 1. Whether there is a warm-up is recorded because its first step was at 0 in release
-    0.1; without the key, the graphs compiled then would be compiled again.
+    alpha = r gives a factor of 1. No step has a learning rate of 0 (backends/step_plan.py).
     """
     lora, training, parallelism = config.lora, config.training, config.parallelism
     return {
@@ -53,7 +52,6 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
             "attention": recorded_attention(config),
             "activationCheckpointing": training.activation_checkpointing,
             "weightDecay": training.weight_decay > 0,
-            "warmup": training.warmup_ratio > 0,
             "maxGradNormIs1": training.max_grad_norm == 1,
         },
         "probe": {"rows": config.probe.rows, "maxTokens": config.probe.max_tokens},

@@ -1,0 +1,181 @@
+"""The data report: report.json as a dict, its lines for the log, and report.html (self-contained, no script)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from llama_lora.data.preparation import Counts
+from llama_lora.data.tokens import IGNORED, Example
+
+WARN_LOST = 0.01  # share of the tokens
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; overflow-wrap: anywhere; }
+mark { background: #b9e6b9; } b { font-weight: 600; color: #8250df; border: 1px solid #d8c8f5; border-radius: 3px; }
+.bar { display: inline-block; height: .8rem; background: #1f6feb; }
+"""
+
+
+def report_of(counts: Counts, renderers: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of report.json on the rows as they were read and rendered. ``renderers`` are by source."""
+    main = renderers[""]
+    return {
+        "rendered_with": main.template(),
+        "template": template_of(main),
+        "date_in_template": main.date(),
+        "rows_read": counts.rows,
+        "kept": counts.rows - counts.dropped_rows,
+        "dropped": dict(counts.dropped),
+        "dropped_shown": counts.dropped_shown,
+        "truncated": counts.truncated,
+        "split": counts.split,
+        "lost": {
+            "tokens": counts.lost,
+            "trained_tokens": counts.lost_trained,
+            "share": round(lost_share(counts), 4),
+        },
+        "histogram": [{"up_to": 2**power, "examples": counts.histogram[power]} for power in sorted(counts.histogram)],
+    }
+
+
+def template_of(renderer: Any) -> dict[str, str]:
+    """The template's name, and a hash that changes with its text."""
+    used = renderer.tokenizer.get_chat_template() if renderer.uses_chat_template else renderer.template()
+    return {
+        "name": "chat template of the tokenizer" if renderer.uses_chat_template else f"format {renderer.format}",
+        "sha256": hashlib.sha256(used.encode()).hexdigest(),
+    }
+
+
+def lost_share(counts: Counts) -> float:
+    """The share of the tokens that are lost, or of the tokens with a loss if that is more."""
+    return max(counts.lost / max(1, counts.tokens), counts.lost_trained / max(1, counts.trained))
+
+
+def masked_text(example: Example, tokenizer: Any) -> list[dict[str, Any]]:
+    """Decode an example in pieces, split where the loss mask changes and around special tokens."""
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    pieces: list[tuple[bool, bool, list[int]]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        kind = (label != IGNORED, token in special)
+        if not pieces or pieces[-1][:2] != kind:
+            pieces.append((*kind, []))
+        pieces[-1][2].append(token)
+    return [
+        {
+            "trained": trained,
+            "special": is_special,
+            "text": tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        }
+        for trained, is_special, ids in pieces
+    ]
+
+
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """What the log says of a report."""
+    held_out = f", {report['eval']['rows']} of them held out" if "eval" in report else ""
+    yield f"rows: {report['rows_read']} read, {report['kept']} kept{held_out}"
+    for reason, count in report["dropped"].items():
+        yield f"rows dropped: {count} ({reason})"
+    if report["truncated"]:
+        yield f"rows truncated to maxSequenceLength: {report['truncated']}"
+    if report["split"]:
+        yield f"texts split into pieces of maxSequenceLength: {report['split']}"
+    if report["duplicates"]:
+        yield f"duplicates: {report['duplicates']} (counted, not removed)"
+    if report.get("in_train_and_eval"):
+        yield f"removed from train because they are held out too: {report['in_train_and_eval']}"
+    if train := report.get("train"):
+        yield (
+            f"train: {train['tokens']} tokens, {train['trained_tokens']} of them with loss, in {train['rows']} rows "
+            f"({train['packing_efficiency']:.1%} full)"
+        )
+
+
+def warning(report: Mapping[str, Any]) -> str:
+    """The warning about lost tokens; empty if there are few."""
+    lost = report["lost"]
+    if lost["share"] <= WARN_LOST:
+        return ""
+    return (
+        f"{lost['tokens']} tokens ({lost['share']:.1%}), {lost['trained_tokens']} of them with loss, are lost because "
+        "their rows are longer than training.maxSequenceLength: raise it, or set dataset.overlong"
+    )
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """report.html. Rows are untrusted: all text is escaped, and the page may load and run nothing."""
+    dropped = "".join(
+        f"<h3>{escape(reason)}: {report['dropped'][reason]}</h3>"
+        + "".join(f"<p>{escape(row['place'])}</p><pre>{escape(row['row'])}</pre>" for row in rows)
+        for reason, rows in report["dropped_shown"].items()
+    )
+    sections = [
+        f"<h1>Data of {escape(str(report['source']))}</h1>",
+        _table(_summary(report)),
+        "<h2>Tokens of an example</h2>" + _histogram(report["histogram"]),
+        "<h2>Examples as the model sees them</h2>",
+        "<p>The loss covers the <mark>marked</mark> text. <b>Special tokens</b> are framed.</p>",
+        *(f"<pre>{_with_marks(pieces)}</pre>" for pieces in report["shown"]),
+        f"<h2>Dropped</h2>{dropped}" if dropped else "",
+    ]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>Data report</title><style>{STYLE}</style>{''.join(sections)}</html>\n"
+    )
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    train, lost, template = report.get("train", {}), report["lost"], report["template"]
+    shown = {
+        "revision": report.get("revision"),
+        "rows read": report["rows_read"],
+        "rows kept": report["kept"],
+        "rows held out": report["eval"]["rows"] if "eval" in report else None,
+        "duplicates": report["duplicates"],
+        "removed from train, because held out too": report.get("in_train_and_eval"),
+        "truncated": report["truncated"],
+        "split": report["split"],
+        "tokens lost": f"{lost['tokens']} ({lost['share']:.2%})",
+        "tokens in train": train.get("tokens"),
+        "share with loss": f"{1 - train['mask_share']:.2%}" if train else None,
+        "rows of maxSequenceLength": train.get("rows"),
+        "full": f"{train['packing_efficiency']:.2%}" if train else None,
+        "template": f"{template['name']}, SHA-256 {template['sha256'][:16]}",
+        "date in the template": report["date_in_template"],
+    }
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
+    return f"<table>{cells}</table>"
+
+
+def _histogram(bins: Sequence[Mapping[str, int]]) -> str:
+    most = max((each["examples"] for each in bins), default=1)
+    return "<table>{}</table>".format(
+        "".join(
+            f"<tr><th>up to {each['up_to']}</th><td>{each['examples']}</td>"
+            f'<td><span class="bar" style="width:{20 * each["examples"] / most:.2f}rem"></span></td></tr>'
+            for each in bins
+        )
+    )
+
+
+def _with_marks(pieces: Sequence[Mapping[str, Any]]) -> str:
+    shown = []
+    for piece in pieces:
+        text = escape(piece["text"])
+        text = f"<b>{text}</b>" if piece["special"] else text
+        shown.append(f"<mark>{text}</mark>" if piece["trained"] else text)
+    return "".join(shown)

@@ -1,0 +1,270 @@
+"""Render and tokenize rows in batches, in as many processes as there are cores, into a store on disk.
+
+The order of the rows, and so every byte of the result, does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+from genvalues.common.errors import UserError
+from genvalues.common.process import PR_SET_PDEATHSIG, prctl
+from llama_lora.config import Dataset, Training
+from llama_lora.data.dataset_readers import Row
+from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
+from llama_lora.data.selection import Kept, hash64
+from llama_lora.data.token_store import TokenStore
+from llama_lora.data.tokens import ExampleTokenizer, Overlong, fit
+from llama_lora.progress import StageProgress
+
+BATCH_ROWS, BATCH_CHARACTERS = 128, 1 << 22  # of a batch: whichever is reached first
+BATCHES_IN_PROCESS = 4  # a dataset of no more batches is not worth other processes
+DROPPED_SHOWN = 3  # rows that the report shows for each reason
+CHARACTERS_SHOWN = 500  # of such a row
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Counts:
+    """What the report says of the rows before they are divided into train and eval.
+
+    ``histogram`` counts examples by their full length, before dataset.overlong: key n for 2^(n-1) < tokens <= 2^n.
+    ``columns`` has the columns found, by source.
+    """
+
+    rows: int = 0
+    dropped_rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_shown: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    split: int = 0
+    lost: int = 0
+    lost_trained: int = 0
+    trained: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    columns: dict[str, set[str]] = field(default_factory=dict)
+
+    def drop(self, row: Row, reason: str) -> None:
+        """Count an example of a row as dropped."""
+        self.dropped[reason] += 1
+        shown = self.dropped_shown.setdefault(reason, [])
+        if len(shown) < DROPPED_SHOWN:
+            text = json.dumps(row.values, ensure_ascii=False, default=str)[:CHARACTERS_SHOWN]
+            shown.append({"place": row.place, "row": text})
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of later rows."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, int):
+                setattr(self, name, mine + value)
+            elif isinstance(value, Counter):
+                mine.update(value)
+        for reason, shown in other.dropped_shown.items():
+            mine = self.dropped_shown.setdefault(reason, [])
+            mine += shown[: DROPPED_SHOWN - len(mine)]
+        for source, found in other.columns.items():
+            self.columns.setdefault(source, set()).update(found)
+
+
+@dataclass
+class TokenizedRows:
+    """A batch of rows: their examples' lengths and tokens (int32), what is known of them, and the counts."""
+
+    lengths: array[int]
+    input_ids: bytes
+    labels: bytes
+    kept: Kept
+    counts: Counts
+
+
+def source_names(dataset: Dataset) -> list[str]:
+    """The names of the sources, as rows have them: "" for dataset.source, then those of dataset.additional."""
+    return ["", *dataset.additional]
+
+
+class RowTokenizer:
+    """Renders and tokenizes rows of all sources of a dataset."""
+
+    def __init__(self, renderers: Mapping[str, Renderer], tokenizer: Any, dataset: Dataset, training: Training) -> None:
+        self._renderers = renderers
+        self._tokenizer = ExampleTokenizer(tokenizer)
+        self._max_length = training.max_sequence_length
+        self._overlong: dict[str, Overlong] = {
+            name: dataset.overlong or ("split" if renderer.format == "text" else "drop")
+            for name, renderer in renderers.items()
+        }
+        self._numbers = {name: number for number, name in enumerate(source_names(dataset))}
+        self._group_column = dataset.group_column
+        for name, renderer in renderers.items():
+            if self._overlong[name] == "split" and renderer.format != "text":
+                raise UserError(
+                    f"split is for format text; a row of format {renderer.format} has one beginning",
+                    where="dataset.overlong",
+                    fix="Write truncate or drop.",
+                )
+
+    def __call__(self, rows: list[Row]) -> TokenizedRows:
+        """Tokenize a batch. Raises UserError if a row is not as its format says."""
+        counts = Counts(rows=len(rows))
+        rendered: list[list[RenderedExample]] = []
+        for row in rows:
+            counts.columns.setdefault(source_of(row), set()).update(row.values)
+            try:
+                rendered.append(self._renderers[source_of(row)].render(row))
+            except Dropped as reason:
+                counts.drop(row, str(reason))
+                rendered.append([])
+        examples = iter(self._tokenizer.tokenize(list(chain.from_iterable(rendered))))
+        kept, lengths = Kept(), array("i")
+        input_ids, labels = array("i"), array("i")
+        for row, texts in zip(rows, rendered, strict=True):
+            kept_texts = 0
+            for example in islice(examples, len(texts)):
+                length = len(example.input_ids)
+                fitted = fit(example, self._max_length, self._overlong[source_of(row)], self._tokenizer.beginning)
+                counts.texts += 1
+                counts.tokens += length
+                counts.trained += example.trained_tokens
+                counts.histogram[max(0, length - 1).bit_length()] += 1
+                counts.lost += fitted.lost
+                counts.lost_trained += fitted.lost_trained
+                if fitted.reason:
+                    counts.drop(row, fitted.reason)
+                    continue
+                counts.split += len(fitted.pieces) > 1
+                counts.truncated += len(fitted.pieces) == 1 and len(fitted.pieces[0].input_ids) < length
+                kept_texts += 1
+                kept.digests.append(hash64(example.input_ids.tobytes()))
+                kept.pieces.append(len(fitted.pieces))
+                for piece in fitted.pieces:
+                    lengths.append(len(piece.input_ids))
+                    input_ids += piece.input_ids
+                    labels += piece.labels
+            if kept_texts:
+                kept.texts.append(kept_texts)
+                kept.sources.append(self._numbers[source_of(row)])
+                kept.groups.append(self._group(row))
+            else:
+                counts.dropped_rows += 1
+        return TokenizedRows(lengths, input_ids.tobytes(), labels.tobytes(), kept, counts)
+
+    def _group(self, row: Row) -> int:
+        """The hash of the row's dataset.groupColumn; 0 if none is set."""
+        if not self._group_column:
+            return 0
+        if self._group_column not in row.values:
+            raise UserError(
+                f"has no column {self._group_column}",
+                where=row.place,
+                fix=f"Set dataset.groupColumn to one of: {', '.join(map(str, row.values))}.",
+            )
+        value = row.values[self._group_column]
+        # Rows without a value have nothing in common.
+        content = row.place if value is None else json.dumps(value, sort_keys=True, default=str)
+        return hash64(content.encode("utf-8", "surrogatepass"))
+
+
+def source_of(row: Row) -> str:
+    """The name of a row's source."""
+    return getattr(row, "source", "")
+
+
+def prepare(
+    rows: Iterable[Row], tokenize: RowTokenizer, store: TokenStore, kept: Kept, processes: int, *, held_out: bool
+) -> Counts:
+    """Tokenize rows into ``store`` and ``kept``. ``held_out``: they are the rows of dataset.eval."""
+    counts = Counts()
+    with StageProgress("row") as progress:
+        for batch in mapped(tokenize, batches(rows), processes):
+            store.append(batch.lengths, batch.input_ids, batch.labels)
+            batch.kept.held_out.extend([held_out] * len(batch.kept.texts))
+            kept.extend(batch.kept)
+            counts.add(batch.counts)
+            progress.advance(batch.counts.rows)
+    return counts
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Lists of consecutive rows, smaller ones where rows are long, so that a batch takes bounded memory."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += _characters(row.values)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: Any) -> int:
+    """About how long a value of a row is."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 1
+
+
+def mapped(work: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """``work`` of each item, in order, in ``processes`` processes if there are enough items. Bounded look-ahead."""
+    iterator = iter(items)
+    first = list(islice(iterator, BATCHES_IN_PROCESS + 1))
+    yield from map(work, first[:BATCHES_IN_PROCESS])
+    rest = chain(first[BATCHES_IN_PROCESS:], iterator)
+    # Where processes cannot be forked, each would import the libraries again, for seconds.
+    if processes == 1 or len(first) <= BATCHES_IN_PROCESS or sys.platform != "linux":
+        yield from map(work, rest)
+        return
+    context = multiprocessing.get_context("fork")  # work, with its tokenizer, is inherited, not copied
+    with ProcessPoolExecutor(processes, context, _start, (work, os.getpid())) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in rest:
+                waiting.append(pool.submit(_run, item))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise MemoryError("a process that tokenizes rows was killed, probably because memory ran out") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Process:
+    """What a process of the pool works with."""
+
+    work: Callable[[Any], Any]
+
+
+def _start(work: Callable[[Any], Any], parent: int) -> None:
+    """Prepare a process of the pool: it ends with its parent, which alone handles signals."""
+    _Process.work = work
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(item: Any) -> Any:
+    return _Process.work(item)
