@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import random
+import tracemalloc
 from array import array
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_lora.data.batches import isolating_mask, make_batch, pad_rows
-from llama_lora.data.packing import PackedRow, pack
+from llama_lora.data.packing import pack
 from llama_lora.data.tokens import IGNORED, Example
 from llama_lora.losses import loss_sum
 
@@ -29,31 +30,58 @@ def of(ids: list[int]) -> Example:
 
 def row(*examples: Example) -> dict[str, Any]:
     """A row as read from the dataset folder."""
-    packed = PackedRow(examples)
-    return {name: list(getattr(packed, name)) for name in ("input_ids", "labels", "lengths")}
+    return {
+        "input_ids": [token for example in examples for token in example.input_ids],
+        "labels": [label for example in examples for label in example.labels],
+        "lengths": [len(example.input_ids) for example in examples],
+    }
 
 
-@given(st.lists(st.integers(2, MAX_LENGTH), max_size=60))
-def test_every_example_is_whole_in_exactly_one_row_and_no_row_is_too_long(lengths: list[int]) -> None:
-    rows = pack([example(number, length) for number, length in enumerate(lengths)], MAX_LENGTH)
-    found: Counter[int] = Counter()
-    for packed in rows:
-        assert len(packed.input_ids) == len(packed.labels) == sum(packed.lengths) <= MAX_LENGTH
-        position = 0
-        for length in packed.lengths:
-            ids = packed.input_ids[position : position + length].tolist()
-            assert len(set(ids)) == 1 and lengths[ids[0]] == length
-            assert packed.labels[position : position + length].tolist() == [IGNORED, *ids[1:]]
-            found[ids[0]] += 1
-            position += length
-    assert found == Counter(range(len(lengths)))
+def trl_bfd(lengths: list[int], max_length: int) -> int:
+    """The rows of strategy bfd of TRL 0.24 (trl/data_utils.py, _pack_bfd), in plain words."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [index for index, room in enumerate(free) if room >= length]
+        if not fits:
+            free.append(max_length)
+            fits = [len(free) - 1]
+        free[min(fits, key=lambda index: free[index])] -= length
+    return len(free)
 
 
-@given(st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=60))
-def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
-    """So packing never uses more than twice the optimal number of rows."""
-    rows = sorted(sum(packed.lengths) for packed in pack([example(1, length) for length in lengths], MAX_LENGTH))
-    assert len(rows) < 2 or rows[0] + rows[1] > MAX_LENGTH
+@given(st.integers(1, MAX_LENGTH).flatmap(lambda most: st.lists(st.integers(1, most), max_size=80)))
+def test_every_example_is_in_exactly_one_row_and_no_row_is_too_long(lengths: list[int]) -> None:
+    rows = [numbers.tolist() for numbers in pack(lengths, MAX_LENGTH)]
+    assert sorted(number for numbers in rows for number in numbers) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[number] for number in numbers) <= MAX_LENGTH for numbers in rows)
+    assert all(numbers == sorted(numbers) for numbers in rows)
+    assert len(pack(lengths, MAX_LENGTH)) == len(rows)
+
+
+@given(st.lists(st.integers(1, MAX_LENGTH), max_size=60))
+def test_packing_is_never_below_trls_bfd_on_the_same_lengths(lengths: list[int]) -> None:
+    assert len(pack(lengths, MAX_LENGTH)) <= trl_bfd(lengths, MAX_LENGTH)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(212, 70), (150, 50)])
+def test_rows_are_99_percent_full(mean: float, deviation: float) -> None:
+    """On 2,000 lengths like those of gsm8k's questions and answers, where bfd reaches 98.6 %. The last row apart."""
+    draw = random.Random(0)
+    lengths = [max(60, round(draw.gammavariate((mean / deviation) ** 2, deviation**2 / mean))) for _ in range(2000)]
+    filled = sorted(sum(lengths[number] for number in numbers) for numbers in pack(lengths, 2048))
+    assert sum(filled[1:]) / (2048 * (len(filled) - 1)) > 0.99
+    assert len(filled) < trl_bfd(lengths, 2048)
+
+
+def test_packing_keeps_12_bytes_an_example() -> None:
+    draw = random.Random(0)
+    lengths = array("i", (draw.randint(50, 400) for _ in range(60_000)))
+    tracemalloc.start()
+    packing = pack(lengths, 2048)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert packing.examples.nbytes + packing.sizes.itemsize * len(packing) <= 8 * len(lengths)  # and 4 for the lengths
+    assert kept < 10 * len(lengths) and peak < 32 * len(lengths)
 
 
 def test_a_token_attends_to_its_own_example_up_to_itself() -> None:

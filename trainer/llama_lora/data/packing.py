@@ -1,6 +1,6 @@
 """Pack examples into rows of at most maxSequenceLength tokens. Examples in a row do not attend to each other.
 
-Packing sees lengths alone: at most 24 bytes an example while it works, and 12 in its result.
+Packing sees lengths alone (4 bytes an example) and adds at most 8 bytes an example, and some 20 while it works.
 """
 
 from __future__ import annotations
@@ -61,22 +61,23 @@ def best_fit_decreasing(lengths: Any, max_length: int) -> tuple[Any, array[int]]
     present = 0  # bit n: there is a row with n free tokens
     row_of = array("i")
     rows = 0
-    decreasing = numpy.sort(lengths)[::-1]
-    for length in decreasing.tolist():
-        fitting = present >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with[free].pop()
-            if not rows_with[free]:
-                present ^= 1 << free
-        else:
-            free, row, rows = max_length, rows, rows + 1
-        row_of.append(row)
-        rows_with[free - length].append(row)
-        present |= 1 << (free - length)
+    found, counts = (each[::-1] for each in numpy.unique(lengths, return_counts=True))
+    for length, count in zip(found.tolist(), counts.tolist(), strict=True):
+        for _ in range(count):
+            fitting = present >> length
+            if fitting:
+                free = length + (fitting & -fitting).bit_length() - 1
+                row = rows_with[free].pop()
+                if not rows_with[free]:
+                    present ^= 1 << free
+            else:
+                free, row, rows = max_length, rows, rows + 1
+            row_of.append(row)
+            rows_with[free - length].append(row)
+            present |= 1 << (free - length)
     of = numpy.asarray(row_of, dtype=numpy.int32)
     sizes = array("i", numpy.bincount(of, minlength=rows).astype(numpy.int32).tobytes())
-    return decreasing[numpy.argsort(of, kind="stable")], sizes
+    return numpy.repeat(found, counts)[numpy.argsort(of, kind="stable")], sizes
 
 
 def fill(lengths: Any, max_length: int) -> tuple[array[int], array[int]]:

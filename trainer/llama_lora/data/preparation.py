@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from genvalues.common.errors import UserError
 from genvalues.common.process import PR_SET_PDEATHSIG, prctl
 from llama_lora.config import Dataset, Training
-from llama_lora.data.dataset_readers import Row
+from llama_lora.data.parts import training_parts
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
+from llama_lora.data.rows import BadRows, Row
 from llama_lora.data.selection import Kept, hash64
 from llama_lora.data.token_store import TokenStore
 from llama_lora.data.tokens import ExampleTokenizer, Overlong, fit
@@ -32,6 +33,7 @@ from llama_lora.progress import StageProgress
 BATCH_ROWS, BATCH_CHARACTERS = 128, 1 << 22  # of a batch: whichever is reached first
 BATCHES_IN_PROCESS = 4  # a dataset of no more batches is not worth other processes
 DROPPED_SHOWN = 3  # rows that the report shows for each reason
+UNREADABLE = "cannot be read"
 CHARACTERS_SHOWN = 500  # of such a row
 
 Item = TypeVar("Item")
@@ -68,6 +70,16 @@ class Counts:
             text = json.dumps(row.values, ensure_ascii=False, default=str)[:CHARACTERS_SHOWN]
             shown.append({"place": row.place, "row": text})
 
+    def skip(self, bad_rows: BadRows) -> None:
+        """Count the rows that could not be read and are skipped (dataset.onBadRow)."""
+        if bad_rows.number:
+            self.rows += bad_rows.number
+            self.dropped_rows += bad_rows.number
+            self.dropped[UNREADABLE] += bad_rows.number
+            self.dropped_shown[UNREADABLE] = [
+                {"place": error.where, "row": error.what} for error in bad_rows.first[:DROPPED_SHOWN]
+            ]
+
     def add(self, other: Counts) -> None:
         """Add the counts of later rows."""
         for name, value in vars(other).items():
@@ -94,11 +106,6 @@ class TokenizedRows:
     counts: Counts
 
 
-def source_names(dataset: Dataset) -> list[str]:
-    """The names of the sources, as rows have them: "" for dataset.source, then those of dataset.additional."""
-    return ["", *dataset.additional]
-
-
 class RowTokenizer:
     """Renders and tokenizes rows of all sources of a dataset."""
 
@@ -110,7 +117,7 @@ class RowTokenizer:
             name: dataset.overlong or ("split" if renderer.format == "text" else "drop")
             for name, renderer in renderers.items()
         }
-        self._numbers = {name: number for number, name in enumerate(source_names(dataset))}
+        self._numbers = {part.name: number for number, part in enumerate(training_parts(dataset))}
         self._group_column = dataset.group_column
         for name, renderer in renderers.items():
             if self._overlong[name] == "split" and renderer.format != "text":
@@ -125,9 +132,9 @@ class RowTokenizer:
         counts = Counts(rows=len(rows))
         rendered: list[list[RenderedExample]] = []
         for row in rows:
-            counts.columns.setdefault(source_of(row), set()).update(row.values)
+            counts.columns.setdefault(row.source, set()).update(row.values)
             try:
-                rendered.append(self._renderers[source_of(row)].render(row))
+                rendered.append(self._renderers[row.source].render(row))
             except Dropped as reason:
                 counts.drop(row, str(reason))
                 rendered.append([])
@@ -138,7 +145,7 @@ class RowTokenizer:
             kept_texts = 0
             for example in islice(examples, len(texts)):
                 length = len(example.input_ids)
-                fitted = fit(example, self._max_length, self._overlong[source_of(row)], self._tokenizer.beginning)
+                fitted = fit(example, self._max_length, self._overlong[row.source], self._tokenizer.beginning)
                 counts.texts += 1
                 counts.tokens += length
                 counts.trained += example.trained_tokens
@@ -159,7 +166,7 @@ class RowTokenizer:
                     labels += piece.labels
             if kept_texts:
                 kept.texts.append(kept_texts)
-                kept.sources.append(self._numbers[source_of(row)])
+                kept.sources.append(self._numbers[row.source])
                 kept.groups.append(self._group(row))
             else:
                 counts.dropped_rows += 1
@@ -179,11 +186,6 @@ class RowTokenizer:
         # Rows without a value have nothing in common.
         content = row.place if value is None else json.dumps(value, sort_keys=True, default=str)
         return hash64(content.encode("utf-8", "surrogatepass"))
-
-
-def source_of(row: Row) -> str:
-    """The name of a row's source."""
-    return getattr(row, "source", "")
 
 
 def prepare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from genvalues.common.errors import UserError
 from llama_lora import backends
 from llama_lora.config import Dataset, RunConfig
 from llama_lora.data import data_report, token_store
-from llama_lora.data.dataset_readers import read_rows
+from llama_lora.data.dataset_readers import BadRows, read_held_out, read_rows
 from llama_lora.data.packing import one_per_row, pack
+from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.preparation import Counts, RowTokenizer, prepare
 from llama_lora.data.rendering import Renderer
 from llama_lora.data.resolve import ResolvedSources
@@ -106,22 +107,27 @@ def write_dataset(
     Raises UserError if no row is left to train on or to hold out, or if more rows are dropped than dataset.maxDropped.
     """
     dataset, training = config.dataset, config.training
-    renderers = {"": Renderer(tokenizer, dataset.format, dataset.columns.named())}
+    parts, held_out = training_parts(dataset), held_out_part(dataset)
+    renderers = {part.name: Renderer(tokenizer, part.format, part.columns) for part in parts}
+    bad_rows = BadRows(skip=dataset.on_bad_row == "skip")
     with TokenStore(folder / "examples") as store:
         kept = Kept()
         work = RowTokenizer(renderers, tokenizer, dataset, training)
-        rows = read_rows(dataset, sources.dataset)
-        counts = prepare(rows, work, store, kept, available_cores(), held_out=False)
-        check_columns(dataset.columns.named(), counts.columns.get("", set()))
+        cores = available_cores()
+        counts = prepare(read_rows(dataset, sources, bad_rows), work, store, kept, cores, held_out=False)
+        for part in parts:
+            check_columns(part, counts.columns.get(part.name, set()))
+        counts.add(prepare(read_held_out(dataset, sources, bad_rows), work, store, kept, cores, held_out=True))
+        counts.skip(bad_rows)
         check_dropped(counts, dataset.max_dropped)
         store.finish()
         selection = select(
             kept,
-            {0: dataset.weight},
+            {number: part.weight for number, part in enumerate(parts)},
             fraction=dataset.eval_fraction,
             seed=training.seed,
             grouped=bool(dataset.group_column),
-            eval_source=False,
+            eval_source=held_out is not None,
         )
         check_selection(config, counts, selection)
         lengths = numpy.asarray(store.lengths)[selection.train]
@@ -148,13 +154,13 @@ def write_dataset(
     files.write_text(folder / "report.html", data_report.page(report))
 
 
-def check_columns(named: Mapping[str, str], found: Set[str]) -> None:
+def check_columns(part: Part, found: Set[str]) -> None:
     """Raise UserError for a column that no row has: a misspelled optional one would be ignored in every row."""
-    for key, column in named.items():
-        if found and column not in found:
+    for key, column in part.columns.items():
+        if found and column not in found and column.partition(".")[0] not in found:
             raise UserError(
                 f"no row has a column {column!r}",
-                where=f"dataset.columns.{key}",
+                where=f"{part.key}.columns.{key}",
                 fix=f"Available columns: {', '.join(sorted(found))}.",
             )
 
@@ -177,6 +183,7 @@ def check_dropped(counts: Counts, most: float) -> None:
 def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> None:
     """Raise UserError if no example is left to train on, or none to evaluate with."""
     kept = counts.rows - counts.dropped_rows
+    own_rows = held_out_part(config.dataset)
     if not len(selection.train):
         fix = f"Dropped: {dict(counts.dropped)}; held out: {selection.held_out_rows} rows; "
         raise UserError(
@@ -185,8 +192,9 @@ def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> 
     if config.evaluation.enabled and not len(selection.held_out):
         raise UserError(
             f"none of {kept} rows is held out, so the evaluation has no rows",
-            where="dataset.evalFraction",
-            fix=f"Raise it to {1 / kept:.2g} or more, or set evaluation.enabled: false in the values.",
+            where="dataset.eval" if own_rows else "dataset.evalFraction",
+            fix=("Name a source with rows" if own_rows else f"Raise it to {1 / kept:.2g} or more")
+            + ", or set evaluation.enabled: false in the values.",
         )
 
 
