@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_lora.data.selection import draw
 from llama_lora.stages.tokenize import load_tokenizer
 from trainer.conftest import Run
 
@@ -71,12 +70,6 @@ def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -
     run = new_run(training={"packing": False})
     run("tokenize")
     assert run.rows == report_of(run)["train"]["examples"] == 36
-
-
-def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file() -> None:
-    numbers = draw(1000, 0.1, seed=42).tolist()
-    assert len(set(numbers)) == 100 and numbers != sorted(numbers)
-    assert 300 < sum(numbers[:25]) / 25 < 700
 
 
 def test_a_tokenizer_is_loaded_as_its_file_describes_it_whatever_class_the_config_names(tmp_path: Path) -> None:

@@ -106,14 +106,14 @@ def draw_groups(groups: Any, fraction: float, seed: int) -> Any:
     Groups come in the order of a hash of theirs and the seed, so that most stay where they are if rows are added.
     """
     found, sizes = numpy.unique(groups, return_counts=True)
-    wanted, drawn, chosen = round(fraction * len(groups)), 0, []
+    wanted, drawn, chosen = max(1, round(fraction * len(groups))) if fraction else 0, 0, []
     order = sorted(range(len(found)), key=lambda index: hash64(f"{seed} {found[index]}".encode()))
     for index in order[:-1]:
-        if drawn >= wanted:
-            break
-        if not drawn or abs(drawn + sizes[index] - wanted) <= wanted - drawn:
+        if sizes[index] <= 2 * (wanted - drawn):  # brings the number nearer to what is wanted
             chosen.append(found[index])
             drawn += sizes[index]
+    if wanted and not chosen and len(found) > 1:
+        chosen.append(found[min(order, key=lambda index: sizes[index])])
     rows = numpy.flatnonzero(numpy.isin(groups, numpy.asarray(chosen, dtype=groups.dtype))).tolist()
     random.Random(seed).shuffle(rows)
     return numpy.asarray(rows, dtype=numpy.int64)
