@@ -121,7 +121,8 @@ GRANITE = r"""{%- if messages[0].role == 'system' %}
 {%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
 
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
@@ -138,7 +139,8 @@ SMOLLM_2 = (
 
 # The generation prompt begins a thought, which the template removes from the turn. Arguments of calls are JSON text.
 DEEPSEEK_R1 = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}"
     "{% elif message['role'] == 'assistant' and message['content'] is none %}{% for call in message['tool_calls'] %}"
     "{{ '<|Assistant|><|tool_call|>' + call['function']['name'] + '\n' + call['function']['arguments'] }}{% endfor %}"
     "{{ '<|end_of_sentence|>' }}"

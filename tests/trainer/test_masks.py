@@ -1,6 +1,6 @@
 """The tokens and labels of conversations, compared with what each model's chat template says a turn is.
 
-The oracles below are written from the text of the templates, without Jinja: pieces of text, and whether they are trained.
+The oracles below are written from the text of the templates, without Jinja: pieces of text, each trained or not.
 """
 
 from __future__ import annotations
