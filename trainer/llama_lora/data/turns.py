@@ -19,7 +19,7 @@ from llama_lora.data.columns import Dropped
 from llama_lora.data.messages import Message
 
 LONG = 24  # messages from which a conversation is rendered in windows: rendering all before each turn is quadratic
-MOST_CHARACTERS = 2**27  # of the prompts of one conversation, rendered in full for each turn
+MOST_CHARACTERS = 2**28  # of the prompts of one conversation, rendered in full for each turn
 OPENED_THOUGHT = re.compile(r"<([^<>\s]*think[^<>\s]*)>\s*$")  # at the end of a generation prompt
 
 
