@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
+from llama_lora.safetensors_files import stored_tensors
+from llama_lora.stages.merge import write_merged
+from trainer.chat_templates import family_tokenizer
 from trainer.conftest import Run, llama_lora_here, make_model
 
 
@@ -174,3 +177,40 @@ def test_a_run_whose_adapter_changes_nothing_fails_before_it_writes(finished_run
     assert "the adapter changes nothing" in finished_run("merge", status=2)
     assert files.sha256(finished_run.paths.merged / "model.safetensors") == before
     assert not finished_run.paths.manifest("merge").exists()
+
+
+def qwen_base(folder: Path, *, with_generation_config: bool) -> Path:
+    """A base model as Qwen2.5: it stops at <|endoftext|> only, and its chat template ends a turn with <|im_end|>."""
+    base = make_model(folder)
+    tokenizer = family_tokenizer("qwen2.5-base")
+    tokenizer.save_pretrained(base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").unlink()
+    if with_generation_config:
+        settings["eos_token_id"] = tokenizer.eos_token_id
+        files.write_json(base / "generation_config.json", settings)
+    else:
+        config = json.loads((base / "config.json").read_text())
+        files.write_json(base / "config.json", {**config, "eos_token_id": tokenizer.eos_token_id})
+    return base
+
+
+@pytest.mark.parametrize("with_generation_config", [True, False])
+def test_the_merged_model_stops_at_the_chat_templates_end_of_a_turn(
+    tmp_path: Path, with_generation_config: bool
+) -> None:
+    from transformers import GenerationConfig
+
+    base = qwen_base(tmp_path / "base", with_generation_config=with_generation_config)
+    write_merged(base, stored_tensors(base), {}, tmp_path / "merged")
+    tokenizer = family_tokenizer("qwen2.5-base")
+    merged = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert merged.eos_token_id == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert merged.bos_token_id == 256 and merged.max_length == (77 if with_generation_config else None)
+
+
+def test_a_generation_config_that_has_the_end_of_a_turn_is_copied_as_it_is(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    write_merged(base, stored_tensors(base), {}, tmp_path / "merged")
+    copied, original = (tmp_path / name / "generation_config.json" for name in ("merged", "base"))
+    assert copied.read_bytes() == original.read_bytes()

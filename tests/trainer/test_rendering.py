@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from genvalues.common.errors import UserError
+from llama_lora.data.chat_template import ChatTemplates
 from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import TEMPLATE_DATE, Dropped, Renderer
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
@@ -82,16 +83,6 @@ def test_a_template_without_an_end_token_gets_one() -> None:
     assert shown(bare, "instruction", {"instruction": "Hi", "output": "Yes?"}) == "user: Hiassistant: [Yes?<|end|>]"
 
 
-def test_a_template_that_rewrites_earlier_turns_drops_the_row() -> None:
-    forgetful = byte_tokenizer(
-        "{% for message in messages %}{% if loop.last or message['role'] == 'user' %}{{ message['content'] }}<|end|>"
-        "{% endif %}{% endfor %}"
-    )
-    turns = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"turn {n}"} for n in range(4)]
-    with pytest.raises(Dropped, match="rewrites earlier turns"):
-        shown(forgetful, "chat", {"messages": turns})
-
-
 def test_a_date_in_the_template_is_fixed_and_recorded() -> None:
     today = byte_tokenizer(
         "{{ strftime_now('%Y') }} {% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}"
@@ -103,13 +94,11 @@ def test_a_date_in_the_template_is_fixed_and_recorded() -> None:
     assert Renderer(byte_tokenizer(), "instruction", {}).date() is None
 
 
-def test_a_date_format_that_is_no_literal_drops_the_row() -> None:
-    """Today's date would be trained otherwise."""
+def test_a_date_format_that_is_no_literal_gives_the_fixed_date_too() -> None:
     computed = byte_tokenizer(
         "{{ strftime_now('%' ~ 'Y') }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
-    with pytest.raises(Dropped, match="strftime_now"):
-        shown(computed, "instruction", {"instruction": "Hi", "output": "Yo"})
+    assert shown(computed, "instruction", {"instruction": "Hi", "output": "Yo"}) == "2024Hi[Yo<|end|>]"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +110,7 @@ def test_the_fixed_date_changes_nothing_else_of_a_template(beginning: str) -> No
         '  {% if strftime_now is defined %}{{- strftime_now("%d %B\\n%-d/%m") }}\n{% endif %}{% endfor %}\n'
     )
     tokenizer = byte_tokenizer(template)
-    fixed = Renderer(tokenizer, "chat", {})._apply_template([QUESTION])
+    fixed = ChatTemplates(tokenizer).of([]).render([QUESTION], [], prompt=False, place="rows.jsonl:1")
     today = tokenizer.apply_chat_template([QUESTION], tokenize=False)
     dates = (TEMPLATE_DATE, datetime.now())
     assert fixed.replace(*(date.strftime("%d %B\n%-d/%m") for date in dates)) == today != fixed
@@ -155,12 +144,12 @@ def test_a_row_without_trained_tokens_is_dropped_with_its_reason(
 
 def test_an_error_for_a_missing_column_has_the_place_and_the_available_columns(tokenizer: Any) -> None:
     with pytest.raises(UserError) as error:
-        shown(tokenizer, "instruction", {"question": "Hi", "answer": "Yes"})
+        shown(tokenizer, "instruction", {"ask": "Hi", "say": "Yes"})
     assert error.value.where == "rows.jsonl:1" and "no column instruction" in str(error.value)
-    assert "dataset.columns.instruction" in error.value.fix and "question, answer" in error.value.fix
+    assert "dataset.columns.instruction" in error.value.fix and "ask, say" in error.value.fix
 
 
-@pytest.mark.parametrize("messages", ["Hi", [{"content": "Hi"}], [["user", "Hi"]]])
+@pytest.mark.parametrize("messages", [{"role": "user"}, 5, [{"content": "Hi"}], [["user", "Hi"]]])
 def test_messages_of_another_shape_are_an_error(tokenizer: Any, messages: Any) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl:1: column messages is not a list of messages"):
         shown(tokenizer, "chat", {"messages": messages})
@@ -182,12 +171,11 @@ QUESTION = {"role": "user", "content": "Hi"}
         ([QUESTION], "no assistant turn"),
         ([QUESTION, {"role": "assistant", "content": ""}], "has an empty assistant turn"),
         ([QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "has tool calls"),
-        ([QUESTION, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}], "has tool calls"),
         (
             [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}],
             "has a message without plain text",
         ),
-        ([{"role": "assistant", "content": "Hello"}, QUESTION], "starts with an assistant turn"),
+        ([{"role": "assistant", "content": "Hello"}, QUESTION], "no assistant turn has a loss"),
         ([QUESTION, {"role": "assistant", "content": "cut \ud83d"}], "is not valid Unicode"),
     ],
 )

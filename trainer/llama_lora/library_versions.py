@@ -40,6 +40,17 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def chat_template_environment() -> Any:
+    """A new Jinja environment with the sandbox, filters and extensions that transformers gives a chat template.
+
+    transformers offers it only through a compiled template; each source compiled has an environment of its own.
+    """
+    from transformers.utils import chat_template_utils
+
+    compile_template = chat_template_utils._compile_jinja_template
+    return getattr(compile_template, "__wrapped__", compile_template)("").environment
+
+
 def load_gguf_model(file: Path, dtype: Any) -> Any:
     """Load a GGUF file as a model with plain weights of a torch dtype, which can be saved as safetensors.
 

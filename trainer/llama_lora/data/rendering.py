@@ -1,62 +1,42 @@
 """Render a row as examples: text segments with and without a loss.
 
-Only answers, with their end-of-sequence tokens, have a loss (format text: everything).
+Only answers, with the token that ends them, have a loss (format text: everything).
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from genvalues.common.errors import UserError
+from llama_lora.data import messages as shapes
+from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplates, limits
+from llama_lora.data.columns import Columns, Dropped
 from llama_lora.data.dataset_readers import Row
+from llama_lora.data.messages import Conversation, Message
+from llama_lora.data.turns import RenderedExample, Segment, TurnRenderer
 
-# Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+__all__ = ["TEMPLATE_DATE", "Dropped", "RenderedExample", "Renderer", "Segment"]
 
-# Put before a chat template, this replaces the strftime_now that transformers provides, which formats today's date. It
-# is a macro because transformers 5 passes only JSON values to a template; 4.57 also passes functions. A format that is
-# not a literal in the template has no entry in template_dates. The newline is part of the block (trim_blocks).
-FIXED_STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}"
-    "{{ template_dates[format] if format in template_dates else raise_exception('strftime_now without a literal') }}"
-    "{% endmacro %}\n"
-)
-
-# For tokenizers without a chat template. The context is left out if the row has no input.
+# For tokenizers without a chat template. A part that the row does not have is left out.
+PROMPT_TEMPLATE_SYSTEM = "### System\n{system}\n\n"
 PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n"
 PROMPT_TEMPLATE_INPUT = "### Context\n{input}\n\n"
 PROMPT_TEMPLATE_ANSWER = "### Answer\n"
-TURN_TEMPLATE = "### {role}\n"  # for chat rows
-
-
-class Segment(NamedTuple):
-    """A piece of a rendered example. ``ends`` appends the end-of-sequence token."""
-
-    text: str
-    trained: bool
-    ends: bool = False
-
-
-class Dropped(Exception):
-    """Raised for a row that cannot be trained on. The message is the reason, which the report counts."""
-
-
-@dataclass(frozen=True)
-class RenderedExample:
-    """The text of one example. ``begins``: the tokens that the tokenizer puts before a text come first."""
-
-    segments: tuple[Segment, ...]
-    begins: bool
+TURN_TEMPLATE = "### {role}\n"  # for conversations
 
 
 class Renderer:
-    """Render and tokenize rows of one format with one tokenizer."""
+    """Render rows of one format with one tokenizer.
 
-    def __init__(self, tokenizer: Any, format: str, columns: dict[str, str]) -> None:
+    ``notes`` counts what the report tells about rows that are kept, by its text. ``columns.found`` has the keys of
+    the named columns that were found.
+    """
+
+    def __init__(self, tokenizer: Any, format: str, columns: dict[str, str], train_on: str = "all-answers") -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token, so the model cannot learn to stop",
@@ -65,16 +45,20 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.format = format
-        self.columns = columns
-        self._segments: Callable[[Row], list[Segment]] = {
+        self.columns = Columns(columns)
+        self.train_on = train_on
+        self.notes: Counter[str] = Counter()
+        self._examples: Callable[[Row], list[RenderedExample]] = {
             "text": self._text,
             "instruction": self._instruction,
             "prompt-completion": self._prompt_completion,
             "chat": self._chat,
         }[format]
+        self._special = special_tokens(tokenizer)
+        self._turns = TurnRenderer(self._special)
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
-        self._chat_template = tokenizer.get_chat_template() if self.uses_chat_template else ""
-        self._special = set(tokenizer.all_special_ids)
+        if self.uses_chat_template:
+            self._templates.of([])  # an invalid template is told before the first row
         if format != "text" and self._marks_beginnings():
             raise UserError(
                 "the model's tokenizer marks the beginning of every text (SentencePiece, as in Llama 2), so a prompt "
@@ -91,158 +75,154 @@ class Renderer:
             return PROMPT_TEMPLATE + PROMPT_TEMPLATE_INPUT + PROMPT_TEMPLATE_ANSWER + "{output}"
         return TURN_TEMPLATE + "{content}" if self.format == "chat" else "as written"
 
+    def template_hash(self) -> str | None:
+        """The first 16 digits of the chat template's SHA-256; None if none is used."""
+        return self._templates.of([]).digest if self.uses_chat_template else None
+
     def date(self) -> str | None:
         """The fixed date in the chat template's output; None if it contains no date."""
         if not self.uses_chat_template:
             return None
-        messages = [{"role": "user", "content": "?"}]
+        question: list[Message] = [{"role": "user", "content": "?"}]
+        another = ChatTemplates(self.tokenizer, datetime(1999, 12, 31))
         try:
-            another = self._apply_template(messages, date=datetime(1999, 12, 31))
-            return TEMPLATE_DATE.strftime("%d %b %Y") if self._apply_template(messages) != another else None
+            with limits("model"):
+                outputs = {
+                    templates.of([]).render(question, [], prompt=True, place="model")
+                    for templates in (self._templates, another)
+                }
+            return TEMPLATE_DATE.strftime("%d %b %Y") if len(outputs) > 1 else None
         except Dropped:  # the template does not accept a single question
             return None
 
     def render(self, row: Row) -> list[RenderedExample]:
         """Render a row.
 
-        Raises Dropped if it has nothing to train on, UserError if a column is missing or not text.
+        Raises Dropped if it has nothing to train on, UserError if a column is missing or not text, or if the chat
+        template fails.
         """
-        return [RenderedExample(tuple(self._segments(row)), begins=not self.uses_chat_template)]
+        examples = self._examples(row)
+        if len(examples) > 1:
+            self.notes["conversations whose history the chat template rewrites: one example for each answer"] += 1
+        for example in examples:
+            for segment in example.segments:
+                _check_unicode(segment.text)
+        return examples
 
-    def _text(self, row: Row) -> list[Segment]:
-        return [Segment(self._column(row, "text"), trained=True, ends=True)]
+    @functools.cached_property
+    def _templates(self) -> ChatTemplates:
+        return ChatTemplates(self.tokenizer)
 
-    def _prompt_completion(self, row: Row) -> list[Segment]:
+    def _text(self, row: Row) -> list[RenderedExample]:
+        text = self.columns.text(row, "text")
+        return [self._as_written([Segment(text, trained=True, ends=not self._turns.is_ended(text))])]
+
+    def _prompt_completion(self, row: Row) -> list[RenderedExample]:
+        values = {key: self.columns.value(row, key) for key in ("prompt", "completion")}
+        if any(isinstance(value, (list, tuple)) for value in values.values()):
+            parts = []
+            for role, (key, value) in zip(("user", "assistant"), values.items(), strict=True):
+                is_list = isinstance(value, (list, tuple))
+                messages = value if is_list else [{"role": role, "content": self.columns.text(row, key)}]
+                parts.append(shapes.read_messages(messages, f"column {self.columns.name(row, key)}", row.place))
+            prompt, completion = parts
+            prompt.loss = [False] * len(prompt.loss)
+            prompt.extend(completion)
+            return self._conversation(row, prompt)
+        completed = self.columns.text(row, "completion")
         return [
-            Segment(self._column(row, "prompt"), trained=False),
-            Segment(self._column(row, "completion"), trained=True, ends=True),
+            self._as_written(
+                [
+                    Segment(self.columns.text(row, "prompt"), trained=False),
+                    Segment(completed, trained=True, ends=not self._turns.is_ended(completed)),
+                ]
+            )
         ]
 
-    def _instruction(self, row: Row) -> list[Segment]:
-        instruction, answer = self._column(row, "instruction"), self._column(row, "output")
-        context = self._column(row, "input", required=False)
+    def _as_written(self, segments: list[Segment]) -> RenderedExample:
+        """An example of text that the row has: it may be rendered already, with its own first tokens."""
+        text = segments[0].text
+        if text.startswith(self._special):
+            self.notes["rows that begin with a special token: already rendered"] += 1
+        bos = self.tokenizer.bos_token
+        return RenderedExample(tuple(segments), begins=not (bos and text.startswith(bos)))
+
+    def _instruction(self, row: Row) -> list[RenderedExample]:
+        context = self.columns.text(row, "input", required=False)
+        instruction = self.columns.text(row, "instruction", required=not context.strip())
+        answer = self.columns.text(row, "output")
+        system = self.columns.text(row, "system", required=False)
+        history = shapes.read_history(self.columns.value(row, "history", required=False), "history", row.place)
         if self.uses_chat_template:
-            question = f"{instruction}\n\n{context}" if context else instruction
-            return self._conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        prompt = PROMPT_TEMPLATE.format(instruction=instruction)
-        prompt += PROMPT_TEMPLATE_INPUT.format(input=context) if context else ""
-        return [Segment(prompt + PROMPT_TEMPLATE_ANSWER, trained=False), Segment(answer, trained=True, ends=True)]
+            question = "\n\n".join(text for text in (instruction, context) if text.strip())
+            conversation = shapes.conversation([*history, ("user", question), ("assistant", answer)])
+            conversation.add_system(system)
+            return self._conversation(row, conversation)
+        segments = [Segment(PROMPT_TEMPLATE_SYSTEM.format(system=system), trained=False)] if system.strip() else []
+        for role, text in history:
+            asks = role == "user"
+            trained = not asks and self.train_on == "all-answers"
+            prompt = PROMPT_TEMPLATE.format(instruction=text) + PROMPT_TEMPLATE_ANSWER if asks else text
+            segments.append(Segment(prompt, trained=trained, ends=trained))
+            segments += [] if asks else [Segment("\n\n", trained=False)]
+        prompt = PROMPT_TEMPLATE.format(instruction=instruction) if instruction.strip() else ""
+        prompt += PROMPT_TEMPLATE_INPUT.format(input=context) if context.strip() else ""
+        segments.append(Segment(prompt + PROMPT_TEMPLATE_ANSWER, trained=False))
+        segments.append(Segment(answer, trained=True, ends=True))
+        return [RenderedExample(tuple(segments), begins=True)]
 
-    def _chat(self, row: Row) -> list[Segment]:
-        messages = self._messages(row)
-        if self.uses_chat_template:
-            return self._conversation(messages)
-        segments = []
-        for message in messages:
-            answer = message["role"] == "assistant"
-            segments.append(Segment(TURN_TEMPLATE.format(role=message["role"].capitalize()), trained=False))
-            segments.append(Segment(message["content"], trained=answer, ends=answer))
-            segments.append(Segment("\n\n", trained=False))
-        return segments
+    def _chat(self, row: Row) -> list[RenderedExample]:
+        value = self.columns.value(row, "messages")
+        name = f"column {self.columns.name(row, 'messages')}"
+        conversation = shapes.read_messages(value, name, row.place)
+        conversation.add_system(self.columns.text(row, "system", required=False))
+        tools = self.columns.value(row, "tools", required=False)
+        if tools is None and isinstance(value, dict):
+            tools = value.get("tools")
+        conversation.tools = shapes.read_tools(tools, "column tools", row.place)
+        return self._conversation(row, conversation)
 
-    def _conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
-        """Render a conversation with the chat template. Each assistant turn, up to its end token, has a loss."""
-        whole = self._apply_template(messages)
-        segments: list[Segment] = []
-        done = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if index == 0:
-                raise Dropped("starts with an assistant turn")
-            prompt = self._apply_template(messages[:index], add_generation_prompt=True)
-            through = self._apply_template(messages[: index + 1])
-            # Some templates rewrite earlier turns (drop their reasoning): the trained text would never be generated.
-            if not (whole.startswith(prompt) and whole.startswith(through) and through.startswith(prompt)):
-                raise Dropped("the chat template rewrites earlier turns")
-            segments.append(Segment(whole[done : len(prompt)], trained=False))
-            segments += self._answer(whole[len(prompt) : len(through)])
-            done = len(through)
-        segments.append(Segment(whole[done:], trained=False))
-        return segments
+    def _conversation(self, row: Row, conversation: Conversation) -> list[RenderedExample]:
+        messages, tools = conversation.messages, conversation.tools
+        template = self._templates.of(tools) if self.tokenizer.chat_template else None
+        self._check_messages(messages, tools, template.reads if template else lambda key: False)
+        # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
+        trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]
+        if not trained:
+            raise Dropped("no assistant turn has a loss")
+        if self.train_on == "last-answer":
+            trained = trained[-1:]
+        messages = messages[: trained[-1] + 1]  # what follows the last trained turn has no effect
+        if template is None:
+            return [RenderedExample(tuple(_plain(messages, trained)), begins=True)]
+        with limits(row.place):
+            messages = self._templates.with_calls(messages, tools, row.place)
 
-    def _answer(self, turn: str) -> list[Segment]:
-        """Split a rendered assistant turn after its last special token, which ends it: the rest is not trained."""
-        encoded = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [
-            end
-            for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-            if token in self._special
-        ]
-        if not ends:  # the template does not end a turn: without an end token the model would not learn to stop
-            return [Segment(turn, trained=True, ends=True)]
-        return [Segment(turn[: ends[-1]], trained=True), Segment(turn[ends[-1] :], trained=False)]
+            def render(messages: list[Message], *, prompt: bool = False) -> str:
+                return template.render(messages, tools, prompt=prompt, place=row.place)
 
-    def _apply_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False, date: datetime = TEMPLATE_DATE
-    ) -> str:
-        from jinja2 import TemplateError
+            examples = self._turns.examples(render, messages, trained)
+        return [RenderedExample(tuple(segments), begins=False) for segments in examples]
 
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=FIXED_STRFTIME_NOW + self._chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                date_string=date.strftime("%d %b %Y"),  # read by Llama 3's templates
-                template_dates=_template_dates(self._chat_template, date),  # for those that call strftime_now
-            )
-        except TemplateError as error:
-            raise Dropped(f"the chat template raises: {error}") from None
-        return text
-
-    def _messages(self, row: Row) -> list[dict[str, str]]:
-        name = self.columns.get("messages", "messages")
-        messages = row.values.get(name)
-        if messages is None:
-            self._missing(row, name, "messages")
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
-        ):
-            raise UserError(
-                f"column {name} is not a list of messages",
-                where=row.place,
-                fix='Write [{"role": "user", "content": "..."}, ...].',
-            )
-        for message in messages:
-            # Only the text of a message is rendered: a tool call would be trained as an empty answer.
-            if message.get("tool_calls") or message["role"] in ("tool", "function"):
-                raise Dropped("has tool calls")
-            if not isinstance(message.get("content"), str):
-                raise Dropped("has a message without plain text")
-            if message["role"] == "assistant" and not message["content"].strip():
-                raise Dropped("has an empty assistant turn")
-            _check_unicode(message["content"])
-        if not any(message["role"] == "assistant" for message in messages):
+    def _check_messages(self, messages: list[Message], tools: list[Any], reads: Callable[[str], bool]) -> None:
+        """Count the keys that the template does not read. Raises Dropped if an answer would be empty without them."""
+        ignored = Counter(key for message in messages for key in message if not reads(key))
+        if tools and not reads("tools"):
+            ignored["tools"] += 1
+        reasoning = reads("thinking") or reads("reasoning_content")  # the same text under both names
+        for key in ("role", "content", "thinking", *(["reasoning_content"] if reasoning else [])):
+            del ignored[key]
+        if ignored["tool_calls"]:
+            raise Dropped("has tool calls, which the chat template does not render")
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not answers:
             raise Dropped("no assistant turn")
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-    def _column(self, row: Row, key: str, *, required: bool = True) -> str:
-        """The text of the column for ``key``. Raises Dropped if it is required and empty or null."""
-        name = self.columns.get(key, key)
-        value = row.values.get(name)
-        if value is None:
-            if required and name not in row.values:
-                self._missing(row, name, key)
-            value = ""
-        if isinstance(value, (list, dict)):
-            raise UserError(
-                f"column {name} contains a {type(value).__name__}, not text",
-                where=row.place,
-                fix="Use format chat for lists of messages.",
-            )
-        text = str(value)
-        if required and not text.strip():
-            raise Dropped(f"empty {key}")
-        _check_unicode(text)
-        return text
-
-    def _missing(self, row: Row, name: str, key: str) -> None:
-        raise UserError(
-            f"has no column {name}",
-            where=row.place,
-            fix=f"Set dataset.columns.{key} to one of: {', '.join(map(str, row.values))}.",
-        )
+        for message in answers:
+            rendered = reasoning and "reasoning_content" in message
+            if not message["content"].strip() and not rendered and "tool_calls" not in message:
+                raise Dropped("has an empty assistant turn")
+        for key, count in ignored.items():
+            self.notes[f"ignored key {key}: the chat template does not read it"] += count
 
     def _marks_beginnings(self) -> bool:
         """Whether the tokens of a text differ between the beginning of a text and a later place in it."""
@@ -251,13 +231,44 @@ class Renderer:
         return bool(after_newline[-len(alone) :] != alone)
 
 
-@functools.cache
-def _template_dates(template: str, date: datetime) -> dict[str, str]:
-    """Format ``date`` with each string literal of a template that can be a format of strftime."""
-    from jinja2 import Environment
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of all tokens that the vocabulary flags as special, whether or not the tokenizer gives them a role.
 
-    literals = (token.value for token in Environment().lexer.tokenize(template) if token.type == "string")
-    return {literal: date.strftime(literal) for literal in literals if "%" in literal}
+    Llama 3's <|eot_id|> has none: it is neither the eos token nor an additional special token.
+    """
+    flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(text for text in flagged | set(tokenizer.all_special_tokens) if text.strip()))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The id of the token with which the chat template ends an assistant turn, None if it uses none.
+
+    A token that also opens a turn is not counted: the model could not answer.
+    """
+    if not tokenizer.chat_template:
+        return None
+    messages = shapes.conversation([("user", "?"), ("assistant", "!")]).messages
+    try:
+        with limits("model"):
+            template = ChatTemplates(tokenizer).of([])
+            prompt = template.render(messages[:1], [], prompt=True, place="model")
+            whole = template.render(messages, [], prompt=False, place="model").rstrip()
+    except (Dropped, UserError):
+        return None
+    asks = template.render(messages[:1], [], prompt=False, place="model")
+    ends = [text for text in special_tokens(tokenizer) if whole.endswith(text) and text not in prompt[len(asks) :]]
+    return int(tokenizer.convert_tokens_to_ids(max(ends, key=len))) if ends else None
+
+
+def _plain(messages: list[Message], trained: list[int]) -> list[Segment]:
+    """Render a conversation for a tokenizer without a chat template."""
+    segments = []
+    for index, message in enumerate(messages):
+        answer = index in trained
+        segments.append(Segment(TURN_TEMPLATE.format(role=message["role"].capitalize()), trained=False))
+        segments.append(Segment(message["content"], trained=answer, ends=answer))
+        segments.append(Segment("\n\n", trained=False))
+    return segments
 
 
 def _check_unicode(text: str) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import library_versions
+from llama_lora.data.rendering import end_of_turn
 from llama_lora.data.tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -63,14 +66,45 @@ def answer_ends(row: Row, max_length: int) -> Iterator[int]:
 
 
 def stop_tokens(model: Path, tokenizer: Any) -> set[int]:
-    """The token ids at which generation stops: those of the model's generation config, and the tokenizer's."""
-    stops = {tokenizer.eos_token_id}
+    """The token ids at which generation with the merged model stops; see ``record_stop_tokens``."""
+    return set(_configured_stops(model)) | _own_stops(tokenizer)
+
+
+def record_stop_tokens(model: Path) -> None:
+    """Add the tokens that the training ends answers with to the model's generation config, if it lacks any.
+
+    They are the tokenizer's end-of-sequence token and the chat template's end of a turn. A base model lacks the latter:
+    Qwen2.5 stops at <|endoftext|>, and its template ends a turn with <|im_end|>.
+    """
+    try:
+        own = _own_stops(library_versions.load_tokenizer(model))
+    except (OSError, ValueError):  # a model without a tokenizer, which merge takes too
+        return
+    stops = _configured_stops(model)
+    if own <= set(stops):
+        return
+    file = model / "generation_config.json"
+    names = ("bos_token_id", "pad_token_id")
+    settings = _json(file) or {name: _json(model / "config.json").get(name) for name in names}
+    settings["eos_token_id"] = [*stops, *sorted(own - set(stops))]
+    files.write_json(file, {name: value for name, value in settings.items() if value is not None})
+
+
+def _own_stops(tokenizer: Any) -> set[int]:
+    return {token for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None}
+
+
+def _configured_stops(model: Path) -> list[int]:
+    """The end-of-sequence tokens of the generation config, else those of the model's config, as transformers does."""
     for name in ("generation_config.json", "config.json"):
-        if (model / name).is_file():
-            found = json.loads((model / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return stops | set(found if isinstance(found, list) else [found])
-    return stops
+        found = _json(model / name).get("eos_token_id")
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def trained_window(row: Row, length: int) -> Row:

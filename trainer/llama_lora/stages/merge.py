@@ -14,6 +14,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation
 from llama_lora.adapter import Delta, read_deltas
+from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress, track
 from llama_lora.safetensors_files import DTYPES, StoredTensor, add_in_place, stored_tensors
@@ -76,7 +77,10 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
 
 
 def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mapping[str, Delta], folder: Path) -> None:
-    """Copy the base model's folder, including tokenizer and configs, and add the deltas to the copy."""
+    """Copy the base model's folder, including tokenizer and configs, and add the deltas to the copy.
+
+    The copy's generation config gets the tokens that answers were trained to end with, if it lacks them.
+    """
     with StageProgress("file", sum(path.is_file() for path in base.rglob("*"))) as progress:
 
         def copy(source: str, target: str) -> None:
@@ -86,6 +90,7 @@ def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mappin
         shutil.copytree(base, folder, dirs_exist_ok=True, copy_function=copy)
     for name, delta in track(deltas.items(), "tensor", len(deltas)):
         add_in_place(folder / tensors[name].shard, tensors[name], delta.weight())
+    record_stop_tokens(folder)
 
 
 STAGE = Declaration(

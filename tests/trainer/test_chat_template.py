@@ -1,0 +1,152 @@
+"""Chat templates as programs: the same output as transformers', limits for hostile ones, and the time of long rows."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+
+import pytest
+
+from genvalues.common.errors import UserError
+from llama_lora.data import chat_template
+from llama_lora.data.chat_template import ChatTemplates
+from llama_lora.data.dataset_readers import Row
+from llama_lora.data.rendering import Dropped, Renderer
+from llama_lora.data.turns import TurnRenderer
+from trainer.chat_templates import FAMILIES, family_tokenizer
+from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
+from trainer.test_masks import CONVERSATIONS, SYSTEM, THOUGHTS, TOOL, assistant, user
+
+QUESTION = {"instruction": "Hi", "output": "Yes?"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
+    tokenizer = family_tokenizer(name)
+    messages = THOUGHTS[:3] if name in ("qwen3", "gpt-oss") else CONVERSATIONS["more"]
+    tools = [TOOL] if name.startswith(("qwen", "llama-3.1")) else []
+    theirs = tokenizer.apply_chat_template(
+        messages, tools=tools or None, tokenize=False, add_generation_prompt=prompt, date_string="26 Jul 2024"
+    )
+    renderer = Renderer(tokenizer, "chat", {})
+    read = [
+        {**each, "thinking": each["reasoning_content"]} if "reasoning_content" in each else each for each in messages
+    ]
+    ours = renderer._templates.of(tools).render(read, tools, prompt=prompt, place="rows.jsonl:1")
+    if name == "granite":  # transformers formats today's date
+        assert "July 26, 2024" in ours
+        ours, theirs = (text.partition("<|end_of_text|>")[2] for text in (ours, theirs))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", ["seconds"]),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", ["pieces"]),
+        ("{{ messages | length // (messages | length - messages | length) }}", ["ZeroDivisionError"]),
+        ("{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}", ["RecursionError"]),
+        ("{% set ns = namespace(text='ab') %}{% for n in range(60) %}{% set ns.text = ns.text ~ ns.text %}{% endfor %}",
+         ["memory"]),
+        ("{{ (messages | length + 7) ** 9999999999 }}", ["OverflowError"]),
+        ("{% set ns = namespace(n=9) %}{% for a in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+         ["OverflowError"]),
+        ("{% set x = 'ab' * (99999999999 + messages | length) %}", ["memory"]),
+        ("{{ 'x' | center(99999999999) }}", ["memory"]),
+        ("{{ messages | map('nothing') | list }}", ["chat template"]),
+        ("{% include 'other' %}", ["chat template"]),
+    ],
+    ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "repeat",
+         "center", "filter", "include"],
+)  # fmt: skip
+def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
+    monkeypatch: pytest.MonkeyPatch, template: str, words: list[str]
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "PIECES", 100_000)
+    monkeypatch.setattr(chat_template, "MEMORY", 2**28)
+    before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((UserError, Dropped)) as error:
+        Renderer(byte_tokenizer(template), "instruction", {}).render(Row("rows.jsonl:7", QUESTION))
+    if isinstance(error.value, UserError):
+        assert error.value.where in ("rows.jsonl:7", "model") and "chat template" in error.value.what
+        assert error.value.fix
+    assert all(word in str(error.value) for word in words)
+    assert time.process_time() - before[0] < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[1] < 2**28 / 1024 * 1.5
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0) and signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ x"])
+def test_an_invalid_template_is_an_error_of_the_model_before_the_first_row(
+    monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(chat_template, "MEMORY", 2**28)
+    with pytest.raises(UserError, match="chat template") as error:
+        Renderer(byte_tokenizer(template), "chat", {})
+    assert error.value.where == "model"
+
+
+def test_a_template_that_cannot_take_the_row_drops_it_with_the_templates_words() -> None:
+    picky = byte_tokenizer("{{ raise_exception('Conversation roles must alternate') }}")
+    with pytest.raises(Dropped, match="roles must alternate"):
+        Renderer(picky, "instruction", {}).render(Row("rows.jsonl:1", QUESTION))
+
+
+def test_a_tokenizer_with_two_templates_uses_the_one_for_tools_where_there_are_tools() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools[0].name }}" + CHAT_TEMPLATE}
+    templates = ChatTemplates(tokenizer)
+    assert "tools" in templates.of([{"name": "add"}]).source and "tools" not in templates.of([]).source
+    tokenizer.chat_template = {"rag": CHAT_TEMPLATE}
+    with pytest.raises(UserError, match="chat template"):
+        Renderer(tokenizer, "chat", {})
+
+
+LONG = [turn for n in range(500) for turn in (user(f"Question {n}? " * 5), assistant(f"Answer {n}. " * 20))]
+AGENT = [
+    user("Go."),
+    *(turn for n in range(500) for turn in (assistant(f"Step {n}."), {"role": "tool", "content": "ok"})),
+]
+
+
+CASES = {
+    "chat": (LONG, FAMILIES.keys()),
+    "agent": (AGENT, FAMILIES.keys() - {"gemma", "deepseek-r1"}),  # these templates know no tools
+    "system": ([SYSTEM, *LONG], FAMILIES.keys() - {"gemma"}),
+}
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in sorted(CASES[case][1])])
+def test_a_conversation_of_a_thousand_turns_takes_less_than_five_seconds(case: str, name: str) -> None:
+    messages = CASES[case][0]
+    renderer = Renderer(family_tokenizer(name), "chat", {})
+    start = time.process_time()
+    examples = renderer.render(Row("rows.jsonl:1", {"messages": messages}))
+    assert time.process_time() - start < 5
+    answers = [segment.text for example in examples for segment in example.segments if segment.trained]
+    assert len(answers) == 500 and "499." in answers[-1]
+
+
+# Templates for which a window does not tell what the whole conversation gives.
+COUNTING = "{% for message in messages %}{{ loop.index }} {{ message.role }}: {{ message.content }}<|end|>{% endfor %}"
+USERS = "{% set users = messages | selectattr('role', 'equalto', 'user') | list | length %}"
+REWRITING = USERS + "{{ users }}" + CHAT_TEMPLATE
+AT_THE_END = USERS + "{% if users > 25 %}long{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "template", [COUNTING, REWRITING, AT_THE_END, *(family.template for family in FAMILIES.values())]
+)
+def test_a_long_conversation_gives_what_a_rendering_in_full_gives(
+    monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    renderer = Renderer(byte_tokenizer(template), "chat", {})
+    thoughts = [{**turn, "reasoning_content": "Hm."} if n % 7 == 1 else turn for n, turn in enumerate(LONG[:60])]
+    row = Row("rows.jsonl:1", {"messages": thoughts})
+    found = renderer.render(row)
+    monkeypatch.setattr(TurnRenderer, "_in_windows", lambda *arguments: None)
+    assert found == renderer.render(row)

@@ -1,0 +1,247 @@
+"""Render messages with a chat template: compiled once, with a fixed date, and with limits on time and memory.
+
+A template is a program that comes with a model. transformers' sandbox keeps it from the file system and the network,
+but not from running forever or from filling the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import operator
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import islice, product
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from genvalues.common.errors import UserError
+from llama_lora.data.columns import Dropped
+from llama_lora.data.messages import Message
+
+# Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+
+SECONDS = 30.0  # CPU time of this process that one row may take
+MEMORY = 2 * 2**30  # bytes that one row may take, beyond what the process has
+PIECES = 10_000_000  # strings that one rendering may consist of
+INTEGER_BITS = 4096  # length of a product or a power of integers; a longer one could take hours in a single operation
+
+FIX = "Use another model, or correct its chat template (chat_template.jinja, or tokenizer_config.json)."
+
+
+class ChatTemplate:
+    """One chat template of a tokenizer.
+
+    Raises UserError if it is not a valid template.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], date: datetime = TEMPLATE_DATE) -> None:
+        self.source = source
+        self._variables = {"documents": None, **tokens, "date_string": date.strftime("%d %b %Y")}  # Llama 3's
+        environment = _environment(date)
+        with limits("model"):
+            try:
+                self._template = environment.from_string(source)
+                self.names = {
+                    value for _, kind, value in environment.lex(source) if kind in ("name", "string")
+                }  # strings with their quotes
+            except (TimeUp, MemoryError):
+                raise
+            except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
+                raise UserError(f"invalid chat template: {_told(error)}", where="model", fix=FIX) from None
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of the source's SHA-256."""
+        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+    def reads(self, key: str) -> bool:
+        """Whether the template contains ``key`` as a name or a string, so that it can read it from a message."""
+        return bool(self.names & {key, f"'{key}'", f'"{key}"'})
+
+    def render(self, messages: list[Message], tools: list[Any], *, prompt: bool, place: str) -> str:
+        """Render messages, with a generation prompt after them if ``prompt``.
+
+        Raises Dropped if the template does not accept the messages, UserError if it fails. Call it within ``limits``.
+        """
+        import jinja2
+
+        context = self._template.new_context(
+            {**self._variables, "messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
+        )
+        pieces = self._template.root_render_func(context)
+        try:
+            text = "".join(islice(pieces, PIECES))
+            if next(pieces, None) is not None:
+                raise UserError(f"the chat template writes more than {PIECES} pieces of text", where=place, fix=FIX)
+        except jinja2.TemplateError as error:
+            raise Dropped(f"the chat template raises: {error}") from None
+        except TypeError as error:  # such as text + none
+            raise Dropped(f"the chat template raises: TypeError: {error}") from None
+        except (TimeUp, MemoryError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(f"the chat template fails: {_told(error)}", where=place, fix=FIX) from None
+        return text
+
+
+class ChatTemplates:
+    """The chat templates of a tokenizer: one, or one for conversations with tools and one for the others."""
+
+    def __init__(self, tokenizer: Any, date: datetime = TEMPLATE_DATE) -> None:
+        self._tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._date = date
+        self._compiled: dict[str, ChatTemplate] = {}
+        try:
+            self._sources = {tools: tokenizer.get_chat_template(tools=[] if tools else None) for tools in (False, True)}
+        except ValueError as error:  # several templates, and none is the default
+            raise UserError(f"no chat template: {error}", where="model", fix=FIX) from None
+        self._calls: dict[str, CallStyle | None] = {}
+
+    def of(self, tools: list[Any]) -> ChatTemplate:
+        """The template for conversations with ``tools``."""
+        source = self._sources[bool(tools)]
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(source, self._tokens, self._date)
+        return self._compiled[source]
+
+    def with_calls(self, messages: list[Message], tools: list[Any], place: str) -> list[Message]:
+        """The messages, with tool calls in the style that the template renders.
+
+        Raises Dropped if there are tool calls and the template renders none: the answer would be trained empty.
+        """
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        template = self.of(tools)
+        if template.source not in self._calls:
+            self._calls[template.source] = _call_style(template, place)
+        style = self._calls[template.source]
+        if style is None:
+            raise Dropped("has tool calls, which the chat template does not render")
+        return [_in_style(message, style) if "tool_calls" in message else message for message in messages]
+
+
+class CallStyle(NamedTuple):
+    """How a template expects a message with tool calls: most want arguments as an object, some (DeepSeek's) as JSON
+    text; most take any content, some render calls only if it is none."""
+
+    text_arguments: bool
+    no_content: bool
+
+
+def _call_style(template: ChatTemplate, place: str) -> CallStyle | None:
+    """The first style in which a template renders a call, and its arguments as JSON."""
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "a_function", "arguments": {"a_key": 1}}}
+    message: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for style in (CallStyle(*choices) for choices in product((False, True), repeat=2)):
+        messages = [{"role": "user", "content": "?"}, _in_style(message, style)]
+        try:
+            text = template.render(messages, [], prompt=False, place=place)
+        except Dropped:
+            continue
+        if "a_function" in text and "a_key" in text and "'a_key'" not in text:
+            return style
+    return None
+
+
+def _in_style(message: Message, style: CallStyle) -> Message:
+    def styled(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call.get("function", {}).get("arguments")
+        if not style.text_arguments or isinstance(arguments, str):
+            return call
+        return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
+
+    content = None if style.no_content and not message["content"] else message["content"]
+    return {**message, "content": content, "tool_calls": [styled(call) for call in message["tool_calls"]]}
+
+
+class TimeUp(Exception):
+    """Raised in a template that takes longer than it may."""
+
+
+@contextlib.contextmanager
+def limits(place: str) -> Iterator[None]:
+    """Limit the CPU time and the memory of the block, and raise UserError if it needs more.
+
+    The time limit needs the main thread, because only that one handles signals; the memory limit needs Linux.
+    """
+    try:
+        with _limited_memory(), _limited_time():
+            yield
+    except TimeUp:
+        raise UserError(
+            f"the chat template takes more than {SECONDS:g} seconds for this row", where=place, fix=FIX
+        ) from None
+    except MemoryError:
+        raise UserError(
+            f"the chat template takes more than {MEMORY / 2**30:g} GiB of memory for this row", where=place, fix=FIX
+        ) from None
+
+
+@contextlib.contextmanager
+def _limited_time() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # again each second, in case an exception handler swallows it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + MEMORY
+    others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(most, *others) if others else most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _environment(date: datetime) -> Any:
+    from llama_lora import library_versions
+
+    environment = library_versions.chat_template_environment()
+    environment.globals["strftime_now"] = date.strftime
+    environment.intercepted_binops = frozenset(("*", "**"))  # which also keeps Jinja from computing them to compile
+    environment.binop_table = {**environment.binop_table, "*": _times, "**": _power}
+    return environment
+
+
+def _times(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > INTEGER_BITS:
+        raise OverflowError("a product of integers is too large")
+    return operator.mul(left, right)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > INTEGER_BITS:
+        raise OverflowError("a power of integers is too large")
+    return operator.pow(base, exponent)
+
+
+def _told(error: Exception) -> str:
+    """An exception as one line."""
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").removesuffix(": ")
