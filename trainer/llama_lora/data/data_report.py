@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from llama_lora.data.preparation import Counts
+from llama_lora.data.rendering import Renderer, special_tokens
 from llama_lora.data.tokens import IGNORED, Example
 
 WARN_LOST = 0.01  # share of the tokens
@@ -22,7 +22,7 @@ mark { background: #b9e6b9; } b { font-weight: 600; color: #8250df; border: 1px 
 """
 
 
-def report_of(counts: Counts, renderers: Mapping[str, Any]) -> dict[str, Any]:
+def report_of(counts: Counts, renderers: Mapping[str, Renderer]) -> dict[str, Any]:
     """The part of report.json on the rows as they were read and rendered. ``renderers`` are by source."""
     main = renderers[""]
     return {
@@ -33,6 +33,7 @@ def report_of(counts: Counts, renderers: Mapping[str, Any]) -> dict[str, Any]:
         "kept": counts.rows - counts.dropped_rows,
         "dropped": dict(counts.dropped),
         "dropped_shown": counts.dropped_shown,
+        "notes": dict(counts.notes),
         "truncated": counts.truncated,
         "split": counts.split,
         "lost": {
@@ -44,13 +45,10 @@ def report_of(counts: Counts, renderers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def template_of(renderer: Any) -> dict[str, str]:
-    """The template's name, and a hash that changes with its text."""
-    used = renderer.tokenizer.get_chat_template() if renderer.uses_chat_template else renderer.template()
-    return {
-        "name": "chat template of the tokenizer" if renderer.uses_chat_template else f"format {renderer.format}",
-        "sha256": hashlib.sha256(used.encode()).hexdigest(),
-    }
+def template_of(renderer: Renderer) -> dict[str, str | None]:
+    """The template's name, and the beginning of the SHA-256 of a chat template."""
+    name = "the tokenizer's chat template" if renderer.uses_chat_template else f"format {renderer.format}"
+    return {"name": name, "sha256": renderer.template_hash()}
 
 
 def lost_share(counts: Counts) -> float:
@@ -60,9 +58,7 @@ def lost_share(counts: Counts) -> float:
 
 def masked_text(example: Example, tokenizer: Any) -> list[dict[str, Any]]:
     """Decode an example in pieces, split where the loss mask changes and around special tokens."""
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
-    }
+    special = set(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
     pieces: list[tuple[bool, bool, list[int]]] = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
         kind = (label != IGNORED, token in special)
@@ -85,6 +81,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"rows: {report['rows_read']} read, {report['kept']} kept{held_out}"
     for reason, count in report["dropped"].items():
         yield f"rows dropped: {count} ({reason})"
+    for note, count in report["notes"].items():
+        yield f"{note}: {count}"
     if report["truncated"]:
         yield f"rows truncated to maxSequenceLength: {report['truncated']}"
     if report["split"]:
@@ -150,7 +148,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "share with loss": f"{1 - train['mask_share']:.2%}" if train else None,
         "rows of maxSequenceLength": train.get("rows"),
         "full": f"{train['packing_efficiency']:.2%}" if train else None,
-        "template": f"{template['name']}, SHA-256 {template['sha256'][:16]}",
+        "template": template["name"] + (f", SHA-256 {template['sha256']}..." if template["sha256"] else ""),
         "date in the template": report["date_in_template"],
     }
     return {key: value for key, value in shown.items() if value is not None}

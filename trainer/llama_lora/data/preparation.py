@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from genvalues.common.errors import UserError
 from genvalues.common.process import PR_SET_PDEATHSIG, prctl
 from llama_lora.config import Dataset, Training
+from llama_lora.data.columns import Columns
 from llama_lora.data.parts import training_parts
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
 from llama_lora.data.rows import BadRows, Row
@@ -33,6 +34,7 @@ from llama_lora.progress import StageProgress
 BATCH_ROWS, BATCH_CHARACTERS = 128, 1 << 18  # of a batch: whichever is reached first
 BATCHES_IN_PROCESS = 4  # a dataset of no more batches is not worth other processes
 DROPPED_SHOWN = 3  # rows that the report shows for each reason
+GROUP = "groupColumn"
 UNREADABLE = "cannot be read"
 CHARACTERS_SHOWN = 500  # of such a row
 
@@ -45,7 +47,8 @@ class Counts:
     """What the report says of the rows before they are divided into train and eval.
 
     ``histogram`` counts examples by their full length, before dataset.overlong: key n for 2^(n-1) < tokens <= 2^n.
-    ``columns`` has the columns found, by source.
+    ``notes`` are those of the renderers. ``columns`` has the columns of the rows, ``named`` the keys of the named
+    columns that were found, both by source.
     """
 
     rows: int = 0
@@ -60,7 +63,9 @@ class Counts:
     lost_trained: int = 0
     trained: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     columns: dict[str, set[str]] = field(default_factory=dict)
+    named: dict[str, set[str]] = field(default_factory=dict)
 
     def drop(self, row: Row, reason: str) -> None:
         """Count an example of a row as dropped."""
@@ -83,16 +88,14 @@ class Counts:
     def add(self, other: Counts) -> None:
         """Add the counts of later rows."""
         for name, value in vars(other).items():
-            mine = getattr(self, name)
-            if isinstance(value, int):
-                setattr(self, name, mine + value)
-            elif isinstance(value, Counter):
-                mine.update(value)
-        for reason, shown in other.dropped_shown.items():
-            mine = self.dropped_shown.setdefault(reason, [])
-            mine += shown[: DROPPED_SHOWN - len(mine)]
-        for source, found in other.columns.items():
-            self.columns.setdefault(source, set()).update(found)
+            if isinstance(value, (int, Counter)):
+                setattr(self, name, getattr(self, name) + value)
+        for reason, rows in other.dropped_shown.items():
+            shown = self.dropped_shown.setdefault(reason, [])
+            shown += rows[: DROPPED_SHOWN - len(shown)]
+        for mine, others in ((self.columns, other.columns), (self.named, other.named)):
+            for source, found in others.items():
+                mine.setdefault(source, set()).update(found)
 
 
 @dataclass
@@ -118,7 +121,7 @@ class RowTokenizer:
             for name, renderer in renderers.items()
         }
         self._numbers = {part.name: number for number, part in enumerate(training_parts(dataset))}
-        self._group_column = dataset.group_column
+        self._group = Columns({GROUP: dataset.group_column}) if dataset.group_column else None
         for name, renderer in renderers.items():
             if self._overlong[name] == "split" and renderer.format != "text":
                 raise UserError(
@@ -138,6 +141,10 @@ class RowTokenizer:
             except Dropped as reason:
                 counts.drop(row, str(reason))
                 rendered.append([])
+        for name, renderer in self._renderers.items():
+            counts.notes.update(renderer.notes)
+            counts.named[name] = set(renderer.columns.found)
+            renderer.notes.clear()
         examples = iter(self._tokenizer.tokenize(list(chain.from_iterable(rendered))))
         kept, lengths = Kept(), array("i")
         input_ids, labels = array("i"), array("i")
@@ -167,22 +174,22 @@ class RowTokenizer:
             if kept_texts:
                 kept.texts.append(kept_texts)
                 kept.sources.append(self._numbers[row.source])
-                kept.groups.append(self._group(row))
+                kept.groups.append(self._group_of(row))
             else:
                 counts.dropped_rows += 1
         return TokenizedRows(lengths, input_ids.tobytes(), labels.tobytes(), kept, counts)
 
-    def _group(self, row: Row) -> int:
+    def _group_of(self, row: Row) -> int:
         """The hash of the row's dataset.groupColumn; 0 if none is set."""
-        if not self._group_column:
+        if self._group is None:
             return 0
-        if self._group_column not in row.values:
+        if self._group.name(row, GROUP) is None:
             raise UserError(
-                f"has no column {self._group_column}",
+                f"has no column {self._group.named[GROUP]}",
                 where=row.place,
-                fix=f"Set dataset.groupColumn to one of: {', '.join(map(str, row.values))}.",
+                fix=f"Set dataset.{GROUP} to one of: {', '.join(map(str, row.values))}.",
             )
-        value = row.values[self._group_column]
+        value = self._group.value(row, GROUP)
         # Rows without a value have nothing in common.
         content = row.place if value is None else json.dumps(value, sort_keys=True, default=str)
         return hash64(content.encode("utf-8", "surrogatepass"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,18 +107,18 @@ def write_dataset(
     """
     dataset, training = config.dataset, config.training
     parts, held_out = training_parts(dataset), held_out_part(dataset)
-    renderers = {part.name: Renderer(tokenizer, part.format, part.columns) for part in parts}
+    renderers = {part.name: Renderer(tokenizer, part.format, part.columns, dataset.train_on) for part in parts}
     bad_rows = BadRows(skip=dataset.on_bad_row == "skip")
     with TokenStore(folder / "examples") as store:
         kept = Kept()
         work = RowTokenizer(renderers, tokenizer, dataset, training)
         cores = available_cores()
         counts = prepare(read_rows(dataset, sources, bad_rows), work, store, kept, cores, held_out=False)
-        for part in parts:
-            check_columns(part, counts.columns.get(part.name, set()))
         counts.add(prepare(read_held_out(dataset, sources, bad_rows), work, store, kept, cores, held_out=True))
         counts.skip(bad_rows)
         check_dropped(counts, dataset.max_dropped)
+        for part in parts:
+            check_columns(part, counts)
         store.finish()
         selection = select(
             kept,
@@ -154,14 +153,15 @@ def write_dataset(
     files.write_text(folder / "report.html", data_report.page(report))
 
 
-def check_columns(part: Part, found: Set[str]) -> None:
+def check_columns(part: Part, counts: Counts) -> None:
     """Raise UserError for a column that no row has: a misspelled optional one would be ignored in every row."""
+    available = counts.columns.get(part.name)
     for key, column in part.columns.items():
-        if found and column not in found and column.partition(".")[0] not in found:
+        if available and key not in counts.named[part.name]:
             raise UserError(
                 f"no row has a column {column!r}",
                 where=f"{part.key}.columns.{key}",
-                fix=f"Available columns: {', '.join(sorted(found))}.",
+                fix=f"Available columns: {', '.join(sorted(available))}.",
             )
 
 
