@@ -1,4 +1,4 @@
-"""The ``llama-lora`` command: one command per stage, ``fingerprint``, ``verify`` and ``acceptance``."""
+"""The ``llama-lora`` command: one command per stage, ``fingerprint``, ``verify``, ``preview`` and ``acceptance``."""
 
 from __future__ import annotations
 
@@ -109,6 +109,25 @@ def acceptance_command(config_file: Path | None, workspace: Path | None) -> None
     click.echo(f"written to {paths.acceptance}")
     if not passed(found):
         sys.exit(1)
+
+
+@main.command(name="preview", short_help="Show the first rows as the model sees them.")
+@config_option
+@click.option("--rows", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many examples to show.")
+@user_errors_end_with_status_2
+def preview_command(config_file: Path | None, rows: int) -> None:
+    """Show the first rows of the dataset as the model sees them, with what is trained. Needs no workspace.
+
+    Reads the first 1,000 rows of each source, and no weights of the model.
+    """
+    require_torch()
+    from llama_lora import preview
+
+    if config_file is None:
+        raise UserError("no run config", where="--config", fix="Pass --config run.yaml.")
+    color = preview.wants_color()
+    for line in preview.lines(preview.preview(run_config.load(config_file), rows), color=color):
+        click.echo(line, color=color)
 
 
 def require_torch() -> None:

@@ -13,6 +13,7 @@ import click
 MODULES = {
     "init": "genvalues.commands.init",
     "check": "genvalues.commands.check",
+    "preview": "genvalues.commands.preview",
     "plan": "genvalues.commands.plan",
     "write": "genvalues.commands.write",
     "image": "genvalues.commands.image",

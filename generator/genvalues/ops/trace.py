@@ -52,10 +52,14 @@ def with_trace(found: Checked) -> Plan:
 def write_run(values: dict[str, Any], model: Any, folder: Path) -> Path:
     """Write run.yaml, the run config of these values, and beside it the config.json that it names as its model."""
     (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    return write_config(values, folder, device="neuron", model={"path": str(folder)})
+
+
+def write_config(values: dict[str, Any], folder: Path, **changes: Any) -> Path:
+    """Write run.yaml, the run config of these values with some blocks changed."""
     keys = {RunConfig.key_of(name) for name in RunConfig.model_fields}
     blocks = {key: value for key, value in values.items() if key in keys}
-    here = {"device": "neuron", "model": {"path": str(folder)}}
-    config = RunConfig.model_validate({**blocks, **here})
+    config = RunConfig.model_validate({**blocks, **changes})
     file = folder / "run.yaml"
     file.write_text(json.dumps(config.as_keys()), encoding="utf-8")  # JSON is YAML
     return file

@@ -109,6 +109,13 @@ class TokenizedRows:
     counts: Counts
 
 
+def renderers_of(dataset: Dataset, tokenizer: Any) -> dict[str, Renderer]:
+    """A renderer for each source that is trained on, by its name."""
+    return {
+        part.name: Renderer(tokenizer, part.format, part.columns, dataset.train_on) for part in training_parts(dataset)
+    }
+
+
 class RowTokenizer:
     """Renders and tokenizes rows of all sources of a dataset."""
 

@@ -86,6 +86,14 @@ def resolve_sources(config: RunConfig, paths: Paths) -> ResolvedSources:
     return _resolved(entries)
 
 
+def dataset_sources(config: RunConfig) -> ResolvedSources:
+    """Pin the datasets alone, and record nothing. Raises UserError if one does not exist or is not readable."""
+    entries: dict[str, dict[str, Any]] = {"model": {"name": "", "revision": ""}}
+    for part in _parts(config):
+        entries[part.key] = _known_dataset(part, []) or _look_up_dataset(part)
+    return _resolved(entries)
+
+
 def _parts(config: RunConfig) -> list[Part]:
     held_out = held_out_part(config.dataset)
     return [*training_parts(config.dataset), *([held_out] if held_out else [])]

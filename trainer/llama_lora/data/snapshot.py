@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
@@ -15,6 +16,8 @@ from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
 from llama_lora.data.shared_folders import make_once
 from llama_lora.safetensors_files import stored_tensors
+
+TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "vocab*", "merges.txt"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,27 @@ def take_snapshot(model: Model, source: Source, models: Path) -> Path:
                     _download(model.id, source.revision, folder)
                     _check(folder, model.id)
     return target
+
+
+def tokenizer_folder(model: Model, folder: Path) -> Path:
+    """A folder with the model's tokenizer and configs, without weights: the model's own, or one made in ``folder``.
+
+    Raises UserError if the model or its tokenizer is not found.
+    """
+    if not model.path:
+        from huggingface_hub import snapshot_download
+
+        with translate_hub_errors("model.id", model.id):
+            return Path(snapshot_download(model.id, revision=model.revision or None, allow_patterns=TOKENIZER_FILES))
+    path = Path(model.path)
+    if path.suffix == ".gguf" and path.is_file():
+        _gguf_tokenizer(path).save_pretrained(folder)
+        return folder
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a folder nor a .gguf file", where="model.path", fix="Write the path of one of these."
+        )
+    return path
 
 
 @contextmanager
@@ -73,22 +97,17 @@ def _copy(origin: Path, folder: Path) -> None:
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantize a GGUF file to bf16 safetensors, with its tokenizer and chat template."""
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from llama_lora.library_versions import load_gguf_model
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    tokenizer = _gguf_tokenizer(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = load_gguf_model(file, torch.bfloat16)
     except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
-        raise UserError(
-            f"transformers cannot read it as GGUF: {error}",
-            where=str(file),
-            fix="Download it again, or use safetensors.",
-        ) from None
+        raise _not_gguf(file, error) from None
     # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
     # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -97,6 +116,21 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise _not_gguf(file, error) from None
+
+
+def _not_gguf(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"transformers cannot read it as GGUF: {error}", where=str(file), fix="Download it again, or use safetensors."
+    )
 
 
 def _check(folder: Path, origin: str) -> None:

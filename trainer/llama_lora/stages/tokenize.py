@@ -17,8 +17,7 @@ from llama_lora.data import data_report, token_store
 from llama_lora.data.dataset_readers import BadRows, read_held_out, read_rows
 from llama_lora.data.packing import one_per_row, pack
 from llama_lora.data.parts import Part, held_out_part, training_parts
-from llama_lora.data.preparation import Counts, RowTokenizer, prepare
-from llama_lora.data.rendering import Renderer
+from llama_lora.data.preparation import Counts, RowTokenizer, prepare, renderers_of
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.data.selection import Kept, Selection, select
 from llama_lora.data.shared_folders import make_once
@@ -107,7 +106,7 @@ def write_dataset(
     """
     dataset, training = config.dataset, config.training
     parts, held_out = training_parts(dataset), held_out_part(dataset)
-    renderers = {part.name: Renderer(tokenizer, part.format, part.columns, dataset.train_on) for part in parts}
+    renderers = renderers_of(dataset, tokenizer)
     bad_rows = BadRows(skip=dataset.on_bad_row == "skip")
     with TokenStore(folder / "examples") as store:
         kept = Kept()
