@@ -133,6 +133,12 @@ def test_duplicates_are_counted_and_held_out_texts_are_not_trained_on(new_run: C
     assert not train & held_out
 
 
+def test_rows_that_all_repeat_the_held_out_ones_are_an_error(new_run: Callable[..., Run]) -> None:
+    run = written(new_run(), [{"q": "Hi?", "a": "Yes."}] * 20)
+    said = run("tokenize", status=2)
+    assert "dataset: no rows left to train on" in said and "18" in said and "dataset.eval" in said
+
+
 def examples_of(row: dict[str, Any]) -> list[list[int]]:
     found, start = [], 0
     for length in row["lengths"]:

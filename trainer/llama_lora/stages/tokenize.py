@@ -183,10 +183,15 @@ def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> 
     """Raise UserError if no example is left to train on, or none to evaluate with."""
     kept = counts.rows - counts.dropped_rows
     own_rows = held_out_part(config.dataset)
-    if not len(selection.train):
-        fix = f"Dropped: {dict(counts.dropped)}; held out: {selection.held_out_rows} rows; "
+    if not len(selection.train) and selection.in_both:
         raise UserError(
-            "no rows left to train on", where="dataset", fix=f"{fix}in train and held out: {selection.in_both}."
+            f"no rows left to train on: each of the {selection.in_both} that are not held out repeats one that is",
+            where="dataset",
+            fix="Remove the duplicates, or hold out other rows: dataset.eval.",
+        )
+    if not len(selection.train):
+        raise UserError(
+            f"no rows left to train on: all {kept} are held out", where="dataset", fix="Lower dataset.evalFraction."
         )
     if config.evaluation.enabled and not len(selection.held_out):
         raise UserError(
