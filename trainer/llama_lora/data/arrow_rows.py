@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
-from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row
+from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError
 
 BATCH_BYTES = 32 << 20
 MOST_ROWS = 1000  # of a batch
@@ -29,8 +29,14 @@ def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[s
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
                 if group.total_byte_size > group.num_rows * MAX_ROW_BYTES:
-                    bad_rows.add(too_long_row(f"{name} row {number + 1}"))
-                    number += group.num_rows
+                    if group.num_rows > 1:
+                        raise UserError(
+                            f"has rows of more than {MAX_ROW_BYTES >> 20} MiB",
+                            where=f"{name} rows {number + 1} to {number + group.num_rows}",
+                            fix="Split long texts into several rows.",
+                        )
+                    number += 1
+                    bad_rows.add(too_long_row(f"{name} row {number}"))
                     continue
                 size = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, group.total_byte_size)))
                 for batch in file.iter_batches(size, row_groups=[index]):
@@ -62,7 +68,7 @@ def rows_of(batch: Any, name: str, before: int, bad_rows: BadRows, columns: Coll
             undecoded = [column for column in cleaners.keys() & set(columns) if _has_bytes(values[column])]
             if undecoded:
                 bad_rows.add(
-                    UserError(
+                    RowError(
                         f"column {undecoded[0]} contains bytes that are not UTF-8",
                         where=place,
                         fix="Name another column in dataset.columns, or store text.",
@@ -81,10 +87,8 @@ def _row_of(batch: Any, index: int) -> Any:
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def too_long_row(place: str) -> UserError:
-    return UserError(
-        f"is longer than {MAX_ROW_BYTES >> 20} MiB", where=place, fix="Split long texts into several rows."
-    )
+def too_long_row(place: str) -> RowError:
+    return RowError(f"is longer than {MAX_ROW_BYTES >> 20} MiB", where=place, fix="Split long texts into several rows.")
 
 
 def _cleaner(kind: Any) -> Callable[[Any], Any] | None:

@@ -19,6 +19,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no rows
 SAVED = ("dataset_dict.json", "state.json")  # a folder that save_to_disk of `datasets` wrote has one of these
 
 
@@ -72,7 +73,7 @@ def files_of(source: str) -> list[DataFile]:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-    return not hidden and bool(file_format(file.name))
+    return not hidden and file.name not in METADATA and bool(file_format(file.name))
 
 
 def s3_keys(pattern: str, keys: Iterable[str]) -> list[str]:

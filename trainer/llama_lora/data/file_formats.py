@@ -16,7 +16,7 @@ from genvalues.settings.datasets import file_format
 from llama_lora.data.arrow_rows import read_parquet, too_long_row
 from llama_lora.data.compression import open_decompressed
 from llama_lora.data.json_stream import JsonRows, parse_line
-from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row
+from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -56,7 +56,7 @@ def read_file(path: Path, bad_rows: BadRows, *, name: str = "", columns: Collect
 class _Lines:
     """The lines of a file with their line breaks; ``number`` is that of the last one.
 
-    Raises UserError for a line that is longer than MAX_ROW_BYTES or not UTF-8; the next call returns the line after it.
+    Raises RowError for a line that is longer than MAX_ROW_BYTES or not UTF-8; the next call returns the line after it.
     """
 
     def __init__(self, file: BufferedReader, name: str) -> None:
@@ -81,9 +81,7 @@ class _Lines:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"not valid UTF-8 (byte {error.start})", where=self.place, fix="Save it as UTF-8."
-            ) from None
+            raise RowError(f"not valid UTF-8 (byte {error.start})", where=self.place, fix="Save it as UTF-8.") from None
 
     @property
     def place(self) -> str:
@@ -96,7 +94,7 @@ class _Lines:
                 yield next(self)
             except StopIteration:
                 return
-            except UserError as error:
+            except RowError as error:
                 bad_rows.add(error)
 
 
@@ -106,7 +104,7 @@ def _read_jsonl(file: BufferedReader, name: str, bad_rows: BadRows) -> Iterator[
         if line.strip():
             try:
                 yield _row(parse_line(line.rstrip("\r\n"), lines.place), lines.place)
-            except UserError as error:
+            except RowError as error:
                 bad_rows.add(error)
 
 
@@ -114,7 +112,7 @@ def _read_json(file: BufferedReader, name: str, bad_rows: BadRows) -> Iterator[R
     for number, value in enumerate(JsonRows(file, name), start=1):
         try:
             row = _row(value, f"{name} row {number}")
-        except UserError as error:
+        except RowError as error:
             bad_rows.add(error)
         else:
             yield row
@@ -122,7 +120,7 @@ def _read_json(file: BufferedReader, name: str, bad_rows: BadRows) -> Iterator[R
 
 def _row(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError("not a JSON object", where=place, fix='Write {"COLUMN": VALUE, ...}.')
+        raise RowError("not a JSON object", where=place, fix='Write {"COLUMN": VALUE, ...}.')
     return Row(place, value)
 
 
@@ -141,7 +139,7 @@ def _read_csv(file: BufferedReader, name: str, bad_rows: BadRows, delimiter: str
         except csv.Error as error:
             spans = lines.number > first  # the lines between may be rows that an unclosed quote has swallowed
             quote = f"a quote that opens here is not closed correctly up to line {lines.number}: " if spans else ""
-            mistake = UserError(
+            mistake = RowError(
                 f"{quote or 'has wrong quotes: '}{error}",
                 where=f"{name}:{first}",
                 fix='Write "..." around a field with quotes or line breaks, and "" for a quote in it.',
@@ -150,7 +148,7 @@ def _read_csv(file: BufferedReader, name: str, bad_rows: BadRows, delimiter: str
                 raise mistake from None
             bad_rows.add(mistake)
             continue
-        except UserError as error:  # of a line
+        except RowError as error:  # of a line
             if lines.number > first or header is None:
                 raise
             bad_rows.add(error)
@@ -164,7 +162,7 @@ def _read_csv(file: BufferedReader, name: str, bad_rows: BadRows, delimiter: str
             continue
         if len(cells) > len(header):
             bad_rows.add(
-                UserError(
+                RowError(
                     "has more fields than the header",
                     where=f"{name}:{first}",
                     fix=f"Quote fields that contain {'commas' if delimiter == ',' else 'tabs'}.",

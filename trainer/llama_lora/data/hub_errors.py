@@ -99,7 +99,7 @@ def _dataset_error(key: str, name: str, error: Exception) -> Exception:
             where=f"{key}.revision",
             fix=f"Set it to {PARQUET_REVISION}: there the Hub keeps the same rows as Parquet files ({page}).",
         )
-    if any(isinstance(each, (exceptions.DatasetGenerationCastError, CastError)) for each in causes):
+    if any(isinstance(each, CastError) or "Schema at index" in str(each) for each in causes):
         what, fix = "its files have different columns", f"Set {key}.config, or name files with the same columns."
     elif any(isinstance(each, FileNotFoundError) for each in causes):
         what, fix = f"a file is missing: {error}", f"See {page}: it may be gated or have no data files."

@@ -10,7 +10,7 @@ from io import BufferedReader
 from typing import Any
 
 from genvalues.common.errors import UserError
-from llama_lora.data.rows import MAX_ROW_BYTES
+from llama_lora.data.rows import MAX_ROW_BYTES, RowError
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_WORD = 16  # more than a constant or an escape has characters: an error this near to the end may be a cut
@@ -27,22 +27,22 @@ _DECODER = json.JSONDecoder(parse_constant=_constant)
 
 
 def parse_line(text: str, place: str) -> Any:
-    """The JSON value of a line. Raises UserError at ``place``."""
+    """The JSON value of a line. Raises RowError at ``place``."""
     return _explained(
         lambda: _DECODER.decode(text), lambda at: f"{place}:{at + 1}", place, "Write one JSON object per line."
     )
 
 
 def _explained(parse: Callable[[], Any], position: Callable[[int], str], place: str, fix: str) -> Any:
-    """Call ``parse``; errors of the decoder become UserErrors at ``position`` of the error, or at ``place``."""
+    """Call ``parse``; errors of the decoder become RowErrors at ``position`` of the error, or at ``place``."""
     try:
         return parse()
     except json.JSONDecodeError as error:
-        raise UserError(f"invalid JSON: {error.msg}", where=position(error.pos), fix=fix) from None
+        raise RowError(f"invalid JSON: {error.msg}", where=position(error.pos), fix=fix) from None
     except RecursionError:
-        raise UserError("is nested too deeply", where=place, fix="Write rows of a few levels.") from None
+        raise RowError("is nested too deeply", where=place, fix="Write rows of a few levels.") from None
     except ValueError as error:  # an integer of more than sys.get_int_max_str_digits() digits
-        raise UserError(
+        raise RowError(
             f"has a number that is too long: {str(error).partition(';')[0]}",
             where=place,
             fix="Write it as text, in quotes.",

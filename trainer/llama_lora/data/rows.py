@@ -23,6 +23,10 @@ class Row(NamedTuple):
     source: str = ""
 
 
+class RowError(UserError):
+    """One row cannot be read; those after it can."""
+
+
 class BadRows:
     """The rows that cannot be read (dataset.onBadRow): counted if ``skip``, else reported together, up to 20 at once.
 
