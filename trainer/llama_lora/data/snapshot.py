@@ -10,6 +10,7 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import library_versions
 from llama_lora.config import Model
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
@@ -76,13 +77,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from llama_lora.library_versions import load_gguf_model
-
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = load_gguf_model(file, torch.bfloat16)
+        model = library_versions.load_gguf_model(file, torch.bfloat16)
     except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
         raise UserError(
             f"transformers cannot read it as GGUF: {error}",
@@ -95,8 +94,22 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         token_id = getattr(model.config, f"{name}_id", None)
         if token_id is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    begin = _begins_texts(file)
+    if begin is not None and tokenizer.bos_token:
+        library_versions.begin_texts(tokenizer, begin)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _begins_texts(file: Path) -> bool | None:
+    """Whether a GGUF file's tokenizer puts the beginning-of-sequence token before a text; None if it does not tell.
+
+    The key: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers does not read it.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    return None if field is None else bool(field.contents())
 
 
 def _check(folder: Path, origin: str) -> None:
