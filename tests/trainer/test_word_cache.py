@@ -101,7 +101,7 @@ def test_words_give_the_tokens_of_the_whole_text(name: str, nfc: bool, batch: li
 def test_a_word_is_tokenized_once_and_long_and_many_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenizer("byte level")
     cache, calls = WordCache(whole), []
-    monkeypatch.setattr(cache, "_tokenize", lambda words: calls.append(words) or [[len(word)] for word in words])
+    monkeypatch.setattr(cache, "_tokenize_words", lambda words: calls.append(words) or [[len(word)] for word in words])
     cache(["a b b a", "b c"])
     cache(["a b c " + "x" * 100])
     cache(["a"])
@@ -110,6 +110,14 @@ def test_a_word_is_tokenized_once_and_long_and_many_words_are_not_kept(monkeypat
     monkeypatch.setattr(word_cache, "MOST_WORDS", 3)
     cache(["z"])
     assert list(cache._cache) == ["z"]
+
+
+def test_the_truncation_and_padding_of_a_tokenizer_are_not_applied() -> None:
+    whole = tokenizer_of(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    whole.backend_tokenizer.enable_truncation(2)
+    whole.backend_tokenizer.enable_padding(length=9)
+    [ids] = WordCache(whole)(["xyzzy x"])
+    assert whole.decode(ids) == "xyzzy x"
 
 
 def changed(**options: Any) -> Any:

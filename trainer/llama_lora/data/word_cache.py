@@ -37,6 +37,7 @@ class WordCache:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._tokenize(["a"])  # transformers turns off the truncation and padding of tokenizer.json
         self._by_words = tokenizes_by_words(tokenizer)
         self._cache: dict[str, list[int]] = {}
 
@@ -49,7 +50,7 @@ class WordCache:
             self._cache.clear()
         known = self._cache
         missing = list(dict.fromkeys(word for words in split for word in words if word not in known))
-        known.update(zip(missing, self._tokenize(missing), strict=True))
+        known.update(zip(missing, self._tokenize_words(missing), strict=True))
         ids = [[token for word in words for token in known[word]] for words in split]
         for word in missing:
             if len(word) > LONGEST_WORD:
@@ -64,6 +65,11 @@ class WordCache:
         )
         ids: list[list[int]] = encoded.input_ids
         return ids
+
+    def _tokenize_words(self, words: list[str]) -> list[list[int]]:
+        """As ``_tokenize``, without what transformers adds to the result of each text."""
+        fast = self._tokenizer.backend_tokenizer
+        return [encoded.ids for encoded in fast.encode_batch_fast(words, add_special_tokens=False)]
 
 
 def tokenizes_by_words(tokenizer: Any) -> bool:
