@@ -51,6 +51,17 @@ def chat_template_environment() -> Any:
     return getattr(compile_template, "__wrapped__", compile_template)("").environment
 
 
+def begin_texts(tokenizer: Any, begin: bool) -> None:
+    """Make a tokenizer put its beginning-of-sequence token before a text, or not."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    start = f"{bos}:0 " if begin else ""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start}$A:0", pair=f"{start}$A:0 $B:1", special_tokens=[(bos, tokenizer.bos_token_id)] if begin else []
+    )
+
+
 def load_gguf_model(file: Path, dtype: Any) -> Any:
     """Load a GGUF file as a model with plain weights of a torch dtype, which can be saved as safetensors.
 

@@ -42,7 +42,7 @@ class ChatTemplate:
     Raises UserError if it is not a valid template.
     """
 
-    def __init__(self, source: str, tokens: dict[str, str], date: datetime = TEMPLATE_DATE) -> None:
+    def __init__(self, source: str, tokens: dict[str, Any], date: datetime = TEMPLATE_DATE) -> None:
         self.source = source
         self._variables = {"documents": None, **tokens, "date_string": date.strftime("%d %b %Y")}  # Llama 3's
         environment = _environment(date)
@@ -96,7 +96,7 @@ class ChatTemplates:
     """The chat templates of a tokenizer: one, or one for conversations with tools and one for the others."""
 
     def __init__(self, tokenizer: Any, date: datetime = TEMPLATE_DATE) -> None:
-        self._tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._tokens = dict(tokenizer.special_tokens_map)
         self._date = date
         self._compiled: dict[str, ChatTemplate] = {}
         try:

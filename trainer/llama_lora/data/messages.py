@@ -159,7 +159,7 @@ def _tool_call(call: Any, what: str, place: str) -> dict[str, Any]:
         return call  # another form: the template may know it
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # not JSON: passed on as text
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON: passed on as text
             arguments = json.loads(arguments)
     function = {"name": function["name"], "arguments": arguments}
     outer = {key: value for key, value in call.items() if key in ("id", "index")}

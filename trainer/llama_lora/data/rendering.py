@@ -101,7 +101,10 @@ class Renderer:
         Raises Dropped if it has nothing to train on, UserError if a column is missing or not text, or if the chat
         template fails.
         """
-        examples = self._examples(row)
+        try:
+            examples = self._examples(row)
+        except RecursionError:
+            raise UserError("is nested too deeply", where=row.place, fix="Write a row with fewer levels.") from None
         if len(examples) > 1:
             self.notes["conversations whose history the chat template rewrites: one example for each answer"] += 1
         for example in examples:
@@ -193,6 +196,7 @@ class Renderer:
         if self.train_on == "last-answer":
             trained = trained[-1:]
         messages = messages[: trained[-1] + 1]  # what follows the last trained turn has no effect
+        self.uses_chat_template = template is not None
         if template is None:
             return [RenderedExample(tuple(_plain(messages, trained)), begins=True)]
         with limits(row.place):

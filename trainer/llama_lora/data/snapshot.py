@@ -7,15 +7,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import library_versions
 from llama_lora.config import Model
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
 from llama_lora.data.shared_folders import make_once
 from llama_lora.safetensors_files import stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "vocab*", "merges.txt"]
 
@@ -55,7 +59,11 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
             return Path(snapshot_download(model.id, revision=model.revision or None, allow_patterns=TOKENIZER_FILES))
     path = Path(model.path)
     if path.suffix == ".gguf" and path.is_file():
-        _gguf_tokenizer(path).save_pretrained(folder)
+        from transformers import AutoConfig
+
+        with _gguf_errors(path):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _gguf_tokenizer(path, config).save_pretrained(folder)
         return folder
     if not path.is_dir():
         raise UserError(
@@ -99,38 +107,53 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from llama_lora.library_versions import load_gguf_model
-
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    tokenizer = _gguf_tokenizer(file)
-    try:
-        model = load_gguf_model(file, torch.bfloat16)
-    except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
-        raise _not_gguf(file, error) from None
-    # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
-    # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token_id = getattr(model.config, f"{name}_id", None)
-        if token_id is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    with _gguf_errors(file):
+        model = library_versions.load_gguf_model(file, torch.bfloat16)
+        tokenizer = _gguf_tokenizer(file, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _gguf_tokenizer(file: Path) -> Any:
+def _gguf_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file, with the special tokens of the model's config."""
     from transformers import AutoTokenizer
 
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
+    # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    begin = _begins_texts(file)
+    if begin is not None and tokenizer.bos_token:
+        library_versions.begin_texts(tokenizer, begin)
+    return tokenizer
+
+
+@contextmanager
+def _gguf_errors(file: Path) -> Iterator[None]:
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:
-        raise _not_gguf(file, error) from None
+        yield
+    except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
+        raise UserError(
+            f"transformers cannot read it as GGUF: {error}",
+            where=str(file),
+            fix="Download it again, or use safetensors.",
+        ) from None
 
 
-def _not_gguf(file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"transformers cannot read it as GGUF: {error}", where=str(file), fix="Download it again, or use safetensors."
-    )
+def _begins_texts(file: Path) -> bool | None:
+    """Whether a GGUF file's tokenizer puts the beginning-of-sequence token before a text; None if it does not tell.
+
+    The key: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers does not read it.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    return None if field is None else bool(field.contents())
 
 
 def _check(folder: Path, origin: str) -> None:
