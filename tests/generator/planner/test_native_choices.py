@@ -12,6 +12,7 @@ from genvalues.accelerators.architectures import known, table
 from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.accelerators.native_rules import size_problems
 from genvalues.planner import dataset
+from genvalues.planner.candidates import gib
 from genvalues.planner.layout import Refused
 from genvalues.planner.planning import Plan, gather_facts, plan
 from genvalues.settings.inputs import inputs_from
@@ -171,6 +172,19 @@ def test_an_unknown_model_shares_its_weights_as_widely_as_possible() -> None:
 def test_causal_attention_is_chosen_for_text(length: int, format_: str, attention: str) -> None:
     written = {"dataset": {"source": "a/b", "format": format_}, "training": {"maxSequenceLength": length}}
     assert planned(**written).attention == attention
+
+
+def test_the_memory_of_the_other_attention_is_told() -> None:
+    isolated, causal = planned(training={"attention": "isolated"}), planned(training={"attention": "causal"})
+    attention = "training.attention"
+    for made, other, words in ((isolated, "causal", "packed example"), (causal, "isolated", "scores")):
+        assert made.memory is not None and made.attention != other
+        assert words in rejected(made, attention, other)
+    assert isolated.memory is not None and causal.memory is not None
+    assert f"works ({gib(causal.memory.total)} GiB" in rejected(isolated, attention, "causal")
+    assert f"works ({gib(isolated.memory.total)} GiB" in rejected(causal, attention, "isolated")
+    large = planned(training={"attention": "causal", "maxSequenceLength": 8192})
+    assert "does not fit" in rejected(large, attention, "isolated")
 
 
 def test_rows_of_a_length_that_the_device_does_not_take_are_refused() -> None:
