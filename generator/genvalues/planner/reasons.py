@@ -8,11 +8,10 @@ from typing import Any
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance, trainium
 from genvalues.accelerators.native_memory import NativeMemory
-from genvalues.accelerators.neuron_rules import ATTENTION, TENSOR_PARALLEL, group_problems
+from genvalues.accelerators.neuron_rules import ATTENTION, SHARD_SIZE, TENSOR_PARALLEL, group_problems
 from genvalues.common.text import number_of
 from genvalues.planner.candidates import (
     ACCUMULATION,
-    SHARD_SIZE,
     STEP_ROWS,
     Candidate,
     gib,
