@@ -18,6 +18,7 @@ from genvalues.accelerators.neuron_rules import (
     group_problems,
     packed_flash_problems,
     process_problems,
+    shard_problems,
 )
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
@@ -155,14 +156,7 @@ def parallelism(values: Values) -> Iterator[Problem]:
     if nodes and per_node and tensor and data:
         yield from process_problems(nodes, per_node, tensor, data)
     shard = get(values, "parallelism.shardSize", int) or 1
-    if shard > 1 and get(values, "backend", str) == "xla":
-        yield Problem(key_paths("parallelism.shardSize", "backend"), "requires backend native", "Write 1.")
-    elif data and data % shard:
-        yield Problem(
-            key_paths("parallelism.shardSize", "parallelism.dataParallelSize"),
-            f"{shard} does not divide dataParallelSize {data}",
-            "Write a divisor of it.",
-        )
+    yield from shard_problems(get(values, "backend", str), shard, data)
 
 
 # Values that one backend has, and what to write for the other.

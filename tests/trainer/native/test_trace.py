@@ -16,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from genvalues.accelerators import architectures
+from genvalues.accelerators.instances import TRAINIUM, TRN2
 from llama_lora import config as run_config
 from llama_lora.acceptance import planned_memory
 from llama_lora.backends.native import engine as engines
@@ -111,16 +112,16 @@ REAL = {"max_sequence_length": 2048, "r": 16, "gradient_accumulation_steps": 1}
 RUNS: dict[str, dict[str, Any]] = {  # architectures that genvalues knows, on 4 cores (trn2.3xlarge) or 64
     "llama-3.2-1b": {"data": 4, "activation_checkpointing": "selective", "gradient_accumulation_steps": 3},
     "llama-3.2-3b": {"shard": 4, "activation_checkpointing": "selective", "target_modules": "all-linear"},
-    "llama-3.1-8b": {"shard": 4, "gradient_accumulation_steps": 3},
-    "llama-3.1-70b": {"shard": 8, "tensor": 8, "attention": "causal", "target_modules": "all-linear"},
+    "llama-3.1-8b": {"shard": 4, "activation_checkpointing": "selective", "gradient_accumulation_steps": 3},
+    "llama-3.1-70b": {"shard": 16, "tensor": 4, "attention": "causal", "target_modules": "all-linear"},
     "smollm2-135m": {"data": 4, "activation_checkpointing": "none"},
     "tinyllama-1.1b": {"tensor": 4, "activation_checkpointing": "none"},
-    "granite-3.0-2b": {"shard": 2, "tensor": 2},
-    "granite-3.1-8b": {"shard": 8, "tensor": 8, "activation_checkpointing": "none", "dropout": 0.05},
+    "granite-3.0-2b": {"tensor": 4, "per_device_batch_size": 2},
+    "granite-3.1-8b": {"shard": 16, "tensor": 4, "activation_checkpointing": "none", "dropout": 0.05},
     "qwen3-0.6b": {"data": 4, "per_device_batch_size": 2},
     "qwen3-4b": {"shard": 4, "dropout": 0.05, "target_modules": "all-linear"},
-    "qwen3-8b": {"data": 8, "shard": 2, "tensor": 4, "attention": "causal", "activation_checkpointing": "selective"},
-    "qwen3-32b": {"shard": 8, "tensor": 8, "attention": "causal", "gradient_accumulation_steps": 3},
+    "qwen3-8b": {"data": 4, "shard": 4, "tensor": 4, "attention": "causal", "activation_checkpointing": "selective"},
+    "qwen3-32b": {"data": 4, "shard": 16, "gradient_accumulation_steps": 3},
 }
 
 
@@ -165,6 +166,15 @@ def depends_on_data(operator: str) -> bool:
 def differences(planned: dict[str, int], found: dict[str, int]) -> dict[str, float]:
     """By how much the formula differs, as a share of the trace, for the peak and every term above a twentieth of it."""
     return {term: planned[term] / size - 1 for term, size in found.items() if size > found["peak"] / 20}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_layout_of_a_real_size_is_one_of_trn2(name: str) -> None:
+    layout = run(**{**REAL, **RUNS[name]}).parallelism
+    (instance,) = {
+        each for each in TRAINIUM.values() if each.generation is TRN2 and each.cores == layout.processes_per_node
+    }
+    assert {layout.tensor_parallel_size, layout.shard_size} <= set(instance.groups)
 
 
 @pytest.mark.parametrize("name", RUNS)
