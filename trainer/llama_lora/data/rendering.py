@@ -188,6 +188,8 @@ class Renderer:
     def _conversation(self, row: Row, conversation: Conversation) -> list[RenderedExample]:
         messages, tools = conversation.messages, conversation.tools
         template = self._templates.of(tools) if self.tokenizer.chat_template else None
+        if template is None or not template.reads("developer"):  # OpenAI's newer name of the system prompt
+            messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
         self._check_messages(messages, tools, template.reads if template else lambda key: False)
         # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
         trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]
