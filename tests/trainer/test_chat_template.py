@@ -13,6 +13,7 @@ from llama_lora.data import chat_template
 from llama_lora.data.chat_template import ChatTemplates
 from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import Dropped, Renderer
+from llama_lora.data.tokens import ExampleTokenizer
 from llama_lora.data.turns import TurnRenderer
 from trainer.chat_templates import FAMILIES, family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
@@ -147,6 +148,14 @@ def test_a_long_conversation_gives_what_a_rendering_in_full_gives(
     renderer = Renderer(byte_tokenizer(template), "chat", {})
     thoughts = [{**turn, "reasoning_content": "Hm."} if n % 7 == 1 else turn for n, turn in enumerate(LONG[:60])]
     row = Row("rows.jsonl:1", {"messages": thoughts})
-    found = renderer.render(row)
+    tokens = ExampleTokenizer(renderer.tokenizer)
+    found = tokens.tokenize(renderer.render(row))
     monkeypatch.setattr(TurnRenderer, "_in_windows", lambda *arguments: None)
-    assert found == renderer.render(row)
+    assert found == tokens.tokenize(renderer.render(row))
+
+
+def test_the_examples_of_a_long_rewritten_conversation_share_the_segments_of_their_history() -> None:
+    """So that a tokenizer need not read the history again for each turn."""
+    examples = Renderer(family_tokenizer("qwen3"), "chat", {}).render(Row("rows.jsonl:1", {"messages": LONG}))
+    texts = {id(segment.text): segment.text for example in examples for segment in example.segments}
+    assert sum(map(len, texts.values())) < 5 * sum(len(message["content"]) for message in LONG)

@@ -55,7 +55,8 @@ class Renderer:
             "chat": self._chat,
         }[format]
         self._special = special_tokens(tokenizer)
-        self._turns = TurnRenderer(self._special)
+        strips = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}
+        self._turns = TurnRenderer(self._special, [text for text in self._special if text not in strips])
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
         if self.uses_chat_template:
             self._templates.of([])  # an invalid template is told before the first row
