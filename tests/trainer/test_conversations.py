@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
+from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.chat_templates import family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer

@@ -15,8 +15,8 @@ from genvalues.common.errors import UserError
 from llama_lora.data import messages as shapes
 from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplates, limits
 from llama_lora.data.columns import Columns, Dropped
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.messages import Conversation, Message
+from llama_lora.data.rows import Row
 from llama_lora.data.turns import RenderedExample, Segment, TurnRenderer
 
 __all__ = ["TEMPLATE_DATE", "Dropped", "RenderedExample", "Renderer", "Segment"]
