@@ -184,7 +184,7 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
             yield lacks
         elif on_cpu and not there.is_absolute():
             here = absolute(path, document.position(key).folder)
-            if not os.path.exists(here):  # noqa: PTH110 - which never raises
+            if not os.path.exists(here) and not is_glob(path):  # noqa: PTH110 - which never raises
                 yield Mistake(
                     key,
                     f"no such file or folder: {one_line(str(here), 200)}",

@@ -556,7 +556,7 @@ def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.Captur
         "f.yaml:3:37 dataset.format: a .txt file has no columns for chat. Write format: text.",
         "f.yaml:3:51 dataset.revision: applies to Hub datasets only, and this is a file. Remove it.",
         "f.yaml:4:14 evaluation.enabled: evaluation is enabled, but no rows are held out. "
-        "Raise dataset.evalFraction above 0.",
+        "Raise dataset.evalFraction above 0, or set dataset.eval.",
     ]
 
 
@@ -593,7 +593,7 @@ def test_a_source_that_the_trainer_does_not_read_is_refused(
     "source",
     [
         *("squad", "org/set-v1.0", "org/rows.v2", "s3://bucket/a/rows.jsonl", "s3://bucket/a/ROWS.CSV.GZ"),
-        *("s3://bucket/", "s3://bucket/a/", "s3://bucket/a/*.jsonl", "/workspace/a.csv", "/workspace/A.NDJSON"),
+        *("s3://bucket/a/", "s3://bucket/a/*.jsonl", "/workspace/a.csv", "/workspace/A.NDJSON"),
         *("/workspace/a.tsv.zst", "/workspace/a/", "/workspace/a", "/workspace/a/*.parquet"),
         *("rows.jsonl", "ROWS.JSONL.GZ", "folder", "folder/", "./folder", "org/rows", "folder/*.jsonl", "saved"),
     ],
@@ -639,10 +639,15 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
     """As the trainer and `datasets` take it; pods of a cluster cannot read it."""
     Path("org/rows").mkdir(parents=True)
     Path("org/rows/a.jsonl").write_text("{}\n")
-    Path("f.yaml").write_text("model: gpt2\ninstance: cpu\ndataset: {source: org/rows, eval: {source: org/rows/a.jsonl}}\n")
+    Path("f.yaml").write_text(
+        "model: gpt2\ninstance: cpu\ndataset: {source: org/rows, eval: {source: org/rows/a.jsonl}}\n"
+    )
     assert genvalues("write", "f.yaml") == 0
     dataset = yaml.safe_load(Path("values.yaml").read_text())["dataset"]
-    assert (dataset["source"], dataset["eval"]["source"]) == (str(Path("org/rows").resolve()), str(Path("org/rows/a.jsonl").resolve()))
+    assert (dataset["source"], dataset["eval"]["source"]) == (
+        str(Path("org/rows").resolve()),
+        str(Path("org/rows/a.jsonl").resolve()),
+    )
     capsys.readouterr()
     Path("f.yaml").write_text("model: gpt2\ninstance: trn1.32xlarge\nimage: a:1\ndataset: {source: org/rows}\n")
     assert genvalues("check", "f.yaml") == 2
@@ -652,19 +657,28 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        ("source: s3://b-b/a.csv, split: 'test[:10%]'", "dataset.split: \"s3://b-b/a.csv\" has the split train only"),
-        ("source: s3://b-b/*.csv, eval: {split: test}", "dataset.eval.split: \"s3://b-b/*.csv\" has the split train only"),
+        ("source: s3://b-b/a.csv, split: 'test[:10%]'", 'dataset.split: "s3://b-b/a.csv" has the split train only'),
+        (
+            "source: s3://b-b/*.csv, eval: {split: test}",
+            'dataset.eval.split: "s3://b-b/*.csv" has the split train only',
+        ),
         ("source: s3://b-b/c/, config: en", "dataset.config: applies to Hub datasets only"),
-        ("source: a/b, eval: {source: s3://b-b/c/, revision: v1}", "dataset.eval.revision: applies to Hub datasets only"),
+        (
+            "source: a/b, eval: {source: s3://b-b/c/, revision: v1}",
+            "dataset.eval.revision: applies to Hub datasets only",
+        ),
         ("source: a/b, eval: {split: train}", "dataset.eval.split: the held-out rows are those that are trained on"),
-        ("source: a/b, additional: {x: {source: s3://b}}", "dataset.additional.x.source: \"s3://b\" is not data in S3"),
+        ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "s3://b" is not data in S3'),
         (
             "source: a/b, additional: {x: {source: a/c, format: chat, columns: {output: o}}}",
             "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, tools)",
         ),
         ("source: a/b, columns: {tools: t}", "dataset.columns.tools: format instruction has no such column"),
-        ("source: a/b, split: 'train[:10'", "dataset.split: \"train[:10\" is invalid"),
-        ("source: a/b, groupColumn: user, eval: {split: test}", "dataset.groupColumn: has no effect: dataset.eval says"),
+        ("source: a/b, split: 'train[:10'", 'dataset.split: "train[:10" is invalid'),
+        (
+            "source: a/b, groupColumn: user, eval: {split: test}",
+            "dataset.groupColumn: has no effect: dataset.eval says",
+        ),
     ],
 )
 def test_settings_of_a_dataset_that_make_no_sense_are_told_at_their_key(
@@ -762,7 +776,7 @@ def test_no_file_makes_a_traceback_or_a_half_written_output(
     ("changes", "said"),
     [
         ({"lora": "{targetModules: [up_proj, [gate_proj]]}"}, "lora.targetModules[1]: "),
-        ({"dataset": "{source: s3://bucket/folder/}"}, "dataset.source: "),
+        ({"dataset": "{source: s3://bucket/folder}"}, "dataset.source: "),
         ({"dataset": "{source: rows.csv.gz}"}, "dataset.source: "),
         ({"storage": "{size: 75Ti}"}, "storage.size: "),
         ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),
