@@ -122,9 +122,11 @@ def model(wanted: str | ModelPath) -> dict[str, str]:
 
 
 def dataset(wanted: DatasetInputs) -> dict[str, Any]:
-    """The dataset section. Columns that are not named have the name of their key, or one that the trainer knows."""
+    """The dataset section. A column with the name of its key is left out: the trainer finds it, or a usual name."""
     written: dict[str, Any] = without_null(as_values(wanted))
-    return written | {"format": row_format(wanted.format, wanted.source)}
+    columns = {key: column for key, column in written["columns"].items() if column != key}
+    first = {"source": wanted.source, "format": row_format(wanted.format, wanted.source)}
+    return first | written | first | {"columns": columns}
 
 
 def storage(wanted: StorageInputs, kind: str) -> dict[str, Any]:

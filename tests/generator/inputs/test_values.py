@@ -88,7 +88,7 @@ def test_the_example_gives_tensor_parallel_8_data_parallel_4_on_32_processes(tmp
     assert values["devices"] == {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
     assert (values["backend"], values["pipeline"]) == ("xla", {"mode": "detached"})
     assert values["model"] == {"id": "meta-llama/Meta-Llama-3.1-8B", "revision": "", "path": ""}
-    assert values["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
+    assert values["dataset"]["columns"] == {"input": "context", "output": "response"}
     assert values["image"]["digest"] == f"sha256:{'0' * 64}"
     assert values["hyperpod"]["autoResume"] is True
 
