@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, exists_here, files_of, is_saved
 from genvalues.settings.datasets import SplitPart, is_glob, on_s3, split_parts
 from llama_lora.config import Dataset
-from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, exists_here, files_of, is_saved
 from llama_lora.data.file_formats import read_file
 from llama_lora.data.hub_datasets import parquet_export, read_hub, saved_splits
 from llama_lora.data.hub_errors import PARQUET_REVISION
