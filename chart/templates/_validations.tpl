@@ -66,7 +66,7 @@ dataset.groupColumn has no effect, because dataset.eval says which rows are held
 {{- else if and $dataset.groupColumn (not $dataset.evalFraction) }}
 dataset.groupColumn has no effect, because dataset.evalFraction 0 holds out no rows. Raise dataset.evalFraction, or remove dataset.groupColumn.
 {{- end }}
-{{- if and (eq ($dataset.overlong | default "") "split") $dataset.format (not (has "text" $formats)) }}
+{{- if and (eq ($dataset.overlong | default "") "split") (without $formats "text" "") }}
 dataset.overlong split applies to format text only. Set it to truncate or drop.
 {{- end }}
 {{- if and (eq $dataset.trainOn "last-answer") (eq $dataset.format "text") (eq (len (uniq $formats)) 1) }}

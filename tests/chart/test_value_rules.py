@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "dataset.eval.split",
     ),
     "pieces of conversations": ({"dataset": {"format": "chat", "overlong": "split"}}, "dataset.overlong"),
+    "pieces of one source's conversations": (
+        {"dataset": {"format": "text", "overlong": "split", "additional": {"x": {"source": "a/b", "format": "chat"}}}},
+        "dataset.overlong",
+    ),
     "answers of text": ({"dataset": {"format": "text", "trainOn": "last-answer"}}, "dataset.trainOn"),
     "rows that native cannot pad on Trainium": (
         merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
@@ -139,7 +143,7 @@ def test_neither_refuses_values_that_are_right() -> None:
         {"eval": {"source": "org/other", "split": "train"}},
         {"config": "en", "eval": {"config": "de", "split": "train"}},
         {"groupColumn": "user"},
-        {"overlong": "split", "format": "chat", "additional": {"books": {"source": "a/b", "format": "text"}}},
+        {"overlong": "split", "format": "text", "additional": {"books": {"source": "a/b"}}},
         {"trainOn": "last-answer", "format": "text", "additional": {"x": {"source": "a/b", "format": "chat"}}},
         {"additional": {"replay": {"source": "/workspace/replay/", "weight": "0.5", "split": "train[:10%] + test"}}},
         {"onBadRow": "skip", "maxDropped": 1, "overlong": "drop", "columns": {"system": "s", "history": "h"}},

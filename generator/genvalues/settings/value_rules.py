@@ -148,7 +148,7 @@ def dataset(values: Values) -> Iterator[Problem]:
     format_ = get(values, "dataset.format", str)
     additional = (get(values, "dataset.additional", dict) or {}).values()
     formats = {format_, *(get(source, "format", str) or format_ for source in additional)}
-    if get(values, "dataset.overlong", str) == "split" and format_ and "text" not in formats:
+    if get(values, "dataset.overlong", str) == "split" and formats - {"text", None, ""}:
         yield Problem(
             key_paths("dataset.overlong", "dataset.format"),
             "split applies to format text only",
