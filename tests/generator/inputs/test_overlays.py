@@ -68,7 +68,7 @@ def test_mappings_are_merged_and_of_lists_and_texts_the_later_wins() -> None:
     assert found["instance"] == "trn2.48xlarge"
     assert (found["lora"]["r"], found["lora"]["targetModules"]) == (32, ["o_proj"])
     assert (found["training"]["learningRate"], found["training"]["maxSteps"]) == (5e-5, 20)
-    assert found["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
+    assert found["dataset"]["columns"] == {"input": "context", "output": "response"}
 
 
 def test_the_order_of_the_files_is_the_order_of_the_options_and_set_comes_last() -> None:
