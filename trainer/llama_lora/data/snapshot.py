@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
@@ -17,9 +17,6 @@ from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
 from llama_lora.data.shared_folders import make_once
 from llama_lora.safetensors_files import stored_tensors
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "vocab*", "merges.txt"]
 
@@ -61,9 +58,9 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         from transformers import AutoConfig
 
-        with _gguf_errors(path):
+        with _damage_told(path):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            _gguf_tokenizer(path, config).save_pretrained(folder)
+        _gguf_tokenizer(path, config).save_pretrained(folder)
         return folder
     if not path.is_dir():
         raise UserError(
@@ -109,18 +106,32 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with _gguf_errors(file):
+    with _damage_told(file):
         model = library_versions.load_gguf_model(file, torch.bfloat16)
-        tokenizer = _gguf_tokenizer(file, model.config)
+    tokenizer = _gguf_tokenizer(file, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _gguf_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file, with the special tokens of the model's config."""
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Turn any exception into a UserError: a damaged file can raise IndexError, KeyError, ..."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"transformers cannot read it as GGUF: {error}",
+            where=str(file),
+            fix="Download it again, or use safetensors.",
+        ) from None
+
+
+def _gguf_tokenizer(file: Path, config: Any) -> Any:
+    """Load the tokenizer of a GGUF file. ``config`` is that of its model."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with _damage_told(file):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
     # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -131,18 +142,6 @@ def _gguf_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedTokenizer
     if begin is not None and tokenizer.bos_token:
         library_versions.begin_texts(tokenizer, begin)
     return tokenizer
-
-
-@contextmanager
-def _gguf_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged file can raise any exception: IndexError, KeyError, ...
-        raise UserError(
-            f"transformers cannot read it as GGUF: {error}",
-            where=str(file),
-            fix="Download it again, or use safetensors.",
-        ) from None
 
 
 def _begins_texts(file: Path) -> bool | None:
