@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -307,7 +308,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake_and_move_no_plac
 
 @pytest.mark.parametrize("line", ["a: 1", "{number}: 1", "k{number}: 1", "k{number}: .nan", "? [{number}]"])
 def test_a_file_of_mistakes_is_told_in_time_and_not_without_end(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(8000)))
+    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(4000)))
     started = time.monotonic()
     assert genvalues("check", "f.yaml") == 2
     assert time.monotonic() - started < 20
@@ -449,11 +450,12 @@ def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schema = inputs_schema()
+    right, wrong_value = yaml.safe_load(RIGHT), yaml.safe_load(wrong)
     for key in keys_of(schema, schema):
-        value = yaml.safe_load(wrong)
+        value = wrong_value
         for part in reversed(key.split(".")):
             value = {part: value}
-        Path("f.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(RIGHT), value)))
+        Path("f.yaml").write_text(json.dumps(merge(right, value)))
         status = genvalues("check", "f.yaml")
         told = capsys.readouterr().err.splitlines()
         assert told

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forked import genvalues
 from generator.inputs.messages import tells
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError
@@ -55,11 +54,6 @@ def told(*paths: Path, sets: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(UserError) as refused:
         checked(Sources(paths, sets))
     return str(refused.value).splitlines()
-
-
-def genvalues(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "genvalues.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_mappings_are_merged_and_of_lists_and_texts_the_later_wins() -> None:
