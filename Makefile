@@ -41,7 +41,7 @@ demo: $(READY)
 PYTEST_OPTIONS := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 PYTEST := .venv/bin/pytest $(PYTEST_OPTIONS)
 
-test-all: PYTEST += --all   # every fuzz case and round trip: docs/testing.md
+test-all: PYTEST += --all   # every fuzz case, round trip and trace: docs/testing.md
 test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check

@@ -18,7 +18,7 @@ ROUND_TRIPS, ALL_ROUND_TRIPS = 60, 500
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="every fuzz case and round trip (make test-all)")
+    parser.addoption("--all", action="store_true", help="every fuzz case, round trip and trace (make test-all)")
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +41,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     said += [f"{count} skipped ({reason})" for reason, count in skips.items()]
     not_run = ["make test-xla", "make test-cluster", "make demo", "make bench"]
     if not config.getoption("all"):
-        left_out = f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases and {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips"
+        left_out = (
+            f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases, {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips, "
+            "traces of 8 real sizes"
+        )
         not_run = [f"{left_out} (make test-all)", *not_run]
     terminalreporter.write_line(f"{', '.join(said)}. Not run: {', '.join(not_run)}.")

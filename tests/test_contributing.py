@@ -73,18 +73,18 @@ def test_a_setting_takes_its_declaration_the_line_that_uses_it_and_its_test(copy
     assert "lora.useRslora" in (copy.folder / "docs/values.md").read_text(encoding="utf-8")
     assert "lora.useRslora" in (copy.folder / "docs/inputs.md").read_text(encoding="utf-8")
     assert "  useRslora: false  # Scale by" in (copy.folder / "chart/values.yaml").read_text(encoding="utf-8")
-    for inputs, backend in (("values/cpu.yaml", "native"), ("values/trn1.yaml", "xla")):
+    runs = {"native": "values/cpu.yaml", "xla": "values/trn1.yaml"}
+    for backend, inputs in runs.items():
         values = copy.genvalues("write", inputs, "--set", "lora.useRslora=true", "-o", "-")
         (config,) = [item for item in copy.rendered(values) if item["kind"] == "ConfigMap"]
-        run = copy.folder / f"{backend}.yaml"
-        run.write_text(config["data"]["run.yaml"], encoding="utf-8")  # type: ignore[index]
-        # Both backends build their adapter with this function.
-        read = "config = load(Path(sys.argv[1])); print(config.backend, lora_config(config.lora).use_rslora)"
-        imports = (
-            "import sys; from pathlib import Path; from llama_lora.config import load; "
-            "from llama_lora.backends.lora import lora_config; "
-        )
-        assert copy.python("-c", imports + read, str(run)) == f"{backend} True\n"
+        (copy.folder / backend).write_text(config["data"]["run.yaml"], encoding="utf-8")  # type: ignore[index]
+    # Both backends build their adapter with this function.
+    code = (
+        "import sys; from pathlib import Path; from llama_lora.config import load; "
+        "from llama_lora.backends.lora import lora_config; configs = [load(Path(run)) for run in sys.argv[1:]]; "
+        "print(*((config.backend, lora_config(config.lora).use_rslora) for config in configs))"
+    )
+    assert copy.python("-c", code, *runs) == "('native', True) ('xla', True)\n"
     wrong = subprocess.run(
         [sys.executable, "-m", "genvalues.cli", "check", "values/cpu.yaml", "--set", "lora.useRslora=2"],
         cwd=copy.folder,

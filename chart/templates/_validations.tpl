@@ -33,14 +33,44 @@ model.revision cannot be combined with model.path. Remove model.revision.
 {{- if not $dataset.source }}
 dataset.source is required. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
 {{- end }}
-{{- if and (regexMatch "\\.(jsonl|json|csv|parquet|txt)$" $dataset.source) (not (regexMatch "^(/|s3://)" $dataset.source)) }}
-dataset.source {{ $dataset.source }} is a relative path, which pods cannot read. Copy the file to the volume and set its absolute path there, e.g. {{ .Values.workspace.mountPath }}/{{ base $dataset.source }}.
+{{- $sources := dict "dataset.source" $dataset.source "dataset.eval.source" $dataset.eval.source }}
+{{- $formats := list $dataset.format }}
+{{- range $name, $other := $dataset.additional }}
+{{- $_ := set $sources (printf "dataset.additional.%s.source" $name) $other.source }}
+{{- $formats = append $formats ($other.format | default $dataset.format) }}
+{{- end }}
+{{- range $key, $source := $sources }}
+{{- if and $source (regexMatch "(?i)\\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\\.(gz|zst))?$|[*?\\[]|/$|^[.~]" $source) (not (regexMatch "^(/|s3://)" $source)) }}
+{{ $key }} {{ $source }} is a relative path, which pods cannot read. Copy the file to the volume and set its absolute path there, e.g. {{ $.Values.workspace.mountPath }}/{{ base $source }}.
+{{- end }}
 {{- end }}
 {{- if not $dataset.format }}
 dataset.format is required. Set it to text, instruction, prompt-completion or chat.
 {{- end }}
-{{- if and .Values.evaluation.enabled (not $dataset.evalFraction) }}
-evaluation.enabled is true, but dataset.evalFraction 0 leaves no rows to evaluate on. Raise dataset.evalFraction, or set evaluation.enabled to false.
+{{- $heldOut := $dataset.eval }}
+{{- $apart := or $heldOut.source $heldOut.split }}
+{{- if and .Values.evaluation.enabled (not $dataset.evalFraction) (not $apart) }}
+evaluation.enabled is true, but dataset.evalFraction 0 leaves no rows to evaluate on. Raise dataset.evalFraction, set dataset.eval, or set evaluation.enabled to false.
+{{- end }}
+{{- range $key := list "config" "revision" }}
+{{- if and (get $heldOut $key) (not $apart) }}
+dataset.eval.{{ $key }} has no effect without dataset.eval.source or dataset.eval.split. Set dataset.eval.split, or remove it.
+{{- end }}
+{{- end }}
+{{- $same := and (has ($heldOut.source | default $dataset.source) (list $dataset.source)) (has ($heldOut.config | default $dataset.config) (list $dataset.config)) }}
+{{- if and $apart $same (eq ($heldOut.split | default "train") ($dataset.split | default "train")) }}
+dataset.eval.split: the held-out rows are those that are trained on. Set it to another split, or a part such as train[90%:] with dataset.split train[:90%].
+{{- end }}
+{{- if and $dataset.groupColumn $apart }}
+dataset.groupColumn has no effect, because dataset.eval says which rows are held out. Remove one of the two.
+{{- else if and $dataset.groupColumn (not $dataset.evalFraction) }}
+dataset.groupColumn has no effect, because dataset.evalFraction 0 holds out no rows. Raise dataset.evalFraction, or remove dataset.groupColumn.
+{{- end }}
+{{- if and (eq ($dataset.overlong | default "") "split") (without $formats "text" "") }}
+dataset.overlong split applies to format text only. Set it to truncate or drop.
+{{- end }}
+{{- if and (eq $dataset.trainOn "last-answer") (eq $dataset.format "text") (eq (len (uniq $formats)) 1) }}
+dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.
 {{- end }}
 {{- end }}
 

@@ -151,4 +151,4 @@ def stages(objects: list[Object]) -> list[Object]:
 
 def config(objects: list[Object], key: str) -> Any:
     [found] = [item for item in objects if item["kind"] == "ConfigMap"]
-    return yaml.safe_load(found["data"][key])
+    return yaml.load(found["data"][key], Loader=yaml.CSafeLoader)

@@ -26,6 +26,10 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "no modules": ({"lora": {"targetModules": []}}, "targetModules"),
     "all rows held out": ({"dataset": {"evalFraction": 1}}, "evalFraction"),
     "unknown format": ({"dataset": {"format": "alpaca"}}, "format"),
+    "half a split": ({"dataset": {"split": "train[:10%"}}, "split"),
+    "a source without a name": ({"dataset": {"additional": {"x": {"source": ""}}}}, "additional.x.source"),
+    "a weight of nothing": ({"dataset": {"additional": {"x": {"source": "a/b", "weight": 0}}}}, "weight"),
+    "unknown policy": ({"dataset": {"onBadRow": "ignore"}}, "onBadRow"),
     "unknown column": ({"dataset": {"columns": {"question": "q"}}}, "question"),
     "unknown backend": ({"backend": "cuda"}, "backend"),
     "unknown mode": ({"pipeline": {"mode": "background"}}, "mode"),
@@ -85,6 +89,42 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "evaluation without held-out rows": (
         {"dataset": {"evalFraction": 0}},
         "evaluation.enabled is true, but dataset.evalFraction 0 leaves no rows to evaluate on. Raise",
+    ),
+    "half of dataset.eval": (
+        {"dataset": {"eval": {"config": "en"}}},
+        "dataset.eval.config has no effect without dataset.eval.source or dataset.eval.split. Set dataset.eval.split",
+    ),
+    "held-out rows that are trained on": (
+        {"dataset": {"eval": {"split": "train"}}},
+        "dataset.eval.split: the held-out rows are those that are trained on. Set it to another split",
+    ),
+    "groups beside dataset.eval": (
+        {"dataset": {"eval": {"split": "test"}, "groupColumn": "user"}},
+        "dataset.groupColumn has no effect, because dataset.eval says which rows are held out. Remove one",
+    ),
+    "groups without held-out rows": (
+        {"dataset": {"evalFraction": 0, "groupColumn": "user"}, "evaluation": {"enabled": False}},
+        "dataset.groupColumn has no effect, because dataset.evalFraction 0 holds out no rows. Raise",
+    ),
+    "pieces of conversations": (
+        {"dataset": {"format": "chat", "overlong": "split"}},
+        "dataset.overlong split applies to format text only. Set it to truncate or drop.",
+    ),
+    "answers of text": (
+        {"dataset": {"format": "text", "trainOn": "last-answer"}},
+        "dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.",
+    ),
+    "a relative folder": (
+        {"dataset": {"additional": {"more": {"source": "data/"}}}},
+        "dataset.additional.more.source data/ is a relative path, which pods cannot read. Copy the file",
+    ),
+    "a relative glob": (
+        {"dataset": {"eval": {"source": "data/*.jsonl"}}},
+        "dataset.eval.source data/*.jsonl is a relative path, which pods cannot read. Copy the file",
+    ),
+    "a relative compressed file": (
+        {"dataset": {"source": "ROWS.CSV.GZ"}},
+        "dataset.source ROWS.CSV.GZ is a relative path, which pods cannot read. Copy the file",
     ),
     "processes that do not match the layout": (
         {"parallelism": {"nodes": 2, "processesPerNode": 4, "tensorParallelSize": 1, "dataParallelSize": 4}},
@@ -401,7 +441,13 @@ def test_requests_are_compared_with_limits_as_quantities(helm: int) -> None:
         assert render(merged(MINIMAL, of_merge(resource, request, limit)), helm=helm)
 
 
-@pytest.mark.parametrize("source", ["/elsewhere/rows.jsonl", "s3://bucket/rows.csv", "org/rows", "rows", "org/json"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("/elsewhere/rows.jsonl", "/elsewhere/", "/elsewhere/*.jsonl.gz", "org/rows", "rows", "org/json"),
+        *("s3://bucket/rows.csv", "s3://bucket/rows/", "s3://bucket/*.csv"),
+    ],
+)
 def test_sources_that_pods_can_read_are_accepted(source: str, helm: int) -> None:
     """`genvalues local` uses absolute paths that are not on a volume."""
     assert render(merged(MINIMAL, {"dataset": {"source": source}}), helm=helm)

@@ -6,6 +6,7 @@ import pytest
 
 from chart.manifests import CHART, MINIMAL, Refused, Values, config, merged, render
 from genvalues.inputs.chart import on_top_of_defaults
+from genvalues.settings.run import RunConfig
 from genvalues.settings.value_rules import contradictions
 
 NEURON: Values = {"instance": "trn1.32xlarge", "backend": "neuron", "devices": {"aws.amazon.com/neuron": 16}}
@@ -24,6 +25,27 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "no dataset": ({"dataset": {"source": ""}}, "dataset.source"),
     "no format": ({"dataset": {"format": ""}}, "dataset.format"),
     "nothing to evaluate on": ({"dataset": {"evalFraction": 0}}, "evaluation.enabled"),
+    "groups of rows that nothing divides": (
+        {"dataset": {"evalFraction": 0, "groupColumn": "user"}, "evaluation": {"enabled": False}},
+        "dataset.groupColumn",
+    ),
+    "groups beside a held-out source": (
+        {"dataset": {"eval": {"split": "test"}, "groupColumn": "user"}},
+        "dataset.groupColumn",
+    ),
+    "a configuration without a held-out split": ({"dataset": {"eval": {"config": "en"}}}, "dataset.eval.config"),
+    "a revision without a held-out split": ({"dataset": {"eval": {"revision": "v1"}}}, "dataset.eval.revision"),
+    "held-out rows that are trained on": ({"dataset": {"eval": {"split": "train"}}}, "dataset.eval.split"),
+    "the same part of the same source held out": (
+        {"dataset": {"source": "a/b", "split": "x[:9]", "eval": {"source": "a/b", "split": "x[:9]"}}},
+        "dataset.eval.split",
+    ),
+    "pieces of conversations": ({"dataset": {"format": "chat", "overlong": "split"}}, "dataset.overlong"),
+    "pieces of one source's conversations": (
+        {"dataset": {"format": "text", "overlong": "split", "additional": {"x": {"source": "a/b", "format": "chat"}}}},
+        "dataset.overlong",
+    ),
+    "answers of text": ({"dataset": {"format": "text", "trainOn": "last-answer"}}, "dataset.trainOn"),
     "rows that native cannot pad on Trainium": (
         merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
         "training.maxSequenceLength",
@@ -110,6 +132,27 @@ def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: 
 def test_neither_refuses_values_that_are_right() -> None:
     assert list(contradictions(on_top_of_defaults(CHART, MINIMAL))) == []
     assert render(MINIMAL)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"evalFraction": 0, "eval": {"split": "test"}},
+        {"evalFraction": 0, "eval": {"source": "org/other", "config": "en", "revision": "refs/convert/parquet"}},
+        {"split": "train[:90%]", "eval": {"split": "train[90%:]"}},
+        {"eval": {"source": "org/other", "split": "train"}},
+        {"config": "en", "eval": {"config": "de", "split": "train"}},
+        {"groupColumn": "user"},
+        {"overlong": "split", "format": "text", "additional": {"books": {"source": "a/b"}}},
+        {"trainOn": "last-answer", "format": "text", "additional": {"x": {"source": "a/b", "format": "chat"}}},
+        {"additional": {"replay": {"source": "/workspace/replay/", "weight": "0.5", "split": "train[:10%] + test"}}},
+        {"onBadRow": "skip", "maxDropped": 1, "overlong": "drop", "columns": {"system": "s", "history": "h"}},
+    ],
+)
+def test_datasets_that_both_accept(dataset: Values, helm: int) -> None:
+    values = merged(MINIMAL, {"dataset": dataset})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    assert RunConfig.model_validate(config(render(values, helm=helm), "run.yaml")).dataset.holds_out
 
 
 def test_a_section_or_key_set_to_null_has_its_defaults(helm: int) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora.data import chat_template
+from llama_lora.data import chat_template, preparation
 from llama_lora.data.chat_template import ChatTemplates
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import Dropped, Renderer
+from llama_lora.data.rows import Row
+from llama_lora.data.tokens import ExampleTokenizer
 from llama_lora.data.turns import TurnRenderer
+from llama_lora.stages import tokenize
 from trainer.chat_templates import FAMILIES, family_tokenizer
-from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
+from trainer.conftest import CHAT_TEMPLATE, Run, byte_tokenizer, make_model
 from trainer.test_masks import CONVERSATIONS, SYSTEM, THOUGHTS, TOOL, assistant, user
 
 QUESTION = {"instruction": "Hi", "output": "Yes?"}
@@ -90,6 +94,24 @@ def test_an_invalid_template_is_an_error_of_the_model_before_the_first_row(
     assert error.value.where == "model"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokenize_ends_with_status_2_and_the_row_that_a_template_never_ends_for(
+    new_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
+    monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
+    monkeypatch.setattr(tokenize, "available_cores", lambda: processes)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    byte_tokenizer("{% if '30 + 30' in messages[0].content %}" + loop + "{% endif %}" + CHAT_TEMPLATE).save_pretrained(
+        make_model(tmp_path / "model")
+    )
+    run = new_run()
+    run.config["model"]["path"] = str(tmp_path / "model")
+    said = run("tokenize", status=2)
+    assert "rows.jsonl:31: the chat template takes more than 0.5 seconds" in said
+
+
 def test_a_template_that_cannot_take_the_row_drops_it_with_the_templates_words() -> None:
     picky = byte_tokenizer("{{ raise_exception('Conversation roles must alternate') }}")
     with pytest.raises(Dropped, match="roles must alternate"):
@@ -147,6 +169,14 @@ def test_a_long_conversation_gives_what_a_rendering_in_full_gives(
     renderer = Renderer(byte_tokenizer(template), "chat", {})
     thoughts = [{**turn, "reasoning_content": "Hm."} if n % 7 == 1 else turn for n, turn in enumerate(LONG[:60])]
     row = Row("rows.jsonl:1", {"messages": thoughts})
-    found = renderer.render(row)
+    tokens = ExampleTokenizer(renderer.tokenizer)
+    found = tokens.tokenize(renderer.render(row))
     monkeypatch.setattr(TurnRenderer, "_in_windows", lambda *arguments: None)
-    assert found == renderer.render(row)
+    assert found == tokens.tokenize(renderer.render(row))
+
+
+def test_the_examples_of_a_long_rewritten_conversation_share_the_segments_of_their_history() -> None:
+    """So that a tokenizer need not read the history again for each turn."""
+    examples = Renderer(family_tokenizer("qwen3"), "chat", {}).render(Row("rows.jsonl:1", {"messages": LONG}))
+    texts = {id(segment.text): segment.text for example in examples for segment in example.segments}
+    assert sum(map(len, texts.values())) < 5 * sum(len(message["content"]) for message in LONG)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
+from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.chat_templates import family_tokenizer
-from trainer.conftest import byte_tokenizer
+from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 PLACE = "rows.jsonl:3"
 
@@ -156,6 +156,36 @@ def test_every_shape_of_a_tool_call_is_rendered_and_its_result_has_no_loss(call:
     )
 
 
+def test_a_function_call_that_is_not_json_is_an_answer() -> None:
+    messages = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "add(1)"}]
+    assert shown({"messages": messages}) == turn("user", "Hi") + turn("assistant", "add(1)", answer=True)
+
+
+def test_a_developers_message_is_a_system_message_unless_the_template_knows_it() -> None:
+    messages = [{"role": "developer", "content": "Be."}, USER, ANSWER]
+    assert shown({"messages": messages}) == turn("system", "Be.") + PAIR
+    knows = byte_tokenizer("{# developer #}{% if messages[0].role == 'developer' %}D{% endif %}" + CHAT_TEMPLATE)
+    [example] = Renderer(knows, "chat", {}).render(Row(PLACE, {"messages": messages}))
+    assert example.segments[0].text.startswith("D<|start|>developer")
+
+
+def test_a_reason_is_short_whatever_the_template_puts_into_it() -> None:
+    wordy = byte_tokenizer("{{ raise_exception(messages[0].content) }}")
+    with pytest.raises(Dropped) as reason:
+        Renderer(wordy, "chat", {}).render(Row(PLACE, {"messages": [{**USER, "content": "x\n" * 10**5}, ANSWER]}))
+    assert len(str(reason.value)) < 300 and "\n" not in str(reason.value)
+
+
+def test_rows_nested_too_deeply_are_an_error_with_the_row() -> None:
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    for value in (deep, "[" * 10**6, '[{"a": ' + "9" * 5000 + "}]"):
+        with pytest.raises(UserError) as error:
+            render({"messages": [USER, ANSWER], "tools": value})
+        assert error.value.where == PLACE
+
+
 def test_a_tool_call_that_the_template_does_not_render_drops_the_row() -> None:
     """The answer would be trained empty."""
     for name in ("llama-3", ""):
@@ -217,6 +247,8 @@ def test_what_is_empty_is_not_the_word_nan(empty: Any) -> None:
         render({"instruction": "Hi", "output": empty}, "instruction")
     with pytest.raises(Dropped, match="empty text"):
         render({"text": empty}, "text")
+    with pytest.raises(Dropped, match="empty messages"):
+        render({"messages": None if isinstance(empty, (float, Decimal)) else empty})
     with pytest.raises(Dropped, match="empty assistant turn"):
         render({"messages": [USER, {"role": "assistant", "content": empty}]})
 

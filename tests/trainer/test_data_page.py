@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import Renderer
+from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.chat_templates import family_tokenizer
 

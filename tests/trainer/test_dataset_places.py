@@ -84,6 +84,13 @@ def test_test_files_of_a_folder_are_never_trained_on(tmp_path: Path) -> None:
     assert texts(tmp_path, split="test+validation") == ["test.jsonl", "dev/part-0.jsonl"]
 
 
+def test_data_that_was_deleted_after_it_was_pinned_is_told(tmp_path: Path) -> None:
+    for gone in (tmp_path / "a.jsonl", f"{tmp_path}/*.jsonl"):
+        with pytest.raises(UserError, match="not found") as error:
+            texts(gone)
+        assert error.value.where == "dataset.source"
+
+
 def test_a_folder_with_a_test_split_only_is_told(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", "x")
     with pytest.raises(UserError, match=r"has no split 'train'. Set one of: test") as error:
@@ -97,7 +104,16 @@ def test_a_folder_with_a_test_split_only_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "split",
-    ["train[:10%]", "train[50%:]", "train[-3:]", "train[5:7]", "train[:3]+train[9:]", "train[-50%:-10%]", "train[:99]"],
+    [
+        "train[:10%]",
+        "train[50%:]",
+        "train[-3:]",
+        "train[5:7]",
+        "train[:3]+train[9:]",
+        "train[-50%:-10%]",
+        "train[:99]",
+        "train[20:]",
+    ],
 )
 def test_a_part_of_a_split_is_that_of_datasets(tmp_path: Path, split: str) -> None:
     numbers = [str(number) for number in range(27)]
@@ -144,6 +160,17 @@ def test_after_a_bad_row_no_other_is_prepared_in_vain_and_all_sources_are_search
     assert [each.where for each in error.value.errors] == [f"{first}:3:1", f"{second}:2:1", "dataset.onBadRow"]
     skipping = dataset.model_copy(update={"on_bad_row": "skip"})
     assert [row.values["text"] for row in rows(skipping)] == ["1", "2", "3", "4"]
+
+
+def test_counting_the_rows_of_a_split_reports_no_bad_row_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "1", "2", "3", "4")
+    path.write_text("x\n" + path.read_text())
+    with pytest.raises(UserErrors) as error:
+        texts(path, split="train[:50%]")
+    assert [each.where for each in error.value.errors] == [f"{path}:1:1", "dataset.onBadRow"]
+    skipped = BadRows(skip=True)
+    found = rows(dataset_of(path, split="train[:50%]"), bad_rows=skipped)
+    assert ([row.values["text"] for row in found], skipped.number) == (["1", "2"], 1)
 
 
 # --- several sources

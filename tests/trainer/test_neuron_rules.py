@@ -335,6 +335,11 @@ def test_the_processes_are_those_of_the_groups() -> None:
     assert error.startswith("parallelism.") and error.endswith("Set tensorParallelSize to a divisor of the processes.")
 
 
+def test_base_weights_are_not_shared() -> None:
+    (error,) = errors(run_config(parallelism={"shardSize": 2}), LLAMA_8B)
+    assert error.startswith("parallelism.shardSize: requires backend native")
+
+
 def test_every_mistake_is_reported_at_once() -> None:
     config = run_config(
         lora={"targetModules": ["gate_proj"]},

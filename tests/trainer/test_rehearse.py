@@ -119,6 +119,10 @@ def too_few_processes(run: Run, patch: pytest.MonkeyPatch) -> None:
     run.config["parallelism"] |= {"dataParallelSize": 4}
 
 
+def indivisible_copies(run: Run, patch: pytest.MonkeyPatch) -> None:
+    run.config["parallelism"] |= {"dataParallelSize": 2, "processesPerNode": 2, "shardSize": 4}
+
+
 def nothing_to_train_on(run: Run, patch: pytest.MonkeyPatch) -> None:
     run.config["training"]["maxSequenceLength"] = 16
 
@@ -176,6 +180,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Run, pytest.MonkeyPatch], None], str, l
     "positions": ("tokenize", rows_beyond_the_positions, "training.maxSequenceLength", ["1024", "512 or less"]),
     "heads": ("tokenize", indivisible_heads, "parallelism.tensorParallelSize", ["2 key-value heads", "Use 1 or 2"]),
     "processes": ("tokenize", too_few_processes, "parallelism.dataParallelSize", ["processesPerNode 1", "to 1"]),
+    "shared weights": ("tokenize", indivisible_copies, "parallelism.shardSize", ["dataParallelSize 2", "divisor"]),
     "no trained tokens": ("tokenize", nothing_to_train_on, "dataset", ["prompt fills maxSequenceLength"]),
     "learning rate": ("rehearse", overflow, "training.learningRate", ["nan", "Lower it"]),
     "row length on Trainium": ("tokenize", odd_length_on_trainium, "training.maxSequenceLength", ["512", "128"]),

@@ -9,8 +9,8 @@ import pytest
 
 from genvalues.common.errors import UserError
 from llama_lora.data.chat_template import ChatTemplates
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.rendering import TEMPLATE_DATE, Dropped, Renderer
+from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.conftest import byte_tokenizer
 

@@ -14,8 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from genvalues.common.errors import UserError, UserErrors
+from genvalues.settings.dataset_files import SPLIT_WORDS
+from genvalues.settings.datasets import FORMATS
 from llama_lora.data import arrow_rows, compression, json_stream
-from llama_lora.data.file_formats import read_file
+from llama_lora.data.file_formats import EMPTY_CELLS, read_file
 from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row
 from llama_lora.data.s3 import s3_parts
 
@@ -325,6 +327,14 @@ def test_a_reader_does_not_hold_the_file(tmp_path: Path) -> None:
 
     for suffix in (".jsonl", ".json", ".csv"):
         assert peak(suffix, 16_000) < 1.2 * peak(suffix, 1_000), suffix
+
+
+def test_the_page_states_the_limits() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    assert f"at most {MAX_ROW_BYTES >> 20} MiB" in page
+    assert f"{compression.MOST_FREE_BYTES >> 20} MiB" in page and f"{compression.MOST_EXPANSION} times" in page
+    assert all(f"`{suffix}`" in page for suffix in FORMATS)
+    assert all(f"`{word}`" in page for word in (*SPLIT_WORDS, *EMPTY_CELLS))
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/rows.xml", "s3:///rows.jsonl"])

@@ -52,9 +52,15 @@ def chat_template_environment() -> Any:
 
 
 def begin_texts(tokenizer: Any, begin: bool) -> None:
-    """Make a tokenizer put its beginning-of-sequence token before a text, or not."""
+    """Make a tokenizer put its beginning-of-sequence token before a text, or not, also after it is saved and loaded.
+
+    Classes of transformers that have add_bos_token (LlamaTokenizerFast in 4.57) rebuild the post-processor when loaded.
+    """
     from tokenizers.processors import TemplateProcessing
 
+    tokenizer.init_kwargs["add_bos_token"] = begin
+    if hasattr(tokenizer, "add_bos_token"):
+        tokenizer.add_bos_token = begin
     bos = tokenizer.bos_token
     start = f"{bos}:0 " if begin else ""
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

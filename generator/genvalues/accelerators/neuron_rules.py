@@ -21,6 +21,7 @@ FLASH_HEAD = 128
 MODEL = key_paths("model")
 ATTENTION, LENGTH = "training.attention", "training.maxSequenceLength"
 TARGETS, TENSOR_PARALLEL = "lora.targetModules", "parallelism.tensorParallelSize"
+SHARD_SIZE = "parallelism.shardSize"
 
 
 def model_problems(architecture: Architecture) -> Iterator[Problem]:
@@ -195,6 +196,15 @@ def process_problems(nodes: int, per_node: int, tensor: int, data: int) -> Itera
             f"dataParallelSize {data}",
             fix,
         )
+
+
+def shard_problems(backend: str | None, size: int, copies: int | None) -> Iterator[Problem]:
+    """Copies of the model that cannot share base weights in groups of ``size``. None is not known."""
+    if size > 1 and backend == "xla":
+        yield Problem(key_paths(SHARD_SIZE, "backend"), "requires backend native", "Write 1.")
+    elif copies and copies % size:
+        what = f"{size} does not divide dataParallelSize {copies}"
+        yield Problem(key_paths(SHARD_SIZE, "parallelism.dataParallelSize"), what, "Write a divisor of it.")
 
 
 def supported_models() -> str:

@@ -101,8 +101,9 @@ def prompt(field: str, answers: Answers, file: Path) -> Answers:
     from dataclasses import replace
 
     from genvalues.accelerators.instances import CPU, refusal
-    from genvalues.inputs.template import IMAGE, mistakes, option_of, usual_format
+    from genvalues.inputs.template import IMAGE, mistakes, option_of
     from genvalues.inputs.template import Answers as Defaults
+    from genvalues.settings.datasets import row_format
 
     if field in ("nodes", "image") and answers.instance == CPU:
         return answers
@@ -117,7 +118,7 @@ def prompt(field: str, answers: Answers, file: Path) -> Answers:
         "image": "Image (docs/image.md explains how to build it)",
         "name": "Name of the run",
     }[field]
-    default = {"format": usual_format(answers.dataset), "image": IMAGE}.get(field) or getattr(Defaults(), field)
+    default = {"format": row_format(None, answers.dataset), "image": IMAGE}.get(field) or getattr(Defaults(), field)
 
     def validated(text: Any) -> Answers:
         value: Any = click.INT.convert(text, None, None) if field == "nodes" else text

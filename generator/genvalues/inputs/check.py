@@ -12,20 +12,27 @@ from typing import Any
 from genvalues.accelerators.instances import CPU, HYPERPOD, NAMES, default_backend, refusal
 from genvalues.accelerators.neuron_rules import target_problems
 from genvalues.common.dicts import get, merge, without_null
+from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem
 from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
 from genvalues.inputs.chart import written_in_chart_values
 from genvalues.inputs.document import Document, Mistake
 from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, shown
+from genvalues.settings.base import HUB_ID
+from genvalues.settings.dataset_files import files_of
 from genvalues.settings.datasets import (
-    FILE_SUFFIXES,
+    COLUMNS,
     FILES,
     MODEL_SUFFIXES,
     OPTIONAL_COLUMNS,
     OTHER_SUFFIXES,
     REQUIRED_COLUMNS,
+    file_format,
+    is_glob,
     is_path,
+    on_s3,
     row_format,
+    split_parts,
 )
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import Inputs, inputs_from
@@ -65,7 +72,7 @@ def rule_mistakes(document: Document) -> Iterator[Mistake]:
         yield from instance_rules(value, instance, on_cpu)
         yield from path_rules(document, on_cpu)
     yield from model_rules(value)
-    yield from dataset_rules(value)
+    yield from dataset_rules(document)
     yield from image_rules(value)
     yield from storage_rules(value)
     for found in contradictions(values_so_far(value)):
@@ -94,41 +101,70 @@ def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(("model",), f"{shown(model, ())} looks like a file", "Write {path: ...} for a file or folder.")
 
 
-def dataset_rules(value: dict[str, Any]) -> Iterator[Mistake]:
-    source = get(value, "dataset.source", str) or ""
-    format_ = row_format(get(value, "dataset.format", str), source)
-    if source.endswith(".txt") and format_ in REQUIRED_COLUMNS and format_ != "text":
-        yield Mistake(("dataset", "format"), f"a .txt file has no columns for {format_}", "Write format: text.")
-    columns = get(value, "dataset.columns", dict) or {}
-    known = {name for names in [*REQUIRED_COLUMNS.values(), *OPTIONAL_COLUMNS.values()] for name in names}
-    allowed = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]
-    for name in columns:
-        if allowed and name in known and name not in allowed:
-            yield Mistake(
-                ("dataset", "columns", name), f"format {format_} has no such column", f"(columns: {', '.join(allowed)})"
-            )
-    on_s3 = source.startswith("s3://")
-    if on_s3 and not (re.match(r"^s3://[a-z0-9][a-z0-9.-]+/[^\s?#]+$", source) and source.endswith(FILE_SUFFIXES)):
-        yield Mistake(
-            ("dataset", "source"),
-            f"{shown(source, ())} is not a file in S3",
-            f"Write s3://bucket/key of a file. {FILES}",
-        )
-    if is_path(source) or on_s3:
-        for name in ("config", "revision", "split"):
-            if get(value, f"dataset.{name}", str):
-                yield Mistake(("dataset", name), "applies to Hub datasets only, and this is a file", "Remove it.")
-    elif source.lower().endswith(FILE_SUFFIXES + OTHER_SUFFIXES):
-        yield Mistake(("dataset", "source"), f"{shown(source, ())} has an unsupported file format", FILES)
-    elif source and not re.match(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", source):
-        yield Mistake(("dataset", "source"), f"{shown(source, ())} is not a Hub id, an s3:// URI or a file", FILES)
+def dataset_rules(document: Document) -> Iterator[Mistake]:
+    dataset = get(document.value, "dataset", dict) or {}
+    for key, part in dataset_parts(dataset):
+        yield from source_rules(key, part, document)
+        format_ = get(part, "format", str) or ""
+        columns = get(part, "columns", dict) or {}
+        allowed = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]
+        for name in columns:
+            if allowed and name in COLUMNS and name not in allowed:
+                yield Mistake(
+                    (*key, "columns", name), f"format {format_} has no such column", f"(columns: {', '.join(allowed)})"
+                )
+
+
+def dataset_parts(dataset: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """Each source of the dataset block with its key: complete with the format, and the source where it is another's."""
+    source = get(dataset, "source", str) or ""
+    format_ = row_format(get(dataset, "format", str), source)
+    yield ("dataset",), {**dataset, "source": source, "format": format_}
+    for name, other in (get(dataset, "additional", dict) or {}).items():
+        if isinstance(other, dict):
+            yield ("dataset", "additional", name), {"format": format_, **without_null(other)}
+    held_out = get(dataset, "eval", dict) or {}
+    if get(held_out, "source", str) or get(held_out, "split", str):
+        yield ("dataset", "eval"), {**held_out, "source": get(held_out, "source", str) or source, "format": format_}
+
+
+def source_rules(key: KeyPath, part: dict[str, Any], document: Document) -> Iterator[Mistake]:
+    source, format_ = get(part, "source", str) or "", get(part, "format", str)
+    place = (*key, "source")
+    here = is_path(source) or exists(source, document, place)
+    if file_format(source) == "text" and format_ in REQUIRED_COLUMNS and format_ != "text":
+        yield Mistake((*key, "format"), f"a .txt file has no columns for {format_}", "Write format: text.")
+    if here or on_s3(source):
+        for name in ("config", "revision"):
+            if get(part, name, str):
+                yield Mistake((*key, name), "applies to Hub datasets only, and this is a file", "Remove it.")
+        named = {each.name for each in split_parts(get(part, "split", str) or "")}
+        if (file_format(source) or is_glob(source)) and named - {"train"}:
+            what = f"{shown(source, ())} has the split train only"
+            yield Mistake((*key, "split"), what, "Name a folder with train and test files, or write train[...].")
+    if on_s3(source):
+        matched = re.match(r"^s3://[a-z0-9][a-z0-9.-]+/([^\s?#]+)$", source)
+        if not matched or not (file_format(source) or source.endswith("/") or is_glob(source)):
+            fix = f"Write s3://bucket/key of a file, s3://bucket/prefix/ or a glob. {FILES}"
+            yield Mistake(place, f"{shown(source, ())} is not data in S3", fix)
+    elif source.lower().endswith(OTHER_SUFFIXES) and not file_format(source):
+        yield Mistake(place, f"{shown(source, ())} has an unsupported file format", FILES)
+    elif source and not here and not re.match(rf"^{HUB_ID}$", source):
+        yield Mistake(place, f"{shown(source, ())} is not a Hub id, an s3:// URI, a file or a folder", FILES)
+
+
+def exists(source: str, document: Document, key: KeyPath) -> bool:
+    """Whether a source that looks like a Hub id is a file or folder beside the inputs file: then it is that."""
+    if not source or "://" in source or "\0" in source:
+        return False
+    return os.path.exists(absolute(source, document.position(key).folder))  # noqa: PTH110 - which never raises
 
 
 def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
     """Check the paths. The stages read them: in pods, which cannot read this machine's files, or on this machine."""
     value = document.value
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
-    for key, path in paths(value):
+    for key, path in paths(value, document):
         if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
             yield Mistake(
                 key,
@@ -144,11 +180,11 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
                 f"{one_line(path)} is a path on this machine, and the pods on {value['instance']} cannot read it",
                 f"Use a Hub id, s3://, or an absolute path under {mount}, the volume.",
             )
-        elif on_cpu and not on_volume and key == ("dataset", "source") and (lacks := lacking(path, document, key)):
+        elif on_cpu and not on_volume and key[0] == "dataset" and (lacks := lacking(path, document, key)):
             yield lacks
         elif on_cpu and not there.is_absolute():
             here = absolute(path, document.position(key).folder)
-            if not os.path.exists(here):  # noqa: PTH110 - which never raises
+            if not os.path.exists(here) and not is_glob(path):  # noqa: PTH110 - which never raises
                 yield Mistake(
                     key,
                     f"no such file or folder: {one_line(str(here), 200)}",
@@ -179,17 +215,26 @@ def unseen_by_pods(values: dict[str, Any]) -> Iterator[Problem]:
 
 
 def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
-    """The error of a dataset file that does not exist or is empty; None if the stages mount a volume for it."""
+    """The error of data that does not exist or is empty; None if the stages mount a volume for it."""
     mounts = [get(document.value, f"chartValues.{where}.extraVolumeMounts", dict) for where in STAGES_WITH_MOUNTS]
     here = absolute(path, document.position(key).folder)
-    if any(mounts) or (not path.startswith("/") and not os.path.exists(here)):  # noqa: PTH110 - which never raises
+    if any(mounts):
         return None
-    if not os.path.exists(here):  # noqa: PTH110
-        what, fix = "no such file or folder", "Write the path of an existing file, or one on the volume."
-    elif os.path.isfile(here) and not os.path.getsize(here):  # noqa: PTH113, PTH202
+    try:
+        found = files_of(str(here))
+    except UserError as error:
+        return Mistake(key, f"{one_line(str(here), 200)}: {error.what}", error.fix)
+    except OSError:
+        return None  # the stage may be allowed to read it
+    if found:
+        empty = not any(os.path.getsize(file.path) for file in found)  # noqa: PTH202
         what, fix = "the file is empty", "Name a file with rows."
-    else:
-        return None
+        return Mistake(key, f"{what}: {one_line(str(here), 200)}", fix) if empty else None
+    if is_glob(path):
+        return Mistake(key, f"no file matches {one_line(str(here), 200)}", "Write the path of existing files.")
+    if not path.startswith("/"):
+        return None  # told as every other relative path
+    what, fix = "no such file or folder", "Write the path of an existing file or folder, or one on the volume."
     return Mistake(key, f"{what}: {one_line(str(here), 200)}", fix)
 
 
@@ -275,15 +320,19 @@ def tokens(value: Any, key: KeyPath = ()) -> Iterator[Mistake]:
 # --- shared by the rules and the values
 
 
-def paths(value: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """The keys that hold a path, with the path."""
+def paths(value: dict[str, Any], document: Document | None = None) -> Iterator[tuple[KeyPath, str]]:
+    """The keys that hold a path, with the path. With ``document``, also sources that exist beside the inputs file."""
     if model := get(value, "model.path", str):
         yield ("model", "path"), model
-    source = get(value, "dataset.source", str) or ""
-    if is_path(source):
-        yield ("dataset", "source"), source
+    dataset = get(value, "dataset", dict) or {}
+    sources: list[tuple[KeyPath, Any]] = [((), dataset), (("eval",), dataset.get("eval"))]
+    sources += [(("additional", name), other) for name, other in (get(dataset, "additional", dict) or {}).items()]
+    for above, part in sources:
+        key, source = ("dataset", *above, "source"), get(part, "source", str) or ""
+        if is_path(source) or (document and exists(source, document, key)):
+            yield key, source
 
 
 def absolute(path: str, folder: Path) -> Path:
     """Resolve a path relative to the directory of the file it is written in."""
-    return Path(os.path.realpath(folder / path))
+    return Path(os.path.realpath(folder / os.path.expanduser(path)))  # noqa: PTH111 - which never raises

@@ -17,7 +17,7 @@ from genvalues.inputs.document import Document, Position
 from genvalues.inputs.generated_file import schema_comments
 from genvalues.inputs.schema_lookup import inputs_schema
 from genvalues.inputs.yaml_text import dump
-from genvalues.settings.datasets import REQUIRED_COLUMNS
+from genvalues.settings.datasets import REQUIRED_COLUMNS, row_format
 from genvalues.settings.inputs import SCHEMA
 
 MODEL = "meta-llama/Meta-Llama-3.1-8B"
@@ -59,17 +59,13 @@ class Answers:
     @property
     def inputs(self) -> dict[str, Any]:
         """The answers as keys of an inputs file."""
-        format_ = self.format or usual_format(self.dataset)
+        format_ = self.format or row_format(None, self.dataset)
         dataset: dict[str, Any] = {"source": self.dataset, "format": format_}
         if self.dataset in COLUMNS_OF and format_ == "instruction":
             dataset["columns"] = COLUMNS_OF[self.dataset]
         inputs = {"name": self.name, "model": self.model, "dataset": dataset, "instance": self.instance}
         image = {} if self.instance == CPU and self.image is None else {"image": self.image or IMAGE}
         return {**inputs, "nodes": self.nodes, **image}
-
-
-def usual_format(source: str) -> str:
-    return "text" if source.endswith(".txt") else "instruction"
 
 
 def check_answers(answers: Answers, file: Path) -> None:
@@ -80,7 +76,7 @@ def check_answers(answers: Answers, file: Path) -> None:
         ("name",): f"--name {answers.name}",
         ("model",): f"--model {answers.model}",
         ("dataset", "source"): f"--dataset {answers.dataset}",
-        ("dataset", "format"): f"--format {answers.format or usual_format(answers.dataset)}",
+        ("dataset", "format"): f"--format {answers.format or row_format(None, answers.dataset)}",
         ("instance",): f"--instance {answers.instance}",
         ("nodes",): f"--nodes {answers.nodes}",
         ("image",): f"--image {answers.image or IMAGE}",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from genvalues.accelerators.instances import HYPERPOD, trainium
-from genvalues.common.dicts import merge
+from genvalues.common.dicts import merge, without_null
 from genvalues.planner.planning import Plan, stall_timeout
 from genvalues.settings.base import Block
-from genvalues.settings.datasets import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, row_format
+from genvalues.settings.datasets import row_format
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
 from genvalues.settings.run import with_own_words
@@ -122,19 +122,11 @@ def model(wanted: str | ModelPath) -> dict[str, str]:
 
 
 def dataset(wanted: DatasetInputs) -> dict[str, Any]:
-    format_ = row_format(wanted.format, wanted.source)
-    named = wanted.columns.named()
-    columns = {name: named.get(name, name) for name in REQUIRED_COLUMNS[format_]}
-    columns |= {name: named[name] for name in OPTIONAL_COLUMNS.get(format_, []) if name in named}
-    return {
-        "source": wanted.source,
-        "config": wanted.config,
-        "revision": wanted.revision,
-        "split": wanted.split,
-        "format": format_,
-        "columns": columns,
-        "evalFraction": wanted.eval_fraction,
-    }
+    """The dataset section. A column with the name of its key is left out: the trainer finds it, or a usual name."""
+    written: dict[str, Any] = without_null(as_values(wanted))
+    columns = {key: column for key, column in written["columns"].items() if column != key}
+    first = {"source": wanted.source, "format": row_format(wanted.format, wanted.source)}
+    return first | written | first | {"columns": columns}
 
 
 def storage(wanted: StorageInputs, kind: str) -> dict[str, Any]:

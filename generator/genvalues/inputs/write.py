@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues import __version__
-from genvalues.common.dicts import get
+from genvalues.common.dicts import get, merge
 from genvalues.common.errors import UserError, UserErrors, write_errors_as_user_errors
 from genvalues.common.files import write_named
 from genvalues.common.text import one_line, redacted
@@ -31,7 +31,7 @@ from genvalues.inputs.yaml_text import dump
 from genvalues.planner.layout import Refused
 from genvalues.planner.planning import Plan, gather_facts, plan
 from genvalues.planner.prices import Priced, known_price
-from genvalues.settings.inputs import Inputs, ModelPath
+from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath
 from genvalues.settings.value_rules import contradictions, warnings
 
 PriceOf = Callable[[Inputs], Priced]
@@ -101,12 +101,15 @@ def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str
 
 def with_absolute_paths(inputs: Inputs, document: Document) -> Inputs:
     """The inputs with absolute paths: on the CPU the stages may run in any directory of this machine."""
-    for key, path in paths(document.value):
+    for key, path in paths(document.value, document):
         folder = document.position(key).folder
         if key == ("model", "path"):
             inputs = inputs.model_copy(update={"model": ModelPath(path=str(absolute(path, folder)))})
         else:
-            dataset = inputs.dataset.model_copy(update={"source": str(absolute(path, folder))})
+            written: dict[str, Any] = {str(key[-1]): str(absolute(path, folder))}
+            for name in reversed(key[1:-1]):
+                written = {str(name): written}
+            dataset = DatasetInputs.model_validate(merge(inputs.dataset.as_keys(), written))
             inputs = inputs.model_copy(update={"dataset": dataset})
     return inputs
 

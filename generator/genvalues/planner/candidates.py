@@ -11,7 +11,13 @@ from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import CPU, HYPERPOD, TRAINIUM, Instance, trainium
 from genvalues.accelerators.memory import BF16
 from genvalues.accelerators.native_memory import native_memory
-from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, either, group_problems, query_key_value_problems
+from genvalues.accelerators.neuron_rules import (
+    SHARD_SIZE,
+    TENSOR_PARALLEL,
+    either,
+    group_problems,
+    query_key_value_problems,
+)
 from genvalues.accelerators.xla_memory import weights, xla_memory
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import KeyPath, number_of
@@ -27,7 +33,6 @@ LIBRARIES_GIB = 3
 HOST_SHARE = 0.75
 
 (SIZE,) = key_paths(TENSOR_PARALLEL)
-SHARD_SIZE = "parallelism.shardSize"
 (SHARD,) = key_paths(SHARD_SIZE)
 FEW_STEPS = 20  # fewer are worth a note: an assumption, as warm-up alone takes some
 BATCH: KeyPath = ("training", "globalBatchSize")

@@ -8,10 +8,10 @@ from dataclasses import replace
 from genvalues.accelerators import native_rules, neuron_rules
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance, refusal, trainium
-from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, group_problems
+from genvalues.accelerators.neuron_rules import SHARD_SIZE, TENSOR_PARALLEL, group_problems
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import number_of
-from genvalues.planner.candidates import SHARD, SHARD_SIZE, SIZE, batch, candidate, host_memory_note, length_problems
+from genvalues.planner.candidates import SHARD, SIZE, batch, candidate, host_memory_note, length_problems
 from genvalues.planner.estimate import START_HOURS, compile_hours, hours_to_finish
 from genvalues.planner.layout import Choice, Chosen, Layout, Note, Refused, Rejection, Run, Wishes, choice
 from genvalues.planner.models import ModelFacts

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from genvalues.common.errors import UserError
+from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, files_of, is_saved
+from genvalues.settings.datasets import SplitPart, file_format, is_on_hub, is_path, split_parts
+from genvalues.settings.inputs import DatasetInputs
+from genvalues.settings.run import AdditionalSource
 
 MOST_BYTES = 32 << 20  # of a file that is counted, so that counting takes no noticeable time
 # A token of Llama 3's vocabulary is about four characters of English text (Meta, "Introducing Meta Llama 3"). It is a
@@ -55,31 +63,86 @@ def on_hub(name: str, config: str | None, split: str) -> Examples | None:
     return Examples(rows, size) if isinstance(rows, int) and isinstance(size, int) and rows > 0 else None
 
 
-def count(path: Path) -> Examples | None:
-    """The examples of a .jsonl, .json, .csv or .txt file; None for large, invalid or other files."""
-    try:
-        size = path.stat().st_size
-        if size > MOST_BYTES or not path.is_file():
+def of_files(dataset: DatasetInputs) -> Examples | None:
+    """The examples of an epoch over local sources; None if one of them cannot be counted."""
+    return _weighted(dataset, lambda part: count(Path(part.source), part.split) if is_path(part.source) else None)
+
+
+def of_hub(dataset: DatasetInputs) -> Examples | None:
+    """The examples of an epoch over sources of the Hub; None if it does not know the size of one of them."""
+
+    def ask(part: DatasetInputs | AdditionalSource) -> Examples | None:
+        found = []
+        for each in (split_parts(part.split) or [SplitPart("train")]) if is_on_hub(part.source) else []:
+            if (whole := on_hub(part.source, part.config, each.name)) is None:
+                return None
+            found.append(_share(whole, each))
+        return Examples(sum(each.number for each in found), sum(each.bytes for each in found)) if found else None
+
+    return _weighted(dataset, ask)
+
+
+def _share(examples: Examples, part: SplitPart) -> Examples:
+    first, end = part.bounds(examples.number)
+    return Examples(end - first, examples.bytes * (end - first) // max(1, examples.number))
+
+
+def _weighted(
+    dataset: DatasetInputs, counted: Callable[[DatasetInputs | AdditionalSource], Examples | None]
+) -> Examples | None:
+    number = size = 0.0
+    parts: list[DatasetInputs | AdditionalSource] = [dataset, *dataset.additional.values()]
+    for part in parts:
+        found = counted(part)
+        if not found:
             return None
-        number = _count(path)
-    except (OSError, ValueError, RecursionError):
+        number, size = number + found.number * part.weight, size + found.bytes * part.weight
+    return Examples(max(1, round(number)), round(size))
+
+
+def count(path: Path, split: str = "") -> Examples | None:
+    """The examples of a split of a file, a folder or a glob; None for large or invalid files, and for others than text.
+
+    ``bytes`` are those of the decompressed rows.
+    """
+    try:
+        found = files_of(str(path))
+        if sum(file.path.stat().st_size for file in found) > MOST_BYTES or (path.is_dir() and is_saved(path)):
+            return None
+        splits = by_split(found) if path.is_dir() else {"train": found}
+        shares = []
+        for part in split_parts(split) or [SplitPart("train")]:
+            counted = [_count(file.path) for file in splits.get(SPLIT_WORDS.get(part.name, part.name), [])]
+            whole = Examples(sum(each.number for each in counted), sum(each.bytes for each in counted))
+            shares.append(_share(whole, part))
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, UserError):
         return None
-    return Examples(number, size) if number else None
+    number = sum(each.number for each in shares)
+    return Examples(number, sum(each.bytes for each in shares)) if number else None
 
 
-def _count(path: Path) -> int | None:
-    if path.suffix in (".jsonl", ".txt"):
-        with path.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    if path.suffix == ".csv":
+def _count(path: Path) -> Examples:
+    """The rows of a text file and its bytes. Raises ValueError if it cannot be counted here."""
+    data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        data = zlib.decompressobj(wbits=31).decompress(data, MOST_BYTES + 1)
+    if len(data) > MOST_BYTES or data.startswith(b"\x28\xb5\x2f\xfd"):  # Zstandard requires pyarrow
+        raise ValueError("too large, or compressed with Zstandard")
+    kind = file_format(path.name)
+    if kind in ("jsonl", "text"):
+        return Examples(sum(1 for line in data.split(b"\n") if line.strip()), len(data))
+    if kind in ("csv", "tsv"):
         import csv  # slow to import
 
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            try:
-                return max(0, sum(1 for _ in csv.reader(file)) - 1)
-            except csv.Error:
-                return None
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        return len(rows) if isinstance(rows, list) else None
-    return None  # counting .parquet requires pyarrow
+        lines = data.decode("utf-8-sig").splitlines(keepends=True)
+        try:
+            rows = sum(1 for cells in csv.reader(lines, delimiter="," if kind == "csv" else "\t") if cells)
+        except csv.Error as error:
+            raise ValueError(error) from None
+        return Examples(max(0, rows - 1), len(data))
+    if kind == "json":
+        found = json.loads(data.decode("utf-8-sig"))
+        found = found.get("data") if isinstance(found, dict) else found
+        if isinstance(found, list):
+            return Examples(len(found), len(data))
+    raise ValueError("no list of rows, or Parquet, which requires pyarrow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from genvalues.accelerators.architectures import target_names
@@ -75,10 +75,10 @@ def gather_facts(inputs: Inputs, offline: bool = False, count_rows: bool = False
     wanted = inputs.dataset
     source = wanted.source
     if inputs.on_cpu and is_path(source):
-        return Facts(model, dataset.count(Path(source)), "the row count of this file is unknown")
+        return Facts(model, dataset.of_files(wanted), "the row count of this file is unknown")
     if is_on_hub(source):
         asks = count_rows and not (offline or models.is_offline(os.environ) or inputs.on_cpu) and model.architecture
-        counted = dataset.on_hub(source, wanted.config, wanted.split or "train") if asks else None
+        counted = dataset.of_hub(wanted) if asks else None
         return Facts(model, of_hub=counted)
     return Facts(model)
 
@@ -167,7 +167,8 @@ def epoch_rows(inputs: Inputs, examples: dataset.Examples | None) -> tuple[int, 
     training = inputs.training
     if examples is None:
         return None
-    return examples.rows(training.max_sequence_length, training.packing, inputs.dataset.eval_fraction)
+    held_out = 0.0 if inputs.dataset.holds_out_apart else inputs.dataset.eval_fraction
+    return examples.rows(training.max_sequence_length, training.packing, held_out)
 
 
 def estimate_of(
@@ -195,7 +196,9 @@ def estimate_of(
 def attention_choice(inputs: Inputs) -> Choice:
     """training.attention: causal where it computes the same as isolated (one text per row) and supports the rows."""
     key, wanted, length = "training.attention", inputs.training.attention, inputs.training.max_sequence_length
-    format_ = row_format(inputs.dataset.format, inputs.dataset.source)
+    sources = inputs.dataset.additional.values()
+    first = row_format(inputs.dataset.format, inputs.dataset.source)
+    format_ = next((each.format for each in sources if each.format not in (None, "text")), first)
     if wanted is not None:
         return Choice(key, wanted, FROM_INPUTS, wished=True)
     if inputs.on_cpu:

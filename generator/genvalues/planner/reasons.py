@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance, trainium
 from genvalues.accelerators.native_memory import NativeMemory
-from genvalues.accelerators.neuron_rules import TENSOR_PARALLEL, group_problems
+from genvalues.accelerators.neuron_rules import ATTENTION, SHARD_SIZE, TENSOR_PARALLEL, group_problems
 from genvalues.common.text import number_of
 from genvalues.planner.candidates import (
     ACCUMULATION,
-    SHARD_SIZE,
     STEP_ROWS,
     Candidate,
     gib,
     layout_memory,
+    length_problems,
     shard_sizes,
 )
 from genvalues.planner.estimate import flops_per_token
@@ -180,11 +181,12 @@ def rejected_sizes(run: Run, instance: Instance, found: Candidate, tried: dict[i
 def rejected_settings(
     run: Run, wishes: Wishes, model: ModelFacts, instance: Instance, layout: Layout
 ) -> Iterator[Rejection]:
-    """The other shard sizes, activation checkpointings and twice the micro-batch, by memory and FLOPs."""
+    """The other shard sizes, attention, activation checkpointings and twice the micro-batch, by memory and FLOPs."""
     if model.architecture is None:
         return
     if run.backend == "native":
         yield from rejected_shards(run, wishes, model, instance, layout)
+        yield rejected_attention(run, model.architecture, instance, layout)
     chosen = flops_per_token(model.architecture, run, layout).total
     for other in ("none", "selective", "full"):
         keeps_scores = run.attention == "isolated" or run.backend == "native"
@@ -223,3 +225,21 @@ def rejected_shards(
                 why = f"shardSize {layout.shard_size} is {FROM_INPUTS}"
             reason = f"works ({gib(needed.total)} GiB per core), but {why}"
         yield Rejection(SHARD_SIZE, size, reason, possible=needed.fits)
+
+
+def rejected_attention(run: Run, architecture: Architecture, instance: Instance, layout: Layout) -> Rejection:
+    """The attention that is not chosen."""
+    other = run._replace(attention="causal" if run.attention == "isolated" else "isolated")
+    if problem := next(length_problems(other, architecture), None):
+        return Rejection(ATTENTION, other.attention, problem.what)
+    needed = layout_memory(other, architecture, instance, layout)
+    if not needed.fits:
+        reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
+        return Rejection(ATTENTION, other.attention, reason)
+    but = (
+        "each packed example attends to those before it in its row"
+        if other.attention == "causal"
+        else "the scores of a whole row are computed"
+    )
+    reason = f"works ({gib(needed.total)} GiB per core), but {but}"
+    return Rejection(ATTENTION, other.attention, reason, possible=True)

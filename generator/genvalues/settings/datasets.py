@@ -86,10 +86,6 @@ class SplitPart(NamedTuple):
         first, end = (max(0, bound + rows) if bound < 0 else min(bound, rows) for bound in (first, end))
         return first, max(first, end)
 
-    @property
-    def whole(self) -> bool:
-        return not self.first and not self.end
-
 
 def split_parts(split: str) -> list[SplitPart]:
     """The parts of a split that matches SPLIT: ``train[:10%]+test``."""

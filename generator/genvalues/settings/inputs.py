@@ -190,7 +190,7 @@ class Inputs(Block):
     def evaluates(self) -> bool:
         """Whether the evaluate stage runs; left out: if there are held-out examples."""
         enabled = self.evaluation.enabled
-        return self.dataset.eval_fraction > 0 if enabled is None else enabled
+        return self.dataset.holds_out if enabled is None else enabled
 
     @property
     def rehearses(self) -> bool:

@@ -25,6 +25,7 @@ from genvalues.settings.base import (
     optional,
     other_words,
 )
+from genvalues.settings.datasets import SPLIT
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RowFormat = Literal["text", "instruction", "prompt-completion", "chat"]
@@ -41,8 +42,8 @@ Source = Annotated[
     str,
     Field(
         max_length=1024,
-        description="Hub id, s3:// URI, or path of a .jsonl, .json, .csv, .parquet or .txt file. In a cluster an "
-        "absolute path under workspace.mountPath.",
+        description="Hub id, or path or s3:// URI of a file (.jsonl .ndjson .json .csv .tsv .parquet .txt, also .gz or "
+        ".zst), a folder (s3://BUCKET/PREFIX/) or a glob. In a cluster an absolute path under workspace.mountPath.",
     ),
 ]
 Format = Annotated[RowFormat, Field(description="What a row of the dataset is.")]
@@ -90,7 +91,10 @@ ShardSize = Annotated[
 Nodes = Annotated[int, Field(ge=1, le=1024, description="Nodes that compile and train.")]
 Processes = Annotated[int, Field(ge=1, le=1024, description="Training processes on each node.")]
 EvaluationEnabled = Annotated[
-    bool, Field(description="Run the evaluate stage. Requires held-out rows (dataset.evalFraction above 0).")
+    bool,
+    Field(
+        description="Run the evaluate stage. Requires held-out rows (dataset.evalFraction above 0, or dataset.eval)."
+    ),
 ]
 RehearseEnabled = Annotated[
     bool,
@@ -148,12 +152,18 @@ class DatasetLocation(Block):
 
     config: NullIsEmpty = Field("", max_length=1024, description="Configuration of a Hub dataset that has several.")
     revision: NullIsEmpty = Field(
-        "", pattern=optional(REVISION), max_length=256, description="Branch, tag or commit of a Hub dataset."
+        "",
+        pattern=optional(REVISION),
+        max_length=256,
+        description="Branch, tag or commit of a Hub dataset. refs/convert/parquet is the Hub's copy in Parquet, for a "
+        "dataset that a script reads.",
     )
     split: NullIsEmpty = Field(
         "",
+        pattern=optional(SPLIT),
         max_length=1024,
-        description="Split of a Hub dataset, or a part of it: train[:10%], train[1000:2000]. Empty: train.",
+        description="Split of a Hub dataset or a folder, or a part of it: train[:10%], train[1000:2000]. A file is the "
+        "split train. Empty: train.",
     )
 
 
@@ -179,7 +189,10 @@ class AdditionalSource(DatasetPart):
 
 
 class HeldOut(DatasetLocation):
-    """Where the held-out rows come from. source and split empty: evalFraction of the rows to train on."""
+    """Where the held-out rows come from. source and split empty: evalFraction of the rows to train on.
+
+    The rows have the format and the columns of dataset.source.
+    """
 
     source: Source = Field("", description="Source of the held-out rows. Empty, with a split: dataset.source.")
 
@@ -191,7 +204,7 @@ class DatasetOptions(DatasetPart):
         {}, description="Further sources of rows by name, such as replay: {source: ..., weight: 0.5}."
     )
     eval_fraction: Fraction = Field(
-        0.02, description="Share of the rows held out for evaluation. 0 requires evaluation.enabled: false."
+        0.02, description="Share of the rows held out for evaluation. Without effect if dataset.eval is set."
     )
     eval: HeldOut = HeldOut()
     group_column: NullIsEmpty = Field(
@@ -216,6 +229,16 @@ class DatasetOptions(DatasetPart):
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="fail lists the first 20 rows that cannot be read, with their places. skip drops them."
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.eval_fraction > 0 or self.holds_out_apart
+
+    @property
+    def holds_out_apart(self) -> bool:
+        """Whether the held-out rows are not among those of the sources to train on."""
+        return bool(self.eval.source or self.eval.split)
 
 
 class Dataset(DatasetOptions):

@@ -18,6 +18,7 @@ from genvalues.accelerators.neuron_rules import (
     group_problems,
     packed_flash_problems,
     process_problems,
+    shard_problems,
 )
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
@@ -71,7 +72,10 @@ def warnings(values: Values) -> Iterator[Problem]:
     """Settings that work but are probably not intended."""
     values = with_own_words(values)
     attention, packing = get(values, "training.attention", str), get(values, "training.packing", bool)
-    yield from packed_flash_problems(attention, packing, get(values, "dataset.format", str))
+    additional = (get(values, "dataset.additional", dict) or {}).values()
+    formats = [get(values, "dataset.format", str), *(get(source, "format", str) for source in additional)]
+    other = next((each for each in formats if each and each != "text"), formats[0])
+    yield from packed_flash_problems(attention, packing, other)
 
     if get(values, "image.repository", str) and values["image"]["repository"].startswith(EXAMPLE_REGISTRY):
         yield Problem(
@@ -126,11 +130,51 @@ def dataset(values: Values) -> Iterator[Problem]:
     for key in ("dataset.source", "dataset.format"):
         if get(values, key, str) == "":
             yield Problem(key_paths(key), "is empty", "Remove it: the inputs set it.")
-    if get(values, "evaluation.enabled", bool) and get(values, "dataset.evalFraction", float) == 0:
+    split_off = get(values, "dataset.evalFraction", float) != 0
+    apart = any(get(values, f"dataset.eval.{name}", str) for name in ("source", "split"))
+    if get(values, "evaluation.enabled", bool) and not split_off and not apart:
         yield Problem(
             key_paths("evaluation.enabled", "dataset.evalFraction"),
             "evaluation is enabled, but no rows are held out",
-            "Raise dataset.evalFraction above 0.",
+            "Raise dataset.evalFraction above 0, or set dataset.eval.",
+        )
+    yield from held_out_source(values, apart)
+    if get(values, "dataset.groupColumn", str) and (apart or not split_off):
+        yield Problem(
+            key_paths("dataset.groupColumn", "dataset.eval" if apart else "dataset.evalFraction"),
+            "has no effect: " + ("dataset.eval says which rows are held out" if apart else "no rows are held out"),
+            "Remove one of the two." if apart else "Raise dataset.evalFraction above 0, or remove it.",
+        )
+    format_ = get(values, "dataset.format", str)
+    additional = (get(values, "dataset.additional", dict) or {}).values()
+    formats = {format_, *(get(source, "format", str) or format_ for source in additional)}
+    if get(values, "dataset.overlong", str) == "split" and formats - {"text", None, ""}:
+        yield Problem(
+            key_paths("dataset.overlong", "dataset.format"),
+            "split applies to format text only",
+            "Write truncate or drop.",
+        )
+    if get(values, "dataset.trainOn", str) == "last-answer" and formats == {"text"}:
+        yield Problem(key_paths("dataset.trainOn", "dataset.format"), "format text has no answers", "Remove it.")
+
+
+def held_out_source(values: Values, apart: bool) -> Iterator[Problem]:
+    """dataset.eval: must say which rows, and not those that are trained on."""
+    config, revision, split = (
+        get(values, f"dataset.eval.{name}", str) or "" for name in ("config", "revision", "split")
+    )
+    if (config or revision) and not apart:
+        name = "config" if config else "revision"
+        yield Problem(
+            key_paths(f"dataset.eval.{name}"), "has no effect without a source or split", "Write dataset.eval.split."
+        )
+    trained = {name: get(values, f"dataset.{name}", str) or "" for name in ("source", "config", "split")}
+    same = (get(values, "dataset.eval.source", str) or "") in ("", trained["source"])
+    if apart and same and config in ("", trained["config"]) and (split or "train") == (trained["split"] or "train"):
+        yield Problem(
+            key_paths("dataset.eval.split", "dataset.eval.source", "dataset.eval"),
+            "the held-out rows are those that are trained on",
+            "Write another split, or a part such as train[90%:] with dataset.split: train[:90%].",
         )
 
 
@@ -155,14 +199,7 @@ def parallelism(values: Values) -> Iterator[Problem]:
     if nodes and per_node and tensor and data:
         yield from process_problems(nodes, per_node, tensor, data)
     shard = get(values, "parallelism.shardSize", int) or 1
-    if shard > 1 and get(values, "backend", str) == "xla":
-        yield Problem(key_paths("parallelism.shardSize", "backend"), "requires backend native", "Write 1.")
-    elif data and data % shard:
-        yield Problem(
-            key_paths("parallelism.shardSize", "parallelism.dataParallelSize"),
-            f"{shard} does not divide dataParallelSize {data}",
-            "Write a divisor of it.",
-        )
+    yield from shard_problems(get(values, "backend", str), shard, data)
 
 
 # Values that one backend has, and what to write for the other.

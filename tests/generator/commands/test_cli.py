@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from forked import genvalues
 from genvalues.cli import disk_full
 from genvalues.common.errors import internal_error, traceback_wanted
 
 INPUTS = "model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
 HEAVY = ["boto3", "botocore", "kubernetes", "pyhelm3", "torch", "transformers", "datasets"]
-
-
-def genvalues(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "genvalues.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(

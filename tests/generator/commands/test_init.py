@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from forked import genvalues
 from genvalues import cli
 from genvalues.settings.inputs import SCHEMA
 
@@ -27,11 +28,6 @@ COMMENTED = re.compile(rf"^( *)# ((?:{'|'.join(KEYS)}|columns|evalFraction): .*)
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def genvalues(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "genvalues.cli", *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
 def test_without_a_terminal_it_writes_what_check_accepts_and_check_warns_of_the_placeholder() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -307,7 +308,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake_and_move_no_plac
 
 @pytest.mark.parametrize("line", ["a: 1", "{number}: 1", "k{number}: 1", "k{number}: .nan", "? [{number}]"])
 def test_a_file_of_mistakes_is_told_in_time_and_not_without_end(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(8000)))
+    Path("f.yaml").write_text("".join(f"{line.replace('{number}', str(number))}\n" for number in range(4000)))
     started = time.monotonic()
     assert genvalues("check", "f.yaml") == 2
     assert time.monotonic() - started < 20
@@ -449,11 +450,12 @@ def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schema = inputs_schema()
+    right, wrong_value = yaml.safe_load(RIGHT), yaml.safe_load(wrong)
     for key in keys_of(schema, schema):
-        value = yaml.safe_load(wrong)
+        value = wrong_value
         for part in reversed(key.split(".")):
             value = {part: value}
-        Path("f.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(RIGHT), value)))
+        Path("f.yaml").write_text(json.dumps(merge(right, value)))
         status = genvalues("check", "f.yaml")
         told = capsys.readouterr().err.splitlines()
         assert told
@@ -556,7 +558,7 @@ def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.Captur
         "f.yaml:3:37 dataset.format: a .txt file has no columns for chat. Write format: text.",
         "f.yaml:3:51 dataset.revision: applies to Hub datasets only, and this is a file. Remove it.",
         "f.yaml:4:14 evaluation.enabled: evaluation is enabled, but no rows are held out. "
-        "Raise dataset.evalFraction above 0.",
+        "Raise dataset.evalFraction above 0, or set dataset.eval.",
     ]
 
 
@@ -570,17 +572,14 @@ def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("s3://bucket/dir/", "is not a file in S3. Write s3://bucket/key of a file. (supported files: .jsonl"),
-        ("s3://bucket/rows", "is not a file in S3. "),
-        ("s3://bucket/rows.csv.gz", "is not a file in S3. "),
-        ("s3://bucket/rows?x=.csv", "is not a file in S3. "),
-        ("s3://bucket", "is not a file in S3. "),
-        ("rows.csv.gz", "has an unsupported file format. (supported files: .jsonl .json .csv .parquet .txt)"),
-        ("rows.JSONL", "has an unsupported file format. "),
-        ("data/rows.tsv", "has an unsupported file format. "),
-        ("./data", "is not a Hub id, an s3:// URI or a file. (supported files: .jsonl"),
-        ("data/", "is not a Hub id, an s3:// URI or a file. "),
-        ("https://example.com/rows", "is not a Hub id, an s3:// URI or a file. "),
+        ("s3://bucket/rows", "is not data in S3. Write s3://bucket/key of a file, s3://bucket/prefix/ or a glob. "),
+        ("s3://bucket/rows.csv.xz", "is not data in S3. "),
+        ("s3://bucket/rows?x=.csv", "is not data in S3. "),
+        ("s3://bucket", "is not data in S3. "),
+        ("rows.csv.bz2", "has an unsupported file format. (supported files: .jsonl .ndjson .json .csv .tsv .parquet"),
+        ("rows.parquet.gz", "has an unsupported file format. "),
+        ("data/rows.XLSX", "has an unsupported file format. "),
+        ("https://example.com/rows", "is not a Hub id, an s3:// URI, a file or a folder. (supported"),
     ],
 )
 def test_a_source_that_the_trainer_does_not_read_is_refused(
@@ -593,11 +592,125 @@ def test_a_source_that_the_trainer_does_not_read_is_refused(
 
 
 @pytest.mark.parametrize(
-    "source", ["s3://bucket/a/rows.jsonl", "squad", "org/set-v1.0", "org/rows.v2", "/workspace/a.csv"]
+    "source",
+    [
+        *("squad", "org/set-v1.0", "org/rows.v2", "s3://bucket/a/rows.jsonl", "s3://bucket/a/ROWS.CSV.GZ"),
+        *("s3://bucket/a/", "s3://bucket/a/*.jsonl", "/workspace/a.csv", "/workspace/A.NDJSON"),
+        *("/workspace/a.tsv.zst", "/workspace/a/", "/workspace/a", "/workspace/a/*.parquet"),
+        *("rows.jsonl", "ROWS.JSONL.GZ", "folder", "folder/", "./folder", "org/rows", "folder/*.jsonl", "saved"),
+    ],
 )
 def test_a_source_that_the_trainer_reads_is_right(source: str) -> None:
+    for name in ("rows.jsonl", "ROWS.JSONL.GZ", "folder/a.jsonl", "org/rows/a.csv", "saved/state.json"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}\n")
     Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{source: '{source}'}}\n")
     assert genvalues("check", "f.yaml") == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("rows", "has an unsupported file format. (supported files: "),
+        ("empty", "the folder has no data file. "),
+        ("empty/*.jsonl", "no file matches "),
+        ("none/", "no such file or folder: "),
+        ("./none", "no such file or folder: "),
+        ("none.tsv.gz", "no such file or folder: "),
+        ("/none/at/all", "no such file or folder: "),
+        ("hollow", "the file is empty: "),
+    ],
+)
+def test_data_that_is_not_there_is_told(source: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows").write_text("x")
+    Path("empty").mkdir()
+    Path("hollow").mkdir()
+    Path("hollow/rows.csv").touch()
+    for key, dataset in (
+        ("dataset.source", f"source: '{source}'"),
+        ("dataset.eval.source", f"source: a/b, eval: {{source: '{source}'}}"),
+        ("dataset.additional.x.source", f"source: a/b, additional: {{x: {{source: '{source}'}}}}"),
+    ):
+        Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{{dataset}}}\n")
+        assert genvalues("check", "f.yaml") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f" {key}: " in line and said in line
+
+
+def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the trainer and `datasets` take it; pods of a cluster cannot read it."""
+    Path("org/rows").mkdir(parents=True)
+    Path("org/rows/a.jsonl").write_text("{}\n")
+    Path("f.yaml").write_text(
+        "model: gpt2\ninstance: cpu\ndataset: {source: org/rows, eval: {source: org/rows/a.jsonl}}\n"
+    )
+    assert genvalues("write", "f.yaml") == 0
+    dataset = yaml.safe_load(Path("values.yaml").read_text())["dataset"]
+    assert (dataset["source"], dataset["eval"]["source"]) == (
+        str(Path("org/rows").resolve()),
+        str(Path("org/rows/a.jsonl").resolve()),
+    )
+    capsys.readouterr()
+    Path("f.yaml").write_text("model: gpt2\ninstance: trn1.32xlarge\nimage: a:1\ndataset: {source: org/rows}\n")
+    assert genvalues("check", "f.yaml") == 2
+    assert "dataset.source: org/rows is a path on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ("source: s3://b-b/a.csv, split: 'test[:10%]'", 'dataset.split: "s3://b-b/a.csv" has the split train only'),
+        (
+            "source: s3://b-b/*.csv, eval: {split: test}",
+            'dataset.eval.split: "s3://b-b/*.csv" has the split train only',
+        ),
+        ("source: s3://b-b/c/, config: en", "dataset.config: applies to Hub datasets only"),
+        (
+            "source: a/b, eval: {source: s3://b-b/c/, revision: v1}",
+            "dataset.eval.revision: applies to Hub datasets only",
+        ),
+        ("source: a/b, eval: {split: train}", "dataset.eval.split: the held-out rows are those that are trained on"),
+        ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "s3://b" is not data in S3'),
+        (
+            "source: a/b, additional: {x: {source: a/c, format: chat, columns: {output: o}}}",
+            "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, tools)",
+        ),
+        ("source: a/b, columns: {tools: t}", "dataset.columns.tools: format instruction has no such column"),
+        ("source: a/b, split: 'train[:10'", 'dataset.split: "train[:10" is invalid'),
+        (
+            "source: a/b, groupColumn: user, eval: {split: test}",
+            "dataset.groupColumn: has no effect: dataset.eval says",
+        ),
+    ],
+)
+def test_settings_of_a_dataset_that_make_no_sense_are_told_at_their_key(
+    dataset: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{{dataset}}}\n")
+    assert genvalues("check", "f.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and ". " in line
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "source: s3://b-b/a.csv.gz, split: 'train[:90%]', eval: {split: 'train[90%:]'}, evalFraction: 0",
+        "source: s3://b-b/c/, eval: {split: test}, columns: {system: s, history: h}",
+        "source: wikicorpus, config: raw_en, revision: refs/convert/parquet, format: text",
+        "source: a/b, format: chat, columns: {tools: t}, additional: {x: {source: a.txt, format: text, weight: 0.5}}",
+        "source: a/b, groupColumn: user, trainOn: last-answer, overlong: drop, maxDropped: 1, onBadRow: skip",
+    ],
+)
+def test_every_setting_of_a_dataset_reaches_the_values(dataset: str) -> None:
+    Path("a.txt").write_text("x\n")
+    Path("f.yaml").write_text(f"model: gpt2\ninstance: cpu\ndataset: {{{dataset}}}\nevaluation: {{enabled: true}}\n")
+    assert genvalues("write", "f.yaml") == 0
+    written = yaml.safe_load(f"{{{dataset}}}")
+    if "additional" in written:
+        written["additional"]["x"]["source"] = str(Path("a.txt").resolve())
+    values = yaml.safe_load(Path("values.yaml").read_text())["dataset"]
+    assert merge(values, written) == values
 
 
 def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -665,7 +778,7 @@ def test_no_file_makes_a_traceback_or_a_half_written_output(
     ("changes", "said"),
     [
         ({"lora": "{targetModules: [up_proj, [gate_proj]]}"}, "lora.targetModules[1]: "),
-        ({"dataset": "{source: s3://bucket/folder/}"}, "dataset.source: "),
+        ({"dataset": "{source: s3://bucket/folder}"}, "dataset.source: "),
         ({"dataset": "{source: rows.csv.gz}"}, "dataset.source: "),
         ({"storage": "{size: 75Ti}"}, "storage.size: "),
         ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),

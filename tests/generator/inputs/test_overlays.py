@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forked import genvalues
 from generator.inputs.messages import tells
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError
@@ -57,18 +56,13 @@ def told(*paths: Path, sets: tuple[str, ...] = ()) -> list[str]:
     return str(refused.value).splitlines()
 
 
-def genvalues(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "genvalues.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_mappings_are_merged_and_of_lists_and_texts_the_later_wins() -> None:
     found = values(*files(base=BASE, trn2=TRN2, mine=MINE))
     assert found["name"] == "mine"
     assert found["instance"] == "trn2.48xlarge"
     assert (found["lora"]["r"], found["lora"]["targetModules"]) == (32, ["o_proj"])
     assert (found["training"]["learningRate"], found["training"]["maxSteps"]) == (5e-5, 20)
-    assert found["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
+    assert found["dataset"]["columns"] == {"input": "context", "output": "response"}
 
 
 def test_the_order_of_the_files_is_the_order_of_the_options_and_set_comes_last() -> None:

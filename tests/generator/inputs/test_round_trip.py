@@ -19,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 
 from chart.manifests import run_helm
+from forked import genvalues
 from generator.inputs.test_values import CHART, ISSUE, ON_TRAINIUM, right_inputs, written
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart
@@ -30,13 +31,6 @@ from genvalues.inputs.yaml_text import dump
 ROOT = Path(__file__).parents[3]
 SCHEMA_LINE = re.compile(r"^# yaml-language-server: \$schema=(\S+)$", re.M)
 CPU = "model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
-
-
-def genvalues(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "genvalues.cli", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
 
 
 def many_right_inputs(count: int) -> list[dict[str, Any]]:
@@ -134,12 +128,15 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_hash_seed_and_the_fold
         (folder / "over.yaml").write_text("lora: {r: 8}\nchartValues: {kueue: {queueName: q}}\n")
         options = ["-f", str(folder / "over.yaml"), "--set", "training.seed=7", "--chart", str(CHART)]
         output = folder / "values.yaml"
+        arguments = ["write", str(folder / "finetune.yaml"), *options, "-o", str(output), "--force"]
+        started = [sys.executable, "-m", "genvalues.cli", *arguments]
+        subprocess.run(started, env={**os.environ, "PYTHONHASHSEED": str(number + 1), "LC_ALL": "C"}, check=True)
+        found.add(output.read_bytes())
         for cwd in (folder, tmp_path, Path("/")):
-            arguments = ["write", str(folder / "finetune.yaml"), *options, "-o", str(output), "--force"]
-            done = genvalues(*arguments, cwd=cwd, PYTHONHASHSEED=str(number + 1), LC_ALL="C")
+            output.unlink()
+            done = genvalues(*arguments, cwd=cwd)
             assert done.returncode == 0, done.stderr
             found.add(output.read_bytes())
-            output.unlink()
     assert len(found) == 1
     (text,) = found
     assert str(tmp_path).encode() not in text and str(ROOT).encode() not in text

@@ -88,7 +88,7 @@ def test_the_example_gives_tensor_parallel_8_data_parallel_4_on_32_processes(tmp
     assert values["devices"] == {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
     assert (values["backend"], values["pipeline"]) == ("xla", {"mode": "detached"})
     assert values["model"] == {"id": "meta-llama/Meta-Llama-3.1-8B", "revision": "", "path": ""}
-    assert values["dataset"]["columns"] == {"instruction": "instruction", "input": "context", "output": "response"}
+    assert values["dataset"]["columns"] == {"input": "context", "output": "response"}
     assert values["image"]["digest"] == f"sha256:{'0' * 64}"
     assert values["hyperpod"]["autoResume"] is True
 
@@ -250,7 +250,7 @@ def test_relative_paths_on_the_cpu_are_seen_from_the_inputs_file(
 def test_a_txt_file_is_text_and_no_held_out_rows_is_no_evaluation(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A text.\n")
     values = values_of(tmp_path, "model: gpt2\ndataset: {source: a.txt, evalFraction: 0}\ninstance: cpu\n")
-    assert (values["dataset"]["format"], values["dataset"]["columns"]) == ("text", {"text": "text"})
+    assert (values["dataset"]["format"], values["dataset"]["columns"]) == ("text", {})
     assert values["evaluation"]["enabled"] is False
 
 

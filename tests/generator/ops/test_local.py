@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forked import ForkedPopen, genvalues
 from genvalues.common.process import Command, run_together
 from genvalues.common.progress_bar import MARK, RELAY
 from genvalues.ops.local.containers import with_local_paths
@@ -92,7 +93,7 @@ class Laptop:
         (templates / "all.yaml").write_text(f"{text}\n{raw}")
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = ForkedPopen(
             [
                 sys.executable,
                 "-m",
@@ -427,8 +428,7 @@ def test_values_that_cannot_be_read_are_reported_in_one_line(laptop: Laptop, con
 def errors_with_our_chart(folder: Path, text: str, *more: str) -> list[str]:
     """The error lines for a file that cannot run with the chart of this repository."""
     (folder / "my file.yaml").write_text(text)
-    command = [sys.executable, "-m", "genvalues.cli", "local", "my file.yaml", "--workspace", "w", *more]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=90)
+    done = genvalues("local", "my file.yaml", "--workspace", "w", *more, cwd=folder)
     assert (done.returncode, done.stdout, (folder / "w").exists()) == (2, "", False), done.stderr
     return done.stderr.splitlines()
 
@@ -452,8 +452,7 @@ def test_inputs_options_are_refused_for_a_values_file_and_a_bundle(laptop: Lapto
     lines = errors_with_our_chart(laptop.folder, values, "--set", "lora.r=8")
     assert any(" pipeline: unknown key" in line for line in lines)
     (laptop.folder / "b.tar.gz").touch()
-    command = [sys.executable, "-m", "genvalues.cli", "local", "b.tar.gz", "--workspace", "w", "--set", "lora.r=8"]
-    done = subprocess.run(command, cwd=laptop.folder, capture_output=True, text=True, check=False, timeout=90)
+    done = genvalues("local", "b.tar.gz", "--workspace", "w", "--set", "lora.r=8", cwd=laptop.folder)
     assert done.returncode == 2
     assert done.stderr.startswith("b.tar.gz: ") and "--set" in done.stderr
 
@@ -465,8 +464,8 @@ def test_an_inputs_file_gives_the_values_that_write_gives(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "f.yaml").write_text("model: gpt2\ndataset: {source: rows.jsonl, format: text}\ninstance: cpu\n")
     (tmp_path / "over.yaml").write_text("lora: {r: 4}\n")
-    write = [sys.executable, "-m", "genvalues.cli", "write", "f.yaml", "-f", "over.yaml", "--set", "name=mine"]
-    subprocess.run(write, cwd=tmp_path, check=True, timeout=90)
+    written = genvalues("write", "f.yaml", "-f", "over.yaml", "--set", "name=mine", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
     sources = Sources((tmp_path / "f.yaml", tmp_path / "over.yaml"), ("name=mine",))
     found = values_to_run(sources, ROOT / "chart", on_cpu=False)
     assert found == read_values(tmp_path / "values.yaml") and found["lora"]["r"] == 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +23,9 @@ from genvalues.planner.estimate import (
     work,
 )
 from genvalues.planner.layout import Layout, Run
+from genvalues.planner.planning import epoch_rows, gather_facts
 from genvalues.planner.prices import Price
+from genvalues.settings.inputs import DatasetInputs, inputs_from
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[3]
@@ -186,7 +190,12 @@ def test_every_assumption_has_a_source() -> None:
         ("a.txt", "one\n\ntwo\nthree", 3),
         ("a.csv", 'text\n"a\nb"\nc\n', 2),
         ("a.json", json.dumps([{"text": "a"}] * 5), 5),
+        ("a.json", json.dumps({"data": [{"text": "a"}] * 5}), 5),
+        ("A.NDJSON", '{"text": "a"}\n{"text": "b"}\n', 2),
+        ("a.tsv", "text\tn\na,b\t1\n\nc\t2\n", 2),
+        ("a.jsonl.gz", '{"text": "a"}\n' * 9, 9),
         ("a.json", '{"text": "a"}', None),
+        ("a.jsonl.zst", "\x28\xb5\x2f\xfd", None),
         ("a.json", "[", None),
         ("a.jsonl", "", None),
         ("a.parquet", "PAR1", None),
@@ -194,18 +203,41 @@ def test_every_assumption_has_a_source() -> None:
 )
 def test_a_files_examples_are_counted(tmp_path: Path, name: str, text: str, number: int | None) -> None:
     file = tmp_path / name
-    file.write_text(text)
+    content = text.encode("latin-1")
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     found = dataset.count(file)
     assert (found and found.number) == number
     if found:
         formats = pytest.importorskip("llama_lora.data.file_formats")
         assert found.number == len(list(formats.read_file(file, pytest.importorskip("llama_lora.data.rows").BadRows())))
-        assert found.bytes == file.stat().st_size
+        assert found.bytes == len(content)
+
+
+def test_folders_globs_parts_of_splits_and_weights_are_counted(tmp_path: Path) -> None:
+    for name, number in (("train.jsonl", 10), ("more.csv", 21), ("test.jsonl", 40)):
+        (tmp_path / name).write_text("{}\n" * number)
+    assert dataset.count(tmp_path) == dataset.Examples(30, 93)
+    assert dataset.count(tmp_path, "test[:10%]+train[-3:]") == dataset.Examples(7, 12 + 9)
+    assert dataset.count(tmp_path / "t*.jsonl") == dataset.Examples(50, 150)
+    more: dict[str, Any] = {"source": str(tmp_path), "split": "test", "weight": 0.5}
+    wanted = {"source": str(tmp_path / "train.jsonl"), "additional": {"more": more}}
+    assert dataset.of_files(DatasetInputs.model_validate(wanted)) == dataset.Examples(30, 90)
+    more["source"] = "org/rows"
+    assert dataset.of_files(DatasetInputs.model_validate(wanted)) is None
+
+
+def test_rows_held_out_elsewhere_are_not_taken_from_those_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n" * 100)
+    least = {"model": "a/b", "instance": "cpu", "training": {"packing": False}}
+    for eval_, number in (({}, 50), ({"source": "a/c"}, 100)):
+        rows = {"source": str(tmp_path / "a.jsonl"), "evalFraction": 0.5, "eval": eval_}
+        inputs = inputs_from({**least, "dataset": rows})
+        assert epoch_rows(inputs, gather_facts(inputs).examples) == (number, number)
 
 
 def test_a_missing_or_too_large_file_is_not_counted(tmp_path: Path) -> None:
     assert dataset.count(tmp_path / "none.jsonl") is None
-    assert dataset.count(tmp_path) is None
+    assert dataset.count(tmp_path) is None, "an empty folder"
     large = tmp_path / "large.jsonl"
     with large.open("wb") as file:
         file.truncate(dataset.MOST_BYTES + 1)

@@ -16,6 +16,7 @@ from genvalues.inputs.write import checked
 from genvalues.ops.live_plan import planned
 from genvalues.planner import choices, dataset
 from genvalues.planner.prices import Price
+from genvalues.settings.inputs import DatasetInputs
 
 FILE = Path(__file__).parents[3] / "values/trn1.yaml"  # databricks/databricks-dolly-15k, packed
 DOLLY = {"config": "default", "split": "train", "num_rows": 15011, "num_bytes_memory": 12_325_014}
@@ -130,3 +131,14 @@ def test_the_viewers_count_is_used(
 def test_without_an_answer_the_row_count_is_unknown(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
     monkeypatch.setattr(hub, "ask", lambda endpoint, path, token: answer)
     assert dataset.on_hub("a/b", None, "train") is None
+
+
+def test_parts_and_weights_of_the_hubs_sources_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {("a/b", "train"): dataset.Examples(1000, 9000), ("a/c", "test"): dataset.Examples(100, 500)}
+    monkeypatch.setattr(dataset, "on_hub", lambda name, config, split: sizes.get((name, split)))
+    wanted: dict[str, Any] = {"source": "a/b", "split": "train[:10%]"}
+    assert dataset.of_hub(DatasetInputs.model_validate(wanted)) == dataset.Examples(100, 900)
+    wanted["additional"] = {"more": {"source": "a/c", "split": "test", "weight": 3}}
+    assert dataset.of_hub(DatasetInputs.model_validate(wanted)) == dataset.Examples(400, 2400)
+    wanted["additional"]["unknown"] = {"source": "a/d"}
+    assert dataset.of_hub(DatasetInputs.model_validate(wanted)) is None

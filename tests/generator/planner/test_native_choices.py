@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from genvalues.accelerators.architectures import known, table
 from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.accelerators.native_rules import size_problems
 from genvalues.planner import dataset
-from genvalues.planner.layout import Refused
+from genvalues.planner.candidates import gib, host_memory_note
+from genvalues.planner.layout import Refused, Run
 from genvalues.planner.planning import Plan, gather_facts, plan
 from genvalues.settings.inputs import inputs_from
 
@@ -171,6 +173,30 @@ def test_an_unknown_model_shares_its_weights_as_widely_as_possible() -> None:
 def test_causal_attention_is_chosen_for_text(length: int, format_: str, attention: str) -> None:
     written = {"dataset": {"source": "a/b", "format": format_}, "training": {"maxSequenceLength": length}}
     assert planned(**written).attention == attention
+
+
+def test_the_memory_of_the_other_attention_is_told() -> None:
+    isolated, causal = planned(training={"attention": "isolated"}), planned(training={"attention": "causal"})
+    attention = "training.attention"
+    for made, other, words in ((isolated, "causal", "packed example"), (causal, "isolated", "scores")):
+        assert made.memory is not None and made.attention != other
+        assert words in rejected(made, attention, other)
+    assert isolated.memory is not None and causal.memory is not None
+    assert f"works ({gib(causal.memory.total)} GiB" in rejected(isolated, attention, "causal")
+    assert f"works ({gib(isolated.memory.total)} GiB" in rejected(causal, attention, "isolated")
+    large = planned(training={"attention": "causal", "maxSequenceLength": 8192})
+    assert "does not fit" in rejected(large, attention, "isolated")
+
+
+def test_a_node_reads_the_model_once_whatever_the_number_of_its_workers() -> None:
+    """70B in bf16 are 131 GiB; 64 workers have 3 GiB of libraries each."""
+    made = planned(model="meta-llama/Llama-3.1-70B")
+    assert "host memory" not in " ".join(note.text for note in made.notes)
+    architecture, node = known("meta-llama/Llama-3.1-70B"), instances.TRAINIUM["trn2.48xlarge"]
+    assert architecture is not None
+    run = Run("trn2.48xlarge", "native", 2048, "causal", 16, ("q_proj",), False)
+    note = host_memory_note(run, architecture, replace(node, request_memory_gib=320), 1)
+    assert note is not None and "323 of the pod's 320 GiB" in note.text
 
 
 def test_rows_of_a_length_that_the_device_does_not_take_are_refused() -> None:

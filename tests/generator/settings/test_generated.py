@@ -52,7 +52,7 @@ def test_the_charts_schema_uses_draft_07_words_only() -> None:
 def test_the_charts_schema_requires_no_key_that_has_a_default() -> None:
     schema = values_schema()
     required = [part["required"] for part in parts(schema) if isinstance(part.get("required"), list)]
-    assert required == [["mountPath"]]  # of an extra volume's mount
+    assert required == [["mountPath"], ["source"]]  # of an extra volume's mount, and of an additional source
     short = {"model": {"id": "org/model"}, "dataset": {"source": "org/rows", "format": "text"}}
     assert list(jsonschema.Draft7Validator(schema).iter_errors(short)) == []
 

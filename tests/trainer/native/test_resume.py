@@ -25,6 +25,7 @@ SHARD = {"data_parallel_size": 2, "shard_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one process": (1, {}),
     "data 2": (2, {"data_parallel_size": 2}),
+    "shard 2": (2, SHARD),
     "tensor 2": (2, {"tensor_parallel_size": 2}),
     "shard 2, tensor 2": (4, {**SHARD, "tensor_parallel_size": 2}),
 }
@@ -52,9 +53,10 @@ def base(request: pytest.FixtureRequest, model: Path, bf16_model: Path) -> Path:
     return {"fp32": model, "bf16": bf16_model}[request.param]
 
 
-def killed(folder: Path, model: Path, **settings: Any) -> Path:
+def killed(folder: Path, model: Path, layout: str = "shard 2", **settings: Any) -> Path:
+    world, parallelism = LAYOUTS[layout]
     with pytest.raises(AssertionError, match="statuses"):
-        in_workers(2, save_and_die, job(folder, model, **settings, **SHARD), folder)
+        in_workers(world, save_and_die, job(folder, model, **settings, **parallelism), folder)
     return folder / "step-000003"
 
 
@@ -79,12 +81,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Trained:
     return in_workers(2, train, job(tmp_path_factory.mktemp("whole"), model, **SHARD))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "shard 2"])
 def test_another_layout_resumes_with_its_optimizer(
     name: str, checkpoint: Path, whole: Trained, model: Path, tmp_path: Path
 ) -> None:
     world, parallelism = LAYOUTS[name]
     resumed = in_workers(world, resume, job(tmp_path, model, **parallelism), checkpoint)
+    assert_continues(resumed, whole)
+
+
+def test_a_checkpoint_of_a_split_model_resumes_in_one_process(whole: Trained, model: Path, tmp_path: Path) -> None:
+    checkpoint = killed(tmp_path, model, "shard 2, tensor 2")
+    assert_continues(in_workers(1, resume, job(tmp_path, model), checkpoint), whole)
+
+
+def assert_continues(resumed: Trained, whole: Trained) -> None:
     for got, expected in zip(resumed.steps, whole.steps[3:], strict=True):
         assert abs(got.loss - expected.loss) < 1e-6
         assert abs(got.grad_norm / expected.grad_norm - 1) < 1e-5

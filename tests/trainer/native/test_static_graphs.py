@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,19 @@ import pytest
 import torch
 
 from genvalues.common.errors import UserError
-from llama_lora.backends import checkpoints
+from llama_lora.backends import checkpoints, loop
 from llama_lora.backends.checkpoints import CheckpointRecord
 from llama_lora.backends.native import engine as engines
+from llama_lora.backends.native import trace
 from llama_lora.backends.native.devices import Device, check_installed, open_device
 from llama_lora.backends.native.engine import NativeEngine
+from llama_lora.config import Probe
+from llama_lora.small_run import write_rows
+from trainer.native.test_trace import run, traced_in_a_fork
 from trainer.native.workers import in_workers, job, rows_of_step, take_steps
 
 SHARD = {"data_parallel_size": 2, "shard_size": 2}
+FEW = {"target_modules": ["q_proj", "down_proj"]}  # traced in half the time
 
 
 def graphs() -> tuple[int, int]:
@@ -51,17 +57,31 @@ def run_of_everything(given: Any, folder: Path) -> tuple[list[tuple[int, int]], 
     [
         (1, {"activation_checkpointing": "full", "dropout": 0.1}),
         (1, {"activation_checkpointing": "selective", "dropout": 0.1}),
-        (2, {**SHARD, "attention": "causal"}),
-        (2, {"tensor_parallel_size": 2}),
+        (2, {**SHARD, "attention": "causal", **FEW}),
     ],
 )
 def test_the_number_of_graphs_stays(world: int, settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    counted, loss = in_workers(world, run_of_everything, job(tmp_path, model, **settings), tmp_path / "checkpoints")
+    assert_constant_graphs(world, settings, model, tmp_path)
+
+
+def test_the_number_of_graphs_of_tensor_parallel_stays_and_is_that_of_the_trace(model: Path, tmp_path: Path) -> None:
+    settings = {"tensor_parallel_size": 2, "target_modules": ["q_proj", "v_proj"], "activation_checkpointing": "full"}
+    graphs = assert_constant_graphs(2, settings, model, tmp_path)
+    traced = run(mode="layers", tensor=2, gradient_accumulation_steps=4)  # the same: take_steps has 4 micro-batches
+    found = traced_in_a_fork(traced, trace.read_model(traced, model))
+    assert found.problems == []
+    assert found.graphs == graphs
+
+
+def assert_constant_graphs(world: int, settings: dict[str, Any], model: Path, folder: Path) -> int:
+    """The number of graphs, which no part of a training changes."""
+    counted, loss = in_workers(world, run_of_everything, job(folder, model, **settings), folder / "checkpoints")
     assert counted[0][0] > 0
     assert {number for number, _ in counted} == {counted[0][0]}
     assert {breaks for _, breaks in counted} == {0}
-    eagerly = in_workers(world, first_loss, job(tmp_path, model, **settings))
+    eagerly = in_workers(world, first_loss, job(folder, model, **settings))
     assert loss == pytest.approx(eagerly, abs=1e-5 if "dropout" not in settings else 0.05)
+    return counted[0][0]
 
 
 def first_loss(given: Any) -> float:
@@ -83,6 +103,63 @@ def with_free_shapes(given: Any) -> tuple[int, int]:
 def test_a_new_shape_would_be_noticed(model: Path, tmp_path: Path) -> None:
     before, after = in_workers(1, with_free_shapes, job(tmp_path, model))
     assert after > before
+
+
+# --- compile and train
+
+
+Graph = tuple[str, tuple[Any, ...], bool]
+
+
+def run_of_the_loop(given: Any) -> tuple[list[str], set[Graph]]:
+    """What the loop asks of the engine, in order, and every graph with its shapes and whether it has gradients."""
+    asked: list[str] = []
+    compiled: set[Graph] = set()
+
+    def note(graph: Any, inputs: Any) -> Any:
+        shapes = tuple((tuple(each.shape), each.dtype) for each in inputs if isinstance(each, torch.Tensor))
+        compiled.add((graph.code, shapes, torch.is_grad_enabled()))
+        return graph.forward
+
+    class Noted(NativeEngine):
+        def step(self, step: int, *arguments: Any) -> Any:
+            asked.append(f"step {step}")
+            return super().step(step, *arguments)
+
+        def row_loss(self, row: Any) -> float:
+            asked.append("probe")
+            return super().row_loss(row)
+
+        def save(self, folder: Path) -> None:
+            asked.append("save")
+            super().save(folder)
+
+        def restore(self, *arguments: Any) -> None:
+            asked.append("restore")
+            super().restore(*arguments)
+
+    engines.recomputation = lambda wanted, device: wanted  # in a fork: the CPU leaves selective out
+    device, workers = open_device("cpu")
+    loop.run_training(given, Noted(given, device, workers, note), workers, lambda result: None)
+    return asked, compiled
+
+
+def test_compile_has_every_graph_of_train_with_a_save_the_probe_and_a_resume(model: Path, tmp_path: Path) -> None:
+    write_rows(rows_of_step(0, count=12), tmp_path)
+    settings: dict[str, Any] = {**SHARD, "activation_checkpointing": "selective", "dropout": 0.1}
+    settings |= {"gradient_accumulation_steps": 2, "save_steps": 2, **FEW}
+    dry = replace(job(tmp_path, model, **settings, max_steps=2), dry_run=3, probe=Probe(rows=2))
+    asked, compiled = in_workers(2, run_of_the_loop, dry)
+    assert asked == ["step 0", "step 1", "step 2", "probe", "probe", "save", "restore", "step 2"]
+    assert not dry.paths.rehearsal.exists() and not dry.paths.checkpoints("f").exists()
+    whole = replace(job(tmp_path, model, **settings, max_steps=4), probe=Probe(rows=2))
+    asked, trained = in_workers(2, run_of_the_loop, whole)
+    assert asked == ["step 0", "step 1", "save", "step 2", "step 3", "probe", "probe", "save"]
+    longer = replace(job(tmp_path, model, **settings, max_steps=6), probe=Probe(rows=2))
+    asked, resumed = in_workers(2, run_of_the_loop, longer)
+    assert asked == ["restore", "step 4", "step 5", "probe", "probe", "save"]
+    assert trained == resumed == compiled
+    assert {has_gradients for *_, has_gradients in compiled} == {True, False}  # steps, and the probe
 
 
 # --- the device neuron, without one

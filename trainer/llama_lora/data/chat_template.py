@@ -82,9 +82,9 @@ class ChatTemplate:
             if next(pieces, None) is not None:
                 raise UserError(f"the chat template writes more than {PIECES} pieces of text", where=place, fix=FIX)
         except jinja2.TemplateError as error:
-            raise Dropped(f"the chat template raises: {error}") from None
+            raise Dropped(f"the chat template raises: {_one_line(error)}") from None
         except TypeError as error:  # such as text + none
-            raise Dropped(f"the chat template raises: TypeError: {error}") from None
+            raise Dropped(f"the chat template raises: TypeError: {_one_line(error)}") from None
         except (TimeUp, MemoryError, UserError):
             raise
         except Exception as error:
@@ -176,12 +176,10 @@ def limits(place: str) -> Iterator[None]:
         with _limited_memory(), _limited_time():
             yield
     except TimeUp:
-        raise UserError(
-            f"the chat template takes more than {SECONDS:g} seconds for this row", where=place, fix=FIX
-        ) from None
+        raise UserError(f"the chat template takes more than {SECONDS:g} seconds", where=place, fix=FIX) from None
     except MemoryError:
         raise UserError(
-            f"the chat template takes more than {MEMORY / 2**30:g} GiB of memory for this row", where=place, fix=FIX
+            f"the chat template takes more than {MEMORY / 2**30:g} GiB of memory", where=place, fix=FIX
         ) from None
 
 
@@ -243,5 +241,9 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _told(error: Exception) -> str:
-    """An exception as one line."""
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").removesuffix(": ")
+    return f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+
+
+def _one_line(error: Exception) -> str:
+    """The start of an exception's text: a template can put a whole row into it."""
+    return re.sub(r"\s+", " ", str(error))[:200]

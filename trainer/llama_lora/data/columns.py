@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genvalues.common.errors import UserError
-from llama_lora.data.dataset_readers import Row
+from llama_lora.data.rows import Row
 
 # Columns that are read if the one named after the key is missing. First match wins.
 OTHER_NAMES = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llama_lora.data.arrow_rows import BATCH_BYTES, MOST_ROWS, read_parquet, row
 from llama_lora.data.hub_errors import translate_dataset_errors
 from llama_lora.data.parts import Part
 from llama_lora.data.rows import BadRows, Row
-from llama_lora.data.splits import choose
+from llama_lora.data.splits import Split, choose
 
 
 def read_hub(part: Part, commit: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -31,7 +32,7 @@ def read_hub(part: Part, commit: str, bad_rows: BadRows) -> Iterator[Row]:
     yield from _rows(rows, f"{name} {split}", bad_rows, part)
 
 
-def parquet_export(part: Part, commit: str, bad_rows: BadRows) -> dict[str, Callable[[], Iterator[Row]]]:
+def parquet_export(part: Part, commit: str) -> dict[str, Split]:
     """The splits of the branch refs/convert/parquet, on which the Hub keeps each dataset as CONFIG/SPLIT/0000.parquet.
 
     See https://huggingface.co/docs/dataset-viewer/parquet. A split of which only the beginning is there is called
@@ -51,26 +52,27 @@ def parquet_export(part: Part, commit: str, bad_rows: BadRows) -> dict[str, Call
         raise UserError(f"{name} has no Parquet files", where=f"{part.key}.revision", fix="Choose another revision.")
     splits = found[choose(f"{part.key}.config", name, part.config, list(found))]
 
-    def read(split: str) -> Iterator[Row]:
+    def read(split: str, bad_rows: BadRows) -> Iterator[Row]:
         for file in splits[split]:
             with translate_dataset_errors(part.key, name):
                 path = Path(hf_hub_download(name, file, revision=commit, repo_type="dataset"))
             yield from read_parquet(path, f"{name} {file}", bad_rows, part.read_columns)
 
-    return {split: lambda split=split: read(split) for split in splits}  # type: ignore[misc]
+    return {split: partial(read, split) for split in splits}
 
 
-def saved_splits(part: Part, folder: Path, bad_rows: BadRows) -> dict[str, Callable[[], Iterator[Row]]]:
+def saved_splits(part: Part, folder: Path) -> dict[str, Split]:
     """The splits of a folder written by save_to_disk; a single dataset is the split train."""
     from datasets import DatasetDict, load_from_disk
 
     with translate_dataset_errors(part.key, part.source):
         loaded = load_from_disk(str(folder))
     splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-    return {
-        name: lambda name=name, rows=rows: _rows(rows, f"{part.source} {name}", bad_rows, part)  # type: ignore[misc]
-        for name, rows in splits.items()
-    }
+
+    def read(name: str, bad_rows: BadRows) -> Iterator[Row]:
+        yield from _rows(splits[name], f"{part.source} {name}", bad_rows, part)
+
+    return {name: partial(read, name) for name in splits}
 
 
 def _rows(dataset: Any, name: str, bad_rows: BadRows, part: Part) -> Iterator[Row]:

@@ -62,6 +62,8 @@ def read_messages(value: Any, what: str, place: str) -> Conversation:
     value = as_json(value, what, place)
     if isinstance(value, Mapping) and "messages" in value:
         value = value["messages"]
+    if value is None or value == []:
+        raise Dropped("empty messages")
     if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
         raise UserError(f"{what} is not a list of messages", where=place, fix=FIX)
     value = [each for each in value if not (_is_role(each, "system") and _is_empty(_raw_content(each)))]
@@ -105,8 +107,10 @@ def _message(message: Mapping[str, Any], what: str, place: str) -> Message:
     read: Message = {"role": ROLES.get(name, role), "content": "", **other}
     if name in FUNCTION_CALL_ROLES:
         read["role"] = "assistant"
-        read["tool_calls"] = [_tool_call(call, what, place) for call in _as_list(as_json(content, what, place))]
-        return read
+        calls = _calls_in(content)
+        if calls is not None:
+            read["tool_calls"] = [_tool_call(call, what, place) for call in calls]
+            return read
     if is_null(content) and read["role"] == "user":
         raise Dropped("has a message without plain text")
     read["content"] = _content(content, what, place)
@@ -118,6 +122,15 @@ def _message(message: Mapping[str, Any], what: str, place: str) -> Message:
         read["thinking"] = read["reasoning_content"] = as_text(reasoning, what, place)
         read.pop("reasoning", None)
     return read
+
+
+def _calls_in(content: Any) -> list[Any] | None:
+    """The calls in the content of a ShareGPT function_call, None if it is other text."""
+    try:
+        calls = _as_list(json.loads(content) if isinstance(content, str) else content)
+    except (ValueError, RecursionError):
+        return None
+    return calls if all(isinstance(call, Mapping) for call in calls) else None
 
 
 def _raw_role(message: Mapping[str, Any]) -> Any:

@@ -15,8 +15,8 @@ from genvalues.common.errors import UserError
 from llama_lora.data import messages as shapes
 from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplates, limits
 from llama_lora.data.columns import Columns, Dropped
-from llama_lora.data.dataset_readers import Row
 from llama_lora.data.messages import Conversation, Message
+from llama_lora.data.rows import Row
 from llama_lora.data.turns import RenderedExample, Segment, TurnRenderer
 
 __all__ = ["TEMPLATE_DATE", "Dropped", "RenderedExample", "Renderer", "Segment"]
@@ -55,7 +55,8 @@ class Renderer:
             "chat": self._chat,
         }[format]
         self._special = special_tokens(tokenizer)
-        self._turns = TurnRenderer(self._special)
+        strips = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}
+        self._turns = TurnRenderer(self._special, [text for text in self._special if text not in strips])
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
         if self.uses_chat_template:
             self._templates.of([])  # an invalid template is told before the first row
@@ -188,6 +189,8 @@ class Renderer:
     def _conversation(self, row: Row, conversation: Conversation) -> list[RenderedExample]:
         messages, tools = conversation.messages, conversation.tools
         template = self._templates.of(tools) if self.tokenizer.chat_template else None
+        if template is None or not template.reads("developer"):  # OpenAI's newer name of the system prompt
+            messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
         self._check_messages(messages, tools, template.reads if template else lambda key: False)
         # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
         trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]

@@ -17,9 +17,9 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.settings.dataset_files import exists_here, files_of, s3_keys
 from genvalues.settings.datasets import FILES, FORMATS, on_s3
 from llama_lora.config import Model, RunConfig
-from llama_lora.data.dataset_files import exists_here, files_of, s3_keys
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.s3 import is_prefix, list_keys, s3_client, s3_parts, translate_s3_errors

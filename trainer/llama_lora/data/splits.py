@@ -7,7 +7,9 @@ from itertools import islice
 
 from genvalues.common.errors import UserError
 from genvalues.settings.datasets import SplitPart
-from llama_lora.data.rows import Row
+from llama_lora.data.rows import BadRows, Row
+
+Split = Callable[[BadRows], Iterator[Row]]  # reads a split from its first row
 
 
 def choose(key: str, name: str, wanted: str, available: Sequence[str]) -> str:
@@ -22,17 +24,16 @@ def choose(key: str, name: str, wanted: str, available: Sequence[str]) -> str:
 
 
 def rows_of_parts(
-    splits: Mapping[str, Callable[[], Iterator[Row]]], parts: Sequence[SplitPart], key: str, name: str
+    splits: Mapping[str, Split], parts: Sequence[SplitPart], key: str, name: str, bad_rows: BadRows
 ) -> Iterator[Row]:
-    """Yield the rows of parts of splits, each of which can be read from the start several times.
+    """Yield the rows of parts of splits. Percentages and bounds from the end read a split once more, to count its rows.
 
-    Percentages and bounds from the end read a split once more, to count its rows.
+    A part is one of the rows that can be read.
     """
     for part in parts:
         read = splits[choose(f"{key}.split", name, part.name, list(splits))]
-        if part.whole:
-            yield from read()
-        elif any("%" in bound or bound.startswith("-") for bound in (part.first, part.end)) or not part.end:
-            yield from islice(read(), *part.bounds(sum(1 for _ in read())))
+        if any("%" in bound or bound.startswith("-") for bound in (part.first, part.end)):
+            first, end = part.bounds(sum(1 for _ in read(BadRows(skip=True))))
+            yield from islice(read(bad_rows), first, end)
         else:
-            yield from islice(read(), int(part.first or 0), int(part.end))
+            yield from islice(read(bad_rows), int(part.first or 0), int(part.end) if part.end else None)

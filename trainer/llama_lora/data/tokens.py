@@ -7,7 +7,7 @@ and its answer.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -56,10 +56,13 @@ class ExampleTokenizer:
         self._ids = WordCache(tokenizer)
 
     def tokenize(self, rendered: Sequence[RenderedExample]) -> list[Example]:
-        """Tokenize examples at their full length, with at most one call of the tokenizer for all of them."""
-        texts = [segment.text for example in rendered for segment in example.segments]
-        found = iter(self._ids(texts))
-        return [self._joined(example, found) for example in rendered]
+        """Tokenize examples at their full length, with at most one call of the tokenizer for all of them.
+
+        Equal segments are tokenized once: those of a conversation whose history is in many examples, for instance.
+        """
+        texts = list(dict.fromkeys(segment.text for example in rendered for segment in example.segments))
+        ids = dict(zip(texts, (array("i", each) for each in self._ids(texts)), strict=True))
+        return [self._joined(example, ids) for example in rendered]
 
     def example(self, rendered: RenderedExample, max_length: int) -> tuple[Example, bool]:
         """Tokenize an example, truncated to ``max_length``, and return whether it was truncated.
@@ -72,13 +75,13 @@ class ExampleTokenizer:
             raise Dropped(fitted.reason)
         return fitted.pieces[0], len(whole.input_ids) > max_length
 
-    def _joined(self, rendered: RenderedExample, found: Any) -> Example:
+    def _joined(self, rendered: RenderedExample, found: Mapping[str, array[int]]) -> Example:
         ids = array("i", self.beginning if rendered.begins else [])
         labels = array("i", [IGNORED]) * len(ids)
         for segment in rendered.segments:
-            piece = array("i", next(found))
+            piece = found[segment.text]
             if segment.ends:
-                piece.append(self.tokenizer.eos_token_id)
+                piece = piece + array("i", [self.tokenizer.eos_token_id])
             ids += piece
             labels += piece if segment.trained else array("i", [IGNORED]) * len(piece)
         labels[:1] = array("i", [IGNORED])[: len(labels)]  # the first token cannot be predicted from anything

@@ -59,10 +59,15 @@ class Render(Protocol):
 
 
 class TurnRenderer:
-    """Renders conversations. ``end_tokens``: the texts of the tokens that can end a turn."""
+    """Renders conversations.
 
-    def __init__(self, end_tokens: Sequence[str]) -> None:
+    ``end_tokens``: texts of the tokens that can end a turn. ``boundaries``: those of tokens that take no white space
+    before them, so that the text before such a token can be tokenized on its own.
+    """
+
+    def __init__(self, end_tokens: Sequence[str], boundaries: Sequence[str]) -> None:
         self._end_tokens = tuple(end_tokens)
+        self._boundaries = tuple(boundaries)
 
     def examples(self, render: Render, messages: list[Message], trained: list[int]) -> list[list[Segment]]:
         """Render a conversation with a loss on the messages with the indices ``trained``.
@@ -140,13 +145,30 @@ class TurnRenderer:
             ]
             joined = [turn._replace(prompt=more + turn.prompt) for more, turn in zip(prompts, turns, strict=True)]
             return [_segments(joined)]
-        examples, history, size = [], "", 0
+        return self._rewritten(grown, turns)
+
+    def _rewritten(self, grown: list[str], turns: list[Turn]) -> list[list[Segment]]:
+        """An example for each turn, with the history before it.
+
+        The histories share segments, so that the caller can tokenize each only once. They are cut before special
+        tokens, where a tokenizer cuts a text in any case.
+        """
+        examples: list[list[Segment]] = []
+        history: list[Segment] = []
+        size = 0
         for more, turn in zip(grown, turns, strict=True):
-            history += more
-            size += len(history)
+            history = self._appended(history, more)
+            size += sum(len(segment.text) for segment in history)
             _check_size(size)
-            examples.append(_segments([turn._replace(prompt=history + turn.prompt)]))
+            prompt = self._appended(history, turn.prompt)
+            examples.append([*prompt, *_segments([turn])[1:]])
         return examples
+
+    def _appended(self, segments: list[Segment], text: str) -> list[Segment]:
+        """Untrained segments and more text: a segment of its own if it begins with a special token."""
+        if segments and not text.startswith(self._boundaries):
+            return [*segments[:-1], Segment(segments[-1].text + text, trained=False)]
+        return [*segments, Segment(text, trained=False)]
 
 
 def _continuation(prompt: str, text: str, message: Message) -> str:

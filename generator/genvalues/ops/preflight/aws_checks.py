@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from genvalues.common.errors import Unavailable
 from genvalues.common.findings import Finding
@@ -21,6 +23,10 @@ from genvalues.ops.preflight import storage_checks as storage
 from genvalues.ops.preflight.instance_checks import utc_text
 from genvalues.ops.preflight.run_requirements import PUBLIC_ECR, RunRequirements
 from genvalues.ops.registries import ACCOUNTS, invalid_account
+from genvalues.settings.dataset_files import s3_keys
+from genvalues.settings.datasets import is_glob
+
+MOST_LISTED = 1000  # objects of an S3 prefix
 
 
 def check_aws(requirements: RunRequirements, region: str | None = None, offline: bool = False) -> list[Finding]:
@@ -147,22 +153,20 @@ def check_image(clients: AwsClients, requirements: RunRequirements, _: str) -> l
 
 
 def check_s3_object(clients: AwsClients, requirements: RunRequirements, subject: str) -> list[Finding]:
-    """The dataset's object, as these credentials see it. The stage tokenize reads it with another role."""
+    """The dataset's objects, as these credentials see them. The stage tokenize reads them with another role."""
     bucket, key = requirements.s3_source or ("", "")
     role = tokenize_role(requirements)
     try:
-        head = clients.ask("s3", "head_object", Bucket=bucket, Key=key)
+        size = size_in_s3(clients, bucket, key)
     except Denied as error:
         found = (
             f"not allowed for these credentials ({error.action}), or not found, which S3 says only with s3:ListBucket"
         )
         return [Finding("not checked", subject, f"{found}; {role}", f"aws s3 ls {shlex.quote(subject)}")]
     except Missing:
-        head = {}
-        missing = "no such bucket or object"
+        size, missing = 0, "no such bucket or object"
     else:
-        missing = "is empty"
-    size = int(head.get("ContentLength") or 0)
+        missing = "is empty, or has no data file"
     if not size:
         folder = subject.removesuffix(key.rpartition("/")[2])
         return [Finding("error", subject, missing, f"aws s3 ls {shlex.quote(folder)}")]
@@ -174,6 +178,16 @@ def check_s3_object(clients: AwsClients, requirements: RunRequirements, subject:
         found = f"{found}; the bucket is in {elsewhere}, not in {clients.region}"
         return [Finding("warning", subject, found, fix)]
     return [Finding("ok", subject, found)]
+
+
+def size_in_s3(clients: AwsClients, bucket: str, key: str) -> int:
+    """The bytes of an object, or of the data files among the first objects under a prefix or a glob."""
+    if not (key.endswith("/") or is_glob(key)):
+        return int(clients.ask("s3", "head_object", Bucket=bucket, Key=key).get("ContentLength") or 0)
+    prefix = re.split(r"[*?\[]", key)[0]
+    listed = clients.list("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix)
+    sizes = {each["Key"]: int(each["Size"]) for each in islice(listed, MOST_LISTED)}
+    return sum(sizes[name] for name in s3_keys(key, sizes))
 
 
 def bucket_region(clients: AwsClients, bucket: str) -> str:

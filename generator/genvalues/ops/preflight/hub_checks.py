@@ -46,7 +46,7 @@ def repositories(requirements: RunRequirements) -> list[HubRepository]:
     text = requirements.text
     found = [
         HubRepository("model", text("model.id"), text("model.revision") or "main"),
-        HubRepository("dataset", requirements.hub_dataset, text("dataset.revision") or "main"),
+        *(HubRepository("dataset", name, revision or "main") for name, revision in requirements.hub_datasets),
     ]
     return [repository for repository in found if repository.name]
 

@@ -109,9 +109,12 @@ class RunRequirements:
         return bucket, key
 
     @property
-    def hub_dataset(self) -> str:
-        """The dataset's name on the Hub; empty if it is elsewhere."""
-        return self.dataset if is_on_hub(self.dataset) else ""
+    def hub_datasets(self) -> list[tuple[str, str]]:
+        """Name and revision of each source of rows on the Hub."""
+        dataset = get(self.values, "dataset", dict) or {}
+        sources = [dataset, *(get(dataset, "additional", dict) or {}).values(), get(dataset, "eval", dict)]
+        found = [(get(source, "source", str) or "", get(source, "revision", str) or "") for source in sources]
+        return [(name, revision) for name, revision in dict.fromkeys(found) if name and is_on_hub(name)]
 
     @property
     def token_secret(self) -> str:

@@ -640,6 +640,19 @@ def test_a_dataset_in_s3_with_a_problem(
     assert found.fix.startswith("aws s3 ") and "'s3://bucket/a b/" in found.fix
 
 
+def test_an_s3_prefix_is_listed(stub: Stub, clients: AwsClients) -> None:
+    prefix = requirements({"dataset": {"source": "s3://bucket/rows/"}})
+    for contents, level, words in (
+        ([{"Key": "rows/a.jsonl.gz", "Size": 2_000_000}, {"Key": "rows/README.md", "Size": 9_000_000}], "ok", "2.0 MB"),
+        ([{"Key": "rows/README.md", "Size": 9}], "error", "no data file"),
+    ):
+        s3 = stub("s3")
+        s3.add_response("list_objects_v2", {"Contents": contents}, {"Bucket": "bucket", "Prefix": "rows/"})
+        s3.add_response("head_bucket", {"BucketRegion": REGION}, {"Bucket": "bucket"})
+        found = one(findings_of(clients, prefix, aws.check_s3_object))
+        assert found.level == level and words in found.found
+
+
 def test_the_role_of_the_service_account_is_named() -> None:
     role = {"serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"}}}
     assert "arn:aws:iam::1:role/reader" in aws.tokenize_role(requirements(role))

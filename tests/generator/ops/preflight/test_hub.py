@@ -234,3 +234,14 @@ def test_nothing_is_requested_for_a_model_and_dataset_outside_the_hub(hub_server
 def test_offline_makes_no_request(hub_server: Hub) -> None:
     assert {finding.found for finding in check_hub(requirements(), offline=True)} == {"--offline"}
     assert hub_server.asked == []
+
+
+def test_every_source_of_rows_on_the_hub_is_checked() -> None:
+    more = {"more": {"source": "org/more", "revision": "refs/convert/parquet"}, "file": {"source": "/workspace/a.csv"}}
+    found = hub.repositories(requirements({"dataset": {"additional": more, "eval": {"source": "org/held-out"}}}))
+    assert [str(each) for each in found if each.kind == "dataset"] == [
+        "dataset databricks/databricks-dolly-15k",
+        "dataset org/more@refs/convert/parquet",
+        "dataset org/held-out",
+    ]
+    assert found[2].api.endswith("/revision/refs%2Fconvert%2Fparquet")

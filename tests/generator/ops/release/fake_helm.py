@@ -116,7 +116,7 @@ class FakeHelm:
                     "name": item["metadata"]["name"],
                     "kind": item["kind"],
                     "path": "llama-lora/templates/x.yaml",
-                    "manifest": yaml.safe_dump(item),
+                    "manifest": yaml.dump(item, Dumper=yaml.CSafeDumper),
                     "events": annotations["helm.sh/hook"].split(","),
                     "last_run": {"phase": (phases or {}).get(item["metadata"]["name"], "")},
                 }
@@ -126,7 +126,7 @@ class FakeHelm:
             "namespace": "team-a",
             "version": revision,
             "info": {"status": status, "last_deployed": updated, "description": "Install complete"},
-            "manifest": yaml.safe_dump_all(ordinary),
+            "manifest": yaml.dump_all(ordinary, Dumper=yaml.CSafeDumper),
             "hooks": hooks,
         }
         written = {"status": document, "values": values or {}, "all": all_values or {}}

@@ -11,7 +11,7 @@ import torch
 
 from genvalues.accelerators import native_rules
 from genvalues.accelerators.architectures import Architecture, UnknownArchitecture, from_config
-from genvalues.accelerators.neuron_rules import process_problems
+from genvalues.accelerators.neuron_rules import process_problems, shard_problems
 from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import dotted
@@ -58,6 +58,7 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
     yield from process_problems(
         layout.nodes, layout.processes_per_node, layout.tensor_parallel_size, layout.data_parallel_size
     )
+    yield from shard_problems(config.backend, layout.shard_size, layout.data_parallel_size)
 
 
 def structure_of(path: Path) -> Structure:

@@ -45,6 +45,7 @@ def problems(config: RunConfig, architecture: Architecture, platform: str | None
     yield from neuron_rules.process_problems(
         layout.nodes, layout.processes_per_node, layout.tensor_parallel_size, layout.data_parallel_size
     )
+    yield from neuron_rules.shard_problems(config.backend, layout.shard_size, layout.data_parallel_size)
 
 
 def warnings(config: RunConfig) -> list[str]:
