@@ -181,7 +181,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Run, pytest.MonkeyPatch], None], str, l
     "heads": ("tokenize", indivisible_heads, "parallelism.tensorParallelSize", ["2 key-value heads", "Use 1 or 2"]),
     "processes": ("tokenize", too_few_processes, "parallelism.dataParallelSize", ["processesPerNode 1", "to 1"]),
     "shared weights": ("tokenize", indivisible_copies, "parallelism.shardSize", ["dataParallelSize 2", "divisor"]),
-    "no trained tokens": ("tokenize", nothing_to_train_on, "dataset", ["prompt fills maxSequenceLength"]),
+    "no trained tokens": ("tokenize", nothing_to_train_on, "dataset", ["longer than maxSequenceLength"]),
     "learning rate": ("rehearse", overflow, "training.learningRate", ["nan", "Lower it"]),
     "row length on Trainium": ("tokenize", odd_length_on_trainium, "training.maxSequenceLength", ["512", "128"]),
     "quantized base": ("tokenize", quantized, "model", ["quantized", "bf16"]),
