@@ -32,7 +32,7 @@ from llama_lora.data.tokens import ExampleTokenizer, Overlong, fit
 from llama_lora.progress import StageProgress
 
 BATCH_ROWS, BATCH_CHARACTERS = 128, 1 << 18  # of a batch: whichever is reached first
-BATCHES_IN_PROCESS = 4  # a dataset of no more batches is not worth other processes
+BATCHES_IN_PROCESS = 2  # a dataset of no more batches is not worth other processes
 DROPPED_SHOWN = 3  # rows that the report shows for each reason
 GROUP = "groupColumn"
 UNREADABLE = "cannot be read"
