@@ -6,6 +6,7 @@
 {{- end }}
 {{- $_ := set $config "device" (include "llama-lora.device" .) }}
 {{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}
+{{- $_ := set $config.dataset "overlong" ($config.dataset.overlong | default nil) }}
 {{- include "llama-lora.config.yaml" $config }}
 {{- end }}
 
