@@ -19,7 +19,7 @@ from genvalues.common.errors import UserError
 from llama_lora.config import Model
 from llama_lora.data import resolve
 from llama_lora.data.snapshot import take_snapshot
-from trainer.conftest import Run, make_model
+from trainer.conftest import Run, llama_lora, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
 NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -66,15 +66,24 @@ class FakeHub:
             return status, {"X-Error-Code": code.removeprefix("all:"), "X-Error-Message": message}, b""
         if "/tree/" in path:  # asked by huggingface_hub 2.x, not by 0.x
             listed = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
-                for file in sorted(self.folder.iterdir())
+                {
+                    "type": "file",
+                    "path": file.relative_to(self.folder).as_posix(),
+                    "size": file.stat().st_size,
+                    "oid": "0",
+                }
+                for file in sorted(self.folder.rglob("*"))
+                if file.is_file()
             ]
             return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
         if metadata:
             names = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             answer = {"id": "org/thing", "modelId": "org/thing", "sha": self.commit, "siblings": names, "tags": []}
             return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
-        body = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+        file = self.folder / path.split("/resolve/", 1)[1].partition("/")[2]
+        if not file.is_file():
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        body = file.read_bytes()
         return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{abs(hash(body))}"'}, body
 
 
@@ -132,6 +141,36 @@ def test_a_hub_that_does_not_answer_is_tried_again(new_run: Callable[..., Run]) 
     run = of_hub(new_run())
     said = run("tokenize", status=1, HF_ENDPOINT=NO_ENDPOINT)
     assert said.count("\n") == 1 and "cannot be reached" in said
+
+
+def test_a_script_based_dataset_names_the_parquet_revision_which_is_read(
+    new_run: Callable[..., Run], hub: FakeHub, tmp_path: Path
+) -> None:
+    """As wikicorpus on the Hub: the error is that of `datasets` itself, which must not be retried."""
+    import pyarrow
+    import pyarrow.parquet
+
+    run = new_run()
+    run.config["dataset"] |= {"source": "org/thing", "config": "raw_en", "format": "text", "columns": {}}
+    hub.folder = tmp_path / "script"
+    hub.folder.mkdir()
+    (hub.folder / "thing.py").write_text("raise SystemExit('a script of a dataset must not run')")
+
+    def tokenize(status: int) -> str:  # a new process: `datasets` takes HF_ENDPOINT when it is imported
+        files = ("--config", str(run.write_config()), "--workspace", str(run.workspace))
+        return llama_lora("tokenize", *files, status=status, HF_HOME=str(tmp_path / "hub"), **hub.environment)
+
+    said = tokenize(status=2)
+    assert said.splitlines()[-1].startswith("dataset.revision: org/thing is read by a Python script")
+    assert "refs/convert/parquet" in said
+    hub.folder = tmp_path / "parquet"
+    (hub.folder / "raw_en/train").mkdir(parents=True)
+    table = pyarrow.table({"text": [f"Article {n}." for n in range(50)]})
+    pyarrow.parquet.write_table(table, hub.folder / "raw_en/train/0000.parquet")
+    run.config["dataset"]["revision"] = "refs/convert/parquet"
+    assert "rows: 50 read" in tokenize(status=0)
+    assert any("/revision/refs%2Fconvert%2Fparquet" in path for path in hub.asked), "not pinned"
+    assert any(f"{COMMITS[0]}/raw_en/train/0000.parquet" in path for path in hub.asked)
 
 
 @pytest.fixture

@@ -233,6 +233,8 @@ def hostile(name: str, size: int) -> bytes:
         "a value.json": b'[{"a": 1},{"a": "%s"},{"a": 3}]' % (b"x" * size),
         "nested.jsonl": b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * 1_000_000, b"]" * 1_000_000),
         "nested.json": b'[{"a": 1},{"a": %s%s}]' % (b'{"a":' * 1_000_000, b"}" * 1_000_000),
+        "levels.jsonl": b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * 100, b"]" * 100),
+        "levels.json": b'[{"a": 1},{"a": %s%s}]' % (b"[" * 100, b"]" * 100),
         "digits.jsonl": b'{"a": 1}\n{"a": %s}\n{"a": 3}\n' % (b"1" * 5000),
         "digits.json": b'[{"a": 1},{"a": %s}]' % (b"1" * 5000),
     }[name]
@@ -248,6 +250,8 @@ def hostile(name: str, size: int) -> bytes:
         ("a value.json", " row 2", "has a value of more than 16 MiB"),
         ("nested.jsonl", ":2", "is nested too deeply"),
         ("nested.json", " row 2", "is nested too deeply"),
+        ("levels.jsonl", ":2", "is nested too deeply"),
+        ("levels.json", " row 2", "is nested too deeply"),
         ("digits.jsonl", ":2", "has a number that is too long"),
         ("digits.json", " row 2", "has a number that is too long"),
     ],
@@ -269,6 +273,13 @@ def test_a_hostile_row_is_told_with_its_place_in_bounded_memory(
     tracemalloc.stop()
     assert [(error.where, error.what.startswith(what)) for error in told] == [(f"{path}{place}", True)]
     assert peak < 7 * MAX_ROW_BYTES
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_brackets_beside_each_other_or_in_text_are_no_levels(tmp_path: Path, suffix: str) -> None:
+    row = {"tools": [{"a": [n]} for n in range(500)], "text": "[{" * 1000}
+    (tmp_path / f"a{suffix}").write_text(json.dumps([row] if suffix == ".json" else row))
+    assert [each.values for each in read(tmp_path / f"a{suffix}")] == [row]
 
 
 def test_a_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +342,7 @@ def test_a_reader_does_not_hold_the_file(tmp_path: Path) -> None:
 
 def test_the_page_states_the_limits() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
-    assert f"at most {MAX_ROW_BYTES >> 20} MiB" in page
+    assert f"at most {MAX_ROW_BYTES >> 20} MiB" in page and f"at most {json_stream.MOST_DEPTH} levels" in page
     assert f"{compression.MOST_FREE_BYTES >> 20} MiB" in page and f"{compression.MOST_EXPANSION} times" in page
     assert all(f"`{suffix}`" in page for suffix in FORMATS)
     assert all(f"`{word}`" in page for word in (*SPLIT_WORDS, *EMPTY_CELLS))

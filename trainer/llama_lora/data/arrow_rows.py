@@ -42,6 +42,10 @@ def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[s
                 for batch in file.iter_batches(size, row_groups=[index]):
                     yield from rows_of(batch, name, number, bad_rows, columns)
                     number += batch.num_rows
+    except RecursionError:
+        raise UserError(
+            "has columns that are nested too deeply", where=name, fix="Write rows of a few levels."
+        ) from None
     except pyarrow.ArrowException as error:
         raise UserError(f"not a valid Parquet file: {error}", where=name) from None
 

@@ -15,6 +15,7 @@ from llama_lora.data.rows import MAX_ROW_BYTES, RowError
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_WORD = 16  # more than a constant or an escape has characters: an error this near to the end may be a cut
 FIRST_READ = 1 << 16  # characters
+MOST_DEPTH = 100  # of a row; rows are passed between processes, and pickle and Jinja fail at some hundred levels
 ROWS_KEY = "data"  # of an object that holds the rows
 
 
@@ -28,9 +29,24 @@ _DECODER = json.JSONDecoder(parse_constant=_constant)
 
 def parse_line(text: str, place: str) -> Any:
     """The JSON value of a line. Raises RowError at ``place``."""
-    return _explained(
+    value = _explained(
         lambda: _DECODER.decode(text), lambda at: f"{place}:{at + 1}", place, "Write one JSON object per line."
     )
+    if text.count("[") + text.count("{") > MOST_DEPTH and _is_deep(value):
+        raise _too_deep(place)
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        containers = (each for each in level if isinstance(each, (dict, list)))
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
+def _too_deep(place: str) -> RowError:
+    return RowError("is nested too deeply", where=place, fix=f"Write rows of at most {MOST_DEPTH} levels.")
 
 
 def _explained(parse: Callable[[], Any], position: Callable[[int], str], place: str, fix: str) -> Any:
@@ -40,7 +56,7 @@ def _explained(parse: Callable[[], Any], position: Callable[[int], str], place: 
     except json.JSONDecodeError as error:
         raise RowError(f"invalid JSON: {error.msg}", where=position(error.pos), fix=fix) from None
     except RecursionError:
-        raise RowError("is nested too deeply", where=place, fix="Write rows of a few levels.") from None
+        raise _too_deep(place) from None
     except ValueError as error:  # an integer of more than sys.get_int_max_str_digits() digits
         raise RowError(
             f"has a number that is too long: {str(error).partition(';')[0]}",
@@ -140,6 +156,9 @@ class JsonRows:
                 value, end = _DECODER.raw_decode(self._buffer, self._at)
                 if end < len(self._buffer) or self._ended:  # a number may go on
                     self._check_length(end - self._at, row)
+                    brackets = self._buffer.count("[", self._at, end) + self._buffer.count("{", self._at, end)
+                    if brackets > MOST_DEPTH and _is_deep(value):
+                        raise _too_deep(f"{self._name}{row}")
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
