@@ -15,7 +15,7 @@ from jsonschema.exceptions import ValidationError
 from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, unnamed_generation
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
-from genvalues.inputs.schema_lookup import inputs_schema, kinds, resolve
+from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
 
 MISSING = "missing"
 UNKNOWN = "unknown key"
@@ -199,15 +199,14 @@ def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
     """
     described, nodes = "", [schema]
     for part in key:
-        properties = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
-        items = [node["items"] for node in nodes if "items" in node] if isinstance(part, int) else []
-        branches = [branch for node in properties + items for branch in (node, *node.get("anyOf", []))]
-        described = next((node["description"] for node in properties if "description" in node), described)
+        below = [found for node in nodes if (found := inside(node, part))]
+        branches = [branch for node in below for branch in (node, *node.get("anyOf", []))]
+        described = next((node["description"] for node in below if "description" in node), described)
         nodes = [resolve(branch, schema) for branch in branches]
     not_null = [node for node in nodes if node.get("type", "null") != "null"]
     blocks = [node["properties"] for node in not_null if key and "properties" in node]
-    inside = blocks[0] if len(blocks) == len(not_null) == 1 else []
-    words = [described.split(". ")[0].rstrip("."), f"keys: {', '.join(inside)}" if inside else ""]
+    names = blocks[0] if len(blocks) == len(not_null) == 1 else []
+    words = [described.split(". ")[0].rstrip("."), f"keys: {', '.join(names)}" if names else ""]
     return f"({'; '.join(filter(None, words))})" if any(words) else ""
 
 

@@ -30,13 +30,18 @@ def kinds(key: KeyPath) -> frozenset[str]:
     schema = inputs_schema()
     nodes = [schema]
     for part in key[1:] if key[:1] == (FREE,) else key:
-        inner = [
-            node["items"] if isinstance(part, int) else node["properties"][part]
-            for node in nodes
-            if (isinstance(part, int) and "items" in node) or part in node.get("properties", {})
-        ]
+        inner = [below for node in nodes if (below := inside(node, part))]
         nodes = [resolve(branch, schema) for node in inner for branch in (node, *node.get("anyOf", []))]
     return frozenset(kind for node in nodes for kind in kinds_of(node)) if key else frozenset()
+
+
+def inside(node: dict[str, Any], part: str | int) -> dict[str, Any]:
+    """The schema of an item, a key, or any key of a map; empty if there is none."""
+    if isinstance(part, int):
+        found = node.get("items")
+    else:
+        found = node.get("properties", {}).get(part) or node.get("additionalProperties")
+    return found if isinstance(found, dict) else {}
 
 
 def kinds_of(node: dict[str, Any]) -> list[str]:

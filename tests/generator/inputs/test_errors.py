@@ -676,6 +676,12 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
             "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, tools)",
         ),
         ("source: a/b, columns: {tools: t}", "dataset.columns.tools: format instruction has no such column"),
+        (
+            "source: a/b, additional: {x: {source: a/c, wieght: 2}}",
+            "dataset.additional.x.wieght: unknown key. Did you mean",
+        ),
+        ("source: a/b, additional: {x: {source: a/c, weight: 0}}", "dataset.additional.x.weight: must be more than 0"),
+        ("source: a/b, additional: {x: {split: test}}", "dataset.additional.x.source: missing. (Hub id, or path"),
         ("source: a/b, split: 'train[:10'", 'dataset.split: "train[:10" is invalid'),
         (
             "source: a/b, groupColumn: user, eval: {split: test}",

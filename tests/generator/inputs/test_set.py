@@ -58,6 +58,13 @@ def told(document: Document) -> list[str]:
         ("training.maxSteps=null", "training", {"maxSteps": None}),
         ("dataset.revision=1234567", "dataset", {"source": "a/b", "revision": "1234567"}),
         ("dataset.config=true", "dataset", {"source": "a/b", "config": "true"}),
+        ("dataset.split=train[:10%]+test", "dataset", {"source": "a/b", "split": "train[:10%]+test"}),
+        ("dataset.source=data/*.jsonl.gz", "dataset", {"source": "data/*.jsonl.gz"}),
+        (
+            "dataset.additional.more.source=a/c,dataset.additional.more.weight=0.5,dataset.eval.split=test",
+            "dataset",
+            {"source": "a/b", "additional": {"more": {"source": "a/c", "weight": 0.5}}, "eval": {"split": "test"}},
+        ),
         ("dataset=text", "dataset", "text"),
         ("instance.a=b", "instance", {"a": "b"}),
         ("nodes=2,", "nodes", 2),

@@ -157,6 +157,13 @@ def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> No
 ON_TRAINIUM = "model: meta-llama/Llama-3.1-8B\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
 
 
+def test_attention_is_isolated_where_one_source_has_conversations(tmp_path: Path) -> None:
+    text, more = ON_TRAINIUM % ("text", "trn1.32xlarge"), "dataset.additional.more."
+    sets = ["training.maxSequenceLength=2048", f"{more}source=a/c"]
+    assert values_of(tmp_path, text, *sets)["training"]["attention"] == "causal"
+    assert values_of(tmp_path, text, *sets, f"{more}format=chat")["training"]["attention"] == "isolated"
+
+
 @pytest.mark.parametrize(
     ("format_", "instance", "length", "attention"),
     [
