@@ -83,6 +83,7 @@ values: $(READY)
 bench: $(READY)
 	.venv/bin/python tests/bench/bench_start.py
 	.venv/bin/python tests/bench/bench_merge.py
+	.venv/bin/python tests/bench/bench_prepare.py
 
 clean:
 	rm -rf .venv .venv-xla demo build *.egg-info

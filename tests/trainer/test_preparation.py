@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genvalues.common.errors import Unavailable
 from llama_lora.data import preparation
 from llama_lora.data.tokens import IGNORED, Example, fit, split_text
 from llama_lora.stages import tokenize
@@ -211,6 +214,34 @@ def test_an_error_in_another_process_is_told_with_its_place(
     run = written(new_run(), [*rows, {"q": "?", "b": "no answer"}])
     assert "rows.jsonl:31: " in run("tokenize", status=2)
     assert not list(run.workspace.glob("datasets/*/"))
+
+
+def test_a_process_that_is_killed_ends_the_stage_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
+    here = os.getpid()
+
+    def work(item: int) -> int:
+        if os.getpid() != here and item == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with pytest.raises(Unavailable, match="killed"):
+        list(preparation.mapped(work, range(20), 2))
+
+
+def test_results_are_in_order_and_few_items_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while taken < 100:
+            taken += 1
+            yield taken
+
+    for done, result in enumerate(preparation.mapped(lambda item: item, items(), 2), start=1):
+        assert result == done and taken - done <= 6
+    assert done == 100
 
 
 def test_the_tokenizer_is_called_once_for_a_batch(tokenizer: Any) -> None:

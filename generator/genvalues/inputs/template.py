@@ -108,8 +108,9 @@ def template_text(answers: Answers, file: Path) -> str:
     name = one_line(file.name)
     head = [
         "Inputs of genvalues. A key that is commented out has the value that is shown.",
-        f"    genvalues check {name}    checks it",
-        f"    genvalues write {name}    writes the values of the chart",
+        f"    genvalues check {name}      checks it",
+        f"    genvalues preview {name}    shows rows as the model sees them",
+        f"    genvalues write {name}      writes the values of the chart",
         *schema_comments(SCHEMA, tree, file.parent, "genvalues schema"),
     ]
     sections = ["\n".join(f"# {line}" for line in head) + "\n"]

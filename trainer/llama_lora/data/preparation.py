@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from genvalues.common.errors import UserError
+from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.process import PR_SET_PDEATHSIG, prctl
 from llama_lora.config import Dataset, Training
 from llama_lora.data.columns import Columns
@@ -261,7 +261,7 @@ def mapped(work: Callable[[Item], Result], items: Iterable[Item], processes: int
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise MemoryError("a process that tokenizes rows was killed, probably because memory ran out") from None
+            raise Unavailable("a process that tokenizes rows was killed; has the pod enough memory?") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from genvalues.common.errors import UserError
 from llama_lora.data.rendering import Dropped, RenderedExample
+from llama_lora.data.word_cache import WordCache
 
 IGNORED = -100  # the label of a token without loss, in torch and transformers
 
@@ -52,9 +53,10 @@ class ExampleTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.beginning = beginning(tokenizer)
+        self._ids = WordCache(tokenizer)
 
     def tokenize(self, rendered: Sequence[RenderedExample]) -> list[Example]:
-        """Tokenize examples at their full length, with one call of the tokenizer for the segments of all of them.
+        """Tokenize examples at their full length, with at most one call of the tokenizer for all of them.
 
         Equal segments are tokenized once: those of a conversation whose history is in many examples, for instance.
         """
@@ -72,15 +74,6 @@ class ExampleTokenizer:
         if fitted.reason:
             raise Dropped(fitted.reason)
         return fitted.pieces[0], len(whole.input_ids) > max_length
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        ids: list[list[int]] = encoded.input_ids
-        return ids
 
     def _joined(self, rendered: RenderedExample, found: Mapping[str, array[int]]) -> Example:
         ids = array("i", self.beginning if rendered.begins else [])
