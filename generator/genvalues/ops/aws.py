@@ -20,7 +20,7 @@ Found = TypeVar("Found")
 CONNECT_SECONDS, READ_SECONDS = 4, 6
 # The IAM prefix of a service where it differs from boto3's name, and actions that differ from the operation's name.
 IAM_PREFIXES = {"service-quotas": "servicequotas"}
-IAM_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}
+IAM_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket", "ListObjectsV2": "s3:ListBucket"}
 
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 WRONG = {

@@ -273,7 +273,7 @@ class TrainingOptions(Block):
     """
 
     max_sequence_length: int = Field(
-        2048, ge=8, le=131072, description="Tokens per row. Longer examples are truncated."
+        2048, ge=8, le=131072, description="Tokens per row. dataset.overlong: what becomes of longer examples."
     )
     packing: bool = Field(True, description="Pack several examples into one row. They cannot attend to each other.")
     epochs: Number = Field(1.0, gt=0, le=10000, description="Passes over the dataset.")

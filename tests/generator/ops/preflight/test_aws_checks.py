@@ -648,9 +648,13 @@ def test_an_s3_prefix_is_listed(stub: Stub, clients: AwsClients) -> None:
     ):
         s3 = stub("s3")
         s3.add_response("list_objects_v2", {"Contents": contents}, {"Bucket": "bucket", "Prefix": "rows/"})
-        s3.add_response("head_bucket", {"BucketRegion": REGION}, {"Bucket": "bucket"})
+        if level == "ok":
+            s3.add_response("head_bucket", {"BucketRegion": REGION}, {"Bucket": "bucket"})
         found = one(findings_of(clients, prefix, aws.check_s3_object))
         assert found.level == level and words in found.found
+    stub("s3").add_client_error("list_objects_v2", "AccessDenied", http_status_code=403)
+    found = one(findings_of(clients, prefix, aws.check_s3_object))
+    assert found.level == "not checked" and "s3:ListBucket" in found.found
 
 
 def test_the_role_of_the_service_account_is_named() -> None:
