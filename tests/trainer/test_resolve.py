@@ -232,6 +232,7 @@ def test_a_gguf_model_becomes_safetensors_with_the_right_end_of_sequence_token(t
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
     assert tokenizer("<|im_start|>user\nHi<|im_end|>").input_ids[0] == 1 and tokenizer.chat_template
+    assert tokenizer.decode(tokenizer("Hi").input_ids) == "Hi", "the file says that no token begins a text"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype.itemsize == 2 and model.generation_config.eos_token_id == 2
 
