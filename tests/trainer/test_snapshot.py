@@ -8,6 +8,7 @@ import gguf
 import numpy
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM
 
 from llama_lora import library_versions
 from llama_lora.config import Model
@@ -37,6 +38,7 @@ def write_gguf(file: Path, begin: bool) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(begin)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
     shapes = {"token_embd": (len(tokens), size), "output_norm": (size,)}
     shapes |= {f"blk.0.{name}": (size,) for name in ("attn_norm", "ffn_norm")}
     shapes |= {f"blk.0.attn_{name}": (size, size) for name in ("q", "k", "v", "output")}
@@ -58,7 +60,18 @@ def test_a_tokenizer_made_from_gguf_begins_texts_as_the_file_says(tmp_path: Path
     tokenizer = library_versions.load_tokenizer(folder)
     found = [tokenizer.decode([token]) for token in tokenizer("Hi").input_ids]
     assert found == ["<|im_start|>"] * begin + ["H", "i"]
-    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_gguf_model_becomes_safetensors_with_the_right_end_of_sequence_token(tmp_path: Path) -> None:
+    """transformers 4.57 takes <|im_start|> for the end of such a file's texts, and would train it never to stop."""
+    file = tmp_path / "model.gguf"
+    write_gguf(file, begin=False)
+    folder = take_snapshot(Model(path=str(file)), resolve.Source("s", "1"), tmp_path)
+    tokenizer = library_versions.load_tokenizer(folder)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
+    assert tokenizer("<|im_start|>Hi<|im_end|>").input_ids[0] == 1 and tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype.itemsize == 2 and model.generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("begin", [True, False])
