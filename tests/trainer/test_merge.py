@@ -206,7 +206,8 @@ def test_the_merged_model_stops_at_the_chat_templates_end_of_a_turn(
     tokenizer = family_tokenizer("qwen2.5-base")
     merged = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert merged.eos_token_id == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert merged.bos_token_id == 256 and merged.max_length == (77 if with_generation_config else None)
+    written = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert merged.bos_token_id == 256 and written.get("max_length") == (77 if with_generation_config else None)
 
 
 def test_a_generation_config_that_has_the_end_of_a_turn_is_copied_as_it_is(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from trainer.chat_templates import family_tokenizer
 
 
 def write_gguf(file: Path, begin: bool) -> None:
-    """Write a Llama of one layer with a tokenizer like SmolLM2's: three special tokens, the bytes and one word."""
+    """Write a Llama of one layer with a tokenizer like SmolLM2's: three special tokens, the bytes and two words."""
     size, inner = 32, 64
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab", "cd"]
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(size)
@@ -34,7 +34,7 @@ def write_gguf(file: Path, begin: bool) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # of one, transformers 4.57 makes no list
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(begin)
