@@ -205,6 +205,14 @@ def test_tools_are_a_top_level_key_a_column_or_a_key_of_the_messages() -> None:
         assert shown(values, name="qwen2.5", columns=columns) == text
 
 
+def test_a_conversational_prompt_may_have_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    values = {"prompt": [USER], "completion": [ANSWER]}
+    assert render({**values, "tools": tools}, "prompt-completion") == render(
+        {"messages": [USER, ANSWER], "tools": tools}
+    )
+
+
 def test_a_conversational_prompt_and_completion_have_a_loss_on_the_completion_only() -> None:
     prompt = [USER, ANSWER, USER]
     expected = turn("user", "Hi") + turn("assistant", "Yes?") + PAIR

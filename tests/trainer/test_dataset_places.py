@@ -190,7 +190,7 @@ def test_additional_sources_have_their_own_settings_and_rows_say_their_source(tm
         ("dataset.additional.again", "text", 1),
         ("dataset.additional.replay", "chat", 0.5),
     ]
-    assert parts[2].read_columns == {"messages", "tools"}
+    assert parts[2].read_columns == {"messages", "system", "tools"}
 
 
 def test_held_out_rows_come_from_their_source_or_from_a_split_of_the_dataset(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,64 @@ def test_an_error_in_another_process_is_told_with_its_place(
     run = written(new_run(), [*rows, {"q": "?", "b": "no answer"}])
     assert "rows.jsonl:31: " in run("tokenize", status=2)
     assert not list(run.workspace.glob("datasets/*/"))
+
+
+BAD_ROWS: list[dict[str, Any]] = [{"q": "?", "b": "no answer"}, {"q": ["a list"], "a": "x"}, {"q": "?", "a": {"b": 1}}]
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_rows_that_cannot_be_rendered_are_told_together_with_those_that_cannot_be_read(
+    new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr(tokenize, "available_cores", lambda: cores)
+    good: list[dict[str, Any]] = [{"q": f"{n}?", "a": f"{n}."} for n in range(20)]
+    run = written(new_run(), [BAD_ROWS[0], *good, *BAD_ROWS[1:], *good])
+    with Path(run.config["dataset"]["source"]).open("a") as file:
+        file.write("not JSON\n")
+    said = run("tokenize", status=2)
+    places = [f"rows.jsonl:{line}" for line in (1, 22, 23, 44)]
+    assert sum(place + ":" in said for place in places) == 4 and "4 rows cannot be read" in said
+    assert not list(run.workspace.glob("datasets/*/"))
+    run.config["dataset"]["onBadRow"] = "skip"
+    run("tokenize")
+    report = report_of(run)
+    assert (report["rows_read"], report["kept"], report["dropped"]) == (44, 40, {"cannot be read": 4})
+    assert len(report["dropped_shown"]["cannot be read"]) == 3
+
+
+def test_the_first_20_rows_that_cannot_be_rendered_are_told(new_run: Callable[..., Run]) -> None:
+    run = written(new_run(), [{"q": "?", "a": "Yes."}, *[{"q": "?", "a": ["x"]}] * 200])
+    said = run("tokenize", status=2).splitlines()
+    assert "rows.jsonl:2:" in said[-21] and "rows.jsonl:21:" in said[-2] and "20 rows or more" in said[-1]
+
+
+def test_a_column_that_no_row_has_is_told_once(new_run: Callable[..., Run]) -> None:
+    run = written(new_run(), [{"question": "?", "a": "Yes."}] * 30)
+    said = run("tokenize", status=2)
+    assert said.count("has no column q") == 1 and "dataset.columns.instruction" in said
+    run.config["dataset"]["onBadRow"] = "skip"
+    said = run("tokenize", status=2)
+    assert "no rows left" in said and "rows.jsonl:1" in said and "dataset.columns.instruction" in said
+
+
+def test_a_group_column_that_a_row_lacks_makes_a_bad_row(new_run: Callable[..., Run]) -> None:
+    rows = [{"q": f"{n}?", "a": "Yes.", "user": n} for n in range(8)]
+    run = written(new_run(dataset={"groupColumn": "user"}), [*rows, {"q": "?", "a": "No."}])
+    assert "rows.jsonl:9: has no column user" in run("tokenize", status=2)
+    run.config["dataset"]["onBadRow"] = "skip"
+    run("tokenize")
+    assert report_of(run)["dropped"] == {"cannot be read": 1}
+
+
+def test_a_chat_template_that_fails_ends_the_run_even_if_bad_rows_are_skipped(
+    tiny_model: Path, tmp_path: Path, new_run: Callable[..., Run]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ 1 // (messages | length - 1) }}")
+    run = new_run(dataset={"onBadRow": "skip"})
+    run.config["model"] = {"path": str(model)}
+    said = run("tokenize", status=2)
+    assert "the chat template fails: ZeroDivisionError" in said and "rows.jsonl:1" in said
 
 
 def test_a_process_that_is_killed_ends_the_stage_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:

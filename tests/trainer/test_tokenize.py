@@ -63,7 +63,9 @@ def test_no_held_out_rows_with_evaluation_enabled_is_an_error_of_tokenize(new_ru
 def test_an_empty_dataset_is_an_error_with_the_reasons_for_dropped_rows(new_run: Callable[..., Run]) -> None:
     run = new_run()
     Path(run.config["dataset"]["source"]).write_text('{"q": "x", "a": ""}\n')
-    assert "dataset: no rows left to train on. Dropped: {'empty output': 1}." in run("tokenize", status=2)
+    assert "dataset: no rows left to train on: 1 dropped: 1 (empty output); the first is" in run("tokenize", status=2)
+    Path(run.config["dataset"]["source"]).write_text("\n")
+    assert "dataset.source: the dataset has no rows" in run("tokenize", status=2)
 
 
 def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -> None:

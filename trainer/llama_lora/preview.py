@@ -39,7 +39,7 @@ def preview(config: RunConfig, rows: int) -> dict[str, Any]:
         bad_rows, kept = BadRows(skip=dataset.on_bad_row == "skip"), Kept()
         with TokenStore(Path(name) / "examples") as store:
             work = RowTokenizer(renderers, tokenizer, dataset, config.training)
-            counts = prepare(first_rows(config, bad_rows), work, store, kept, 1, held_out=False)
+            counts = prepare(first_rows(config, bad_rows), work, store, kept, bad_rows, 1, held_out=False)
             bad_rows.raise_errors()
             counts.skip(bad_rows)
             store.finish()

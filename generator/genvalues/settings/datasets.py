@@ -30,7 +30,19 @@ REQUIRED_COLUMNS = {
     "prompt-completion": ["prompt", "completion"],
     "chat": ["messages"],
 }
-OPTIONAL_COLUMNS = {"instruction": ["input", "system", "history"], "chat": ["tools"]}
+OPTIONAL_COLUMNS = {
+    "instruction": ["input", "system", "history"],
+    "prompt-completion": ["tools"],
+    "chat": ["system", "tools"],
+}
+# Columns that are read if the one named after the key is missing. First match wins.
+COLUMN_ALIASES = {
+    "instruction": ("question", "query"),
+    "output": ("answer", "response"),
+    "prompt": ("question",),
+    "completion": ("answer", "response"),
+    "messages": ("conversations", "conversation"),
+}
 COLUMNS = {name for columns in (REQUIRED_COLUMNS, OPTIONAL_COLUMNS) for names in columns.values() for name in names}
 
 SPLIT_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[-?[0-9]*%?:-?[0-9]*%?\])?"

@@ -132,11 +132,13 @@ class Columns(Block):
     prompt: Text | None = Field(None, description="Format prompt-completion: the prompt.")
     completion: Text | None = Field(None, description="Format prompt-completion: the completion.")
     messages: Text | None = Field(None, description="Format chat: a list of {role, content}.")
-    system: Text | None = Field(None, description="Format instruction: the system prompt, optional.")
+    system: Text | None = Field(None, description="Formats instruction and chat: the system prompt, optional.")
     history: Text | None = Field(
         None, description="Format instruction: earlier turns, a list of [question, answer], optional."
     )
-    tools: Text | None = Field(None, description="Format chat: the tools that the assistant may call, optional.")
+    tools: Text | None = Field(
+        None, description="Formats chat and prompt-completion: the tools that the assistant may call, optional."
+    )
 
     @model_serializer(mode="wrap")
     def only_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, str]:
@@ -227,7 +229,9 @@ class DatasetOptions(DatasetPart):
         0.5, ge=0, le=1, description="Refuse a dataset if more than this share of its rows is dropped."
     )
     on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="fail lists the first 20 rows that cannot be read, with their places. skip drops them."
+        "fail",
+        description="fail lists the first 20 rows that cannot be read or lack a column, with their places. skip drops "
+        "them.",
     )
 
     @property

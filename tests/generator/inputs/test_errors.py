@@ -673,7 +673,7 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
         ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "s3://b" is not data in S3'),
         (
             "source: a/b, additional: {x: {source: a/c, format: chat, columns: {output: o}}}",
-            "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, tools)",
+            "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, system, tools)",
         ),
         ("source: a/b, columns: {tools: t}", "dataset.columns.tools: format instruction has no such column"),
         (

@@ -6,17 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from genvalues.common.errors import UserError
-from llama_lora.data.rows import Row
-
-# Columns that are read if the one named after the key is missing. First match wins.
-OTHER_NAMES = {
-    "instruction": ("question", "query"),
-    "output": ("answer", "response"),
-    "prompt": ("question",),
-    "completion": ("answer", "response"),
-    "messages": ("conversations", "conversation"),
-}
+from genvalues.settings.datasets import COLUMN_ALIASES
+from llama_lora.data.rows import MissingColumn, Row, RowError
 
 
 class Dropped(Exception):
@@ -41,23 +32,23 @@ class Columns:
                 return None
             self.found.add(key)
             return name
-        return next((name for name in (key, *OTHER_NAMES.get(key, ())) if name in row.values), None)
+        return next((name for name in (key, *COLUMN_ALIASES.get(key, ())) if name in row.values), None)
 
     def value(self, row: Row, key: str, *, required: bool = True) -> Any:
-        """The value for ``key``, None if it is null or NaN. Raises UserError if a required column is missing."""
+        """The value for ``key``, None if it is null or NaN. Raises RowError if a required column is missing."""
         name = self.name(row, key)
         if name is None:
             if required:
-                raise self._missing(row, key)
+                raise self.missing(row, key)
             return None
         value = _lookup(row.values, name)
         return None if is_null(value) else value
 
     def text(self, row: Row, key: str, *, required: bool = True) -> str:
-        """The text for ``key``. Raises Dropped if it is required and empty, UserError if it is not text."""
+        """The text for ``key``. Raises Dropped if it is required and empty, RowError if it is not text."""
         value = self.value(row, key, required=required)
         if isinstance(value, (list, tuple, dict)):
-            raise UserError(
+            raise RowError(
                 f"column {self.name(row, key)} contains a {type(value).__name__}, not text",
                 where=row.place,
                 fix="Use format chat for lists of messages.",
@@ -67,9 +58,10 @@ class Columns:
             raise Dropped(f"empty {key}")
         return text
 
-    def _missing(self, row: Row, key: str) -> UserError:
-        names = (self.named[key],) if key in self.named else (key, *OTHER_NAMES.get(key, ()))
-        return UserError(
+    def missing(self, row: Row, key: str) -> MissingColumn:
+        """The error of a row without a column for ``key``."""
+        names = (self.named[key],) if key in self.named else (key, *COLUMN_ALIASES.get(key, ()))
+        return MissingColumn(
             f"has no column {' or '.join(names)}",
             where=row.place,
             fix=f"Set dataset.columns.{key} to one of: {', '.join(map(str, row.values))}.",
@@ -82,7 +74,7 @@ def is_null(value: Any) -> bool:
 
 
 def as_text(value: Any, what: str, place: str) -> str:
-    """A value as text, empty for null. Raises UserError for bytes that are not UTF-8."""
+    """A value as text, empty for null. Raises RowError for bytes that are not UTF-8."""
     if isinstance(value, str):
         return value
     if is_null(value):
@@ -91,7 +83,7 @@ def as_text(value: Any, what: str, place: str) -> str:
         try:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
-            raise UserError(
+            raise RowError(
                 f"{what} contains bytes that are not UTF-8 (byte {error.start})",
                 where=place,
                 fix="Convert the column to text, or leave it out of dataset.columns.",
@@ -100,7 +92,7 @@ def as_text(value: Any, what: str, place: str) -> str:
 
 
 def as_json(value: Any, what: str, place: str) -> Any:
-    """Parse a value that is JSON text; return any other value as it is. Raises UserError if the text is not JSON."""
+    """Parse a value that is JSON text; return any other value as it is. Raises RowError if the text is not JSON."""
     if isinstance(value, (bytes, bytearray)):
         value = as_text(value, what, place)
     if not isinstance(value, str):
@@ -110,7 +102,7 @@ def as_json(value: Any, what: str, place: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise UserError(
+        raise RowError(
             f"{what} is text that is not valid JSON: {error}", where=place, fix="Write a list, or a list as JSON text."
         ) from None
 

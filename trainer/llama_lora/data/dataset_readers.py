@@ -28,26 +28,30 @@ __all__ = ["BadRows", "Row", "read_held_out", "read_part", "read_rows"]
 def read_rows(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows | None = None) -> Iterator[Row]:
     """Yield every row of dataset.source, then those of dataset.additional by name.
 
-    Raises UserErrors with file and line of the rows that cannot be read, or counts them in ``bad_rows`` if those are
-    skipped. ``bad_rows`` left out: as dataset.onBadRow says.
+    Rows that cannot be read are recorded in ``bad_rows``, whose errors the caller raises. Left out: raises UserErrors
+    with file and line of such rows, or skips them, as dataset.onBadRow says.
     """
-    bad_rows = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
+    found = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
     pinned = {"": sources.dataset, **sources.additional}
-    yield from _reported(
-        (row for part in training_parts(dataset) for row in read_part(part, pinned[part.name], bad_rows)), bad_rows
+    yield from _until_bad(
+        (row for part in training_parts(dataset) for row in read_part(part, pinned[part.name], found)), found
     )
+    if bad_rows is None:
+        found.raise_errors()
 
 
 def read_held_out(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows | None = None) -> Iterator[Row]:
     """Yield every row of dataset.eval; none if it is not set. ``bad_rows``: see ``read_rows``."""
     part = held_out_part(dataset)
     if part and sources.held_out:
-        bad_rows = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
-        yield from _reported(read_part(part, sources.held_out, bad_rows), bad_rows)
+        found = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
+        yield from _until_bad(read_part(part, sources.held_out, found), found)
+        if bad_rows is None:
+            found.raise_errors()
 
 
-def _reported(rows: Iterator[Row], bad_rows: BadRows) -> Iterator[Row]:
-    """Yield the rows up to the first that cannot be read; then only look for more of those, and raise UserErrors.
+def _until_bad(rows: Iterator[Row], bad_rows: BadRows) -> Iterator[Row]:
+    """Yield the rows up to the first that cannot be read; then only look for more of those.
 
     So the rest is not tokenized in vain. Skipped bad rows stop nothing.
     """
@@ -60,7 +64,6 @@ def _reported(rows: Iterator[Row], bad_rows: BadRows) -> Iterator[Row]:
             break
         if not failed:
             yield row
-    bad_rows.raise_errors()
 
 
 def read_part(part: Part, source: Source, bad_rows: BadRows) -> Iterator[Row]:

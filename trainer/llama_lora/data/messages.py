@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from genvalues.common.errors import UserError
 from llama_lora.data.columns import Dropped, as_json, as_text, is_null, without_nulls
+from llama_lora.data.rows import RowError
 
 Message = dict[str, Any]
 
@@ -57,7 +57,7 @@ def conversation(pairs: list[tuple[str, str]]) -> Conversation:
 def read_messages(value: Any, what: str, place: str) -> Conversation:
     """Read the value of a column, ``what``, as a conversation.
 
-    Raises UserError if it is not a list of messages, Dropped if a message cannot be trained on.
+    Raises RowError if it is not a list of messages, Dropped if a message cannot be trained on.
     """
     value = as_json(value, what, place)
     if isinstance(value, Mapping) and "messages" in value:
@@ -65,7 +65,7 @@ def read_messages(value: Any, what: str, place: str) -> Conversation:
     if value is None or value == []:
         raise Dropped("empty messages")
     if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
-        raise UserError(f"{what} is not a list of messages", where=place, fix=FIX)
+        raise RowError(f"{what} is not a list of messages", where=place, fix=FIX)
     value = [each for each in value if not (_is_role(each, "system") and _is_empty(_raw_content(each)))]
     messages = [_message(message, what, place) for message in value]
     return Conversation(messages, [_has_loss(each, read) for each, read in zip(value, messages, strict=True)])
@@ -79,7 +79,7 @@ def read_tools(value: Any, what: str, place: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{what} is not a list of tools", where=place, fix='Write [{"type": "function", ...}].')
+        raise RowError(f"{what} is not a list of tools", where=place, fix='Write [{"type": "function", ...}].')
     tools = (as_json(tool, what, place) for tool in value)
     return [without_nulls(tool) for tool in tools if tool is not None]
 
@@ -90,7 +90,7 @@ def read_history(value: Any, what: str, place: str) -> list[tuple[str, str]]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)) or not all(isinstance(t, (list, tuple)) and len(t) == 2 for t in value):
-        raise UserError(
+        raise RowError(
             f"{what} is not a list of [question, answer]", where=place, fix='Write [["QUESTION", "ANSWER"], ...].'
         )
     roles = ("user", "assistant")
@@ -101,7 +101,7 @@ def _message(message: Mapping[str, Any], what: str, place: str) -> Message:
     """A message with its role and content under these keys, and its other keys unless they are empty."""
     role, content = _raw_role(message), _raw_content(message)
     if not isinstance(role, str):
-        raise UserError(f"{what} is not a list of messages: one has no role", where=place, fix=FIX)
+        raise RowError(f"{what} is not a list of messages: one has no role", where=place, fix=FIX)
     other = {key: each for key, each in message.items() if key not in SHAPE_KEYS and not _is_empty(each)}
     name = role.strip().lower()
     read: Message = {"role": ROLES.get(name, role), "content": "", **other}
@@ -163,7 +163,7 @@ def _tool_call(call: Any, what: str, place: str) -> dict[str, Any]:
     """A call in OpenAI's form, with its arguments as an object."""
     call = without_nulls(as_json(call, what, place))
     if not isinstance(call, dict):
-        raise UserError(
+        raise RowError(
             f"{what} has a tool call that is not an object", where=place, fix='Write {"name": ..., "arguments": {...}}.'
         )
     function = call.get("function") if isinstance(call.get("function"), dict) else call

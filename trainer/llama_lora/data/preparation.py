@@ -25,7 +25,7 @@ from llama_lora.config import Dataset, Training
 from llama_lora.data.columns import Columns
 from llama_lora.data.parts import training_parts
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
-from llama_lora.data.rows import BadRows, Row
+from llama_lora.data.rows import BadRows, MissingColumn, Row, RowError
 from llama_lora.data.selection import Kept, hash64
 from llama_lora.data.token_store import TokenStore
 from llama_lora.data.tokens import ExampleTokenizer, Overlong, fit
@@ -82,7 +82,8 @@ class Counts:
             self.dropped_rows += bad_rows.number
             self.dropped[UNREADABLE] += bad_rows.number
             self.dropped_shown[UNREADABLE] = [
-                {"place": error.where, "row": error.what} for error in bad_rows.first[:DROPPED_SHOWN]
+                {"place": error.where, "row": f"{error.what}. {error.fix}".strip()}
+                for error in bad_rows.first[:DROPPED_SHOWN]
             ]
 
     def add(self, other: Counts) -> None:
@@ -100,13 +101,17 @@ class Counts:
 
 @dataclass
 class TokenizedRows:
-    """A batch of rows: their examples' lengths and tokens (int32), what is known of them, and the counts."""
+    """A batch of rows: their examples' lengths and tokens (int32), what is known of them, and the counts.
+
+    ``bad`` has the errors of the rows that are not as their format says; the counts do not cover these.
+    """
 
     lengths: array[int]
     input_ids: bytes
     labels: bytes
     kept: Kept
     counts: Counts
+    bad: list[RowError]
 
 
 def renderers_of(dataset: Dataset, tokenizer: Any) -> dict[str, Renderer]:
@@ -129,6 +134,7 @@ class RowTokenizer:
         }
         self._numbers = {part.name: number for number, part in enumerate(training_parts(dataset))}
         self._group = Columns({GROUP: dataset.group_column}) if dataset.group_column else None
+        self._fails = dataset.on_bad_row == "fail"
         for name, renderer in renderers.items():
             if self._overlong[name] == "split" and renderer.format != "text":
                 raise UserError(
@@ -137,25 +143,37 @@ class RowTokenizer:
                     fix="Write truncate or drop.",
                 )
 
-    def __call__(self, rows: list[Row]) -> TokenizedRows:
-        """Tokenize a batch. Raises UserError if a row is not as its format says."""
-        counts = Counts(rows=len(rows))
-        rendered: list[list[RenderedExample]] = []
+    def __call__(self, rows: list[Row], *, only_render: bool = False) -> TokenizedRows:
+        """Tokenize a batch. ``only_render``: only look for bad rows, because one has ended the run already.
+
+        Raises UserError if the chat template fails, or if bad rows end the run and each row lacks a column.
+        """
+        counts = Counts()
+        rendered: list[tuple[Row, int, list[RenderedExample]]] = []
+        bad: list[RowError] = []
         for row in rows:
             counts.columns.setdefault(row.source, set()).update(row.values)
             try:
-                rendered.append(self._renderers[row.source].render(row))
+                group = self._group_of(row)
+                rendered.append((row, group, self._renderers[row.source].render(row)))
+            except RowError as error:
+                bad.append(error)
             except Dropped as reason:
                 counts.drop(row, str(reason))
-                rendered.append([])
+                counts.dropped_rows += 1
+        counts.rows = len(rows) - len(bad)
+        if self._fails and len(bad) == len(rows) and all(isinstance(error, MissingColumn) for error in bad):
+            raise bad[0]
+        if only_render or (self._fails and bad):
+            rendered = []
         for name, renderer in self._renderers.items():
             counts.notes.update(renderer.notes)
             counts.named[name] = set(renderer.columns.found)
             renderer.notes.clear()
-        examples = iter(self._tokenizer.tokenize(list(chain.from_iterable(rendered))))
+        examples = iter(self._tokenizer.tokenize([each for _, _, texts in rendered for each in texts]))
         kept, lengths = Kept(), array("i")
         input_ids, labels = array("i"), array("i")
-        for row, texts in zip(rows, rendered, strict=True):
+        for row, group, texts in rendered:
             kept_texts = 0
             for example in islice(examples, len(texts)):
                 length = len(example.input_ids)
@@ -181,17 +199,17 @@ class RowTokenizer:
             if kept_texts:
                 kept.texts.append(kept_texts)
                 kept.sources.append(self._numbers[row.source])
-                kept.groups.append(self._group_of(row))
+                kept.groups.append(group)
             else:
                 counts.dropped_rows += 1
-        return TokenizedRows(lengths, input_ids.tobytes(), labels.tobytes(), kept, counts)
+        return TokenizedRows(lengths, input_ids.tobytes(), labels.tobytes(), kept, counts, bad)
 
     def _group_of(self, row: Row) -> int:
         """The hash of the row's dataset.groupColumn; 0 if none is set."""
         if self._group is None:
             return 0
         if self._group.name(row, GROUP) is None:
-            raise UserError(
+            raise MissingColumn(
                 f"has no column {self._group.named[GROUP]}",
                 where=row.place,
                 fix=f"Set dataset.{GROUP} to one of: {', '.join(map(str, row.values))}.",
@@ -203,12 +221,25 @@ class RowTokenizer:
 
 
 def prepare(
-    rows: Iterable[Row], tokenize: RowTokenizer, store: TokenStore, kept: Kept, processes: int, *, held_out: bool
+    rows: Iterable[Row],
+    tokenize: RowTokenizer,
+    store: TokenStore,
+    kept: Kept,
+    bad_rows: BadRows,
+    processes: int,
+    *,
+    held_out: bool,
 ) -> Counts:
-    """Tokenize rows into ``store`` and ``kept``. ``held_out``: they are the rows of dataset.eval."""
+    """Tokenize rows into ``store`` and ``kept``, and add those that cannot be rendered to ``bad_rows``.
+
+    ``held_out``: they are the rows of dataset.eval. After a bad row that ends the run, the others are only rendered.
+    """
     counts = Counts()
+    items = ((batch, bad_rows.ends_run) for batch in batches(rows))
     with StageProgress("row") as progress:
-        for batch in mapped(tokenize, batches(rows), processes):
+        for batch in mapped(lambda item: tokenize(item[0], only_render=item[1]), items, processes):
+            for error in batch.bad:
+                bad_rows.add(error)
             store.append(batch.lengths, batch.input_ids, batch.labels)
             batch.kept.held_out.extend([held_out] * len(batch.kept.texts))
             kept.extend(batch.kept)

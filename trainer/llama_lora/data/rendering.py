@@ -16,7 +16,7 @@ from llama_lora.data import messages as shapes
 from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplates, limits
 from llama_lora.data.columns import Columns, Dropped
 from llama_lora.data.messages import Conversation, Message
-from llama_lora.data.rows import Row
+from llama_lora.data.rows import Row, RowError
 from llama_lora.data.turns import RenderedExample, Segment, TurnRenderer
 
 __all__ = ["TEMPLATE_DATE", "Dropped", "RenderedExample", "Renderer", "Segment"]
@@ -99,13 +99,13 @@ class Renderer:
     def render(self, row: Row) -> list[RenderedExample]:
         """Render a row.
 
-        Raises Dropped if it has nothing to train on, UserError if a column is missing or not text, or if the chat
-        template fails.
+        Raises Dropped if it has nothing to train on, RowError if a column is missing or not as the format says,
+        UserError if the chat template fails.
         """
         try:
             examples = self._examples(row)
         except RecursionError:
-            raise UserError("is nested too deeply", where=row.place, fix="Write a row with fewer levels.") from None
+            raise RowError("is nested too deeply", where=row.place, fix="Write a row with fewer levels.") from None
         if len(examples) > 1:
             self.notes["conversations whose history the chat template rewrites: one example for each answer"] += 1
         for example in examples:
@@ -132,7 +132,10 @@ class Renderer:
             prompt, completion = parts
             prompt.loss = [False] * len(prompt.loss)
             prompt.extend(completion)
+            prompt.tools = self._tools(row, None)
             return self._conversation(row, prompt)
+        if self._tools(row, None):
+            self.notes["ignored column tools: the prompt is plain text"] += 1
         completed = self.columns.text(row, "completion")
         return [
             self._as_written(
@@ -180,11 +183,15 @@ class Renderer:
         name = f"column {self.columns.name(row, 'messages')}"
         conversation = shapes.read_messages(value, name, row.place)
         conversation.add_system(self.columns.text(row, "system", required=False))
-        tools = self.columns.value(row, "tools", required=False)
-        if tools is None and isinstance(value, dict):
-            tools = value.get("tools")
-        conversation.tools = shapes.read_tools(tools, "column tools", row.place)
+        conversation.tools = self._tools(row, value)
         return self._conversation(row, conversation)
+
+    def _tools(self, row: Row, messages: Any) -> list[Any]:
+        """The tools of a row: its column, or a key beside the messages in theirs."""
+        tools = self.columns.value(row, "tools", required=False)
+        if tools is None and isinstance(messages, dict):
+            tools = messages.get("tools")
+        return shapes.read_tools(tools, f"column {self.columns.name(row, 'tools') or 'tools'}", row.place)
 
     def _conversation(self, row: Row, conversation: Conversation) -> list[RenderedExample]:
         messages, tools = conversation.messages, conversation.tools

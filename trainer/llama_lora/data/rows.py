@@ -24,11 +24,15 @@ class Row(NamedTuple):
 
 
 class RowError(UserError):
-    """One row cannot be read; those after it can."""
+    """One row cannot be read or rendered; those after it can."""
+
+
+class MissingColumn(RowError):
+    """A row lacks a column. If all rows do, the settings are wrong rather than the rows."""
 
 
 class BadRows:
-    """The rows that cannot be read (dataset.onBadRow): counted if ``skip``, else reported together, up to 20 at once.
+    """The rows that cannot be read or rendered (dataset.onBadRow): counted if ``skip``, else reported up to 20 at once.
 
     ``first`` has the errors of the first 20.
     """
@@ -37,6 +41,11 @@ class BadRows:
         self.skip = skip
         self.number = 0
         self.first: list[UserError] = []
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether there is one, and bad rows are not skipped."""
+        return self.number > 0 and not self.skip
 
     def add(self, error: UserError) -> None:
         """Record a bad row. Raises UserErrors at the 20th, unless bad rows are skipped."""
@@ -48,7 +57,7 @@ class BadRows:
 
     def raise_errors(self) -> None:
         """Raise UserErrors with every recorded row, if there is one and bad rows are not skipped."""
-        if self.skip or not self.number:
+        if not self.ends_run:
             return
         more = " or more" if self.number == MOST_REPORTED else ""
         summary = UserError(

@@ -17,7 +17,7 @@ from llama_lora.data import data_report, token_store
 from llama_lora.data.dataset_readers import BadRows, read_held_out, read_rows
 from llama_lora.data.packing import one_per_row, pack
 from llama_lora.data.parts import Part, held_out_part, training_parts
-from llama_lora.data.preparation import Counts, RowTokenizer, prepare, renderers_of
+from llama_lora.data.preparation import UNREADABLE, Counts, RowTokenizer, prepare, renderers_of
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.data.selection import Kept, Selection, select
 from llama_lora.data.shared_folders import make_once
@@ -112,8 +112,10 @@ def write_dataset(
         kept = Kept()
         work = RowTokenizer(renderers, tokenizer, dataset, training)
         cores = available_cores()
-        counts = prepare(read_rows(dataset, sources, bad_rows), work, store, kept, cores, held_out=False)
-        counts.add(prepare(read_held_out(dataset, sources, bad_rows), work, store, kept, cores, held_out=True))
+        counts = prepare(read_rows(dataset, sources, bad_rows), work, store, kept, bad_rows, cores, held_out=False)
+        own_rows = read_held_out(dataset, sources, bad_rows)
+        counts.add(prepare(own_rows, work, store, kept, bad_rows, cores, held_out=True))
+        bad_rows.raise_errors()
         counts.skip(bad_rows)
         check_dropped(counts, dataset.max_dropped)
         for part in parts:
@@ -166,17 +168,22 @@ def check_columns(part: Part, counts: Counts) -> None:
 
 def check_dropped(counts: Counts, most: float) -> None:
     """Raise UserError if a greater share of the rows than ``most`` is dropped, or all."""
+    if not counts.rows:
+        raise UserError("the dataset has no rows", where="dataset.source", fix="Name data with rows.")
+    if counts.dropped_rows <= most * counts.rows and counts.dropped_rows < counts.rows:
+        return
+    reasons = ", ".join(f"{count} ({reason})" for reason, count in counts.dropped.most_common(REASONS))
+    [(most_common, _)] = counts.dropped.most_common(1)
+    first = counts.dropped_shown[most_common][0]
+    reasons += f"; the first is {first['place']}" + (f": {first['row']}" if most_common == UNREADABLE else "")
     if counts.dropped_rows == counts.rows:
-        raise UserError("no rows left to train on", where="dataset", fix=f"Dropped: {dict(counts.dropped)}.")
-    if counts.dropped_rows > most * counts.rows:
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in counts.dropped.most_common(REASONS))
-        [(most_common, _)] = counts.dropped.most_common(1)
-        first = counts.dropped_shown[most_common][0]["place"]
-        raise UserError(
-            f"{counts.dropped_rows} of {counts.rows} rows are dropped: {reasons}; the first is {first}",
-            where="dataset.maxDropped",
-            fix=f"Correct the rows or the settings, or raise it to {counts.dropped_rows / counts.rows:.2f} or more.",
-        )
+        what = f"no rows left to train on: {counts.rows} dropped: {reasons}"
+        raise UserError(what, where="dataset", fix="" if most_common == UNREADABLE else "Correct the rows or settings.")
+    raise UserError(
+        f"{counts.dropped_rows} of {counts.rows} rows are dropped: {reasons}",
+        where="dataset.maxDropped",
+        fix=f"Correct the rows or the settings, or raise it to {counts.dropped_rows / counts.rows:.2f} or more.",
+    )
 
 
 def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> None:
