@@ -13,6 +13,7 @@ import pytest
 
 from trainer.conftest import Run
 
+ANSWER = {"role": "assistant", "content": "Yes."}
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">&lt;\' \u202e'
 
 
@@ -69,6 +70,30 @@ def test_hostile_rows_are_only_text_in_the_page(reported: Callable[..., tuple[di
         "of three examples, twice each, and the dropped row"
     )
     assert report["dropped_shown"]["empty output"][0]["row"] in page.text
+
+
+def test_half_a_surrogate_pair_in_a_dropped_row_is_shown_as_an_escape(
+    reported: Callable[..., tuple[dict[str, Any], str]],
+) -> None:
+    report, html = reported([{"q": f"{number}?", "a": "Yes."} for number in range(9)] + [{"q": "?", "a": "\ud800"}])
+    [shown] = report["dropped_shown"]["is not valid Unicode"]
+    assert json.loads(shown["row"])["a"] == "\ud800" and "\\ud800" in html
+
+
+def test_the_page_has_the_notes(reported: Callable[..., tuple[dict[str, Any], str]]) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{n}", "mood": "<b>"}, ANSWER]} for n in range(9)]
+    report, html = reported(rows, dataset={"format": "chat", "columns": {}})
+    assert report["notes"] == {"ignored key mood: the chat template does not read it": 9}
+    assert "ignored key mood" in html
+
+
+def test_reasons_that_rows_make_up_take_a_bounded_part_of_the_report(
+    reported: Callable[..., tuple[dict[str, Any], str]],
+) -> None:
+    user = {"role": "user", "content": "?"}
+    rows = [{"messages": [{**user, "content": f"{n}?", f"key {n}": 1}, ANSWER]} for n in range(1000)]
+    report, _ = reported(rows, dataset={"format": "chat", "columns": {}})
+    assert len(report["notes"]) == 101 and sum(report["notes"].values()) == 1000
 
 
 def test_the_mask_is_marked_and_special_tokens_are_framed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,28 @@ def test_data_that_was_deleted_after_it_was_pinned_is_told(tmp_path: Path) -> No
         with pytest.raises(UserError, match="not found") as error:
             texts(gone)
         assert error.value.where == "dataset.source"
+
+
+def test_a_link_to_a_file_that_does_not_exist_is_told_and_other_links_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere.jsonl", "1")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    assert texts(tmp_path / "data") == ["1"]
+    (tmp_path / "data/b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for source in (tmp_path / "data", f"{tmp_path}/data/*.jsonl"):
+        with pytest.raises(UserError, match="link to a file that does not exist") as error:
+            texts(source)
+        assert error.value.where.endswith("b.jsonl") and error.value.fix
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    write(tmp_path / "data" / os.fsdecode(b"a\xff.jsonl"), *"123")
+    run = new_run(dataset={"source": str(tmp_path / "data"), "format": "text", "columns": {}})
+    run.config["evaluation"]["enabled"] = False
+    run("tokenize")
+    run("tokenize")
+    (tmp_path / "data" / os.fsdecode(b"a\xff.jsonl")).write_bytes(b"{")
+    assert "invalid JSON" in run("tokenize", status=2)
 
 
 def test_a_folder_with_a_test_split_only_is_told(tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_drops_lost_tokens_and_duplicates_are_shown_with_places(new_run: Callabl
     assert "duplicates: 1" in said and "are lost" in said
 
 
+def test_examples_of_each_source_are_shown(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("One.\nTwo.\n")
+    run = new_run(dataset={"additional": {"more": {"source": str(tmp_path / "more.txt"), "format": "text"}}})
+    said = previewed(run, "--rows", "1")
+    assert "--- example 1 of dataset\n<|start|>user\nWhat is 0" in said
+    assert "--- example 1 of dataset.additional.more\n<|bos|>{+One.<|end|>+}\n" in said and "example 2" not in said
+
+
+def test_a_dataset_without_rows_is_an_error(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    Path(run.config["dataset"]["source"]).write_text("\n")
+    assert "dataset.source: the dataset has no rows" in previewed(run, status=2)
+
+
 def test_only_the_first_rows_are_read(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview, "READ_ROWS", 7)
     assert "rows: 7 read" in previewed(new_run())

@@ -68,6 +68,13 @@ def test_an_empty_dataset_is_an_error_with_the_reasons_for_dropped_rows(new_run:
     assert "dataset.source: the dataset has no rows" in run("tokenize", status=2)
 
 
+def test_the_share_that_an_error_names_is_accepted(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    rows = [{"q": f"{n}?", "a": "Yes." if n < 199 else ""} for n in range(400)]  # 0.5025 are dropped
+    Path(run.config["dataset"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "raise it to 0.51 or more" in run("tokenize", status=2)
+
+
 def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -> None:
     run = new_run(training={"packing": False})
     run("tokenize")

@@ -113,7 +113,13 @@ def acceptance_command(config_file: Path | None, workspace: Path | None) -> None
 
 @main.command(name="preview", short_help="Show the first rows as the model sees them.")
 @config_option
-@click.option("--rows", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many examples to show.")
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="How many examples of each source to show.",
+)
 @user_errors_end_with_status_2
 def preview_command(config_file: Path | None, rows: int) -> None:
     """Show the first rows of the dataset as the model sees them, with what is trained. Needs no workspace.

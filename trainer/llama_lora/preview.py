@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy
 
+from genvalues.common.errors import UserError
 from llama_lora.config import RunConfig
 from llama_lora.data import data_report
 from llama_lora.data.dataset_readers import BadRows, read_part
@@ -28,9 +30,9 @@ READ_ROWS = 1000  # of each source: counts over more rows take longer than a gla
 
 
 def preview(config: RunConfig, rows: int) -> dict[str, Any]:
-    """The data report on the first rows of each source, with ``rows`` examples and without train and eval.
+    """The data report on the first rows of each source, with ``rows`` examples of each and without train and eval.
 
-    Raises UserError if the model's tokenizer or the rows cannot be read.
+    Raises UserError if the model's tokenizer or the rows cannot be read, or if there are no rows.
     """
     dataset = config.dataset
     with tempfile.TemporaryDirectory() as name:
@@ -42,6 +44,8 @@ def preview(config: RunConfig, rows: int) -> dict[str, Any]:
             counts = prepare(first_rows(config, bad_rows), work, store, kept, bad_rows, 1, held_out=False)
             bad_rows.raise_errors()
             counts.skip(bad_rows)
+            if not counts.rows:
+                raise UserError("the dataset has no rows", where="dataset.source", fix="Name data with rows.")
             store.finish()
             labels = [store.part("labels", number) for number in range(len(store.lengths))]
             trained = sum(int((each != IGNORED).sum()) for each in labels)
@@ -52,11 +56,18 @@ def preview(config: RunConfig, rows: int) -> dict[str, Any]:
                 "duplicates": selection.duplicates,
                 "tokens": sum(store.lengths),
                 "trained_tokens": trained,
-                "shown": [
-                    data_report.masked_text(store.example(number), tokenizer)
-                    for number in range(min(rows, len(store.lengths)))
-                ],
+                "shown": {
+                    part.key: [data_report.masked_text(store.example(number), tokenizer) for number in numbers[:rows]]
+                    for part, numbers in zip(training_parts(dataset), examples_of(kept, len(renderers)), strict=True)
+                },
             }
+
+
+def examples_of(kept: Kept, sources: int) -> list[list[int]]:
+    """The numbers of the examples of each source."""
+    of_text = numpy.repeat(kept.sources, kept.texts)
+    of_example = numpy.repeat(of_text, kept.pieces)
+    return [numpy.flatnonzero(of_example == source).tolist() for source in range(sources)]
 
 
 def load_tokenizer(config: RunConfig, folder: Path) -> Any:
@@ -76,10 +87,11 @@ def first_rows(config: RunConfig, bad_rows: BadRows) -> Iterator[Row]:
 
 def lines(report: dict[str, Any], *, color: bool) -> Iterator[str]:
     """The preview as text. Without color, what is trained is between {+ and +}."""
-    for number, pieces in enumerate(report["shown"], start=1):
-        yield heading(f"example {number}", color)
-        yield marked(pieces, color=color)
-    yield heading(f"report on the first {READ_ROWS:,} rows", color)
+    for key, examples in report["shown"].items():
+        for number, pieces in enumerate(examples, start=1):
+            yield heading(f"example {number}" + (f" of {key}" if len(report["shown"]) > 1 else ""), color)
+            yield marked(pieces, color=color)
+    yield heading(f"report on the first {READ_ROWS:,} rows{' of each source' * (len(report['shown']) > 1)}", color)
     meaning = click.style("green", fg="green") if color else "between {+ and +}"
     yield f"trained: {meaning}; rendered with {report['template']['name']}"
     yield from (printable(line) for line in data_report.lines(report))

@@ -10,7 +10,13 @@ from genvalues.inputs.input_options import Sources
 
 @click.command(short_help="Show rows as the model sees them.")
 @inputs
-@click.option("--rows", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many examples to show.")
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="How many examples of each source to show.",
+)
 def preview(sources: Sources, rows: int) -> None:
     """Show the first rows of the dataset as the model sees them, with what is trained in green, and a short report:
     rows dropped with their reasons, lengths, tokens lost, duplicates.

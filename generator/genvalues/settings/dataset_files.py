@@ -52,7 +52,9 @@ def files_of(source: str) -> list[DataFile]:
         return [DataFile("", path)]
     if path.is_dir():
         saved = is_saved(path)
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and (saved or _is_data(file, path))]
+        names = sorted(path.rglob("*"))
+        _check_links(file for file in names if _is_data(file, path))
+        found = [file for file in names if file.is_file() and (saved or _is_data(file, path))]
         files = [DataFile(file.relative_to(path).as_posix(), file) for file in found]
         if not files:
             raise UserError("the folder has no data file", where=source, fix=f"Name a folder with some. {FILES}")
@@ -60,6 +62,7 @@ def files_of(source: str) -> list[DataFile]:
     if not is_glob(source):
         return []
     matches = [Path(each) for each in sorted(glob(str(path), recursive=True))]  # noqa: PTH207 - Path.glob reads no absolute pattern
+    _check_links(file for file in matches if file_format(file.name))
     above = Path(*path.parts[: next(index for index, part in enumerate(path.parts) if is_glob(part))])
     files = [
         DataFile(file.relative_to(above).as_posix(), file)
@@ -69,6 +72,13 @@ def files_of(source: str) -> list[DataFile]:
     if matches and not files:
         raise UserError("matches no data file", where=source, fix=FILES)
     return files
+
+
+def _check_links(files: Iterable[Path]) -> None:
+    """Raise UserError for a link without its file: the rows would be missing without a word."""
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise UserError("is a link to a file that does not exist", where=str(file), fix="Restore or remove it.")
 
 
 def _is_data(file: Path, folder: Path) -> bool:

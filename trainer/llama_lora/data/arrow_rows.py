@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError
 
 BATCH_BYTES = 32 << 20
@@ -47,7 +48,11 @@ def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[s
             "has columns that are nested too deeply", where=name, fix="Write rows of a few levels."
         ) from None
     except pyarrow.ArrowException as error:
-        raise UserError(f"not a valid Parquet file: {error}", where=name) from None
+        raise UserError(
+            f"not a valid Parquet file: {one_line(str(error), 200)}",
+            where=name,
+            fix="The file is damaged or incomplete, or has the wrong suffix.",
+        ) from None
 
 
 def rows_of(batch: Any, name: str, before: int, bad_rows: BadRows, columns: Collection[str]) -> Iterator[Row]:

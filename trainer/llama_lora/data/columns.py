@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+from genvalues.common.text import one_line
 from genvalues.settings.datasets import COLUMN_ALIASES
 from llama_lora.data.rows import MissingColumn, Row, RowError
 
@@ -64,8 +66,13 @@ class Columns:
         return MissingColumn(
             f"has no column {' or '.join(names)}",
             where=row.place,
-            fix=f"Set dataset.columns.{key} to one of: {', '.join(map(str, row.values))}.",
+            fix=f"Set dataset.columns.{key} to one of: {listed(row.values)}.",
         )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns for an error; not all if they are many or long."""
+    return one_line(", ".join(islice(names, 50)), 300)
 
 
 def is_null(value: Any) -> bool:

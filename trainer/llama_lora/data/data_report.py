@@ -38,8 +38,9 @@ def report_of(counts: Counts, renderers: Mapping[str, Renderer]) -> dict[str, An
         "split": counts.split,
         "lost": {
             "tokens": counts.lost,
+            "share": round(counts.lost / max(1, counts.tokens), 4),
             "trained_tokens": counts.lost_trained,
-            "share": round(lost_share(counts), 4),
+            "trained_share": round(counts.lost_trained / max(1, counts.trained), 4),
         },
         "histogram": [{"up_to": 2**power, "examples": counts.histogram[power]} for power in sorted(counts.histogram)],
     }
@@ -49,11 +50,6 @@ def template_of(renderer: Renderer) -> dict[str, str | None]:
     """The template's name, and the beginning of the SHA-256 of a chat template."""
     name = "the tokenizer's chat template" if renderer.uses_chat_template else f"format {renderer.format}"
     return {"name": name, "sha256": renderer.template_hash()}
-
-
-def lost_share(counts: Counts) -> float:
-    """The share of the tokens that are lost, or of the tokens with a loss if that is more."""
-    return max(counts.lost / max(1, counts.tokens), counts.lost_trained / max(1, counts.trained))
 
 
 def masked_text(example: Example, tokenizer: Any) -> list[dict[str, Any]]:
@@ -101,11 +97,19 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 def warning(report: Mapping[str, Any]) -> str:
     """The warning about lost tokens; empty if there are few."""
     lost = report["lost"]
-    if lost["share"] <= WARN_LOST:
+    if max(lost["share"], lost["trained_share"]) <= WARN_LOST:
         return ""
     return (
-        f"{lost['tokens']} tokens ({lost['share']:.1%}), {lost['trained_tokens']} of them with loss, are lost because "
-        "their rows are longer than training.maxSequenceLength: raise it, or set dataset.overlong"
+        f"{_lost(report)}, are lost because their rows are longer than training.maxSequenceLength: raise it, or set "
+        "dataset.overlong"
+    )
+
+
+def _lost(report: Mapping[str, Any]) -> str:
+    lost = report["lost"]
+    return (
+        f"{lost['tokens']} tokens ({lost['share']:.1%}), {lost['trained_tokens']} of them with loss "
+        f"({lost['trained_share']:.1%} of those)"
     )
 
 
@@ -123,6 +127,7 @@ def page(report: Mapping[str, Any]) -> str:
         "<h2>Examples as the model sees them</h2>",
         "<p>The loss covers the <mark>marked</mark> text. <b>Special tokens</b> are framed.</p>",
         *(f"<pre>{_with_marks(pieces)}</pre>" for pieces in report["shown"]),
+        f"<h2>Notes</h2>{_table(report['notes'])}" if report["notes"] else "",
         f"<h2>Dropped</h2>{dropped}" if dropped else "",
     ]
     return (
@@ -133,7 +138,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    train, lost, template = report.get("train", {}), report["lost"], report["template"]
+    train, template = report.get("train", {}), report["template"]
     shown = {
         "revision": report.get("revision"),
         "rows read": report["rows_read"],
@@ -143,7 +148,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "removed from train, because held out too": report.get("in_train_and_eval"),
         "truncated": report["truncated"],
         "split": report["split"],
-        "tokens lost": f"{lost['tokens']} ({lost['share']:.2%})",
+        "lost": _lost(report),
         "tokens in train": train.get("tokens"),
         "share with loss": f"{1 - train['mask_share']:.2%}" if train else None,
         "rows of maxSequenceLength": train.get("rows"),

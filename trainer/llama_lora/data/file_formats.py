@@ -50,7 +50,9 @@ def read_file(path: Path, bad_rows: BadRows, *, name: str = "", columns: Collect
     except UnicodeDecodeError as error:
         raise UserError(f"not valid UTF-8 (byte {error.start})", where=name, fix="Save it as UTF-8.") from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=name) from None
+        raise UserError(
+            f"cannot be read: {error.strerror or error}", where=name, fix="Check its permissions and the volume."
+        ) from None
 
 
 class _Lines:

@@ -100,7 +100,7 @@ def read_history(value: Any, what: str, place: str) -> list[tuple[str, str]]:
 def _message(message: Mapping[str, Any], what: str, place: str) -> Message:
     """A message with its role and content under these keys, and its other keys unless they are empty."""
     role, content = _raw_role(message), _raw_content(message)
-    if not isinstance(role, str):
+    if not isinstance(role, str) or not role.strip():
         raise RowError(f"{what} is not a list of messages: one has no role", where=place, fix=FIX)
     other = {key: each for key, each in message.items() if key not in SHAPE_KEYS and not _is_empty(each)}
     name = role.strip().lower()
@@ -135,7 +135,7 @@ def _calls_in(content: Any) -> list[Any] | None:
 
 def _raw_role(message: Mapping[str, Any]) -> Any:
     role = message.get("role")
-    return message.get("from") if is_null(role) else role
+    return message.get("from") if _is_empty(role) else role
 
 
 def _raw_content(message: Mapping[str, Any]) -> Any:

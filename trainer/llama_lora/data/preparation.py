@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.process import PR_SET_PDEATHSIG, prctl
 from llama_lora.config import Dataset, Training
-from llama_lora.data.columns import Columns
+from llama_lora.data.columns import Columns, listed
 from llama_lora.data.parts import training_parts
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
 from llama_lora.data.rows import BadRows, MissingColumn, Row, RowError
@@ -36,6 +36,7 @@ BATCHES_IN_PROCESS = 2  # a dataset of no more batches is not worth other proces
 DROPPED_SHOWN = 3  # rows that the report shows for each reason
 GROUP = "groupColumn"
 UNREADABLE = "cannot be read"
+MOST_KEYS, OTHER = 100, "other"  # of reasons and notes that the report counts each for itself
 CHARACTERS_SHOWN = 500  # of such a row
 
 Item = TypeVar("Item")
@@ -69,7 +70,7 @@ class Counts:
 
     def drop(self, row: Row, reason: str) -> None:
         """Count an example of a row as dropped."""
-        self.dropped[reason] += 1
+        reason = _add(self.dropped, reason, 1)
         shown = self.dropped_shown.setdefault(reason, [])
         if len(shown) < DROPPED_SHOWN:
             text = json.dumps(row.values, ensure_ascii=False, default=str)[:CHARACTERS_SHOWN]
@@ -89,14 +90,25 @@ class Counts:
     def add(self, other: Counts) -> None:
         """Add the counts of later rows."""
         for name, value in vars(other).items():
-            if isinstance(value, (int, Counter)):
+            if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
+            elif isinstance(value, Counter):
+                for key, count in value.items():
+                    _add(getattr(self, name), key, count)
         for reason, rows in other.dropped_shown.items():
-            shown = self.dropped_shown.setdefault(reason, [])
+            shown = self.dropped_shown.setdefault(reason if reason in self.dropped else OTHER, [])
             shown += rows[: DROPPED_SHOWN - len(shown)]
         for mine, others in ((self.columns, other.columns), (self.named, other.named)):
             for source, found in others.items():
-                mine.setdefault(source, set()).update(found)
+                names = mine.setdefault(source, set())
+                names |= found if len(names) < MOST_KEYS else set()
+
+
+def _add(counter: Counter[Any], key: Any, count: int) -> Any:
+    """Count ``key``, as OTHER if there are many keys already: templates and messages make up their own."""
+    key = key if key in counter or len(counter) < MOST_KEYS else OTHER
+    counter[key] += count
+    return key
 
 
 @dataclass
@@ -152,7 +164,8 @@ class RowTokenizer:
         rendered: list[tuple[Row, int, list[RenderedExample]]] = []
         bad: list[RowError] = []
         for row in rows:
-            counts.columns.setdefault(row.source, set()).update(row.values)
+            if len(names := counts.columns.setdefault(row.source, set())) < MOST_KEYS:
+                names.update(row.values)
             try:
                 group = self._group_of(row)
                 rendered.append((row, group, self._renderers[row.source].render(row)))
@@ -212,7 +225,7 @@ class RowTokenizer:
             raise MissingColumn(
                 f"has no column {self._group.named[GROUP]}",
                 where=row.place,
-                fix=f"Set dataset.{GROUP} to one of: {', '.join(map(str, row.values))}.",
+                fix=f"Set dataset.{GROUP} to one of: {listed(row.values)}.",
             )
         value = self._group.value(row, GROUP)
         # Rows without a value have nothing in common.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def _known(
         return entry
     digest = hashlib.sha256()
     for name, file in content.items():
-        digest.update(f"{name} {files.sha256(file)}\n".encode())
+        digest.update(os.fsencode(f"{name} {files.sha256(file)}\n"))
     return {
         "asked": settings,
         "name": path.stem if path.is_file() else re.sub(r"[^\w.-]+", "-", path.name),

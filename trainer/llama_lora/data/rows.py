@@ -63,6 +63,6 @@ class BadRows:
         summary = UserError(
             f"{number_of(self.number, 'row')}{more} cannot be read",
             where="dataset.onBadRow",
-            fix="Correct them, or set it to skip, which drops and counts such rows.",
+            fix="Correct the data, or set it to skip, which drops and counts such rows.",
         )
         raise UserErrors([*self.first, summary])

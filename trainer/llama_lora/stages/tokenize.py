@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from genvalues.common.errors import UserError
 from llama_lora import backends
 from llama_lora.config import Dataset, RunConfig
 from llama_lora.data import data_report, token_store
+from llama_lora.data.columns import listed
 from llama_lora.data.dataset_readers import BadRows, read_held_out, read_rows
 from llama_lora.data.packing import one_per_row, pack
 from llama_lora.data.parts import Part, held_out_part, training_parts
@@ -151,7 +153,8 @@ def write_dataset(
         token_store.write_dataset(store, (selection.train[row] for row in packing), folder / "train")
         token_store.write_dataset(store, ([number] for number in selection.held_out), folder / "eval")
     files.write_json(folder / "report.json", report)
-    files.write_text(folder / "report.html", data_report.page(report))
+    # A row that is dropped may have half a surrogate pair, which UTF-8 cannot encode.
+    files.write_bytes(folder / "report.html", data_report.page(report).encode("utf-8", "backslashreplace"))
 
 
 def check_columns(part: Part, counts: Counts) -> None:
@@ -162,7 +165,7 @@ def check_columns(part: Part, counts: Counts) -> None:
             raise UserError(
                 f"no row has a column {column!r}",
                 where=f"{part.key}.columns.{key}",
-                fix=f"Available columns: {', '.join(sorted(available))}.",
+                fix=f"Available columns: {listed(sorted(available))}.",
             )
 
 
@@ -179,10 +182,11 @@ def check_dropped(counts: Counts, most: float) -> None:
     if counts.dropped_rows == counts.rows:
         what = f"no rows left to train on: {counts.rows} dropped: {reasons}"
         raise UserError(what, where="dataset", fix="" if most_common == UNREADABLE else "Correct the rows or settings.")
+    needed = math.ceil(100 * counts.dropped_rows / counts.rows) / 100
     raise UserError(
         f"{counts.dropped_rows} of {counts.rows} rows are dropped: {reasons}",
         where="dataset.maxDropped",
-        fix=f"Correct the rows or the settings, or raise it to {counts.dropped_rows / counts.rows:.2f} or more.",
+        fix=f"Correct the rows or the settings, or raise it to {needed:.2f} or more.",
     )
 
 
