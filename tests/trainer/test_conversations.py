@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from genvalues.common.errors import UserError
+from llama_lora.data.chat_template import ChatTemplate
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
@@ -124,6 +125,32 @@ def test_keys_that_the_template_reads_are_rendered_and_not_counted() -> None:
         [example] = renderer.render(Row(PLACE, {"messages": [USER, {**ANSWER, key: "Hm."}], "tools": [CALL]}))
         assert example.segments[1].text == "<think>\nHm.\n</think>\n\nYes?<|im_end|>"
     assert not renderer.notes
+
+
+@pytest.mark.parametrize("family", ["llama-3.1", "qwen2.5", "qwen3", "deepseek-r1"])
+def test_a_key_that_the_template_reads_from_tool_calls_only_is_counted(family: str) -> None:
+    renderer = Renderer(family_tokenizer(family), "chat", {})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    renderer.render(Row(PLACE, {"messages": [{**USER, "name": "Ann"}, call]}))
+    assert [note for note in renderer.notes if "ignored" in note] == [
+        "ignored key name: the chat template does not read it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.name }}{% endfor %}",
+        "{% for m in messages[1:] | reverse %}{{ m['name'] }}{% endfor %}",
+        "{% set last = messages[-1] %}{% if 'name' in last %}{{ last }}{% endif %}",
+        "{% set ns = namespace(last=messages[0]) %}{{ ns.last.name }}",
+        "{% macro turn(m) %}{{ m.get('name') }}{% endmacro %}{{ turn(messages[0]) }}",
+        "{{ messages | selectattr('name') | list }}",
+        "{% for m in messages %}{% for call in m.tool_calls %}{% set m = call %}{% endfor %}{{ m.name }}{% endfor %}",
+    ],
+)
+def test_keys_of_messages_are_found_wherever_a_template_reads_them(template: str) -> None:
+    assert "name" in ChatTemplate(template, {}).message_keys
 
 
 def test_a_rewritten_history_is_counted() -> None:

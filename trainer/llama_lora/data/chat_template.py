@@ -52,6 +52,7 @@ class ChatTemplate:
                 self.names = {
                     value for _, kind, value in environment.lex(source) if kind in ("name", "string")
                 }  # strings with their quotes
+                self.message_keys = message_keys(environment.parse(source))
             except (TimeUp, MemoryError):
                 raise
             except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
@@ -63,7 +64,7 @@ class ChatTemplate:
         return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
     def reads(self, key: str) -> bool:
-        """Whether the template contains ``key`` as a name or a string, so that it can read it from a message."""
+        """Whether the template contains ``key`` as a name or a string."""
         return bool(self.names & {key, f"'{key}'", f'"{key}"'})
 
     def render(self, messages: list[Message], tools: list[Any], *, prompt: bool, place: str) -> str:
@@ -90,6 +91,57 @@ class ChatTemplate:
         except Exception as error:
             raise UserError(f"the chat template fails: {_told(error)}", where=place, fix=FIX) from None
         return text
+
+
+def message_keys(template: Any) -> set[str]:
+    """The keys that a template, a syntax tree of Jinja, may read from a message.
+
+    Not those that it reads only from what is in a message, such as the name of the function in a tool call, or from the
+    tools.
+    """
+    from jinja2 import nodes
+
+    bound: dict[str, list[Any]] = {"tools": []}  # what each name stands for, or whose elements it stands for
+    for each in template.find_all((nodes.Assign, nodes.For)):
+        if isinstance(each.target, nodes.Name):
+            bound.setdefault(each.target.name, []).append(each.node if isinstance(each, nodes.Assign) else each.iter)
+
+    def is_inner(node: Any, seen: frozenset[str] = frozenset()) -> bool:
+        """Whether a node is a part of a message, or of the tools."""
+        if isinstance(node, nodes.Getattr) or (isinstance(node, nodes.Getitem) and _text(node.arg)):
+            return not _is_namespace(node.node, bound)
+        if isinstance(node, (nodes.Getitem, nodes.Filter)):
+            return is_inner(node.node, seen)
+        if not isinstance(node, nodes.Name) or node.name == "messages" or node.name not in bound:
+            return False
+        if node.name in seen:  # bound to a part of itself
+            return True
+        return all(is_inner(each, seen | {node.name}) for each in bound[node.name])
+
+    keys = set()
+    for each in template.find_all((nodes.Getattr, nodes.Getitem, nodes.Compare, nodes.Call, nodes.Filter)):
+        if isinstance(each, nodes.Compare):  # "key" in message
+            keys |= {_text(each.expr) for operand in each.ops if not is_inner(operand.expr)}
+        elif isinstance(each, nodes.Call):  # message.get("key")
+            getter = isinstance(each.node, nodes.Getattr) and not is_inner(each.node.node)
+            keys |= {_text(argument) for argument in each.args if getter}
+        elif isinstance(each, nodes.Filter):  # messages | selectattr("key")
+            keys |= {_text(argument) for argument in [*each.args, *(pair.value for pair in each.kwargs)]}
+        elif not is_inner(each.node):
+            keys.add(each.attr if isinstance(each, nodes.Getattr) else _text(each.arg))
+    return keys - {""}
+
+
+def _text(node: Any) -> str:
+    """The value of a constant that is text; empty for other nodes."""
+    value = getattr(node, "value", None)
+    return value if isinstance(value, str) else ""
+
+
+def _is_namespace(node: Any, bound: dict[str, list[Any]]) -> bool:
+    """Whether a node is a name that a template sets to namespace(...), whose attributes can be messages."""
+    values = bound.get(getattr(node, "name", ""), [])
+    return any(getattr(getattr(value, "node", None), "name", "") == "namespace" for value in values)
 
 
 class ChatTemplates:

@@ -13,7 +13,7 @@ from typing import Any
 
 from genvalues.common.errors import UserError
 from llama_lora.data import messages as shapes
-from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplates, limits
+from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplate, ChatTemplates, limits
 from llama_lora.data.columns import Columns, Dropped
 from llama_lora.data.messages import Conversation, Message
 from llama_lora.data.rows import Row, RowError
@@ -198,7 +198,7 @@ class Renderer:
         template = self._templates.of(tools) if self.tokenizer.chat_template else None
         if template is None or not template.reads("developer"):  # OpenAI's newer name of the system prompt
             messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
-        self._check_messages(messages, tools, template.reads if template else lambda key: False)
+        self._check_messages(messages, tools, template)
         # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
         trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]
         if not trained:
@@ -218,12 +218,13 @@ class Renderer:
             examples = self._turns.examples(render, messages, trained)
         return [RenderedExample(tuple(segments), begins=False) for segments in examples]
 
-    def _check_messages(self, messages: list[Message], tools: list[Any], reads: Callable[[str], bool]) -> None:
+    def _check_messages(self, messages: list[Message], tools: list[Any], template: ChatTemplate | None) -> None:
         """Count the keys that the template does not read. Raises Dropped if an answer would be empty without them."""
-        ignored = Counter(key for message in messages for key in message if not reads(key))
-        if tools and not reads("tools"):
+        read = template.message_keys if template else set()
+        ignored = Counter(key for message in messages for key in message if key not in read)
+        if tools and not (template and template.reads("tools")):
             ignored["tools"] += 1
-        reasoning = reads("thinking") or reads("reasoning_content")  # the same text under both names
+        reasoning = bool(read & {"thinking", "reasoning_content"})  # the same text under both names
         for key in ("role", "content", "thinking", *(["reasoning_content"] if reasoning else [])):
             del ignored[key]
         if ignored["tool_calls"]:
