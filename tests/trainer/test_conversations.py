@@ -232,6 +232,13 @@ def test_tools_are_a_top_level_key_a_column_or_a_key_of_the_messages() -> None:
         assert shown(values, name="qwen2.5", columns=columns) == text
 
 
+def test_a_conversational_prompt_may_be_json_text() -> None:
+    values = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    assert render(values, "prompt-completion") == render({"messages": [USER, ANSWER]})
+    [example] = render({"prompt": "[1, 2]", "completion": "[{}]"}, "prompt-completion")
+    assert [segment.text for segment in example.segments] == ["[1, 2]", "[{}]"]
+
+
 def test_a_conversational_prompt_may_have_tools() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     values = {"prompt": [USER], "completion": [ANSWER]}

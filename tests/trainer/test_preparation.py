@@ -191,6 +191,14 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
 
 
+def test_a_group_column_with_one_value_and_a_weight_that_draws_no_row_are_told(new_run: Callable[..., Run]) -> None:
+    rows = [{"q": f"{n}?", "a": "Yes.", "user": 1} for n in range(20)]
+    run = written(new_run(dataset={"groupColumn": "user"}), rows)
+    assert "dataset.groupColumn: has the same value in all 20 rows" in run("tokenize", status=2)
+    run = written(new_run(dataset={"weight": 0.001}), rows)
+    assert "dataset.weight: no rows left to train on" in run("tokenize", status=2)
+
+
 def test_any_number_of_processes_writes_the_same_bytes(
     new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,20 @@ def read_messages(value: Any, what: str, place: str) -> Conversation:
     return Conversation(messages, [_has_loss(each, read) for each, read in zip(value, messages, strict=True)])
 
 
+def listed(value: Any) -> Any:
+    """A list of messages if ``value`` is one as JSON text; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    messages = isinstance(read, list) and all(
+        isinstance(each, dict) and isinstance(_raw_role(each), str) for each in read
+    )
+    return read if messages and read else value
+
+
 def read_tools(value: Any, what: str, place: str) -> list[Any]:
     """Read the tools that an assistant may call: a list, or a list as JSON text."""
     value = as_json(value, what, place)

@@ -122,7 +122,7 @@ class Renderer:
         return [self._as_written([Segment(text, trained=True, ends=not self._turns.is_ended(text))])]
 
     def _prompt_completion(self, row: Row) -> list[RenderedExample]:
-        values = {key: self.columns.value(row, key) for key in ("prompt", "completion")}
+        values = {key: shapes.listed(self.columns.value(row, key)) for key in ("prompt", "completion")}
         if any(isinstance(value, (list, tuple)) for value in values.values()):
             parts = []
             for role, (key, value) in zip(("user", "assistant"), values.items(), strict=True):

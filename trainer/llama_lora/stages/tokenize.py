@@ -193,16 +193,28 @@ def check_dropped(counts: Counts, most: float) -> None:
 def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> None:
     """Raise UserError if no example is left to train on, or none to evaluate with."""
     kept = counts.rows - counts.dropped_rows
-    own_rows = held_out_part(config.dataset)
+    own_rows, fraction = held_out_part(config.dataset), config.dataset.eval_fraction
     if not len(selection.train) and selection.in_both:
         raise UserError(
             f"no rows left to train on: each of the {selection.in_both} that are not held out repeats one that is",
             where="dataset",
             fix="Remove the duplicates, or hold out other rows: dataset.eval.",
         )
+    if not len(selection.train) and selection.held_out_rows < kept:
+        raise UserError(
+            f"no rows left to train on: the weights draw none of {kept - selection.held_out_rows}",
+            where="dataset.weight",
+            fix="Raise the weights.",
+        )
     if not len(selection.train):
         raise UserError(
             f"no rows left to train on: all {kept} are held out", where="dataset", fix="Lower dataset.evalFraction."
+        )
+    if config.evaluation.enabled and not len(selection.held_out) and config.dataset.group_column and fraction:
+        raise UserError(
+            f"has the same value in all {kept} rows, so no row can be held out",
+            where="dataset.groupColumn",
+            fix="Name another column, or set evaluation.enabled: false in the values.",
         )
     if config.evaluation.enabled and not len(selection.held_out):
         raise UserError(
