@@ -104,6 +104,24 @@ def test_a_link_to_a_file_that_does_not_exist_is_told_and_other_links_are_read(t
         assert error.value.where.endswith("b.jsonl") and error.value.fix
 
 
+def test_a_source_that_cannot_be_read_is_told_at_its_key(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(dataset={"source": f"/{'a' * 300}/rows.jsonl"})
+    assert run("tokenize", status=2).startswith("dataset.source: /aaa")
+    run = new_run()
+    rows = Path(run.config["dataset"]["source"])
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(resolve.files, "sha256", refuse)  # root may read everything
+    run.config["dataset"]["source"], run.config["model"] = str(rows), {"id": "org/model"}
+    with pytest.raises(UserError, match="Permission denied") as error:
+        resolve.known_sources(run.load(), run.paths)
+    assert error.value.where == "dataset.source" and rows.name in error.value.what and error.value.fix
+
+
 def test_a_file_whose_name_is_not_utf_8_is_read(new_run: Callable[..., Run], tmp_path: Path) -> None:
     write(tmp_path / "data" / os.fsdecode(b"a\xff.jsonl"), *"123")
     run = new_run(dataset={"source": str(tmp_path / "data"), "format": "text", "columns": {}})

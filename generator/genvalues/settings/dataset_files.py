@@ -32,7 +32,7 @@ class DataFile(NamedTuple):
 
 def exists_here(source: str) -> bool:
     """Whether a source is on this machine: a path, or something that exists, which is never a Hub id."""
-    return is_path(source) or ("://" not in source and Path(source).exists())
+    return is_path(source) or (bool(source) and "://" not in source and Path(source).exists())
 
 
 def is_saved(folder: Path) -> bool:

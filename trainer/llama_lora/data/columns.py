@@ -50,10 +50,11 @@ class Columns:
         """The text for ``key``. Raises Dropped if it is required and empty, RowError if it is not text."""
         value = self.value(row, key, required=required)
         if isinstance(value, (list, tuple, dict)):
+            kind = "an object" if isinstance(value, dict) else "a list"
             raise RowError(
-                f"column {self.name(row, key)} contains a {type(value).__name__}, not text",
+                f"column {self.name(row, key)} contains {kind}, not text",
                 where=row.place,
-                fix="Use format chat for lists of messages.",
+                fix=f"Name a column with text: dataset.columns.{key}. Lists of messages have format chat.",
             )
         text = as_text(value, f"column {self.name(row, key)}", row.place)
         if required and not text.strip():

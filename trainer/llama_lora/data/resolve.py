@@ -6,6 +6,7 @@ A source is resolved once and recorded in resolved.json, so that a rerun of the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from genvalues.settings.dataset_files import exists_here, files_of, s3_keys
 from genvalues.settings.datasets import FILES, FORMATS, on_s3
 from llama_lora.config import Model, RunConfig
@@ -141,12 +143,19 @@ def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, 
     """The entry of a part. Parts of one source, such as two splits of a Hub dataset, are pinned to one commit."""
     settings = _dataset_settings(part)
     entry = next((each for each in recorded if each["asked"] == settings), None)
+    where = f"{part.key}.source"
     try:
         found = files_of(part.source) if exists_here(part.source) else []
+        content = {file.name or _suffix(file.path): file.path for file in found}
+        return _known(Path(part.source), content, entry, settings)
     except UserError as error:
-        raise UserError(f"{part.source} {error.what}", where=f"{part.key}.source", fix=error.fix) from None
-    content = {file.name or _suffix(file.path): file.path for file in found}
-    return _known(Path(part.source), content, entry, settings)
+        raise UserError(f"{error.where or part.source} {error.what}", where=where, fix=error.fix) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        name = error.filename or part.source
+        fix = "Check its permissions." if error.errno != errno.ENAMETOOLONG else "Write the path of a file or folder."
+        raise UserError(f"{one_line(str(name))} cannot be read: {error.strerror}", where=where, fix=fix) from None
 
 
 def _suffix(path: Path) -> str:
