@@ -258,10 +258,20 @@ def test_the_first_20_rows_that_cannot_be_rendered_are_told(new_run: Callable[..
 def test_a_column_that_no_row_has_is_told_once(new_run: Callable[..., Run]) -> None:
     run = written(new_run(), [{"question": "?", "a": "Yes."}] * 30)
     said = run("tokenize", status=2)
-    assert said.count("has no column q") == 1 and "dataset.columns.instruction" in said
+    assert len(said.splitlines()) == 2 and "rows.jsonl:1: has no column q" in said
+    assert "dataset.columns.instruction" in said
     run.config["dataset"]["onBadRow"] = "skip"
     said = run("tokenize", status=2)
     assert "no rows left" in said and "rows.jsonl:1" in said and "dataset.columns.instruction" in said
+
+
+def test_a_bad_row_is_told_although_all_later_rows_lack_a_column(
+    new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "available_cores", lambda: 1)
+    run = written(new_run(), [*[{"q": "?", "a": "Yes."}] * 3, {"q": "?", "a": []}, *[{"b": 1}] * 40])
+    said = run("tokenize", status=2)
+    assert "rows.jsonl:4: " in said and "rows.jsonl:23: " in said and "20 rows or more" in said
 
 
 def test_a_group_column_that_a_row_lacks_makes_a_bad_row(new_run: Callable[..., Run]) -> None:

@@ -223,7 +223,7 @@ def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
     try:
         found = files_of(str(here))
     except UserError as error:
-        return Mistake(key, f"{one_line(str(here), 200)}: {error.what}", error.fix)
+        return Mistake(key, f"{one_line(error.where, 200)}: {error.what}", error.fix)
     except OSError:
         return None  # the stage may be allowed to read it
     if found:

@@ -158,7 +158,7 @@ class RowTokenizer:
     def __call__(self, rows: list[Row], *, only_render: bool = False) -> TokenizedRows:
         """Tokenize a batch. ``only_render``: only look for bad rows, because one has ended the run already.
 
-        Raises UserError if the chat template fails, or if bad rows end the run and each row lacks a column.
+        Raises UserError if the chat template fails.
         """
         counts = Counts()
         rendered: list[tuple[Row, int, list[RenderedExample]]] = []
@@ -175,8 +175,6 @@ class RowTokenizer:
                 counts.drop(row, str(reason))
                 counts.dropped_rows += 1
         counts.rows = len(rows) - len(bad)
-        if self._fails and len(bad) == len(rows) and all(isinstance(error, MissingColumn) for error in bad):
-            raise bad[0]
         if only_render or (self._fails and bad):
             rendered = []
         for name, renderer in self._renderers.items():
@@ -251,6 +249,8 @@ def prepare(
     items = ((batch, bad_rows.ends_run) for batch in batches(rows))
     with StageProgress("row") as progress:
         for batch in mapped(lambda item: tokenize(item[0], only_render=item[1]), items, processes):
+            if _all_lack_a_column(batch) and not bad_rows.skip and not bad_rows.number:
+                raise batch.bad[0]
             for error in batch.bad:
                 bad_rows.add(error)
             store.append(batch.lengths, batch.input_ids, batch.labels)
@@ -259,6 +259,11 @@ def prepare(
             counts.add(batch.counts)
             progress.advance(batch.counts.rows)
     return counts
+
+
+def _all_lack_a_column(batch: TokenizedRows) -> bool:
+    """Whether every row of a batch lacks a column: then one error says it, because the settings are wrong."""
+    return not batch.counts.rows and all(isinstance(error, MissingColumn) for error in batch.bad)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
