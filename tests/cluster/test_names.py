@@ -8,7 +8,7 @@ from chart.manifests import Object, Values, merged
 from cluster.space import EFA, NEURON, SMALL, Space, run, stand_in, uids
 from genvalues.cluster.objects import INSTANCE
 
-KINDS = "configmaps,serviceaccounts,roles,rolebindings,pvc,jobs,pytorchjobs,pods"
+KINDS = ("configmaps", "serviceaccounts", "roles", "rolebindings", "pvcs", "jobs", "pytorchjobs", "pods")
 OF_ITS_OWN: Values = {
     "devices": {NEURON: 1, EFA: 1},  # several releases fit on a node
     "storage": {"enabled": True, "existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": "folder"},
@@ -19,8 +19,9 @@ OF_ITS_OWN: Values = {
 
 def objects_of(space: Space, release: str) -> dict[str, Object]:
     """The release's objects in its namespace and in the cluster, by kind and name."""
-    listed = space.list(KINDS, f"{INSTANCE}={release}")
-    return {f"{item['kind']}/{item['metadata']['name']}": item for item in listed}
+    return {
+        f"{kind}/{item['metadata']['name']}": item for kind in KINDS for item in space.list(kind, f"{INSTANCE}={release}")
+    }
 
 
 def cluster_scoped(space: Space) -> set[str]:
