@@ -19,9 +19,8 @@ OF_ITS_OWN: Values = {
 
 def objects_of(space: Space, release: str) -> dict[str, Object]:
     """The release's objects in its namespace and in the cluster, by kind and name."""
-    return {
-        f"{kind}/{item['metadata']['name']}": item for kind in KINDS for item in space.list(kind, f"{INSTANCE}={release}")
-    }
+    labels = f"{INSTANCE}={release}"
+    return {f"{kind}/{item['metadata']['name']}": item for kind in KINDS for item in space.list(kind, labels)}
 
 
 def cluster_scoped(space: Space) -> set[str]:
@@ -49,8 +48,8 @@ def test_releases_side_by_side_and_with_one_name_in_two_namespaces_do_not_affect
     before = objects_of(here, "one")
     for neighbour in neighbours:
         neighbour.uninstall()
-    assert objects_of(there, "one").keys() == {"PersistentVolumeClaim/one-workspace"}
-    assert objects_of(here, "two").keys() == {"PersistentVolumeClaim/two-workspace"}
+    assert objects_of(there, "one").keys() == {"pvcs/one-workspace"}
+    assert objects_of(here, "two").keys() == {"pvcs/two-workspace"}
     assert cluster_scoped(there) == set()
     assert cluster_scoped(here) == {f"{here.name}.one-preflight"}
     assert objects_of(here, "one").keys() == before.keys()
@@ -79,7 +78,7 @@ def test_releases_with_one_name_in_two_namespaces_have_different_storage_classes
             name = f"{space.name}.llama-workspace"
             assert name in cluster_scoped(space)
             assert (
-                objects_of(space, "llama")["PersistentVolumeClaim/llama-workspace"]["spec"]["storageClassName"] == name
+                objects_of(space, "llama")["pvcs/llama-workspace"]["spec"]["storageClassName"] == name
             )
     finally:
         run(["kubectl", "delete", "storageclass", *(f"{space.name}.llama-workspace" for space in spaces)])
