@@ -77,8 +77,6 @@ def test_releases_with_one_name_in_two_namespaces_have_different_storage_classes
         for space in spaces:
             name = f"{space.name}.llama-workspace"
             assert name in cluster_scoped(space)
-            assert (
-                objects_of(space, "llama")["pvcs/llama-workspace"]["spec"]["storageClassName"] == name
-            )
+            assert objects_of(space, "llama")["pvcs/llama-workspace"]["spec"]["storageClassName"] == name
     finally:
         run(["kubectl", "delete", "storageclass", *(f"{space.name}.llama-workspace" for space in spaces)])
