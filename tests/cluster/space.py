@@ -25,6 +25,8 @@ from kubernetes import client, config, watch
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
+from genvalues.cluster import api
+from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, Kind
 from genvalues.cluster.objects import (
     INSTANCE,
     JOB_NAME,
@@ -46,6 +48,18 @@ TRAINER_IMAGE = os.environ.get("TRAINER_IMAGE") or images.trainer()
 STAND_IN_IMAGE = os.environ.get("STAND_IN_IMAGE") or images.stand_in()
 STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
 HELMS = {major: binaries.program(f"helm{major}") for major in (3, 4)}
+KINDS = {
+    "pod": PODS,
+    "job": JOBS,
+    "pytorchjob": PYTORCH_JOBS,
+    "pvc": CLAIMS,
+    "pv": Kind("api/v1", "persistentvolumes", namespaced=False),
+    "configmap": Kind("api/v1", "configmaps"),
+    "serviceaccount": Kind("api/v1", "serviceaccounts"),
+    "role": Kind("apis/rbac.authorization.k8s.io/v1", "roles"),
+    "rolebinding": Kind("apis/rbac.authorization.k8s.io/v1", "rolebindings"),
+}
+KINDS |= {f"{name}s": kind for name, kind in KINDS.items()}
 
 RESOURCES = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}
 # Two workers of half a trn1.32xlarge each: as on real nodes, one node fits one training.
@@ -217,7 +231,9 @@ class Volume:
         if found is None or is_over(found) or "deletionTimestamp" in found["metadata"]:
             self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
             self.space.apply(files_pod(self.POD))
-        self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", PATIENCE)
+            found = None
+        if found is None or not condition(found, "Ready"):
+            self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", PATIENCE)
         return self.POD
 
     def run(self, script: str, check: bool = True) -> str:
@@ -258,6 +274,7 @@ class Space:
     def __init__(self, name: str, enforce: str = "restricted") -> None:
         self.name = name
         self.base = ["kubectl", "--namespace", name]
+        self.api = api.connect(name, patience=5)
         self.apply(
             {
                 "apiVersion": "v1",
@@ -297,13 +314,11 @@ class Space:
         self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all(objects))
 
     def get(self, kind: str, name: str) -> Object | None:
-        text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
-        return json.loads(text) if text.strip() else None
+        """An object. Tests wait by asking for objects, and a kubectl for each question would take half a core."""
+        return self.api.get(KINDS[kind], name)
 
     def list(self, kind: str, selector: str = "") -> list[Object]:
-        text = self.kubectl("get", kind, "-o", "json", *(["-l", selector] if selector else []))
-        items: list[Object] = json.loads(text)["items"]
-        return items
+        return self.api.list(KINDS[kind], labels=selector)
 
     def pods(self, release: str, component: str = "") -> list[Object]:
         """The objects of a release that have not ended."""

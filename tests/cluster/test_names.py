@@ -8,7 +8,7 @@ from chart.manifests import Object, Values, merged
 from cluster.space import EFA, NEURON, SMALL, Space, run, stand_in, uids
 from genvalues.cluster.objects import INSTANCE
 
-KINDS = "configmaps,serviceaccounts,roles,rolebindings,pvc,jobs,pytorchjobs,pods"
+KINDS = ("configmaps", "serviceaccounts", "roles", "rolebindings", "pvcs", "jobs", "pytorchjobs", "pods")
 OF_ITS_OWN: Values = {
     "devices": {NEURON: 1, EFA: 1},  # several releases fit on a node
     "storage": {"enabled": True, "existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": "folder"},
@@ -19,8 +19,8 @@ OF_ITS_OWN: Values = {
 
 def objects_of(space: Space, release: str) -> dict[str, Object]:
     """The release's objects in its namespace and in the cluster, by kind and name."""
-    listed = space.list(KINDS, f"{INSTANCE}={release}")
-    return {f"{item['kind']}/{item['metadata']['name']}": item for item in listed}
+    labels = f"{INSTANCE}={release}"
+    return {f"{kind}/{item['metadata']['name']}": item for kind in KINDS for item in space.list(kind, labels)}
 
 
 def cluster_scoped(space: Space) -> set[str]:
@@ -48,8 +48,8 @@ def test_releases_side_by_side_and_with_one_name_in_two_namespaces_do_not_affect
     before = objects_of(here, "one")
     for neighbour in neighbours:
         neighbour.uninstall()
-    assert objects_of(there, "one").keys() == {"PersistentVolumeClaim/one-workspace"}
-    assert objects_of(here, "two").keys() == {"PersistentVolumeClaim/two-workspace"}
+    assert objects_of(there, "one").keys() == {"pvcs/one-workspace"}
+    assert objects_of(here, "two").keys() == {"pvcs/two-workspace"}
     assert cluster_scoped(there) == set()
     assert cluster_scoped(here) == {f"{here.name}.one-preflight"}
     assert objects_of(here, "one").keys() == before.keys()
@@ -77,8 +77,6 @@ def test_releases_with_one_name_in_two_namespaces_have_different_storage_classes
         for space in spaces:
             name = f"{space.name}.llama-workspace"
             assert name in cluster_scoped(space)
-            assert (
-                objects_of(space, "llama")["PersistentVolumeClaim/llama-workspace"]["spec"]["storageClassName"] == name
-            )
+            assert objects_of(space, "llama")["pvcs/llama-workspace"]["spec"]["storageClassName"] == name
     finally:
         run(["kubectl", "delete", "storageclass", *(f"{space.name}.llama-workspace" for space in spaces)])
