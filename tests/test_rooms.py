@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 TRAINER_MAY_IMPORT = {"common", "settings", "accelerators"}
 MOST_FLOORS = 8
-HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
+HEAVY = {"numpy", "torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
 
 
 def imports(path: Path) -> set[str]:

@@ -35,8 +35,9 @@ TRL = "0.24"  # later versions prepare rows differently
 def ours(rows: Path, tokenizer: Path, processes: int, folder: Path) -> dict[str, float]:
     """Prepare rows with the stage tokenize."""
     from llama_lora.config import RunConfig
+    from llama_lora.data import tokenized_dataset
     from llama_lora.data.resolve import ResolvedSources, Source
-    from llama_lora.stages import tokenize
+    from llama_lora.stages.tokenize import load_tokenizer
 
     layout = {"nodes": 1, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 1}
     columns = {"instruction": "question", "output": "answer"}
@@ -51,12 +52,12 @@ def ours(rows: Path, tokenizer: Path, processes: int, folder: Path) -> dict[str,
             "parallelism": layout,
         }
     )
-    loaded = tokenize.load_tokenizer(tokenizer)
-    tokenize.available_cores = lambda: processes  # type: ignore[assignment]
+    loaded = load_tokenizer(tokenizer)
+    tokenized_dataset.available_cores = lambda: processes  # type: ignore[assignment]
     import datasets as datasets  # imported before the clock starts
 
     began = time.perf_counter()
-    tokenize.write_dataset(config, ResolvedSources(Source("", ""), Source("", "")), loaded, folder)
+    tokenized_dataset.tokenize_dataset(config, ResolvedSources(Source("", ""), Source("", "")), loaded, folder)
     seconds = time.perf_counter() - began
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return {"rows": report["rows_read"] / seconds, "full": report["train"]["packing_efficiency"]}

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from genvalues.common.errors import Unavailable
 from llama_lora.data import preparation
 from llama_lora.data.tokens import IGNORED, Example, fit, split_text
-from llama_lora.stages import tokenize
 from trainer.conftest import Run
 
 BOS = 256
@@ -204,7 +203,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
 ) -> None:
     written_by = []
     for cores in (1, 2, 3):
-        monkeypatch.setattr(tokenize, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(tokenized_dataset, "available_cores", lambda cores=cores: cores)
         run = new_run(f"with {cores}")
         run.config["dataset"]["source"] = new_run("with 1").config["dataset"]["source"]
         run("tokenize")
@@ -219,7 +218,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
 def test_an_error_in_another_process_is_told_with_its_place(
     new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "available_cores", lambda: 2)
+    monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: 2)
     rows: list[dict[str, Any]] = [{"q": "?", "a": "Yes."}] * 30
     run = written(new_run(), [*rows, {"q": "?", "b": "no answer"}])
     assert "rows.jsonl:31: " in run("tokenize", status=2)
@@ -233,7 +232,7 @@ BAD_ROWS: list[dict[str, Any]] = [{"q": "?", "b": "no answer"}, {"q": ["a list"]
 def test_rows_that_cannot_be_rendered_are_told_together_with_those_that_cannot_be_read(
     new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "available_cores", lambda: cores)
+    monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: cores)
     good: list[dict[str, Any]] = [{"q": f"{n}?", "a": f"{n}."} for n in range(20)]
     run = written(new_run(), [BAD_ROWS[0], *good, *BAD_ROWS[1:], *good])
     with Path(run.config["dataset"]["source"]).open("a") as file:
@@ -268,7 +267,7 @@ def test_a_column_that_no_row_has_is_told_once(new_run: Callable[..., Run]) -> N
 def test_a_bad_row_is_told_although_all_later_rows_lack_a_column(
     new_run: Callable[..., Run], small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "available_cores", lambda: 1)
+    monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: 1)
     run = written(new_run(), [*[{"q": "?", "a": "Yes."}] * 3, {"q": "?", "a": []}, *[{"b": 1}] * 40])
     said = run("tokenize", status=2)
     assert "rows.jsonl:4: " in said and "rows.jsonl:23: " in said and "20 rows or more" in said
@@ -351,11 +350,11 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 from llama_lora import config as run_config
 from llama_lora.data.resolve import ResolvedSources, Source
-from llama_lora.stages import tokenize
+from llama_lora.data import tokenized_dataset
 from trainer.conftest import byte_tokenizer
 
 folder, tokenizer, peak, rows = Path(sys.argv[1]), byte_tokenizer(), 0, int(sys.argv[2])
-tokenize.available_cores = lambda: 1
+tokenized_dataset.available_cores = lambda: 1
 
 def sample():
     global peak
@@ -377,7 +376,7 @@ for times in (1, 1, 16):
     out = folder / f"{times}-{time.monotonic_ns()}"
     out.mkdir()
     peak = 0
-    tokenize.write_dataset(config, ResolvedSources(Source("", ""), Source("", "")), tokenizer, out)
+    tokenized_dataset.tokenize_dataset(config, ResolvedSources(Source("", ""), Source("", "")), tokenizer, out)
     print(peak)
 """
 
