@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genvalues.common.errors import Unavailable
-from llama_lora.data import preparation
+from llama_lora.data import preparation, tokenized_dataset
 from llama_lora.data.tokens import IGNORED, Example, fit, split_text
 from trainer.conftest import Run
 
