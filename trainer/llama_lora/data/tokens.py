@@ -61,7 +61,7 @@ class ExampleTokenizer:
         Equal segments are tokenized once: those of a conversation whose history is in many examples, for instance.
         """
         texts = list(dict.fromkeys(segment.text for example in rendered for segment in example.segments))
-        ids = dict(zip(texts, (array("i", each) for each in self._ids(texts)), strict=True))
+        ids = dict(zip(texts, self._ids(texts), strict=True))
         return [self._joined(example, ids) for example in rendered]
 
     def example(self, rendered: RenderedExample, max_length: int) -> tuple[Example, bool]:
