@@ -29,7 +29,7 @@ from llama_lora.data.messages import Message
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
 SECONDS = 30.0  # CPU time of this process that one row may take
-MEMORY = 2 * 2**30  # bytes that one row may take, beyond what the process has
+MEMORY = 2 * 2**30  # bytes that the rows of one batch may take, beyond what the process has
 PIECES = 10_000_000  # strings that one rendering may consist of
 INTEGER_BITS = 4096  # length of a product or a power of integers; a longer one could take hours in a single operation
 
@@ -166,6 +166,13 @@ class TimeUp(Exception):
     """Raised in a template that takes longer than it may."""
 
 
+class _Thread(threading.local):
+    limited = False  # whether it is in a block of limited_process
+
+
+_thread = _Thread()
+
+
 @contextlib.contextmanager
 def limits(place: str) -> Iterator[None]:
     """Limit the CPU time and the memory of the block, and raise UserError if it needs more.
@@ -173,7 +180,7 @@ def limits(place: str) -> Iterator[None]:
     The time limit needs the main thread, because only that one handles signals; the memory limit needs Linux.
     """
     try:
-        with _limited_memory(), _limited_time():
+        with contextlib.nullcontext() if _thread.limited else limited_process(), _limited_time():
             yield
     except TimeUp:
         raise UserError(f"the chat template takes more than {SECONDS:g} seconds", where=place, fix=FIX) from None
@@ -184,7 +191,21 @@ def limits(place: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited_time() -> Iterator[None]:
+def limited_process() -> Iterator[None]:
+    """Limit the memory of the block, so that ``limits`` in it has only to start the time again.
+
+    For a batch of rows: setting the memory limit and the signal handler takes as long as a rendering.
+    """
+    with _limited_memory(), _handled_signal():
+        _thread.limited = True
+        try:
+            yield
+        finally:
+            _thread.limited = False
+
+
+@contextlib.contextmanager
+def _handled_signal() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -193,12 +214,23 @@ def _limited_time() -> Iterator[None]:
         raise TimeUp
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # again each second, in case an exception handler swallows it
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _limited_time() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Again each second, in case an exception handler swallows it.
+    before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *before)
 
 
 @contextlib.contextmanager
