@@ -49,9 +49,12 @@ class ChatTemplate:
         with limits("model"):
             try:
                 self._template = environment.from_string(source)
-                self.names = {
-                    value for _, kind, value in environment.lex(source) if kind in ("name", "string")
-                }  # strings with their quotes
+                self._template.globals = dict(self._template.globals)  # copied for each rendering: slow as a ChainMap
+                self._words = {
+                    value if kind == "name" else value[1:-1]
+                    for _, kind, value in environment.lex(source)
+                    if kind in ("name", "string")
+                }
             except (TimeUp, MemoryError):
                 raise
             except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
@@ -64,7 +67,7 @@ class ChatTemplate:
 
     def reads(self, key: str) -> bool:
         """Whether the template contains ``key`` as a name or a string, so that it can read it from a message."""
-        return bool(self.names & {key, f"'{key}'", f'"{key}"'})
+        return key in self._words
 
     def render(self, messages: list[Message], tools: list[Any], *, prompt: bool, place: str) -> str:
         """Render messages, with a generation prompt after them if ``prompt``.

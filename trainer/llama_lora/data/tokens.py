@@ -6,6 +6,7 @@ and its answer.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Example:
     input_ids: array[int]
     labels: array[int]
 
-    @property
+    @functools.cached_property
     def trained_tokens(self) -> int:
         return len(self.labels) - self.labels.count(IGNORED)
 

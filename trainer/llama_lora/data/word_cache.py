@@ -19,7 +19,7 @@ MOST_WORDS = 100_000  # about 20 MB; the cache starts again when it is full
 LONGEST_WORD = 64  # characters; longer ones hardly repeat
 
 # Python's \s has all characters of Unicode's White_Space, which is the \s of the expressions, and a few more.
-BEFORE_A_WORD = re.compile(r"(?<=\S)(?= \S)")
+BEFORE_A_WORD = re.compile(r"(?= \S)(?<=\S)")
 
 # Of the pre-tokenizer Split, as in tokenizer.json: those of Llama 3, Qwen2 (and 2.5, 3), GPT-4o and gpt-oss, GPT-2.
 # That of the pre-tokenizer ByteLevel is GPT-2's too.
