@@ -62,7 +62,7 @@ class Columns:
                 where=row.place,
                 fix="Use format chat for lists of messages.",
             )
-        text = as_text(value, f"column {self.name(row, key)}", row.place)
+        text = value if isinstance(value, str) else as_text(value, f"column {self.name(row, key)}", row.place)
         if required and not text.strip():
             raise Dropped(f"empty {key}")
         return text
