@@ -12,7 +12,7 @@ import pytest
 
 from genvalues.common.errors import UserError
 from llama_lora.data import chat_template, preparation
-from llama_lora.data.chat_template import ChatTemplates
+from llama_lora.data.chat_template import ChatTemplates, limits
 from llama_lora.data.rendering import Dropped, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import ExampleTokenizer
@@ -95,21 +95,41 @@ def test_an_invalid_template_is_an_error_of_the_model_before_the_first_row(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_tokenize_ends_with_status_2_and_the_row_that_a_template_never_ends_for(
-    new_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+@pytest.mark.parametrize(
+    ("hostile", "needs"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "0.5 seconds"),
+        ("{% set x = 'ab' * (99999999999 + messages | length) %}", "2 GiB of memory"),
+    ],
+    ids=["endless", "memory"],
+)
+def test_tokenize_ends_with_status_2_and_the_row_that_a_template_is_hostile_to(
+    new_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    hostile: str,
+    needs: str,
 ) -> None:
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
     monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
     monkeypatch.setattr(tokenize, "available_cores", lambda: processes)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    byte_tokenizer("{% if '30 + 30' in messages[0].content %}" + loop + "{% endif %}" + CHAT_TEMPLATE).save_pretrained(
-        make_model(tmp_path / "model")
-    )
+    byte_tokenizer(
+        "{% if '30 + 30' in messages[0].content %}" + hostile + "{% endif %}" + CHAT_TEMPLATE
+    ).save_pretrained(make_model(tmp_path / "model"))
     run = new_run()
     run.config["model"]["path"] = str(tmp_path / "model")
     said = run("tokenize", status=2)
-    assert "rows.jsonl:31: the chat template takes more than 0.5 seconds" in said
+    assert f"rows.jsonl:31: the chat template takes more than {needs}" in said
+
+
+def test_limits_within_limits_leave_the_time_of_the_row() -> None:
+    with limits("rows.jsonl:1"):
+        with limits("model"):  # a second template, which the row needs, is compiled
+            pass
+        assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 def test_a_template_that_cannot_take_the_row_drops_it_with_the_templates_words() -> None:

@@ -29,7 +29,7 @@ from llama_lora.data.messages import Message
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
 SECONDS = 30.0  # CPU time of this process that one row may take
-MEMORY = 2 * 2**30  # bytes that one row may take, beyond what the process has
+MEMORY = 2 * 2**30  # bytes that the rows of one batch may take, beyond what the process has
 PIECES = 10_000_000  # strings that one rendering may consist of
 INTEGER_BITS = 4096  # length of a product or a power of integers; a longer one could take hours in a single operation
 
@@ -49,10 +49,13 @@ class ChatTemplate:
         with limits("model"):
             try:
                 self._template = environment.from_string(source)
-                self.names = {
-                    value for _, kind, value in environment.lex(source) if kind in ("name", "string")
-                }  # strings with their quotes
                 self.message_keys = message_keys(environment.parse(source))
+                self._template.globals = dict(self._template.globals)  # copied for each rendering: slow as a ChainMap
+                self._words = {
+                    value if kind == "name" else value[1:-1]
+                    for _, kind, value in environment.lex(source)
+                    if kind in ("name", "string")
+                }
             except (TimeUp, MemoryError):
                 raise
             except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
@@ -65,7 +68,7 @@ class ChatTemplate:
 
     def reads(self, key: str) -> bool:
         """Whether the template contains ``key`` as a name or a string."""
-        return bool(self.names & {key, f"'{key}'", f'"{key}"'})
+        return key in self._words
 
     def render(self, messages: list[Message], tools: list[Any], *, prompt: bool, place: str) -> str:
         """Render messages, with a generation prompt after them if ``prompt``.
@@ -218,6 +221,13 @@ class TimeUp(Exception):
     """Raised in a template that takes longer than it may."""
 
 
+class _Thread(threading.local):
+    limited = False  # whether it is in a block of limited_process
+
+
+_thread = _Thread()
+
+
 @contextlib.contextmanager
 def limits(place: str) -> Iterator[None]:
     """Limit the CPU time and the memory of the block, and raise UserError if it needs more.
@@ -225,7 +235,7 @@ def limits(place: str) -> Iterator[None]:
     The time limit needs the main thread, because only that one handles signals; the memory limit needs Linux.
     """
     try:
-        with _limited_memory(), _limited_time():
+        with contextlib.nullcontext() if _thread.limited else limited_process(), _limited_time():
             yield
     except TimeUp:
         raise UserError(f"the chat template takes more than {SECONDS:g} seconds", where=place, fix=FIX) from None
@@ -236,7 +246,21 @@ def limits(place: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited_time() -> Iterator[None]:
+def limited_process() -> Iterator[None]:
+    """Limit the memory of the block, so that ``limits`` in it has only to start the time again.
+
+    For a batch of rows: setting the memory limit and the signal handler takes as long as a rendering.
+    """
+    with _limited_memory(), _handled_signal():
+        _thread.limited = True
+        try:
+            yield
+        finally:
+            _thread.limited = False
+
+
+@contextlib.contextmanager
+def _handled_signal() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -245,12 +269,23 @@ def _limited_time() -> Iterator[None]:
         raise TimeUp
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # again each second, in case an exception handler swallows it
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _limited_time() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Again each second, in case an exception handler swallows it.
+    before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *before)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class Columns:
                 where=row.place,
                 fix=f"Name a column with text: dataset.columns.{key}. Lists of messages have format chat.",
             )
-        text = as_text(value, f"column {self.name(row, key)}", row.place)
+        text = value if isinstance(value, str) else as_text(value, f"column {self.name(row, key)}", row.place)
         if required and not text.strip():
             raise Dropped(f"empty {key}")
         return text

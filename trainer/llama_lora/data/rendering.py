@@ -103,14 +103,15 @@ class Renderer:
         UserError if the chat template fails.
         """
         try:
-            examples = self._examples(row)
+            with limits(row.place):
+                examples = self._examples(row)
+                for example in examples:
+                    for segment in example.segments:
+                        _check_unicode(segment.text)
         except RecursionError:
             raise RowError("is nested too deeply", where=row.place, fix="Write a row with fewer levels.") from None
         if len(examples) > 1:
             self.notes["conversations whose history the chat template rewrites: one example for each answer"] += 1
-        for example in examples:
-            for segment in example.segments:
-                _check_unicode(segment.text)
         return examples
 
     @functools.cached_property
@@ -209,13 +210,12 @@ class Renderer:
         self.uses_chat_template = template is not None
         if template is None:
             return [RenderedExample(tuple(_plain(messages, trained)), begins=True)]
-        with limits(row.place):
-            messages = self._templates.with_calls(messages, tools, row.place)
+        messages = self._templates.with_calls(messages, tools, row.place)
 
-            def render(messages: list[Message], *, prompt: bool = False) -> str:
-                return template.render(messages, tools, prompt=prompt, place=row.place)
+        def render(messages: list[Message], *, prompt: bool = False) -> str:
+            return template.render(messages, tools, prompt=prompt, place=row.place)
 
-            examples = self._turns.examples(render, messages, trained)
+        examples = self._turns.examples(render, messages, trained)
         return [RenderedExample(tuple(segments), begins=False) for segments in examples]
 
     def _check_messages(self, messages: list[Message], tools: list[Any], template: ChatTemplate | None) -> None:

@@ -56,7 +56,8 @@ class TokenStore:
         for name, file in self._written.items():
             file.flush()
             if len(self._ends):
-                self._mapped[name] = numpy.memmap(self.folder / name, dtype=numpy.int32, mode="r")
+                mapped = numpy.memmap(self.folder / name, dtype=numpy.int32, mode="r")
+                self._mapped[name] = numpy.asarray(mapped)  # a slice of a memmap takes several times longer
 
     def example(self, number: int) -> Example:
         """Read one example."""

@@ -6,6 +6,7 @@ and its answer.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Example:
     input_ids: array[int]
     labels: array[int]
 
-    @property
+    @functools.cached_property
     def trained_tokens(self) -> int:
         return len(self.labels) - self.labels.count(IGNORED)
 
@@ -61,7 +62,7 @@ class ExampleTokenizer:
         Equal segments are tokenized once: those of a conversation whose history is in many examples, for instance.
         """
         texts = list(dict.fromkeys(segment.text for example in rendered for segment in example.segments))
-        ids = dict(zip(texts, (array("i", each) for each in self._ids(texts)), strict=True))
+        ids = dict(zip(texts, self._ids(texts), strict=True))
         return [self._joined(example, ids) for example in rendered]
 
     def example(self, rendered: RenderedExample, max_length: int) -> tuple[Example, bool]:
