@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from genvalues.common.errors import UserError
-from llama_lora.data import chat_template, preparation
+from llama_lora.data import chat_template, preparation, tokenized_dataset
 from llama_lora.data.chat_template import ChatTemplates, limits
 from llama_lora.data.rendering import Dropped, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import ExampleTokenizer
 from llama_lora.data.turns import TurnRenderer
-from llama_lora.stages import tokenize
 from trainer.chat_templates import FAMILIES, family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, Run, byte_tokenizer, make_model
 from trainer.test_masks import CONVERSATIONS, SYSTEM, THOUGHTS, TOOL, assistant, user
@@ -114,7 +113,7 @@ def test_tokenize_ends_with_status_2_and_the_row_that_a_template_is_hostile_to(
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
     monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
-    monkeypatch.setattr(tokenize, "available_cores", lambda: processes)
+    monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: processes)
     byte_tokenizer(
         "{% if '30 + 30' in messages[0].content %}" + hostile + "{% endif %}" + CHAT_TEMPLATE
     ).save_pretrained(make_model(tmp_path / "model"))

@@ -10,7 +10,10 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-_TRANSFORMERS = int(importlib.metadata.version("transformers").partition(".")[0])
+
+def _transformers() -> int:
+    """The major version. Not read when this module is imported: the command starts where no library is installed."""
+    return int(importlib.metadata.version("transformers").partition(".")[0])
 
 
 def hub_connection_errors() -> tuple[type[Exception], ...]:
@@ -35,7 +38,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if _TRANSFORMERS >= 5 and (folder / "tokenizer.json").is_file():
+    if _transformers() >= 5 and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -76,5 +79,5 @@ def load_gguf_model(file: Path, dtype: Any) -> Any:
     """
     import transformers
 
-    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _TRANSFORMERS >= 5 else {}
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _transformers() >= 5 else {}
     return transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
