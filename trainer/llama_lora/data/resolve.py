@@ -155,7 +155,8 @@ def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, 
             raise
         name = error.filename or part.source
         fix = "Check its permissions." if error.errno != errno.ENAMETOOLONG else "Write the path of a file or folder."
-        raise UserError(f"{one_line(str(name), width=255)} cannot be read: {error.strerror}", where=where, fix=fix) from None
+        shown = one_line(str(name), width=255)
+        raise UserError(f"{shown} cannot be read: {error.strerror}", where=where, fix=fix) from None
 
 
 def _suffix(path: Path) -> str:
