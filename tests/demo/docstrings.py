@@ -20,6 +20,7 @@ from genvalues.common import files
 # Importing these opens a browser, prints a poem, or requires a display.
 NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3", "test", "__main__"}
 SHORTEST_ANSWER = 20  # characters; shorter docstrings say nothing
+LONGEST_ANSWER = 1200  # a longer one would not fit into the demo's rows of 512 tokens
 
 
 def question_rows() -> list[dict[str, str]]:
@@ -27,7 +28,7 @@ def question_rows() -> list[dict[str, str]]:
     answers: dict[str, str] = {}
     for module in standard_modules():
         for name, docstring in documented(module):
-            if len(docstring) >= SHORTEST_ANSWER:
+            if SHORTEST_ANSWER <= len(docstring) <= LONGEST_ANSWER:
                 answers.setdefault(docstring, name)
     return [{"question": f"What does `{name}` do in Python?", "answer": answer} for answer, name in answers.items()]
 
