@@ -37,7 +37,11 @@ def dataset_of(source: str | Path, **settings: Any) -> Dataset:
 
 def rows(dataset: Dataset, sources: ResolvedSources | None = None, bad_rows: BadRows | None = None) -> list[Row]:
     others = dict.fromkeys(dataset.additional, PINNED)
-    return list(read_rows(dataset, sources or ResolvedSources(PINNED, PINNED, others), bad_rows))
+    found = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
+    read = list(read_rows(dataset, sources or ResolvedSources(PINNED, PINNED, others), found))
+    if bad_rows is None:
+        found.raise_errors()
+    return read
 
 
 def texts(source: str | Path, **settings: Any) -> list[str]:
@@ -193,10 +197,10 @@ def test_after_a_bad_row_no_other_is_prepared_in_vain_and_all_sources_are_search
     second.write_text(second.read_text() + "y\n")
     dataset = dataset_of(first, additional={"more": {"source": str(second)}})
     sources = ResolvedSources(PINNED, PINNED, {"more": PINNED})
-    seen = []
+    bad_rows = BadRows()
+    seen = [row.values["text"] for row in read_rows(dataset, sources, bad_rows)]
     with pytest.raises(UserErrors) as error:
-        for row in read_rows(dataset, sources):
-            seen.append(row.values["text"])
+        bad_rows.raise_errors()
     assert seen == ["1", "2"]
     assert [each.where for each in error.value.errors] == [f"{first}:3:1", f"{second}:2:1", "dataset.onBadRow"]
     skipping = dataset.model_copy(update={"on_bad_row": "skip"})
@@ -241,7 +245,8 @@ def test_held_out_rows_come_from_their_source_or_from_a_split_of_the_dataset(tmp
     sources = ResolvedSources(PINNED, PINNED, {}, PINNED)
 
     def held_out(**eval_: str) -> list[str]:
-        return [row.values["text"] for row in read_held_out(dataset_of(tmp_path / "data", eval=eval_), sources)]
+        dataset = dataset_of(tmp_path / "data", eval=eval_)
+        return [row.values["text"] for row in read_held_out(dataset, sources, BadRows())]
 
     assert held_out() == []
     assert held_out(split="test") == ["2"]
@@ -507,7 +512,7 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def test_the_parquet_revision_of_a_script_based_dataset_is_read(hub: dict[str, Any], exported: list[str]) -> None:
-    """wikicorpus: without a revision its script is told with the revision to set, and that revision works."""
+    """wikicorpus: without a revision the error names the one to set, and that revision is read."""
     hub["error"] = RuntimeError("Dataset scripts are no longer supported, but found wikicorpus.py")
     with pytest.raises(UserError, match="refs/convert/parquet") as error:
         texts("wikicorpus", config="raw_en")

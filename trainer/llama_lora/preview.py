@@ -13,7 +13,6 @@ from typing import Any
 import click
 import numpy
 
-from genvalues.common.errors import UserError
 from llama_lora.config import RunConfig
 from llama_lora.data import data_report
 from llama_lora.data.dataset_readers import BadRows, read_part
@@ -21,10 +20,9 @@ from llama_lora.data.parts import training_parts
 from llama_lora.data.preparation import RowTokenizer, prepare, renderers_of
 from llama_lora.data.resolve import dataset_sources
 from llama_lora.data.rows import Row
-from llama_lora.data.selection import Kept, select
+from llama_lora.data.selection import Kept
 from llama_lora.data.snapshot import tokenizer_folder
 from llama_lora.data.token_store import TokenStore
-from llama_lora.data.tokens import IGNORED
 
 READ_ROWS = 1000  # of each source: counts over more rows take longer than a glance
 
@@ -44,18 +42,14 @@ def preview(config: RunConfig, rows: int) -> dict[str, Any]:
             counts = prepare(first_rows(config, bad_rows), work, store, kept, bad_rows, 1, held_out=False)
             bad_rows.raise_errors()
             counts.skip(bad_rows)
-            if not counts.rows:
-                raise UserError("the dataset has no rows", where="dataset.source", fix="Name data with rows.")
+            counts.check_any()
             store.finish()
-            labels = [store.part("labels", number) for number in range(len(store.lengths))]
-            trained = sum(int((each != IGNORED).sum()) for each in labels)
-            selection = select(kept, {}, fraction=0, seed=0, grouped=False, eval_source=False)
             return {
                 "source": dataset.source,
                 **data_report.report_of(counts, renderers),
-                "duplicates": selection.duplicates,
+                "duplicates": kept.duplicates(),
                 "tokens": sum(store.lengths),
-                "trained_tokens": trained,
+                "trained_tokens": sum(map(store.trained_tokens, range(len(store.lengths)))),
                 "shown": {
                     part.key: [data_report.masked_text(store.example(number), tokenizer) for number in numbers[:rows]]
                     for part, numbers in zip(training_parts(dataset), examples_of(kept, len(renderers)), strict=True)
@@ -81,8 +75,7 @@ def first_rows(config: RunConfig, bad_rows: BadRows) -> Iterator[Row]:
     """The first rows of dataset.source and of each of dataset.additional."""
     sources = dataset_sources(config)
     for part in training_parts(config.dataset):
-        source = sources.additional[part.name] if part.name else sources.dataset
-        yield from islice(read_part(part, source, bad_rows), READ_ROWS)
+        yield from islice(read_part(part, sources.of(part), bad_rows), READ_ROWS)
 
 
 def lines(report: dict[str, Any], *, color: bool) -> Iterator[str]:

@@ -30,6 +30,7 @@ from genvalues.settings.datasets import (
     file_format,
     is_glob,
     is_path,
+    is_prefix,
     on_s3,
     row_format,
     split_parts,
@@ -144,7 +145,7 @@ def source_rules(key: KeyPath, part: dict[str, Any], document: Document) -> Iter
             yield Mistake((*key, "split"), what, "Name a folder with train and test files, or write train[...].")
     if on_s3(source):
         matched = re.match(r"^s3://[a-z0-9][a-z0-9.-]+/([^\s?#]+)$", source)
-        if not matched or not (file_format(source) or source.endswith("/") or is_glob(source)):
+        if not matched or not (file_format(source) or is_prefix(source)):
             fix = f"Write s3://bucket/key of a file, s3://bucket/prefix/ or a glob. {FILES}"
             yield Mistake(place, f"{shown(source, ())} is not data in S3", fix)
     elif source.lower().endswith(OTHER_SUFFIXES) and not file_format(source):

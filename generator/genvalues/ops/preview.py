@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from genvalues.common.errors import EXIT_USER_ERROR, UserError
+from genvalues.common.errors import EXIT_USER_ERROR
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
-from genvalues.ops.trace import LIBRARIES, write_config
+from genvalues.ops.trace import require_trainer, write_config
 
 TRAINER = "llama_lora.cli"
 
@@ -21,21 +20,11 @@ def show_rows(sources: Sources, rows: int) -> int:
 
     Raises UserErrors with every mistake in the inputs, and UserError if the trainer is not installed.
     """
-    command = preview_command()
+    require_trainer("preview needs")
     found = checked(sources, offline=True)
     with tempfile.TemporaryDirectory(prefix="genvalues-preview-") as folder:
         config = write_config(found.values, Path(folder))
         sys.stdout.flush()
-        done = subprocess.run([*command, "--config", str(config), "--rows", str(rows)], check=False)
+        command = [sys.executable, "-m", TRAINER, "preview", "--config", str(config), "--rows", str(rows)]
+        done = subprocess.run(command, check=False)
     return done.returncode if done.returncode in (0, EXIT_USER_ERROR) else 1
-
-
-def preview_command() -> list[str]:
-    """Raises UserError if the trainer's libraries are not installed."""
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"preview needs {' and '.join(missing)}, which this environment does not have",
-            fix="Install the package with its extra `trainer`, or run genvalues in the image.",
-        )
-    return [sys.executable, "-m", TRAINER, "preview"]

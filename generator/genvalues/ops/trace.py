@@ -67,14 +67,19 @@ def write_config(values: dict[str, Any], folder: Path, **changes: Any) -> Path:
 
 def tracer_command(config: Path) -> list[str]:
     """Raises UserError if the trainer's libraries are not installed."""
+    require_trainer("needs", OPTION)
+    return [sys.executable, "-m", TRACER, "--config", str(config)]
+
+
+def require_trainer(needs: str, where: str = "") -> None:
+    """Raise UserError if the trainer's libraries are not installed. ``needs``: the beginning of the message."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"needs {' and '.join(missing)}, which this environment does not have",
-            where=OPTION,
+            f"{needs} {' and '.join(missing)}, which this environment does not have",
+            where=where,
             fix="Install the package with its extra `trainer`, or run genvalues in the image.",
         )
-    return [sys.executable, "-m", TRACER, "--config", str(config)]
 
 
 def run_tracer(command: Sequence[str]) -> Trace:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from genvalues.common.errors import UserError
 from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, files_of, is_saved
-from genvalues.settings.datasets import SplitPart, file_format, is_on_hub, is_path, split_parts
+from genvalues.settings.datasets import GZIP, ZSTANDARD, SplitPart, file_format, is_on_hub, is_path, split_parts
 from genvalues.settings.inputs import DatasetInputs
 from genvalues.settings.run import AdditionalSource
 
@@ -124,9 +124,9 @@ def count(path: Path, split: str = "") -> Examples | None:
 def _count(path: Path) -> Examples:
     """The rows of a text file and its bytes. Raises ValueError if it cannot be counted here."""
     data = path.read_bytes()
-    if data.startswith(b"\x1f\x8b"):
+    if data.startswith(GZIP):
         data = zlib.decompressobj(wbits=31).decompress(data, MOST_BYTES + 1)
-    if len(data) > MOST_BYTES or data.startswith(b"\x28\xb5\x2f\xfd"):  # Zstandard requires pyarrow
+    if len(data) > MOST_BYTES or data.startswith(ZSTANDARD):  # which requires pyarrow
         raise ValueError("too large, or compressed with Zstandard")
     kind = file_format(path.name)
     if kind in ("jsonl", "text"):

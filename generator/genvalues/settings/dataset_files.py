@@ -75,7 +75,7 @@ def files_of(source: str) -> list[DataFile]:
 
 
 def _check_links(files: Iterable[Path]) -> None:
-    """Raise UserError for a link without its file: the rows would be missing without a word."""
+    """Raise UserError for a link to a missing file, whose rows would be left out silently."""
     for file in files:
         if file.is_symlink() and not file.exists():
             raise UserError("is a link to a file that does not exist", where=str(file), fix="Restore or remove it.")

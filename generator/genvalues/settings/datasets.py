@@ -15,6 +15,7 @@ FORMATS = {  # of files, by suffix
     ".txt": "text",
 }
 COMPRESSIONS = (".gz", ".zst")  # a second suffix; Parquet files are compressed inside
+GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # their first bytes (RFC 1952, RFC 8878)
 FILE_SUFFIXES = (*FORMATS, *(f"{suffix}{end}" for suffix in FORMATS if suffix != ".parquet" for end in COMPRESSIONS))
 FILES = f"(supported files: {' '.join(FORMATS)}; all but .parquet also with .gz or .zst)"
 # Suffixes of files that the stages cannot read. A Hub id could end with one, but hardly any does.
@@ -45,6 +46,7 @@ COLUMN_ALIASES = {
 }
 COLUMNS = {name for columns in (REQUIRED_COLUMNS, OPTIONAL_COLUMNS) for names in columns.values() for name in names}
 
+WILDCARD = re.compile(r"[*?\[]")
 SPLIT_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[-?[0-9]*%?:-?[0-9]*%?\])?"
 SPLIT = rf"{SPLIT_PART}( *\+ *{SPLIT_PART})*"  # as `datasets` reads it
 
@@ -61,17 +63,24 @@ def on_s3(source: str) -> bool:
 
 def is_glob(source: str) -> bool:
     """Whether a source contains a wildcard, which a Hub id cannot."""
-    return any(character in source for character in "*?[")
+    return WILDCARD.search(source) is not None
+
+
+def is_prefix(source: str) -> bool:
+    """Whether a source names several files: it ends with a slash, or contains a wildcard."""
+    return source.endswith("/") or is_glob(source)
+
+
+def before_wildcard(source: str) -> str:
+    return WILDCARD.split(source)[0]
 
 
 def is_path(source: str) -> bool:
-    """Whether a source can only be a file, a folder or a glob. A relative folder looks like a Hub id: ``is_file`` and
-    this are about the text, not about what exists.
-    """
+    """Whether a source can only be a file, a folder or a glob, by its text: a relative folder looks like a Hub id."""
     if not source or "://" in source:
         return False
     begins = source.startswith(("/", "./", "../", "~/")) or source in (".", "..")
-    return begins or source.endswith("/") or is_glob(source) or bool(file_format(source))
+    return begins or is_prefix(source) or bool(file_format(source))
 
 
 def row_format(format_: str | None, source: str) -> str:

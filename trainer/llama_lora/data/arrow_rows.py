@@ -9,7 +9,7 @@ from typing import Any
 
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line
-from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError
+from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError, too_long_row
 
 BATCH_BYTES = 32 << 20
 MOST_ROWS = 1000  # of a batch
@@ -94,10 +94,6 @@ def _row_of(batch: Any, index: int) -> Any:
     row = batch.slice(index, 1)
     columns = [column.dictionary_decode() if hasattr(column, "dictionary_decode") else column for column in row.columns]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def too_long_row(place: str) -> RowError:
-    return RowError(f"is longer than {MAX_ROW_BYTES >> 20} MiB", where=place, fix="Split long texts into several rows.")
 
 
 def _cleaner(kind: Any) -> Callable[[Any], Any] | None:

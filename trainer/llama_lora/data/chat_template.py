@@ -59,7 +59,7 @@ class ChatTemplate:
             except (TimeUp, MemoryError):
                 raise
             except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
-                raise UserError(f"invalid chat template: {_told(error)}", where="model", fix=FIX) from None
+                raise UserError(f"invalid chat template: {_with_kind(error)}", where="model", fix=FIX) from None
 
     @property
     def digest(self) -> str:
@@ -92,7 +92,7 @@ class ChatTemplate:
         except (TimeUp, MemoryError, UserError):
             raise
         except Exception as error:
-            raise UserError(f"the chat template fails: {_told(error)}", where=place, fix=FIX) from None
+            raise UserError(f"the chat template fails: {_with_kind(error)}", where=place, fix=FIX) from None
         return text
 
 
@@ -327,7 +327,7 @@ def _power(base: Any, exponent: Any) -> Any:
     return operator.pow(base, exponent)
 
 
-def _told(error: Exception) -> str:
+def _with_kind(error: Exception) -> str:
     return f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
 
 

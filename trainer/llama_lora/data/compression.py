@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.settings.datasets import GZIP, ZSTANDARD
 
-GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes (RFC 1952, RFC 8878)
 # A file that decompresses to more than both is refused. Text rarely compresses to less than a fiftieth; gzip reaches at
 # most a 1032nd (https://www.zlib.net/zlib_tech.html), Zstandard a 10,000th and less.
 MOST_FREE_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from genvalues.common.errors import UserError
 from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, exists_here, files_of, is_saved
-from genvalues.settings.datasets import SplitPart, is_glob, on_s3, split_parts
+from genvalues.settings.datasets import SplitPart, is_glob, is_prefix, on_s3, split_parts
 from llama_lora.config import Dataset
 from llama_lora.data.file_formats import read_file
 from llama_lora.data.hub_datasets import parquet_export, read_hub, saved_splits
@@ -19,35 +19,26 @@ from llama_lora.data.hub_errors import PARQUET_REVISION
 from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.resolve import ResolvedSources, Source
 from llama_lora.data.rows import BadRows, Row
-from llama_lora.data.s3 import is_prefix, s3_client, s3_parts, translate_s3_errors
+from llama_lora.data.s3 import s3_client, s3_parts, translate_s3_errors
 from llama_lora.data.splits import Split, rows_of_parts
 
 __all__ = ["BadRows", "Row", "read_held_out", "read_part", "read_rows"]
 
 
-def read_rows(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows | None = None) -> Iterator[Row]:
+def read_rows(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows) -> Iterator[Row]:
     """Yield every row of dataset.source, then those of dataset.additional by name.
 
-    Rows that cannot be read are recorded in ``bad_rows``, whose errors the caller raises. Left out: raises UserErrors
-    with file and line of such rows, or skips them, as dataset.onBadRow says.
+    Rows that cannot be read are recorded in ``bad_rows``, whose errors the caller raises.
     """
-    found = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
-    pinned = {"": sources.dataset, **sources.additional}
-    yield from _until_bad(
-        (row for part in training_parts(dataset) for row in read_part(part, pinned[part.name], found)), found
-    )
-    if bad_rows is None:
-        found.raise_errors()
+    rows = (row for part in training_parts(dataset) for row in read_part(part, sources.of(part), bad_rows))
+    yield from _until_bad(rows, bad_rows)
 
 
-def read_held_out(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows | None = None) -> Iterator[Row]:
+def read_held_out(dataset: Dataset, sources: ResolvedSources, bad_rows: BadRows) -> Iterator[Row]:
     """Yield every row of dataset.eval; none if it is not set. ``bad_rows``: see ``read_rows``."""
     part = held_out_part(dataset)
     if part and sources.held_out:
-        found = bad_rows or BadRows(skip=dataset.on_bad_row == "skip")
-        yield from _until_bad(read_part(part, sources.held_out, found), found)
-        if bad_rows is None:
-            found.raise_errors()
+        yield from _until_bad(read_part(part, sources.held_out, bad_rows), bad_rows)
 
 
 def _until_bad(rows: Iterator[Row], bad_rows: BadRows) -> Iterator[Row]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from genvalues.common.errors import UserError
 from genvalues.settings.datasets import file_format
-from llama_lora.data.arrow_rows import read_parquet, too_long_row
+from llama_lora.data.arrow_rows import read_parquet
 from llama_lora.data.compression import open_decompressed
 from llama_lora.data.json_stream import JsonRows, parse_line
-from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError
+from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError, too_long_row
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")

@@ -71,7 +71,7 @@ def read_messages(value: Any, what: str, place: str) -> Conversation:
     return Conversation(messages, [_has_loss(each, read) for each, read in zip(value, messages, strict=True)])
 
 
-def listed(value: Any) -> Any:
+def parsed_messages(value: Any) -> Any:
     """A list of messages if ``value`` is one as JSON text; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value

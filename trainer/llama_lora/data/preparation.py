@@ -90,6 +90,11 @@ class Counts:
                 for error in bad_rows.first[:DROPPED_SHOWN]
             ]
 
+    def check_any(self) -> None:
+        """Raise UserError if there are no rows."""
+        if not self.rows:
+            raise UserError("the dataset has no rows", where="dataset.source", fix="Name data with rows.")
+
     def add(self, other: Counts) -> None:
         """Add the counts of later rows."""
         for name, value in vars(other).items():

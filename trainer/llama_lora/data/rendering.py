@@ -59,7 +59,7 @@ class Renderer:
         self._turns = TurnRenderer(self._special, [text for text in self._special if text not in strips])
         self.uses_chat_template = format in ("instruction", "chat") and bool(tokenizer.chat_template)
         if self.uses_chat_template:
-            self._templates.of([])  # an invalid template is told before the first row
+            self._templates.of([])  # report an invalid template before the first row
         if format != "text" and self._marks_beginnings():
             raise UserError(
                 "the model's tokenizer marks the beginning of every text (SentencePiece, as in Llama 2), so a prompt "
@@ -123,7 +123,7 @@ class Renderer:
         return [self._as_written([Segment(text, trained=True, ends=not self._turns.is_ended(text))])]
 
     def _prompt_completion(self, row: Row) -> list[RenderedExample]:
-        values = {key: shapes.listed(self.columns.value(row, key)) for key in ("prompt", "completion")}
+        values = {key: shapes.parsed_messages(self.columns.value(row, key)) for key in ("prompt", "completion")}
         if any(isinstance(value, (list, tuple)) for value in values.values()):
             parts = []
             for role, (key, value) in zip(("user", "assistant"), values.items(), strict=True):

@@ -21,11 +21,11 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line
 from genvalues.settings.dataset_files import exists_here, files_of, s3_keys
-from genvalues.settings.datasets import FILES, FORMATS, on_s3
+from genvalues.settings.datasets import FILES, FORMATS, is_prefix, on_s3
 from llama_lora.config import Model, RunConfig
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.parts import Part, held_out_part, training_parts
-from llama_lora.data.s3 import is_prefix, list_keys, s3_client, s3_parts, translate_s3_errors
+from llama_lora.data.s3 import list_keys, s3_client, s3_parts, translate_s3_errors
 from llama_lora.paths import Paths
 
 # Files of a model folder or repository that are not copied. Weights in other formats (such as Meta's consolidated.pth)
@@ -56,6 +56,10 @@ class ResolvedSources:
     dataset: Source
     additional: Mapping[str, Source] = field(default_factory=dict)
     held_out: Source | None = None
+
+    def of(self, part: Part) -> Source:
+        """The pinned source of a part that is trained on."""
+        return self.additional[part.name] if part.name else self.dataset
 
     def identity(self) -> dict[str, str]:
         """The part that goes into a fingerprint: the content of a source, not its path."""

@@ -31,6 +31,10 @@ class MissingColumn(RowError):
     """A row lacks a column. If all rows do, the settings are wrong rather than the rows."""
 
 
+def too_long_row(place: str) -> RowError:
+    return RowError(f"is longer than {MAX_ROW_BYTES >> 20} MiB", where=place, fix="Split long texts into several rows.")
+
+
 class BadRows:
     """The rows that cannot be read or rendered (dataset.onBadRow): counted if ``skip``, else reported up to 20 at once.
 

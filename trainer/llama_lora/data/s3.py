@@ -4,14 +4,13 @@ change.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from genvalues.common.errors import UserError
-from genvalues.settings.datasets import FILES, file_format, is_glob
+from genvalues.settings.datasets import FILES, before_wildcard, file_format, is_prefix
 
 
 def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
@@ -27,14 +26,9 @@ def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
     return parts.netloc, key
 
 
-def is_prefix(key: str) -> bool:
-    """Whether a key names several objects: it ends with a slash, or has a wildcard."""
-    return key.endswith("/") or is_glob(key)
-
-
 def list_keys(bucket: str, key: str) -> dict[str, str]:
     """The ETag of each object under a prefix, or under the part of a glob before its first wildcard, by key."""
-    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=re.split(r"[*?\[]", key)[0])
+    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=before_wildcard(key))
     return {found["Key"]: found["ETag"].strip('"') for page in pages for found in page.get("Contents", [])}
 
 

@@ -34,6 +34,10 @@ class Kept:
         for name, values in vars(self).items():
             values.extend(getattr(other, name))
 
+    def duplicates(self) -> int:
+        """How many texts repeat an earlier one."""
+        return len(self.digests) - len(numpy.unique(numpy.asarray(self.digests)))
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -87,7 +91,7 @@ def select(
         train=numpy.repeat(numpy.arange(examples), numpy.repeat(text_uses, pieces)),
         held_out=numpy.asarray(held_out, dtype=numpy.int64),
         held_out_rows=len(drawn),
-        duplicates=len(digests) - len(numpy.unique(digests)),
+        duplicates=kept.duplicates(),
         in_both=int(in_both.sum()),
     )
 

@@ -58,7 +58,7 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         from transformers import AutoConfig
 
-        with _damage_told(path):
+        with _translate_gguf_errors(path):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         _gguf_tokenizer(path, config).save_pretrained(folder)
         return folder
@@ -106,7 +106,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with _damage_told(file):
+    with _translate_gguf_errors(file):
         model = library_versions.load_gguf_model(file, torch.bfloat16)
     tokenizer = _gguf_tokenizer(file, model.config)
     model.save_pretrained(folder)
@@ -114,7 +114,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _damage_told(file: Path) -> Iterator[None]:
+def _translate_gguf_errors(file: Path) -> Iterator[None]:
     """Turn any exception into a UserError: a damaged file can raise IndexError, KeyError, ..."""
     try:
         yield
@@ -130,7 +130,7 @@ def _gguf_tokenizer(file: Path, config: Any) -> Any:
     """Load the tokenizer of a GGUF file. ``config`` is that of its model."""
     from transformers import AutoTokenizer
 
-    with _damage_told(file):
+    with _translate_gguf_errors(file):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
     # <|im_start|>, and training would use the wrong one. The model's config has the right ids.

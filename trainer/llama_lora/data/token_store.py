@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from genvalues.common import files
-from llama_lora.data.tokens import Example
+from llama_lora.data.tokens import IGNORED, Example
 
 COLUMNS = ("input_ids", "labels", "lengths")
 DATA_FILE = "data-00000-of-00001.arrow"  # as save_to_disk names the only one
@@ -62,6 +62,10 @@ class TokenStore:
     def example(self, number: int) -> Example:
         """Read one example."""
         return Example(*(array("i", self.part(name, number).tobytes()) for name in ("input_ids", "labels")))
+
+    def trained_tokens(self, number: int) -> int:
+        """How many tokens of an example have a loss."""
+        return int(numpy.count_nonzero(self.part("labels", number) != IGNORED))
 
     def part(self, name: str, number: int) -> Any:
         """The ``input_ids`` or ``labels`` of an example."""

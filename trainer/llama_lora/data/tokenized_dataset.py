@@ -20,7 +20,6 @@ from llama_lora.data.preparation import UNREADABLE, Counts, RowTokenizer, prepar
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.data.selection import Kept, Selection, select
 from llama_lora.data.token_store import TokenStore
-from llama_lora.data.tokens import IGNORED
 from llama_lora.environment import available_cores
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ def check_columns(part: Part, counts: Counts) -> None:
 
 def check_dropped(counts: Counts, most: float) -> None:
     """Raise UserError if a greater share of the rows than ``most`` is dropped, or all."""
-    if not counts.rows:
-        raise UserError("the dataset has no rows", where="dataset.source", fix="Name data with rows.")
+    counts.check_any()
     if counts.dropped_rows <= most * counts.rows and counts.dropped_rows < counts.rows:
         return
     reasons = ", ".join(f"{count} ({reason})" for reason, count in counts.dropped.most_common(REASONS))
@@ -162,7 +160,7 @@ def _counts(store: TokenStore, train: Any, rows: int, max_length: int) -> dict[s
         length = store.lengths[number]
         tokens += length
         longest = max(longest, length)
-        trained += int(numpy.count_nonzero(store.part("labels", number) != IGNORED))
+        trained += store.trained_tokens(number)
     return {
         "examples": len(train),
         "tokens": tokens,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from genvalues.ops.preflight.instance_checks import utc_text
 from genvalues.ops.preflight.run_requirements import PUBLIC_ECR, RunRequirements
 from genvalues.ops.registries import ACCOUNTS, invalid_account
 from genvalues.settings.dataset_files import s3_keys
-from genvalues.settings.datasets import is_glob
+from genvalues.settings.datasets import before_wildcard, is_prefix
 
 MOST_LISTED = 1000  # objects of an S3 prefix
 
@@ -182,10 +181,9 @@ def check_s3_object(clients: AwsClients, requirements: RunRequirements, subject:
 
 def size_in_s3(clients: AwsClients, bucket: str, key: str) -> int:
     """The bytes of an object, or of the data files among the first objects under a prefix or a glob."""
-    if not (key.endswith("/") or is_glob(key)):
+    if not is_prefix(key):
         return int(clients.ask("s3", "head_object", Bucket=bucket, Key=key).get("ContentLength") or 0)
-    prefix = re.split(r"[*?\[]", key)[0]
-    listed = clients.list("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix)
+    listed = clients.list("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=before_wildcard(key))
     sizes = {each["Key"]: int(each["Size"]) for each in islice(listed, MOST_LISTED)}
     return sum(sizes[name] for name in s3_keys(key, sizes))
 
