@@ -18,7 +18,15 @@ ROUND_TRIPS, ALL_ROUND_TRIPS = 60, 500
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="every fuzz case, round trip and trace (make test-all)")
+    parser.addoption("--all", action="store_true", help="also tests marked slow, and every fuzz case (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked slow, unless --all asks for them."""
+    if not config.getoption("all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in set(slow)]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +49,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     said += [f"{count} skipped ({reason})" for reason, count in skips.items()]
     not_run = ["make test-xla", "make test-cluster", "make demo", "make bench"]
     if not config.getoption("all"):
-        left_out = (
-            f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases, {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips, "
-            "traces of 8 real sizes"
-        )
-        not_run = [f"{left_out} (make test-all)", *not_run]
+        left_out = f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases, {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips"
+        not_run = ["tests marked slow (make test-slow)", f"{left_out} (make test-all)", *not_run]
     terminalreporter.write_line(f"{', '.join(said)}. Not run: {', '.join(not_run)}.")

@@ -62,6 +62,7 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_setting_takes_its_declaration_the_line_that_uses_it_and_its_test(copy: Copy) -> None:
     declaration = '    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")\n'
     copy.insert("generator/genvalues/settings/run.py", "    dropout: Fraction", declaration)

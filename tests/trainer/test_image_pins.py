@@ -418,6 +418,7 @@ def smoke_test(*arguments: str | Path, path: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_complete_image_passes(tmp_path: Path) -> None:
     done = smoke_test("[trainer]", "--constraints", freeze(tmp_path), path=str(Path(sys.executable).parent))
     assert (done.returncode, done.stderr) == (0, "")

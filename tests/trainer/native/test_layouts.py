@@ -101,7 +101,7 @@ def gradients(given: Any, recompute: str, compile_backend: str | None) -> dict[s
     return {name: parameter.grad.clone() for name, parameter in adapter_parameters(engine.root).items()}
 
 
-@pytest.mark.parametrize("compile_backend", [None, "aot_eager"])
+@pytest.mark.parametrize("compile_backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_recomputation_does_not_change_a_bit(compile_backend: str | None, bf16_model: Path, tmp_path: Path) -> None:
     """With dropout, whose masks must be the same when they are drawn again."""
     found = {}

@@ -56,14 +56,15 @@ def run_of_everything(given: Any, folder: Path) -> tuple[list[tuple[int, int]], 
     ("world", "settings"),
     [
         (1, {"activation_checkpointing": "full", "dropout": 0.1}),
-        (1, {"activation_checkpointing": "selective", "dropout": 0.1}),
-        (2, {**SHARD, "attention": "causal", **FEW}),
+        pytest.param(1, {"activation_checkpointing": "selective", "dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param(2, {**SHARD, "attention": "causal", **FEW}, marks=pytest.mark.slow),
     ],
 )
 def test_the_number_of_graphs_stays(world: int, settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
     assert_constant_graphs(world, settings, model, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_number_of_graphs_of_tensor_parallel_stays_and_is_that_of_the_trace(model: Path, tmp_path: Path) -> None:
     settings = {"tensor_parallel_size": 2, "target_modules": ["q_proj", "v_proj"], "activation_checkpointing": "full"}
     graphs = assert_constant_graphs(2, settings, model, tmp_path)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def model_config(kind: str, **sizes: Any) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(kind, **{**SMALL, **sizes})
+
+
+def some_slow(names: Iterable[str], often: Sequence[str]) -> list[Any]:
+    """Parameters of a test, which are slow unless they are in ``often``."""
+    return [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
 
 
 def run(data: int = 1, shard: int = 1, tensor: int = 1, **settings: Any) -> run_config.RunConfig:
@@ -84,7 +90,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some_slow(LAYOUTS, often=("uneven shards", "adapters larger than activations")))
 def test_three_and_four_layers_tell_of_any_number(name: str) -> None:
     config, model = run(**LAYOUTS[name]), model_config("llama")
     few, all_of_them = traced_in_a_fork(config, model), traced_in_a_fork(config, model, all_layers=True)
@@ -107,7 +113,6 @@ def test_three_micro_batches_tell_of_any_number(monkeypatch: pytest.MonkeyPatch)
 # --- real sizes
 
 REAL = {"max_sequence_length": 2048, "r": 16, "gradient_accumulation_steps": 1}
-OFTEN = ("llama-3.1-8b", "llama-3.1-70b", "granite-3.1-8b", "qwen3-8b")  # the others with --all, as in CI
 RUNS: dict[str, dict[str, Any]] = {  # architectures that genvalues knows, on 4 cores (trn2.3xlarge) or 64
     "llama-3.2-1b": {"data": 4, "activation_checkpointing": "selective", "gradient_accumulation_steps": 3},
     "llama-3.2-3b": {"shard": 4, "activation_checkpointing": "selective", "target_modules": "all-linear"},
@@ -176,11 +181,7 @@ def test_the_layout_of_a_real_size_is_one_of_trn2(name: str) -> None:
     assert {layout.tensor_parallel_size, layout.shard_size} <= set(instance.groups)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "size" in metafunc.fixturenames:
-        metafunc.parametrize("size", RUNS if metafunc.config.getoption("all") else OFTEN)
-
-
+@pytest.mark.parametrize("size", some_slow(RUNS, often=("llama-3.1-70b", "qwen3-8b")))
 def test_a_real_size_runs_on_the_device_in_the_bytes_of_its_layout_and_of_the_plan(size: str) -> None:
     config, model = run(**{**REAL, **RUNS[size]}), real_config(size)
     found = traced_in_a_fork(config, model)
