@@ -14,7 +14,8 @@ import click
 from genvalues import __version__
 from genvalues.commands import Commands
 from genvalues.common import log
-from genvalues.common.errors import internal_error, traceback_wanted, user_errors_end_with_status_2
+from genvalues.common.boundary import report
+from genvalues.common.errors import EXIT_FAILED, EXIT_VOLUME, user_errors_end_with_status_2
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left, quota exceeded, file too large
 
@@ -58,20 +59,19 @@ def main() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
         sys.exit(1)
     except Exception as error:
-        message = disk_full(error) if isinstance(error, OSError) else ""
-        print(message or internal_error(error, with_traceback=traceback_wanted()), file=sys.stderr)
-        sys.exit(1)
+        if isinstance(error, OSError) and is_full_stdout(error):
+            print(f"stdout: cannot be written: {error.strerror}", file=sys.stderr)
+            sys.exit(EXIT_FAILED)
+        status = report(error, "genvalues")
+        sys.exit(EXIT_FAILED if status == EXIT_VOLUME else status)
 
 
-def disk_full(error: OSError) -> str:
-    """The message for a full disk, which is not an internal error; empty for any other error."""
+def is_full_stdout(error: OSError) -> bool:
+    """Whether the disk to which stdout is redirected is full."""
     import traceback
 
-    if error.errno not in DISK_FULL:
-        return ""
     innermost = traceback.extract_tb(error.__traceback__)[-1].name
-    where = "stdout" if innermost in ("main", click.echo.__name__) else error.filename or "stdout or a file"
-    return f"{where}: cannot be written: {error.strerror}"
+    return error.errno in DISK_FULL and not error.filename and innermost in ("main", click.echo.__name__)
 
 
 @user_errors_end_with_status_2

@@ -188,7 +188,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Run, pytest.MonkeyPatch], None], str, l
     "sliding window": ("tokenize", sliding_window, "model", ["sliding_window is 64", "use_sliding_window"]),
     "memory": ("rehearse", out_of_memory, "parallelism.shardSize", ["30.0 GiB", "24 GiB", "Raise"]),
     "traced problem": ("rehearse", data_dependent_shape, "rehearse: trace", ["aten.nonzero", "rehearse.enabled"]),
-    "unwritable volume": ("rehearse", unwritable_volume, "rehearse: prepare", ["small-run", "writable"]),
+    "unwritable volume": (
+        "rehearse",
+        unwritable_volume,
+        "rehearse: prepare",
+        ["small-run", "Not a directory", "Remove the file"],
+    ),
 }
 
 

@@ -150,8 +150,7 @@ def first_step_settings(config: RunConfig) -> RunConfig:
 
 def launch(stage: Stage, name: str, kill_after: int = 0) -> None:
     """Run this node's workers. See ``backends.native.measured``. Raises UserError if they fail."""
-    from torch.distributed.elastic.rendezvous import RendezvousError
-
+    from llama_lora.backends.failures import WorkersFailed
     from llama_lora.backends.launch import run_workers
     from llama_lora.backends.native.measured import measurements, worker_command
 
@@ -160,12 +159,8 @@ def launch(stage: Stage, name: str, kill_after: int = 0) -> None:
     try:
         with own_rendezvous(LAUNCHES.index(name)):
             run_workers(worker_command(stage.paths, kill_after), stage.config)
-    except RendezvousError as error:
-        raise UserError(f"the nodes did not meet for the training {name}: {error}") from None
-    except SystemExit as end:
-        if end.code != 1:  # a signal
-            raise
-        raise UserError(f"the workers of the training {name} failed; their output is above") from None
+    except WorkersFailed as error:
+        raise UserError(f"the training {name} failed: {error}") from None
 
 
 @contextmanager

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from genvalues.common import log, manifests
-from genvalues.common.errors import UserError, user_errors_end_with_status_2, write_errors_as_user_errors
+from genvalues.common.boundary import report
+from genvalues.common.errors import EXIT_INTERRUPTED, EXIT_VOLUME, UserError, in_pod, write_errors_as_user_errors
+from genvalues.common.system_errors import explain, explained, is_of_volume
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
-from llama_lora import stage
+from llama_lora import room, stage
 from llama_lora.backends import stopping
 from llama_lora.paths import Paths
 
@@ -28,6 +35,33 @@ workspace_option = click.option(
     envvar="LLAMA_LORA_WORKSPACE",
     help="The folder with models, datasets and runs. [env: LLAMA_LORA_WORKSPACE]",
 )
+
+
+# A retry makes sense once somebody has made room. Kubernetes' own pause before the first is 10 s.
+PAUSE_IN_POD = 60.0  # seconds
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def errors_end_in_one_line(command: Command) -> Command:
+    """Decorate a command: every error ends in one line and an exit status. See genvalues.common.boundary."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):  # click's own, which it prints
+            raise
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            status = report(error, "llama-lora")
+            if status == EXIT_VOLUME and in_pod():
+                logging.getLogger(__name__).info(f"ending in {PAUSE_IN_POD:.0f} s, so that a retry comes after a pause")
+                time.sleep(PAUSE_IN_POD)
+            sys.exit(status)
+
+    return wrapper  # type: ignore[return-value]
 
 
 def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_config.RunConfig, Paths]:
@@ -43,7 +77,12 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
 def make_run_folder(paths: Paths) -> None:
     """Create the run's folder. Raises UserError if the workspace is not writable."""
     with write_errors_as_user_errors(f"--workspace {paths.workspace}", "Pass a writable folder."):
-        paths.run.mkdir(parents=True, exist_ok=True)
+        try:
+            paths.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if is_of_volume(error):
+                raise explain(error) or error from None
+            raise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +90,8 @@ def make_run_folder(paths: Paths) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Log details too.")
 @click.option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
 def main(verbose: bool, quiet: bool) -> None:
-    """Run a stage of a LoRA fine-tune. Exit status: 0 done, 2 the user must change something, other: retry."""
+    """Run a stage of a LoRA fine-tune. Exit status: 0 done, 2 the user must change something, 75 the volume is
+    full or fails (retry after a pause), other: retry."""
     if verbose or quiet:
         os.environ[environment.VERBOSITY] = "1" if verbose else "-1"  # for the worker processes
     log.configure(environment.verbosity())
@@ -61,7 +101,7 @@ def main(verbose: bool, quiet: bool) -> None:
 @click.argument("name", metavar="STAGE", type=click.Choice(stage.names()))
 @config_option
 @workspace_option
-@user_errors_end_with_status_2
+@errors_end_in_one_line
 def fingerprint(name: str, config_file: Path | None, workspace: Path | None) -> None:
     """Print as JSON whether STAGE is up to date. Runs nothing."""
     config, paths = load_run(config_file, workspace)
@@ -80,7 +120,7 @@ def fingerprint(name: str, config_file: Path | None, workspace: Path | None) -> 
 @click.argument("name", metavar="STAGE", type=click.Choice(stage.names()))
 @config_option
 @workspace_option
-@user_errors_end_with_status_2
+@errors_end_in_one_line
 def verify(name: str, config_file: Path | None, workspace: Path | None) -> None:
     """Check that every output of STAGE has the size and SHA-256 in its manifest. Writes nothing."""
     click.echo(stage.verify_outputs(name, *load_run(config_file, workspace)))
@@ -89,7 +129,7 @@ def verify(name: str, config_file: Path | None, workspace: Path | None) -> None:
 @main.command(name="acceptance", short_help="Check a device with a few steps of a run.")
 @config_option
 @workspace_option
-@user_errors_end_with_status_2
+@errors_end_in_one_line
 def acceptance_command(config_file: Path | None, workspace: Path | None) -> None:
     """Train a few steps of a run on its device, and print PASS, FAIL or SKIP for each check (docs/neuron.md).
 
@@ -120,7 +160,7 @@ def acceptance_command(config_file: Path | None, workspace: Path | None) -> None
     show_default=True,
     help="How many examples of each source to show.",
 )
-@user_errors_end_with_status_2
+@errors_end_in_one_line
 def preview_command(config_file: Path | None, rows: int) -> None:
     """Show the first rows of the dataset as the model sees them, with what is trained. Needs no workspace.
 
@@ -147,7 +187,7 @@ def stage_command(declared: stage.Declaration) -> click.Command:
     """Build the command of a stage. It runs with --config, or, if the stage has a tool, with all options of that."""
     tool_options = list(inspect.signature(declared.tool).parameters) if declared.tool else []
 
-    @user_errors_end_with_status_2
+    @errors_end_in_one_line
     def command(config_file: Path | None, workspace: Path | None, **folders: Path | None) -> None:
         require_torch()
         stopping.exit_on_sigterm()
@@ -155,7 +195,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
         if not given:
             config, paths = load_run(config_file, workspace)
             make_run_folder(paths)
-            stage.run_stage(declared.name, config, paths)
+            with explained(paths.run, lambda: room.describe(declared.name, config, paths)):
+                stage.run_stage(declared.name, config, paths)
             if not sys.stdout.isatty() and (line := manifests.line_of(paths.manifest(declared.name))):
                 click.echo(line)  # for pod logs (genvalues bundle); on a terminal it is only a long line
             return
@@ -167,7 +208,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
                 fix=f"Pass --config run.yaml, or {together}.",
             )
         assert declared.tool is not None
-        declared.tool(**folders)
+        with explained(folders["output"] or Path()):
+            declared.tool(**folders)
 
     for name in reversed(tool_options):
         command = click.option(f"--{name}", type=click.Path(path_type=Path), help="For use without a run config.")(

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from genvalues.common import files
-from genvalues.common.errors import UserError, UserErrors, write_errors_as_user_errors
+from genvalues.common.errors import UserError, UserErrors
 from llama_lora import stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
@@ -203,8 +203,7 @@ def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
         return
     log.debug(f"{name}: fingerprint {stage.fingerprint}")
     stage.check_upstream()
-    with write_errors_as_user_errors(str(paths.config), "Make the volume writable for the user of the pods."):
-        files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
+    files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
     stage._declaration.run(stage)
 
 

@@ -13,7 +13,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, Object
 from genvalues.cluster.objects import JOB_NAME, ContainerExit, ends_of, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
-from genvalues.common.errors import EXIT_USER_ERROR
+from genvalues.common.errors import EXIT_USER_ERROR, EXIT_VOLUME
 
 TAIL_LINES = 40
 LINE_LENGTH = 500
@@ -70,11 +70,19 @@ class Workers:
                 self._tails[uid].log.over.set()
 
     def first_failure(self) -> ContainerExit | None:
-        """The exit that most likely caused the others: status 2, else the earliest that is neither success nor 143."""
+        """The exit that most likely caused the others: status 2, else 75, else the earliest that is no success or 143.
+
+        A node whose volume fails pauses before it ends, so the others end before it.
+        """
         failures = [end for end in self.ends if end.code != 0]
         return min(
             failures,
-            key=lambda end: (end.code != EXIT_USER_ERROR, end.code == TERMINATED, end.finished),
+            key=lambda end: (
+                end.code != EXIT_USER_ERROR,
+                end.code != EXIT_VOLUME,
+                end.code == TERMINATED,
+                end.finished,
+            ),
             default=None,
         )
 

@@ -1,7 +1,8 @@
 """Errors that a user can fix, errors that go away on their own, and internal errors; each is printed in one place.
 
 A UserError is raised where the problem is found, with what is wrong, where, and what to write instead. The command
-prints it and ends with status 2. Status 1 means that running the command again may succeed.
+prints it and ends with status 2. Status 1 means that running the command again may succeed, status 75 that it may
+succeed after a pause. ``genvalues`` and ``llama-lora`` print an error that nobody raised for the user in one line, too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_VOLUME = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130
 TRACEBACK = "GENVALUES_TRACEBACK"  # environment variable: if set, an internal error prints its traceback
-PACKAGE = Path(__file__).parents[1]
+POD = "KUBERNETES_SERVICE_HOST"  # environment variable that Kubernetes sets in every container
+PACKAGES = ("genvalues", "llama_lora")
 
 
 class UserError(Exception):
     """Something the user must change: ``what`` is wrong, ``where`` (a file, a place in one, an option), the ``fix``."""
+
+    status = EXIT_USER_ERROR
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what = what.rstrip(".")
@@ -60,6 +67,14 @@ def write_errors_as_user_errors(
 class Unavailable(Exception):
     """A service does not respond now but may later. Printed in one line; the command ends with status 1."""
 
+    status = EXIT_FAILED
+
+
+class VolumeError(Exception):
+    """A volume is full, read-only or fails. Only a person or time can help, so a retry makes sense after a pause."""
+
+    status = EXIT_VOLUME
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -71,17 +86,14 @@ def user_errors_end_with_status_2(command: Command) -> Command:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except UserError as error:
+        except (UserError, Unavailable) as error:
             print(error, file=sys.stderr)
-            sys.exit(EXIT_USER_ERROR)
-        except Unavailable as error:
-            print(error, file=sys.stderr)
-            sys.exit(1)
+            sys.exit(error.status)
 
     return wrapper  # type: ignore[return-value]
 
 
-def internal_error(error: Exception, *, with_traceback: bool) -> str:
+def internal_error(error: BaseException, program: str, *, with_traceback: bool) -> str:
     """Describe an unexpected error in one line: its type, where in the code, and how to report it.
 
     ``with_traceback`` puts the traceback before it. Tokens are redacted.
@@ -91,12 +103,12 @@ def internal_error(error: Exception, *, with_traceback: bool) -> str:
     from genvalues.common.text import one_line, redacted
 
     frames = traceback.extract_tb(error.__traceback__)
-    own_frames = [frame for frame in frames if PACKAGE in Path(frame.filename).parents] or list(frames)
+    own_frames = [frame for frame in frames if set(PACKAGES) & set(Path(frame.filename).parts)] or list(frames)
     place = f" at {Path(own_frames[-1].filename).name}:{own_frames[-1].lineno}" if own_frames else ""
     message = one_line(redacted(str(error)), 120)
     what = f"{type(error).__name__}{place}{f' ({message})' if message else ''}"
     line = (
-        f"genvalues: internal error: {what}. Please report it, with the output of the same command run with "
+        f"{program}: internal error: {what}. Please report it, with the output of the same command run with "
         f"{TRACEBACK}=1."
     )
     if not with_traceback:
@@ -107,4 +119,9 @@ def internal_error(error: Exception, *, with_traceback: bool) -> str:
 def traceback_wanted() -> bool:
     """Whether to print tracebacks: on request, and in the chart's pods, where the command cannot be repeated."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    return bool(os.environ.get(TRACEBACK)) or command == "cluster"
+    return bool(os.environ.get(TRACEBACK)) or command == "cluster" or in_pod()
+
+
+def in_pod() -> bool:
+    """Whether this is a pod of the chart. ``genvalues local`` in a pod, such as a notebook's, is not."""
+    return POD in os.environ

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE = 10.0  # seconds from SIGTERM to SIGKILL for a command
+END_AT_ONCE = signal.SIGINT  # to a supervisor, which runs in a session of its own and gets it from nobody else
+GRACE = 10.0  # seconds from SIGTERM to SIGKILL for a command that does not set its own
 LEFTOVER_GRACE = 2.0  # the same for processes that a command leaves behind
 USER_MUST_CHANGE_SOMETHING = 2
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -34,6 +35,7 @@ class Command:
     """A process to run. ``name`` prefixes its lines of output when several run together.
 
     ``stdin`` is its input, at most the 64 KiB that a pipe holds. It may be a password, so repr() does not show it.
+    ``grace``: seconds from SIGTERM to SIGKILL.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Command:
     environment: dict[str, str]
     folder: Path
     stdin: bytes | None = field(default=None, repr=False)
+    grace: float = GRACE
 
 
 class Interrupted(Exception):
@@ -58,15 +61,15 @@ def run_together(
 
     A command that fails stops the others. The status is 2 if any command ended with 2, else that of the first failure.
     The file descriptors ``hold_open`` stay open until the last process has ended. Raises Interrupted after SIGINT,
-    SIGTERM or SIGHUP.
+    SIGTERM or SIGHUP; a second SIGINT ends the commands without their grace.
     """
     running: dict[int, tuple[Command, subprocess.Popen[bytes], bytearray]] = {}
     failures: list[int] = []
 
-    def stop() -> None:
+    def stop(number: int = signal.SIGTERM) -> None:
         for _, process, _ in running.values():
             with suppress(ProcessLookupError):
-                process.terminate()
+                process.send_signal(number)
 
     with noted_signals() as (noted, wake_up), selectors.DefaultSelector() as selector:
         selector.register(wake_up, selectors.EVENT_READ)
@@ -94,6 +97,8 @@ def run_together(
                 if (noted or failures) and not stopping:
                     stopping = True
                     stop()
+                elif noted.count(signal.SIGINT) > 1:
+                    stop(END_AT_ONCE)
         finally:
             stop()
             for _, process, _ in running.values():
@@ -106,7 +111,7 @@ def run_together(
 
 
 def start(command: Command, hold_open: Sequence[int]) -> subprocess.Popen[bytes]:
-    supervisor = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
+    supervisor = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(command.grace)]
     process = subprocess.Popen(
         [*supervisor, *command.arguments],
         env=command.environment,
@@ -173,7 +178,7 @@ def noted_signals() -> Iterator[tuple[list[int], int]]:
 # --- the supervisor
 
 
-def supervise(parent: int, arguments: list[str]) -> int:
+def supervise(parent: int, grace: float, arguments: list[str]) -> int:
     """Run a command until it exits or we do; return its status once all its processes have ended."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with noted_signals() as (noted, wake_up):
@@ -192,12 +197,12 @@ def supervise(parent: int, arguments: list[str]) -> int:
                 os.read(wake_up, 1024)
             status = reap().get(child.pid)
             if status is None and kill_at is None and (noted or os.getppid() != parent):
-                kill_at = time.monotonic() + GRACE
+                kill_at = time.monotonic() + grace
                 with suppress(ProcessLookupError):
                     os.kill(
                         child.pid, signal.SIGTERM
                     )  # terminate() would poll, and could consume the status that reap() needs
-            if kill_at is not None and time.monotonic() > kill_at:
+            if kill_at is not None and (time.monotonic() > kill_at or END_AT_ONCE in noted):
                 send(signal.SIGKILL)
         end_leftovers()
         return status
@@ -271,4 +276,4 @@ def prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

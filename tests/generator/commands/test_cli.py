@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forked import genvalues
-from genvalues.cli import disk_full
+from genvalues import cli
 from genvalues.common.errors import internal_error, traceback_wanted
 
 INPUTS = "model: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
@@ -84,16 +84,20 @@ def test_a_full_disk_is_reported_as_such_and_not_as_an_internal_error(arguments:
     assert (done.returncode, done.stderr) == (1, "stdout: cannot be written: No space left on device\n")
 
 
-def test_a_full_disk_under_a_file_is_reported_too_and_other_errors_stay_internal() -> None:
-    def raised(number: int, *file: str) -> OSError:
-        try:
-            raise OSError(number, os.strerror(number), *file)
-        except OSError as error:
-            return error
+def test_an_error_of_the_operating_system_is_one_line_and_not_an_internal_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, status in [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.ENOENT, 1)]:
 
-    assert disk_full(raised(errno.ENOSPC, "/tmp/x")) == "/tmp/x: cannot be written: No space left on device"
-    assert disk_full(raised(errno.ENOSPC)) == "stdout or a file: cannot be written: No space left on device"
-    assert disk_full(raised(errno.EIO)) == ""
+        def crash(number: int = number) -> int:
+            raise OSError(number, os.strerror(number), "/tmp/x")
+
+        monkeypatch.setattr(cli, "run_command", crash)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == status, line
+        assert line.startswith("/tmp/x: ") and os.strerror(number) in line and "internal" not in line
 
 
 def test_a_closed_stdout_is_not_an_error() -> None:
@@ -162,12 +166,14 @@ def test_an_internal_error_says_how_to_report_it_and_shows_no_token(monkeypatch:
     try:
         crash()
     except KeyError as error:
-        line = internal_error(error, with_traceback=False)
+        line = internal_error(error, "genvalues", with_traceback=False)
         assert "internal error: KeyError at test_cli.py:" in line and "GENVALUES_TRACEBACK=1" in line
         assert "\n" not in line
-        shown = internal_error(error, with_traceback=True)
+        shown = internal_error(error, "genvalues", with_traceback=True)
         assert shown.startswith("Traceback") and shown.endswith(line)
         assert "hf_aaaa" not in shown
     for arguments, wanted in [(["cluster", "gate"], True), (["-v", "cluster", "gate"], True), (["check", "x"], False)]:
         monkeypatch.setattr(sys, "argv", ["genvalues", *arguments])
         assert traceback_wanted() is wanted
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert traceback_wanted() is True

@@ -1,10 +1,10 @@
 """Run the workers of this node under torchrun, and translate how they end.
 
-torchrun exits with 1 for any worker failure. Here a worker's status 2 (the user must change something) stays 2, and its
-message is reported once, not by every worker.
+torchrun exits with 1 for any worker failure. Here a worker's status 2 (the user must change something) stays 2, and 75
+(the volume is full or fails) stays 75. The failure that caused the others is reported in one line.
 
 Run as a program (python -m llama_lora.backends.launch STAGE CONFIG WORKSPACE), it does the same for a caller that does
-not pass on exit statuses (neuron_parallel_compile): the process that sets LLAMA_LORA_MESSAGES reads the messages there.
+not pass on exit statuses (neuron_parallel_compile): the process that sets LLAMA_LORA_MESSAGES reads the failures there.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from genvalues.common.errors import EXIT_USER_ERROR, UserError, UserErrors
+from genvalues.common.errors import UserError, VolumeError
 from genvalues.common.log import configure
 from genvalues.common.process import noted_signals, processes
+from genvalues.common.text import one_line
 from llama_lora import config as run_config
 from llama_lora import environment
-from llama_lora.backends import stopping
+from llama_lora.backends import failures, stopping
 from llama_lora.config import RunConfig
 from llama_lora.paths import Paths
 
 log = logging.getLogger("llama_lora.backends.launch")  # __name__ can be __main__
 
 LAUNCHER = "LLAMA_LORA_LAUNCHER"  # the launcher's process id, for its workers
-MESSAGES = "LLAMA_LORA_MESSAGES"  # the folder for the messages of the workers' UserErrors
+MESSAGES = "LLAMA_LORA_MESSAGES"  # the folder for what the workers record of their failures
 POLL_INTERVAL = 0.2  # seconds
 WAIT_WITHOUT_WORKERS = 3.0  # seconds from the end of the workers to the end of a node that is asked to stop
 
@@ -54,10 +55,11 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     The rendezvous comes from torchrun's PET_* variables, which the training operator sets. Without them this machine
     runs alone, with parallelism.processesPerNode workers.
 
-    Raises UserErrors if a worker ended with status 2. Ends this process with status 143 if the workers saved and
-    stopped on request, with 1 if one ended otherwise, and with 128 + N after another signal N.
+    Raises UserErrors or VolumeError if a worker did, and WorkersFailed if one failed otherwise. Ends this process with
+    status 143 if the workers saved and stopped on request, and with 128 + N after another signal N.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
@@ -73,11 +75,17 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
         os.environ[LAUNCHER] = str(os.getpid())
         torchrun = Torchrun(lambda: elastic_launch(launch_config, entrypoint)(*entrypoint_arguments))
         status = wait_or_stop(torchrun)
-        if errors := read_messages(messages):
-            raise UserErrors(errors)
+        recorded = failures.read(messages)
+        failures.raise_user_and_volume_errors(recorded)
         if isinstance(torchrun.error, ChildFailedError):
-            statuses = {failure.exitcode for failure in torchrun.error.failures.values()}
-            sys.exit(status or (stopping.EXIT_STOPPED if statuses == {stopping.EXIT_STOPPED} else 1))
+            if status:
+                sys.exit(status)
+            statuses = {rank: failed.exitcode for rank, failed in torchrun.error.failures.items()}
+            if set(statuses.values()) == {stopping.EXIT_STOPPED}:
+                sys.exit(stopping.EXIT_STOPPED)
+            raise failures.cause(recorded, statuses)
+        if isinstance(torchrun.error, RendezvousError):
+            raise failures.WorkersFailed(f"the nodes did not meet: {one_line(str(torchrun.error), 200)}")
         if torchrun.error:
             raise torchrun.error
         if status:
@@ -138,7 +146,7 @@ def send_signal(workers: Sequence[int], number: int) -> None:
 
 @contextmanager
 def messages_folder() -> Iterator[Path]:
-    """The folder for the messages of the workers' UserErrors: the caller's if it set one, else a temporary one."""
+    """The folder for the failures of the workers: the caller's if it set one, else a temporary one."""
     if MESSAGES in os.environ:
         yield Path(os.environ[MESSAGES])
         return
@@ -150,19 +158,17 @@ def messages_folder() -> Iterator[Path]:
             del os.environ[MESSAGES]
 
 
-def read_messages(folder: Path) -> list[UserError]:
-    """Read the workers' messages, each once."""
-    return [UserError(message) for message in sorted({file.read_text(encoding="utf-8") for file in folder.iterdir()})]
-
-
 def main(stage: str, config_file: str, workspace: str) -> None:
-    """Run this node's workers of a stage. The caller reads the messages of their UserErrors."""
+    """Run this node's workers of a stage. The caller reads their failures."""
     configure(environment.verbosity())
     config = run_config.load(Path(config_file))
     try:
         run_workers(worker_command(stage, Paths(Path(workspace), config.name)), config)
-    except UserError:
-        sys.exit(EXIT_USER_ERROR)
+    except (UserError, VolumeError) as error:
+        sys.exit(error.status)
+    except failures.WorkersFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

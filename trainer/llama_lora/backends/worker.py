@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from genvalues.common.errors import EXIT_USER_ERROR, UserError
 from genvalues.common.log import configure
 from llama_lora import backends, environment  # environment sets the variables that torch reads at import
 from llama_lora import config as run_config
-from llama_lora.backends import launch, stopping
+from llama_lora.backends import failures, launch, stopping
 from llama_lora.backends.base import Backend
 from llama_lora.paths import Paths
 from llama_lora.stage import Stage, declaration
@@ -33,7 +32,7 @@ def main(stage_name: str, config_file: str, workspace: str) -> None:
 
 
 def run(stage_name: str, config_file: str, workspace: str, work: Callable[[Stage, Backend], None]) -> None:
-    """Run ``work``. The launcher reads a UserError's message from a file, and reports it once."""
+    """Run ``work``. The launcher reads from a file why it failed, and reports one failure of all workers."""
     configure(environment.verbosity())
     die_with_launcher()
     try:
@@ -42,14 +41,16 @@ def run(stage_name: str, config_file: str, workspace: str, work: Callable[[Stage
         backend = backends.get(config.backend)
         with stack_traces(stage), backend.using_cache(stage):
             work(stage, backend)
-    except UserError as error:
-        Path(os.environ[launch.MESSAGES], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
-        sys.stdout.flush()
-        os._exit(EXIT_USER_ERROR)  # a normal exit aborts if gloo's threads are waiting for other workers
     except stopping.TrainingStopped as stopped:
         if os.environ["RANK"] == "0":
             log.info(f"{stage_name}: {stopped}")
         os._exit(stopping.EXIT_STOPPED)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        failure = failures.failure_of(error, Path(workspace), int(os.environ["RANK"]))
+        failures.record(failure, Path(os.environ[launch.MESSAGES]))
+        failures.end_worker(failure)
 
 
 def stack_traces(stage: Stage) -> contextlib.AbstractContextManager[None]:

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from genvalues.common.errors import UserError
+from genvalues.common.errors import UserError, VolumeError, traceback_wanted
+from genvalues.common.system_errors import explain
 from llama_lora import backends, evaluation
+from llama_lora.backends.failures import WorkersFailed
 from llama_lora.data import row_checks
 from llama_lora.layout_trace import trace
 from llama_lora.paths import Paths
@@ -45,24 +47,24 @@ def rehearse(stage: Stage) -> None:
     model = stage.paths.workspace / tokenized["model"]
     rows = load_from_disk(str(stage.paths.workspace / tokenized["dataset"] / "train"))
     began = time.monotonic()
-    with step("check"):
+    with step("check", stage.paths.small_run):
         check(stage, model, rows)
     with small_run_folder(stage.paths):
-        with step("prepare"):
+        with step("prepare", stage.paths.small_run):
             small = make_small_run(stage, model, first_rows(rows))
-        with step("train"):
+        with step("train", stage.paths.small_run):
             losses = train_small(small)
-        with step("resume"):
+        with step("resume", stage.paths.small_run):
             check_resume(small, losses)
-        with step("consolidate"):
+        with step("consolidate", stage.paths.small_run):
             consolidate(other_stage(small, "consolidate"))
-        with step("merge"):
+        with step("merge", stage.paths.small_run):
             merge(other_stage(small, "merge"))
-        with step("generate"):
+        with step("generate", stage.paths.small_run):
             generate(small.paths.merged, first_rows(rows, 1)[0])
     stage.facts = {"losses": losses, "seconds": round(time.monotonic() - began, 1)}
     if stage.config.device == "neuron" and stage.config.backend == "native":
-        with step("trace"):
+        with step("trace", stage.paths.small_run):
             stage.facts["trace"] = trace(stage.paths.config, model)
     stage.finish([])
     log.info(
@@ -135,34 +137,29 @@ def small_run_folder(paths: Paths) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str, small: Path) -> Iterator[None]:
     """Log a step, and raise whatever fails in it as one UserError: repeating it would not help.
 
-    A signal that ends the workers ends this stage too, to be retried.
+    Errors of the volume pass, also of ``small``, the folder of the small run. A signal that ends the workers ends this
+    stage too, to be retried.
     """
     log.info(f"rehearse: {name}")
     where = f"rehearse: {name}"
     skip = "or set rehearse.enabled: false to train without a rehearsal."
     try:
         yield
-    except UserError:
+    except WorkersFailed as error:
+        raise UserError(str(error), where=where, fix=f"If it fails again, report it, {skip}") from None
+    except (UserError, VolumeError):
         raise
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}",
-            where=where,
-            fix="Make the volume writable for the user of the pods (securityContext.runAsUser), with free space.",
-        ) from None
-    except SystemExit as end:
-        if end.code != 1:
-            raise
-        raise UserError(
-            "the workers failed; their output is above",
-            where=where,
-            fix=f"If it ends without an error, raise stages.rehearse.resources.limits.memory. Else report it, {skip}",
-        ) from None
     except Exception as error:
-        log.error("the error in full:", exc_info=True)
+        found = explain(error, small)
+        if isinstance(found, VolumeError):
+            raise found from error
+        if found is not None:
+            raise UserError(str(found), where=where) from error
+        if traceback_wanted():
+            log.error("the error in full:", exc_info=True)
         what = f"{type(error).__name__}: {error}"
         raise UserError(what, where=where, fix=f"Report it with the log of the stage, {skip}") from None
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from genvalues.common.errors import UserError
+from genvalues.common.errors import POD, UserError
 from genvalues.common.files import write_text
-from genvalues.common.process import Command
+from genvalues.common.process import GRACE, Command
 from genvalues.common.progress_bar import RELAY
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.local.chart_stages import STAGE, Object, annotation_of, config_maps
@@ -85,7 +85,10 @@ class Machine:
         for variable in container.get("env") or []:
             if "value" in variable:
                 environment[variable["name"]] = with_local_paths(str(variable["value"]), folders)
-        return Command(name, (find_program(program, stage), *arguments), environment | settings, self.workspace)
+        # As in a cluster: a training saves a checkpoint in this time.
+        grace = float(pod.get("terminationGracePeriodSeconds", GRACE))
+        arguments = [find_program(program, stage), *arguments]
+        return Command(name, tuple(arguments), environment | settings, self.workspace, grace=grace)
 
     def folders(self, stage: str, pod: Object, container: Object) -> dict[str, Path]:
         """Map each mounted path of a container to a folder of this computer, and write the ConfigMaps' files."""
@@ -157,7 +160,7 @@ def user_environment(container: Object) -> dict[str, str]:
         for variable in container.get("env") or []
         if "secretKeyRef" in (variable.get("valueFrom") or {})
     }
-    hidden = {RELAY} if from_secrets & TOKENS else {RELAY, *TOKENS}
+    hidden = {RELAY, POD} | (set() if from_secrets & TOKENS else TOKENS)
     return {name: value for name, value in os.environ.items() if name not in hidden and not TORCHRUN.fullmatch(name)}
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common import files
-from genvalues.common.errors import Unavailable, UserError, UserErrors
+from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import duration
+from llama_lora.backends import failures as worker_failures
 from llama_lora.backends import launch
 from llama_lora.backends.provenance import differences
 from llama_lora.backends.xla import cache, tool
@@ -74,8 +75,7 @@ def compile_graphs(stage: Stage) -> None:
             launch.launcher_command(stage.name, stage.paths),
             {**compile_environment(stage), launch.MESSAGES: messages},
         )
-        if errors := launch.read_messages(Path(messages)):
-            raise UserErrors(errors)
+        worker_failures.raise_user_and_volume_errors(worker_failures.read(Path(messages)))
         trial = read_trial(folder)
         if trial is None:
             raise Unavailable(f"compile: the trial run failed on this node (status {status}); the log above says why")

@@ -1,0 +1,21 @@
+"""Where every error of a command ends: one line on stderr, and an exit status."""
+
+from __future__ import annotations
+
+import sys
+
+from genvalues.common.errors import EXIT_FAILED, Unavailable, UserError, VolumeError, internal_error, traceback_wanted
+from genvalues.common.system_errors import explain
+
+
+def report(error: BaseException, program: str) -> int:
+    """Print any error in one line, and return the exit status of the command.
+
+    The traceback of an internal error precedes its line where ``traceback_wanted``.
+    """
+    explained = error if isinstance(error, (UserError, Unavailable, VolumeError)) else explain(error)
+    if explained is not None:
+        print(explained, file=sys.stderr)
+        return explained.status
+    print(internal_error(error, program, with_traceback=traceback_wanted()), file=sys.stderr)
+    return EXIT_FAILED
