@@ -90,6 +90,10 @@
 {{ include "llama-lora.rbac.prefix" . }}-tokenize
 {{- end }}
 
+{{- define "llama-lora.publish.account" -}}
+{{ include "llama-lora.rbac.prefix" . }}-publish
+{{- end }}
+
 {{- /* The account of all other stages. It has no permissions, and its token is not mounted. */}}
 {{- define "llama-lora.stage.account" -}}
 {{ include "llama-lora.rbac.prefix" . }}-stage

@@ -29,3 +29,34 @@ llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
 {{- define "llama-lora.attached" -}}
 {{- if eq .Values.pipeline.mode "attached" }}true{{ end }}
 {{- end }}
+
+{{- /* "true" if there is something to publish. */}}
+{{- define "llama-lora.publishes" -}}
+{{- $publish := .Values.publish }}
+{{- if or $publish.s3.uri $publish.hub.adapter $publish.hub.merged }}true{{ end }}
+{{- end }}
+
+{{- /* The Secret with the token of the stage publish, as {name, key}; the name is empty without a repository to write to. */}}
+{{- define "llama-lora.publish.token" -}}
+{{- $hub := .Values.publish.hub }}
+{{- if not (or $hub.adapter $hub.merged) }}
+{{- dict "name" "" "key" "" | toYaml }}
+{{- else if $hub.tokenSecret }}
+{{- dict "name" $hub.tokenSecret "key" $hub.tokenKey | toYaml }}
+{{- else }}
+{{- dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey | toYaml }}
+{{- end }}
+{{- end }}
+
+{{- /* The Secrets of the release besides huggingFace.tokenSecret, as {name, key}; no key: any may be there. */}}
+{{- define "llama-lora.secrets" -}}
+{{- $secrets := list (include "llama-lora.publish.token" . | fromYaml) (dict "name" .Values.monitoring.secret "key" "") }}
+{{- $first := dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey }}
+{{- $others := list }}
+{{- range $secret := $secrets }}
+{{- if and $secret.name (ne (toJson $secret) (toJson $first)) }}
+{{- $others = append $others $secret }}
+{{- end }}
+{{- end }}
+{{- $others | toJson }}
+{{- end }}

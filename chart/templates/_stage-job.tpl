@@ -58,6 +58,7 @@ spec:
       "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
       "account" (include "llama-lora.stage.account" .root)
       "config" true
-      "workspace" true }}
+      "workspace" true
+      "monitored" true }}
 {{- include "stage.job" (mergeOverwrite $own .) }}
 {{- end }}

@@ -11,7 +11,8 @@
     config           mounts the run config
     workspace        mounts the volume
     readOnly         mounts the volume read-only
-    token            sets HF_TOKEN from the Secret
+    token            sets HF_TOKEN from this Secret: {name, key}; none if the name is empty
+    monitored        sets the credentials of monitoring.secret: stages of the trainer
     trains           compile and train: requests devices and nodes that have them, shared memory, time to save
     compiles         compiles graphs for the accelerator on a CPU
     runAsRoot        only for storage-prepare
@@ -77,6 +78,7 @@ spec:
     - name: {{ .container }}
       image: {{ include "llama-lora.image" .root | quote }}
       imagePullPolicy: {{ $values.image.pullPolicy }}
+      terminationMessagePolicy: FallbackToLogsOnError     # `kubectl describe pod` shows why a stage failed
       command: {{ toJson .command }}
       env:
         - name: LLAMA_LORA_WORKSPACE
@@ -87,12 +89,20 @@ spec:
         - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
         {{- end }}
-        {{- if and .token $values.huggingFace.tokenSecret }}
+        {{- if and .token .token.name }}
         - name: HF_TOKEN
           valueFrom:
             secretKeyRef:
-              name: {{ $values.huggingFace.tokenSecret | quote }}
-              key: {{ $values.huggingFace.tokenKey | quote }}
+              name: {{ .token.name | quote }}
+              key: {{ .token.key | quote }}
+        {{- end }}
+        {{- range $name := include "stage.monitoringVariables" . | fromJsonArray }}
+        - name: {{ $name }}
+          valueFrom:
+            secretKeyRef:
+              name: {{ $values.monitoring.secret | quote }}
+              key: {{ $name }}
+              optional: true
         {{- end }}
       resources:
         {{- include "stage.resources" . | nindent 8 }}
@@ -150,6 +160,22 @@ spec:
     - name: {{ $name | quote }}
       {{- toYaml $source | nindent 6 }}
     {{- end }}
+{{- end }}
+
+{{- /* Variables that a stage takes from monitoring.secret, by name: a Secret that may set any variable could run code in the
+       pod (LD_PRELOAD). Only train logs to trackers. */}}
+{{- define "stage.monitoringVariables" -}}
+{{- $monitoring := .root.Values.monitoring }}
+{{- $names := list }}
+{{- if and .monitored $monitoring.secret }}
+{{- if $monitoring.pushgateway }}{{ $names = concat $names (list "PUSHGATEWAY_USERNAME" "PUSHGATEWAY_PASSWORD") }}{{ end }}
+{{- if $monitoring.otlpEndpoint }}{{ $names = append $names "OTEL_EXPORTER_OTLP_HEADERS" }}{{ end }}
+{{- if and $monitoring.wandb (eq .stage "train") }}{{ $names = append $names "WANDB_API_KEY" }}{{ end }}
+{{- if and $monitoring.mlflow (eq .stage "train") }}
+{{- $names = concat $names (list "MLFLOW_TRACKING_TOKEN" "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD") }}
+{{- end }}
+{{- end }}
+{{- $names | toJson }}
 {{- end }}
 
 {{- /* Mount paths of the chart's volumes in the pod above, without the workspace. */}}

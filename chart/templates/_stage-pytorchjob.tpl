@@ -62,6 +62,7 @@ spec:
               "account" (include "llama-lora.stage.account" .root)
               "config" true
               "workspace" true
+              "monitored" true
               "trains" true) | nindent 8 }}
 {{- end }}
 

@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -244,6 +244,31 @@ pipeline.mode detached requires a release name of at most 49 characters, because
 {{- end }}
 {{- if and (not .Values.rbac.create) (not .Values.rbac.namePrefix) }}
 rbac.namePrefix is required when rbac.create is false. Set it to the prefix of the existing service accounts' names.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.publish" -}}
+{{- $hub := .Values.publish.hub }}
+{{- if and $hub.adapter (eq $hub.adapter $hub.merged) }}
+publish.hub.adapter and publish.hub.merged are both {{ $hub.adapter }}. Use a repository for each: a model card describes one model.
+{{- end }}
+{{- if and (or $hub.adapter $hub.merged) (not (include "llama-lora.publish.token" . | fromYaml).name) }}
+publish.hub.tokenSecret is required to write to the Hub. Set it, or huggingFace.tokenSecret, to the name of a Secret with a token that may write.
+{{- end }}
+{{- if and $hub.tokenSecret (not (or $hub.adapter $hub.merged)) }}
+publish.hub.tokenSecret has no effect without publish.hub.adapter or publish.hub.merged. Set one of them, or remove it.
+{{- end }}
+{{- if .Values.publish.s3.uri }}
+{{- if and (has "report" .Values.publish.s3.artifacts) (eq (len .Values.publish.s3.artifacts) 1) (not .Values.evaluation.enabled) }}
+publish.s3.artifacts has only the report, which evaluation.enabled false does not make. Add adapter or merged, or set evaluation.enabled to true.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.monitoring" -}}
+{{- $monitoring := .Values.monitoring }}
+{{- if and $monitoring.secret (not (or $monitoring.pushgateway $monitoring.otlpEndpoint $monitoring.wandb $monitoring.mlflow)) }}
+monitoring.secret has no effect: nothing is monitored. Set monitoring.wandb, monitoring.mlflow, monitoring.pushgateway or monitoring.otlpEndpoint, or remove it.
 {{- end }}
 {{- end }}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
-from llama_lora.config import RunConfig
+from llama_lora.config import Monitoring, RunConfig
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_metrics
 from llama_lora.small_run import first_rows, other_stage, write_rows, write_tokenized
@@ -131,6 +131,7 @@ def settings(config: RunConfig) -> RunConfig:
             "training": training.model_copy(update=changed),
             "probe": config.probe.model_copy(update=probed),
             "compile": config.compile.model_copy(update={"on_fallback": "warn"}),  # a check reports them
+            "monitoring": Monitoring(),
         }
     )
 

@@ -114,3 +114,18 @@ class Paths:
     @property
     def report(self) -> Path:
         return self.run / "report.html"
+
+    @property
+    def published(self) -> Path:
+        """What the last publish uploaded besides the other stages' files: model cards and manifests."""
+        return self.run / "published"
+
+    @property
+    def begun_uploads(self) -> Path:
+        """The uploads to S3 that have begun, for the next publish to continue."""
+        return self.run / "begun-uploads.json"
+
+    @property
+    def prometheus(self) -> Path:
+        """Progress and metrics in Prometheus' text format."""
+        return self.run / "metrics.prom"

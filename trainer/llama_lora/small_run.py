@@ -15,7 +15,7 @@ import yaml
 from genvalues.accelerators.architectures import UnknownArchitecture, from_config
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora.config import Parallelism, RunConfig
+from llama_lora.config import Monitoring, Parallelism, Publish, RunConfig
 from llama_lora.data.row_checks import Row, trained_window
 from llama_lora.data.tokens import IGNORED
 from llama_lora.paths import Paths
@@ -62,6 +62,8 @@ def small_config(config: RunConfig) -> RunConfig:
                 }
             ),
             "probe": config.probe.model_copy(update={"rows": 2}),
+            "publish": Publish(),
+            "monitoring": Monitoring(),
         }
     )
 

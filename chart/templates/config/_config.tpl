@@ -33,6 +33,7 @@
           "managed" (and $values.storage.enabled (not $values.storage.existingClaim)))
       "storagePrepare" $values.storage.prepare.enabled
       "secret" (ternary (dict "name" $secret "key" $values.huggingFace.tokenKey) nil (ne $secret ""))
+      "otherSecrets" (include "llama-lora.secrets" . | fromJsonArray)
       "job" (dict
           "nodes" $values.parallelism.nodes
           "instance" $values.instance

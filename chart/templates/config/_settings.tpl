@@ -10,7 +10,9 @@
  "compile",
  "evaluation",
  "parallelism",
- "rehearse"
+ "rehearse",
+ "publish",
+ "monitoring"
 ]
 {{- end }}
 {{- define "llama-lora.settings.words" -}}
@@ -128,6 +130,30 @@
  "rehearse": {
   "enabled": false
  },
+ "publish": {
+  "s3": {
+   "uri": "",
+   "artifacts": [
+    "adapter",
+    "merged",
+    "report"
+   ]
+  },
+  "hub": {
+   "adapter": "",
+   "merged": "",
+   "private": true,
+   "tokenSecret": "",
+   "tokenKey": "token"
+  }
+ },
+ "monitoring": {
+  "pushgateway": "",
+  "otlpEndpoint": "",
+  "wandb": false,
+  "mlflow": false,
+  "secret": ""
+ },
  "devices": {},
  "neuron": {
   "target": "trn1",
@@ -154,7 +180,8 @@
   "runAsGroup": 1000
  },
  "serviceAccount": {
-  "annotations": {}
+  "annotations": {},
+  "publishAnnotations": {}
  },
  "rbac": {
   "create": true,
@@ -221,6 +248,7 @@
   "consolidate": {},
   "merge": {},
   "evaluate": {},
+  "publish": {},
   "verify": {},
   "cleanup": {},
   "runner": {}

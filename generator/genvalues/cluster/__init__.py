@@ -14,14 +14,15 @@ Exit statuses, the same for every command:
 The podFailurePolicy of a Job fails the Job at once on 1 and 2, and retries anything else.
 
 API requests of each command, for the chart's RBAC; in the release's namespace unless noted. Discovery (GET /apis/...)
-is allowed to every service account. tests/generator/cluster checks the code against this table.
+is allowed to every service account. Events are for people only: a refused ``create`` of one is ignored.
+tests/generator/cluster checks the code against this table.
 
     command    resource                           verbs
     preflight  persistentvolumeclaims             get
     preflight  persistentvolumeclaims             list       # optional: lists the existing claims when one is missing
-    preflight  secrets                            get        # resourceNames: the token's; no rule without a token
+    preflight  secrets                            get        # resourceNames: those of the values; no rule without one
     preflight  namespaces                         get        # resourceNames: its own; only with storage.prepare
-    preflight  events                             list
+    preflight  events                             list create
     preflight  resourcequotas                     list
     preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without it: "not checked"
     preflight  localqueues.kueue.x-k8s.io         get        # only with kueue.queueName
@@ -30,13 +31,14 @@ is allowed to every service account. tests/generator/cluster checks the code aga
     gate       pytorchjobs.kubeflow.org           get list patch delete
     gate       pods                               list watch
     gate       pods/log                           get
-    gate       events                             list
+    gate       events                             list create
     cleanup    jobs.batch                         list patch delete
     cleanup    pods                               list delete
     cleanup    pytorchjobs.kubeflow.org           list delete
     runner     secrets                            list update
     runner     jobs.batch                         list patch
     runner     pods                               list
+    runner     events                             create
 
 Requests of ``genvalues install`` in addition to those of Helm, with the caller's permissions. Only the first is always
 sent:

@@ -26,6 +26,11 @@ class TokenSecret(ConfigBlock):
     key: str = Field(min_length=1)
 
 
+class OtherSecret(ConfigBlock):
+    name: str = Field(min_length=1)
+    key: str = ""  # empty: any key may be missing
+
+
 class JobNodes(ConfigBlock):
     nodes: int = Field(ge=1)
     instance: str
@@ -58,6 +63,7 @@ class ClusterConfig(ConfigBlock):
     claim: WorkspaceClaim
     storage_prepare: bool  # whether the release has the stage storage-prepare, whose pod runs as root
     secret: TokenSecret | None = None
+    other_secrets: list[OtherSecret] = []
     job: JobNodes
     cluster_scoped_reads: bool
     train: TrainLimits = TrainLimits()

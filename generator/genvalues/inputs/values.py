@@ -45,6 +45,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
             "shardSize": layout.shard_size,
         },
         "rehearse": {"enabled": inputs.rehearses},
+        **{key: as_values(block) for key, block in optional_blocks(inputs).items()},
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),
@@ -60,6 +61,12 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
             values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
         values["stages"]["evaluate"] = holds_model
     return with_own_words(merge(values, inputs.chart_values))
+
+
+def optional_blocks(inputs: Inputs) -> dict[str, Block]:
+    """Blocks of which most runs set nothing: without them, values are shorter."""
+    blocks: dict[str, Block] = {"publish": inputs.publish, "monitoring": inputs.monitoring}
+    return {key: block for key, block in blocks.items() if block != type(block)()}
 
 
 def as_values(block: Block) -> dict[str, Any]:

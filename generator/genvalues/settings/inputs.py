@@ -24,10 +24,12 @@ from genvalues.settings.run import (
     Format,
     GradientAccumulationSteps,
     Lora,
+    Monitoring,
     Nodes,
     PerDeviceBatchSize,
     Probe,
     Processes,
+    Publish,
     RehearseEnabled,
     ShardSize,
     Source,
@@ -157,6 +159,8 @@ class Inputs(Block):
     compile: Compile = Compile()
     rehearse: RehearseInputs = RehearseInputs()
     evaluation: EvaluationInputs = EvaluationInputs()
+    publish: Publish = Publish()
+    monitoring: Monitoring = Monitoring()
     guards: GuardInputs = GuardInputs()
     storage: StorageInputs = StorageInputs()
     hugging_face: HuggingFaceInputs | None = Field(

@@ -13,6 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from genvalues.common.dicts import get, merge
 from genvalues.settings.base import (
+    DNS_NAME,
     HUB_ID,
     LARGE,
     REVISION,
@@ -103,6 +104,15 @@ RehearseEnabled = Annotated[
         "rows on a CPU node, before any Trainium node is requested."
     ),
 ]
+
+
+Artifact = Literal["adapter", "merged", "report"]
+# The bucket's name by the rules of S3; a prefix of characters that need no escaping anywhere.
+S3_PREFIX = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)+/?"
+HubRepository = Annotated[
+    str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=96)
+]
+Url = Annotated[str, Field(pattern=r"^(https?://[^\s@?#]+)?$", max_length=1024)]  # no @: credentials are in Secrets
 
 
 class Model(Block):
@@ -377,6 +387,75 @@ class Rehearse(Block):
     enabled: RehearseEnabled = False
 
 
+class PublishToS3(Block):
+    """A copy of the run's results in S3, with manifest.json last: names, sizes and SHA-256."""
+
+    uri: str = Field(
+        "",
+        pattern=optional(S3_PREFIX),
+        max_length=1024,
+        description="s3://BUCKET/PREFIX of this run alone. Empty: no copy.",
+    )
+    artifacts: Annotated[list[Artifact], Field(min_length=1, json_schema_extra={"uniqueItems": True})] = Field(
+        ["adapter", "merged", "report"],
+        description="What to copy. The report exists only with evaluation.enabled.",
+    )
+
+
+class PublishToHub(Block):
+    """Repositories of the Hugging Face Hub for the results, each written in one commit."""
+
+    adapter: HubRepository = Field("", description="ORG/NAME of the adapter's repository. Empty: none.")
+    merged: HubRepository = Field("", description="ORG/NAME of the merged model's repository. Empty: none.")
+    private: bool = Field(
+        True,
+        description="Create private repositories, and refuse one that is public. false: create public ones.",
+    )
+    token_secret: str = Field(
+        "",
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="Name of the Secret with a token that may write to them. Empty: huggingFace.tokenSecret.",
+    )
+    token_key: str = Field(
+        "token", pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="Key of the token in that Secret."
+    )
+
+
+class Publish(Block):
+    """The publish stage, which uploads the results. It runs if publish.s3.uri or a repository of publish.hub is set."""
+
+    s3: PublishToS3 = PublishToS3()
+    hub: PublishToHub = PublishToHub()
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.s3.uri or self.hub.adapter or self.hub.merged)
+
+
+class Monitoring(Block):
+    """Where the progress and metrics of the stages go besides the volume. None of it can slow or fail a stage."""
+
+    pushgateway: Url = Field("", description="URL of a Prometheus Pushgateway. Empty: none.")
+    otlp_endpoint: Url = Field(
+        "", description="Base URL of an OpenTelemetry collector (OTLP over HTTP, often port 4318). Empty: none."
+    )
+    wandb: bool = Field(
+        False, description="Log the training to Weights & Biases. Its own variables, such as WANDB_MODE, apply."
+    )
+    mlflow: bool = Field(
+        False, description="Log the training to MLflow. Its own variables, such as MLFLOW_TRACKING_URI, apply."
+    )
+    secret: str = Field(
+        "",
+        pattern=optional(DNS_NAME),
+        max_length=253,
+        description="Name of a Secret whose keys are variables with credentials: WANDB_API_KEY, MLFLOW_TRACKING_TOKEN, "
+        "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, OTEL_EXPORTER_OTLP_HEADERS, PUSHGATEWAY_USERNAME, "
+        "PUSHGATEWAY_PASSWORD. Those that it lacks are not set.",
+    )
+
+
 class RunConfig(Block):
     """Everything a stage reads, as the chart's ConfigMap holds it."""
 
@@ -392,6 +471,8 @@ class RunConfig(Block):
     evaluation: Evaluation = Evaluation()
     parallelism: Parallelism = Parallelism()
     rehearse: Rehearse = Rehearse()
+    publish: Publish = Publish()
+    monitoring: Monitoring = Monitoring()
 
 
 def with_own_words(values: dict[str, Any]) -> dict[str, Any]:

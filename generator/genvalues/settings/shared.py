@@ -96,8 +96,9 @@ class FileSystem(Block):
 
 
 class HuggingFace(Block):
-    """The Secret with the Hugging Face token for gated models. Only the tokenize stage gets it, as HF_TOKEN. Create it
-    with kubectl create secret generic hf-token --from-file=token=/dev/stdin, so that the token is in no command line.
+    """The Secret with the Hugging Face token for gated models. The tokenize stage gets it as HF_TOKEN, and publish
+    does if it has no Secret of its own. Create it with
+    kubectl create secret generic hf-token --from-file=token=/dev/stdin, so that the token is in no command line.
     """
 
     token_secret: TokenSecret = ""

@@ -29,8 +29,10 @@ from genvalues.settings.run import (
     Format,
     Lora,
     Model,
+    Monitoring,
     Parallelism,
     Probe,
+    Publish,
     Rehearse,
     Source,
     Training,
@@ -243,13 +245,15 @@ class SecurityContext(Block):
 
 
 class ServiceAccount(Block):
-    """The service account of the tokenize stage, which reads s3:// datasets. With EKS Pod Identity, associate the
-    service account RELEASE-tokenize instead.
+    """The service accounts of the tokenize stage, which reads s3:// datasets, and of the publish stage, which writes to
+    publish.s3.uri. With EKS Pod Identity, associate the service accounts RELEASE-tokenize and RELEASE-publish instead.
     """
 
     annotations: Labels = Field(
-        {}, description="Annotations, for IRSA eks.amazonaws.com/role-arn: arn:aws:iam::ACCOUNT:role/NAME."
+        {},
+        description="Annotations of tokenize's, for IRSA eks.amazonaws.com/role-arn: arn:aws:iam::ACCOUNT:role/NAME.",
     )
+    publish_annotations: Labels = Field({}, description="Annotations of publish's, for a role that may write.")
 
 
 class Rbac(Block):
@@ -257,8 +261,8 @@ class Rbac(Block):
 
     create: bool = Field(
         True,
-        description="Create them. false: they exist, named namePrefix-preflight, -gate, -stage, -tokenize, -cleanup "
-        "and -runner.",
+        description="Create them. false: they exist, named namePrefix-preflight, -gate, -stage, -tokenize, -publish, "
+        "-cleanup and -runner.",
     )
     name_prefix: str = Field(
         "",
@@ -385,6 +389,10 @@ class Stages(Block):
         StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
         description="Held-out loss and sample answers of the base and the merged model.",
     )
+    publish: StageSettings = Field(
+        StageSettings(resources=resources("500m", "2Gi", "4", "4Gi")),
+        description="Only with publish.s3.uri or publish.hub. Uploads the adapter, the merged model and the report.",
+    )
     verify: StageSettings = Field(
         StageSettings(),
         description="The pod of `helm test`, which verifies the files of the merged model. Never retried.",
@@ -441,6 +449,8 @@ class Values(Block):
     evaluation: Evaluation = Evaluation()
     parallelism: Parallelism = Parallelism()
     rehearse: Rehearse = Rehearse()
+    publish: Publish = Publish()
+    monitoring: Monitoring = Monitoring()
     devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
         {},
         description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "

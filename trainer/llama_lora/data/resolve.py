@@ -208,9 +208,11 @@ def _look_up_model(model: Model) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
     with translate_hub_errors("model.id", model.id):
-        commit = HfApi().model_info(model.id, revision=model.revision or None).sha
+        info = HfApi().model_info(model.id, revision=model.revision or None)
     name = model.id.replace("/", "--")
-    return {"asked": _model_settings(model), "name": name, "revision": commit, "state": {}}
+    entry = {"asked": _model_settings(model), "name": name, "revision": info.sha, "state": {}}
+    license_id = info.card_data.get("license") if info.card_data else None  # for the model card
+    return entry | ({"license": license_id} if isinstance(license_id, str) else {})
 
 
 def _look_up_dataset(part: Part) -> dict[str, Any]:

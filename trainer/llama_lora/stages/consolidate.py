@@ -11,6 +11,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import backends, evaluation, probe
 from llama_lora.adapter import write_adapter
+from llama_lora.model_card import CARD, Facts, base_in, card, facts_of
 from llama_lora.probe import ProbeRecord
 from llama_lora.stage import Declaration, Stage
 
@@ -25,6 +26,7 @@ def consolidate(stage: Stage) -> None:
     recorded = backends.probe_of(checkpoint)
     with stage.output(stage.paths.adapter) as folder:
         write_adapter(folder, adapter.tensors, adapter.config)
+        files.write_text(folder / CARD, card(facts_of(stage, "adapter")))
         verify_weights(stage, recorded, lambda: evaluation.load_model(base, adapter=folder), stage.paths.adapter)
         stage.facts = {"probe": recorded.as_record() if recorded else None}
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint.name} to {stage.paths.adapter}")
@@ -57,6 +59,7 @@ def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:
     adapter = backends.of_checkpoint(checkpoint).read_adapter(checkpoint, None)
     with files.whole_folder(output) as folder:
         write_adapter(folder, adapter.tensors, adapter.config)
+        files.write_text(folder / CARD, card(Facts("adapter", base_model=base_in(adapter.config))))
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint} to {output}")
 
 

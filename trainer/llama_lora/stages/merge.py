@@ -12,9 +12,11 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import read_object
 from llama_lora import evaluation
-from llama_lora.adapter import Delta, read_deltas
+from llama_lora.adapter import CONFIG, Delta, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
+from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress, track
 from llama_lora.safetensors_files import DTYPES, StoredTensor, add_in_place, stored_tensors
@@ -33,6 +35,7 @@ def merge(stage: Stage) -> None:
     facts = stage.upstream("consolidate").facts["probe"]
     with stage.output(stage.paths.merged) as folder:
         write_merged(base, tensors, deltas, folder)
+        files.write_text(folder / CARD, card(facts_of(stage, "merged")))
         recorded = ProbeRecord(**facts) if facts else None
         verify_weights(stage, recorded, lambda: evaluation.load_model(folder), stage.paths.merged)
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {stage.paths.merged}")
@@ -49,6 +52,8 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     check_fits(deltas, tensors, adapter, base)
     with files.whole_folder(output) as folder:
         write_merged(base, tensors, deltas, folder)
+        facts = Facts("merged", base_model=base_in(read_object(adapter / CONFIG)), license=license_in(base / CARD))
+        files.write_text(folder / CARD, card(facts))
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {output}")
 
 
