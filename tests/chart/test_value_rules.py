@@ -54,6 +54,19 @@ REFUSED: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
         "training.maxSequenceLength",
     ),
+    "a held-out loss without held-out rows": (
+        {"training": {"evalSteps": 5}, "dataset": {"evalFraction": 0}, "evaluation": {"enabled": False}},
+        "training.evalSteps",
+    ),
+    "the best checkpoint of no measurement": (
+        {"training": {"loadBestModelAtEnd": True}},
+        "training.loadBestModelAtEnd",
+    ),
+    "patience without measurements": ({"training": {"earlyStoppingPatience": 2}}, "training.earlyStoppingPatience"),
+    "a threshold without patience": (
+        {"training": {"evalSteps": 5, "earlyStoppingThreshold": 0.1}},
+        "training.earlyStoppingThreshold",
+    ),
     "processes and copies": ({"parallelism": {"nodes": 3, "tensorParallelSize": 1}}, "parallelism.nodes"),
     "shards that do not divide the copies": ({"parallelism": {"shardSize": 3}}, "parallelism.shardSize"),
     "shards of xla": (
