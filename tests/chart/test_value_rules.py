@@ -168,6 +168,16 @@ def test_datasets_that_both_accept(dataset: Values, helm: int) -> None:
     assert RunConfig.model_validate(config(render(values, helm=helm), "run.yaml")).dataset.holds_out
 
 
+def test_measuring_the_held_out_loss_while_training_is_accepted(helm: int) -> None:
+    wanted = {"evalSteps": 1_000_000, "evalRows": 9, "loadBestModelAtEnd": True, "earlyStoppingPatience": 2}
+    wanted["earlyStoppingThreshold"] = "0.05"
+    values = merged(MINIMAL, {"training": wanted, "dataset": {"evalFraction": 0, "eval": {"split": "test"}}})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    training = RunConfig.model_validate(config(render(values, helm=helm), "run.yaml")).training
+    assert (training.eval_steps, training.early_stopping_threshold) == (1_000_000, 0.05)
+    assert training.load_best_model_at_end and training.early_stopping_patience == 2
+
+
 def test_a_section_or_key_set_to_null_has_its_defaults(helm: int) -> None:
     taken_away: Values = {"training": None, "rbac": None, "pipeline": {"mode": None}, "lora": {"r": None}}
     assert render(merged(MINIMAL, taken_away), helm=helm) == render(MINIMAL, helm=helm)
