@@ -76,6 +76,18 @@ dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.
 
 {{- define "llama-lora.validations.training" -}}
 {{- $training := .Values.training }}
+{{- $heldOut := .Values.dataset.eval }}
+{{- if and $training.evalSteps (not .Values.dataset.evalFraction) (not (or $heldOut.source $heldOut.split)) }}
+training.evalSteps requires held-out rows, and dataset.evalFraction is 0. Raise dataset.evalFraction, set dataset.eval, or remove training.evalSteps.
+{{- end }}
+{{- range $key := list "loadBestModelAtEnd" "earlyStoppingPatience" }}
+{{- if and (get $training $key) (not $training.evalSteps) }}
+training.{{ $key }} requires training.evalSteps, which measures the held-out loss. Set training.evalSteps, or remove training.{{ $key }}.
+{{- end }}
+{{- end }}
+{{- if and $training.earlyStoppingThreshold (not $training.earlyStoppingPatience) }}
+training.earlyStoppingThreshold has no effect without training.earlyStoppingPatience. Set training.earlyStoppingPatience, or remove training.earlyStoppingThreshold.
+{{- end }}
 {{- if and (eq .Values.backend "xla") (eq $training.attention "causal") (mod $training.maxSequenceLength 2048) }}
 training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention causal requires with backend xla. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to isolated.
 {{- else if and (eq .Values.backend "native") (eq (include "llama-lora.device" .) "neuron") (mod $training.maxSequenceLength 512) }}

@@ -54,6 +54,19 @@ REFUSED: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
         "training.maxSequenceLength",
     ),
+    "a held-out loss without held-out rows": (
+        {"training": {"evalSteps": 5}, "dataset": {"evalFraction": 0}, "evaluation": {"enabled": False}},
+        "training.evalSteps",
+    ),
+    "the best checkpoint of no measurement": (
+        {"training": {"loadBestModelAtEnd": True}},
+        "training.loadBestModelAtEnd",
+    ),
+    "patience without measurements": ({"training": {"earlyStoppingPatience": 2}}, "training.earlyStoppingPatience"),
+    "a threshold without patience": (
+        {"training": {"evalSteps": 5, "earlyStoppingThreshold": 0.1}},
+        "training.earlyStoppingThreshold",
+    ),
     "processes and copies": ({"parallelism": {"nodes": 3, "tensorParallelSize": 1}}, "parallelism.nodes"),
     "shards that do not divide the copies": ({"parallelism": {"shardSize": 3}}, "parallelism.shardSize"),
     "shards of xla": (
@@ -153,6 +166,16 @@ def test_datasets_that_both_accept(dataset: Values, helm: int) -> None:
     values = merged(MINIMAL, {"dataset": dataset})
     assert list(contradictions(on_top_of_defaults(CHART, values))) == []
     assert RunConfig.model_validate(config(render(values, helm=helm), "run.yaml")).dataset.holds_out
+
+
+def test_measuring_the_held_out_loss_while_training_is_accepted(helm: int) -> None:
+    wanted = {"evalSteps": 1_000_000, "evalRows": 9, "loadBestModelAtEnd": True, "earlyStoppingPatience": 2}
+    wanted["earlyStoppingThreshold"] = "0.05"
+    values = merged(MINIMAL, {"training": wanted, "dataset": {"evalFraction": 0, "eval": {"split": "test"}}})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    training = RunConfig.model_validate(config(render(values, helm=helm), "run.yaml")).training
+    assert (training.eval_steps, training.early_stopping_threshold) == (1_000_000, 0.05)
+    assert training.load_best_model_at_end and training.early_stopping_patience == 2
 
 
 def test_a_section_or_key_set_to_null_has_its_defaults(helm: int) -> None:

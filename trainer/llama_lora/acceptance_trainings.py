@@ -16,7 +16,7 @@ from genvalues.common.errors import UserError
 from llama_lora.config import Monitoring, RunConfig
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_metrics
-from llama_lora.small_run import first_rows, other_stage, write_rows, write_tokenized
+from llama_lora.small_run import NO_EVALUATION, first_rows, other_stage, write_rows, write_tokenized
 from llama_lora.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def settings(config: RunConfig) -> RunConfig:
         "max_steps": STEPS,
         "save_steps": SAVE_STEPS,
         "save_total_limit": STEPS,
+        **NO_EVALUATION,
         "gradient_accumulation_steps": min(2, training.gradient_accumulation_steps),
         "lr_scheduler": "constant",
         "warmup_ratio": 0.0,

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.settings.run import (
+    EVALUATES,
     OLDER_ATTENTION,
     OLDER_BACKENDS,
     ActivationCheckpointing,
@@ -27,6 +28,7 @@ from genvalues.settings.run import (
 )
 
 __all__ = [
+    "EVALUATES",
     "ActivationCheckpointing",
     "Compile",
     "Dataset",

@@ -1,12 +1,16 @@
-"""Record a training while it runs: progress bar or log lines, progress.json, metrics.jsonl and TensorBoard."""
+"""Record a training while it runs: progress bar or log lines, progress.json, metrics.jsonl and TensorBoard.
+
+A line of metrics.jsonl is a step (``StepMetrics``) or a measurement of the held-out loss (``HeldOutMetrics``).
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from genvalues.common.errors import UserError
 from llama_lora.paths import Paths
 from llama_lora.progress import StageProgress
 from llama_lora.stage import now
+
+log = logging.getLogger(__name__)
 
 TOKEN_WINDOW = 50  # steps over which tokens per second are averaged
 
@@ -29,6 +35,20 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     trained_tokens: int
+    rows_done: int  # since the start of the training
+
+
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    """The held-out loss after ``step`` steps (0: before the first), in nats per trained token.
+
+    ``eval_tokens`` are the trained tokens of the ``eval_rows`` rows that it is measured on.
+    """
+
+    step: int
+    eval_loss: float
+    eval_rows: int
+    eval_tokens: int
     rows_done: int  # since the start of the training
 
 
@@ -53,14 +73,16 @@ class RunLog:
         self._progress = StageProgress("step", total_steps, first_step)
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=TOKEN_WINDOW)
         self._written: dict[str, Any] = {}  # progress.json
+        self._held_out: dict[str, Any] = {}  # its part on the held-out loss
         self._saved_step = first_step or None  # the checkpoint that training resumes from
         metrics = paths.metrics(fingerprint)
         paths.progress.unlink(missing_ok=True)  # of an earlier training
         for file in (metrics, paths.progress):
             for leftover in file.parent.glob(f".{file.name}{files.PARTIAL}*"):  # of a killed process
                 leftover.unlink()
-        # Steps after the checkpoint are trained, and recorded, again.
-        kept = [step for step in read_metrics(metrics) if step["rows_done"] <= rows_done]
+        # What comes after the checkpoint is trained and measured again; without one that is everything.
+        recorded = [*read_metrics(metrics), *read_held_out(metrics)] if rows_done else []
+        kept = sorted((line for line in recorded if line["rows_done"] <= rows_done), key=lambda line: line["rows_done"])
         files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(paths.tensorboard(fingerprint)), purge_step=first_step + 1)
@@ -70,14 +92,14 @@ class RunLog:
         self._tokens.append((time.monotonic(), metrics.tokens))
         seconds = self._tokens[-1][0] - self._tokens[0][0]
         per_second = sum(tokens for _, tokens in list(self._tokens)[1:]) / seconds
-        self._metrics.write(json.dumps(asdict(metrics)) + "\n")
-        self._metrics.flush()
+        self._append(metrics)
         for name in ("loss", "learning_rate", "grad_norm"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._tensorboard.add_scalar("train/tokens_per_second", per_second, metrics.step)
         detail = f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  {per_second:.0f} tokens/s"
         self._progress.update(metrics.step, detail, log_now=metrics.step in (1, self.total_steps))
         self._written = {
+            **self._held_out,
             "stage": "train",
             "step": metrics.step,
             "totalSteps": self.total_steps,
@@ -90,10 +112,26 @@ class RunLog:
         }
         files.write_json(self.paths.progress, self._written)
 
+    def held_out(self, metrics: HeldOutMetrics, seconds: float) -> None:
+        """Record a measurement of the held-out loss, which took ``seconds``."""
+        self._append(metrics)
+        self._tensorboard.add_scalar("eval/loss", metrics.eval_loss, metrics.step)
+        self._held_out = {"evalLoss": metrics.eval_loss, "evalStep": metrics.step}
+        if self._written:
+            self._written |= self._held_out
+            files.write_json(self.paths.progress, self._written)
+        # Not part of the time in which the tokens of the steps were trained on.
+        self._tokens = deque([(at + seconds, tokens) for at, tokens in self._tokens], maxlen=TOKEN_WINDOW)
+        log.info(f"held-out loss {metrics.eval_loss:.4f} after step {metrics.step} ({metrics.eval_rows} rows)")
+
     def saved(self, step: int) -> None:
         """Record that a checkpoint was saved."""
         self._saved_step = step
         files.write_json(self.paths.progress, {**self._written, "savedStep": step})
+
+    def _append(self, metrics: StepMetrics | HeldOutMetrics) -> None:
+        self._metrics.write(json.dumps(asdict(metrics)) + "\n")
+        self._metrics.flush()
 
     def close(self) -> None:
         self._progress.close()
@@ -118,12 +156,32 @@ class DryRunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the steps recorded in a metrics.jsonl, up to a line that a killed process left incomplete."""
-    steps: list[dict[str, Any]] = []
+    """Read the steps recorded in a metrics.jsonl: the fields of ``StepMetrics``."""
+    return [line for line in read_lines(path) if _is(StepMetrics, line)]
+
+
+def read_held_out(path: Path) -> list[dict[str, Any]]:
+    """Read the measurements of the held-out loss in a metrics.jsonl: the fields of ``HeldOutMetrics``."""
+    return [line for line in read_lines(path) if _is(HeldOutMetrics, line)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with a JSON object per line, up to a line that a killed process left incomplete."""
+    lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                steps.append(json.loads(line))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
-    return steps
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
+    return lines
+
+
+def _is(kind: type[StepMetrics | HeldOutMetrics], line: dict[str, Any]) -> bool:
+    """Whether a line has the fields of ``kind``, all of them finite numbers."""
+    return all(
+        isinstance(line.get(field.name), (int, float)) and math.isfinite(line[field.name]) for field in fields(kind)
+    )

@@ -28,6 +28,7 @@ LAYERS, HIDDEN, INTERMEDIATE, HEADS = 2, 64, 128, 4
 ROWS = 16
 ROW_TOKENS = 256  # more take minutes with a vocabulary of 128,256, and lead through no other code
 STEPS, SAVE_STEPS = 3, 2
+NO_EVALUATION = {"eval_steps": None, "load_best_model_at_end": False, "early_stopping_patience": None}
 WORKERS = 2
 
 
@@ -57,6 +58,7 @@ def small_config(config: RunConfig) -> RunConfig:
                     "max_steps": STEPS,
                     "save_steps": SAVE_STEPS,
                     "save_total_limit": STEPS,
+                    **NO_EVALUATION,
                     "per_device_batch_size": min(2, training.per_device_batch_size),
                     "gradient_accumulation_steps": min(2, training.gradient_accumulation_steps),
                 }

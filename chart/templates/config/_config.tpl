@@ -5,7 +5,9 @@
 {{- $_ := set $config $section (deepCopy (get $.Values $section)) }}
 {{- end }}
 {{- $_ := set $config "device" (include "llama-lora.device" .) }}
-{{- $_ := set $config.training "maxSteps" ($config.training.maxSteps | default nil) }}      {{- /* Helm 4 drops nulls */}}
+{{- range $key := list "maxSteps" "evalSteps" "earlyStoppingPatience" }}      {{- /* Helm 4 drops nulls */}}
+{{- $_ := set $config.training $key (get $config.training $key | default nil) }}
+{{- end }}
 {{- $_ := set $config.dataset "overlong" ($config.dataset.overlong | default nil) }}
 {{- include "llama-lora.config.yaml" $config }}
 {{- end }}

@@ -94,6 +94,9 @@
   "maxGradNorm": 1,
   "saveSteps": 100,
   "saveTotalLimit": 2,
+  "evalRows": 64,
+  "loadBestModelAtEnd": false,
+  "earlyStoppingThreshold": 0,
   "seed": 42,
   "attention": "isolated",
   "activationCheckpointing": "selective",
@@ -296,6 +299,10 @@
  "training.maxGradNorm": {
   "exclusiveMinimum": 0,
   "maximum": 1000000.0
+ },
+ "training.earlyStoppingThreshold": {
+  "minimum": 0,
+  "maximum": 1000
  },
  "probe.tolerance": {
   "exclusiveMinimum": 0,

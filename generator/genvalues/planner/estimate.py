@@ -134,7 +134,7 @@ def estimate(
     nodes, step_tokens = layout.nodes, todo.global_batch * todo.length
     speed = tokens_per_second(architecture, run, instance, layout)
     million = hours_for(1e6, 1e6, speed)
-    training, compiling = training_hours(todo, speed), compile_hours(run)
+    training, compiling = training_hours(architecture, run, layout, todo, speed), compile_hours(run)
     node_hours = times(plus(training, compiling), nodes) if training else None
     rate = price.dollars if price else None
     return Estimate(
@@ -156,7 +156,7 @@ def estimate(
 def hours_to_finish(architecture: Architecture, run: Run, instance: Instance, layout: Layout) -> Range | None:
     """Hours that compile and train hold Trainium nodes; None where the number of steps is unknown."""
     speed = tokens_per_second(architecture, run, instance, layout)
-    training = training_hours(work(run, run.rows, layout.global_batch), speed)
+    training = training_hours(architecture, run, layout, work(run, run.rows, layout.global_batch), speed)
     return plus(training, compile_hours(run)) if training else None
 
 
@@ -170,9 +170,22 @@ def tokens_per_second(architecture: Architecture, run: Run, instance: Instance, 
     return times(UTILIZATION[run.backend], peak_flops(instance, layout.nodes) / flops)
 
 
-def training_hours(todo: Work, speed: Range) -> Range | None:
-    """Hours of the train stage, with its start, at ``speed`` tokens per second."""
-    return plus(hours_for(*todo.tokens, speed), START_HOURS) if todo.tokens else None
+def training_hours(architecture: Architecture, run: Run, layout: Layout, todo: Work, speed: Range) -> Range | None:
+    """Hours of the train stage, with its start, at ``speed`` tokens per second. The held-out loss is a forward pass."""
+    if todo.tokens is None or todo.steps is None:
+        return None
+    flops = flops_per_token(architecture, run, layout)
+    measured = [held_out_tokens(run, layout, steps) * flops.forward / flops.total for steps in todo.steps]
+    fewest, most = (trained + extra for trained, extra in zip(todo.tokens, measured, strict=True))
+    return plus(hours_for(fewest, most, speed), START_HOURS)
+
+
+def held_out_tokens(run: Run, layout: Layout, steps: int) -> int:
+    """Tokens of all measurements of the held-out loss: before the first step, every evalSteps, and after the last."""
+    if run.eval_steps is None:
+        return 0
+    at_once = layout.per_device * layout.data_parallel  # padded to whole batches of all copies
+    return (1 + math.ceil(steps / run.eval_steps)) * math.ceil(run.eval_rows / at_once) * at_once * run.length
 
 
 def compile_hours(run: Run) -> Range:

@@ -42,6 +42,8 @@ class Run(NamedTuple):
     rows_unknown: str = ""  # why
     epochs: float = 1.0
     max_steps: int | None = None
+    eval_steps: int | None = None  # between measurements of the held-out loss
+    eval_rows: int = 0
     compile_on_cpu: bool = False
     cpu_processes: int = 2
 

@@ -142,6 +142,8 @@ def run_of(inputs: Inputs, facts: Facts) -> Run:
         rows_unknown=facts.rows_unknown,
         epochs=training.epochs,
         max_steps=training.max_steps,
+        eval_steps=training.eval_steps,
+        eval_rows=training.eval_rows,
         compile_on_cpu=inputs.compile.runs_on == "cpu",
         cpu_processes=inputs.cpu.processes if inputs.cpu else 2,
     )

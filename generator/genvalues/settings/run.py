@@ -303,7 +303,49 @@ class TrainingOptions(Block):
         100, ge=1, le=LARGE, description="Optimizer steps between checkpoints: the most that a lost node costs."
     )
     save_total_limit: int = Field(2, ge=1, le=1000, description="Checkpoints to keep.")
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        le=LARGE,
+        description="Optimizer steps between measurements of the held-out loss. It is also measured before the first "
+        "step and after the last. Left out: never while training.",
+    )
+    eval_rows: int = Field(
+        64,
+        ge=1,
+        le=LARGE,
+        description="Held-out rows of each of these measurements: the first ones, the same each time.",
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="Continue with the checkpoint of the lowest held-out loss instead of the last one. It is saved "
+        "when it is measured, and kept beside saveTotalLimit. Requires evalSteps.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        le=LARGE,
+        description="End the training after so many measurements in a row that do not lower the held-out loss. "
+        "Requires evalSteps.",
+    )
+    early_stopping_threshold: Number = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="How much lower than the lowest before, in nats per trained token, the loss must be for "
+        "earlyStoppingPatience.",
+    )
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of shuffling, adapter initialization and dropout.")
+
+
+# The fields of Training that say when to measure the held-out loss, and what depends on it.
+EVALUATES = {
+    "eval_steps",
+    "eval_rows",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+}
 
 
 class Training(TrainingOptions):
@@ -311,6 +353,15 @@ class Training(TrainingOptions):
     activation_checkpointing: ActivationCheckpointing = "selective"
     per_device_batch_size: PerDeviceBatchSize = 1
     gradient_accumulation_steps: GradientAccumulationSteps = 3
+
+    @property
+    def depends_on_held_out_loss(self) -> bool:
+        """Whether the held-out loss decides which weights the training gives."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    def settings_of_result(self, exclude: set[str]) -> dict[str, Any]:
+        """The settings for a fingerprint. Measuring the held-out loss is one only if something depends on it."""
+        return self.model_dump(exclude=exclude | (set() if self.depends_on_held_out_loss else EVALUATES))
 
 
 class Probe(Block):

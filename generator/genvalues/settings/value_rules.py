@@ -53,6 +53,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
     rules = (
         model,
         dataset,
+        held_out_loss,
         attention,
         parallelism,
         backend,
@@ -175,6 +176,35 @@ def held_out_source(values: Values, apart: bool) -> Iterator[Problem]:
             key_paths("dataset.eval.split", "dataset.eval.source", "dataset.eval"),
             "the held-out rows are those that are trained on",
             "Write another split, or a part such as train[90%:] with dataset.split: train[:90%].",
+        )
+
+
+def held_out_loss(values: Values) -> Iterator[Problem]:
+    """training.evalSteps needs held-out rows; the keys that depend on the held-out loss need evalSteps."""
+    measures = get(values, "training.evalSteps", int) is not None
+    apart = any(get(values, f"dataset.eval.{name}", str) for name in ("source", "split"))
+    if measures and get(values, "dataset.evalFraction", float) == 0 and not apart:
+        yield Problem(
+            key_paths("training.evalSteps", "dataset.evalFraction"),
+            "requires held-out rows, and no rows are held out",
+            "Raise dataset.evalFraction above 0, or set dataset.eval.",
+        )
+    patience = get(values, "training.earlyStoppingPatience", int)
+    wanted = {
+        "loadBestModelAtEnd": get(values, "training.loadBestModelAtEnd", bool),
+        "earlyStoppingPatience": patience,
+    }
+    for name in (name for name, value in wanted.items() if value and not measures):
+        yield Problem(
+            key_paths(f"training.{name}", "training.evalSteps"),
+            "requires training.evalSteps, which measures the held-out loss",
+            "Write training.evalSteps, or remove it.",
+        )
+    if get(values, "training.earlyStoppingThreshold", float) and patience is None:
+        yield Problem(
+            key_paths("training.earlyStoppingThreshold", "training.earlyStoppingPatience"),
+            "has no effect without training.earlyStoppingPatience",
+            "Write training.earlyStoppingPatience, or remove it.",
         )
 
 

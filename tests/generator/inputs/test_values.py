@@ -342,6 +342,10 @@ def numbers(block: str) -> dict[str, st.SearchStrategy[Any]]:
     return found
 
 
+# globalBatchSize follows from other keys: any of its values with any of theirs is a mistake. The others need each other.
+NOT_ALONE = {"globalBatchSize", "evalSteps", "earlyStoppingPatience", "earlyStoppingThreshold"}
+
+
 @st.composite
 def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
     instance = draw(st.sampled_from([name for name in instances.NAMES if instances.refusal(name, 1) is None]))
@@ -362,8 +366,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
         "lora": st.fixed_dictionaries({}, optional=numbers("Lora") | {"targetModules": st.just("all-linear")}),
         "training": st.fixed_dictionaries(
             {},
-            # (globalBatchSize follows from the others: any of its values with any of theirs is a mistake)
-            optional={name: each for name, each in numbers("TrainingInputs").items() if name != "globalBatchSize"}
+            optional={name: each for name, each in numbers("TrainingInputs").items() if name not in NOT_ALONE}
             | ({"maxSequenceLength": st.integers(1, 256).map(lambda number: 512 * number)} if native else {})
             | {
                 "packing": st.booleans(),

@@ -20,6 +20,7 @@ from genvalues.planner.estimate import (
     cpu_node_hours,
     estimate,
     flops_per_token,
+    training_hours,
     work,
 )
 from genvalues.planner.layout import Layout, Run
@@ -155,6 +156,23 @@ def test_hours_and_dollars_follow_from_tokens_nodes_and_price() -> None:
     assert costed(1, on_cpu=True).trainium_node_hours[1] < one.trainium_node_hours[1]
     low, high = one.dollars
     assert 10 < low < high < 100
+
+
+def test_measuring_the_held_out_loss_costs_a_forward_pass_for_each_row() -> None:
+    assert LLAMA_8B is not None
+    layout = Layout(1, 32, 8, 4, 1, 3, "selective")
+
+    def hours(**settings: int) -> float:
+        run = RUN._replace(max_steps=1000, **settings)
+        found = training_hours(LLAMA_8B, run, layout, work(run, None, 12), (1e5, 1e5))
+        assert found is not None
+        return found[0]
+
+    each = flops(LLAMA_8B, RUN)
+    rows = (1 + 10) * 8  # 7 rows are padded to two batches of the four copies
+    seconds = rows * 2048 * each.forward / each.total / 1e5
+    assert hours(eval_steps=100, eval_rows=7) - hours() == pytest.approx(seconds / 3600)
+    assert hours(eval_steps=999, eval_rows=7) - hours() == pytest.approx(seconds / 3600 * 3 / 11)
 
 
 def test_stages_on_cpu_nodes_are_counted_separately() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from llama_lora.backends.held_out import HeldOutLoss
 from llama_lora.backends.native import engine as engines
 from llama_lora.backends.native import layout as layouts
 from llama_lora.backends.native import optimizer as optimizers
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.model import adapter_parameters
-from trainer.native.workers import Trained, in_workers, job, rows_of_step, train
+from trainer.native.workers import Trained, in_workers, job, rows_of_step, take_steps, train, whole_adapter
 
 DATA, SHARD, TENSOR = {"data_parallel_size": 2}, {"data_parallel_size": 2, "shard_size": 2}, {"tensor_parallel_size": 2}
 LAYOUTS = {
@@ -56,6 +57,40 @@ def test_a_layout_trains_as_one_process(name: str, reference: Trained, model: Pa
     assert loss < 1e-5
     assert norm < 1e-4
     assert adapter < 1e-5
+
+
+def train_and_measure(given: Any) -> Trained:
+    """The held-out loss before, between and after the steps."""
+    device, workers = open_device("cpu")
+    engine = engines.NativeEngine(given, device, workers)
+    held_out = HeldOutLoss(rows_of_step(1, count=5), engine, workers, given.training)
+    measured, steps = [held_out.measure(0)], []
+    for step in range(0, 6, 3):
+        steps += take_steps(engine, step, step + 3)
+        measured.append(held_out.measure(step + 3))
+    assert workers.gather(measured) == [measured] * workers.size
+    return Trained(steps, whole_adapter(engine), measured)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Trained:
+    return in_workers(1, train_and_measure, job(tmp_path_factory.mktemp("run"), model))
+
+
+def test_measuring_the_held_out_loss_changes_no_bit_of_the_training(measured: Trained, reference: Trained) -> None:
+    assert measured.steps == reference.steps
+    assert measured.extra[0] > measured.extra[-1]
+    assert all(torch.equal(measured.adapter[name], tensor) for name, tensor in reference.adapter.items())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_measures_the_held_out_loss_of_one_process(
+    name: str, measured: Trained, model: Path, tmp_path: Path
+) -> None:
+    world, parallelism = LAYOUTS[name]
+    other = in_workers(world, train_and_measure, job(tmp_path, model, per_device_batch_size=2, **parallelism))
+    assert other.extra == pytest.approx(measured.extra, abs=1e-5)
+    assert max(differences(other, measured)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["shard 2", "tensor 2"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from genvalues.common.errors import UserError
 from llama_lora.backends import checkpoints, loop
@@ -127,9 +128,9 @@ def run_of_the_loop(given: Any) -> tuple[list[str], set[Graph]]:
             asked.append(f"step {step}")
             return super().step(step, *arguments)
 
-        def row_loss(self, row: Any) -> float:
+        def row_loss(self, *rows: Any) -> float:
             asked.append("probe")
-            return super().row_loss(row)
+            return super().row_loss(*rows)
 
         def save(self, folder: Path) -> None:
             asked.append("save")
@@ -161,6 +162,20 @@ def test_compile_has_every_graph_of_train_with_a_save_the_probe_and_a_resume(mod
     assert asked == ["restore", "step 4", "step 5", "probe", "probe", "save"]
     assert trained == resumed == compiled
     assert {has_gradients for *_, has_gradients in compiled} == {True, False}  # steps, and the probe
+
+
+def test_compile_has_the_graph_of_the_held_out_loss_without_a_probe_too(model: Path, tmp_path: Path) -> None:
+    write_rows(rows_of_step(0, count=8), tmp_path)
+    Dataset.from_list(rows_of_step(1, count=3)).save_to_disk(tmp_path / "eval")
+    settings: dict[str, Any] = {**SHARD, **FEW, "eval_steps": 2, "gradient_accumulation_steps": 1, "save_steps": 9}
+    dry = replace(job(tmp_path, model, **settings, max_steps=2), dry_run=3, probe=Probe(rows=0))
+    asked, compiled = in_workers(2, run_of_the_loop, dry)
+    assert asked == ["step 0", "step 1", "step 2", "save", "probe", "restore", "step 2"]
+    whole = replace(job(tmp_path, model, **settings, max_steps=3), probe=Probe(rows=0))
+    asked, trained = in_workers(2, run_of_the_loop, whole)
+    twice = ["probe"] * 2  # two copies of the model share three rows
+    assert asked == [*twice, "step 0", "step 1", *twice, "step 2", *twice, "save"]
+    assert trained == compiled
 
 
 # --- the device neuron, without one

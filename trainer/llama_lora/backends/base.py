@@ -40,6 +40,7 @@ class TrainingResult:
     """The result of a training or dry run over all workers. Losses are in nats per trained token.
 
     ``seconds_per_step`` is the median. ``peak_memory_bytes`` is the peak resident memory of the largest worker.
+    ``held_out`` is a HeldOutState.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class TrainingResult:
     first_loss: float | None
     last_loss: float | None
     checkpoint: Path | None
+    held_out: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class CheckpointRecord:
     """The content of checkpoint.json.
 
     ``rows_done`` counts the training rows consumed: the position to resume from, with any number of workers.
-    ``probe`` is a ProbeRecord, only at the last save of a training.
+    ``probe`` is a ProbeRecord, only where the training may end: at the last save, and at the lowest held-out loss.
+    ``held_out`` is a HeldOutState, if the training measures the held-out loss.
     """
 
     fingerprint: str
@@ -38,12 +39,13 @@ class CheckpointRecord:
     workers: int
     tensor_parallel_size: int = 1
     probe: dict[str, Any] | None = None
+    held_out: dict[str, Any] | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], workers: WorkerGroup) -> Path:
     """Save ``folder``/step-N. Every worker calls this and writes its part; all return when everything is durable."""
-    target = folder / f"step-{record.step:06d}"
+    target = folder / name_of(record)
     partial_folder = files.whole_folder(target) if workers.rank == 0 else contextlib.nullcontext(target)
     with partial_folder as own:
         partial = workers.broadcast(own)
@@ -58,6 +60,11 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
             files.write_json(partial / RECORD, {**asdict(record), "files": listed})
     workers.barrier()
     return target
+
+
+def name_of(record: CheckpointRecord) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{record.step:06d}"
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointRecord:
@@ -91,12 +98,13 @@ def complete(folder: Path, fingerprint: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def prune(folder: Path, fingerprint: str, limit: int) -> None:
-    """Delete the oldest complete checkpoints beyond ``limit``, and the remains of saves that were killed."""
+def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) -> None:
+    """Delete the oldest complete checkpoints beyond ``limit`` but ``keep``, and the remains of killed saves."""
     for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
         shutil.rmtree(leftover)
     for path in complete(folder, fingerprint)[:-limit]:
-        shutil.rmtree(path)
+        if path != keep:
+            shutil.rmtree(path)
 
 
 def read_record(checkpoint: Path) -> CheckpointRecord | None:

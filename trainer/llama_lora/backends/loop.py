@@ -20,11 +20,12 @@ from llama_lora import probe
 from llama_lora.backends import checkpoints, stopping
 from llama_lora.backends.base import TrainingJob, TrainingResult
 from llama_lora.backends.checkpoints import CheckpointRecord
+from llama_lora.backends.held_out import HeldOutLoss, HeldOutState, read_rows
 from llama_lora.backends.step_plan import StepPlan
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.data.tokens import IGNORED
 from llama_lora.probe import ProbeRecord, Row
-from llama_lora.runlog import DryRunLog, RunLog, StepMetrics, check_loss
+from llama_lora.runlog import DryRunLog, HeldOutMetrics, RunLog, StepMetrics, check_loss
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,11 @@ class Engine(Protocol):
         The loss is divided by ``trained_tokens``, the number over all workers' rows.
         """
 
-    def row_loss(self, row: Row) -> float:
-        """The summed loss of a row in nats, without dropout. Every worker calls this with the same row."""
+    def row_loss(self, *rows: Row | None) -> float:
+        """The summed loss of up to perDeviceBatchSize rows in nats, without dropout. None is a padding row.
+
+        Every worker calls this equally often; those with the same ``data_rank`` with the same rows.
+        """
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of a checkpoint. Raises UserError if workers disagree about shared weights."""
@@ -86,7 +90,10 @@ def run_training(
     rows: Sequence[Row] = load_from_disk(str(job.dataset / "train"))
     plan = StepPlan(len(rows), engine.data_size, job.training)
     plan.check_learns()
-    loop = Loop(job, engine, workers, rows, plan)
+    held_out = None
+    if job.training.eval_steps is not None and job.dry_run is None:
+        held_out = HeldOutLoss(read_rows(job.dataset, job.training), engine, workers, job.training)
+    loop = Loop(job, engine, workers, rows, plan, held_out)
     result = loop.train() if job.dry_run is None else loop.rehearse(job.dry_run)
     if loop.run_log:
         loop.run_log.close()
@@ -99,13 +106,20 @@ class Loop:
     """One worker's loop over the steps of a job."""
 
     def __init__(
-        self, job: TrainingJob, engine: Engine, workers: WorkerGroup, rows: Sequence[Row], plan: StepPlan
+        self,
+        job: TrainingJob,
+        engine: Engine,
+        workers: WorkerGroup,
+        rows: Sequence[Row],
+        plan: StepPlan,
+        held_out: HeldOutLoss | None = None,
     ) -> None:
         self.job = job
         self.engine = engine
         self.workers = workers
         self.rows = rows
         self.plan = plan
+        self.held_out = held_out
         self.run_log: RunLog | DryRunLog | None = None  # only the worker of rank 0 has one
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -113,7 +127,10 @@ class Loop:
         self._step_began = 0.0
 
     def train(self) -> TrainingResult:
-        """Train from the newest checkpoint to the last step. Raises TrainingStopped when asked to stop earlier."""
+        """Train from the newest checkpoint to the last step, or until the held-out loss no longer falls.
+
+        Raises TrainingStopped when asked to stop earlier.
+        """
         job, plan = self.job, self.plan
         folder = job.paths.checkpoints(job.fingerprint)
         saved = JobCheckpoints(job, folder, self.engine, self.workers)
@@ -123,26 +140,37 @@ class Loop:
             self.run_log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
         self._log_start(step, plan.total_steps)
         stopping.note_requests()
+        if step == 0 and self.held_out:
+            self._measure_held_out(0)
         self._step_began = time.monotonic()
-        while step < plan.total_steps:
+        while step < plan.total_steps and not saved.held_out.ends(job.training):
             self._start_step(step)
             step += 1
             is_last = step == plan.total_steps
+            measures = self.held_out is not None and (is_last or step % (job.training.eval_steps or 1) == 0)
             saves = is_last or step % job.training.save_steps == 0
-            self._read_back(0 if saves else self.engine.steps_in_flight)
-            if saves:
-                self._save(saved, step, self._measure_probe() if is_last else None)
+            self._read_back(0 if saves or measures else self.engine.steps_in_flight)
+            is_best = False
+            if measures:
+                saved.held_out = self._measured(saved.held_out, step)
+                is_best = (
+                    saved.held_out.best_rows_done == step * plan.global_batch and job.training.load_best_model_at_end
+                )
+                is_last = is_last or saved.held_out.ends(job.training)
+            if saves or is_last or is_best:
+                saves = True
+                self._save(saved, step, self._measure_probe() if is_last or is_best else None)
             # All workers stop after the same step: one that stopped alone would leave the others in a collective.
             if not is_last and self.workers.any(stopping.stop_requested()):
                 if not saves:
                     self._read_back(0)
                     self._save(saved, step, None)
                 self._stop(step)
-        newest = saved.newest()
-        if self.workers.rank == 0 and newest:
-            # A killed prune leaves files, and a training that resumes at its end saves nothing.
-            checkpoints.prune(folder, job.fingerprint, job.training.save_total_limit)
-        return self._result(plan.total_steps, newest)
+        if self.workers.rank == 0:
+            saved.prune()  # a killed prune leaves files, and a training that resumes at its end saves nothing
+            self._log_end(step, saved.held_out)
+        best = saved.best() if job.training.load_best_model_at_end else None
+        return self._result(step, best or saved.newest(), saved.held_out)
 
     def rehearse(self, steps: int) -> TrainingResult:
         """Take the first steps and delete what they write. If the engine rehearses, also save, probe and resume.
@@ -166,6 +194,8 @@ class Loop:
             self._read_back(0 if saves or is_last else self.engine.steps_in_flight)
             if saves:
                 self._save(saved, step, self._measure_probe() if is_last else None)
+                if job.training.eval_steps is not None:
+                    self.engine.row_loss(None)  # a graph that the probe has too, unless it has no rows
         if rehearses:
             saved.restore_newest()
             self._take_step(last_step - 1)()
@@ -216,6 +246,32 @@ class Loop:
     def _measure_probe(self) -> ProbeRecord | None:
         return probe.measure(self.rows, self.job.probe, self.engine.row_loss)
 
+    def _measure_held_out(self, step: int) -> float:
+        assert self.held_out is not None
+        began = time.monotonic()
+        loss = self.held_out.measure(step)
+        if isinstance(self.run_log, RunLog):
+            rows, tokens = len(self.held_out.rows), self.held_out.tokens
+            metrics = HeldOutMetrics(step, loss, rows, tokens, step * self.plan.global_batch)
+            self.run_log.held_out(metrics, time.monotonic() - began)
+        self._step_began = time.monotonic()
+        return loss
+
+    def _measured(self, state: HeldOutState, step: int) -> HeldOutState:
+        """Measure the held-out loss and note it."""
+        loss = self._measure_held_out(step)
+        threshold = self.job.training.early_stopping_threshold
+        return state.after(loss, step, step * self.plan.global_batch, threshold)
+
+    def _log_end(self, step: int, state: HeldOutState) -> None:
+        if state.ends(self.job.training) and step < self.plan.total_steps:
+            log.info(
+                f"stopped early after step {step} of {self.plan.total_steps}: {state.without_improvement} measurements "
+                f"have not lowered the held-out loss below {state.best_loss:.4f} of step {state.best_step}"
+            )
+        elif self.job.training.load_best_model_at_end and state.best_step is not None:
+            log.info(f"the lowest held-out loss is {state.best_loss:.4f}, after step {state.best_step}")
+
     def _save(self, saved: JobCheckpoints, step: int, probed: ProbeRecord | None) -> None:
         saved.save(step, step * self.plan.global_batch, probed)
         if self.run_log:
@@ -230,7 +286,7 @@ class Loop:
             f"stopped as asked, with step {step} of {self.plan.total_steps} saved; a rerun resumes there"
         )
 
-    def _result(self, steps: int, checkpoint: Path | None) -> TrainingResult:
+    def _result(self, steps: int, checkpoint: Path | None, held_out: HeldOutState | None = None) -> TrainingResult:
         peak_memory = self.workers.max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return TrainingResult(
             steps=steps,
@@ -240,6 +296,7 @@ class Loop:
             first_loss=self.losses[0] if self.losses else None,
             last_loss=self.losses[-1] if self.losses else None,
             checkpoint=checkpoint,
+            held_out=held_out.as_record() if held_out else None,
         )
 
 
@@ -251,11 +308,20 @@ class JobCheckpoints:
         self.folder = folder
         self.engine = engine
         self.workers = workers
+        self.held_out = HeldOutState()  # what is saved with the next checkpoint
 
     def newest(self) -> Path | None:
         """The complete checkpoint with the most consumed rows."""
         found = checkpoints.complete(self.folder, self.job.fingerprint)
         return found[-1] if found else None
+
+    def best(self) -> Path | None:
+        """The complete checkpoint of the lowest held-out loss; None if there is none."""
+        for path in checkpoints.complete(self.folder, self.job.fingerprint):
+            record = checkpoints.read_record(path)
+            if record and record.rows_done == self.held_out.best_rows_done:
+                return path
+        return None
 
     def restore_newest(self) -> int:
         """Load the newest checkpoint and return the number of rows it has consumed; 0 if there is none."""
@@ -266,6 +332,7 @@ class JobCheckpoints:
             log.info(f"resuming from {newest}")
         record = checkpoints.verify_checkpoint(newest)
         self.engine.restore(newest, record)
+        self.held_out = HeldOutState.of_record(record.held_out)
         return record.rows_done
 
     def save(self, step: int, rows_done: int, probed: ProbeRecord | None) -> None:
@@ -277,7 +344,25 @@ class JobCheckpoints:
             workers=self.workers.size,
             tensor_parallel_size=self.workers.size // self.engine.data_size,
             probe=probed.as_record() if probed else None,
+            held_out=self.held_out.as_record(),
         )
+        if self.workers.rank == 0:
+            self._set_best_aside(record)
         checkpoints.save(self.folder, record, self.engine.save, self.workers)
         if self.workers.rank == 0:
-            checkpoints.prune(self.folder, self.job.fingerprint, self.job.training.save_total_limit)
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints beyond saveTotalLimit, but the best one if the training continues with it."""
+        training = self.job.training
+        best = self.best() if training.load_best_model_at_end else None
+        checkpoints.prune(self.folder, self.job.fingerprint, training.save_total_limit, keep=best)
+
+    def _set_best_aside(self, record: CheckpointRecord) -> None:
+        """Rename the best checkpoint if ``record`` is about to get its name.
+
+        That can be after a resume with another number of workers, with which the same step has other rows.
+        """
+        best = self.best()
+        if best and best.name == checkpoints.name_of(record) and record.rows_done != self.held_out.best_rows_done:
+            best.rename(best.with_name(f"{best.name}-of-{self.held_out.best_rows_done}-rows"))

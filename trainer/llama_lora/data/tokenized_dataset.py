@@ -139,18 +139,22 @@ def check_selection(config: RunConfig, counts: Counts, selection: Selection) -> 
         raise UserError(
             f"no rows left to train on: all {kept} are held out", where="dataset", fix="Lower dataset.evalFraction."
         )
-    if config.evaluation.enabled and not len(selection.held_out) and config.dataset.group_column and fraction:
+    measures, evaluates = config.training.eval_steps is not None, config.evaluation.enabled
+    needs_held_out = measures or evaluates
+    removals = ["remove training.evalSteps"] * measures + ["set evaluation.enabled: false in the values"] * evaluates
+    otherwise = " and ".join(removals)
+    if needs_held_out and not len(selection.held_out) and config.dataset.group_column and fraction:
         raise UserError(
             f"has the same value in all {kept} rows, so no row can be held out",
             where="dataset.groupColumn",
-            fix="Name another column, or set evaluation.enabled: false in the values.",
+            fix=f"Name another column, or {otherwise}.",
         )
-    if config.evaluation.enabled and not len(selection.held_out):
+    if needs_held_out and not len(selection.held_out):
         raise UserError(
             f"none of {kept} rows is held out, so the evaluation has no rows",
             where="dataset.eval" if own_rows else "dataset.evalFraction",
             fix=("Name a source with rows" if own_rows else f"Raise it to {1 / kept:.2g} or more")
-            + ", or set evaluation.enabled: false in the values.",
+            + f", or {otherwise}.",
         )
 
 

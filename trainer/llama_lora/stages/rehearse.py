@@ -21,6 +21,7 @@ from genvalues.common.errors import UserError, VolumeError, traceback_wanted
 from genvalues.common.system_errors import explain
 from llama_lora import backends, evaluation
 from llama_lora.backends.failures import WorkersFailed
+from llama_lora.config import EVALUATES
 from llama_lora.data import row_checks
 from llama_lora.layout_trace import trace
 from llama_lora.paths import Paths
@@ -173,7 +174,9 @@ STAGE = Declaration(
         "backend": config.backend,
         "device": config.device,
         "lora": config.lora.as_keys(),
-        "training": config.training.model_dump(exclude={"save_steps", "save_total_limit", "epochs", "max_steps"}),
+        "training": config.training.model_dump(
+            exclude={"save_steps", "save_total_limit", "epochs", "max_steps", *EVALUATES}  # see small_config
+        ),
         "parallelism": config.parallelism.model_dump(exclude={"nodes", "processes_per_node"}),
         "probe": config.probe.as_keys(),
         "compile": config.compile.mode,

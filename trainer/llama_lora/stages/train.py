@@ -15,6 +15,10 @@ def train(stage: Stage) -> None:
     backend = backends.get(stage.config.backend)
     backend.check(stage.config, stage.paths.workspace / tokenized["model"])
     backend.check_compiled(stage)
+    if stage.config.training.eval_steps is not None:
+        from llama_lora.backends.held_out import read_rows
+
+        read_rows(stage.paths.workspace / tokenized["dataset"], stage.config.training)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
 
 
@@ -24,6 +28,8 @@ def train_worker(stage: Stage, backend: Backend) -> None:
     def finish(result: TrainingResult) -> None:
         assert result.checkpoint is not None, "the last step saves"
         stage.facts = {"checkpoint": str(result.checkpoint.relative_to(stage.paths.workspace)), "steps": result.steps}
+        if result.held_out:
+            stage.facts |= {"held_out": result.held_out, "stopped_early": result.steps < result.total_steps}
         stage.finish([result.checkpoint])
 
     backend.train(training_job(stage), finish)
@@ -58,7 +64,7 @@ STAGE = Declaration(
     reads=lambda config: {
         "backend": recorded_backend(config),
         "lora": config.lora.as_keys(),
-        "training": config.training.model_dump(
+        "training": config.training.settings_of_result(
             exclude={"save_steps", "save_total_limit", "activation_checkpointing"}  # affect only memory and time
         )
         | {"attention": recorded_attention(config)},

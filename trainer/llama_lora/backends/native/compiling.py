@@ -64,7 +64,7 @@ def provenance(stage: Stage, environment: Mapping[str, str] = os.environ) -> dic
 def finish(stage: Stage, result: TrainingResult, before: Iterable[Path]) -> None:
     """Write compile's manifest: what the steps gave and, on Trainium, the files that they added to the cache."""
     assert result.seconds_per_step is not None
-    stage.facts = {name: value for name, value in asdict(result).items() if name != "checkpoint"}
+    stage.facts = {name: value for name, value in asdict(result).items() if name not in ("checkpoint", "held_out")}
     added: list[Path] = []
     if stage.config.device == "neuron":
         cached = cached_files()

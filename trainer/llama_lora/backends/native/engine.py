@@ -88,8 +88,8 @@ class NativeEngine:
         rate = self.optimizer.learning_rate
         return lambda: StepResult(loss.item(), norm.item(), float(rate))
 
-    def row_loss(self, row: Row) -> float:
-        return float(self._summed_loss([row]).item())
+    def row_loss(self, *rows: Row | None) -> float:
+        return float(self._summed_loss(rows).item())
 
     def save(self, folder: Path) -> None:
         shards.save_parts(folder, self.optimizer, adapter_config(self.peft_config, self.job.base_name), self.workers)
@@ -120,7 +120,7 @@ class NativeEngine:
         length = self.job.training.max_sequence_length if self.static else None
         return make_batch(rows, length, isolated=self.job.training.attention == "isolated")
 
-    def _summed_loss(self, rows: list[Row | None]) -> torch.Tensor:
+    def _summed_loss(self, rows: Sequence[Row | None]) -> torch.Tensor:
         """The summed loss without dropout. The batch has the shape of a training batch where shapes are static."""
         padding = [None] * (self.job.training.per_device_batch_size - len(rows)) if self.static else []
         self.root.eval()

@@ -23,7 +23,7 @@ from llama_lora.backends.native.devices import Device
 from llama_lora.backends.native.engine import NativeEngine
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.paths import Paths
-from llama_lora.runlog import read_metrics
+from llama_lora.runlog import read_lines
 from llama_lora.stage import Stage
 from llama_lora.stages.train import train_worker
 
@@ -35,7 +35,7 @@ def measurements(paths: Paths) -> Path:
 
 def read_measurements(paths: Paths) -> list[dict[str, Any]]:
     """The steps of all workers, those of worker 0 first."""
-    return [step for file in sorted(measurements(paths).glob("*.jsonl")) for step in read_metrics(file)]
+    return [step for file in sorted(measurements(paths).glob("*.jsonl")) for step in read_lines(file)]
 
 
 class MeasuredEngine(NativeEngine):

@@ -277,7 +277,7 @@ class TracedEngine(NativeEngine):
                 self.monitor.track(tensor, "batch")
         return batch
 
-    def _summed_loss(self, rows: list[Row | None]) -> torch.Tensor:
+    def _summed_loss(self, rows: Sequence[Row | None]) -> torch.Tensor:
         self.part = "probe"
         return super()._summed_loss(rows)
 

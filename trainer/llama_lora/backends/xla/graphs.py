@@ -55,6 +55,8 @@ def graph_settings(config: RunConfig, model_config: Mapping[str, Any], world_siz
             "maxGradNormIs1": training.max_grad_norm == 1,
         },
         "probe": {"rows": config.probe.rows, "maxTokens": config.probe.max_tokens},
+        # The probe has the graph of the held-out loss.
+        **({"heldOutLoss": True} if training.eval_steps is not None and not config.probe.rows else {}),
         "parallelism": {
             "workers": world_size,
             "tensorParallelSize": parallelism.tensor_parallel_size,

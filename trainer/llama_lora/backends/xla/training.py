@@ -137,11 +137,11 @@ class XlaEngine:
             return StepResult(0.0, 0.0, used)
         return StepResult(summed / trained_tokens, norm.cpu().item(), used)
 
-    def row_loss(self, row: Row) -> float:
+    def row_loss(self, *rows: Row | None) -> float:
         self.model.eval()
-        rows = [row, *[None] * (self.job.training.per_device_batch_size - 1)]
+        padding = [None] * (self.job.training.per_device_batch_size - len(rows))
         with torch.no_grad():
-            loss = self._loss_sum(rows)
+            loss = self._loss_sum([*rows, *padding])
             torch_xla.sync()
         self.model.train()
         return float(loss.cpu().item())

@@ -1,0 +1,256 @@
+"""The held-out loss while training, the best checkpoint, and early stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genvalues.common.errors import UserError
+from llama_lora.backends.held_out import HeldOutLoss, HeldOutState, shares_of
+from llama_lora.backends.loop import JobCheckpoints
+from llama_lora.config import Training
+from llama_lora.runlog import read_held_out, read_metrics
+from trainer.conftest import TWO_PROCESSES, Run
+from trainer.native.workers import job
+from trainer.test_training import adapter_digest, prepared, train_command, wait_for
+from trainer.warm import WarmPopen
+
+# With this rate the first step lowers the loss of the held-out rows, and the next ones raise it.
+GETS_WORSE: dict[str, Any] = {
+    "learningRate": 0.5,
+    "lrScheduler": "constant",
+    "warmupRatio": 0.0,
+    "maxSteps": 16,
+    "saveSteps": 100,
+    "saveTotalLimit": 1,
+    "evalSteps": 1,
+}
+
+
+def folder_of(run: Run) -> Path:
+    return run.paths.checkpoints(run.manifest("train")["fingerprint"])
+
+
+def held_out(run: Run) -> list[tuple[int, float]]:
+    points = read_held_out(folder_of(run) / "metrics.jsonl")
+    return [(point["step"], point["eval_loss"]) for point in points]
+
+
+def test_it_is_measured_before_the_first_step_every_eval_steps_and_after_the_last(
+    new_run: Callable[..., Run], whole_run: Run
+) -> None:
+    """And changes neither the training nor its fingerprint: a run that starts to measure does not train again."""
+    run = prepared(new_run(training={"evalSteps": 4}, parallelism=TWO_PROCESSES))
+    said = run("train")
+    assert [step for step, _ in held_out(run)] == [0, 4, 6]
+    assert losses(run) == losses(whole_run)
+    assert run.manifest("train")["fingerprint"] == whole_run.manifest("train")["fingerprint"]
+    assert run.manifest("train")["facts"]["held_out"]["loss"] == held_out(run)[-1][1]
+    assert "held-out loss" in said and "after step 4" in said
+    progress = json.loads(run.paths.progress.read_text())
+    assert (progress["evalStep"], progress["evalLoss"]) == held_out(run)[-1]
+    result = json.loads((whole_run.paths.evaluation / "eval.json").read_text())
+    assert held_out(run)[0][1] == pytest.approx(result["base"]["loss"], abs=1e-4)
+    assert held_out(run)[-1][1] == pytest.approx(result["merged"]["loss"], abs=1e-3)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder_of(run) / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 4, 6]
+
+
+def losses(run: Run) -> list[float]:
+    return [step["loss"] for step in read_metrics(folder_of(run) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training that gets worse: the best checkpoint is kept, and three measurements without improvement end it."""
+    from trainer.conftest import make_run
+
+    settings = {**GETS_WORSE, "loadBestModelAtEnd": True, "earlyStoppingPatience": 3}
+    run = prepared(make_run(tmp_path_factory.mktemp("early"), tiny_model, training=settings, parallelism=TWO_PROCESSES))
+    run("train")
+    return run
+
+
+def best_of(run: Run) -> tuple[float, int]:
+    return min((loss, step) for step, loss in held_out(run) if step)
+
+
+def test_training_ends_when_the_held_out_loss_no_longer_falls(stopped_early: Run) -> None:
+    facts = stopped_early.manifest("train")["facts"]
+    loss, step = best_of(stopped_early)
+    assert facts["steps"] == step + 3 < 16 and facts["stopped_early"]
+    assert (facts["held_out"]["best_loss"], facts["held_out"]["best_step"]) == (loss, step)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_what_the_manifest_names(stopped_early: Run) -> None:
+    _, step = best_of(stopped_early)
+    names = sorted(path.name for path in folder_of(stopped_early).glob("step-*"))
+    assert names == [f"step-{step:06d}", f"step-{step + 3:06d}"]
+    assert Path(stopped_early.manifest("train")["facts"]["checkpoint"]).name == f"step-{step:06d}"
+
+
+def test_its_weights_are_verified_by_the_probe_and_have_the_lowest_loss(stopped_early: Run, tmp_path: Path) -> None:
+    run = stopped_early.copy(tmp_path / "copy")
+    assert "probe: the loss of" in run("consolidate") and "probe: the loss of" in run("merge")
+    run("evaluate")
+    merged = json.loads((run.paths.evaluation / "eval.json").read_text())["merged"]["loss"]
+    assert merged == pytest.approx(best_of(run)[0], abs=1e-3)
+
+
+def test_a_training_that_is_killed_and_resumed_stops_at_the_same_step_with_the_same_best(
+    stopped_early: Run, tmp_path: Path
+) -> None:
+    run = stopped_early.copy(tmp_path / "copy")
+    _, step = best_of(run)
+    digest = adapter_digest(run)
+    for left, name in (([step], "killed"), ([step, step + 3], "killed before the manifest")):
+        again = stopped_early.copy(tmp_path / name)
+        for path in folder_of(again).glob("step-*"):
+            if int(path.name[-6:]) not in left:
+                shutil.rmtree(path)
+        again.paths.manifest("train").unlink()
+        assert "resuming" in again("train")
+        assert again.manifest("train")["facts"] == stopped_early.manifest("train")["facts"]
+        assert held_out(again) == held_out(stopped_early)
+        assert adapter_digest(again) == digest
+
+
+def test_a_training_killed_at_any_moment_ends_like_an_uninterrupted_one(stopped_early: Run, tmp_path: Path) -> None:
+    run = stopped_early.copy(tmp_path / "copy")
+    shutil.rmtree(folder := folder_of(run))
+    run.paths.manifest("train").unlink()
+    trainer = WarmPopen(train_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: any(folder.glob("step-*")))
+    trainer.kill()
+    trainer.wait()
+    run("train")
+    assert run.manifest("train")["facts"] == stopped_early.manifest("train")["facts"]
+    assert held_out(run) == held_out(stopped_early)
+
+
+class Workers:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def barrier(self) -> None:
+        pass
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        return numbers
+
+
+class Engine:
+    data_rank, data_size = 0, 1
+
+    def row_loss(self, *rows: Any) -> float:
+        return math.nan
+
+    def save(self, folder: Path) -> None:
+        (folder / "part").write_text("weights")
+
+
+def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same_number(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    given = job(tmp_path, tiny_model, eval_steps=1, load_best_model_at_end=True, save_total_limit=1)
+    saved = JobCheckpoints(given, tmp_path / "checkpoints", Engine(), Workers())  # type: ignore[arg-type]
+    for step, rows_done, loss in ((2, 4, 1.0), (2, 8, 2.0), (3, 12, 3.0)):
+        saved.held_out = saved.held_out.after(loss, step, rows_done, 0.0)
+        saved.save(step, rows_done, None)
+    left = {path.name: json.loads((path / "checkpoint.json").read_text()) for path in saved.folder.glob("step-*")}
+    assert sorted(record["rows_done"] for record in left.values()) == [4, 12] and "step-000003" in left
+    best = saved.best()
+    assert best is not None and left[best.name]["rows_done"] == 4
+
+
+def test_what_the_held_out_loss_decides_is_part_of_the_fingerprint_and_measuring_alone_is_not(
+    new_run: Callable[..., Run],
+) -> None:
+    run = new_run()
+    run("tokenize")
+
+    def fingerprint(**training: Any) -> str:
+        run.config["training"] = {**plain, **training}
+        return str(json.loads(run("fingerprint", "train"))["fingerprint"])
+
+    plain = dict(run.config["training"])
+    same = [{}, {"evalSteps": 2}, {"evalSteps": 3, "evalRows": 5, "earlyStoppingThreshold": 0.0}]
+    assert len({fingerprint(**each) for each in same}) == 1
+    best = {"evalSteps": 2, "loadBestModelAtEnd": True}
+    other = [{}, best, {**best, "evalSteps": 3}, {**best, "evalRows": 5}, {"evalSteps": 2, "earlyStoppingPatience": 1}]
+    assert len({fingerprint(**each) for each in other}) == len(other)
+    assert fingerprint(**best) == fingerprint(**best, saveSteps=77)
+
+
+def test_no_held_out_rows_are_found_by_tokenize_and_before_any_worker_starts(new_run: Callable[..., Run]) -> None:
+    settings: dict[str, Any] = {"dataset": {"evalFraction": 0.0}, "evaluation": {"enabled": False}}
+    said = new_run("first", training={"evalSteps": 2}, **settings)("tokenize", status=2)
+    assert "dataset.evalFraction" in said and "remove training.evalSteps" in said
+    run = prepared(new_run("second", **settings))
+    run.config["training"]["evalSteps"] = 2
+    said = run("train", status=2)
+    assert "training.evalSteps: requires held-out rows" in said and "training:" not in said
+
+
+def training(**settings: Any) -> Training:
+    return Training(**{"eval_steps": 1, **settings})
+
+
+@given(st.lists(st.floats(0, 10), min_size=1), st.floats(0, 1), st.integers(1, 4))
+def test_patience_counts_measurements_as_transformers_does(
+    losses: list[float], threshold: float, patience: int
+) -> None:
+    """EarlyStoppingCallback compares with the best metric of the trainer's state, which is updated after it."""
+    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir="unused", metric_for_best_model="loss", greater_is_better=False)
+    callback = EarlyStoppingCallback(patience, threshold)
+    trainer_state, control, state = TrainerState(), TrainerControl(), HeldOutState()
+    settings = training(early_stopping_patience=patience, early_stopping_threshold=threshold)
+    for step, loss in enumerate(losses, start=1):
+        callback.check_metric_value(arguments, trainer_state, control, loss)
+        if trainer_state.best_metric is None or loss < trainer_state.best_metric:
+            trainer_state.best_metric = loss
+        state = state.after(loss, step, 4 * step, threshold)
+        assert state.best_loss == trainer_state.best_metric
+        assert state.ends(settings) == (callback.early_stopping_patience_counter >= patience)
+    assert state.best_rows_done == 4 * (losses.index(min(losses)) + 1)
+    assert HeldOutState.of_record(json.loads(json.dumps(state.as_record()))) == state
+
+
+@pytest.mark.parametrize("record", [None, [], {"loss": 1}, {**HeldOutState().__dict__, "best_loss": "low"}])
+def test_an_invalid_state_in_a_checkpoint_is_one_without_measurements(record: Any) -> None:
+    assert HeldOutState.of_record(record) == HeldOutState()
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 5), batch=st.integers(1, 4))
+def test_copies_share_the_rows_and_are_asked_equally_often(rows: int, size: int, batch: int) -> None:
+    numbered = [{"number": number} for number in range(rows)]
+    shares = [list(shares_of(numbered, rank, size, batch)) for rank in range(size)]
+    assert {len(share) for share in shares} == {math.ceil(rows / (size * batch))}
+    given_out = [row["number"] for share in shares for part in share for row in part if row]
+    assert sorted(given_out) == list(range(rows))
+    assert all(1 <= len(part) <= batch for share in shares for part in share)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training() -> None:
+    rows = [{"input_ids": [1, 2], "labels": [1, 2], "lengths": [2]}]
+    with pytest.raises(UserError) as caught:
+        HeldOutLoss(rows, Engine(), Workers(), training()).measure(3)  # type: ignore[arg-type]
+    assert caught.value.where == "training.learningRate" and "step 3" in caught.value.what

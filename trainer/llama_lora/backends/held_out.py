@@ -1,0 +1,108 @@
+"""The held-out loss while training: measured by all workers, and what follows from it: the best step, and the end.
+
+Names and meanings are those of transformers (TrainingArguments and EarlyStoppingCallback).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genvalues.common.errors import UserError
+from llama_lora.backends.worker_group import WorkerGroup
+from llama_lora.config import Training
+from llama_lora.data.tokens import IGNORED
+from llama_lora.probe import Row, trained_tokens
+
+if TYPE_CHECKING:
+    from llama_lora.backends.loop import Engine
+
+
+@dataclass(frozen=True)
+class HeldOutState:
+    """What the measurements after the first step say so far. Losses are in nats per trained token.
+
+    Every checkpoint has it, so that a resumed training decides as an uninterrupted one does. ``best_rows_done`` is the
+    position of the best measurement: with another number of workers a step has another number of rows.
+    ``without_improvement`` counts the measurements since the loss last fell by more than earlyStoppingThreshold.
+    """
+
+    loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    best_rows_done: int | None = None
+    without_improvement: int = 0
+
+    @classmethod
+    def of_record(cls, record: object) -> HeldOutState:
+        """The state in a checkpoint's record; without measurements if the record has none, or an invalid one."""
+        numbers = record if isinstance(record, dict) and record.keys() == asdict(cls()).keys() else {}
+        valid = all(isinstance(each, (int, float, type(None))) for each in numbers.values())
+        return cls(**numbers) if numbers and valid and isinstance(numbers["without_improvement"], int) else cls()
+
+    def as_record(self) -> dict[str, Any] | None:
+        """The fields as JSON values; None without measurements."""
+        return asdict(self) if self.loss is not None else None
+
+    def after(self, loss: float, step: int, rows_done: int, threshold: float) -> HeldOutState:
+        """The state with one measurement more."""
+        improved = self.best_loss is None or loss < self.best_loss - threshold
+        without_improvement = 0 if improved else self.without_improvement + 1
+        if self.best_loss is None or loss < self.best_loss:
+            return HeldOutState(loss, loss, step, rows_done, without_improvement)
+        return HeldOutState(loss, self.best_loss, self.best_step, self.best_rows_done, without_improvement)
+
+    def ends(self, training: Training) -> bool:
+        """Whether training.earlyStoppingPatience is exhausted."""
+        patience = training.early_stopping_patience
+        return patience is not None and self.without_improvement >= patience
+
+
+class HeldOutLoss:
+    """Measures the loss of the same held-out rows, which the copies of the model share among them."""
+
+    def __init__(self, rows: Sequence[Row], engine: Engine, workers: WorkerGroup, training: Training) -> None:
+        self.rows = rows
+        self.tokens = sum(map(trained_tokens, rows))
+        self._engine, self._workers = engine, workers
+        self._batch = training.per_device_batch_size
+
+    def measure(self, step: int) -> float:
+        """The mean loss in nats per trained token, equal in all workers. Raises UserError if it is not finite."""
+        engine, workers = self._engine, self._workers
+        shares = shares_of(self.rows, engine.data_rank, engine.data_size, self._batch)
+        own = sum(engine.row_loss(*rows) for rows in shares)
+        (summed,) = workers.sum([own / (workers.size // engine.data_size)])  # workers of one copy have the same loss
+        loss = workers.broadcast(summed / self.tokens)  # to the last bit, because workers decide by it
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss after step {step} is {loss}",
+                where="training.learningRate",
+                fix="Lower it, or check the rows in the data report.",
+            )
+        return loss
+
+
+def shares_of(rows: Sequence[Row], rank: int, size: int, batch: int) -> Iterator[Sequence[Row | None]]:
+    """One copy's batches, as many for each copy: with collectives inside the model all copies must take part."""
+    for first in range(0, len(rows), size * batch):
+        start = first + rank * batch
+        yield rows[start : start + batch] or [None]
+
+
+def read_rows(dataset: Path, training: Training) -> list[Row]:
+    """The first training.evalRows held-out rows. Raises UserError if none of them has a trained token."""
+    from datasets import load_from_disk
+
+    held_out = load_from_disk(str(dataset / "eval"))
+    rows = [held_out[number] for number in range(min(training.eval_rows, len(held_out)))]
+    if not any(label != IGNORED for row in rows for label in row["labels"][1:]):
+        raise UserError(
+            "requires held-out rows, and there are none" if not rows else "the held-out rows have no trained token",
+            where="training.evalSteps",
+            fix="Raise dataset.evalFraction, set dataset.eval, or remove training.evalSteps.",
+        )
+    return rows
