@@ -33,6 +33,7 @@ DOES = {
     "consolidate": "checkpoint shards to a PEFT adapter",
     "merge": "base + adapter to safetensors",
     "evaluate": "loss before and after, samples, report",
+    "publish": "uploads the results to S3 or the Hub",
 }
 NEURON = "aws.amazon.com/neuron"
 GATE = "-gate"

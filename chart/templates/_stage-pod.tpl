@@ -89,6 +89,12 @@ spec:
         - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
         {{- end }}
+        {{- if .callsApi }}
+        - name: LLAMA_LORA_JOB_UID      # of the Job, for events about it
+          valueFrom:
+            fieldRef:
+              fieldPath: metadata.labels['controller-uid']
+        {{- end }}
         {{- if and .token .token.name }}
         - name: HF_TOKEN
           valueFrom:

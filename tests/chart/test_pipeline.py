@@ -39,10 +39,11 @@ WEIGHTS = {
     "consolidate": 40,
     "merge": 50,
     "evaluate": 60,
+    "publish": 70,
 }
-OPTIONAL = {"storage-prepare", "rehearse", "neff", "evaluate"}
+OPTIONAL = {"storage-prepare", "rehearse", "neff", "evaluate", "publish"}
 NEEDS_CLUSTER = {"preflight", "storage-prepare", "compile-gate", "train-gate", "cleanup", "runner"}
-TRAINER = {"tokenize", "rehearse", "compile", "neff", "train", "consolidate", "merge", "evaluate"}
+TRAINER = {"tokenize", "rehearse", "compile", "neff", "train", "consolidate", "merge", "evaluate", "publish"}
 DEVICES = {"aws.amazon.com/neuron": 16, "vpc.amazonaws.com/efa": 8}
 TRAINIUM = merged(
     MINIMAL,
@@ -362,7 +363,7 @@ def test_a_detached_release_has_storage_config_rbac_and_a_runner(helm: int) -> N
 
 def test_the_inner_release_has_the_stages_without_storage_and_rbac(helm: int) -> None:
     changes = {"pipeline": {"mode": "detached"}, "fullnameOverride": "other", "compile": {"runsOn": "cpu"}}
-    detached = merged(TRAINIUM, changes, {"rehearse": {"enabled": True}})
+    detached = merged(TRAINIUM, changes, {"rehearse": {"enabled": True}, "publish": {"s3": {"uri": "s3://bucket/a"}}})
     outer = render(detached, helm=helm)
     inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
     attached = render(merged(detached, {"pipeline": {"mode": "attached"}}), helm=helm)

@@ -6,8 +6,23 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 import genvalues.cluster
-from chart.manifests import MINIMAL, Object, Pod, annotation, merged, one, pod, pods, render
+from chart.manifests import (
+    MINIMAL,
+    Object,
+    Pod,
+    Refused,
+    Values,
+    annotation,
+    config,
+    merged,
+    one,
+    pod,
+    pods,
+    render,
+)
 
 CALLS_THE_API = {"preflight", "compile-gate", "train-gate", "cleanup", "runner"}
 RUNS_AS_ROOT = "storage-prepare"
@@ -86,17 +101,85 @@ def test_no_secret_value_anywhere(objects: list[Object]) -> None:
         for container in each.containers:
             assert "envFrom" not in container
             for entry in container["env"]:
-                if re.search(r"TOKEN(?!IZERS)|SECRET|PASSWORD|KEY", entry["name"]):
+                if re.search(r"TOKEN(?!IZERS)|SECRET|PASSWORD|KEY|OTLP_HEADERS", entry["name"]):
                     assert entry.keys() == {"name", "valueFrom"} and entry["valueFrom"].keys() == {"secretKeyRef"}
+
+
+def secrets_of(each: Pod) -> list[Object]:
+    """The variables that a pod takes from Secrets."""
+    entries = [entry for container in each.containers for entry in container["env"]]
+    return [entry for entry in entries if "secretKeyRef" in entry.get("valueFrom", {})]
+
+
+def variable(name: str, secret: str, key: str) -> Object:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
 def test_only_tokenize_gets_the_token(helm: int) -> None:
     objects = render(merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated", "tokenKey": "hf"}}), helm=helm)
     for each in pods(objects):
-        references = [entry for container in each.containers for entry in container["env"] if "valueFrom" in entry]
-        token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "gated", "key": "hf"}}}
-        assert references == ([token] if each.stage == "tokenize" else []), each.stage
+        token = variable("HF_TOKEN", "gated", "hf")
+        assert secrets_of(each) == ([token] if each.stage == "tokenize" else []), each.stage
     assert "HF_TOKEN" not in str(render(MINIMAL, helm=helm))
+
+
+@pytest.mark.parametrize(
+    ("publish", "wanted"),
+    [
+        ({"hub": {"merged": "org/model", "tokenSecret": "writes", "tokenKey": "w"}}, ("writes", "w")),
+        ({"hub": {"adapter": "org/model"}}, ("gated", "token")),
+        ({"s3": {"uri": "s3://bucket/a"}}, None),
+    ],
+)
+def test_publish_gets_its_own_token_and_only_for_the_hub(publish: Values, wanted: tuple[str, str] | None) -> None:
+    values = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}, "publish": publish})
+    objects = render(values)
+    expected = {"tokenize": [variable("HF_TOKEN", "gated", "token")]}
+    if wanted:
+        expected["publish"] = [variable("HF_TOKEN", *wanted)]
+    assert {each.stage: secrets_of(each) for each in pods(objects) if secrets_of(each)} == expected
+    [rule] = [rule for rule in one(objects, "Role", "llama-preflight")["rules"] if rule["resources"] == ["secrets"]]
+    assert rule["resourceNames"] == list(dict.fromkeys(["gated", *(wanted or ())[:1]]))
+    others = config(objects, "cluster.yaml")["otherSecrets"]
+    assert others == ([{"name": "writes", "key": "w"}] if wanted and wanted[0] == "writes" else [])
+
+
+TRACKERS = ["WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"]
+
+
+def test_credentials_of_monitoring_are_single_variables_of_the_trainer() -> None:
+    """Not envFrom: a Secret that may set any variable may run code (LD_PRELOAD)."""
+    monitoring = {
+        "wandb": True,
+        "mlflow": True,
+        "pushgateway": "http://gateway:9091",
+        "otlpEndpoint": "http://collector:4318",
+        "secret": "keys",
+    }
+    objects = render(merged(MINIMAL, {"monitoring": monitoring}))
+    pushes = ["PUSHGATEWAY_USERNAME", "PUSHGATEWAY_PASSWORD", "OTEL_EXPORTER_OTLP_HEADERS"]
+    for each in pods(objects):
+        names = [entry["name"] for entry in secrets_of(each)]
+        assert all(entry["valueFrom"]["secretKeyRef"]["optional"] for entry in secrets_of(each))
+        is_trainer = each.containers[0]["command"][0] == "llama-lora" and each.stage != "verify"
+        assert names == ([*pushes, *TRACKERS] if each.stage == "train" else pushes if is_trainer else []), each.stage
+    assert config(objects, "cluster.yaml")["otherSecrets"] == [{"name": "keys", "key": ""}]
+
+
+@pytest.mark.parametrize("url", ["http://user:password@gateway:9091", "gateway:9091", "http://a/?token=x", "file:///x"])
+def test_a_url_with_credentials_is_refused(url: str) -> None:
+    with pytest.raises(Refused):
+        render(merged(MINIMAL, {"monitoring": {"pushgateway": url}}))
+
+
+def test_only_publish_gets_the_role_that_may_write() -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/writes"}
+    values = {"serviceAccount": {"publishAnnotations": role}, "publish": {"s3": {"uri": "s3://bucket/a"}}}
+    objects = render(merged(MINIMAL, values))
+    having = {item["metadata"]["name"] for item in objects if annotation(item, "eks.amazonaws.com/role-arn")}
+    assert having == {"llama-publish"}
+    assert [each.stage for each in pods(objects) if each.spec["serviceAccountName"] in having] == ["publish"]
+    assert "llama-publish" not in str(render(MINIMAL)), "no account without its stage"
 
 
 def test_only_api_clients_mount_a_service_account_token(objects: list[Object]) -> None:

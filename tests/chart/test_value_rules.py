@@ -86,6 +86,17 @@ REFUSED: dict[str, tuple[Values, str]] = {
     ),
     "a limit without a price": ({"guards": {"maxCost": 10}}, "guards.maxCost"),
     "a timeout of nothing": ({"guards": {"stallTimeout": "0m"}}, "guards.stallTimeout"),
+    "one repository for two models": (
+        {"publish": {"hub": {"adapter": "a/b", "merged": "a/b", "tokenSecret": "x"}}},
+        "publish.hub.adapter",
+    ),
+    "a repository without a token": ({"publish": {"hub": {"merged": "a/b"}}}, "publish.hub.tokenSecret"),
+    "a token without a repository": ({"publish": {"hub": {"tokenSecret": "x"}}}, "publish.hub.tokenSecret"),
+    "a report that is not made": (
+        {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},
+        "publish.s3.artifacts",
+    ),
+    "credentials that nothing reads": ({"monitoring": {"secret": "x"}}, "monitoring.secret"),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
     "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),

@@ -24,6 +24,7 @@ from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
 from llama_lora import room, stage
 from llama_lora.backends import stopping
+from llama_lora.monitoring import observed
 from llama_lora.paths import Paths
 
 config_option = click.option(
@@ -195,7 +196,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
         if not given:
             config, paths = load_run(config_file, workspace)
             make_run_folder(paths)
-            with explained(paths.run, lambda: room.describe(declared.name, config, paths)):
+            needed = functools.partial(room.describe, declared.name, config, paths)
+            with observed(declared.name, config, paths), explained(paths.run, needed):
                 stage.run_stage(declared.name, config, paths)
             if not sys.stdout.isatty() and (line := manifests.line_of(paths.manifest(declared.name))):
                 click.echo(line)  # for pod logs (genvalues bundle); on a terminal it is only a long line

@@ -16,6 +16,7 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora.monitoring import TrainingMonitor
 from llama_lora.paths import Paths
 from llama_lora.progress import StageProgress
 from llama_lora.stage import now
@@ -86,6 +87,7 @@ class RunLog:
         files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(paths.tensorboard(fingerprint)), purge_step=first_step + 1)
+        self._monitor = TrainingMonitor(paths, fingerprint)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record a step."""
@@ -105,12 +107,15 @@ class RunLog:
             "totalSteps": self.total_steps,
             "loss": metrics.loss,
             "learningRate": metrics.learning_rate,
+            "gradNorm": metrics.grad_norm,
             "tokensPerSecond": round(per_second, 1),
             "etaSeconds": round(self._progress.seconds_left or 0),
             "savedStep": self._saved_step,
             "updated": now(),
         }
         files.write_json(self.paths.progress, self._written)
+        self._monitor.step(metrics, per_second)
+        self._monitor.progress(self._written)
 
     def held_out(self, metrics: HeldOutMetrics, seconds: float) -> None:
         """Record a measurement of the held-out loss, which took ``seconds``."""
@@ -127,7 +132,9 @@ class RunLog:
     def saved(self, step: int) -> None:
         """Record that a checkpoint was saved."""
         self._saved_step = step
-        files.write_json(self.paths.progress, {**self._written, "savedStep": step})
+        self._written = {**self._written, "savedStep": step}
+        files.write_json(self.paths.progress, self._written)
+        self._monitor.progress(self._written)
 
     def _append(self, metrics: StepMetrics | HeldOutMetrics) -> None:
         self._metrics.write(json.dumps(asdict(metrics)) + "\n")
@@ -137,6 +144,7 @@ class RunLog:
         self._progress.close()
         self._metrics.close()
         self._tensorboard.close()
+        self._monitor.close()
 
 
 class DryRunLog:

@@ -104,6 +104,10 @@ class Api:
         self._allowed_before: set[tuple[str, str]] = set()  # method and kind
         self._outage_logged = False
 
+    def with_patience(self, seconds: float) -> Api:
+        """A client of the same server that retries for at most this long."""
+        return Api(self._client, self.namespace, patience=seconds, interval=self._interval, deadline=self._deadline)
+
     def get(self, kind: Kind, name: str) -> Object | None:
         """Return the object, or None if it does not exist."""
         return self._none_if_missing(lambda: self._request("GET", self._path(kind, name), kind))

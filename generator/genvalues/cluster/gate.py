@@ -49,8 +49,8 @@ def gate(
     read_state: ReadStageState,
     timings: GateTimings = TIMINGS,
     clock: Clock = time.time,
-) -> None:
-    """Return when the stage is done. Raises StageFailed or UserError otherwise.
+) -> str:
+    """Return when the stage is done, with how it ended. Raises StageFailed or UserError otherwise.
 
     ``own`` is the PyTorchJob of this revision.
     """
@@ -74,7 +74,7 @@ def gate(
     if costs is None:
         log_manifest(state)
         log.info("%s: %s", stage, manifests.SKIPPED)
-        return
+        return manifests.SKIPPED
     if not decision.follow:
         if costs.ledger.stopped_job == own:  # the gate that stopped it was lost before it could report the reason
             raise StoppedByGuard(costs.ledger.stopped_why)
@@ -93,6 +93,7 @@ def gate(
     follower.follow(state)
     log_manifest(state)
     log.info("%s: done", stage)
+    return f"done by PyTorchJob {decision.follow}"
 
 
 def log_manifest(state: StageState) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
-from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
 from genvalues.cluster.objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
 from genvalues.common.findings import Finding
 
@@ -289,21 +289,33 @@ def check_pod_security(api: Api, config: ClusterConfig, timings: PreflightTiming
 
 def check_secret(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
     """Check that the Secret exists and has the key. Its values are never printed."""
-    wanted = config.secret
-    if wanted is None:
+    if config.secret is None:
         return [Finding("ok", "Hugging Face token", "none configured")]
+    return check_one_secret(api, config, config.secret)
+
+
+def check_one_secret(api: Api, config: ClusterConfig, wanted: TokenSecret | OtherSecret) -> list[Finding]:
+    """Check one Secret: that it exists, and has the key that is asked for, if any."""
     subject = f"secret {wanted.name}"
-    create = f"kubectl -n {config.namespace} create secret generic {wanted.name} --from-file={wanted.key}=/dev/stdin"
+    value = f"--from-file={wanted.key or 'NAME'}=/dev/stdin"
+    create = f"kubectl -n {config.namespace} create secret generic {wanted.name} {value}"
     secret = api.get(kinds.SECRETS, wanted.name)
     if secret is None:
         return [Finding("error", subject, f"Secret not found in namespace {config.namespace}", create)]
     data = secret.get("data") or {}
+    if not wanted.key:
+        return [Finding("ok", subject, f"has the keys {', '.join(sorted(data)) or '(none)'}")]
     if not data.get(wanted.key):
         has = f"existing keys: {', '.join(sorted(data))}" if data else "the Secret has no keys"
         state = "is empty" if wanted.key in data else f"is missing ({has})"
         again = f"kubectl -n {config.namespace} delete secret {wanted.name}; {create}"
         return [Finding("error", subject, f"key {wanted.key} {state}", again)]
     return [Finding("ok", subject, f"has key {wanted.key}")]
+
+
+def check_other_secrets(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check the Secrets of publish and monitoring. A Secret without a named key may have any."""
+    return [finding for wanted in config.other_secrets for finding in check_one_secret(api, config, wanted)]
 
 
 def check_devices(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
@@ -439,6 +451,7 @@ CHECKS: dict[str, Check] = {
     "storage": check_storage,
     "pod security": check_pod_security,
     "Hugging Face token": check_secret,
+    "other secrets": check_other_secrets,
     "devices": check_devices,
     "quota": check_quota,
     "queue": check_queue,

@@ -17,6 +17,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, Object
 from genvalues.cluster.cleanup import is_stage, runners_of, stop_runners
 from genvalues.cluster.config import ClusterConfig, read_yaml
+from genvalues.cluster.events import events_of_release
 from genvalues.cluster.failures import RETRY, STAGE_FAILED
 from genvalues.cluster.objects import (
     COMPONENT,
@@ -87,7 +88,8 @@ def run(
     failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
     arguments = ["upgrade", "--install", release, str(chart), "--namespace", config.namespace]
     # Without the chart's notes, which would tell readers of this log to uninstall the inner release.
-    status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT, "--hide-notes"])
+    with events_of_release(api, release, interval):
+        status = run_helm([*arguments, "--values", str(values), "--timeout", HELM_TIMEOUT, "--hide-notes"])
     if status == 0:
         log.info("pipeline: done")
         return 0

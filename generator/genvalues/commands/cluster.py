@@ -91,15 +91,23 @@ def preflight_command(config: Path) -> int:
 
     from genvalues.cluster import api, preflight
     from genvalues.cluster.config import load
-    from genvalues.cluster.failures import RETRY
+    from genvalues.cluster.events import stage_events
+    from genvalues.cluster.failures import RETRY, StageFailed
     from genvalues.common.findings import EXIT_UNANSWERED, exit_status, show
 
     settings = load(config)
     deadline = time.monotonic() + preflight.BUDGET_SECONDS
     server = api.connect(settings.namespace, patience=PREFLIGHT_PATIENCE_SECONDS, interval=1.0, deadline=deadline)
-    findings = preflight.preflight(server, settings)
-    show(findings, click.echo)
-    status = exit_status(findings)
+    try:
+        with stage_events(server, "preflight", f"{settings.fullname}-preflight") as ending:
+            findings = preflight.preflight(server, settings)
+            show(findings, click.echo)
+            status = exit_status(findings)
+            if status == EXIT_USER_ERROR:
+                raise StageFailed(next(f"{each.subject}: {each.found}" for each in findings if each.level == "error"))
+            ending.message = f"{len(findings)} checks without an error"
+    except StageFailed:
+        return EXIT_USER_ERROR
     return RETRY if status == EXIT_UNANSWERED else status
 
 
@@ -119,14 +127,17 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     """
     from genvalues.cluster import api
     from genvalues.cluster.config import load
+    from genvalues.cluster.events import stage_events
     from genvalues.cluster.failures import StageFailed, describe_failure
     from genvalues.cluster.gate import gate
     from genvalues.cluster.trainer_client import read_stage_state
 
     signal.signal(signal.SIGTERM, stop_within_grace)
     settings = load(config)
+    server = api.connect(settings.namespace)
     try:
-        gate(api.connect(settings.namespace), settings, stage, job, lambda of: read_stage_state(of, run_config))
+        with stage_events(server, "gate", f"{settings.fullname}-{stage}-gate") as ending:
+            ending.message = gate(server, settings, stage, job, lambda of: read_stage_state(of, run_config))
     except StageFailed as failure:
         click.echo(describe_failure(stage, failure), err=True)  # the stream of the log, so that it is its end
         return failure.status

@@ -10,7 +10,7 @@ from genvalues.commands.options import context_option, json_option, namespace_op
 # cluster. A release may have fewer; other names, such as train-gate, are accepted, too.
 STAGES = (
     *("preflight", "storage-prepare", "tokenize", "rehearse", "compile", "neff", "train", "consolidate", "merge"),
-    *("evaluate", "runner"),
+    *("evaluate", "publish", "runner"),
 )
 
 

@@ -33,6 +33,7 @@ SECRETS_FIX = (
 )
 
 
+MONITORS = ("wandb", "mlflow", "pushgateway", "otlpEndpoint")
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # the example account of AWS documentation
 DEFAULT_MOUNT = "/workspace"  # default of workspace.mountPath
 STALL_TIMEOUT = "30m"  # default if all graphs are compiled before train; also the chart's default
@@ -63,6 +64,8 @@ def contradictions(values: Values) -> Iterator[Problem]:
         storage,
         access_modes,
         environment,
+        publish,
+        monitoring,
         secrets,
     )
     for rule in rules:
@@ -454,6 +457,48 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def publish(values: Values) -> Iterator[Problem]:
+    """Where results are uploaded, and with which token."""
+    adapter, merged = (get(values, f"publish.hub.{name}", str) or "" for name in ("adapter", "merged"))
+    own_secret = get(values, "publish.hub.tokenSecret", str) or ""
+    if adapter and adapter == merged:
+        yield Problem(
+            key_paths("publish.hub.merged", "publish.hub.adapter"),
+            f"publish.hub.adapter and publish.hub.merged are both {one_line(adapter)}",
+            "Use a repository for each: a model card describes one model.",
+        )
+    if (adapter or merged) and not (own_secret or get(values, "huggingFace.tokenSecret", str)):
+        yield Problem(
+            key_paths("publish.hub.tokenSecret", "publish.hub.merged" if merged else "publish.hub.adapter"),
+            "publish.hub.tokenSecret is required to write to the Hub",
+            "Set it, or huggingFace.tokenSecret, to the name of a Secret with a token that may write.",
+        )
+    if own_secret and not (adapter or merged):
+        yield Problem(
+            key_paths("publish.hub.tokenSecret"),
+            "publish.hub.tokenSecret has no effect without publish.hub.adapter or publish.hub.merged",
+            "Set one of them, or remove it.",
+        )
+    only_report = get(values, "publish.s3.artifacts", list) == ["report"]
+    if get(values, "publish.s3.uri", str) and only_report and get(values, "evaluation.enabled", bool) is False:
+        yield Problem(
+            key_paths("publish.s3.artifacts", "evaluation.enabled"),
+            "publish.s3.artifacts has only the report, which evaluation.enabled false does not make",
+            "Add adapter or merged, or set evaluation.enabled to true.",
+        )
+
+
+def monitoring(values: Values) -> Iterator[Problem]:
+    """A Secret that nothing reads."""
+    monitored = get(values, "monitoring", dict) or {}
+    if monitored.get("secret") and not any(monitored.get(key) for key in MONITORS):
+        yield Problem(
+            key_paths("monitoring.secret"),
+            "monitoring.secret has no effect: nothing is monitored",
+            f"Set one of {', '.join(f'monitoring.{key}' for key in MONITORS)}, or remove it.",
+        )
 
 
 def secrets(values: Values) -> Iterator[Problem]:

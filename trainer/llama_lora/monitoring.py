@@ -1,0 +1,273 @@
+"""Show others how a run is doing: metrics.prom on the volume, a Pushgateway, an OpenTelemetry collector, trackers.
+
+Nothing here may slow or end a stage: what leaves this process does so in a thread of its own, with short timeouts, and
+the first failure of each target is one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from genvalues.common import files
+from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.json_files import InvalidJson, read_object
+from genvalues.common.manifests import SKIPPED
+from genvalues.common.text import one_line, redacted
+from llama_lora import config as run_config
+from llama_lora.metrics import Series, StageStatus, State, as_otlp, as_text, registry_of, seconds_of, series_of
+from llama_lora.paths import Paths
+from llama_lora.trackers import Tracker, check_installed, trackers_for
+
+if TYPE_CHECKING:
+    from llama_lora.runlog import StepMetrics
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FILES = 1.0
+SECONDS_BETWEEN_PUSHES = 10.0
+REQUEST_SECONDS = 5.0
+LAST_PUSH_SECONDS = 5.0  # how long the end of a stage waits for it
+STOPPED = 128 + 15  # exit status of a stage that SIGTERM ended
+TERMINATION_LOG = Path("/dev/termination-log")  # of a container: `kubectl describe pod` shows its text
+
+
+class Metrics:
+    """The metrics of one run, as one of its stages writes them."""
+
+    def __init__(self, paths: Paths, config: run_config.RunConfig, stage: str) -> None:
+        self.paths = paths
+        self.stage = stage
+        self._began = time.monotonic()
+        self._written_at = float("-inf")
+        self._others = {name: status for name, status in finished_stages(paths).items() if name != stage}
+        self._pusher = Pusher(targets_of(config))
+        self._warned = False
+
+    def write(self, state: State, progress: Mapping[str, Any], *, now: bool = True) -> None:
+        """Write the file, and have the series pushed; unless ``now``, only if the last time is a second ago."""
+        moment = time.monotonic()
+        if not now and moment - self._written_at < SECONDS_BETWEEN_FILES:
+            return
+        self._written_at = moment
+        try:
+            stages = {**self._others, self.stage: StageStatus(state, moment - self._began)}
+            series = series_of(self.paths.run_name, stages, progress)
+            files.write_bytes(self.paths.prometheus, as_text(series))
+        except Exception as error:  # a full volume, or an image without prometheus_client
+            if not self._warned:
+                log.warning(f"cannot write {self.paths.prometheus}: {one_line(str(error), 200)}")
+            self._warned = True
+            return
+        self._pusher.push(series)
+
+    def close(self) -> None:
+        self._pusher.close()
+
+
+def finished_stages(paths: Paths) -> dict[str, StageStatus]:
+    """The stages that have a manifest, and how long they took."""
+    found = {}
+    for file in sorted(paths.manifest("x").parent.glob("*.json")):
+        with suppress(InvalidJson):
+            manifest = read_object(file)
+            started, finished = seconds_of(manifest.get("started")), seconds_of(manifest.get("finished"))
+            if started is not None and finished is not None:
+                found[file.stem] = StageStatus("done", finished - started)
+    return found
+
+
+def read_progress(paths: Paths) -> dict[str, Any]:
+    try:
+        return read_object(paths.progress)
+    except InvalidJson:
+        return {}
+
+
+class TrainingMonitor:
+    """What RunLog tells of a training, for the worker of rank 0."""
+
+    def __init__(self, paths: Paths, fingerprint: str) -> None:
+        self._metrics: Metrics | None = None
+        self._trackers: list[Tracker] = []
+        self._progress: Mapping[str, Any] = {}
+        if paths.config.exists():  # written by the stage; tests of the loop have none
+            config = run_config.load(paths.config)
+            self._metrics = Metrics(paths, config, "train")
+            self._trackers = trackers_for(paths, config, fingerprint)
+
+    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+        for tracker in self._trackers:
+            tracker.step(metrics, tokens_per_second)
+
+    def held_out(self, step: int, loss: float) -> None:
+        for tracker in self._trackers:
+            tracker.held_out(step, loss)
+
+    def progress(self, progress: Mapping[str, Any]) -> None:
+        """The content of progress.json has changed."""
+        self._progress = progress
+        if self._metrics:
+            self._metrics.write("running", progress, now=False)
+
+    def close(self) -> None:
+        if self._metrics:
+            self._metrics.write("running", self._progress)
+            self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+@contextmanager
+def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[None]:
+    """Record the state of a stage while the block runs it. Raises UserError if the image lacks a tracker's library."""
+    check_installed(config.monitoring)
+    before = finished_at(paths, name)
+    metrics = Metrics(paths, config, name)
+    metrics.write("running", read_progress(paths))
+    state: State = "failed"
+    try:
+        yield
+        state = "done"
+        leave_message(SKIPPED if before and finished_at(paths, name) == before else f"{name} done")
+    except UserErrors as error:
+        leave_message(str(error.errors[0]))
+        raise
+    except UserError as error:
+        leave_message(str(error))
+        raise
+    except SystemExit as end:
+        state = "stopped" if end.code == STOPPED else "failed"
+        raise
+    finally:
+        metrics.write(state, read_progress(paths))
+        metrics.close()
+
+
+def finished_at(paths: Paths, stage: str) -> Any:
+    try:
+        return read_object(paths.manifest(stage)).get("finished")
+    except InvalidJson:
+        return None
+
+
+def leave_message(text: str) -> None:
+    """Leave the first line of a message for Kubernetes, in a container."""
+    if TERMINATION_LOG.exists():
+        with suppress(OSError):
+            TERMINATION_LOG.write_text(one_line(redacted(text).strip().partition("\n")[0], 1000), encoding="utf-8")
+
+
+# --- targets
+
+Target = Callable[[Sequence[Series]], None]
+
+
+def targets_of(config: run_config.RunConfig) -> dict[str, Target]:
+    """What pushes series, by the setting that names it."""
+    monitoring = config.monitoring
+    found: dict[str, Target] = {}
+    if monitoring.pushgateway:
+        found["monitoring.pushgateway"] = pushgateway(monitoring.pushgateway, config.name)
+    if monitoring.otlp_endpoint:
+        found["monitoring.otlpEndpoint"] = collector(monitoring.otlp_endpoint)
+    return found
+
+
+def pushgateway(url: str, run: str) -> Target:
+    """Replace the run's group in a Pushgateway."""
+    user, password = os.environ.get("PUSHGATEWAY_USERNAME"), os.environ.get("PUSHGATEWAY_PASSWORD")
+
+    def handler(**request: Any) -> Callable[[], None]:
+        from prometheus_client.exposition import basic_auth_handler, default_handler
+
+        return basic_auth_handler(**request, username=user, password=password) if user else default_handler(**request)
+
+    def push(series: Sequence[Series]) -> None:
+        from prometheus_client import push_to_gateway
+
+        # The gateway adds the labels of the group.
+        push_to_gateway(url, "llama-lora", registry_of(series), {"run": run}, REQUEST_SECONDS, handler)
+
+    return push
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would take the headers with credentials to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def collector(endpoint: str) -> Target:
+    """Send to an OpenTelemetry collector, with the headers of $OTEL_EXPORTER_OTLP_HEADERS."""
+    opener = urllib.request.build_opener(NoRedirect)
+    headers = {"Content-Type": "application/json", **headers_of(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))}
+
+    def push(series: Sequence[Series]) -> None:
+        body = json.dumps(as_otlp(series, time.time_ns())).encode()
+        request = urllib.request.Request(f"{endpoint.rstrip('/')}/v1/metrics", body, headers)
+        opener.open(request, timeout=REQUEST_SECONDS).close()
+
+    return push
+
+
+def headers_of(text: str) -> dict[str, str]:
+    """Parse key=value,key=value with percent-encoded values, as the OpenTelemetry specification has it."""
+    pairs = (pair.partition("=") for pair in text.split(",") if "=" in pair)
+    return {unquote(key.strip()): unquote(value.strip()) for key, _, value in pairs}
+
+
+class Pusher:
+    """Pushes the latest series to each target, from a thread. Older ones that are not pushed yet are dropped."""
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self._targets = targets
+        self._latest: Sequence[Series] | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failed: set[str] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="push metrics")
+        if targets:
+            self._thread.start()
+
+    def push(self, series: Sequence[Series]) -> None:
+        with self._changed:
+            self._latest = series
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Push what is left, within LAST_PUSH_SECONDS."""
+        if not self._targets:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(LAST_PUSH_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._latest is not None or self._closing)
+                series, self._latest = self._latest, None
+            if series is None:
+                return
+            for name, push in self._targets.items():
+                try:
+                    push(series)
+                except Exception as error:  # whatever a server does
+                    if name not in self._failed:
+                        self._failed.add(name)
+                        reason = one_line(redacted(str(error)) or type(error).__name__, 200)
+                        log.warning(f"{name}: metrics were not accepted: {reason}")
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, SECONDS_BETWEEN_PUSHES)
