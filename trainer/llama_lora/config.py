@@ -22,6 +22,7 @@ from genvalues.settings.run import (
     Probe,
     RunConfig,
     Training,
+    Verify,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Probe",
     "RunConfig",
     "Training",
+    "Verify",
     "load",
 ]
 

@@ -10,7 +10,8 @@
  "compile",
  "evaluation",
  "parallelism",
- "rehearse"
+ "rehearse",
+ "verify"
 ]
 {{- end }}
 {{- define "llama-lora.settings.words" -}}
@@ -24,6 +25,9 @@
   "flash": "causal"
  },
  "compile.mode": {
+  "false": "off"
+ },
+ "verify": {
   "false": "off"
  }
 }
@@ -128,6 +132,7 @@
  "rehearse": {
   "enabled": false
  },
+ "verify": "cached",
  "devices": {},
  "neuron": {
   "target": "trn1",

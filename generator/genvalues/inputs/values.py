@@ -45,6 +45,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
             "shardSize": layout.shard_size,
         },
         "rehearse": {"enabled": inputs.rehearses},
+        "verify": inputs.verify,
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),

@@ -33,6 +33,7 @@ from genvalues.settings.run import (
     Source,
     TensorParallelSize,
     TrainingOptions,
+    Verify,
 )
 from genvalues.settings.shared import (
     ExistingClaim,
@@ -157,6 +158,7 @@ class Inputs(Block):
     compile: Compile = Compile()
     rehearse: RehearseInputs = RehearseInputs()
     evaluation: EvaluationInputs = EvaluationInputs()
+    verify: Verify = "cached"
     guards: GuardInputs = GuardInputs()
     storage: StorageInputs = StorageInputs()
     hugging_face: HuggingFaceInputs | None = Field(

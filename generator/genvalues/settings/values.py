@@ -34,6 +34,7 @@ from genvalues.settings.run import (
     Rehearse,
     Source,
     Training,
+    Verify,
 )
 from genvalues.settings.shared import (
     ExistingClaim,
@@ -441,6 +442,7 @@ class Values(Block):
     evaluation: Evaluation = Evaluation()
     parallelism: Parallelism = Parallelism()
     rehearse: Rehearse = Rehearse()
+    verify: Verify = "cached"
     devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
         {},
         description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from genvalues.common.errors import UserError
 from llama_lora import probe
 from llama_lora.backends import checkpoints, stopping
 from llama_lora.backends.base import TrainingJob, TrainingResult
@@ -258,15 +259,26 @@ class JobCheckpoints:
         return found[-1] if found else None
 
     def restore_newest(self) -> int:
-        """Load the newest checkpoint and return the number of rows it has consumed; 0 if there is none."""
-        newest = self.workers.broadcast(self.newest())
-        if newest is None:
+        """Load the newest intact checkpoint and return the number of rows it has consumed; 0 if nothing was saved.
+
+        The worker of rank 0 verifies it for all. Raises UserError in every worker if only damaged ones are left.
+        """
+        found = self.workers.broadcast(self._newest_intact() if self.workers.rank == 0 else None)
+        if isinstance(found, UserError):
+            raise found
+        if found is None:
             return 0
+        newest, record = found
         if self.workers.rank == 0:
             log.info(f"resuming from {newest}")
-        record = checkpoints.verify_checkpoint(newest)
         self.engine.restore(newest, record)
         return record.rows_done
+
+    def _newest_intact(self) -> tuple[Path, CheckpointRecord] | UserError | None:
+        try:
+            return checkpoints.newest_intact(self.folder, self.job.fingerprint)
+        except UserError as error:  # raised by every worker: one that ended alone would leave the others waiting
+            return error
 
     def save(self, step: int, rows_done: int, probed: ProbeRecord | None) -> None:
         """Save the state after ``step`` steps, and delete the oldest checkpoints beyond saveTotalLimit."""
@@ -276,7 +288,7 @@ class JobCheckpoints:
             rows_done=rows_done,
             workers=self.workers.size,
             tensor_parallel_size=self.workers.size // self.engine.data_size,
-            probe=probed.as_record() if probed else None,
+            probe=probed,
         )
         checkpoints.save(self.folder, record, self.engine.save, self.workers)
         if self.workers.rank == 0:

@@ -11,11 +11,18 @@ from llama_lora.stage import Declaration, Stage
 
 def train(stage: Stage) -> None:
     """Check the settings, then run this node's workers."""
-    tokenized = stage.upstream("tokenize").facts
+    model = stage.upstream_path("tokenize", "model")
     backend = backends.get(stage.config.backend)
-    backend.check(stage.config, stage.paths.workspace / tokenized["model"])
+    backend.check(stage.config, model)
     backend.check_compiled(stage)
+    verify_base_and_rows(stage)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
+
+
+def verify_base_and_rows(stage: Stage) -> None:
+    """Verify what the workers of this node are about to read. Raises UserErrors for files that are damaged."""
+    rows = stage.upstream_path("tokenize", "dataset") / "train"
+    stage.verify_read("tokenize", stage.upstream_path("tokenize", "model"), rows)
 
 
 def train_worker(stage: Stage, backend: Backend) -> None:
@@ -31,12 +38,11 @@ def train_worker(stage: Stage, backend: Backend) -> None:
 
 def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
     """Build the workers' job from the config and the outputs of tokenize."""
-    tokenized = stage.upstream("tokenize").facts
     assert stage.fingerprint is not None
     return TrainingJob(
-        model=stage.paths.workspace / tokenized["model"],
+        model=stage.upstream_path("tokenize", "model"),
         base_name=stage.config.model.id or None,
-        dataset=stage.paths.workspace / tokenized["dataset"],
+        dataset=stage.upstream_path("tokenize", "dataset"),
         lora=stage.config.lora,
         training=stage.config.training,
         parallelism=stage.config.parallelism,
