@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 MOST_BYTES = 64 << 20
+MOST_DEPTH = 100
 SHOWN = 80  # characters of a value in a message
 Record = TypeVar("Record")
 
@@ -53,7 +54,9 @@ def parse_json(text: str) -> Any:
     if not text.strip():
         raise InvalidJson("is empty")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant)
+        _check_depth(content)
+        return content
     except json.JSONDecodeError as error:
         cut = ": it is cut off" if error.pos >= len(text.rstrip()) else ""
         raise InvalidJson(f"is not valid JSON (line {error.lineno}, column {error.colno}{cut})") from None
@@ -61,6 +64,18 @@ def parse_json(text: str) -> Any:
         raise InvalidJson("is not valid JSON: it is nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python converts, NaN
         raise InvalidJson(f"is not valid JSON: {error}") from None
+
+
+def _check_depth(content: Any) -> None:
+    """Raise RecursionError for content in which a function that calls itself for each level may fail."""
+    level, depth = [content], 0
+    while level:
+        if depth > MOST_DEPTH:
+            raise RecursionError
+        children = (
+            node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))
+        )
+        level, depth = [child for each in children for child in each], depth + 1
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
