@@ -14,6 +14,7 @@ from genvalues.settings.run import RunConfig, with_own_words
 
 SECTIONS = [
     *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism", "rehearse"),
+    "verify",
 ]
 SETTINGS: Values = {
     "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
@@ -107,6 +108,8 @@ def test_the_run_config_is_the_values_own_sections(values_file: Path, helm: int)
         ({"training": {"attention": "flash"}}, "training.attention", "causal"),
         ({"compile": {"mode": False}}, "compile.mode", "off"),  # YAML 1.1's off
         ({"compile": {"mode": "off"}}, "compile.mode", "off"),
+        ({"verify": False}, "verify", "off"),
+        ({"verify": "off"}, "verify", "off"),
     ],
 )
 def test_other_words_for_a_value_reach_the_stages_as_its_own(written: Values, key: str, read: str, helm: int) -> None:

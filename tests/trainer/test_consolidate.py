@@ -85,7 +85,7 @@ def test_an_adapter_config_of_another_rank_is_refused(finished_run: Run) -> None
     [
         ("nowhere", "--checkpoint: {} is not a folder"),
         ("empty", "{}: not a checkpoint"),
-        ("torn", "has no readable checkpoint.json"),
+        ("torn", "{}/checkpoint.json: not found"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: str, message: str) -> None:

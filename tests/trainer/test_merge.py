@@ -173,6 +173,7 @@ def test_a_run_whose_adapter_changes_nothing_fails_before_it_writes(finished_run
     weights = finished_run.paths.adapter / "adapter_model.safetensors"
     before = files.sha256(finished_run.paths.merged / "model.safetensors")
     save_file(zero_b(load_file(weights)), weights, metadata={"format": "pt"})
+    finished_run.config["verify"] = "off"  # else the digest differs
     finished_run.paths.manifest("merge").unlink()
     assert "the adapter changes nothing" in finished_run("merge", status=2)
     assert files.sha256(finished_run.paths.merged / "model.safetensors") == before

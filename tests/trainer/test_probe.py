@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora import backends, probe
 from llama_lora.backends.checkpoints import RECORD
 from llama_lora.config import Probe as Settings
@@ -100,7 +101,13 @@ def test_merge_refuses_a_model_without_the_adapter(finished_run: Run, monkeypatc
 def test_a_loss_that_is_no_number_is_refused(finished_run: Run, value: float) -> None:
     recorded_otherwise(finished_run, lambda loss: value)
     finished_run.paths.manifest("consolidate").unlink()
-    assert "these are not the trained weights" in finished_run("consolidate", status=2)
+    said = finished_run("consolidate", status=2)
+    assert f"{RECORD}: is not valid JSON" in said and "is not a JSON number" in said
+
+
+def test_training_refuses_a_probe_that_is_no_number() -> None:
+    with pytest.raises(UserError, match="learningRate: the loss of the probe is nan"):
+        probe.measure(ROWS, Settings(rows=1), lambda row: float("nan"))
 
 
 def test_fewer_rows_are_looked_at_where_fewer_are_asked_for_and_none_is_said(finished_run: Run) -> None:

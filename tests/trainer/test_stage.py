@@ -277,6 +277,8 @@ def test_verify_needs_the_current_configs_manifest(finished_run: Run) -> None:
     assert said.startswith(f"{finished_run.paths.manifest('merge')}: the manifest of merge belongs to another config")
     assert "Run the stage first: `helm upgrade`, or `llama-lora merge --config ...`." in said
     finished_run.paths.manifest("merge").write_text("{")
+    assert "cut off" in finished_run("verify", "merge", status=2)
+    finished_run.paths.manifest("merge").unlink()
     assert "the manifest of merge is missing" in finished_run("verify", "merge", status=2)
 
 

@@ -247,6 +247,7 @@ def test_a_worker_that_wants_a_change_ends_the_stage_with_status_2_and_one_messa
     tensors = load_file(weights)
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, weights, metadata={"format": "pt"})
+    run.config["verify"] = "off"  # else the digest differs
     said = run("train", status=2)
     assert said.count("training.learningRate: the loss of step") == 1 and "Lower it" in said
     assert not run.paths.manifest("train").exists()
@@ -320,15 +321,64 @@ def test_a_checkpoint_of_another_configuration_is_not_resumed(new_run: Callable[
     assert "resuming" not in run("train")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(finished_run: Run) -> None:
+def checkpoint_folder(run: Run) -> Path:
+    return (run.workspace / run.manifest("train")["facts"]["checkpoint"]).parent
+
+
+def flip_byte(file: Path, at: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "a missing shard", "a cut record"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_resumed(finished_run: Run, damage: str) -> None:
+    before, folder = adapter_digest(finished_run), checkpoint_folder(finished_run)
+    newest = folder / "step-000006"
+    damaged_file = newest / ("checkpoint.json" if damage == "a cut record" else "part-00000.safetensors")
+    if damage == "a flipped byte":
+        flip_byte(damaged_file)
+    elif damage == "a missing shard":
+        damaged_file.unlink()
+    else:
+        damaged_file.write_text(damaged_file.read_text()[:100])
     finished_run.paths.manifest("train").unlink()
-    shard = next(
-        finished_run.paths.checkpoints(finished_run.manifest("merge")["fingerprint"]).parent.glob(
-            "*/step-000006/part-00000.safetensors"
-        )
-    )
-    shard.write_bytes(shard.read_bytes()[::-1])
-    assert f"{shard}: the shard's digest differs from the one recorded at step 6" in finished_run("train", status=2)
+    said = finished_run("train")  # with two workers
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert f"{newest} is damaged and was renamed to step-000006.damaged ({damaged_file.name}: " in warning
+    assert f"resuming from {folder}/step-000004" in said
+    assert adapter_digest(finished_run) == before
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004", "step-000006"], "two are kept"
+
+
+def test_without_an_intact_checkpoint_the_folder_to_delete_is_named(finished_run: Run) -> None:
+    before, folder = adapter_digest(finished_run), checkpoint_folder(finished_run)
+    for shard in folder.glob("step-*/part-00000.safetensors"):
+        flip_byte(shard)
+    finished_run.paths.manifest("train").unlink()
+    for _ in range(2):  # also where they have been set aside before
+        said = finished_run("train", status=2)
+        assert said.count(f"{folder}: no checkpoint is left that is not damaged. Delete this folder") == 1
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004.damaged", "step-000006.damaged"]
+    shutil.rmtree(folder)
+    assert "training: steps 1 to 6" in finished_run("train")
+    assert adapter_digest(finished_run) == before
+
+
+def test_damaged_checkpoints_are_kept_until_there_are_as_many_intact_ones_as_asked_for(tmp_path: Path) -> None:
+    from llama_lora.backends import checkpoints
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for step in (1, 2):
+        record = {"fingerprint": "a", "step": step, "rows_done": step, "workers": 1}
+        files.write_json(tmp_path / f"step-{step:06d}" / "checkpoint.json", record)
+    (tmp_path / "step-000003.damaged").mkdir()
+    checkpoints.prune(tmp_path, "a", 3)
+    assert names() == ["step-000001", "step-000002", "step-000003.damaged"]
+    checkpoints.prune(tmp_path, "a", 2)
+    assert names() == ["step-000001", "step-000002"]
 
 
 def test_the_first_adapter_depends_on_seed_and_layer_alone(tiny_model: Path) -> None:

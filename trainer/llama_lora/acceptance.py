@@ -61,11 +61,11 @@ def check_run(stage: Stage) -> None:
     config = stage.config
     if config.backend != "native":
         raise UserError("the acceptance run needs backend native", where="backend", fix="Write backend: native.")
-    tokenized = stage.upstream("tokenize")
+    model = stage.upstream_path("tokenize", "model")
     from llama_lora.backends.native import compiling, devices
 
     devices.check_installed(config.device)
-    backends.get(config.backend).check(config, stage.paths.workspace / tokenized.facts["model"])
+    backends.get(config.backend).check(config, model)
     nodes = int(os.environ.get("PET_NNODES", "1").rpartition(":")[2])
     if nodes != config.parallelism.nodes:
         raise UserError(
@@ -106,7 +106,7 @@ def check_probe(trainings: Trainings) -> Check:
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), adapter.tensors, adapter.config)
         model = evaluation.load_model(trainings.model, adapter=Path(folder))
-    rows = load_from_disk(str(Path(whole.stage.upstream("tokenize").facts["dataset"], "train")))
+    rows = load_from_disk(str(whole.stage.upstream_path("tokenize", "dataset") / "train"))
     recomputed = probe.recompute(recorded, rows, model, config.training.attention == "isolated")
     return checks.full_length_probe(recorded, recomputed, config.probe.tolerance)
 

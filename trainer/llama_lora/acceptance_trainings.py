@@ -60,9 +60,8 @@ class Trainings:
     def __init__(self, run: Stage) -> None:
         self.run = run
         self.config = run.config
-        tokenized = run.upstream("tokenize").facts
-        self.model = run.paths.workspace / tokenized["model"]
-        self.rows = run.paths.workspace / tokenized["dataset"] / "train"
+        self.model = run.upstream_path("tokenize", "model")
+        self.rows = run.upstream_path("tokenize", "dataset") / "train"
         self._taken: dict[str, Training | None] = {}  # None: failed
 
     def __getitem__(self, name: str) -> Training:

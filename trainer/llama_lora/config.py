@@ -25,6 +25,7 @@ from genvalues.settings.run import (
     Publish,
     RunConfig,
     Training,
+    Verify,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Publish",
     "RunConfig",
     "Training",
+    "Verify",
     "load",
 ]
 

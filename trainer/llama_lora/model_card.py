@@ -204,7 +204,10 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
     """What the run knows when ``stage`` runs; ``final`` also what evaluate has found."""
     config, paths = stage.config, stage.paths
     lora, training = config.lora, config.training
-    trained = Manifest.read(paths.manifest("train"))
+    trained = Stage("train", config, paths, stage.sources).manifest
+    evaluated = (
+        Stage("evaluate", config, paths, stage.sources).manifest if final and config.evaluation.enabled else None
+    )
     settings = {
         "LoRA rank": lora.r,
         "LoRA alpha": f"{lora.alpha:g}",
@@ -231,9 +234,7 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
         data=[data_of(part, stage.sources) for part in training_parts(config.dataset)],
         settings={key: value for key, value in settings.items() if value != ""},
         losses=losses_of(paths, trained.fingerprint) if trained else None,
-        held_out=held_out_of(Manifest.read(paths.manifest("evaluate")))
-        if final and config.evaluation.enabled
-        else None,
+        held_out=held_out_of(evaluated),
         versions=trained.versions if trained else {},
     )
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from genvalues.common.locks import lock_beside
+
+RUNS, SMALL_RUN, ACCEPTANCE = "runs", "small-run", "acceptance"
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -12,6 +16,17 @@ class Paths:
 
     workspace: Path
     run_name: str
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders that a manifest may name paths in: the workspace.
+
+        The workspaces of rehearse and acceptance are in a run's folder, and read the model of that run.
+        """
+        own = (self.workspace.name, self.workspace.parent.parent.name)
+        if own in [(SMALL_RUN, RUNS), (ACCEPTANCE, RUNS)]:
+            return [self.workspace, self.workspace.parents[2]]
+        return [self.workspace]
 
     @property
     def models(self) -> Path:
@@ -38,7 +53,12 @@ class Paths:
 
     @property
     def run(self) -> Path:
-        return self.workspace / "runs" / self.run_name
+        return self.workspace / RUNS / self.run_name
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one stage of the run that writes at a time."""
+        return lock_beside(self.run)
 
     @property
     def config(self) -> Path:
@@ -87,12 +107,12 @@ class Paths:
     @property
     def small_run(self) -> Path:
         """The workspace of the small run of the stage rehearse, deleted when it ends."""
-        return self.run / "small-run"
+        return self.run / SMALL_RUN
 
     @property
     def acceptance_trainings(self) -> Path:
         """The workspace of the trainings of `llama-lora acceptance`."""
-        return self.run / "acceptance"
+        return self.run / ACCEPTANCE
 
     @property
     def acceptance(self) -> Path:

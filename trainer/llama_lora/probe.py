@@ -6,12 +6,16 @@ if the losses differ, which detects a wrong shard, a transposed factor, a wrong 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import Count
 from llama_lora import config
 from llama_lora.data.tokens import IGNORED
 from llama_lora.progress import track
@@ -23,10 +27,14 @@ Row = dict[str, Any]
 class ProbeRecord:
     """A measurement: row numbers in the dataset, and for each row its summed loss (nats) and its trained tokens."""
 
-    rows: list[int]
-    max_tokens: int
+    rows: Annotated[list[Count], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)]
     losses: list[float]
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=1)]]
+
+    def __post_init__(self) -> None:
+        if not len(self.rows) == len(self.losses) == len(self.tokens):
+            raise ValueError("rows, losses and tokens have different lengths")
 
     @property
     def loss(self) -> float:
@@ -69,11 +77,18 @@ def trained_tokens(row: Row) -> int:
 
 
 def measure(dataset: Sequence[Row], settings: config.Probe, loss_of: Callable[[Row], float]) -> ProbeRecord | None:
-    """Measure the probe with ``loss_of``, which returns a row's summed loss in nats. None if no row qualifies."""
+    """Measure the probe with ``loss_of``, which returns a row's summed loss in nats. None if no row qualifies.
+
+    Raises UserError if a loss is not finite.
+    """
     rows = select_rows(dataset, settings)
     if not rows:
         return None
     losses = [loss_of(row) for row in rows.values()]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"the loss of the probe is {sum(losses)}", where="training.learningRate", fix="Lower it, and train again."
+        )
     return ProbeRecord(list(rows), settings.max_tokens, losses, [trained_tokens(row) for row in rows.values()])
 
 
@@ -100,6 +115,12 @@ def verify_loss(
     Raises UserError if the mean losses differ by more than ``settings.tolerance`` nats per trained token.
     """
     recorded = recorded.first(settings.rows)
+    if max(recorded.rows) >= len(dataset):
+        raise UserError(
+            f"the probe was measured on row {max(recorded.rows)}, but the dataset has {len(dataset)} rows",
+            where=str(what),
+            fix="Use the run's own dataset, or train again.",
+        )
     recomputed = recompute(recorded, dataset, model, isolated)
     difference = abs(recomputed.loss - recorded.loss)
     comparison = (

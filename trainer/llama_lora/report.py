@@ -22,7 +22,7 @@ svg { width: 100%; height: auto; } figcaption { color: #666; }
 
 def page(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> str:
     """Render the report: held-out loss, loss curve, samples, data, settings, versions."""
-    dataset = stage.paths.workspace / stage.upstream("tokenize").facts["dataset"]
+    dataset = stage.upstream_path("tokenize", "dataset")
     data = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
     trained = stage.upstream("train")
     metrics = read_metrics(stage.paths.metrics(trained.fingerprint))

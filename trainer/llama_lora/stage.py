@@ -15,8 +15,9 @@ import importlib.metadata
 import json
 import logging
 import pkgutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,19 @@ import yaml
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, read_record
+from genvalues.common.locks import locked
+from genvalues.common.text import one_line
 from llama_lora import stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
+from llama_lora.digests import NOT_FOUND, Digests, differences, other_size
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
 
-MISSING = "not found"
+TOLD_AFTER = 2.0  # seconds: shorter verifications are logged with -v only
+MOST_WAIT = 600.0  # seconds for another stage of the run; Lustre frees the locks of a lost node within minutes
 LIBRARIES = ("llama-lora", "torch", "transformers", "peft", "accelerate", "datasets", "optimum-neuron")
 
 
@@ -75,23 +81,26 @@ def declaration(name: str) -> Declaration:
 
 @dataclass
 class Manifest:
-    """The content of stages/STAGE.json. ``outputs`` maps a path in the workspace to its bytes and sha256."""
+    """The content of stages/STAGE.json. ``outputs`` are by their path in the workspace."""
 
     stage: str
     fingerprint: str
     started: str
     finished: str
-    outputs: dict[str, dict[str, Any]]
+    outputs: dict[PathInside, FileRecord]
     versions: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, path: Path) -> Manifest | None:
-        """Read a manifest; None if the file does not exist or is not a valid manifest."""
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+
+class InvalidManifest(Exception):
+    """Why a stage is not done, as the rest of a sentence that begins with its manifest: "is missing".
+
+    ``damaged``: there is a file, but it is not a manifest.
+    """
+
+    def __init__(self, problem: str, *, damaged: bool = False) -> None:
+        self.damaged = damaged
+        super().__init__(problem)
 
 
 class Stage:
@@ -130,26 +139,106 @@ class Stage:
 
     @property
     def manifest(self) -> Manifest | None:
-        return Manifest.read(self.paths.manifest(self.name))
+        """The stage's manifest, also of another configuration; None if it does not exist or is not valid."""
+        try:
+            return self._read_manifest()
+        except InvalidJson:
+            return None
+
+    def _read_manifest(self) -> Manifest:
+        manifest = read_record(self.paths.manifest(self.name), Manifest)
+        if manifest.stage != self.name:
+            raise InvalidJson(f"is of the stage {one_line(manifest.stage)!r}")
+        return manifest
+
+    def current_manifest(self) -> Manifest:
+        """The manifest, if it is of the current config. Raises InvalidManifest otherwise."""
+        try:
+            manifest = self._read_manifest()
+        except JsonNotFound:
+            raise InvalidManifest("is missing") from None
+        except InvalidJson as error:
+            raise InvalidManifest(str(error), damaged=True) from None
+        if (fingerprint := self.fingerprint) is None:
+            raise InvalidManifest(f"cannot be compared: {self.paths.resolved} has no entry for this run's sources")
+        if manifest.fingerprint != fingerprint:
+            raise InvalidManifest("belongs to another configuration")
+        return manifest
+
+    def done_manifest(self) -> Manifest:
+        """The manifest, if the stage is done: every output exists with its recorded size. Raises InvalidManifest."""
+        manifest = self.current_manifest()
+        for name, output in manifest.outputs.items():
+            if difference := other_size(self.paths.workspace / name, output):
+                raise InvalidManifest(f"lists {one_line(name, 200)}, which {is_or_has(difference)}")
+        return manifest
 
     def is_done(self) -> bool:
         """Whether the manifest matches the current config and every output exists with its recorded size."""
-        manifest, fingerprint = self.manifest, self.fingerprint
-        if manifest is None or fingerprint is None or manifest.fingerprint != fingerprint:
+        try:
+            self.done_manifest()
+        except InvalidManifest:
             return False
-        return all(_size(self.paths.workspace / name) == output["bytes"] for name, output in manifest.outputs.items())
+        return True
 
     def upstream(self, name: str) -> Manifest:
         """Return the manifest of an earlier stage. Raises UserError if that stage is not done."""
-        other = self._other(name)
-        manifest = other.manifest
-        if manifest is None or not other.is_done():
+        try:
+            return self._other(name).done_manifest()
+        except InvalidManifest as problem:
             raise UserError(
-                f"{self.name} needs {name}, whose manifest {_problem(manifest)}",
+                f"{self.name} needs {name}, whose manifest {problem}",
                 where=str(self.paths.manifest(name)),
                 fix=f"Run `llama-lora {name} --config ...` first.",
-            )
-        return manifest
+            ) from None
+
+    def upstream_fingerprint(self, name: str) -> str:
+        """The fingerprint of an earlier stage, whose sources have been resolved."""
+        fingerprint = self._other(name).fingerprint
+        assert fingerprint is not None, "run_stage resolves the sources first"
+        return fingerprint
+
+    def upstream_path(self, name: str, fact: str) -> Path:
+        """Return a file or folder that a fact of an earlier stage's manifest names.
+
+        Raises UserError if that stage is not done, or if the fact is not a path in the workspace.
+        """
+        value = self.upstream(name).facts.get(fact)
+        if isinstance(value, str) and value and "\0" not in value and ".." not in Path(value).parts:
+            path = self.paths.workspace / value
+            if any(root in path.parents for root in self.paths.roots):
+                return path
+        raise UserError(
+            f"facts.{fact} is {one_line(repr(value))}, which is not a path in the workspace",
+            where=str(self.paths.manifest(name)),
+            fix=f"Delete the file and run {rerun(name)}.",
+        )
+
+    def verify_read(self, name: str, *paths: Path) -> None:
+        """Compare the outputs of an earlier stage that are, or are in, ``paths`` with their SHA-256 in its manifest.
+
+        A stage calls it for what it reads, before it reads it. With verify: off it compares nothing. Raises UserErrors
+        with one line for each file that differs.
+        """
+        if self.config.verify == "off":
+            return
+        recorded = self.upstream_files(name, *paths)
+        began = time.monotonic()
+        found = differences(recorded, Digests(self.config.verify))
+        refuse_damaged(found, name)
+        seconds = time.monotonic() - began
+        gigabytes = sum(record.bytes for record in recorded.values()) / 1e9
+        level = logging.INFO if seconds > TOLD_AFTER else logging.DEBUG
+        log.log(level, f"{self.name}: verified {len(recorded)} files of {name}, {gigabytes:.1f} GB in {seconds:.0f} s")
+
+    def upstream_files(self, name: str, *paths: Path) -> dict[Path, FileRecord]:
+        """The outputs of an earlier stage that are, or are in, ``paths``, as its manifest records them."""
+        outputs = {self.paths.workspace / output: record for output, record in self.upstream(name).outputs.items()}
+        return {
+            file: record
+            for file, record in outputs.items()
+            if any(path == file or path in file.parents for path in paths)
+        }
 
     def check_upstream(self) -> None:
         """Raise UserError for the first required stage that is not done."""
@@ -167,8 +256,8 @@ class Stage:
             yield partial
         self.finish([path, *beside])
 
-    def finish(self, outputs: Sequence[Path]) -> None:
-        """Write the manifest for ``outputs``, which are files or folders."""
+    def finish(self, outputs: Sequence[Path], known: Mapping[Path, FileRecord] | None = None) -> None:
+        """Write the manifest for ``outputs``, which are files or folders. The digests in ``known`` are not computed."""
         fingerprint = self.fingerprint
         assert fingerprint is not None, "run_stage resolves the sources first"
         manifest = Manifest(
@@ -177,34 +266,55 @@ class Stage:
             started=self._started,
             finished=now(),
             outputs={
-                str(file.relative_to(self.paths.workspace)): {
-                    "bytes": file.stat().st_size,
-                    "sha256": files.sha256(file),
-                }
+                str(file.relative_to(self.paths.workspace)): (known or {}).get(file) or record_of(file)
                 for output in outputs
                 for file in _files_in(output)
             },
             versions=installed_versions(LIBRARIES),
             facts=self.facts,
         )
-        files.write_json(self.paths.manifest(self.name), manifest.__dict__)
+        files.write_json(self.paths.manifest(self.name), asdict(manifest))
 
     def _other(self, name: str) -> Stage:
         return Stage(name, self.config, self.paths, self.sources)
 
 
 def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
-    """Run a stage, or skip it if it is done."""
+    """Run a stage, or skip it if it is done. Only one stage of a run writes at a time; another waits for it.
+
+    Raises UserError if another is still running after MOST_WAIT.
+    """
     stage = Stage(name, config, paths)
-    if stage._declaration.reads_sources:
-        stage.sources = resolve.resolve_sources(config, paths)
-    if stage.is_done():
-        log.info(f"{name}: nothing changed, skipped ({stage.paths.manifest(name)})")  # `genvalues status` reads this
-        return
-    log.debug(f"{name}: fingerprint {stage.fingerprint}")
-    stage.check_upstream()
-    files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
-    stage._declaration.run(stage)
+    with contextlib.ExitStack() as held:
+        if stage._declaration.worker is None and not stage.is_done():
+            held.enter_context(lock_run(stage))
+        if stage._declaration.reads_sources:
+            stage.sources = resolve.resolve_sources(config, paths)
+        if stage.is_done():
+            log.info(f"{name}: nothing changed, skipped ({paths.manifest(name)})")  # `genvalues status` reads this
+            return
+        log.debug(f"{name}: fingerprint {stage.fingerprint}")
+        warn_of_damage(stage)
+        stage.check_upstream()
+        files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))
+        stage._declaration.run(stage)
+
+
+def lock_run(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Hold the run's lock while a stage writes.
+
+    A stage with workers is started once on each node, so there it is the worker of rank 0 that holds the lock.
+    """
+    return locked(stage.paths.lock, f"llama-lora {stage.name}", MOST_WAIT)
+
+
+def warn_of_damage(stage: Stage) -> None:
+    """Log why a stage runs whose manifest is not valid."""
+    try:
+        stage.current_manifest()
+    except InvalidManifest as problem:
+        if problem.damaged:
+            log.warning(f"{stage.name} runs again: {stage.paths.manifest(stage.name)} {problem}")
 
 
 def verify_outputs(name: str, config: RunConfig, paths: Paths) -> str:
@@ -214,24 +324,42 @@ def verify_outputs(name: str, config: RunConfig, paths: Paths) -> str:
     the right size and wrong content must be deleted before the stage writes it again.
     """
     stage = Stage(name, config, paths)
-    manifest = stage.manifest
-    rerun = f"`helm upgrade`, or `llama-lora {name} --config ...`"
-    if manifest is None or manifest.fingerprint != stage.fingerprint:
+    try:
+        manifest = stage.current_manifest()
+    except InvalidManifest as problem:
         raise UserError(
-            f"the manifest of {name} {_problem(manifest)}",
+            f"the manifest of {name} {problem}",
             where=str(paths.manifest(name)),
-            fix=f"Run the stage first: {rerun}.",
-        )
+            fix=f"Run the stage first: {rerun(name)}.",
+        ) from None
+    recorded = {paths.workspace / output: record for output, record in manifest.outputs.items()}
+    refuse_damaged(differences(recorded, Digests("always")), name)
+    megabytes = sum(record.bytes for record in recorded.values()) / 1e6
+    return f"{name}: {len(recorded)} files, {megabytes:.3g} MB, all match the manifest"
+
+
+def refuse_damaged(found: Mapping[Path, str], name: str) -> None:
+    """Raise UserErrors for files of a stage that differ from its manifest, if there are any."""
     mistakes = []
-    for output, written in manifest.outputs.items():
-        file = paths.workspace / output
-        if difference := _difference(file, written["bytes"], written["sha256"]):
-            fix = "Run the stage again" if difference == MISSING else "Delete the file and run the stage again"
-            mistakes.append(UserError(difference, where=str(file), fix=f"{fix}: {rerun}."))
+    for file, difference in found.items():
+        fix = "Run the stage again" if difference == NOT_FOUND else "Delete the file and run the stage again"
+        mistakes.append(UserError(difference, where=str(file), fix=f"{fix}: {rerun(name)}."))
     if mistakes:
         raise UserErrors(mistakes)
-    megabytes = sum(written["bytes"] for written in manifest.outputs.values()) / 1e6
-    return f"{name}: {len(manifest.outputs)} files, {megabytes:.3g} MB, all match the manifest"
+
+
+def rerun(name: str) -> str:
+    """What to type to run a stage of a run again."""
+    return f"`helm upgrade`, or `llama-lora {name} --config ...`"
+
+
+def record_of(file: Path) -> FileRecord:
+    return FileRecord(file.stat().st_size, files.sha256(file))
+
+
+def is_or_has(difference: str) -> str:
+    """A difference of a file as the rest of a sentence: "is not found", "has 3 bytes, expected 4"."""
+    return f"is {difference}" if difference == NOT_FOUND else difference
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
@@ -248,29 +376,5 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _problem(manifest: Manifest | None) -> str:
-    return "belongs to another configuration" if manifest else "is missing"
-
-
 def _files_in(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _difference(file: Path, size: int, sha256: str) -> str:
-    """Describe how a file differs from its record; empty if it does not."""
-    found = _size(file)
-    if found is None:
-        return MISSING
-    if found != size:
-        return f"has {found} bytes, expected {size}"
-    try:
-        return "" if files.sha256(file) == sha256 else "has the expected size but another SHA-256"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

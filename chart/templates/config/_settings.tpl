@@ -12,7 +12,8 @@
  "parallelism",
  "rehearse",
  "publish",
- "monitoring"
+ "monitoring",
+ "verify"
 ]
 {{- end }}
 {{- define "llama-lora.settings.words" -}}
@@ -26,6 +27,9 @@
   "flash": "causal"
  },
  "compile.mode": {
+  "false": "off"
+ },
+ "verify": {
   "false": "off"
  }
 }
@@ -157,6 +161,7 @@
   "mlflow": false,
   "secret": ""
  },
+ "verify": "cached",
  "devices": {},
  "neuron": {
   "target": "trn1",

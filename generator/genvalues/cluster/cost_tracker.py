@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from genvalues.cluster.guards import CostLimit, Ledger, reserve_hours
 from genvalues.cluster.objects import is_worker, name_of
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ class CostTracker:
 
     def _read(self) -> Ledger:
         try:
-            return Ledger.from_json(json.loads(self.file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+            return Ledger.from_json(read_object(self.file))
+        except JsonNotFound:
             return Ledger()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except InvalidJson as error:
             fix = "Repair or delete the file. After deletion the run's cost so far is not counted"
-            raise UserError("not a valid cost file", where=str(self.file), fix=fix) from error
+            raise UserError(f"not a valid cost file: it {error}", where=str(self.file), fix=fix) from None

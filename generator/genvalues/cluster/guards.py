@@ -7,7 +7,6 @@ AWS bills instances, not pods: idle time of a node before and after the pod is n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,6 +24,7 @@ from genvalues.cluster.objects import (
     phase_of,
     workers_of,
 )
+from genvalues.common.json_files import Finite, as_record
 from genvalues.common.text import duration
 
 HOUR = 3600.0
@@ -37,8 +37,8 @@ class PodUsage:
 
     name: str
     stage: str
-    since: float
-    until: float
+    since: Finite
+    until: Finite
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,24 @@ class Ledger:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Ledger:
-        """Raises ValueError, KeyError, TypeError or AttributeError for content that ``as_json`` did not produce."""
-        pods = {uid: parse_usage(pod) for uid, pod in content["pods"].items()}
-        stopped = content["stopped"] or {"job": "", "why": ""}
-        return cls(pods, str(stopped["job"]), str(stopped["why"]))
+        """Raises InvalidJson for content that ``as_json`` did not produce."""
+        read = as_record(content, _LedgerFile)
+        stopped = read.stopped or _Stopped("", "")
+        return cls(read.pods, stopped.job, stopped.why)
 
 
-def parse_usage(content: dict[str, Any]) -> PodUsage:
-    """A pod in costs.json. Raises as ``Ledger.from_json`` does."""
-    since, until = float(content["since"]), float(content["until"])
-    if not (math.isfinite(since) and math.isfinite(until)):  # Python's json accepts NaN
-        raise ValueError(f"invalid times: {since}, {until}")
-    return PodUsage(**{**content, "since": since, "until": until})
+@dataclass(frozen=True)
+class _Stopped:
+    job: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _LedgerFile:
+    """What ``Ledger.as_json`` writes."""
+
+    pods: dict[str, PodUsage]
+    stopped: _Stopped | None
 
 
 def ended_at(pod: Object) -> float:

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from genvalues.cluster.objects import moment
+from genvalues.common.json_files import Count, Finite, InvalidJson, as_record, read_object
 from genvalues.common.text import duration
+
+MOST_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What this package reads of progress.json, with its keys."""
+
+    stage: str
+    step: Count
+    totalSteps: Count
+    updated: str
+    loss: Finite | None = None
+    learningRate: Finite | None = None
+    tokensPerSecond: Finite | None = None
+    etaSeconds: Finite | None = None
+    savedStep: Count | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            moment(self.updated)
+        except OverflowError as error:
+            raise ValueError(str(error)) from None
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The file's content; empty if it does not exist or cannot be read."""
+    """The file's content; empty if it does not exist or is not valid, because the trainer writes it at each step."""
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_object(path, MOST_BYTES)
+        known = asdict(as_record(content, Progress))
+    except InvalidJson:
         return {}
-    return progress if isinstance(progress, dict) else {}
+    return {**content, **{key: value for key, value in known.items() if key in content}}
 
 
 def describe_progress(progress: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
+from genvalues.common.json_files import InvalidJson, as_record, parse_json
+from genvalues.common.text import one_line
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,21 @@ def read_stage_state(stage: str, run_config: Path) -> StageState:
     return parse_stage_state(stage, done.stdout)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What the command prints, with its keys."""
+
+    fingerprint: str | None
+    upToDate: bool
+    progress: str
+    manifest: str
+
+
 def parse_stage_state(stage: str, text: str) -> StageState:
+    """Read what the command printed. Raises TrainerCommandFailed if it is something else."""
     try:
-        answer = json.loads(text)
-        fingerprint, up_to_date = answer["fingerprint"], answer["upToDate"]
-        progress, manifest = Path(answer["progress"]), Path(answer["manifest"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainerCommandFailed(f"llama-lora fingerprint {stage}: invalid output: {text.strip()[:200]}") from error
-    return StageState(fingerprint, up_to_date, progress, manifest)
+        answer = as_record(parse_json(text), _Answer)
+    except InvalidJson as error:
+        shown = one_line(text.strip(), width=200)
+        raise TrainerCommandFailed(f"llama-lora fingerprint {stage}: invalid output: it {error}: {shown}") from None
+    return StageState(answer.fingerprint, answer.upToDate, Path(answer.progress), Path(answer.manifest))

@@ -139,6 +139,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def copy_with_digest(source: Path, target: Path) -> str:
+    """Copy a file's content and return the hex SHA-256 of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as written:
+        while piece := read.read(1 << 20):
+            digest.update(piece)
+            written.write(piece)
+    return digest.hexdigest()
+
+
 def current_umask() -> int:
     """Return the process's umask, which can only be read by setting it."""
     umask = os.umask(0o022)

@@ -2,17 +2,26 @@
 
 The content is not trusted: size, depth, numbers and the kind of the file are limited, and every way in which reading
 fails is one exception with its own words. The caller decides what a file with a problem means.
+
+What a file contains is declared as a dataclass; ``read_record`` returns one whose fields have the declared types.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 MOST_BYTES = 64 << 20
+MOST_DEPTH = 100
+SHOWN = 80  # characters of a value in a message
+Record = TypeVar("Record")
 
 
 class InvalidJson(Exception):
@@ -23,17 +32,33 @@ class JsonNotFound(InvalidJson):
     """There is no such file."""
 
 
+class JsonUnreadable(InvalidJson):
+    """The system cannot read the file, for the reason ``errno``."""
+
+    def __init__(self, error: OSError) -> None:
+        self.errno = error.errno
+        super().__init__(f"cannot be read: {error.strerror}")
+
+
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """Read a regular file as JSON in UTF-8, without following a link. Raises InvalidJson."""
     content = read_bytes(path, most_bytes)
-    if not content.strip():
-        raise InvalidJson("is empty")
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        return parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidJson(f"is not UTF-8 (byte {error.start})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse text from a file or a process as JSON. Raises InvalidJson."""
+    if not text.strip():
+        raise InvalidJson("is empty")
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+        _check_depth(content)
+        return content
     except json.JSONDecodeError as error:
-        cut = ": the file is cut off" if error.pos >= len(content.decode("utf-8").rstrip()) else ""
+        cut = ": it is cut off" if error.pos >= len(text.rstrip()) else ""
         raise InvalidJson(f"is not valid JSON (line {error.lineno}, column {error.colno}{cut})") from None
     except RecursionError:
         raise InvalidJson("is not valid JSON: it is nested too deeply") from None
@@ -41,12 +66,75 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
         raise InvalidJson(f"is not valid JSON: {error}") from None
 
 
+def _check_depth(content: Any) -> None:
+    """Raise RecursionError for content in which a function that calls itself for each level may fail."""
+    level, depth = [content], 0
+    while level:
+        if depth > MOST_DEPTH:
+            raise RecursionError
+        children = (
+            node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))
+        )
+        level, depth = [child for each in children for child in each], depth + 1
+
+
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """Read a JSON file that must contain an object. Raises InvalidJson."""
-    content = read_json(path, most_bytes)
+    return as_object(read_json(path, most_bytes))
+
+
+def as_object(content: Any) -> dict[str, Any]:
+    """Return parsed JSON that must be an object. Raises InvalidJson."""
     if not isinstance(content, dict):
         raise InvalidJson(f"contains {_kind(content)}, expected an object")
     return content
+
+
+def read_record(path: Path, kind: type[Record], most_bytes: int = MOST_BYTES) -> Record:
+    """Read a JSON file as a dataclass. Raises InvalidJson."""
+    return as_record(read_json(path, most_bytes), kind)
+
+
+def as_record(content: Any, kind: type[Record]) -> Record:
+    """Convert parsed JSON to a dataclass, whose fields then have the declared types, also inside of containers.
+
+    Raises InvalidJson, naming the first field that is missing or has another type. Unknown fields are ignored.
+    """
+    try:
+        adapter: TypeAdapter[Record] = _adapter(kind)  # type: ignore[arg-type]  # a class is hashable
+        return adapter.validate_python(as_object(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:SHOWN]
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidJson(f"has no valid {place!r}: {message[:1].lower()}{message[1:]}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _path_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name[:SHOWN]!r} is not a path inside of the folder")
+    return name
+
+
+# A path in a record, relative to a folder that it cannot leave.
+PathInside = Annotated[str, AfterValidator(_path_inside)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as a record lists it."""
+
+    bytes: Count
+    sha256: Sha256
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
@@ -57,7 +145,7 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     except FileNotFoundError:
         raise JsonNotFound("not found") from None
     except OSError as error:
-        raise InvalidJson("is a symbolic link" if path.is_symlink() else f"cannot be read: {error.strerror}") from None
+        raise (InvalidJson("is a symbolic link") if path.is_symlink() else JsonUnreadable(error)) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -67,7 +155,7 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(most_bytes + 1)
     except OSError as error:
-        raise InvalidJson(f"cannot be read: {error.strerror}") from None
+        raise JsonUnreadable(error) from None
     finally:
         os.close(descriptor)
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from genvalues.common.json_files import InvalidJson, read_object
+
 # The kubelet splits log lines at 16 KiB (containerd, CRI-O), and people read past it.
 LINE_LENGTH = 6000
 FACT_LENGTH = 1000  # of a fact's JSON; those of an evaluation may be long
@@ -23,10 +25,11 @@ LINE = re.compile(r"^(?:\S+ )?(?P<stage>[a-z][a-z-]{0,40}): manifest (?P<json>\{
 def line_of(file: Path) -> str:
     """The line for the manifest; empty if it cannot be read. Never raises, because the line is for information only."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        return f"{manifest['stage']}: manifest {compact(manifest)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_object(file)
+        line = f"{manifest['stage']}: manifest {compact(manifest)}"
+    except (InvalidJson, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
+    return line if LINE.fullmatch(line) else ""
 
 
 def compact(manifest: Mapping[str, Any]) -> str:

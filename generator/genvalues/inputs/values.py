@@ -46,6 +46,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         },
         "rehearse": {"enabled": inputs.rehearses},
         **{key: as_values(block) for key, block in optional_blocks(inputs).items()},
+        "verify": inputs.verify,
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),

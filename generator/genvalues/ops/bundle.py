@@ -28,6 +28,7 @@ from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
 from genvalues.common.files import place_of, write_named
 from genvalues.common.helm import client, user_values
+from genvalues.common.json_files import InvalidJson, parse_json
 from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
 from genvalues.inputs.yaml_text import dump
@@ -282,16 +283,18 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
                     found[name] = content.read().decode("utf-8")
                 if len(found) == 2:
                     break
-        about = json.loads(found.get(ABOUT, "null"))
+        about = parse_json(found.get(ABOUT, "null"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot be read: {reason}", where=where, fix=fix) from None
+    except InvalidJson as error:
+        raise UserError(f"is not a bundle: {ABOUT} {error}", where=where, fix=fix) from None
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"is not a bundle: {' '.join(str(error).split())}", where=where, fix=fix) from None
     if VALUES not in found or not isinstance(about, dict):
         raise UserError(f"is not a bundle: it does not begin with {ABOUT} and {VALUES}", where=where, fix=fix)
     if type(about.get("format")) is not int or about["format"] != FORMAT:
-        theirs = one_line(json.dumps(about["format"])) if "format" in about else "none"
+        theirs = one_line(str(about["format"])) if isinstance(about.get("format"), (str, int, float)) else "none"
         by = one_line(str(about.get("genvalues") or "unknown"))
         what = f"is a bundle of format {theirs}; genvalues {__version__} reads format {FORMAT}"
         raise UserError(what, where=where, fix=f"Use the version of genvalues that wrote it: {by}.")

@@ -35,6 +35,7 @@ from genvalues.settings.run import (
     Source,
     TensorParallelSize,
     TrainingOptions,
+    Verify,
 )
 from genvalues.settings.shared import (
     ExistingClaim,
@@ -161,6 +162,7 @@ class Inputs(Block):
     evaluation: EvaluationInputs = EvaluationInputs()
     publish: Publish = Publish()
     monitoring: Monitoring = Monitoring()
+    verify: Verify = "cached"
     guards: GuardInputs = GuardInputs()
     storage: StorageInputs = StorageInputs()
     hugging_face: HuggingFaceInputs | None = Field(

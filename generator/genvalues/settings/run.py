@@ -97,6 +97,14 @@ EvaluationEnabled = Annotated[
         description="Run the evaluate stage. Requires held-out rows (dataset.evalFraction above 0, or dataset.eval)."
     ),
 ]
+Verify = Annotated[
+    Literal["always", "cached", "off"],
+    OtherWords({False: "off"}),  # as compile.mode
+    Field(
+        description="Whether stages check by SHA-256 that what they read is what an earlier stage wrote. cached: a "
+        "file that has not changed since is hashed once on each node. always: in every stage. off: compare sizes only."
+    ),
+]
 RehearseEnabled = Annotated[
     bool,
     Field(
@@ -524,6 +532,7 @@ class RunConfig(Block):
     rehearse: Rehearse = Rehearse()
     publish: Publish = Publish()
     monitoring: Monitoring = Monitoring()
+    verify: Verify = "cached"
 
 
 def with_own_words(values: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from genvalues.settings.run import (
     Rehearse,
     Source,
     Training,
+    Verify,
 )
 from genvalues.settings.shared import (
     ExistingClaim,
@@ -451,6 +452,7 @@ class Values(Block):
     rehearse: Rehearse = Rehearse()
     publish: Publish = Publish()
     monitoring: Monitoring = Monitoring()
+    verify: Verify = "cached"
     devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
         {},
         description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "

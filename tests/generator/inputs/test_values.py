@@ -342,7 +342,7 @@ def numbers(block: str) -> dict[str, st.SearchStrategy[Any]]:
     return found
 
 
-# globalBatchSize follows from other keys: any of its values with any of theirs is a mistake. The others need each other.
+# globalBatchSize follows from other keys: any value with any of theirs is a mistake. The others need each other.
 NOT_ALONE = {"globalBatchSize", "evalSteps", "earlyStoppingPatience", "earlyStoppingThreshold"}
 
 

@@ -38,7 +38,7 @@ def of_checkpoint(checkpoint: Path) -> Backend:
 
 def probe_of(checkpoint: Path) -> ProbeRecord | None:
     """Return the probe recorded in a checkpoint; None if it has none."""
-    from llama_lora.backends.checkpoints import read_record
+    from llama_lora.backends.checkpoints import read_complete
 
-    record = read_record(checkpoint)
-    return ProbeRecord(**record.probe) if record and record.probe else None
+    record = read_complete(checkpoint)
+    return record.probe if record else None

@@ -14,6 +14,7 @@ from llama_lora.paths import Paths
 if TYPE_CHECKING:
     import torch
 
+    from llama_lora.backends.held_out import HeldOutState
     from llama_lora.stage import Stage
 
 
@@ -40,7 +41,7 @@ class TrainingResult:
     """The result of a training or dry run over all workers. Losses are in nats per trained token.
 
     ``seconds_per_step`` is the median. ``peak_memory_bytes`` is the peak resident memory of the largest worker.
-    ``held_out`` is a HeldOutState.
+    ``held_out`` is set if the training measured the held-out loss.
     """
 
     steps: int
@@ -50,7 +51,7 @@ class TrainingResult:
     first_loss: float | None
     last_loss: float | None
     checkpoint: Path | None
-    held_out: dict[str, Any] | None = None
+    held_out: HeldOutState | None = None
 
 
 @dataclass(frozen=True)

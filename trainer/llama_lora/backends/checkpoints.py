@@ -2,6 +2,7 @@
 
     step-000100/  ...               the backend's shards of adapter and optimizer, of all workers
                   checkpoint.json   fingerprint, position, workers, and bytes and sha256 of every file
+    step-000100.damaged/            one whose files were not as listed: not read again, deleted after later saves
 
 A folder is renamed to its final name once the files of all workers are on the disk: a final name means a complete
 checkpoint.
@@ -10,18 +11,28 @@ checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import Count, FileRecord, InvalidJson, JsonUnreadable, PathInside, read_record
+from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
+from llama_lora.digests import other_size
+from llama_lora.probe import ProbeRecord
+
+log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
+STEP = re.compile(r"step-\d+")
+DAMAGED = ".damaged"  # the end of the name of a checkpoint that was set aside
+OTHER_CHECKPOINT = "Use a complete checkpoint, or train again."
 
 
 @dataclass(frozen=True)
@@ -29,18 +40,22 @@ class CheckpointRecord:
     """The content of checkpoint.json.
 
     ``rows_done`` counts the training rows consumed: the position to resume from, with any number of workers.
-    ``probe`` is a ProbeRecord, only where the training may end: at the last save, and at the lowest held-out loss.
-    ``held_out`` is a HeldOutState, if the training measures the held-out loss.
+    ``probe`` is only where the training may end: in the last checkpoint, and in that of the lowest held-out loss.
+    ``held_out`` says what the training has measured, if it measures the held-out loss.
     """
 
     fingerprint: str
-    step: int
-    rows_done: int
+    step: Count
+    rows_done: Count
     workers: int
     tensor_parallel_size: int = 1
-    probe: dict[str, Any] | None = None
-    held_out: dict[str, Any] | None = None
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    probe: ProbeRecord | None = None
+    held_out: HeldOutState | None = None
+    files: dict[PathInside, FileRecord] = field(default_factory=dict)
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or is not as its record lists it."""
 
 
 def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], workers: WorkerGroup) -> Path:
@@ -68,21 +83,78 @@ def name_of(record: CheckpointRecord) -> str:
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointRecord:
-    """Compare every file with the record. Raises UserError for the first that is missing or differs."""
-    record = read_record(checkpoint)
-    if record is None:
-        raise UserError(f"has no readable {RECORD}", where=str(checkpoint), fix="Pass a folder checkpoints/*/step-N.")
+    """Compare every file with the record. Raises DamagedCheckpoint for the first that is missing or differs."""
+    record = read_checkpoint_record(checkpoint)
     for name, expected in record.files.items():
         shard = checkpoint / name
-        if not shard.is_file():
-            raise UserError("shard not found", where=str(shard), fix="Use a complete checkpoint, or train again.")
-        if shard.stat().st_size != expected["bytes"] or files.sha256(shard) != expected["sha256"]:
-            raise UserError(
-                f"the shard's digest differs from the one recorded at step {record.step}",
-                where=str(shard),
-                fix="Use a complete checkpoint, or train again.",
-            )
+        if difference := other_size(shard, expected):
+            raise DamagedCheckpoint(f"shard {difference}", where=str(shard), fix=OTHER_CHECKPOINT)
+        try:
+            digest = files.sha256(shard)
+        except OSError as error:
+            raise _unreadable(shard, error.errno or 0, f"cannot be read: {error.strerror}") from None
+        if digest != expected.sha256:
+            what = f"the shard's digest differs from the one recorded at step {record.step}"
+            raise DamagedCheckpoint(what, where=str(shard), fix=OTHER_CHECKPOINT)
     return record
+
+
+def read_checkpoint_record(checkpoint: Path) -> CheckpointRecord:
+    """Read checkpoint.json. Raises DamagedCheckpoint if it is missing or not valid."""
+    file = checkpoint / RECORD
+    try:
+        return read_record(file, CheckpointRecord)
+    except JsonUnreadable as error:
+        raise _unreadable(file, error.errno, str(error)) from None
+    except InvalidJson as error:
+        raise DamagedCheckpoint(str(error), where=str(file), fix=OTHER_CHECKPOINT) from None
+
+
+def _unreadable(file: Path, number: int | None, what: str) -> UserError:
+    """A bad block is damage. Any other reason, such as missing permissions, says nothing about the content."""
+    if number == errno.EIO:
+        return DamagedCheckpoint(what, where=str(file), fix=OTHER_CHECKPOINT)
+    return UserError(what, where=str(file), fix="Make it readable for the user of the stage.")
+
+
+def newest_intact(folder: Path, fingerprint: str) -> tuple[Path, CheckpointRecord] | None:
+    """Verify the checkpoints of a training from the newest, and set aside those that are damaged, with a warning.
+
+    Returns the first that is intact, or None if nothing was saved. Raises UserError if only damaged ones are left.
+    """
+    for path in folder.glob("step-*"):
+        if STEP.fullmatch(path.name):
+            try:
+                read_checkpoint_record(path)
+            except DamagedCheckpoint as damage:
+                set_aside(path, damage)
+    for path in reversed(complete(folder, fingerprint)):
+        try:
+            return path, verify_checkpoint(path)
+        except DamagedCheckpoint as damage:
+            set_aside(path, damage)
+    if damaged(folder):
+        raise UserError(
+            "no checkpoint is left that is not damaged",
+            where=str(folder),
+            fix="Delete this folder to train from the start.",
+        )
+    return None
+
+
+def set_aside(checkpoint: Path, damage: DamagedCheckpoint) -> None:
+    """Rename a damaged checkpoint, so that nothing reads it again, and log a warning."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
+    file = Path(damage.where).relative_to(checkpoint)
+    log.warning(f"the checkpoint {checkpoint} is damaged and was renamed to {aside.name} ({file}: {damage.what})")
+
+
+def damaged(folder: Path) -> list[Path]:
+    """List the checkpoints that were set aside."""
+    return [path for path in sorted(folder.glob(f"step-*{DAMAGED}")) if path.is_dir()]
 
 
 def complete(folder: Path, fingerprint: str) -> list[Path]:
@@ -93,23 +165,27 @@ def complete(folder: Path, fingerprint: str) -> list[Path]:
     found = [
         (record.rows_done, path)
         for path in folder.glob("step-*")
-        if (record := read_record(path)) and record.fingerprint == fingerprint
+        if STEP.fullmatch(path.name) and (record := read_complete(path)) and record.fingerprint == fingerprint
     ]
     return [path for _, path in sorted(found)]
 
 
 def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) -> None:
-    """Delete the oldest complete checkpoints beyond ``limit`` but ``keep``, and the remains of killed saves."""
+    """Delete the oldest complete checkpoints beyond ``limit`` but ``keep``, and the remains of killed saves.
+
+    If there are as many as ``limit``, damaged ones are deleted too.
+    """
     for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
         shutil.rmtree(leftover)
-    for path in complete(folder, fingerprint)[:-limit]:
+    kept = complete(folder, fingerprint)
+    for path in [*kept[:-limit], *(damaged(folder) if len(kept) >= limit else [])]:
         if path != keep:
             shutil.rmtree(path)
 
 
-def read_record(checkpoint: Path) -> CheckpointRecord | None:
+def read_complete(checkpoint: Path) -> CheckpointRecord | None:
     """Read checkpoint.json; None if it does not exist or is not valid."""
     try:
-        return CheckpointRecord(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_record(checkpoint / RECORD, CheckpointRecord)
+    except InvalidJson:
         return None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import Count, Finite
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.config import Training
 from llama_lora.data.tokens import IGNORED
@@ -30,22 +31,11 @@ class HeldOutState:
     ``without_improvement`` counts the measurements since the loss last fell by more than earlyStoppingThreshold.
     """
 
-    loss: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_rows_done: int | None = None
-    without_improvement: int = 0
-
-    @classmethod
-    def of_record(cls, record: object) -> HeldOutState:
-        """The state in a checkpoint's record; without measurements if the record has none, or an invalid one."""
-        numbers = record if isinstance(record, dict) and record.keys() == asdict(cls()).keys() else {}
-        valid = all(isinstance(each, (int, float, type(None))) for each in numbers.values())
-        return cls(**numbers) if numbers and valid and isinstance(numbers["without_improvement"], int) else cls()
-
-    def as_record(self) -> dict[str, Any] | None:
-        """The fields as JSON values; None without measurements."""
-        return asdict(self) if self.loss is not None else None
+    loss: Finite | None = None
+    best_loss: Finite | None = None
+    best_step: Count | None = None
+    best_rows_done: Count | None = None
+    without_improvement: Count = 0
 
     def after(self, loss: float, step: int, rows_done: int, threshold: float) -> HeldOutState:
         """The state with one measurement more."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from genvalues.common.errors import UserError
 from llama_lora import probe
 from llama_lora.backends import checkpoints, stopping
 from llama_lora.backends.base import TrainingJob, TrainingResult
@@ -296,7 +297,7 @@ class Loop:
             first_loss=self.losses[0] if self.losses else None,
             last_loss=self.losses[-1] if self.losses else None,
             checkpoint=checkpoint,
-            held_out=held_out.as_record() if held_out else None,
+            held_out=held_out if held_out and held_out.loss is not None else None,
         )
 
 
@@ -318,22 +319,33 @@ class JobCheckpoints:
     def best(self) -> Path | None:
         """The complete checkpoint of the lowest held-out loss; None if there is none."""
         for path in checkpoints.complete(self.folder, self.job.fingerprint):
-            record = checkpoints.read_record(path)
+            record = checkpoints.read_complete(path)
             if record and record.rows_done == self.held_out.best_rows_done:
                 return path
         return None
 
     def restore_newest(self) -> int:
-        """Load the newest checkpoint and return the number of rows it has consumed; 0 if there is none."""
-        newest = self.workers.broadcast(self.newest())
-        if newest is None:
+        """Load the newest intact checkpoint and return the number of rows it has consumed; 0 if nothing was saved.
+
+        The worker of rank 0 verifies it for all. Raises UserError in every worker if only damaged ones are left.
+        """
+        found = self.workers.broadcast(self._newest_intact() if self.workers.rank == 0 else None)
+        if isinstance(found, UserError):
+            raise found
+        if found is None:
             return 0
+        newest, record = found
         if self.workers.rank == 0:
             log.info(f"resuming from {newest}")
-        record = checkpoints.verify_checkpoint(newest)
         self.engine.restore(newest, record)
-        self.held_out = HeldOutState.of_record(record.held_out)
+        self.held_out = record.held_out or HeldOutState()
         return record.rows_done
+
+    def _newest_intact(self) -> tuple[Path, CheckpointRecord] | UserError | None:
+        try:
+            return checkpoints.newest_intact(self.folder, self.job.fingerprint)
+        except UserError as error:  # raised by every worker: one that ended alone would leave the others waiting
+            return error
 
     def save(self, step: int, rows_done: int, probed: ProbeRecord | None) -> None:
         """Save the state after ``step`` steps, and delete the oldest checkpoints beyond saveTotalLimit."""
@@ -343,8 +355,8 @@ class JobCheckpoints:
             rows_done=rows_done,
             workers=self.workers.size,
             tensor_parallel_size=self.workers.size // self.engine.data_size,
-            probe=probed.as_record() if probed else None,
-            held_out=self.held_out.as_record(),
+            probe=probed,
+            held_out=self.held_out if self.held_out.loss is not None else None,
         )
         if self.workers.rank == 0:
             self._set_best_aside(record)

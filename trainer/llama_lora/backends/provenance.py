@@ -43,8 +43,9 @@ def check_compiled(stage: Stage, now: Mapping[str, Any], cache: Path) -> None:
     Raises UserError with every value that differs; with compile.onMismatch: warn, logs a warning instead. Unless only
     the environment differs, deletes compile's manifest, so that the next `helm upgrade` compiles.
     """
-    compiled = stage.upstream("compile").facts
-    differing = differences(compiled.get("provenance", {}), json.loads(json.dumps(now)))
+    recorded = stage.upstream("compile").facts.get("provenance")
+    compiled = recorded if isinstance(recorded, dict) else {}
+    differing = differences(compiled, json.loads(json.dumps(now)))
     if not differing:
         return
     found = "the graphs were compiled for other settings (then -> now):\n  " + "\n  ".join(differing)

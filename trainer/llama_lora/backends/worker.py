@@ -17,7 +17,7 @@ from llama_lora import config as run_config
 from llama_lora.backends import failures, launch, stopping
 from llama_lora.backends.base import Backend
 from llama_lora.paths import Paths
-from llama_lora.stage import Stage, declaration
+from llama_lora.stage import Stage, declaration, lock_run
 
 log = logging.getLogger("llama_lora.backends.worker")  # __name__ is __main__ here
 
@@ -39,7 +39,7 @@ def run(stage_name: str, config_file: str, workspace: str, work: Callable[[Stage
         config = run_config.load(Path(config_file))
         stage = Stage(stage_name, config, Paths(Path(workspace), config.name))
         backend = backends.get(config.backend)
-        with stack_traces(stage), backend.using_cache(stage):
+        with stack_traces(stage), backend.using_cache(stage), lock_of_first(stage):
             work(stage, backend)
     except stopping.TrainingStopped as stopped:
         if os.environ["RANK"] == "0":
@@ -62,6 +62,11 @@ def stack_traces(stage: Stage) -> contextlib.AbstractContextManager[None]:
         for file in set(stage.paths.stacks.glob(f"{stage.name}-rank-*.txt")) - current:
             file.unlink(missing_ok=True)
     return stopping.write_stacks_to(stage.paths.worker_stacks(stage.name, rank))
+
+
+def lock_of_first(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Hold the run's lock in the worker of rank 0. The others wait for it in their first collective."""
+    return lock_run(stage) if os.environ["RANK"] == "0" else contextlib.nullcontext()
 
 
 def die_with_launcher() -> None:

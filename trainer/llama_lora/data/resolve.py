@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, JsonNotFound, as_record, read_object
 from genvalues.common.text import one_line
 from genvalues.settings.dataset_files import exists_here, files_of, s3_keys
 from genvalues.settings.datasets import FILES, FORMATS, is_prefix, on_s3
@@ -28,12 +31,34 @@ from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.s3 import list_keys, s3_client, s3_parts, translate_s3_errors
 from llama_lora.paths import Paths
 
+log = logging.getLogger(__name__)
+
 # Files of a model folder or repository that are not copied. Weights in other formats (such as Meta's consolidated.pth)
 # would double the download and are never read. In fnmatch and in the Hub's client, * matches slashes too.
 IGNORED_FILES = [
     *("original/*", "onnx/*", ".git*", ".cache/*", "*.md"),
     *("*.pth", "*.pt", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
 ]
+
+
+# In the name of a folder of the workspace.
+_Component = Annotated[str, Field(pattern=r"^[^/\x00]*$")]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of resolved.json. ``asked``: the settings of the source. ``state``: size and time of each local file."""
+
+    asked: dict[str, str]
+    name: _Component
+    revision: _Component
+    state: dict[str, list[int]]
+    objects: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    sources: dict[str, _Entry]
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,13 @@ def resolve_sources(config: RunConfig, paths: Paths) -> ResolvedSources:
 
     Raises UserError if one does not exist or is not readable.
     """
-    recorded = _recorded(paths)
+    try:
+        recorded = _read_recorded(paths)
+    except JsonNotFound:
+        recorded = {}
+    except InvalidJson as error:
+        log.warning(f"{paths.resolved} {error}: the sources are resolved again, a branch to its newest commit")
+        recorded = {}
     entries = {"model": _known_model(config.model, recorded) or _look_up_model(config.model)}
     for part in _parts(config):
         entries[part.key] = _known_dataset(part, [*recorded.values(), *entries.values()]) or _look_up_dataset(part)
@@ -122,11 +153,17 @@ def snapshot_files(folder: Path) -> dict[str, Path]:
 
 
 def _recorded(paths: Paths) -> dict[str, Any]:
+    """The content of resolved.json; empty if it does not exist or is not valid."""
     try:
-        recorded: dict[str, Any] = json.loads(paths.resolved.read_text(encoding="utf-8"))
-        return recorded
-    except (OSError, ValueError):
+        return _read_recorded(paths)
+    except InvalidJson:
         return {}
+
+
+def _read_recorded(paths: Paths) -> dict[str, Any]:
+    recorded = read_object(paths.resolved)
+    as_record({"sources": recorded}, _Recorded)
+    return recorded
 
 
 def _model_settings(model: Model) -> dict[str, str]:

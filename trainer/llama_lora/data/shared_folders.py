@@ -1,45 +1,99 @@
-"""Workspace folders that runs share (models, datasets): complete, and made by one process at a time."""
+"""Workspace folders that runs share (models, datasets): complete, as written, and made by one process at a time."""
 
 from __future__ import annotations
 
-import fcntl
-import json
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genvalues.common import files
+from genvalues.common.json_files import (
+    Count,
+    FileRecord,
+    InvalidJson,
+    JsonNotFound,
+    PathInside,
+    as_record,
+    read_object,
+)
+from genvalues.common.locks import lock_beside, locked
+from llama_lora.config import Verify
+from llama_lora.digests import Digests, differences
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The content of NAME.contents.json. Release 0.1 listed sizes only."""
+
+    files: dict[PathInside, FileRecord | Count]
 
 
 @contextmanager
-def make_once(target: Path) -> Iterator[bool]:
+def make_once(target: Path, verify: Verify = "cached") -> Iterator[bool]:
     """Lock ``target`` and yield whether the block must make it.
 
     Another run that needs the folder waits for the lock and then finds it complete. NAME.contents.json beside the
-    folder lists its files, so that a folder with missing files is made again.
+    folder lists its files with their SHA-256, so that a folder with missing or damaged files is made again.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        with suppress(OSError):  # a volume without locks (FSx mounted without flock): both runs may do the work
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        missing = not has_all_files(target)
+    with locked(lock_beside(target), "llama-lora tokenize of another run"):
+        missing = not is_whole(target, verify)
         yield missing
-        if missing:
-            files.write_json(_contents_file(target), _contents(target))
+        if missing or not recorded(target):
+            contents = record_of_folder(target, Digests(verify))
+            files.write_json(_contents_file(target), {name: asdict(record) for name, record in contents.items()})
 
 
-def has_all_files(target: Path) -> bool:
-    """Whether every file listed in the contents file exists with its recorded size."""
+def recorded(target: Path) -> dict[Path, FileRecord]:
+    """The files of a folder with their SHA-256, as they were when it was made; empty if there is no such record."""
+    return {target / name: record for name, record in _contents(target).items() if isinstance(record, FileRecord)}
+
+
+def is_whole(target: Path, verify: Verify) -> bool:
+    """Whether every file of the folder is there as it was made. A difference of content is logged."""
+    contents = _contents(target)
+    for name, record in contents.items():
+        size = record.bytes if isinstance(record, FileRecord) else record
+        if not _has_size(target / name, size):
+            return False
+    if verify != "off":
+        for file, difference in differences(recorded(target), Digests(verify)).items():
+            log.warning(f"{file} {difference}: {target} is made again")
+            return False
+    return bool(contents)
+
+
+def record_of_folder(folder: Path, digests: Digests) -> dict[str, FileRecord]:
+    """Every file of a folder by its name in it."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    records = {}
+    for file, digest in digests.of(found).items():
+        if isinstance(digest, OSError):
+            raise digest
+        records[file.relative_to(folder).as_posix()] = FileRecord(file.stat().st_size, digest)
+    return records
+
+
+def _contents(target: Path) -> dict[str, FileRecord | int]:
+    """The files that the contents file lists; empty if it does not exist or is not valid."""
     try:
-        listed = json.loads(_contents_file(target).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        listed = read_object(_contents_file(target))
+        return as_record({"files": listed}, Contents).files
+    except JsonNotFound:
+        return {}
+    except InvalidJson as error:
+        log.warning(f"{_contents_file(target)} {error}: {target} is made again")
+        return {}
+
+
+def _has_size(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except OSError:
         return False
-    found = _contents(target)
-    return bool(listed) and all(found.get(name) == size for name, size in listed.items())
-
-
-def _contents(folder: Path) -> dict[str, int]:
-    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def _contents_file(target: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import library_versions
-from llama_lora.config import Model
+from llama_lora.config import Model, Verify
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
 from llama_lora.data.shared_folders import make_once
@@ -23,13 +23,13 @@ TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "vocab*", "merges.txt"]
 log = logging.getLogger(__name__)
 
 
-def take_snapshot(model: Model, source: Source, models: Path) -> Path:
+def take_snapshot(model: Model, source: Source, models: Path, verify: Verify = "cached") -> Path:
     """Return the base model's folder MODELS/NAME@REVISION, and make it if it is not complete.
 
     Raises UserError if the source has no usable model.
     """
     target = models / f"{source.name}@{source.revision[:12]}"
-    with make_once(target) as missing:
+    with make_once(target, verify) as missing:
         if missing:
             log.info(f"copying the model {model.id or model.path} to {target}")
             if model.path:

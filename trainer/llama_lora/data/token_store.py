@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy
 
 from genvalues.common import files
+from genvalues.common.json_files import read_object
 from llama_lora.data.tokens import IGNORED, Example
 
 COLUMNS = ("input_ids", "labels", "lengths")
@@ -85,7 +85,7 @@ def write_dataset(store: TokenStore, rows: Iterable[Any], folder: Path) -> None:
     schema = Features({name: Sequence(Value("int32")) for name in COLUMNS}).arrow_schema
     Dataset(schema.empty_table()).save_to_disk(folder)  # the metadata; without rows, no data file
     state_file = folder / "state.json"
-    state = json.loads(state_file.read_text(encoding="utf-8"))
+    state = read_object(state_file)
     digest = hashlib.sha256()
     with (
         pyarrow.OSFile(str(folder / DATA_FILE), "wb") as file,

@@ -3,33 +3,76 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.locks import lock_beside, locked
 from llama_lora import backends, evaluation, probe
 from llama_lora.adapter import write_adapter
+from llama_lora.backends.base import Adapter
+from llama_lora.digests import Digests, differences
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of
 from llama_lora.probe import ProbeRecord
-from llama_lora.stage import Declaration, Stage
+from llama_lora.stage import MOST_WAIT, Declaration, Stage
 
 log = logging.getLogger(__name__)
 
 
 def consolidate(stage: Stage) -> None:
     """Convert the checkpoint that train's manifest names to adapter/."""
-    checkpoint = stage.paths.workspace / stage.upstream("train").facts["checkpoint"]
-    base = stage.paths.workspace / stage.upstream("tokenize").facts["model"]
-    adapter = backends.get(stage.config.backend).read_adapter(checkpoint, base)
+    checkpoint = stage.upstream_path("train", "checkpoint")
+    base = stage.upstream_path("tokenize", "model")
+    adapter = read_trained_adapter(stage, checkpoint, base)
     recorded = backends.probe_of(checkpoint)
+    verify_probed(stage, recorded, base)
     with stage.output(stage.paths.adapter) as folder:
         write_adapter(folder, adapter.tensors, adapter.config)
         files.write_text(folder / CARD, card(facts_of(stage, "adapter")))
         verify_weights(stage, recorded, lambda: evaluation.load_model(base, adapter=folder), stage.paths.adapter)
         stage.facts = {"probe": recorded.as_record() if recorded else None}
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint.name} to {stage.paths.adapter}")
+
+
+def read_trained_adapter(stage: Stage, checkpoint: Path, base: Path) -> Adapter:
+    """Read the adapter of a training's last checkpoint.
+
+    A damaged one is set aside: then train is not done, and the next run trains on from the checkpoint before it. Raises
+    UserError, which says so.
+    """
+    from llama_lora.backends import checkpoints
+
+    try:
+        check_record(stage, checkpoint)
+        return backends.get(stage.config.backend).read_adapter(checkpoint, base)
+    except checkpoints.DamagedCheckpoint as damage:
+        checkpoints.set_aside(checkpoint, damage)
+        left = checkpoints.complete(checkpoint.parent, stage.upstream_fingerprint("train"))
+        again = "run `helm upgrade`, `genvalues local`, or `llama-lora train --config ...` and this stage"
+        fix = (
+            f"To train on from {left[-1].name} {again} again."
+            if left
+            else f"No other checkpoint is left: delete {checkpoint.parent} to train from the start, and {again} again."
+        )
+        raise UserError(f"{damage.what}; the checkpoint was set aside", where=damage.where, fix=fix) from None
+
+
+def check_record(stage: Stage, checkpoint: Path) -> None:
+    """Raise DamagedCheckpoint unless checkpoint.json, which has the digests of the others, is the one of train."""
+    from llama_lora.backends import checkpoints
+
+    recorded = stage.upstream_files("train", checkpoint / checkpoints.RECORD)
+    for file, difference in differences(recorded, Digests("always")).items():
+        raise checkpoints.DamagedCheckpoint(difference, where=str(file))
+
+
+def verify_probed(stage: Stage, recorded: ProbeRecord | None, *models: Path) -> None:
+    """Verify the files of tokenize that the probe reads, if there is one: the rows, and ``models``."""
+    if recorded and stage.config.probe.rows:
+        stage.verify_read("tokenize", stage.upstream_path("tokenize", "dataset") / "train", *models)
 
 
 def verify_weights(stage: Stage, recorded: ProbeRecord | None, load: Callable[[], Any], what: Path) -> None:
@@ -44,23 +87,32 @@ def verify_weights(stage: Stage, recorded: ProbeRecord | None, load: Callable[[]
         reason = "training recorded no probe" if settings.rows else "probe.rows is 0"
         log.info(f"probe: skipped, the weights are not verified ({reason})")
         return
-    rows = load_from_disk(str(stage.paths.workspace / stage.upstream("tokenize").facts["dataset"] / "train"))
+    rows = load_from_disk(str(stage.upstream_path("tokenize", "dataset") / "train"))
     isolated = stage.config.training.attention == "isolated"
     log.info(probe.verify_loss(recorded, rows, settings, load(), isolated, what))
 
 
 def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:
     """Convert any checkpoint folder, outside a run. Raises UserError if ``output`` exists."""
-    refuse_to_overwrite(output)
     if not checkpoint.is_dir():
         raise UserError(
             f"{checkpoint} is not a folder", where="--checkpoint", fix="Pass a folder checkpoints/*/step-N."
         )
-    adapter = backends.of_checkpoint(checkpoint).read_adapter(checkpoint, None)
-    with files.whole_folder(output) as folder:
-        write_adapter(folder, adapter.tensors, adapter.config)
-        files.write_text(folder / CARD, card(Facts("adapter", base_model=base_in(adapter.config))))
+    with locked_output(output, "llama-lora consolidate"):
+        adapter = backends.of_checkpoint(checkpoint).read_adapter(checkpoint, None)
+        with files.whole_folder(output) as folder:
+            write_adapter(folder, adapter.tensors, adapter.config)
+            files.write_text(folder / CARD, card(Facts("adapter", base_model=base_in(adapter.config))))
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint} to {output}")
+
+
+@contextmanager
+def locked_output(output: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a tool's output folder. Raises UserError if the folder exists, or another tool writes it."""
+    refuse_to_overwrite(output)
+    with locked(lock_beside(output.absolute()), command, MOST_WAIT, remove=True):
+        refuse_to_overwrite(output)  # another tool may have written it
+        yield
 
 
 def refuse_to_overwrite(output: Path) -> None:

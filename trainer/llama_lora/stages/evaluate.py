@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 def evaluate(stage: Stage) -> None:
     """Score both models, generate sample answers, and write evaluation/ and report.html."""
     settings = stage.config.evaluation
-    tokenized = stage.upstream("tokenize").facts
-    base = stage.paths.workspace / tokenized["model"]
-    rows = held_out_rows(stage.paths.workspace / tokenized["dataset"], settings.max_rows)
+    base, dataset = (stage.upstream_path("tokenize", fact) for fact in ("model", "dataset"))
+    stage.verify_read("tokenize", base, dataset / "eval", dataset / "report.json")
+    stage.verify_read("merge", stage.paths.merged)
+    rows = held_out_rows(dataset, settings.max_rows)
     prompts = [evaluation.prompt_of(row) for row in rows[: settings.samples]]
     tokenizer = load_tokenizer(base)
 

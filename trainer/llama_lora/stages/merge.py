@@ -12,48 +12,66 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import read_object
+from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora import evaluation
 from llama_lora.adapter import CONFIG, Delta, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
+from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress, track
 from llama_lora.safetensors_files import DTYPES, StoredTensor, add_in_place, stored_tensors
-from llama_lora.stage import Declaration, Stage
-from llama_lora.stages.consolidate import refuse_to_overwrite, verify_weights
+from llama_lora.stage import Declaration, Stage, refuse_damaged, rerun
+from llama_lora.stages.consolidate import locked_output, verify_probed, verify_weights
 
 log = logging.getLogger(__name__)
 
 
 def merge(stage: Stage) -> None:
     """Merge the run's base model and adapter into merged/."""
-    base = stage.paths.workspace / stage.upstream("tokenize").facts["model"]
+    base = stage.upstream_path("tokenize", "model")
+    stage.verify_read("consolidate", stage.paths.adapter)
     deltas = read_deltas(stage.paths.adapter)
-    tensors = stored_tensors(base)
-    check_fits(deltas, tensors, stage.paths.adapter, base)
-    facts = stage.upstream("consolidate").facts["probe"]
+    try:
+        tensors = stored_tensors(base)
+        check_fits(deltas, tensors, stage.paths.adapter, base)
+    except UserError:
+        stage.verify_read("tokenize", base)  # the message for a damaged file says more
+        raise
+    recorded = recorded_probe(stage)
+    verify_probed(stage, recorded)
+    digests = stage.upstream_files("tokenize", base) if stage.config.verify != "off" else {}
     with stage.output(stage.paths.merged) as folder:
-        write_merged(base, tensors, deltas, folder)
+        write_merged(base, tensors, deltas, folder, digests)
         files.write_text(folder / CARD, card(facts_of(stage, "merged")))
-        recorded = ProbeRecord(**facts) if facts else None
         verify_weights(stage, recorded, lambda: evaluation.load_model(folder), stage.paths.merged)
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {stage.paths.merged}")
 
 
+def recorded_probe(stage: Stage) -> ProbeRecord | None:
+    """The probe in consolidate's manifest; None if training recorded none. Raises UserError if it is not valid."""
+    probe = stage.upstream("consolidate").facts.get("probe")
+    try:
+        return as_record(probe, ProbeRecord) if probe is not None else None
+    except InvalidJson as error:
+        file = str(stage.paths.manifest("consolidate"))
+        fix = f"Delete the file and run {rerun('consolidate')}."
+        raise UserError(f"facts.probe {error}", where=file, fix=fix) from None
+
+
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge any base model and adapter folder, outside a run. Raises UserError if ``output`` exists."""
-    refuse_to_overwrite(output)
     for option, folder in {"--base": base, "--adapter": adapter}.items():
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder", where=option, fix="Pass an existing folder.")
-    deltas = read_deltas(adapter)
-    tensors = stored_tensors(base)
-    check_fits(deltas, tensors, adapter, base)
-    with files.whole_folder(output) as folder:
-        write_merged(base, tensors, deltas, folder)
-        facts = Facts("merged", base_model=base_in(read_object(adapter / CONFIG)), license=license_in(base / CARD))
-        files.write_text(folder / CARD, card(facts))
+    with locked_output(output, "llama-lora merge"):
+        deltas = read_deltas(adapter)
+        tensors = stored_tensors(base)
+        check_fits(deltas, tensors, adapter, base)
+        with files.whole_folder(output) as folder:
+            write_merged(base, tensors, deltas, folder)
+            facts = Facts("merged", base_model=base_in(read_object(adapter / CONFIG)), license=license_in(base / CARD))
+            files.write_text(folder / CARD, card(facts))
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {output}")
 
 
@@ -81,15 +99,26 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             )
 
 
-def write_merged(base: Path, tensors: Mapping[str, StoredTensor], deltas: Mapping[str, Delta], folder: Path) -> None:
+def write_merged(
+    base: Path,
+    tensors: Mapping[str, StoredTensor],
+    deltas: Mapping[str, Delta],
+    folder: Path,
+    recorded: Mapping[Path, FileRecord] | None = None,
+) -> None:
     """Copy the base model's folder, including tokenizer and configs, and add the deltas to the copy.
 
+    What is copied is compared with the digests in ``recorded``. Raises UserErrors for a file that differs.
     The copy's generation config gets the tokens that answers were trained to end with, if it lacks them.
     """
     with StageProgress("file", sum(path.is_file() for path in base.rglob("*"))) as progress:
 
         def copy(source: str, target: str) -> None:
-            shutil.copyfile(source, target)
+            record = (recorded or {}).get(Path(source))
+            if record is None:
+                shutil.copyfile(source, target)
+            elif files.copy_with_digest(Path(source), Path(target)) != record.sha256:
+                refuse_damaged({Path(source): OTHER_CONTENT}, "tokenize")
             progress.advance()
 
         shutil.copytree(base, folder, dirs_exist_ok=True, copy_function=copy)

@@ -77,11 +77,11 @@ def files_of(stage: Stage, artifact: str, cards: Path, prefix: str) -> list[File
 
 
 def file_of(stage: Stage, manifest: Manifest, output: str, name: str) -> File:
-    """An output of a manifest as a file to upload. Raises UserError for a name that leaves its folder."""
+    """An output of a manifest as a file to upload. Raises UserError for a name that no destination takes."""
     listed = manifest.outputs[output]
-    if ".." in Path(output).parts or "\\" in output:
+    if "\\" in output:
         raise UserError(f"lists the file {output!r}", where=str(stage.paths.manifest(manifest.stage)))
-    return File(name, stage.paths.workspace / output, int(listed["bytes"]), str(listed["sha256"]), manifest.stage)
+    return File(name, stage.paths.workspace / output, listed.bytes, listed.sha256, manifest.stage)
 
 
 STAGE = Declaration(

@@ -44,9 +44,10 @@ def rehearse(stage: Stage) -> None:
     """Check rows and settings, run the stages on the small model, and trace the real one."""
     from datasets import load_from_disk
 
-    tokenized = stage.upstream("tokenize").facts
-    model = stage.paths.workspace / tokenized["model"]
-    rows = load_from_disk(str(stage.paths.workspace / tokenized["dataset"] / "train"))
+    model, dataset = (stage.upstream_path("tokenize", fact) for fact in ("model", "dataset"))
+    configs = [file for file in model.iterdir() if file.suffix != ".safetensors"]  # it reads no weights
+    stage.verify_read("tokenize", dataset / "train", *configs)
+    rows = load_from_disk(str(dataset / "train"))
     began = time.monotonic()
     with step("check", stage.paths.small_run):
         check(stage, model, rows)

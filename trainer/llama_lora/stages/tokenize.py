@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, read_object
 from llama_lora import backends
 from llama_lora.config import Dataset
-from llama_lora.data.shared_folders import make_once
+from llama_lora.data.shared_folders import make_once, recorded
 from llama_lora.data.snapshot import take_snapshot
-from llama_lora.stage import Declaration, Stage
+from llama_lora.stage import Declaration, Stage, rerun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,20 +26,30 @@ def tokenize(stage: Stage) -> None:
     from llama_lora.data.tokenized_dataset import tokenize_dataset
 
     assert stage.sources is not None and stage.fingerprint is not None
-    model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models)
+    verify = stage.config.verify
+    model = take_snapshot(stage.config.model, stage.sources.model, stage.paths.models, verify)
     backends.get(stage.config.backend).check(stage.config, model)  # before any Trainium node is requested
     dataset = stage.paths.datasets / stage.fingerprint[:16]
-    with make_once(dataset) as missing:
+    with make_once(dataset, verify) as missing:
         if missing:
             with files.whole_folder(dataset) as folder:
                 tokenize_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
-    report = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
+    report = read_report(dataset)
     stage.facts = {
         "model": str(model.relative_to(stage.paths.workspace)),
         "dataset": str(dataset.relative_to(stage.paths.workspace)),
     }
-    stage.finish([model, dataset])
+    stage.finish([model, dataset], recorded(model) | recorded(dataset))
     _log_report(report, dataset)
+
+
+def read_report(dataset: Path) -> dict[str, Any]:
+    """Read the data report of a dataset's folder. Raises UserError if it is not valid."""
+    file = dataset / "report.json"
+    try:
+        return read_object(file)
+    except InvalidJson as error:
+        raise UserError(str(error), where=str(file), fix=f"Delete it and run {rerun('tokenize')}.") from None
 
 
 def dataset_settings(dataset: Dataset) -> dict[str, Any]:

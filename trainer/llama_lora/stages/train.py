@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingJob, TrainingResult
 from llama_lora.backends.launch import run_workers, worker_command
@@ -11,15 +13,22 @@ from llama_lora.stage import Declaration, Stage
 
 def train(stage: Stage) -> None:
     """Check the settings, then run this node's workers."""
-    tokenized = stage.upstream("tokenize").facts
+    model = stage.upstream_path("tokenize", "model")
     backend = backends.get(stage.config.backend)
-    backend.check(stage.config, stage.paths.workspace / tokenized["model"])
+    backend.check(stage.config, model)
     backend.check_compiled(stage)
+    verify_base_and_rows(stage)
     if stage.config.training.eval_steps is not None:
         from llama_lora.backends.held_out import read_rows
 
-        read_rows(stage.paths.workspace / tokenized["dataset"], stage.config.training)
+        read_rows(stage.upstream_path("tokenize", "dataset"), stage.config.training)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
+
+
+def verify_base_and_rows(stage: Stage) -> None:
+    """Verify what the workers of this node are about to read. Raises UserErrors for files that are damaged."""
+    rows = stage.upstream_path("tokenize", "dataset") / "train"
+    stage.verify_read("tokenize", stage.upstream_path("tokenize", "model"), rows)
 
 
 def train_worker(stage: Stage, backend: Backend) -> None:
@@ -29,7 +38,7 @@ def train_worker(stage: Stage, backend: Backend) -> None:
         assert result.checkpoint is not None, "the last step saves"
         stage.facts = {"checkpoint": str(result.checkpoint.relative_to(stage.paths.workspace)), "steps": result.steps}
         if result.held_out:
-            stage.facts |= {"held_out": result.held_out, "stopped_early": result.steps < result.total_steps}
+            stage.facts |= {"held_out": asdict(result.held_out), "stopped_early": result.steps < result.total_steps}
         stage.finish([result.checkpoint])
 
     backend.train(training_job(stage), finish)
@@ -37,12 +46,11 @@ def train_worker(stage: Stage, backend: Backend) -> None:
 
 def training_job(stage: Stage, dry_run: int | None = None) -> TrainingJob:
     """Build the workers' job from the config and the outputs of tokenize."""
-    tokenized = stage.upstream("tokenize").facts
     assert stage.fingerprint is not None
     return TrainingJob(
-        model=stage.paths.workspace / tokenized["model"],
+        model=stage.upstream_path("tokenize", "model"),
         base_name=stage.config.model.id or None,
-        dataset=stage.paths.workspace / tokenized["dataset"],
+        dataset=stage.upstream_path("tokenize", "dataset"),
         lora=stage.config.lora,
         training=stage.config.training,
         parallelism=stage.config.parallelism,

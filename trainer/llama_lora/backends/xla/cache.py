@@ -17,7 +17,6 @@ by the process that watches it: FSx may be mounted without flock, and the nodes'
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -32,6 +31,7 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, read_record
 from llama_lora.paths import Paths
 
 FLAGS = "NEURON_CC_FLAGS"
@@ -152,6 +152,16 @@ def locked_modules(cache: Path) -> list[Module]:
     return [module for module in modules(cache) if module.is_locked]
 
 
+@dataclass(frozen=True)
+class User:
+    """What is read of a user's file."""
+
+    id: str
+    run: str
+    stage: str
+    state: str
+
+
 class OtherUsers:
     """The other users of the cache, watched through their files."""
 
@@ -160,7 +170,7 @@ class OtherUsers:
         self._first: dict[Path, int] = {}
         self._last: dict[Path, tuple[int, float]] = {}
 
-    def alive(self) -> dict[Path, dict[str, Any]]:
+    def alive(self) -> dict[Path, User]:
         """The users that may be running: their files are new, or have changed within TIMEOUT seconds of watching.
 
         Files of users that have ended are deleted.
@@ -171,8 +181,8 @@ class OtherUsers:
                 continue
             try:
                 changed = file.stat().st_mtime_ns
-                user = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # the user has just ended
+                user = read_record(file, User)
+            except (OSError, InvalidJson):  # the user has just ended
                 continue
             self._first.setdefault(file, changed)
             if file not in self._last or self._last[file][0] != changed:
@@ -208,7 +218,7 @@ class CacheUse:
 
     def other_nodes(self) -> int:
         """Count the other processes of this stage and run that may be running: its other nodes."""
-        return sum((user["run"], user["stage"]) == (self.run, self.stage) for user in self.others.alive().values())
+        return sum((user.run, user.stage) == (self.run, self.stage) for user in self.others.alive().values())
 
     def end(self) -> None:
         self._ended.set()
@@ -225,7 +235,7 @@ class CacheUse:
             blocking = {
                 file: user
                 for file, user in self.others.alive().items()
-                if not (self._is_starting_node(user) and user["id"] > self.id)
+                if not (self._is_starting_node(user) and user.id > self.id)
             }
             if not blocking:
                 return True
@@ -233,8 +243,8 @@ class CacheUse:
                 return False
             time.sleep(HEARTBEAT / 10)
 
-    def _is_starting_node(self, user: dict[str, Any]) -> bool:
-        return (user["run"], user["stage"], user["state"]) == (self.run, self.stage, "starting")
+    def _is_starting_node(self, user: User) -> bool:
+        return (user.run, user.stage, user.state) == (self.run, self.stage, "starting")
 
     def _write(self, state: str) -> None:
         user = {"id": self.id, "run": self.run, "stage": self.stage, "state": state, "host": socket.gethostname()}

@@ -10,7 +10,6 @@ No result of the trial run is real: with NEURON_EXTRACT_GRAPHS_ONLY devices retu
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,12 +17,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from genvalues.common import files
 from genvalues.common.errors import Unavailable, UserError
+from genvalues.common.json_files import InvalidJson, PathInside, as_record, read_record
 from genvalues.common.text import duration
 from llama_lora.backends import failures as worker_failures
 from llama_lora.backends import launch
@@ -32,7 +35,7 @@ from llama_lora.backends.xla import cache, tool
 from llama_lora.backends.xla.cache import CacheUse, Module
 from llama_lora.backends.xla.provenance import COMPILER, package_versions, provenance
 from llama_lora.environment import THREADS_SET_BY_USER
-from llama_lora.stage import Stage
+from llama_lora.stage import Stage, rerun
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +47,21 @@ DIAGNOSIS = re.compile(r"\[[A-Z]{3,}(_[A-Z]+)?\d+\]")
 
 
 @dataclass(frozen=True)
+class Trial:
+    """The content of trial.json: written when the trial run of all nodes has ended."""
+
+    trial: Annotated[str, Field(pattern="^[0-9a-f]+$")]
+    nodes: int
+
+
+@dataclass(frozen=True)
 class NodeReport:
     """A node's report to the others. Modules are neuronxcc-VERSION/MODULE_...; failures map a module to the reason."""
 
     node: str
     trial: str
     provenance: dict[str, Any]
-    found: list[str]
+    found: list[PathInside]
     failures: dict[str, str] = field(default_factory=dict)
     broken: str = ""  # why the node's program failed without a failed graph
     facts: dict[str, Any] = field(default_factory=dict)
@@ -79,19 +90,19 @@ def compile_graphs(stage: Stage) -> None:
         trial = read_trial(folder)
         if trial is None:
             raise Unavailable(f"compile: the trial run failed on this node (status {status}); the log above says why")
-        report = node_report(stage, use, trial["trial"], status, summary, only_collect)
-        files.write_json(folder / f"{trial['trial']}-{use.id}.json", asdict(report))
+        report = node_report(stage, use, trial.trial, status, summary, only_collect)
+        files.write_json(folder / f"{trial.trial}-{use.id}.json", asdict(report))
         wait_for_all_nodes(stage, use, trial, only_collect)
     log.info(f"compile: done in {duration(time.monotonic() - began)}")
 
 
 def compile_collected(stage: Stage) -> None:
     """The stage neff: compile, on a CPU node, the graphs that compile collected on the Trainium nodes."""
-    collected = stage.upstream("compile").facts
+    collected = read_collected(stage)
     cache.set_environment(stage.paths)
     tool.check_installed()
-    check_compiler(stage, collected["provenance"]["versions"].get(COMPILER))
-    traced = [cache.module_named(stage.paths.compile_cache, name) for name in collected["modules"]]
+    check_compiler(stage, collected.provenance.versions.get(COMPILER))
+    traced = [cache.module_named(stage.paths.compile_cache, name) for name in collected.modules]
     with cache.using_cache(stage.paths, stage.name) as use:
         clear_stale_locks(use)
         use.mark_working()
@@ -101,14 +112,37 @@ def compile_collected(stage: Stage) -> None:
         environment = compile_environment(stage)
         # Without a device the compiler needs to know its target (AWS Neuron docs of the vLLM plugin, "CPU compilation";
         # optimum-neuron sets the same variable in utils/instance.py).
-        if collected["provenance"]["platform"]:
-            environment.setdefault("NEURON_PLATFORM_TARGET_OVERRIDE", collected["provenance"]["platform"])
+        if collected.provenance.platform:
+            environment.setdefault("NEURON_PLATFORM_TARGET_OVERRIDE", collected.provenance.platform)
         _, summary = tool.run_tool("compile", [], environment)  # its status covers graphs of other runs too
         wait_for_locked(use, traced)
         failures = failure_reasons(traced)
     raise_failures(stage, failures, [], len(traced))
     stage.facts = {"graphs": {"found": len(traced)}, **tool.report_facts(summary)}
     stage.finish([module.neff for module in traced])
+
+
+@dataclass(frozen=True)
+class CollectedWith:
+    versions: dict[str, str]
+    platform: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What neff reads of the facts of compile."""
+
+    provenance: CollectedWith
+    modules: list[PathInside]
+
+
+def read_collected(stage: Stage) -> Collected:
+    """Read which graphs compile has collected. Raises UserError if its manifest has none."""
+    try:
+        return as_record(stage.upstream("compile").facts, Collected)
+    except InvalidJson as error:
+        file = str(stage.paths.manifest("compile"))
+        raise UserError(f"facts: {error}", where=file, fix=f"Delete the file and run {rerun('compile')}.") from None
 
 
 def check_compiler(stage: Stage, collected_with: str | None) -> None:
@@ -132,17 +166,12 @@ def record_trial_end(stage: Stage) -> None:
     files.write_json(stage.paths.compile_reports / "trial.json", {"trial": uuid.uuid4().hex, "nodes": nodes})
 
 
-def read_trial(folder: Path) -> dict[str, Any] | None:
-    return read_json(folder / "trial.json")
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None if it does not exist or is incomplete."""
+def read_trial(folder: Path) -> Trial | None:
+    """Read the end of the trial run; None if it has not ended."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(folder / "trial.json", Trial)
+    except InvalidJson:
         return None
-    return content
 
 
 def compile_environment(stage: Stage) -> dict[str, str]:
@@ -217,7 +246,7 @@ def failure_reason(module: Module) -> str:
     return "locked by a process that has ended" if module.is_locked else "not compiled, and no log"
 
 
-def wait_for_all_nodes(stage: Stage, use: CacheUse, trial: Mapping[str, Any], only_collect: bool) -> None:
+def wait_for_all_nodes(stage: Stage, use: CacheUse, trial: Trial, only_collect: bool) -> None:
     """Wait for the reports of all nodes; all nodes then end alike, and the first writes the manifest.
 
     Reports of another trial are ignored. Raises Unavailable if a node has ended: torchrun needs all nodes again.
@@ -225,8 +254,8 @@ def wait_for_all_nodes(stage: Stage, use: CacheUse, trial: Mapping[str, Any], on
     while True:
         if is_manifest_written(stage, trial):
             return
-        reports = read_reports(stage.paths.compile_reports, trial["trial"])
-        if len(reports) >= trial["nodes"]:
+        reports = read_reports(stage.paths.compile_reports, trial.trial)
+        if len(reports) >= trial.nodes:
             raise_failures(
                 stage,
                 {name: reason for report in reports for name, reason in report.failures.items()},
@@ -237,21 +266,24 @@ def wait_for_all_nodes(stage: Stage, use: CacheUse, trial: Mapping[str, Any], on
             if reports[0].node == use.id:
                 write_manifest(stage, reports, only_collect)
                 return
-        if use.other_nodes() + 1 < trial["nodes"] and not is_manifest_written(stage, trial):
+        if use.other_nodes() + 1 < trial.nodes and not is_manifest_written(stage, trial):
             raise Unavailable("compile: another node ended before its graphs were compiled; all nodes start again")
         time.sleep(POLL_INTERVAL)
 
 
-def is_manifest_written(stage: Stage, trial: Mapping[str, Any]) -> bool:
+def is_manifest_written(stage: Stage, trial: Trial) -> bool:
     """Whether the first node has written the manifest of this trial."""
     manifest = stage.manifest
-    return manifest is not None and manifest.facts.get("trial") == trial["trial"]
+    return manifest is not None and manifest.facts.get("trial") == trial.trial
 
 
 def read_reports(folder: Path, trial: str) -> list[NodeReport]:
     """Read the reports of a trial, sorted by node."""
-    contents = [read_json(file) for file in sorted(folder.glob(f"{trial}-*.json"))]
-    return sorted((NodeReport(**content) for content in contents if content), key=lambda report: report.node)
+    reports = []
+    for file in folder.glob(f"{trial}-*.json"):
+        with suppress(InvalidJson):  # written by another node, and not visible yet
+            reports.append(read_record(file, NodeReport))
+    return sorted(reports, key=lambda report: report.node)
 
 
 def raise_failures(stage: Stage, failures: Mapping[str, str], broken: list[str], found: int) -> None:

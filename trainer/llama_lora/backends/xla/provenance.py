@@ -60,7 +60,7 @@ PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # such as trn1.32xla
 
 def provenance(stage: Stage, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Collect what the graphs of this process depend on, as JSON values."""
-    model = stage.paths.workspace / stage.upstream("tokenize").facts["model"]
+    model = stage.upstream_path("tokenize", "model")
     model_config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return {
         "settings": graph_settings(stage.config, model_config, world_size(stage.config)),
