@@ -28,18 +28,14 @@ from trainer.test_training import losses
 from trainer.warm import WarmPopen
 
 STAGES = ("tokenize", "rehearse", "compile", "train", "consolidate", "merge", "evaluate")
-OFTEN = ("train", "merge")
 LARGE = ("tokenize", "rehearse", "train", "merge")  # write files of more than 16 KiB
 CAPSET_VERSION, RIGHTS_OF_ROOT = 0x20080522, (1, 2, 3)  # linux/capability.h: DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every stage on a full volume; the other cases for every stage with --all."""
-    if "stage" in metafunc.fixturenames:
-        full = metafunc.function is test_a_full_volume_is_one_line_and_after_making_room_the_result_is_the_same
-        limited = metafunc.function is test_a_limit_of_the_size_of_a_file_is_one_line
-        stages = LARGE if limited else STAGES
-        metafunc.parametrize("stage", stages if full or metafunc.config.getoption("all") else OFTEN)
+def stages(*often: str, among: tuple[str, ...] = STAGES) -> pytest.MarkDecorator:
+    """The stages of a case; those that are not in ``often`` run with the slow tests."""
+    cases = [pytest.param(stage, marks=[] if stage in often else pytest.mark.slow) for stage in among]
+    return pytest.mark.parametrize("stage", cases)
 
 
 @functools.cache
@@ -154,6 +150,7 @@ LEFT |= {"compile": (0,), "consolidate": (0, 8 << 10), "evaluate": (0, 4 << 10)}
 
 
 @needs_mount
+@stages("tokenize", "train", "consolidate", "merge", "evaluate")
 def test_a_full_volume_is_one_line_and_after_making_room_the_result_is_the_same(
     whole: Run, tmp_path: Path, stage: str
 ) -> None:
@@ -171,6 +168,7 @@ def test_a_full_volume_is_one_line_and_after_making_room_the_result_is_the_same(
 
 
 @needs_mount
+@stages("merge")
 def test_a_volume_without_free_files_is_one_line(whole: Run, tmp_path: Path, stage: str) -> None:
     """It has bytes, but no inodes."""
     whole.config["backend"] = "native" if stage == "rehearse" else "cpu"
@@ -186,6 +184,7 @@ def test_a_volume_without_free_files_is_one_line(whole: Run, tmp_path: Path, sta
 
 
 @needs_mount
+@stages("train")
 def test_a_read_only_volume_is_one_line(whole: Run, tmp_path: Path, stage: str) -> None:
     whole.config["backend"] = "native" if stage == "rehearse" else "cpu"
     with prepared_volume(stage, whole, tmp_path) as run:
@@ -225,6 +224,7 @@ WRITES_TO = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs capabilities")
+@stages("tokenize", "train")
 def test_a_folder_without_rights_is_one_line_and_status_2(whole: Run, tmp_path: Path, stage: str) -> None:
     whole.config["backend"] = "native" if stage == "rehearse" else "cpu"
     run = before(stage, whole, tmp_path)
@@ -240,6 +240,7 @@ def test_a_folder_without_rights_is_one_line_and_status_2(whole: Run, tmp_path: 
     assert results(run, stage) == results(whole, stage)
 
 
+@stages("merge", among=LARGE)
 def test_a_limit_of_the_size_of_a_file_is_one_line(whole: Run, tmp_path: Path, stage: str) -> None:
     """It needs no mount: what a quota does to a stage, everywhere."""
     whole.config["backend"] = "native" if stage == "rehearse" else "cpu"
