@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from forked import ForkedPopen, genvalues
-from genvalues.common.process import Command, run_together
+from genvalues.common.process import GRACE, Command, run_together
 from genvalues.common.progress_bar import MARK, RELAY
 from genvalues.ops.local.containers import with_local_paths
 
@@ -343,6 +343,39 @@ def test_a_signal_ends_every_process_of_the_stage(laptop: Laptop, number: signal
     assert f"endless: stopped by {number.name}" in err
 
 
+STUBBORN = "trap '' TERM; while true; do SLEEP; done"
+
+
+@needs_proc
+def test_a_stopped_stage_has_the_time_to_end_that_its_pod_has(laptop: Laptop) -> None:
+    """A training saves a checkpoint in it. Here it is shorter than the usual 10 s, so that the test is quick."""
+    stubborn = job("stubborn", 1, STUBBORN)
+    stubborn["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 1
+    laptop.chart(stubborn)
+    process = laptop.start()
+    laptop.wait_for_sleeping(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and laptop.sleeping() == []
+    assert 1 <= time.monotonic() - began < 8
+
+
+@needs_proc
+def test_a_second_ctrl_c_does_not_wait(laptop: Laptop) -> None:
+    stubborn = job("stubborn", 1, STUBBORN)
+    stubborn["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 120
+    laptop.chart(stubborn)
+    process = laptop.start()
+    laptop.wait_for_sleeping(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130 and laptop.sleeping() == []
+
+
 @needs_proc
 def test_no_process_outlives_a_killed_genvalues(laptop: Laptop) -> None:
     laptop.chart(pytorchjob("endless", 1, ORPHANS, workers=2))
@@ -523,6 +556,7 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
                 config,
             ]
             assert command.environment["LLAMA_LORA_WORKSPACE"] == folder
+            assert command.grace == (120 if each.name in ("compile", "train") else GRACE)
             assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/{each.name}")
         assert json.loads(json.dumps(yaml.safe_load(Path(config).read_text())))["backend"] == "native"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from genvalues.settings.datasets import GZIP, ZSTANDARD
 
 # A file that decompresses to more than both is refused. Text rarely compresses to less than a fiftieth; gzip reaches at
@@ -54,7 +55,9 @@ class _Decompressed(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"cannot be decompressed: {error}", where=self._name, fix="The file is damaged or incomplete."
+                f"cannot be decompressed: {one_line(str(error), 200)}",
+                where=self._name,
+                fix="The file is damaged or incomplete.",
             ) from None
         self._left -= len(data)
         if self._left < 0:

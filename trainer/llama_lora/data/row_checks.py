@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from genvalues.common.errors import UserError
 from llama_lora import library_versions
 from llama_lora.data.rendering import end_of_turn
 from llama_lora.data.tokens import IGNORED
+from llama_lora.model_files import read_model_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,14 +78,14 @@ def record_stop_tokens(model: Path) -> None:
     """
     try:
         own = _own_stops(library_versions.load_tokenizer(model))
-    except (OSError, ValueError):  # a model without a tokenizer, which merge takes too
+    except Exception:  # a model without a tokenizer, which merge takes too
         return
     stops = _configured_stops(model)
     if own <= set(stops):
         return
     file = model / "generation_config.json"
     names = ("bos_token_id", "pad_token_id")
-    settings = _json(file) or {name: _json(model / "config.json").get(name) for name in names}
+    settings = read_model_json(file) or {name: read_model_json(model / "config.json").get(name) for name in names}
     settings["eos_token_id"] = [*stops, *sorted(own - set(stops))]
     files.write_json(file, {name: value for name, value in settings.items() if value is not None})
 
@@ -97,14 +97,15 @@ def _own_stops(tokenizer: Any) -> set[int]:
 def _configured_stops(model: Path) -> list[int]:
     """The end-of-sequence tokens of the generation config, else those of the model's config, as transformers does."""
     for name in ("generation_config.json", "config.json"):
-        found = _json(model / name).get("eos_token_id")
+        found = read_model_json(model / name).get("eos_token_id")
         if found is not None:
-            return list(found) if isinstance(found, list) else [found]
+            ids = list(found) if isinstance(found, list) else [found]
+            if not all(type(each) is int for each in ids):
+                raise UserError(
+                    "eos_token_id is no token id", where=str(model / name), fix="Write a number or a list of numbers."
+                )
+            return ids
     return []
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def trained_window(row: Row, length: int) -> Row:

@@ -8,7 +8,6 @@ fails here would fail, or never end, in train or after it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -24,6 +23,7 @@ from llama_lora.backends.failures import WorkersFailed
 from llama_lora.config import EVALUATES
 from llama_lora.data import row_checks
 from llama_lora.layout_trace import trace
+from llama_lora.model_files import read_model_json
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_metrics
 from llama_lora.small_run import SAVE_STEPS, first_rows, make_small_run, other_stage
@@ -79,7 +79,7 @@ def check(stage: Stage, model: Path, rows: Any) -> None:
     """Check settings and rows against the model, as far as that needs no training."""
     backends.get(stage.config.backend).check(stage.config, model)
     tokenizer = load_tokenizer(model)
-    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocabulary = read_model_json(model / "config.json")["vocab_size"]
     row_checks.check_vocabulary(rows, tokenizer, vocabulary)
     first = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
     stops = row_checks.stop_tokens(model, tokenizer)
@@ -147,11 +147,12 @@ def step(name: str, small: Path) -> Iterator[None]:
     """
     log.info(f"rehearse: {name}")
     where = f"rehearse: {name}"
+    memory = "If it fails again without an error, raise stages.rehearse.resources.limits.memory."
     skip = "or set rehearse.enabled: false to train without a rehearsal."
     try:
         yield
     except WorkersFailed as error:
-        raise UserError(str(error), where=where, fix=f"If it fails again, report it, {skip}") from None
+        raise UserError(str(error), where=where, fix=f"{memory} Else report it, {skip}") from None
     except (UserError, VolumeError):
         raise
     except Exception as error:

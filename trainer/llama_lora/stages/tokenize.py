@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, read_object
+from genvalues.common.text import one_line
 from llama_lora import backends
 from llama_lora.config import Dataset
 from llama_lora.data.shared_folders import make_once, recorded
@@ -90,8 +91,11 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = library_versions.load_tokenizer(model)
         return tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(f"transformers cannot load the tokenizer: {error}", where=str(model)) from None
+    except Exception as error:  # of any kind, for a damaged tokenizer.json or tokenizer_config.json
+        what = one_line(f"{type(error).__name__}: {error}", 300)
+        raise UserError(
+            f"transformers cannot load the tokenizer: {what}", where=str(model), fix="Copy its files again."
+        ) from None
 
 
 def _log_report(report: dict[str, Any], dataset: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from typing import IO
 
 from genvalues.common.errors import UserError
 
-STOP_SECONDS = 30.0  # for the stages of a killed run to notice that it is gone, and end
+log = logging.getLogger(__name__)
+
+# For the stages of a killed run to notice that it is gone, and end: a training has 120 s to save a checkpoint.
+STOP_SECONDS = 130.0
 
 
 @contextmanager
@@ -30,6 +34,7 @@ def locked(workspace: Path) -> Iterator[int]:
         raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}", fix=fix) from None
     with file:
         deadline = time.monotonic() + STOP_SECONDS
+        told = False
         while not acquired(file):
             file.seek(0)
             holder = file.read().strip()
@@ -40,6 +45,9 @@ def locked(workspace: Path) -> Iterator[int]:
                     where=f"--workspace {workspace}",
                     fix="Wait until it ends, stop it, or use another folder.",
                 )
+            if not told:
+                log.info("waiting for the stages of a run that was killed in this workspace to end")
+                told = True
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +13,9 @@ from genvalues.accelerators.architectures import Architecture, UnknownArchitectu
 from genvalues.accelerators.neuron_rules import process_problems, shard_problems
 from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem, key_paths
-from genvalues.common.text import dotted
+from genvalues.common.text import dotted, one_line
 from llama_lora.config import RunConfig
+from llama_lora.model_files import read_model_json
 
 
 class Structure(NamedTuple):
@@ -28,7 +28,7 @@ class Structure(NamedTuple):
 def check(config: RunConfig, model: Path) -> list[UserError]:
     """Every setting that cannot be trained, with what to write instead."""
     try:
-        architecture = from_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
+        architecture = from_config(read_model_json(model / "config.json"))
     except UnknownArchitecture as error:
         return [UserError(f"config.json {error}", where="model", fix="Use a Llama, or another causal language model.")]
     structure = structure_of(model)
@@ -65,8 +65,12 @@ def structure_of(path: Path) -> Structure:
     """Build the model without weights. Its output layer is no LoRA target."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception as error:  # of any kind, for a config.json with wrong values
+        what = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"transformers cannot build the model: {what}", where=str(path / "config.json")) from None
     output = model.get_output_embeddings()
     linear = {
         name.rsplit(".", 1)[-1]
