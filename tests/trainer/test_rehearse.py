@@ -66,7 +66,9 @@ def test_every_step_is_rehearsed_and_nothing_is_left(native_run: Callable[..., R
     for words in ("2 workers", "resuming from", "step-000002", "wrote 8 tensors", "merged 4 of", "rehearse: generate"):
         assert words in said
     assert said.count("probe: the loss of 2 rows") == 2  # consolidate and merge verify their weights
-    assert sorted(path.name for path in run.paths.run.iterdir()) == ["resolved.json", "run.yaml", "stages"]
+    assert sorted(path.name for path in run.paths.run.iterdir()) == [
+        *("metrics.prom", "resolved.json", "run.yaml", "stages"),
+    ]
     facts = run.manifest("rehearse")["facts"]
     assert len(facts["losses"]) == small_run.STEPS and facts["losses"][-1] < facts["losses"][0]
     assert "trace" not in facts, "the CPU needs none"

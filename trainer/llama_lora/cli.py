@@ -197,8 +197,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
             config, paths = load_run(config_file, workspace)
             make_run_folder(paths)
             needed = functools.partial(room.describe, declared.name, config, paths)
-            with observed(declared.name, config, paths), explained(paths.run, needed):
-                stage.run_stage(declared.name, config, paths)
+            with observed(declared.name, config, paths) as begin, explained(paths.run, needed):
+                stage.run_stage(declared.name, config, paths, begin)
             if not sys.stdout.isatty() and (line := manifests.line_of(paths.manifest(declared.name))):
                 click.echo(line)  # for pod logs (genvalues bundle); on a terminal it is only a long line
             return

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from genvalues.common import files
-from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.errors import UserError, VolumeError
 from genvalues.common.json_files import InvalidJson, read_object
 from genvalues.common.manifests import SKIPPED
 from genvalues.common.text import one_line, redacted
@@ -128,36 +128,36 @@ class TrainingMonitor:
 
 
 @contextmanager
-def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[None]:
-    """Record the state of a stage while the block runs it. Raises UserError if the image lacks a tracker's library."""
+def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[Callable[[], None]]:
+    """Record the state of a stage while the block runs it: the block calls what this yields when work begins.
+
+    A stage that is skipped records nothing. Raises UserError if the image lacks a tracker's library.
+    """
     check_installed(config.monitoring)
-    before = finished_at(paths, name)
     metrics = Metrics(paths, config, name)
-    metrics.write("running", read_progress(paths))
-    state: State = "failed"
+    state: State | None = None
+
+    def begin() -> None:
+        nonlocal state
+        state = "running"
+        metrics.write(state, read_progress(paths))
+
     try:
-        yield
-        state = "done"
-        leave_message(SKIPPED if before and finished_at(paths, name) == before else f"{name} done")
-    except UserErrors as error:
-        leave_message(str(error.errors[0]))
-        raise
-    except UserError as error:
-        leave_message(str(error))
-        raise
+        yield begin
+        leave_message(f"{name} done" if state else SKIPPED)
+        state = "done" if state else None
     except SystemExit as end:
         state = "stopped" if end.code == STOPPED else "failed"
         raise
+    except BaseException as error:
+        state = "failed"
+        if isinstance(error, (UserError, VolumeError)):
+            leave_message(str(error))
+        raise
     finally:
-        metrics.write(state, read_progress(paths))
+        if state:
+            metrics.write(state, read_progress(paths))
         metrics.close()
-
-
-def finished_at(paths: Paths, stage: str) -> Any:
-    try:
-        return read_object(paths.manifest(stage)).get("finished")
-    except InvalidJson:
-        return None
 
 
 def leave_message(text: str) -> None:

@@ -279,9 +279,10 @@ class Stage:
         return Stage(name, self.config, self.paths, self.sources)
 
 
-def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
+def run_stage(name: str, config: RunConfig, paths: Paths, begin: Callable[[], None] = lambda: None) -> None:
     """Run a stage, or skip it if it is done. Only one stage of a run writes at a time; another waits for it.
 
+    ``begin`` is called if it is not skipped.
     Raises UserError if another is still running after MOST_WAIT.
     """
     stage = Stage(name, config, paths)
@@ -294,6 +295,7 @@ def run_stage(name: str, config: RunConfig, paths: Paths) -> None:
             log.info(f"{name}: nothing changed, skipped ({paths.manifest(name)})")  # `genvalues status` reads this
             return
         log.debug(f"{name}: fingerprint {stage.fingerprint}")
+        begin()
         warn_of_damage(stage)
         stage.check_upstream()
         files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))

@@ -6,7 +6,6 @@ localflock), only processes of one node exclude each other. FSx for Lustre is mo
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -34,7 +33,7 @@ def locked(file: Path, holder: str, most_seconds: float | None = None, *, remove
 
     ``holder`` is what other processes are told about this one, such as "llama-lora merge". ``remove``: delete the file
     after the block. Raises UserError if the lock is not free after ``most_seconds`` (None: wait without a limit), or if
-    the file cannot be opened.
+    the file is not a regular one; OSError if it cannot be created.
     """
     began = time.monotonic()
     while True:
@@ -62,18 +61,21 @@ def lock_beside(path: Path) -> Path:
 
 
 def open_lock(file: Path) -> int:
-    """Open a lock file, and create it if it does not exist. Follows no link. Raises UserError."""
+    """Open a lock file, and create it if it does not exist. Raises UserError if it is a link or no regular file.
+
+    Raises OSError if the volume does not let it be created.
+    """
     flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # not inherited by programs; opening a FIFO does not wait
-    fix = "Delete it, or make its folder writable."
+    fix = "Delete it and run this again."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_symlink():
+        raise UserError("the lock file is a symbolic link", where=str(file), fix=fix)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # of another user: flock does not require write access
-            descriptor = os.open(file, flags | os.O_RDONLY)
-    except OSError as error:
-        reason = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
-        raise UserError(f"the lock file {reason}", where=str(file), fix=fix) from None
+        descriptor = os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not file.exists():
+            raise
+        descriptor = os.open(file, flags | os.O_RDONLY)  # of another user: flock does not require write access
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError("the lock file is not a regular file", where=str(file), fix=fix)
