@@ -304,7 +304,12 @@ def test_the_dry_run_measures_and_leaves_no_checkpoint(whole_run: Run, new_run: 
     run("tokenize")
     said = run("compile")
     assert "nothing is compiled" in said and "steps will take about" in said
-    assert sorted(path.name for path in run.paths.run.iterdir()) == ["resolved.json", "run.yaml", "stages"]
+    assert sorted(path.name for path in run.paths.run.iterdir()) == [
+        "metrics.prom",
+        "resolved.json",
+        "run.yaml",
+        "stages",
+    ]
 
 
 def test_only_the_newest_checkpoints_are_kept(whole_run: Run) -> None:
