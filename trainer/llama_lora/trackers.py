@@ -14,16 +14,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from genvalues.common.dicts import flatten
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line, redacted
 from llama_lora.config import Monitoring, RunConfig
 from llama_lora.paths import Paths
-
-if TYPE_CHECKING:
-    from llama_lora.runlog import StepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +34,26 @@ MOST_PARAMETERS = 100  # in one request of MLflow
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> package, by the key in the settings
 
 
+class Step(Protocol):
+    """What is logged of an optimizer step: runlog's StepMetrics."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
+
+
 class Tracker(Protocol):
     """Where a training is logged. No method raises or waits, except that ``close`` waits for seconds."""
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None: ...
+    def step(self, metrics: Step, tokens_per_second: float) -> None: ...
 
     def held_out(self, step: int, loss: float) -> None: ...
 
@@ -100,7 +113,7 @@ class InBackground:
         self._thread = threading.Thread(target=self._run, args=[connect], daemon=True, name=f"log to {name}")
         self._thread.start()
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+    def step(self, metrics: Step, tokens_per_second: float) -> None:
         values = {
             "train/loss": metrics.loss,
             "train/learning_rate": metrics.learning_rate,
