@@ -156,7 +156,8 @@ def test_credentials_of_monitoring_are_single_variables_of_the_trainer() -> None
         "otlpEndpoint": "http://collector:4318",
         "secret": "keys",
     }
-    objects = render(merged(MINIMAL, {"monitoring": monitoring}))
+    server = {"stages": {"train": {"extraEnv": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}}}}
+    objects = render(merged(MINIMAL, {"monitoring": monitoring}, server))
     pushes = ["PUSHGATEWAY_USERNAME", "PUSHGATEWAY_PASSWORD", "OTEL_EXPORTER_OTLP_HEADERS"]
     for each in pods(objects):
         names = [entry["name"] for entry in secrets_of(each)]

@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},
         "publish.s3.artifacts",
     ),
+    "MLflow without a server": ({"monitoring": {"mlflow": True}}, "monitoring.mlflow"),
     "credentials that nothing reads": ({"monitoring": {"secret": "x"}}, "monitoring.secret"),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),

@@ -18,6 +18,7 @@ NEEDS: dict[str, dict[str, list[str]]] = {
         "llama-gate": ["gate"],
         "llama-cleanup": ["cleanup"],
         "llama-tokenize": [],
+        "llama-publish": [],
         "llama-stage": [],
     },
     "detached": {
@@ -26,6 +27,7 @@ NEEDS: dict[str, dict[str, list[str]]] = {
         "llama-cleanup": ["cleanup", "uninstall"],
         "llama-runner": ["runner", "upgrade"],
         "llama-tokenize": [],
+        "llama-publish": [],
         "llama-stage": [],
     },
 }
@@ -33,6 +35,7 @@ EVERY_RULE: Values = {
     "huggingFace": {"tokenSecret": "hf-token"},
     "kueue": {"queueName": "research"},
     "storage": {"prepare": {"enabled": True}},
+    "publish": {"s3": {"uri": "s3://bucket/runs/one"}},
 }
 # The only names allowed where the table in genvalues/cluster/__init__.py says resourceNames.
 NAMES = {"secrets": "hf-token", "localqueues.kueue.x-k8s.io": "research"}

@@ -205,9 +205,8 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
     config, paths = stage.config, stage.paths
     lora, training = config.lora, config.training
     trained = Stage("train", config, paths, stage.sources).manifest
-    evaluated = (
-        Stage("evaluate", config, paths, stage.sources).manifest if final and config.evaluation.enabled else None
-    )
+    evaluate = Stage("evaluate", config, paths, stage.sources)
+    evaluated = evaluate.manifest if final and config.evaluation.enabled and evaluate.is_done() else None
     settings = {
         "LoRA rank": lora.r,
         "LoRA alpha": f"{lora.alpha:g}",

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 from genvalues.common import files
@@ -26,10 +26,7 @@ from genvalues.common.text import one_line, redacted
 from llama_lora import config as run_config
 from llama_lora.metrics import Series, StageStatus, State, as_otlp, as_text, registry_of, seconds_of, series_of
 from llama_lora.paths import Paths
-from llama_lora.trackers import Tracker, check_installed, trackers_for
-
-if TYPE_CHECKING:
-    from llama_lora.runlog import StepMetrics
+from llama_lora.trackers import Step, Tracker, check_installed, trackers_for
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +102,7 @@ class TrainingMonitor:
             self._metrics = Metrics(paths, config, "train")
             self._trackers = trackers_for(paths, config, fingerprint)
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+    def step(self, metrics: Step, tokens_per_second: float) -> None:
         for tracker in self._trackers:
             tracker.step(metrics, tokens_per_second)
 

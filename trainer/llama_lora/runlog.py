@@ -125,6 +125,8 @@ class RunLog:
         if self._written:
             self._written |= self._held_out
             files.write_json(self.paths.progress, self._written)
+            self._monitor.progress(self._written)
+        self._monitor.held_out(metrics.step, metrics.eval_loss)
         # Not part of the time in which the tokens of the steps were trained on.
         self._tokens = deque([(at + seconds, tokens) for at, tokens in self._tokens], maxlen=TOKEN_WINDOW)
         log.info(f"held-out loss {metrics.eval_loss:.4f} after step {metrics.step} ({metrics.eval_rows} rows)")

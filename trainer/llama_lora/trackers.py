@@ -14,16 +14,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from genvalues.common.dicts import flatten
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line, redacted
 from llama_lora.config import Monitoring, RunConfig
 from llama_lora.paths import Paths
-
-if TYPE_CHECKING:
-    from llama_lora.runlog import StepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +29,31 @@ QUEUED = 1000  # steps
 LAST_WORDS_SECONDS = 10.0  # how long the end of a training waits for what is queued
 REQUEST_SECONDS = 10  # of MLflow, whose default is 120 s and 7 attempts
 MOST_PARAMETER = 500  # characters of a value in MLflow
+MOST_PARAMETERS = 100  # in one request of MLflow
 
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> package, by the key in the settings
+
+
+class Step(Protocol):
+    """What is logged of an optimizer step: runlog's StepMetrics."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
 
 
 class Tracker(Protocol):
     """Where a training is logged. No method raises or waits, except that ``close`` waits for seconds."""
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None: ...
+    def step(self, metrics: Step, tokens_per_second: float) -> None: ...
 
     def held_out(self, step: int, loss: float) -> None: ...
 
@@ -73,7 +87,7 @@ def trackers_for(paths: Paths, config: RunConfig, fingerprint: str) -> list[Trac
     """The trackers that are on, for the worker of rank 0. A training that resumes continues its run in each."""
     connect: dict[str, Callable[[], Client]] = {
         "wandb": lambda: WandbClient(paths, config, run_id(config.name, fingerprint)),
-        "mlflow": lambda: MlflowClient(paths, config, run_id(config.name, fingerprint)),
+        "mlflow": lambda: MlflowClient(config, run_id(config.name, fingerprint)),
     }
     return [InBackground(key, connect[key]) for key in chosen(config.monitoring)]
 
@@ -81,6 +95,11 @@ def trackers_for(paths: Paths, config: RunConfig, fingerprint: str) -> list[Trac
 def run_id(run: str, fingerprint: str) -> str:
     """The id of a training in a tracker: the same after a restart, another after a change of the configuration."""
     return hashlib.sha256(f"{run} {fingerprint}".encode()).hexdigest()[:16]
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The run config, without what has no effect on the training."""
+    return {key: value for key, value in config.as_keys().items() if key not in ("publish", "monitoring")}
 
 
 class InBackground:
@@ -94,7 +113,7 @@ class InBackground:
         self._thread = threading.Thread(target=self._run, args=[connect], daemon=True, name=f"log to {name}")
         self._thread.start()
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+    def step(self, metrics: Step, tokens_per_second: float) -> None:
         values = {
             "train/loss": metrics.loss,
             "train/learning_rate": metrics.learning_rate,
@@ -144,6 +163,8 @@ class WandbClient:
     """A run in Weights & Biases. Offline runs (WANDB_MODE=offline) are in the run's folder, for `wandb sync`."""
 
     def __init__(self, paths: Paths, config: RunConfig, run_id: str) -> None:
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds; the default is 90
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(int(LAST_WORDS_SECONDS)))  # the default is none
         import wandb
 
         self._run = wandb.init(
@@ -151,9 +172,9 @@ class WandbClient:
             id=os.environ.get("WANDB_RUN_ID", run_id),
             name=os.environ.get("WANDB_NAME", config.name),
             resume="allow",
-            config=config.as_keys(),
+            config=settings_of(config),
             dir=os.environ.get("WANDB_DIR", str(paths.run)),
-            settings=wandb.Settings(init_timeout=30, console="off", silent=True, disable_git=True, save_code=False),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
         # Steps after a checkpoint are trained again, and W&B's own step count only rises.
         self._run.define_metric("step")
@@ -167,15 +188,14 @@ class WandbClient:
 
 
 class MlflowClient:
-    """A run in MLflow. Without MLFLOW_TRACKING_URI it is in the run's folder, in mlruns."""
+    """A run on the server of MLFLOW_TRACKING_URI, which the chart requires."""
 
-    def __init__(self, paths: Paths, config: RunConfig, run_id: str) -> None:
+    def __init__(self, config: RunConfig, run_id: str) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         import mlflow
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (paths.run / "mlruns").as_uri()
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        self._client = mlflow.MlflowClient(tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
         self._metric = mlflow.entities.Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(name)
@@ -189,8 +209,10 @@ class MlflowClient:
         import mlflow
 
         made: str = self._client.create_run(experiment_id, tags=dict(tags)).info.run_id
-        values = {key: str(value)[:MOST_PARAMETER] for key, value in flatten(config.as_keys()).items()}
-        self._client.log_batch(made, params=[mlflow.entities.Param(key, value) for key, value in values.items()])
+        values = flatten(settings_of(config)).items()
+        params = [mlflow.entities.Param(key, str(value)[:MOST_PARAMETER]) for key, value in values]
+        for start in range(0, len(params), MOST_PARAMETERS):
+            self._client.log_batch(made, params=params[start : start + MOST_PARAMETERS])
         return made
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

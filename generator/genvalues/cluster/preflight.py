@@ -288,14 +288,15 @@ def check_pod_security(api: Api, config: ClusterConfig, timings: PreflightTiming
 
 
 def check_secret(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Check that the Secret exists and has the key. Its values are never printed."""
+    """Check that the Secrets exist and have the keys: the token's, and those of publish and monitoring."""
+    others = [finding for wanted in config.other_secrets for finding in check_one_secret(api, config, wanted)]
     if config.secret is None:
-        return [Finding("ok", "Hugging Face token", "none configured")]
-    return check_one_secret(api, config, config.secret)
+        return [Finding("ok", "Hugging Face token", "none configured"), *others]
+    return [*check_one_secret(api, config, config.secret), *others]
 
 
 def check_one_secret(api: Api, config: ClusterConfig, wanted: TokenSecret | OtherSecret) -> list[Finding]:
-    """Check one Secret: that it exists, and has the key that is asked for, if any."""
+    """Check one Secret: that it exists, and has the key that is asked for, if any. Its values are never printed."""
     subject = f"secret {wanted.name}"
     value = f"--from-file={wanted.key or 'NAME'}=/dev/stdin"
     create = f"kubectl -n {config.namespace} create secret generic {wanted.name} {value}"
@@ -311,11 +312,6 @@ def check_one_secret(api: Api, config: ClusterConfig, wanted: TokenSecret | Othe
         again = f"kubectl -n {config.namespace} delete secret {wanted.name}; {create}"
         return [Finding("error", subject, f"key {wanted.key} {state}", again)]
     return [Finding("ok", subject, f"has key {wanted.key}")]
-
-
-def check_other_secrets(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Check the Secrets of publish and monitoring. A Secret without a named key may have any."""
-    return [finding for wanted in config.other_secrets for finding in check_one_secret(api, config, wanted)]
 
 
 def check_devices(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
@@ -451,7 +447,6 @@ CHECKS: dict[str, Check] = {
     "storage": check_storage,
     "pod security": check_pod_security,
     "Hugging Face token": check_secret,
-    "other secrets": check_other_secrets,
     "devices": check_devices,
     "quota": check_quota,
     "queue": check_queue,

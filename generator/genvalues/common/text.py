@@ -20,6 +20,9 @@ SECRET_KEYS = {
     ("huggingFace",),
     ("huggingFace", "tokenSecret"),
     ("huggingFace", "tokenKey"),
+    ("publish", "hub", "tokenSecret"),
+    ("publish", "hub", "tokenKey"),
+    ("monitoring", "secret"),
 }  # where users paste tokens
 
 

@@ -500,10 +500,11 @@ class Monitoring(Block):
         "", description="Base URL of an OpenTelemetry collector (OTLP over HTTP, often port 4318). Empty: none."
     )
     wandb: bool = Field(
-        False, description="Log the training to Weights & Biases. Its own variables, such as WANDB_MODE, apply."
+        False,
+        description="Log the training to Weights & Biases. Its variables, such as WANDB_MODE: stages.train.extraEnv.",
     )
     mlflow: bool = Field(
-        False, description="Log the training to MLflow. Its own variables, such as MLFLOW_TRACKING_URI, apply."
+        False, description="Log the training to MLflow. Requires MLFLOW_TRACKING_URI in stages.train.extraEnv."
     )
     secret: str = Field(
         "",

@@ -491,8 +491,15 @@ def publish(values: Values) -> Iterator[Problem]:
 
 
 def monitoring(values: Values) -> Iterator[Problem]:
-    """A Secret that nothing reads."""
+    """A tracker without its server, and a Secret that nothing reads."""
     monitored = get(values, "monitoring", dict) or {}
+    blocks = (get(values, f"{block}.extraEnv", dict) or {} for block in ("stages.train", "stageDefaults"))
+    if monitored.get("mlflow") is True and not any(block.get("MLFLOW_TRACKING_URI") for block in blocks):
+        yield Problem(
+            key_paths("monitoring.mlflow"),
+            "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
+            "Set it, below chartValues in an inputs file, to the URL of the tracking server.",
+        )
     if monitored.get("secret") and not any(monitored.get(key) for key in MONITORS):
         yield Problem(
             key_paths("monitoring.secret"),

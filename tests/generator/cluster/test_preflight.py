@@ -284,6 +284,28 @@ def test_a_secret_without_the_key_lists_its_keys_and_no_value(ready: FakeApi, ap
     assert TOKEN not in everything and "hf_secret_value" not in everything
 
 
+@pytest.mark.parametrize(
+    ("wanted", "data", "level", "words"),
+    [
+        ({"name": "writes", "key": "token"}, None, "error", "not found in namespace"),
+        ({"name": "writes", "key": "token"}, {"other": TOKEN}, "error", "key token is missing"),
+        ({"name": "writes", "key": "token"}, {"token": TOKEN}, "ok", "has key token"),
+        ({"name": "keys", "key": ""}, {"WANDB_API_KEY": TOKEN}, "ok", "WANDB_API_KEY"),
+        ({"name": "keys", "key": ""}, None, "error", "not found in namespace"),
+    ],
+)
+def test_the_secrets_of_publish_and_monitoring_are_checked(
+    ready: FakeApi, api: Api, values: Object, wanted: Object, data: Object | None, level: str, words: str
+) -> None:
+    if data is not None:
+        ready.add("secrets", {"metadata": {"name": wanted["name"]}, "data": data})
+    values["otherSecrets"] = [wanted]
+    found = preflight(api, ClusterConfig.model_validate(values), QUICK)
+    [one] = [finding for finding in found if finding.subject == f"secret {wanted['name']}"]
+    assert one.level == level and words in one.found
+    assert TOKEN not in str(found)
+
+
 def test_without_a_secret_no_permission_to_read_secrets_is_needed(ready: FakeApi, api: Api, values: Object) -> None:
     values["secret"] = None
     assert problems(api, ClusterConfig.model_validate(values)) == []
