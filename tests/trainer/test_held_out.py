@@ -23,7 +23,7 @@ from llama_lora.config import Training
 from llama_lora.runlog import read_held_out, read_metrics
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.native.workers import job
-from trainer.test_training import adapter_digest, prepared, train_command, wait_for
+from trainer.test_training import adapter_digest, flip_byte, prepared, train_command, wait_for
 from trainer.warm import WarmPopen
 
 # With this rate the first step lowers the loss of the held-out rows, and the next ones raise it.
@@ -109,6 +109,19 @@ def test_its_weights_are_verified_by_the_probe_and_have_the_lowest_loss(stopped_
     run("evaluate")
     merged = json.loads((run.paths.evaluation / "eval.json").read_text())["merged"]["loss"]
     assert merged == pytest.approx(best_of(run)[0], abs=1e-3)
+
+
+def test_a_training_does_not_end_with_another_checkpoint_than_a_damaged_best_one(
+    stopped_early: Run, tmp_path: Path
+) -> None:
+    run = stopped_early.copy(tmp_path / "damaged")
+    folder, best = folder_of(run), run.workspace / run.manifest("train")["facts"]["checkpoint"]
+    flip_byte(best / "part-00000.safetensors")
+    run.paths.manifest("consolidate").unlink(missing_ok=True)
+    said = run("consolidate", status=2)
+    assert f"{best} is damaged" in said and f"delete {folder} to train from the start" in said
+    said = run("train", status=2)
+    assert f"{folder}: the checkpoint of the lowest held-out loss (step {best_of(run)[1]}) is damaged" in said
 
 
 def test_a_training_that_is_killed_and_resumed_stops_at_the_same_step_with_the_same_best(

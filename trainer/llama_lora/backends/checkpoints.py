@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,8 +29,8 @@ from llama_lora.probe import ProbeRecord
 log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-STEP = re.compile(r"step-[0-9]+(-of-[0-9]+-rows)?")  # the second form: loop.JobCheckpoints._set_best_aside
 DAMAGED = ".damaged"  # the end of the name of a checkpoint that was set aside
+DELETE = "Delete this folder to train from the start."
 OTHER_CHECKPOINT = "Use a complete checkpoint, or train again."
 
 
@@ -122,12 +121,11 @@ def newest_intact(folder: Path, fingerprint: str) -> tuple[Path, CheckpointRecor
 
     Returns the first that is intact, or None if nothing was saved. Raises UserError if only damaged ones are left.
     """
-    for path in folder.glob("step-*"):
-        if STEP.fullmatch(path.name):
-            try:
-                read_checkpoint_record(path)
-            except DamagedCheckpoint as damage:
-                set_aside(path, damage)
+    for path in saved(folder):
+        try:
+            read_checkpoint_record(path)
+        except DamagedCheckpoint as damage:
+            set_aside(path, damage)
     for path in reversed(complete(folder, fingerprint)):
         try:
             return path, verify_checkpoint(path)
@@ -137,7 +135,7 @@ def newest_intact(folder: Path, fingerprint: str) -> tuple[Path, CheckpointRecor
         raise UserError(
             "no checkpoint is left that is not damaged",
             where=str(folder),
-            fix="Delete this folder to train from the start.",
+            fix=DELETE,
         )
     return None
 
@@ -152,6 +150,11 @@ def set_aside(checkpoint: Path, damage: DamagedCheckpoint) -> None:
     log.warning(f"the checkpoint {checkpoint} is damaged and was renamed to {aside.name} ({file}: {damage.what})")
 
 
+def saved(folder: Path) -> list[Path]:
+    """List the checkpoints except those that were set aside."""
+    return [path for path in sorted(folder.glob("step-*")) if not path.name.endswith(DAMAGED)]
+
+
 def damaged(folder: Path) -> list[Path]:
     """List the checkpoints that were set aside."""
     return [path for path in sorted(folder.glob(f"step-*{DAMAGED}")) if path.is_dir()]
@@ -164,10 +167,30 @@ def complete(folder: Path, fingerprint: str) -> list[Path]:
     """
     found = [
         (record.rows_done, path)
-        for path in folder.glob("step-*")
-        if STEP.fullmatch(path.name) and (record := read_complete(path)) and record.fingerprint == fingerprint
+        for path in saved(folder)
+        if (record := read_complete(path)) and record.fingerprint == fingerprint
     ]
     return [path for _, path in sorted(found)]
+
+
+def at_rows(folder: Path, fingerprint: str, rows_done: int | None) -> Path | None:
+    """The complete checkpoint at a position; None if there is none."""
+    for path in complete(folder, fingerprint):
+        record = read_complete(path)
+        if record and record.rows_done == rows_done:
+            return path
+    return None
+
+
+def check_best(folder: Path, record: CheckpointRecord) -> None:
+    """Raise UserError if the checkpoint that a training with loadBestModelAtEnd may end with does not exist."""
+    state = record.held_out
+    if state and state.best_rows_done is not None and not at_rows(folder, record.fingerprint, state.best_rows_done):
+        raise UserError(
+            f"the checkpoint of the lowest held-out loss (step {state.best_step}) is damaged or was deleted",
+            where=str(folder),
+            fix=DELETE,
+        )
 
 
 def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) -> None:

@@ -318,11 +318,7 @@ class JobCheckpoints:
 
     def best(self) -> Path | None:
         """The complete checkpoint of the lowest held-out loss; None if there is none."""
-        for path in checkpoints.complete(self.folder, self.job.fingerprint):
-            record = checkpoints.read_complete(path)
-            if record and record.rows_done == self.held_out.best_rows_done:
-                return path
-        return None
+        return checkpoints.at_rows(self.folder, self.job.fingerprint, self.held_out.best_rows_done)
 
     def restore_newest(self) -> int:
         """Load the newest intact checkpoint and return the number of rows it has consumed; 0 if nothing was saved.
@@ -343,7 +339,10 @@ class JobCheckpoints:
 
     def _newest_intact(self) -> tuple[Path, CheckpointRecord] | UserError | None:
         try:
-            return checkpoints.newest_intact(self.folder, self.job.fingerprint)
+            found = checkpoints.newest_intact(self.folder, self.job.fingerprint)
+            if found and self.job.training.load_best_model_at_end:
+                checkpoints.check_best(self.folder, found[1])
+            return found
         except UserError as error:  # raised by every worker: one that ended alone would leave the others waiting
             return error
 

@@ -50,14 +50,24 @@ def read_trained_adapter(stage: Stage, checkpoint: Path, base: Path) -> Adapter:
         return backends.get(stage.config.backend).read_adapter(checkpoint, base)
     except checkpoints.DamagedCheckpoint as damage:
         checkpoints.set_aside(checkpoint, damage)
-        left = checkpoints.complete(checkpoint.parent, stage.upstream_fingerprint("train"))
-        again = "run `helm upgrade`, `genvalues local`, or `llama-lora train --config ...` and this stage"
-        fix = (
-            f"To train on from {left[-1].name} {again} again."
-            if left
-            else f"No other checkpoint is left: delete {checkpoint.parent} to train from the start, and {again} again."
-        )
+        fix = how_to_train_on(stage, checkpoint.parent)
         raise UserError(f"{damage.what}; the checkpoint was set aside", where=damage.where, fix=fix) from None
+
+
+def how_to_train_on(stage: Stage, folder: Path) -> str:
+    """What to do after a checkpoint of a training was set aside."""
+    from llama_lora.backends import checkpoints
+
+    again = "run `helm upgrade`, `genvalues local`, or `llama-lora train --config ...` and this stage again"
+    try:
+        found = checkpoints.newest_intact(folder, stage.upstream_fingerprint("train"))
+        if found and stage.config.training.load_best_model_at_end:
+            checkpoints.check_best(folder, found[1])
+    except UserError:
+        found = None
+    if found is None:
+        return f"No other checkpoint can be used: delete {folder} to train from the start, and {again}."
+    return f"To train on from {found[0].name}, {again}."
 
 
 def check_record(stage: Stage, checkpoint: Path) -> None:

@@ -27,8 +27,10 @@ def train(stage: Stage) -> None:
 
 def verify_base_and_rows(stage: Stage) -> None:
     """Verify what the workers of this node are about to read. Raises UserErrors for files that are damaged."""
-    rows = stage.upstream_path("tokenize", "dataset") / "train"
-    stage.verify_read("tokenize", stage.upstream_path("tokenize", "model"), rows)
+    dataset = stage.upstream_path("tokenize", "dataset")
+    measures = stage.config.training.eval_steps is not None
+    rows = [dataset / "train", *([dataset / "eval"] if measures else [])]
+    stage.verify_read("tokenize", stage.upstream_path("tokenize", "model"), *rows)
 
 
 def train_worker(stage: Stage, backend: Backend) -> None:
