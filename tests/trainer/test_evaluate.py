@@ -17,7 +17,7 @@ def test_the_losses_equal_those_of_transformers_on_each_held_out_row(whole_run: 
     facts = whole_run.manifest("tokenize")["facts"]
     rows = load_from_disk(str(whole_run.workspace / facts["dataset"] / "eval"))
     result = json.loads((whole_run.paths.evaluation / "eval.json").read_text())
-    assert result.keys() == {"base", "merged", "rows"} and result["rows"] == len(rows) == 4
+    assert result.keys() == {"base", "merged", "rows", "verdict"} and result["rows"] == len(rows) == 4
     for name, folder in {"base": whole_run.workspace / facts["model"], "merged": whole_run.paths.merged}.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
         total, tokens = 0.0, 0
