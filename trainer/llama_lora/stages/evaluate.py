@@ -10,10 +10,13 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora import evaluation, report
+from llama_lora import evaluation
 from llama_lora.evaluation import Prompt, Score
 from llama_lora.probe import trained_tokens
 from llama_lora.progress import track
+from llama_lora.report.facts import collect
+from llama_lora.report.html import encode
+from llama_lora.report.page import page as render
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer
 from llama_lora.verdict import verdict
@@ -45,12 +48,12 @@ def evaluate(stage: Stage) -> None:
     samples = describe_samples(tokenizer, prompts, answers)
     found = verdict(scores["base"].losses, scores["merged"].losses, scores["base"].tokens)
     result = {name: score.as_record() for name, score in scores.items()} | {"rows": len(rows), "verdict": asdict(found)}
-    page = report.page(stage, result, samples)
+    page = encode(render(collect(stage, result, samples)))
     stage.facts = result
     with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
         files.write_json(folder / "eval.json", result)
         files.write_json(folder / "samples.json", samples)
-        files.write_text(stage.paths.report, page)
+        files.write_bytes(stage.paths.report, page)
     log.info(f"{found}")
     log.info(f"report: {stage.paths.report}")
 
