@@ -43,7 +43,8 @@ def test_the_page_follows_the_screens_color_scheme(tmp_path: Path) -> None:
 
 def test_an_attack_would_be_noticed(tmp_path: Path) -> None:
     """Without the policy and the escaping the other tests would fail."""
-    attack = "<!doctype html><script>attacked = 1; console.error(2)</script><img src=https://tracker.example/x><p style=width:500px>x"
+    attack = "<!doctype html><script>attacked = 1; console.error(2)</script><img src=https://tracker.example/x>"
+    attack += "<p style=width:500px>x"
     shown = show(attack, tmp_path, 360)
     assert shown.found["attacked"] == "1" and shown.found["wide"]
     assert shown.console and [url for url in shown.urls if "example" in url]

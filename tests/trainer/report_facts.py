@@ -40,7 +40,7 @@ def plain_facts(**changes: Any) -> Facts:
     settings: dict[str, Any] = {
         "name": "greetings",
         "on_cpu": False,
-        "written": "2026-11-29T12:00:00+00:00",
+        "written": 1_796_000_000.0,
         "verdict": Verdict("better", 0.31, 0.28, 0.34, 256),
         "scores": {"base": {"loss": 2.1, "perplexity": 8.2}, "merged": {"loss": 1.79, "perplexity": 6.0}},
         "samples": [
@@ -73,7 +73,6 @@ def hostile_facts() -> Facts:
     hostile = {text: text}
     return plain_facts(
         name=NAME,
-        written=text,
         samples=[dict.fromkeys(("prompt", "reference", "base", "merged"), attack) for attack in ATTACKS]
         + [{"prompt": "x", "reference": "y", "base": ATTACKS[0], "merged": ATTACKS[1]}],
         data=data_of(text),

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: pure functions from numbers to text.
 
-Colors are classes of the page's style, so that they follow the screen's scheme. Labels are larger on phones (STYLE),
-where the drawing is scaled down.
+Colors are classes of the page's style, so that they follow the screen's scheme. A wide chart is drawn a second time
+for phones, because scaled down nobody could read its labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Place = Callable[[Point], Point]  # from values to coordinates
 
 MOST_POINTS = 600  # of a line; more than a screen shows
 SMOOTHED_FROM = 20  # steps
-HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 240, 66, 14, 12, 30
+WIDE, NARROW, HEIGHT = 900, 420, 250
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 30
 
 STYLE = """
 figure { margin: 0; padding: .7rem .7rem .3rem; border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
@@ -32,18 +33,27 @@ svg .grid { stroke: var(--line); } svg path, svg .grid { fill: none; vector-effe
 .faint { color: var(--first); opacity: .4; } .line { color: var(--first); } .dots { color: var(--second); }
 svg path.faint, svg path.line, svg path.dots { stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 svg path.faint { stroke-width: 1.2; } svg circle { fill: var(--second); } svg circle.best { fill: var(--good); }
-@media (max-width: 40rem) { .wide text { font-size: 24px; } }
+svg.narrow { display: none; }
+@media (max-width: 40rem) { svg.wide { display: none; } svg.narrow { display: block; } }
 """
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points by ascending x. ``dots`` has a circle at each point; ``best`` is the x of a point to emphasize."""
+    """Points by ascending x. ``dots`` has a circle at each point; ``best`` is the x of a point to emphasize.
+
+    The legend has the last value, or the ``peak``.
+    """
 
     name: str
     points: Sequence[Point]
     kind: Literal["faint", "line", "dots"] = "line"
     best: float | None = None
+    peak: bool = False
+
+    @property
+    def value(self) -> float:
+        return max(y for _, y in self.points) if self.peak else self.points[-1][1]
 
 
 def chart(title: str, unit: str, series: Sequence[Series], *, wide: bool = False, from_zero: bool = False) -> str:
@@ -51,29 +61,16 @@ def chart(title: str, unit: str, series: Sequence[Series], *, wide: bool = False
     series = [each for each in series if each.points]
     if sum(len(each.points) for each in series) < 2:
         return ""
-    width = 900 if wide else 420
-    xs = [x for each in series for x, _ in each.points]
-    ys = [y for each in series for _, y in each.points]
-    low_x, high_x = min(xs), max(xs)
-    low, high = (0.0 if from_zero else min(ys)), max(ys)
-    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = (low if from_zero else low - margin), high + margin
-
-    def place(point: Point) -> Point:
-        x, y = point
-        across = (x - low_x) / ((high_x - low_x) or 1)
-        return LEFT + across * (width - LEFT - RIGHT), TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    drawn = [*_grid(low, high, width, place), *_steps(low_x, high_x, place)]
-    for each in series:
-        drawn.append(_line(each, place))
-    caption = (
-        f"<figcaption><b>{escape(title)}</b> <span class=muted>{escape(unit)}</span>{_legend(series)}</figcaption>"
-    )
-    kind = ' class="wide"' if wide else ""
+    drawings = {WIDE: "wide", NARROW: "narrow"} if wide else {NARROW: "only"}
     return (
-        f'<figure>{caption}<svg{kind} viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(drawn)}</svg></figure>"
+        f"<figure><figcaption><b>{escape(title)}</b> <span class=muted>{escape(unit)}</span>{_legend(series)}"
+        "</figcaption>"
+        + "".join(
+            f'<svg class="{kind}" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+            f"{_drawing(series, width, from_zero)}</svg>"
+            for width, kind in drawings.items()
+        )
+        + "</figure>"
     )
 
 
@@ -82,8 +79,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     sums = list(itertools.accumulate((y for _, y in points), initial=0.0))
     half, found = len(points) // 40, []
     for position, (x, _) in enumerate(points):
-        reach = min(half, position, len(points) - 1 - position)
-        first, last = position - reach, position + reach + 1
+        first, last = max(0, position - half), min(len(points), position + half + 1)
         found.append((x, (sums[last] - sums[first]) / (last - first)))
     return found
 
@@ -123,6 +119,23 @@ def number(value: float, step: float = 0.0) -> str:
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
+def _drawing(series: Sequence[Series], width: int, from_zero: bool) -> str:
+    xs = [x for each in series for x, _ in each.points]
+    ys = [y for each in series for _, y in each.points]
+    low_x, high_x = min(xs), max(xs)
+    low, high = (0.0 if from_zero else min(ys)), max(ys)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high = (low if from_zero else low - margin), high + margin
+
+    def place(point: Point) -> Point:
+        x, y = point
+        across = (x - low_x) / ((high_x - low_x) or 1)
+        return LEFT + across * (width - LEFT - RIGHT), TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    lines = [_line(each, place) for each in series]
+    return "".join([*_grid(low, high, width, place), *_steps(low_x, high_x, place), *lines])
+
+
 def _grid(low: float, high: float, width: int, place: Place) -> list[str]:
     levels = ticks(low, high)
     step = levels[1] - levels[0] if len(levels) > 1 else 0.0
@@ -155,7 +168,5 @@ def _line(series: Series, place: Place) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    entries = (
-        f'<span><i class="{each.kind}"></i>{escape(each.name)} {number(each.points[-1][1])}</span>' for each in series
-    )
+    entries = (f'<span><i class="{each.kind}"></i>{escape(each.name)} {number(each.value)}</span>' for each in series)
     return f'<span class="legend">{"".join(entries)}</span>'

@@ -36,14 +36,15 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything on the page. ``metrics`` and ``held_out`` are lines of metrics.jsonl, ``data`` is the data report.
+    """Everything on the page. Times are in seconds since 1970.
 
+    ``metrics`` and ``held_out`` are lines of metrics.jsonl, ``data`` is the data report.
     ``node_hours`` are those of compile and train, ``price`` is that of one in dollars; None: unknown.
     """
 
     name: str
     on_cpu: bool
-    written: str
+    written: float
     verdict: Verdict
     scores: Mapping[str, Mapping[str, float]]  # loss and perplexity of base and merged
     samples: Sequence[Mapping[str, str]]
@@ -69,11 +70,11 @@ def collect(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[s
     metrics = stage.paths.metrics(trained.fingerprint)
     hours, price = node_hours(stage.paths)
     finished = now()
-    times = [(name, each.started, each.finished) for name, each in manifests.items()]
+    times = {name: (each.started, each.finished) for name, each in manifests.items()}
     return Facts(
         name=stage.config.name,
         on_cpu=stage.config.device == "cpu",
-        written=finished,
+        written=_seconds(finished),
         verdict=Verdict(**result["verdict"]),
         scores={name: result[name] for name in ("base", "merged")},
         samples=samples,
@@ -81,8 +82,8 @@ def collect(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[s
         held_out=read_held_out(metrics),
         training=trained.facts,
         stages=[
-            StageTime(name, *(datetime.fromisoformat(each).timestamp() for each in both))
-            for name, *both in [*times, (stage.name, stage.started, finished)]
+            StageTime(name, _seconds(started), _seconds(ended))
+            for name, (started, ended) in (times | {stage.name: (stage.started, finished)}).items()
         ],
         node_hours=hours,
         price=price,
@@ -140,3 +141,7 @@ def sources_of(stage: Stage) -> dict[str, str]:
     found = {title: f"{source.name} @ {source.revision}" for title, source in named.items()}
     image = os.environ.get(IMAGE)
     return found | ({"image": image} if image else {})
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()

@@ -23,9 +23,9 @@ STYLE = """
 .verdict.better { border-color: var(--good); background: var(--good-paper); }
 .verdict.worse { border-color: var(--bad); background: var(--bad-paper); }
 .verdict p { font-size: .85rem; } .note { border-left: 4px solid var(--second); padding-left: .7rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .tiles div { border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem; }
-.tiles span { display: block; color: var(--muted); font-size: .8rem; } .tiles b { font-size: 1.15rem; }
+.tiles span { display: block; color: var(--muted); font-size: .8rem; } .tiles b { font-size: 1.1rem; }
 .tiles small { display: block; color: var(--muted); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .8rem; }
 .charts > figure:first-child { grid-column: 1 / -1; }
@@ -56,7 +56,7 @@ def _section(title: str, content: str) -> str:
 def _heading(facts: Facts) -> Iterator[str]:
     yield f"<h1>{escape(facts.name)}</h1>"
     model, _, revision = facts.sources.get("base model", "").rpartition(" @ ")
-    yield f'<p class="muted">{escape(model)} @ {escape(revision[:12])} &middot; written {escape(facts.written)}</p>'
+    yield f'<p class="muted">{escape(model)} @ {escape(revision[:12])} &middot; written {_time(facts.written)}</p>'
     if facts.on_cpu:
         yield '<p class="note">CPU run: times, memory and cost here say nothing about Trainium.</p>'
     word, _, rest = str(facts.verdict).partition(": ")
@@ -71,7 +71,7 @@ def _heading(facts: Facts) -> Iterator[str]:
 def _tiles(facts: Facts) -> Iterator[str]:
     base, merged = facts.scores["base"], facts.scores["merged"]
     change = f"{(merged['loss'] - base['loss']) / base['loss']:+.1%}" if base["loss"] else ""
-    yield _tile("Held-out loss", f"{base['loss']:.4f} &rarr; {merged['loss']:.4f}", change)
+    yield _tile("Held-out loss", f"{base['loss']:.3f} &rarr; {merged['loss']:.3f}", change)
     yield _tile("Perplexity", f"{base['perplexity']:,.2f} &rarr; {merged['perplexity']:,.2f}")
     if facts.metrics:
         yield _tile("Steps", f"{len(facts.metrics):,}", _end_of_training(facts))
@@ -112,7 +112,7 @@ def _training(facts: Facts) -> str:
             ],
             wide=True,
         ),
-        chart("Learning rate", "", [Series("last", of("learning_rate"))], from_zero=True),
+        chart("Learning rate", "", [Series("peak", of("learning_rate"), peak=True)], from_zero=True),
         chart(
             "Gradient norm",
             "before clipping",
