@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy
 import pytest
@@ -88,8 +89,13 @@ def test_the_sentence_tells_direction_interval_and_rows(found: Verdict, sentence
     assert str(found) == sentence
 
 
+def verdict_of(result: dict[str, Any]) -> Verdict:
+    return Verdict(**{key: value for key, value in result["verdict"].items() if key != "sentence"})
+
+
 def test_evaluate_writes_the_verdict_that_follows_from_its_losses(whole_run: Run) -> None:
     result = json.loads((whole_run.paths.evaluation / "eval.json").read_text())
-    found = Verdict(**result["verdict"])
+    found = verdict_of(result)
+    assert result["verdict"]["sentence"] == str(found)
     assert found.rows == result["rows"] == 4 and found.verdict == "no difference"
     assert found.difference == pytest.approx(result["base"]["loss"] - result["merged"]["loss"])

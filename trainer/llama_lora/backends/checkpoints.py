@@ -30,7 +30,7 @@ from llama_lora.probe import ProbeRecord
 log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-STEP = re.compile(r"step-\d+")
+STEP = re.compile(r"step-\d+(-of-\d+-rows)?")  # with rows: JobCheckpoints._set_best_aside
 DAMAGED = ".damaged"  # the end of the name of a checkpoint that was set aside
 OTHER_CHECKPOINT = "Use a complete checkpoint, or train again."
 

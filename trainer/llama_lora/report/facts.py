@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from genvalues.common.dicts import flatten, get
@@ -62,11 +63,12 @@ class Facts:
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of adapter and merged
 
 
-def collect(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> Facts:
-    """Read what the stages before evaluate have written. ``result`` is the content of eval.json."""
+def collect(
+    stage: Stage, verdict: Verdict, scores: Mapping[str, Mapping[str, float]], samples: Sequence[Mapping[str, str]]
+) -> Facts:
+    """Read what the stages before evaluate have written."""
     manifests = {name: manifest for name in STAGES if (manifest := current_manifest(stage, name))}
-    dataset = stage.paths.workspace / manifests["tokenize"].facts["dataset"]
-    trained = manifests["train"]
+    trained = stage.upstream("train")
     metrics = stage.paths.metrics(trained.fingerprint)
     hours, price = node_hours(stage.paths)
     finished = now()
@@ -75,8 +77,8 @@ def collect(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[s
         name=stage.config.name,
         on_cpu=stage.config.device == "cpu",
         written=_seconds(finished),
-        verdict=Verdict(**result["verdict"]),
-        scores={name: result[name] for name in ("base", "merged")},
+        verdict=verdict,
+        scores=scores,
         samples=samples,
         metrics=read_metrics(metrics),
         held_out=read_held_out(metrics),
@@ -87,13 +89,13 @@ def collect(stage: Stage, result: Mapping[str, Any], samples: Sequence[Mapping[s
         ],
         node_hours=hours,
         price=price,
-        data=data_report(dataset / "report.json"),
+        data=data_report(stage.upstream_path("tokenize", "dataset") / "report.json"),
         settings=flatten(stage.config.as_keys()),
         sources=sources_of(stage),
         versions=installed_versions(LIBRARIES),
         fingerprints={name: each.fingerprint for name, each in manifests.items()},
         digests={
-            name: output["sha256"]
+            name: output.sha256
             for each in ("consolidate", "merge")
             if each in manifests
             for name, output in manifests[each].outputs.items()
@@ -123,7 +125,7 @@ def node_hours(paths: Paths) -> tuple[float | None, float | None]:
     return sum(spans) / 3600, get(costs, "pricePerNodeHour", float)
 
 
-def data_report(path: Any) -> dict[str, Any]:
+def data_report(path: Path) -> dict[str, Any]:
     """The data report; empty if it cannot be read."""
     try:
         return read_object(path)

@@ -47,11 +47,11 @@ def evaluate(stage: Stage) -> None:
         del model
     samples = describe_samples(tokenizer, prompts, answers)
     found = verdict(scores["base"].losses, scores["merged"].losses, scores["base"].tokens)
-    result = {name: score.as_record() for name, score in scores.items()} | {"rows": len(rows), "verdict": asdict(found)}
-    page = encode(render(collect(stage, result, samples)))
-    stage.facts = result
+    result = {name: score.as_record() for name, score in scores.items()}
+    page = encode(render(collect(stage, found, result, samples)))
+    stage.facts = {**result, "rows": len(rows), "verdict": {**asdict(found), "sentence": str(found)}}
     with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
-        files.write_json(folder / "eval.json", result)
+        files.write_json(folder / "eval.json", stage.facts)
         files.write_json(folder / "samples.json", samples)
         files.write_bytes(stage.paths.report, page)
     log.info(f"{found}")
