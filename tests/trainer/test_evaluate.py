@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ def test_the_losses_equal_those_of_transformers_on_each_held_out_row(whole_run: 
     facts = whole_run.manifest("tokenize")["facts"]
     rows = load_from_disk(str(whole_run.workspace / facts["dataset"] / "eval"))
     result = json.loads((whole_run.paths.evaluation / "eval.json").read_text())
-    assert result.keys() == {"base", "merged", "rows"} and result["rows"] == len(rows) == 4
+    assert result.keys() == {"base", "merged", "rows", "verdict"} and result["rows"] == len(rows) == 4
     for name, folder in {"base": whole_run.workspace / facts["model"], "merged": whole_run.paths.merged}.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
         total, tokens = 0.0, 0
@@ -45,23 +44,12 @@ def test_no_held_out_row_is_trained_on(whole_run: Run) -> None:
         assert not any(ids == list(t[i : i + len(ids)]) for t in trained for i in range(len(t)))
 
 
-def test_the_report_is_one_file_with_the_curve_the_samples_and_no_external_resource(whole_run: Run) -> None:
-    page = whole_run.paths.report.read_text()
-    assert "<polyline" in page and "Held-out loss" in page and "do not apply to Trainium" in page
-    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", page)
-    for sample in json.loads((whole_run.paths.evaluation / "samples.json").read_text()):
+def test_the_samples_have_what_both_models_answer(whole_run: Run) -> None:
+    samples = json.loads((whole_run.paths.evaluation / "samples.json").read_text())
+    assert len(samples) == 2
+    for sample in samples:
         assert sample.keys() == {"prompt", "reference", "base", "merged"}
         assert sample["reference"].startswith("It is ") and sample["prompt"].endswith("assistant\n")
-
-
-def test_text_of_the_rows_is_escaped_in_the_report(finished_run: Run) -> None:
-    from llama_lora import report
-    from llama_lora.stage import Stage
-
-    stage = Stage("evaluate", finished_run.load(), finished_run.paths)
-    result = json.loads((finished_run.paths.evaluation / "eval.json").read_text())
-    sample = dict.fromkeys(("prompt", "reference", "base", "merged"), "<script>alert(1)</script>")
-    assert "<script>" not in report.page(stage, result, [sample])
 
 
 def test_a_changed_number_of_samples_reruns_evaluate_alone(finished_run: Run) -> None:

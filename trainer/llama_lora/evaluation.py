@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lora.data.tokens import IGNORED
+from llama_lora.probe import trained_tokens
 from llama_lora.progress import StageProgress
 from llama_lora.safetensors_files import stored_tensors
 
@@ -18,10 +19,24 @@ TEXT_PROMPT_TOKENS = 32  # rows of format text have no prompt: a sample continue
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross entropy (nats) over the trained tokens of the held-out rows, and perplexity (its exponential)."""
+    """For each held-out row, the summed cross entropy of its trained tokens (nats), and their number."""
 
-    loss: float
-    perplexity: float
+    losses: list[float]
+    tokens: list[int]
+
+    @property
+    def loss(self) -> float:
+        """The mean in nats per trained token."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(min(self.loss, 700))  # e^710 overflows a float
+
+    def as_record(self) -> dict[str, float]:
+        """Loss and perplexity as JSON values."""
+        return {"loss": self.loss, "perplexity": self.perplexity}
 
 
 @dataclass(frozen=True)
@@ -50,29 +65,30 @@ def load_model(path: Path, adapter: Path | None = None) -> Any:
 
 
 def score(model: Any, rows: Sequence[dict[str, Any]]) -> Score:
-    """Compute the loss and perplexity of the rows."""
+    """Compute the losses of the rows."""
     import torch
 
     from llama_lora.data.batches import make_batch
-    from llama_lora.losses import loss_sum
+    from llama_lora.losses import row_loss_sums
 
-    total = 0.0
+    losses = [0.0] * len(rows)
     with torch.no_grad(), StageProgress("held-out row", len(rows)) as progress:
-        for group in grouped(rows):
-            total += loss_sum(model, make_batch(group)).item()
+        for group in grouped([len(row["input_ids"]) for row in rows]):
+            summed = row_loss_sums(model, make_batch([rows[number] for number in group])).tolist()
+            for number, loss in zip(group, summed, strict=True):
+                losses[number] = loss
             progress.advance(len(group))
-    loss = total / sum(label != IGNORED for row in rows for label in row["labels"])
-    return Score(loss, math.exp(min(loss, 700)))  # e^710 overflows a float
+    return Score(losses, [trained_tokens(row) for row in rows])
 
 
-def grouped(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group rows of similar length into batches of at most BATCH_TOKENS tokens, padding included."""
-    groups: list[list[dict[str, Any]]] = []
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        if groups and len(groups[-1][0]["input_ids"]) * (len(groups[-1]) + 1) <= BATCH_TOKENS:
-            groups[-1].append(row)
+def grouped(lengths: Sequence[int]) -> list[list[int]]:
+    """Group rows, by number, of similar length into batches of at most BATCH_TOKENS tokens, padding included."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= BATCH_TOKENS:
+            groups[-1].append(number)
         else:
-            groups.append([row])
+            groups.append([number])
     return groups
 
 

@@ -1,6 +1,7 @@
 """Record a training while it runs: progress bar or log lines, progress.json, metrics.jsonl and TensorBoard.
 
-A line of metrics.jsonl is a step (``StepMetrics``) or a measurement of the held-out loss (``HeldOutMetrics``).
+A line of metrics.jsonl is a step (``StepMetrics``, with tokens_per_second) or a measurement of the held-out loss
+(``HeldOutMetrics``).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class RunLog:
         self._tokens.append((time.monotonic(), metrics.tokens))
         seconds = self._tokens[-1][0] - self._tokens[0][0]
         per_second = sum(tokens for _, tokens in list(self._tokens)[1:]) / seconds
-        self._append(metrics)
+        self._append(metrics, tokens_per_second=round(per_second, 1))
         for name in ("loss", "learning_rate", "grad_norm"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._tensorboard.add_scalar("train/tokens_per_second", per_second, metrics.step)
@@ -138,8 +139,8 @@ class RunLog:
         files.write_json(self.paths.progress, self._written)
         self._monitor.progress(self._written)
 
-    def _append(self, metrics: StepMetrics | HeldOutMetrics) -> None:
-        self._metrics.write(json.dumps(asdict(metrics)) + "\n")
+    def _append(self, metrics: StepMetrics | HeldOutMetrics, **others: float) -> None:
+        self._metrics.write(json.dumps(asdict(metrics) | others) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:

@@ -115,7 +115,7 @@ class Stage:
         self.sources = sources or resolve.known_sources(config, paths)
         self.facts: dict[str, Any] = {}
         self._declaration = declaration(name)
-        self._started = now()
+        self.started = now()
 
     @property
     def fingerprint(self) -> str | None:
@@ -263,7 +263,7 @@ class Stage:
         manifest = Manifest(
             stage=self.name,
             fingerprint=fingerprint,
-            started=self._started,
+            started=self.started,
             finished=now(),
             outputs={
                 str(file.relative_to(self.paths.workspace)): (known or {}).get(file) or record_of(file)

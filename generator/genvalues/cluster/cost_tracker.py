@@ -52,7 +52,7 @@ class CostTracker:
         """Write costs.json. A failure is logged once and does not stop the job: counting continues in memory."""
         self._written = (self.clock(), self.ledger.pods.keys())
         try:
-            files.write_json(self.file, self.ledger.as_json())
+            files.write_json(self.file, {**self.ledger.as_json(), "pricePerNodeHour": self.limit.price})
         except OSError as error:
             if not self._failure_logged:
                 log.warning(

@@ -378,7 +378,9 @@ def test_the_cost_of_earlier_jobs_and_gates_counts(
     until(lambda: is_going(fake, OWN))
     running.end_pods()
     assert "9.3" in running.fails(StoppedByGuard).reason
-    kept = Ledger.from_json(json.loads(trainer.progress.with_name("costs.json").read_text()))
+    written_costs = json.loads(trainer.progress.with_name("costs.json").read_text())
+    assert written_costs["pricePerNodeHour"] == 21.5, "the report has it from here"
+    kept = Ledger.from_json(written_costs)
     assert len(kept.pods) == 3 and kept.node_hours == pytest.approx(9.32, abs=0.02)
 
 

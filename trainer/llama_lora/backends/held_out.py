@@ -39,7 +39,7 @@ class HeldOutState:
 
     def after(self, loss: float, step: int, rows_done: int, threshold: float) -> HeldOutState:
         """The state with one measurement more."""
-        improved = self.best_loss is None or loss < self.best_loss - threshold
+        improved = self.best_loss is None or self.best_loss - loss > threshold
         without_improvement = 0 if improved else self.without_improvement + 1
         if self.best_loss is None or loss < self.best_loss:
             return HeldOutState(loss, loss, step, rows_done, without_improvement)

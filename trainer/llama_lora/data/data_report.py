@@ -1,25 +1,17 @@
-"""The data report: report.json as a dict, its lines for the log, and report.html (self-contained, no script)."""
+"""The data report: report.json as a dict, its lines for the log, and its part of a page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
 from llama_lora.data.preparation import Counts
 from llama_lora.data.rendering import Renderer, special_tokens
 from llama_lora.data.tokens import IGNORED, Example
+from llama_lora.report.html import document, histogram, masked, table
 
 WARN_LOST = 0.01  # share of the tokens
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; overflow-wrap: anywhere; }
-mark { background: #b9e6b9; } b { font-weight: 600; color: #8250df; border: 1px solid #d8c8f5; border-radius: 3px; }
-.bar { display: inline-block; height: .8rem; background: #1f6feb; }
-"""
 
 
 def report_of(counts: Counts, renderers: Mapping[str, Renderer]) -> dict[str, Any]:
@@ -114,30 +106,32 @@ def _lost(report: Mapping[str, Any]) -> str:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """report.html. Rows are untrusted: all text is escaped, and the page may load and run nothing."""
+    """report.html."""
+    return document(
+        f"Data of {report['source']}", [f"<h1>Data of {escape(str(report['source']))}</h1>", summary(report)]
+    )
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The part of a page on the data: counts, lengths, examples with their loss mask, and what was dropped."""
     dropped = "".join(
         f"<h3>{escape(reason)}: {report['dropped'][reason]}</h3>"
         + "".join(f"<p>{escape(row['place'])}</p><pre>{escape(row['row'])}</pre>" for row in rows)
         for reason, rows in report["dropped_shown"].items()
     )
     sections = [
-        f"<h1>Data of {escape(str(report['source']))}</h1>",
-        _table(_summary(report)),
-        "<h2>Tokens of an example</h2>" + _histogram(report["histogram"]),
-        "<h2>Examples as the model sees them</h2>",
-        "<p>The loss covers the <mark>marked</mark> text. <b>Special tokens</b> are framed.</p>",
-        *(f"<pre>{_with_marks(pieces)}</pre>" for pieces in report["shown"]),
-        f"<h2>Notes</h2>{_table(report['notes'])}" if report["notes"] else "",
-        f"<h2>Dropped</h2>{dropped}" if dropped else "",
+        table(_counts(report)),
+        "<h3>Tokens of an example</h3>" + histogram(report["histogram"]),
+        "<h3>Examples as the model sees them</h3>",
+        '<p>The loss covers the <mark>marked</mark> text. <b class="special">Special tokens</b> are emphasized.</p>',
+        *(masked(pieces) for pieces in report["shown"]),
+        f"<h3>Notes</h3>{table(report['notes'])}" if report["notes"] else "",
+        f"<details><summary>Dropped rows</summary>{dropped}</details>" if dropped else "",
     ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Data report</title><style>{STYLE}</style>{''.join(sections)}</html>\n"
-    )
+    return "".join(sections)
 
 
-def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
+def _counts(report: Mapping[str, Any]) -> dict[str, Any]:
     train, template = report.get("train", {}), report["template"]
     shown = {
         "revision": report.get("revision"),
@@ -157,28 +151,3 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "date in the template": report["date_in_template"],
     }
     return {key: value for key, value in shown.items() if value is not None}
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
-    return f"<table>{cells}</table>"
-
-
-def _histogram(bins: Sequence[Mapping[str, int]]) -> str:
-    most = max((each["examples"] for each in bins), default=1)
-    return "<table>{}</table>".format(
-        "".join(
-            f"<tr><th>up to {each['up_to']}</th><td>{each['examples']}</td>"
-            f'<td><span class="bar" style="width:{20 * each["examples"] / most:.2f}rem"></span></td></tr>'
-            for each in bins
-        )
-    )
-
-
-def _with_marks(pieces: Sequence[Mapping[str, Any]]) -> str:
-    shown = []
-    for piece in pieces:
-        text = escape(piece["text"])
-        text = f"<b>{text}</b>" if piece["special"] else text
-        shown.append(f"<mark>{text}</mark>" if piece["trained"] else text)
-    return "".join(shown)

@@ -21,6 +21,7 @@ from llama_lora.data.resolve import ResolvedSources
 from llama_lora.data.selection import Kept, Selection, select
 from llama_lora.data.token_store import TokenStore
 from llama_lora.environment import available_cores
+from llama_lora.report.html import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +84,7 @@ def tokenize_dataset(
         token_store.write_dataset(store, (selection.train[row] for row in packing), folder / "train")
         token_store.write_dataset(store, ([number] for number in selection.held_out), folder / "eval")
     files.write_json(folder / "report.json", report)
-    # A row that is dropped may have half a surrogate pair, which UTF-8 cannot encode.
-    files.write_bytes(folder / "report.html", data_report.page(report).encode("utf-8", "backslashreplace"))
+    files.write_bytes(folder / "report.html", encode(data_report.page(report)))
 
 
 def check_columns(part: Part, counts: Counts) -> None:

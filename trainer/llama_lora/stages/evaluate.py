@@ -1,4 +1,4 @@
-"""Compare the base and the merged model on the held-out rows: loss, perplexity, sample answers, report.html."""
+"""Compare the base and the merged model on the held-out rows: verdict, loss, sample answers, report.html."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora import evaluation, report
+from llama_lora import evaluation
 from llama_lora.evaluation import Prompt, Score
+from llama_lora.probe import trained_tokens
 from llama_lora.progress import track
+from llama_lora.report.facts import collect
+from llama_lora.report.html import encode
+from llama_lora.report.page import page as render
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer
+from llama_lora.verdict import verdict
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +46,15 @@ def evaluate(stage: Stage) -> None:
         ]
         del model
     samples = describe_samples(tokenizer, prompts, answers)
-    result = {name: asdict(score) for name, score in scores.items()} | {"rows": len(rows)}
-    page = report.page(stage, result, samples)
-    stage.facts = result
+    found = verdict(scores["base"].losses, scores["merged"].losses, scores["base"].tokens)
+    result = {name: score.as_record() for name, score in scores.items()}
+    page = encode(render(collect(stage, found, result, samples)))
+    stage.facts = {**result, "rows": len(rows), "verdict": {**asdict(found), "sentence": str(found)}}
     with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
-        files.write_json(folder / "eval.json", result)
+        files.write_json(folder / "eval.json", stage.facts)
         files.write_json(folder / "samples.json", samples)
-        files.write_text(stage.paths.report, page)
+        files.write_bytes(stage.paths.report, page)
+    log.info(f"{found}")
     log.info(f"report: {stage.paths.report}")
 
 
@@ -58,7 +65,10 @@ def held_out_rows(dataset: Path, limit: int) -> list[dict[str, Any]]:
     held_out = load_from_disk(str(dataset / "eval"))
     if not len(held_out):
         raise UserError("no rows are held out", where="dataset.evalFraction", fix="Raise it.")
-    return [held_out[index] for index in range(min(limit, len(held_out)))]
+    rows = [held_out[index] for index in range(min(limit, len(held_out)))]
+    if not any(map(trained_tokens, rows)):
+        raise UserError("no held-out row has a trained token", where="evaluation.maxRows", fix="Raise it.")
+    return rows
 
 
 def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> list[dict[str, str]]:
@@ -76,7 +86,7 @@ def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[st
 
 STAGE = Declaration(
     name="evaluate",
-    version=1,
+    version=2,
     summary="Compare base and merged model: held-out loss, perplexity, sample answers, report.html.",
     after=["tokenize", "merge"],
     reads=lambda config: {"evaluation": config.evaluation.as_keys()},
