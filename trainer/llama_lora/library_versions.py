@@ -72,15 +72,20 @@ def load_tokenizer(folder: Path) -> Any:
 
     AutoTokenizer of transformers 5 rebuilds some tokenizers (GPT2Tokenizer, Qwen2Tokenizer) with the pre-tokenizer of
     their class instead of the file's, so that numbers become other tokens. That of 4.57 uses the file for every class.
+    Raises OSError or ValueError.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = folder / "tokenizer.json"
     # Named, because tokenizer_config.json can name another one, outside the folder, for 4.57.
     options = {**LOCAL, "tokenizer_file": str(file)} if file.is_file() else LOCAL
-    if _transformers() >= 5 and file.is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
-    return AutoTokenizer.from_pretrained(folder, **options)
+    own_class = PreTrainedTokenizerFast if _transformers() >= 5 and file.is_file() else AutoTokenizer
+    try:
+        return own_class.from_pretrained(folder, **options)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, and a file of any content makes any line fail
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def chat_template_environment() -> Any:
