@@ -59,10 +59,18 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
         ("{% set x = 'ab' * (99999999999 + messages | length) %}", ["memory"]),
         ("{{ 'x' | center(99999999999) }}", ["memory"]),
         ("{{ messages | map('nothing') | list }}", ["chat template"]),
-        ("{% include 'other' %}", ["chat template"]),
+        ("{% include 'other' %}", ["model", "chat template", "include", "line 1"]),
+        ("{% import 'other' as x %}", ["model", "chat template", "import"]),
+        ("{% from 'other' import x %}", ["model", "chat template", "import"]),
+        ("{% extends 'other' %}", ["model", "chat template", "extends"]),
+        ("{{ messages + 1 }}", ["TypeError"]),
+        ("{{ messages.nothing.at_all }}", ["no attribute"]),
+        ("{{ 'a' * 2 if messages else x }}" + " " * 300_000, ["model", "characters"]),
+        ("{% set ns = namespace(l=[1]) %}{% for i in range(9999) %}{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l }}",
+         ["RecursionError"]),
     ],
     ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "repeat",
-         "center", "filter", "include"],
+         "center", "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
     monkeypatch: pytest.MonkeyPatch, template: str, words: list[str]

@@ -150,8 +150,11 @@ MISTAKES = {
         lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(),
         "adapter_model.safetensors not found",
     ),
-    "torn weights": (lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
-    "torn shard": (cut_short, "file is truncated. Copy"),
+    "torn weights": (
+        lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x"),
+        "not a valid safetensors file",
+    ),
+    "torn shard": (cut_short, "the file is truncated. Copy"),
     "missing shard": (lose_shard, "not found, but the index lists it"),
     "no adapter": (lambda base, adapter: shutil.rmtree(adapter), "--adapter: "),
 }

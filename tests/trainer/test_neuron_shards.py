@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from genvalues.common.errors import UserError
 from llama_lora.adapter import write_adapter
-from llama_lora.backends.xla import shards
+from llama_lora.backends.xla import shards, torch_files
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures" / "neuron").glob("*.tar.xz"))
 NAMES = [archive.name.removesuffix(".tar.xz") for archive in ARCHIVES]
@@ -62,7 +62,7 @@ def shard(checkpoint: Path, rank: int) -> Path:
 
 def tensor_file(checkpoint: Path, rank: int, name: str) -> Path:
     path = shard(checkpoint, rank)
-    return path.with_name(f"{path.name}.tensors") / f"tensor_{shards._load(path)[name].tid}.pt"
+    return path.with_name(f"{path.name}.tensors") / f"tensor_{torch_files.load(path)[name].tid}.pt"
 
 
 def metadata_file(checkpoint: Path) -> Path:
@@ -182,7 +182,7 @@ def test_o_proj_alone_is_reordered_like_the_query_heads(
 ) -> None:
     checkpoint = checkpoint_of("llama-tp4-gqa")
     for rank in range(4):
-        entries = shards._load(shard(checkpoint, rank))
+        entries = torch_files.load(shard(checkpoint, rank))
         pieces = shards.Rank(rank, shard(checkpoint, rank), entries)
         torch.save({n: pieces.tensor(n).clone() for n in entries if ".o_proj." in n}, shard(checkpoint, rank))
     change_json(checkpoint / "adapter_default" / "adapter_config.json", target_modules=["o_proj"])
@@ -242,7 +242,7 @@ def test_an_error_for_a_missing_tensor_file_names_it(qv: Path) -> None:
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_shards/mp_metadata_pp_rank_0.json"])
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "not found"), ("{", "damaged"), ("[]", "not a JSON object"), ("{}", "")],
+    [(None, "not found"), ("{", "damaged"), ("[]", "expected an object"), ("{}", "")],
 )
 def test_a_missing_or_damaged_json_file_is_an_error(qv: Path, name: str, content: str | None, message: str) -> None:
     file = qv / "adapter_default" / name
@@ -313,7 +313,7 @@ def test_a_shard_under_the_name_of_another_rank_is_an_error(qv: Path) -> None:
 def test_zeros_on_all_ranks_are_not_taken_for_a_copy(qv: Path) -> None:
     """lora_B is zero before the first step."""
     for rank in (0, 1):
-        for name in shards._load(shard(qv, rank)):
+        for name in torch_files.load(shard(qv, rank)):
             if ".lora_B." in name:
                 change(tensor_file(qv, rank, name), torch.zeros_like)
     assert not shards.read_adapter(qv).tensors[Q_B].any()
@@ -445,7 +445,7 @@ def test_the_expected_shapes_are_those_of_pefts_models() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from llama_lora.backends.xla import shards
+from llama_lora.backends.xla import shards, torch_files
 
 def memory(what):  # VmRSS: current; VmHWM: peak of this process (ru_maxrss starts with its parent's)
     lines = Path("/proc/self/status").read_text().splitlines()

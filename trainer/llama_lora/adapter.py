@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
+from llama_lora.safetensors_files import DTYPES, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +19,21 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT puts this before the base model's parameter names
+FACTOR = re.compile(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight")
+MOST_ALPHA = 65536  # as lora.alpha
+# Keys of PEFT's LoraConfig (0.17 to 0.21) that plain LoRA may have, because they do not change what a factor adds.
+# Any other one that is set has PEFT compute something else, read further files or import a module.
+PLAIN_KEYS = """
+task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights layers_to_transform
+layers_pattern megatron_core eva_config qalora_group_size runtime_config ensure_weight_tying
+"""
+PLAIN = frozenset(PLAIN_KEYS.split())
+# The others (pissa, olora, corda, loftq, lora_ga) also change the base weights:
+# https://huggingface.co/docs/peft/package_reference/lora
+INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+CONSOLIDATE = "Pass the output folder of consolidate."
+TRAIN_LOWER = "Train again with a lower learning rate."
 
 
 @dataclass(frozen=True)
@@ -47,38 +64,76 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Map
 def read_deltas(folder: Path) -> dict[str, Delta]:
     """Map each base weight's name to its delta.
 
-    Raises UserError if the folder has no LoRA adapter, or one of an unsupported kind.
+    Raises UserError if the folder has no LoRA adapter, one of an unsupported kind, or one whose files do not fit each
+    other or have values that are not finite.
     """
-    from safetensors import SafetensorError
+    import torch
     from safetensors.torch import load_file
 
+    config = read_adapter_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.exists():
+        raise UserError(f"{WEIGHTS} not found", where=str(folder), fix=CONSOLIDATE)
+    header = read_header(weights).tensors
+    if other := sorted(name for name in header if not FACTOR.fullmatch(name)):
+        raise UserError(f"contains tensors other than LoRA factors: {', '.join(other[:3])}", where=str(weights))
+    check_targets(header, config, weights)
+    r = config["r"]
+    scaling = config["lora_alpha"] / (r**0.5 if config.get("use_rslora") else r)
+    for name, factor in header.items():
+        if factor.dtype not in DTYPES:
+            raise UserError(f"{name} has dtype {factor.dtype}", where=str(weights), fix=f"Use {', '.join(DTYPES)}.")
+        if len(factor.shape) != 2 or factor.shape[0 if ".lora_A." in name else 1] != r:
+            raise UserError(f"{name} has shape {factor.shape}, but {CONFIG} says r = {r}", where=str(weights))
+        if (other_name := other_factor(name)) not in header:
+            kind = "lora_B" if ".lora_A." in name else "lora_A"
+            raise UserError(f"{name} has no matching {kind} ({other_name})", where=str(weights))
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} contains values that are not finite", where=str(weights), fix=TRAIN_LOWER)
+    return {
+        name.removeprefix(PREFIX).replace(".lora_A.weight", ".weight"): Delta(a, tensors[other_factor(name)], scaling)
+        for name, a in tensors.items()
+        if ".lora_A." in name
+    }
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises UserError unless it is one of plain LoRA."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        missing = Path(error.filename or folder / WEIGHTS).name
-        raise UserError(
-            f"{missing} not found", where=str(folder), fix="Pass the output folder of consolidate."
-        ) from None
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(folder)) from None
+        config = read_object(folder / CONFIG)
+    except JsonNotFound:
+        raise UserError(f"{CONFIG} not found", where=str(folder), fix=CONSOLIDATE) from None
+    except InvalidJson as problem:
+        raise UserError(f"{CONFIG} {problem}", where=str(folder)) from None
     check_kind(config, folder)
-    deltas = {}
-    for name, a in tensors.items():
-        if ".lora_A." not in name:
-            continue
-        b = tensors.get(name.replace(".lora_A.", ".lora_B."))
-        if b is None:
-            raise UserError(f"{name} has no matching lora_B", where=str(folder / WEIGHTS))
-        target = name.removeprefix(PREFIX).replace(".lora_A.weight", ".weight")
-        scale = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-        deltas[target] = Delta(a, b, config["lora_alpha"] / scale)
-    if len(deltas) * 2 != len(tensors):
-        other = sorted(name for name in tensors if ".lora_A." not in name and ".lora_B." not in name)
-        raise UserError(
-            f"contains tensors other than LoRA factors: {', '.join(other[:3])}", where=str(folder / WEIGHTS)
-        )
-    return deltas
+    return config
+
+
+def other_factor(name: str) -> str:
+    """The name of the factor B of an A, or the reverse."""
+    first, kind, second = name.rpartition(".lora_A.") if ".lora_A." in name else name.rpartition(".lora_B.")
+    return f"{first}{'.lora_B.' if kind == '.lora_A.' else '.lora_A.'}{second}"
+
+
+def check_targets(names: Iterable[str], config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError unless the factors are those of the layers that target_modules lists. It may also be a pattern.
+
+    PEFT adapts a module if its name is one of the list or ends with "." and one of it.
+    """
+    targets = config.get("target_modules")
+    modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
+    if not isinstance(targets, list) or not modules:
+        return
+    unused = {
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in modules)
+    }
+    if unused:
+        raise UserError(f"has no factor of {min(unused)}, which {CONFIG} lists in target_modules", where=str(file))
+    unlisted = {name for name in modules if not any(name == each or name.endswith(f".{each}") for each in targets)}
+    if unlisted:
+        raise UserError(f"has factors of {min(unlisted)}, which {CONFIG} does not list", where=str(file))
 
 
 def check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -90,9 +145,22 @@ def check_kind(config: Mapping[str, Any], folder: Path) -> None:
     for key, value in required.items():
         if config.get(key, value) != value:
             raise UserError(f"{key} is {config[key]!r}", where=where, fix=f"Only {value!r} can be merged.")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise UserError(f"{key} is {config.get(key)!r}", where=where, fix="Set the value used in training.")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias"):
-        if config.get(key):
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+        raise UserError(f"r is {r!r}", where=where, fix="Set the value used in training.")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= MOST_ALPHA:
+        raise UserError(f"lora_alpha is {alpha!r}", where=where, fix="Set the value used in training.")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise UserError(f"use_rslora is {config['use_rslora']!r}", where=where, fix="Allowed values: true, false.")
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(name, str) and name for name in targets):
+        raise UserError("target_modules is not a list of names", where=where, fix="Set the value used in training.")
+    for key in sorted(config.keys() - PLAIN):
+        if config[key]:
             raise UserError(f"{key} is set", where=where, fix="Only plain LoRA can be merged.")
+    if (initial := config.get("init_lora_weights")) not in INITIALIZATIONS:
+        raise UserError(
+            f"init_lora_weights is {initial!r}, which also changes the base weights",
+            where=where,
+            fix="Convert it to plain LoRA first (PEFT: path_initial_model_for_weight_conversion).",
+        )

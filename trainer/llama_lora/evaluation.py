@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genvalues.common.errors import UserError
+from llama_lora import library_versions
+from llama_lora.adapter import WEIGHTS
 from llama_lora.data.tokens import IGNORED
+from llama_lora.model_files import COMPLETE, base_files, read_config
 from llama_lora.probe import trained_tokens
 from llama_lora.progress import StageProgress
-from llama_lora.safetensors_files import stored_tensors
+from llama_lora.safetensors_files import read_header, stored_tensors
 
 BATCH_TOKENS = 2048  # the size of a batch in tokens, padding included
 TEXT_PROMPT_TOKENS = 32  # rows of format text have no prompt: a sample continues this many tokens
@@ -48,18 +52,25 @@ class Prompt:
 
 
 def load_model(path: Path, adapter: Path | None = None) -> Any:
-    """Load a model folder in its stored dtype, in evaluation mode, optionally with a LoRA adapter."""
-    from transformers import AutoModelForCausalLM
+    """Load a model folder in its stored dtype, in evaluation mode, optionally with a LoRA adapter.
+
+    Raises UserError unless all weights come from the folder's safetensors.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
+    base_files(path)
+    read_config(path, str(path))
+    stored_tensors(path)
+    model, random = library_versions.load_model(path, dtype="auto", attn_implementation="sdpa")
+    if random:
+        raise UserError(f"lacks the weights of {random[0]} in its shape", where=str(path), fix=COMPLETE)
     if adapter:
         from peft import PeftModel
 
         # Load the adapter in the dtype it was trained in, so that it rounds as in training. peft chooses fp32 or the
         # base model's dtype.
-        in_fp32 = all(tensor.dtype == "F32" for tensor in stored_tensors(adapter).values())
+        in_fp32 = all(tensor.dtype == "F32" for tensor in read_header(adapter / WEIGHTS).tensors.values())
         model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=in_fp32)
     return model.eval()
 

@@ -30,17 +30,62 @@ def hub_connection_errors() -> tuple[type[Exception], ...]:
     return (errors.OfflineModeIsEnabled, client.TransportError)
 
 
+# A model folder may come from a stranger: no network, and no code of its repository (auto_map in its configs).
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load_config(folder: Path, **options: Any) -> Any:
+    """Load config.json of a folder, which may name code, as one of transformers' own configs."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, **LOCAL, **options)
+
+
+def new_model(config: Any, **options: Any) -> Any:
+    """Build a causal language model of a config, with new weights. ``options`` are those of from_config.
+
+    A config can name its attention, which may be code on the Hub, so it is chosen here if ``options`` do not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False, **{"attn_implementation": "eager", **options}
+    )
+
+
+def load_model(folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """Load a causal language model from the safetensors of a folder.
+
+    Returns the model, and the names of its weights that the folder lacks or has in another shape: they are random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **LOCAL, **options
+    )
+    mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]
+    return model, sorted({*found["missing_keys"], *mismatched})
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder as its tokenizer.json describes it.
 
     AutoTokenizer of transformers 5 rebuilds some tokenizers (GPT2Tokenizer, Qwen2Tokenizer) with the pre-tokenizer of
     their class instead of the file's, so that numbers become other tokens. That of 4.57 uses the file for every class.
+    Raises OSError or ValueError.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if _transformers() >= 5 and (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    file = folder / "tokenizer.json"
+    # Named, because tokenizer_config.json can name another one, outside the folder, for 4.57.
+    options = {**LOCAL, "tokenizer_file": str(file)} if file.is_file() else LOCAL
+    own_class = PreTrainedTokenizerFast if _transformers() >= 5 and file.is_file() else AutoTokenizer
+    try:
+        return own_class.from_pretrained(folder, **options)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, and a file of any content makes any line fail
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def chat_template_environment() -> Any:
@@ -80,4 +125,6 @@ def load_gguf_model(file: Path, dtype: Any) -> Any:
     import transformers
 
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _transformers() >= 5 else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, **LOCAL, **options
+    )

@@ -1,14 +1,153 @@
-"""Read the JSON files of a model folder, which come with a model from elsewhere."""
+"""The files of a base model: which of a folder's or repository's files are read, and which are refused by name.
+
+A model folder is what a stranger may have written. transformers follows an adapter_config.json to another model, runs
+a repository's Python, unpickles weights, and takes weights from wherever its config names them; so only the files named
+here are copied to the workspace, and a folder with a file that changes what is loaded is refused.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
 
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+# What a tokenizer is loaded from, and the chat templates (transformers keeps further ones in the folder).
+TOKENIZER_FILES = (
+    *(*TOKENIZERS, "tokenizer.model.*", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+SETTINGS = (CONFIG, "generation_config.json")
+LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+KEPT = (*SETTINGS, *TOKENIZER_FILES, *LICENSES)
+FOLDERS = frozenset(pattern.partition("/")[0] for pattern in KEPT if "/" in pattern)
+# Files from which a loader would take another model's weights, or an adapter's besides the model's own.
+ADAPTER = re.compile(r"adapter_(config\.json|model(-.*)?\.(safetensors|bin)(\.index\.json)?)")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")  # of a shard: no folder, no option, no wildcard
+COMPLETE = "Use a complete copy."
 COPY_AGAIN = "Copy the file again from its source."
+
+
+def check_names(names: Iterable[str], origin: str) -> None:
+    """Raise UserError for the first file that makes ``origin`` something else than a base model."""
+    for name in sorted(names):
+        if ADAPTER.fullmatch(name):
+            raise UserError(
+                f"{origin} has {name}: it is an adapter, or a model with one, and not a base model",
+                where="model",
+                fix="Merge the adapter first (`llama-lora merge`) and use the result, or use a copy without its files.",
+            )
+
+
+def kept(names: Collection[str]) -> list[str]:
+    """The files besides the weights that are read, of all ``names`` in a folder or repository."""
+    return sorted(
+        name for name in names if any(fnmatchcase(name, each) for each in KEPT) and name.count("/") == _depth(name)
+    )
+
+
+def _depth(name: str) -> int:
+    return 1 if name.partition("/")[0] in FOLDERS else 0
+
+
+def weight_index(names: Collection[str]) -> str | None:
+    """The index that names the shards; None if the model is one file.
+
+    A model.safetensors comes first, as for transformers.
+    """
+    return INDEX if INDEX in names and WEIGHTS not in names else None
+
+
+def shards_in(index: Path) -> dict[str, str]:
+    """Map each tensor's name to its shard, as an index says. Raises UserError if a shard is not a plain file name."""
+    try:
+        listed = read_object(index).get("weight_map")
+    except InvalidJson as problem:
+        raise UserError(str(problem), where=str(index), fix=COMPLETE) from None
+    if not isinstance(listed, dict) or not listed:
+        raise UserError("has no weight_map", where=str(index), fix=COMPLETE)
+    for name, shard in listed.items():
+        if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard) or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{name} is in {shard!r}, which is not the name of a *.safetensors file in this folder",
+                where=str(index),
+                fix=COMPLETE,
+            )
+    return listed
+
+
+def base_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder that are read, by name relative to it, each with the file to open.
+
+    Other files are ignored. A link is refused, except for those of the Hub client's cache, which are followed to their
+    files. Raises UserError.
+    """
+    try:
+        found = set(os.listdir(folder))  # noqa: PTH208 - names
+        inner = {name for name in FOLDERS & found if not (folder / name).is_symlink() and (folder / name).is_dir()}
+        found |= {f"{name}/{file}" for name in inner for file in os.listdir(folder / name)}  # noqa: PTH208 - names
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(folder), fix="Check its permissions.") from None
+    check_names(found, str(folder))
+    names = kept(found)
+    if (index := weight_index(found)) is not None:
+        names += [index, *sorted(set(shards_in(regular_file(folder, index)).values()))]
+    elif WEIGHTS in found:
+        names.append(WEIGHTS)
+    return {name: regular_file(folder, name) for name in sorted(names, key=Path)}
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """The file to open for a name in a model folder. Raises UserError if there is none, or another kind of file."""
+    file = folder / name
+    try:
+        status = os.lstat(file)
+        if stat.S_ISLNK(status.st_mode):
+            file = _in_hub_cache(folder, file)
+            status = os.lstat(file)
+    except FileNotFoundError:
+        raise UserError("not found, but the index lists it", where=str(file), fix=COMPLETE) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError("is not a regular file", where=str(file), fix="Use a folder with files only.")
+    return file
+
+
+def _in_hub_cache(folder: Path, link: Path) -> Path:
+    """The file of a link in models--X/snapshots/REVISION to models--X/blobs.
+
+    See https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Raises UserError for any other link.
+    """
+    snapshot = Path(os.path.realpath(folder))
+    repository, blob = snapshot.parent.parent, Path(os.path.realpath(link))
+    in_cache = snapshot.parent.name == "snapshots" and repository.name.startswith("models--")
+    if in_cache and blob.parent == repository / "blobs":
+        return blob
+    raise UserError("is a symbolic link", where=str(link), fix="Use a folder with files, such as a copy (cp -rL).")
+
+
+def read_config(folder: Path, origin: str) -> dict[str, Any]:
+    """Read config.json. Raises UserError if it cannot be read, or names other weights, which transformers 5 loads."""
+    try:
+        config = read_object(folder / CONFIG)
+    except InvalidJson as problem:
+        raise UserError(f"{CONFIG} of {origin} {problem}", where="model", fix=COMPLETE) from None
+    if config.get("transformers_weights") is not None:
+        raise UserError(
+            f"{CONFIG} of {origin} names other weights (transformers_weights)",
+            where="model",
+            fix=f"Use a model with {WEIGHTS} or {INDEX}.",
+        )
+    return config
 
 
 def read_model_json(file: Path) -> dict[str, Any]:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora.model_files import INDEX, WEIGHTS, regular_file, shards_in
 
 if TYPE_CHECKING:
     import torch
 
 # The safetensors names of the supported dtypes, and torch's.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# The bits of an element of every dtype: https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs.
+BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 COPY_AGAIN = "Copy the file again from its source."
 
 
@@ -30,34 +42,125 @@ class StoredTensor:
     end: int
 
 
+class Header(NamedTuple):
+    """The header of a safetensors file: its tensors by name, and its metadata."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+class _Invalid(Exception):
+    """Why a header is not valid."""
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """List every tensor of a model folder by name. Reads only the shards' headers.
 
-    A shard is 8 bytes of header length (little endian), the header as JSON, and the data (safetensors format).
-    Raises UserError if there are no shards, a shard that the index names is missing, or a shard is truncated.
+    Raises UserError if there are no shards, a shard is missing or damaged, or a tensor is not where the index says.
     """
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder):
-        with shard.open("rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            except (struct.error, ValueError, MemoryError, OverflowError):
-                raise UserError("not a valid safetensors file", where=str(shard), fix=COPY_AGAIN) from None
-        header.pop("__metadata__", None)
-        ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
-        if max(ends, default=0) != shard.stat().st_size:
-            raise UserError("file is truncated", where=str(shard), fix=COPY_AGAIN)
-        for name, entry in header.items():
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(shard.name, entry["dtype"], entry["shape"], begin, end)
+    shards, indexed = _shards(folder)
+    for shard, file in shards.items():
+        for name, tensor in read_header(file, shard).tensors.items():
+            if name in tensors:
+                raise UserError(f"{name} is also in {tensors[name].shard}", where=str(file), fix=COPY_AGAIN)
+            tensors[name] = tensor
+    for name, shard_name in indexed.items():
+        if name not in tensors or tensors[name].shard != shard_name:
+            raise UserError(f"{name} not found, but the index lists it", where=str(folder / shard_name), fix=COPY_AGAIN)
     return tensors
 
 
-def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor) -> None:
+def read_header(shard: Path, name: str = "") -> Header:
+    """Read the header of a safetensors file, and check it as strictly as safetensors does, and a little more.
+
+    ``name``: what a folder calls it, if not by its own name.
+
+    A file is 8 bytes of header length (little endian), the header as JSON, and the data. The tensors' byte ranges cover
+    the data exactly once, and each has the size of its dtype and shape. Raises UserError.
+    """
+    try:
+        with files.open_regular(shard) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or length > size - 8:
+                raise _Invalid("the file is truncated" if size else "the file is empty")
+            if length > MOST_HEADER_BYTES:
+                raise _Invalid(f"the header has {length} bytes, the most is {MOST_HEADER_BYTES}")
+            return _header(name or shard.name, file.read(length), size)
+    except FileNotFoundError:
+        raise UserError("not found", where=str(shard), fix=COPY_AGAIN) from None
+    except OSError as error:
+        reason = "is a symbolic link" if shard.is_symlink() else f"cannot be read: {error.strerror}"
+        raise UserError(reason, where=str(shard), fix=COPY_AGAIN) from None
+    except _Invalid as problem:
+        raise UserError(f"not a valid safetensors file: {problem}", where=str(shard), fix=COPY_AGAIN) from None
+
+
+def _header(shard: str, text: bytes, size: int) -> Header:
+    begin = 8 + len(text)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _Invalid(f"the header is not valid JSON ({type(error).__name__})") from None
+    if not isinstance(header, dict):
+        raise _Invalid("the header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Invalid("__metadata__ does not map names to text")
+    tensors = {name: _tensor(name, entry, shard, begin) for name, entry in header.items()}
+    end, before = begin, ""
+    for name, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
+        if tensor.begin != end:
+            between = f"between {before} and {name}" if before else f"before {name}"
+            what = f"{name} overlaps {before}" if tensor.begin < end else f"{tensor.begin - end} bytes {between}"
+            raise _Invalid(what + ("" if tensor.begin < end else " belong to no tensor"))
+        end, before = tensor.end, name
+    if end > size:
+        raise _Invalid("the file is truncated")
+    if end < size:
+        raise _Invalid(f"{size - end} bytes at its end belong to no tensor")
+    return Header(tensors, metadata)
+
+
+def _tensor(name: str, entry: Any, shard: str, data: int) -> StoredTensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _Invalid(f"{name} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _Invalid(f"{name} has the unknown dtype {dtype!r}")
+    if not _are_counts(shape):
+        raise _Invalid(f"{name} has an invalid shape")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _Invalid(f"{name} has invalid data_offsets")
+    begin, end = offsets
+    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+        raise _Invalid(f"{name} of dtype {dtype} and shape {shape} has {end - begin} bytes")
+    return StoredTensor(shard, dtype, shape, data + begin, data + end)
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(each) is int and 0 <= each < 1 << 48 for each in values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Invalid(f"the header has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor, name: str) -> None:
     """Add ``delta`` (fp32) to a stored tensor. The sum is computed in fp32 and rounded once to the stored dtype.
 
-    It rounds as ``weight.data += delta`` in merge_and_unload() of peft does (0.17 to 0.21).
+    It rounds as ``weight.data += delta`` in merge_and_unload() of peft does (0.17 to 0.21). Raises UserError if the sum
+    is not finite in the stored dtype.
     """
     import torch
 
@@ -67,20 +170,27 @@ def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor) -> None
         data = bytearray(file.read(tensor.end - tensor.begin))
         weight = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
         weight += delta
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{name} plus its delta has values that are not finite",
+                where=shard.name,
+                fix="Check the base model, and lora_alpha and r of the adapter.",
+            )
         file.seek(tensor.begin)
         file.write(data)
 
 
-def _shards(folder: Path) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise UserError("no *.safetensors files", where=str(folder), fix="Pass a model folder with safetensors.")
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError("not found, but the index lists it", where=str(shard), fix=COPY_AGAIN)
-        yield shard
+def _shards(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The shards of a folder by name, and the shard of each tensor if there is an index."""
+    index = folder / INDEX
+    indexed = shards_in(regular_file(folder, INDEX)) if os.path.lexists(index) else {}
+    single = os.path.lexists(folder / WEIGHTS)
+    if indexed and single:
+        raise UserError(
+            f"has both {WEIGHTS} and {INDEX}", where=str(folder), fix="Delete the one that is not the model's."
+        )
+    if not indexed and not single:
+        raise UserError(
+            f"has neither {WEIGHTS} nor {INDEX}", where=str(folder), fix="Pass a model folder with safetensors."
+        )
+    return {name: regular_file(folder, name) for name in sorted(set(indexed.values()) or {WEIGHTS})}, indexed

@@ -15,6 +15,7 @@ import yaml
 from genvalues.accelerators.architectures import UnknownArchitecture, from_config
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import library_versions
 from llama_lora.config import Monitoring, Parallelism, Publish, RunConfig
 from llama_lora.data.row_checks import Row, trained_window
 from llama_lora.data.tokens import IGNORED
@@ -101,15 +102,14 @@ def small_model_config(config: dict[str, Any]) -> dict[str, Any]:
 def make_small_model(model: Path, folder: Path) -> None:
     """Write a model folder with random weights in the model's dtype, and the model's tokenizer and other files."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = small_model_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     dtypes = {tensor.dtype for tensor in stored_tensors(model).values()} & DTYPES.keys()
     folder.mkdir(parents=True)
     files.write_json(folder / "config.json", config)
     torch.manual_seed(0)
-    small = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder), dtype=getattr(torch, DTYPES[max(dtypes, default="F32")])
+    small = library_versions.new_model(
+        library_versions.load_config(folder), dtype=getattr(torch, DTYPES[max(dtypes, default="F32")])
     )
     small.save_pretrained(folder)
     for file in model.iterdir():

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 PARTIAL = ".partial-"  # part of the temporary name of an incomplete file or folder
 
@@ -154,3 +154,25 @@ def current_umask() -> int:
     umask = os.umask(0o022)
     os.umask(umask)
     return umask
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read that may be anything: a symbolic link, a FIFO or a device is an OSError, and never waits."""
+    # O_NONBLOCK: opening a FIFO would wait for a writer
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+def open_to_append(path: Path, *, empty: bool = False) -> TextIO:
+    """Open a text file of ours to write at its end, or ``empty``. A symbolic link in its place is an OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if empty else os.O_APPEND)
+    file = open(os.open(path, flags, 0o666), "w" if empty else "a", encoding="utf-8")  # noqa: PTH123, SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    if empty:
+        file.truncate(0)
+    return file

@@ -30,6 +30,7 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 
 SECONDS = 30.0  # CPU time of this process that one row may take
 MEMORY = 2 * 2**30  # bytes that the rows of one batch may take, beyond what the process has
+MOST_SOURCE = 1 << 18  # characters; the longest in use have some ten thousand. Compiling cannot be interrupted.
 PIECES = 10_000_000  # strings that one rendering may consist of
 INTEGER_BITS = 4096  # length of a product or a power of integers; a longer one could take hours in a single operation
 
@@ -46,17 +47,22 @@ class ChatTemplate:
         self.source = source
         self._variables = {"documents": None, **tokens, "date_string": date.strftime("%d %b %Y")}  # Llama 3's
         environment = _environment(date)
+        if len(source) > MOST_SOURCE:
+            what = f"the chat template has {len(source)} characters, the most is {MOST_SOURCE}"
+            raise UserError(what, where="model", fix=FIX)
         with limits("model"):
             try:
                 self._template = environment.from_string(source)
-                self.message_keys = message_keys(environment.parse(source))
+                tree = environment.parse(source)
+                check_alone(tree)
+                self.message_keys = message_keys(tree)
                 self._template.globals = dict(self._template.globals)  # copied for each rendering: slow as a ChainMap
                 self._words = {
                     value if kind == "name" else value[1:-1]
                     for _, kind, value in environment.lex(source)
                     if kind in ("name", "string")
                 }
-            except (TimeUp, MemoryError):
+            except (TimeUp, MemoryError, UserError):
                 raise
             except Exception as error:  # a hostile template can raise what it wants, RecursionError for example
                 raise UserError(f"invalid chat template: {_with_kind(error)}", where="model", fix=FIX) from None
@@ -94,6 +100,17 @@ class ChatTemplate:
         except Exception as error:
             raise UserError(f"the chat template fails: {_with_kind(error)}", where=place, fix=FIX) from None
         return text
+
+
+def check_alone(template: Any) -> None:
+    """Raise UserError if a template, a syntax tree of Jinja, reads other templates: a model has none."""
+    from jinja2 import nodes
+
+    for node in template.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        statement = "import" if isinstance(node, nodes.FromImport) else type(node).__name__.lower()
+        raise UserError(
+            f"the chat template reads another one ({statement}, line {node.lineno})", where="model", fix=FIX
+        )
 
 
 def message_keys(template: Any) -> set[str]:

@@ -268,9 +268,9 @@ def end_of_turn(tokenizer: Any) -> int | None:
             template = ChatTemplates(tokenizer).of([])
             prompt = template.render(messages[:1], [], prompt=True, place="model")
             whole = template.render(messages, [], prompt=False, place="model").rstrip()
+            asks = template.render(messages[:1], [], prompt=False, place="model")
     except (Dropped, UserError):
         return None
-    asks = template.render(messages[:1], [], prompt=False, place="model")
     ends = [text for text in special_tokens(tokenizer) if whole.endswith(text) and text not in prompt[len(asks) :]]
     return int(tokenizer.convert_tokens_to_ids(max(ends, key=len))) if ends else None
 

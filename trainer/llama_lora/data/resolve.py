@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,16 +28,10 @@ from llama_lora.config import Model, RunConfig
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.s3 import list_keys, s3_client, s3_parts, translate_s3_errors
+from llama_lora.model_files import base_files
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
-
-# Files of a model folder or repository that are not copied. Weights in other formats (such as Meta's consolidated.pth)
-# would double the download and are never read. In fnmatch and in the Hub's client, * matches slashes too.
-IGNORED_FILES = [
-    *("original/*", "onnx/*", ".git*", ".cache/*", "*.md"),
-    *("*.pth", "*.pt", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
-]
 
 
 # In the name of a folder of the workspace.
@@ -146,12 +139,6 @@ def _resolved(entries: dict[str, dict[str, Any]]) -> ResolvedSources:
     return ResolvedSources(sources["model"], sources["dataset"], additional, sources.get("dataset.eval"))
 
 
-def snapshot_files(folder: Path) -> dict[str, Path]:
-    """The files of a model folder that are copied to the workspace, by relative name."""
-    named = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: file for name, file in named.items() if not any(fnmatch(name, pattern) for pattern in IGNORED_FILES)}
-
-
 def _recorded(paths: Paths) -> dict[str, Any]:
     """The content of resolved.json; empty if it does not exist or is not valid."""
     try:
@@ -232,7 +219,7 @@ def _model_files(path: Path) -> dict[str, Path]:
     """The files that the digest covers, by relative name. A single file's own name is not covered."""
     if path.is_file():
         return {"": path}
-    return snapshot_files(path)
+    return base_files(path)
 
 
 def _look_up_model(model: Model) -> dict[str, Any]:

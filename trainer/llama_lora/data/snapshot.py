@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,23 @@ from genvalues.common.errors import UserError
 from llama_lora import library_versions
 from llama_lora.config import Model, Verify
 from llama_lora.data.hub_errors import translate_hub_errors
-from llama_lora.data.resolve import IGNORED_FILES, Source, snapshot_files
+from llama_lora.data.resolve import Source
 from llama_lora.data.shared_folders import make_once
-from llama_lora.safetensors_files import stored_tensors
-
-TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "vocab*", "merges.txt"]
+from llama_lora.model_files import (
+    COMPLETE,
+    CONFIG,
+    INDEX,
+    KEPT,
+    TOKENIZERS,
+    WEIGHTS,
+    base_files,
+    check_names,
+    kept,
+    read_config,
+    shards_in,
+    weight_index,
+)
+from llama_lora.safetensors_files import DTYPES, stored_tensors
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +39,7 @@ log = logging.getLogger(__name__)
 def take_snapshot(model: Model, source: Source, models: Path, verify: Verify = "cached") -> Path:
     """Return the base model's folder MODELS/NAME@REVISION, and make it if it is not complete.
 
-    Raises UserError if the source has no usable model.
+    It gets the files that ``model_files`` names. Raises UserError if the source has no usable model.
     """
     target = models / f"{source.name}@{source.revision[:12]}"
     with make_once(target, verify) as missing:
@@ -41,6 +54,9 @@ def take_snapshot(model: Model, source: Source, models: Path, verify: Verify = "
                 with _resumable_folder(target) as folder:
                     _download(model.id, source.revision, folder)
                     _check(folder, model.id)
+        else:  # another run's, or of an earlier release
+            base_files(target)
+            read_config(target, str(target))
     return target
 
 
@@ -53,14 +69,13 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
         from huggingface_hub import snapshot_download
 
         with translate_hub_errors("model.id", model.id):
-            return Path(snapshot_download(model.id, revision=model.revision or None, allow_patterns=TOKENIZER_FILES))
+            return Path(snapshot_download(model.id, revision=model.revision or None, allow_patterns=[*KEPT]))
     path = Path(model.path)
     if path.suffix == ".gguf" and path.is_file():
-        from transformers import AutoConfig
-
-        with _translate_gguf_errors(path):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        _gguf_tokenizer(path, config).save_pretrained(folder)
+        with _alone(path) as file:
+            with _translate_gguf_errors(path):
+                config = library_versions.load_config(file.parent, gguf_file=file.name)
+            _gguf_tokenizer(file, config).save_pretrained(folder)
         return folder
     if not path.is_dir():
         raise UserError(
@@ -83,10 +98,27 @@ def _resumable_folder(target: Path) -> Iterator[Path]:
 
 
 def _download(repository: str, commit: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+
+    def fetch(names: list[str]) -> None:
+        with translate_hub_errors("model", repository):
+            snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=names)
 
     with translate_hub_errors("model", repository):
-        snapshot_download(repository, revision=commit, local_dir=folder, ignore_patterns=IGNORED_FILES)
+        available = set(HfApi().list_repo_files(repository, revision=commit))
+    check_names(available, repository)
+    names, index = kept(available), weight_index(available)
+    fetch([*names, index] if index else names)
+    weights = sorted(set(shards_in(folder / index).values())) if index else sorted(available & {WEIGHTS})
+    if missing := sorted(set(weights) - available):
+        raise UserError(f"{repository} has no {missing[0]}, but its {INDEX} lists it", where="model", fix=COMPLETE)
+    if weights:
+        fetch(weights)
+    expected = {*names, *weights, *([index] if index else [])}
+    for file in folder.rglob("*"):  # of a download by another release
+        name = file.relative_to(folder).as_posix()
+        if not file.is_dir() and name not in expected and not name.startswith(".cache/"):
+            file.unlink()
 
 
 def _copy(origin: Path, folder: Path) -> None:
@@ -94,7 +126,7 @@ def _copy(origin: Path, folder: Path) -> None:
         raise UserError(
             f"{origin} is neither a folder nor a .gguf file", where="model.path", fix="Write the path of one of these."
         )
-    for name, file in snapshot_files(origin).items():
+    for name, file in base_files(origin).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
 
@@ -106,11 +138,21 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with _translate_gguf_errors(file):
-        model = library_versions.load_gguf_model(file, torch.bfloat16)
-    tokenizer = _gguf_tokenizer(file, model.config)
+    with _alone(file) as alone:
+        with _translate_gguf_errors(file):
+            model = library_versions.load_gguf_model(alone, torch.bfloat16)
+        tokenizer = _gguf_tokenizer(alone, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers also reads the files beside it, such as adapter_config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "model.gguf")
+        link.symlink_to(file.absolute())
+        yield link
 
 
 @contextmanager
@@ -131,7 +173,7 @@ def _gguf_tokenizer(file: Path, config: Any) -> Any:
     from transformers import AutoTokenizer
 
     with _translate_gguf_errors(file):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **library_versions.LOCAL)
     # transformers 4.57 uses default special tokens instead of the file's: SmolLM2's end-of-sequence token becomes
     # <|im_start|>, and training would use the wrong one. The model's config has the right ids.
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -157,33 +199,50 @@ def _begins_texts(file: Path) -> bool | None:
 
 def _check(folder: Path, origin: str) -> None:
     """Raise UserError for a model that a later stage could not use: this stage is the cheapest place to fail."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{origin} has no config.json", where="model", fix="Use a model in the Hugging Face format.")
-    if not any(folder.glob("*.safetensors")):
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{origin} has no {CONFIG}", where="model", fix="Use a model in the Hugging Face format.")
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         raise UserError(
-            f"{origin} has no *.safetensors weights",
+            f"{origin} has no *.safetensors weights ({WEIGHTS} or {INDEX})",
             where="model",
             fix="Convert it: AutoModelForCausalLM...save_pretrained(FOLDER).",
         )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{origin} has no tokenizer", where="model", fix="Add the tokenizer's files to the folder.")
-    missing = sorted(_parameters(folder, origin) - stored_tensors(folder).keys())
-    if missing:  # transformers would initialize them at random
-        raise UserError(f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix="Use a complete copy.")
+    stored = stored_tensors(folder)
+    needed = _parameters(folder, origin, len(stored))
+    if missing := sorted(needed.keys() - stored.keys()):  # transformers would initialize them at random
+        raise UserError(f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix=COMPLETE)
+    for name, shape in needed.items():
+        if stored[name].shape != shape:
+            what = f"{name} of {origin} has shape {stored[name].shape}, but its {CONFIG} needs {shape}"
+            raise UserError(what, where="model", fix=COMPLETE)
+        if stored[name].dtype not in DTYPES:
+            what = f"{name} of {origin} has dtype {stored[name].dtype}"
+            raise UserError(what, where="model", fix=f"Use a model in {', '.join(DTYPES)}.")
 
 
-def _parameters(folder: Path, origin: str) -> set[str]:
-    """The parameter names of the model's architecture. A shared one (tied embeddings) has one name."""
+def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[int]]:
+    """The shapes of the parameters of the model's architecture. A shared one (tied embeddings) has one name.
+
+    ``most_layers``: how many tensors there are. Each layer has some; a config of more layers could take hours to build.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    written = read_config(folder, origin)
+    layers = written.get("num_hidden_layers")
+    if isinstance(layers, (int, float)) and layers > most_layers:
+        what = f"{CONFIG} of {origin} has num_hidden_layers {layers:g}, but there are only {most_layers} weights"
+        raise UserError(what, where="model", fix=COMPLETE)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (ValueError, OSError, KeyError) as error:
+            model = library_versions.new_model(library_versions.load_config(folder))
+    except Exception as error:  # a config can make any line of transformers fail
+        lines = str(error).splitlines() or [type(error).__name__]
+        own = ", and the code that it comes with (auto_map) is not run" if "auto_map" in written else ""
         raise UserError(
-            f"transformers does not support {origin} as a causal language model: {str(error).splitlines()[0]}",
+            f"transformers does not support {origin} as a causal language model{own}: {lines[0]}",
             where="model",
             fix="Use a Llama, or another causal language model.",
         ) from None
-    return {name for name, _ in model.named_parameters()}
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}

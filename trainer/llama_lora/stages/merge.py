@@ -6,6 +6,7 @@ The result is bit-identical to peft's merge_and_unload(). Peak memory is the lar
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora import evaluation
-from llama_lora.adapter import CONFIG, Delta, read_deltas
+from llama_lora.adapter import CONFIG, Delta, read_adapter_config, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
+from llama_lora.model_files import base_files
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress, track
 from llama_lora.safetensors_files import DTYPES, StoredTensor, add_in_place, stored_tensors
@@ -97,6 +99,34 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             raise UserError(
                 f"{name} has dtype {tensor.dtype}", where=str(base), fix=f"Use a base model in {', '.join(DTYPES)}."
             )
+    chosen_layers = read_adapter_config(adapter)
+    if chosen_layers.get("layers_to_transform") is not None or chosen_layers.get("exclude_modules"):
+        return
+    kinds = {without_numbers(name) for name in deltas}
+    if absent := sorted(name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds):
+        raise UserError(
+            f"has no factors of {absent[0]}, but of the same layer elsewhere ({len(deltas)} of "
+            f"{len(deltas) + len(absent)} layers)",
+            where=str(adapter),
+            fix=f"Was it trained on {base}?",
+        )
+
+
+def without_numbers(name: str) -> str:
+    """What the tensors of the same name in all layers have in common."""
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def check_merged(tensors: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Raise UserError unless the merged model has the tensors of the base model, each in its place."""
+    found = stored_tensors(folder)
+    if found != tensors:
+        differing = sorted(name for name in {*found, *tensors} if found.get(name) != tensors.get(name))
+        raise UserError(
+            f"{differing[0]} of the merged model is not stored as in the base model",
+            where=str(folder),
+            fix="Did another process change the base model? Merge again.",
+        )
 
 
 def write_merged(
@@ -111,19 +141,21 @@ def write_merged(
     What is copied is compared with the digests in ``recorded``. Raises UserErrors for a file that differs.
     The copy's generation config gets the tokens that answers were trained to end with, if it lacks them.
     """
-    with StageProgress("file", sum(path.is_file() for path in base.rglob("*"))) as progress:
-
-        def copy(source: str, target: str) -> None:
-            record = (recorded or {}).get(Path(source))
-            if record is None:
-                shutil.copyfile(source, target)
-            elif files.copy_with_digest(Path(source), Path(target)) != record.sha256:
-                refuse_damaged({Path(source): OTHER_CONTENT}, "tokenize")
+    copied = base_files(base)
+    if unknown := sorted(name for name, file in copied.items() if recorded and file not in recorded):
+        what = "is not among the files that tokenize wrote"
+        raise UserError(what, where=str(base / unknown[0]), fix="Delete it, or start a new run.")
+    with StageProgress("file", len(copied)) as progress:
+        for name, file in copied.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not recorded:
+                shutil.copyfile(file, folder / name)
+            elif files.copy_with_digest(file, folder / name) != recorded[file].sha256:
+                refuse_damaged({file: OTHER_CONTENT}, "tokenize")
             progress.advance()
-
-        shutil.copytree(base, folder, dirs_exist_ok=True, copy_function=copy)
+    check_merged(tensors, folder)
     for name, delta in track(deltas.items(), "tensor", len(deltas)):
-        add_in_place(folder / tensors[name].shard, tensors[name], delta.weight())
+        add_in_place(folder / tensors[name].shard, tensors[name], delta.weight(), name)
     record_stop_tokens(folder)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from genvalues.common.errors import UserError
+from llama_lora import library_versions
 from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.checkpoints import CheckpointRecord
 from llama_lora.backends.loop import Row, StepResult
@@ -59,10 +60,8 @@ class NativeEngine:
 
     def load(self, compile_backend: str | None) -> None:
         """Build the model and read this worker's part of the base weights."""
-        from transformers import AutoConfig
-
         weights = StoredWeights.of_model(self.job.model)
-        config = AutoConfig.from_pretrained(self.job.model)
+        config = library_versions.load_config(self.job.model)
         self.divide(build_model(config, self.job.lora, weights_dtype(weights, self.device)), compile_backend)
         materialize(self.root, self.device.torch, weights, self.job.training.seed)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from llama_lora import library_versions
 from llama_lora.adapter import PREFIX
 from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.native.regions import StoredWeights, local_region, local_tensor
@@ -111,12 +112,12 @@ def build_model(config: Any, lora: Lora, dtype: torch.dtype) -> LoraModel:
     """Build the model of a transformers config, with an fp32 adapter. Parameters are meta tensors, buffers are real."""
     from accelerate import init_empty_weights
     from peft import get_peft_model
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(ATTENTION, sdpa_attention_forward)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        model = library_versions.new_model(config, attn_implementation=ATTENTION, dtype=dtype)
         peft_model = get_peft_model(model, lora_config(lora), low_cpu_mem_usage=True)
     lm = peft_model.get_base_model()  # peft's wrapper is not called: it only adds hooks
     lm.tie_weights()  # not within init_empty_weights, which makes a parameter of its own of each that is assigned

@@ -6,6 +6,7 @@ Base weights and checkpoints are both read this way. Nothing is unpickled.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from genvalues.common.errors import UserError
-from llama_lora.safetensors_files import stored_tensors
+from llama_lora.safetensors_files import DTYPES, Header, read_header, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -105,24 +106,23 @@ class StoredWeights:
 
     @classmethod
     def of_parts(cls, folder: Path, files: Iterable[Path]) -> StoredWeights:
-        """The tensors of files that ``write_parts`` has written."""
-        from safetensors import SafetensorError, safe_open
+        """The tensors of files that ``write_parts`` has written.
 
+        Raises UserError if a file is damaged, or the parts of a tensor do not cover it exactly once.
+        """
         stored = cls(folder)
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    described = json.loads((opened.metadata() or {})[PARTS])
-                    for key in opened.keys():  # noqa: SIM118  (it has no __iter__)
-                        view = opened.get_slice(key)
-                        region = Region(tuple(described[key]["offset"]), tuple(view.get_shape()))
-                        stored.shapes[key] = tuple(described[key]["shape"])
-                        stored.parts.setdefault(key, []).append(StoredPart(file, key, region))
-                        stored.dtypes[key] = view.get_dtype()
-            except (SafetensorError, KeyError, ValueError, TypeError) as error:
-                raise UserError(
-                    f"not a part of a checkpoint: {error}", where=str(file), fix="Use a complete checkpoint."
-                ) from None
+            header = read_header(file)
+            described = _described(header, file)
+            for key, tensor in header.tensors.items():
+                region, shape = described[key]
+                same = stored.shapes.setdefault(key, shape) == shape
+                if not same or stored.dtypes.setdefault(key, tensor.dtype) != tensor.dtype:
+                    raise _not_a_part(f"{key} has another shape or dtype in another file", file)
+                stored.parts.setdefault(key, []).append(StoredPart(file, key, region))
+        for key, parts in stored.parts.items():
+            if not covers_once([part.region for part in parts], stored.shapes[key]):
+                raise stored._misfit(key, whole(stored.shapes[key]))
         return stored
 
     def read_into(self, target: torch.Tensor, name: str, region: Region) -> None:
@@ -165,6 +165,56 @@ class StoredWeights:
         )
 
 
+def _described(header: Header, file: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
+    """The region and the whole shape of each tensor of a file of parts, from its metadata."""
+    try:
+        described = json.loads(header.metadata[PARTS])
+        found = {
+            key: (Region(_counts(described[key]["offset"]), tuple(tensor.shape)), _counts(described[key]["shape"]))
+            for key, tensor in header.tensors.items()
+        }
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _not_a_part(f"{type(error).__name__}: {error}", file) from None
+    for key, (region, shape) in found.items():
+        if header.tensors[key].dtype not in DTYPES:
+            raise _not_a_part(f"{key} has dtype {header.tensors[key].dtype}", file)
+        ends = zip(region.offset, region.shape, shape, strict=False)
+        if not len(region.offset) == len(region.shape) == len(shape) or any(
+            offset + size > most for offset, size, most in ends
+        ):
+            raise _not_a_part(f"{key} is not within its whole shape", file)
+    return found
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(each) is int and 0 <= each < 1 << 48 for each in values):
+        raise ValueError("offset and shape must be lists of numbers")
+    return tuple(values)
+
+
+def _not_a_part(why: str, file: Path) -> UserError:
+    return UserError(f"not a part of a checkpoint: {why}", where=str(file), fix="Use a complete checkpoint.")
+
+
+def covers_once(regions: Sequence[Region], shape: Sequence[int]) -> bool:
+    """Whether regions of a tensor of this shape cover each of its elements exactly once."""
+    cuts = [
+        sorted({0, size, *(cut for r in regions for cut in (r.offset[axis], r.offset[axis] + r.shape[axis]))})
+        for axis, size in enumerate(shape)
+    ]
+    if math.prod(map(len, cuts)) > MOST_CELLS:
+        return False
+    counts = torch.zeros([len(axis) - 1 for axis in cuts], dtype=torch.int32)
+    for region in regions:
+        cells = tuple(
+            slice(axis.index(offset), axis.index(offset + size))
+            for axis, offset, size in zip(cuts, region.offset, region.shape, strict=True)
+        )
+        counts[cells] += 1
+    return bool((counts == 1).all())
+
+
+MOST_CELLS = 1 << 20  # of the grid of all parts' edges; 128 workers in two dimensions have 16,641
 PARTS = "parts"  # metadata key of a file of parts: JSON, name -> {offset, shape of the whole tensor}
 
 

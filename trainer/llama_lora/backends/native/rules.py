@@ -14,6 +14,7 @@ from genvalues.accelerators.neuron_rules import process_problems, shard_problems
 from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import dotted, one_line
+from llama_lora import library_versions
 from llama_lora.config import RunConfig
 from llama_lora.model_files import read_model_json
 
@@ -63,11 +64,9 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
 
 def structure_of(path: Path) -> Structure:
     """Build the model without weights. Its output layer is no LoRA target."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            model = library_versions.new_model(library_versions.load_config(path))
     except Exception as error:  # of any kind, for a config.json with wrong values
         what = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"transformers cannot build the model: {what}", where=str(path / "config.json")) from None

@@ -10,7 +10,7 @@ Any layout of workers reads the parts of any other. checkpoints.py adds the list
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, read_object
+from llama_lora.adapter import FACTOR, TRAIN_LOWER, check_targets, other_factor, read_adapter_config
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.native.optimizer import MOMENTS, LocalAdamW
 from llama_lora.backends.native.regions import Part, Region, StoredWeights, local_region, write_parts
@@ -28,6 +30,7 @@ FORMAT = 1
 ADAPTER_CONFIG, TRAINING = "adapter_config.json", "training.json"
 ADAPTER = "adapter"  # prefix of the adapter's tensors; those of the optimizer are prefixed with the moment's name
 PARTS = "part-*.safetensors"
+PART_NAME = re.compile(r"part-\d+\.safetensors")
 
 
 def save_parts(folder: Path, optimizer: LocalAdamW, adapter_config: Mapping[str, Any], workers: WorkerGroup) -> None:
@@ -79,11 +82,18 @@ def read_to(target: torch.Tensor, stored: StoredWeights, name: str, region: Regi
 def read_adapter(folder: Path, listed: Iterable[str]) -> Adapter:
     """Read the whole adapter, without workers. Raises UserError if a part is missing or does not fit the config."""
     read_training(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     stored = stored_parts(folder, listed)
     prefix = f"{ADAPTER}/"
     tensors = {name.removeprefix(prefix): stored.read(name) for name in sorted(stored.parts) if name.startswith(prefix)}
+    if not tensors:
+        raise UserError("has no part of the adapter", where=str(folder), fix="Use a complete checkpoint.")
+    check_targets(tensors, config, folder)
     for name, tensor in tensors.items():
+        if not FACTOR.fullmatch(name) or tensor.dim() != 2 or other_factor(name) not in tensors:
+            raise UserError(f"{name} is not one of two LoRA factors", where=str(folder), fix="Use another checkpoint.")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} contains values that are not finite", where=str(folder), fix=TRAIN_LOWER)
         rank = tensor.shape[0] if ".lora_A." in name else tensor.shape[1]
         if rank != config["r"]:
             raise UserError(
@@ -95,16 +105,16 @@ def read_adapter(folder: Path, listed: Iterable[str]) -> Adapter:
 
 
 def stored_parts(folder: Path, listed: Iterable[str]) -> StoredWeights:
-    return StoredWeights.of_parts(folder, [folder / name for name in sorted(listed) if Path(name).match(PARTS)])
+    return StoredWeights.of_parts(folder, [folder / name for name in sorted(listed) if PART_NAME.fullmatch(name)])
 
 
 def read_training(folder: Path) -> dict[str, Any]:
     """Read training.json. Raises UserError if the checkpoint has another format."""
     try:
-        found: dict[str, Any] = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-        if found["format"] == FORMAT and isinstance(found["optimizerSteps"], int):
+        found = read_object(folder / TRAINING)
+        if found.get("format") == FORMAT and type(found.get("optimizerSteps")) is int and found["optimizerSteps"] >= 0:
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except InvalidJson:
         pass
     raise UserError(
         f"has no {TRAINING} of format {FORMAT}",

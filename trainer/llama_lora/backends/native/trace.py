@@ -175,7 +175,7 @@ def read_model(config: run_config.RunConfig, file: Path | None) -> Any:
 
     source, revision = str(file or config.model.path or config.model.id), config.model.revision or None
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot be read: {reason}", where=source, fix="Pass --model CONFIG.json.") from None

@@ -68,5 +68,5 @@ class XlaBackend:
         adapter = shards.read_adapter(checkpoint)
         config = base / "config.json" if base else checkpoint / shards.BASE_CONFIG
         if config.is_file():
-            shards.check_shapes(adapter, json.loads(config.read_text(encoding="utf-8")), str(checkpoint))
+            shards.check_shapes(adapter, shards.load_json(config), str(checkpoint))
         return adapter

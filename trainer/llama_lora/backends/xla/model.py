@@ -17,6 +17,7 @@ from optimum.neuron.peft import NeuronPeftModelForCausalLM, get_peft_model
 from torch_xla.utils.checkpoint import checkpoint
 
 from genvalues.accelerators.architectures import MODEL_TYPES, target_names
+from llama_lora import library_versions
 from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.xla.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
@@ -54,6 +55,8 @@ def load_parallel_model(
     model = NeuronModelForCausalLM.from_pretrained(
         str(path),
         trn_config,
+        **library_versions.LOCAL,
+        use_safetensors=True,
         dtype=torch.bfloat16,
         attn_implementation="flash_attention_2" if training.attention == "causal" else "eager",
     )

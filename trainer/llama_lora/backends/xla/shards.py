@@ -16,10 +16,7 @@ adapters without gate_proj and up_proj, such as the default (q_proj and v_proj).
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,18 +27,22 @@ import torch
 
 from genvalues.accelerators.architectures import LINEAR, target_names
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
 from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
+from llama_lora.backends.xla import torch_files
 from llama_lora.backends.xla.rules import architecture_of
+from llama_lora.backends.xla.torch_files import COPY_ALL, TRAIN_AGAIN
 from llama_lora.progress import track
 
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
 DONE = "done"
+METADATA = "mp_metadata_pp_rank_0.json"
+COUNTS = ("num_attention_heads", "num_key_value_heads", "kv_size_multiplier", "tp_size")  # in the metadata
+MOST_HEADS = 65536
 BASE_CONFIG = "base_config.json"  # a copy of the base model's config.json, if the trainer saved one
 SHARD_NAME = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
-TRAIN_AGAIN = "Use another checkpoint, or train again."
-COPY_ALL = "Copy the whole checkpoint, or use another."
 
 
 def is_xla_checkpoint(folder: Path) -> bool:
@@ -73,6 +74,23 @@ def read_adapter(checkpoint: Path) -> Adapter:
     config = _adapter_config(folder)
     metadata = _metadata(shards)
     ranks = _open_ranks(shards, metadata)
+    try:
+        adapter = Adapter(_whole_tensors(ranks, metadata, config, shards), config)
+    except UserError:
+        raise
+    except Exception as error:  # metadata of any content, which only using them checks
+        what = f"the metadata do not describe the tensors ({type(error).__name__}: {error})"
+        raise UserError(what, where=str(shards / METADATA), fix=TRAIN_AGAIN) from None
+    _check_complete(adapter, shards)
+    if (base_config := checkpoint / BASE_CONFIG).is_file():
+        check_shapes(adapter, load_json(base_config), str(shards))
+    return adapter
+
+
+def _whole_tensors(
+    ranks: Sequence[Rank], metadata: Mapping[str, Any], config: Mapping[str, Any], shards: Path
+) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts of every tensor together."""
     replicas = Replicas()
     readers = _readers(metadata, replicas)
     fingerprints: list[list[bytes]] = [[] for _ in ranks]
@@ -88,11 +106,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
                 digests.append(_digest(piece) if piece.any() else b"")
     replicas.check(shards)
     _check_no_rank_twice(fingerprints, ranks)
-    adapter = Adapter(tensors, config)
-    _check_complete(adapter, shards)
-    if (base_config := checkpoint / BASE_CONFIG).is_file():
-        check_shapes(adapter, _load_json(base_config), str(shards))
-    return adapter
+    return tensors
 
 
 def expected_shapes(
@@ -122,8 +136,10 @@ def expected_shapes(
 
 def check_shapes(adapter: Adapter, base_config: Mapping[str, Any], where: str) -> None:
     """Raise UserError for the first tensor that is missing, unexpected, or of another shape than the base model's."""
-    expected = expected_shapes(base_config, adapter.config["target_modules"], adapter.config["r"])
     fix = "Use a checkpoint that was trained on this base model."
+    if (layers := architecture_of(base_config).layers) > len(adapter.tensors):  # a number of layers without limit
+        raise UserError(f"has {len(adapter.tensors)} tensors, the base model has {layers} layers", where=where, fix=fix)
+    expected = expected_shapes(base_config, adapter.config["target_modules"], adapter.config["r"])
     for name, shape in expected.items():
         if name not in adapter.tensors:
             raise UserError(f"{name} not found, which the base model needs", where=where, fix=fix)
@@ -137,12 +153,6 @@ def check_shapes(adapter: Adapter, base_config: Mapping[str, Any], where: str) -
 # Reading the tensors: one file per rank.
 
 
-class TensorReference:
-    """The placeholder that torch_xla.utils.serialization writes for a tensor: ``tid`` is the N of tensor_N.pt."""
-
-    tid: int
-
-
 @dataclass(frozen=True)
 class Rank:
     """A rank's shard file: tensors by name, or references to their files."""
@@ -154,9 +164,9 @@ class Rank:
     def tensor(self, name: str) -> torch.Tensor:
         """The rank's part of a parameter, memory-mapped from its file."""
         entry, path = self.entries[name], self.path
-        if isinstance(entry, TensorReference):
+        if isinstance(entry, torch_files.TensorReference):
             path = path.parent / f"{path.name}.tensors" / f"tensor_{entry.tid}.pt"
-            entry = _load(path)
+            entry = torch_files.load(path)
         if not isinstance(entry, torch.Tensor):
             raise UserError(f"no tensor for {name}", where=str(path), fix=TRAIN_AGAIN)
         return entry
@@ -195,7 +205,7 @@ def _open_ranks(shards: Path, metadata: Mapping[str, Any]) -> list[Rank]:
         )
     ranks = []
     for number in range(size):
-        entries = _load(paths[number])
+        entries = torch_files.load(paths[number])
         if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
             raise UserError("not a mapping of names to tensors", where=str(paths[number]), fix=TRAIN_AGAIN)
         ranks.append(Rank(number, paths[number], entries))
@@ -221,56 +231,26 @@ def _tensor_parallel_size(metadata: Mapping[str, Any], shards: Path) -> int | No
     return sizes.pop() if sizes else None
 
 
-def _load(path: Path) -> Any:
-    """Load a file of torch.save with memory-mapped tensors. Executes nothing in the file.
-
-    torch writes checksums into its zip archives but does not verify them, so this function does.
-    """
-    reference = (TensorReference, "torch_xla.utils.serialization.TensorReference")
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"file is damaged: wrong checksum of {damaged}", where=str(path), fix=TRAIN_AGAIN)
-        with torch.serialization.safe_globals([reference]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise UserError("shard not found", where=str(path), fix=COPY_ALL) from None
-    except pickle.UnpicklingError:
-        raise UserError("contains objects other than tensors; not loaded", where=str(path), fix=TRAIN_AGAIN) from None
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        LookupError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"file is damaged: {reason}", where=str(path), fix=TRAIN_AGAIN) from None
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_object(path)
+    except JsonNotFound:
         raise UserError("file not found", where=str(path), fix=COPY_ALL) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"file is damaged: {error}", where=str(path), fix=TRAIN_AGAIN) from None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(path), fix=TRAIN_AGAIN)
-    return content
+    except InvalidJson as problem:
+        raise UserError(f"file is damaged: it {problem}", where=str(path), fix=TRAIN_AGAIN) from None
 
 
 def _metadata(shards: Path) -> dict[str, Any]:
-    path = shards / "mp_metadata_pp_rank_0.json"
-    metadata = _load_json(path)
+    path = shards / METADATA
+    metadata = load_json(path)
     try:
         for parameter in metadata["parameters"].values():
             parameter["tensor_model_parallel"]
-        for _ in _transformations(metadata):
-            pass
+            parameter.get("num_partitions", -1) > 0  # noqa: B015 - raises if it is not a number
+        for _, _, settings in _transformations(metadata):
+            if any(settings.get(name, 1) > MOST_HEADS for name in COUNTS):
+                raise ValueError("more heads or workers than any model has")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError("not metadata of optimum-neuron 0.4.5", where=str(path), fix=TRAIN_AGAIN) from None
     return metadata
@@ -285,7 +265,7 @@ def _transformations(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str, di
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json and sort the target modules (the library writes a set)."""
-    config = _load_json(folder / CONFIG)
+    config = load_json(folder / CONFIG)
     check_kind(config, folder)
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets:

@@ -38,7 +38,7 @@ from llama_lora.backends.loop import ADAM_BETAS, ADAM_EPSILON, Row, StepResult
 from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.backends.xla import model as neuron_model
-from llama_lora.backends.xla import shards
+from llama_lora.backends.xla import shards, torch_files
 from llama_lora.data.batches import PaddedRows, isolating_mask, pad_rows
 from llama_lora.data.tokens import IGNORED
 
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 # A worker compiles a graph that is not in the cache, up to an hour for 8B, while the others wait on the host.
 WAIT_FOR_A_GRAPH = timedelta(hours=2)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER = "optimizer"  # the folder of the optimizer's parts in a checkpoint, one file per worker
 # More than 140 MB a bucket gives NaN at the third step (optimum-neuron 0.4.5, accelerator.py, P148368176).
 REDUCE_SCATTER_BUCKET_MB = 130
@@ -260,20 +261,29 @@ class XlaEngine:
         if (record.workers, record.tensor_parallel_size) != (self.workers.size, self.tensor_size):
             self._warm_start(checkpoint, record)
             return
-        state = torch.load(checkpoint / OPTIMIZER / f"rank_{self.workers.rank:05d}.pt", weights_only=True)
+        file = checkpoint / OPTIMIZER / f"rank_{self.workers.rank:05d}.pt"
+        state = torch_files.load(file)
         # Replaced, not copied on the device: a copy would be a graph that only a resumed training has.
         for (name, parameter), shard in zip(self.parameters.items(), self.optimizer.parts(), strict=True):
-            own = state[name]
+            like = {"weight": parameter, "master": shard, **dict.fromkeys(MOMENTS, shard)}
+            own = self._checked(state, name, like, file)
             parameter.data = own["weight"].to(self.device)
             shard.data = own["master"].to(self.device)
             self.optimizer.base_optimizer.state[shard] = {
                 "step": own["step"],
-                "exp_avg": own["exp_avg"].to(self.device),
-                "exp_avg_sq": own["exp_avg_sq"].to(self.device),
+                **{moment: own[moment].to(self.device) for moment in MOMENTS},
             }
             for holder in (parameter, shard):
                 if hasattr(holder, "main_grad"):
                     del holder.main_grad
+
+    def _checked(self, state: Any, name: str, like: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+        """A parameter's tensors in a checkpoint, which have the shapes of ``like``. Raises UserError if they do not."""
+        own: dict[str, torch.Tensor] | None = state.get(name) if isinstance(state, dict) else None
+        shapes = {key: getattr(value, "shape", None) for key, value in own.items()} if isinstance(own, dict) else {}
+        if own is None or "step" not in shapes or any(shapes.get(key) != each.shape for key, each in like.items()):
+            raise UserError(f"has no state of {name} in its shape", where=str(file), fix=torch_files.TRAIN_AGAIN)
+        return own
 
     def _warm_start(self, checkpoint: Path, record: CheckpointRecord) -> None:
         """Load only the weights: the optimizer's parts are for another number of workers."""
@@ -298,7 +308,7 @@ class XlaEngine:
             state[name] = {
                 "weight": parameter.detach().cpu(),
                 "master": shard.detach().cpu(),
-                **{key: moments[key].detach().cpu() for key in ("step", "exp_avg", "exp_avg_sq")},
+                **{key: moments[key].detach().cpu() for key in ("step", *MOMENTS)},
             }
         return state
 
