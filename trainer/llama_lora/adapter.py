@@ -61,13 +61,22 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Map
     files.write_json(folder / CONFIG, config)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floating-point numbers has no NaN and no infinity. Makes no copy of it."""
+    import torch
+
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN if any element is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def read_deltas(folder: Path) -> dict[str, Delta]:
     """Map each base weight's name to its delta.
 
     Raises UserError if the folder has no LoRA adapter, one of an unsupported kind, or one whose files do not fit each
     other or have values that are not finite.
     """
-    import torch
     from safetensors.torch import load_file
 
     config = read_adapter_config(folder)
@@ -90,7 +99,7 @@ def read_deltas(folder: Path) -> dict[str, Delta]:
             raise UserError(f"{name} has no matching {kind} ({other_name})", where=str(weights))
     tensors = load_file(weights)
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{name} contains values that are not finite", where=str(weights), fix=TRAIN_LOWER)
     return {
         name.removeprefix(PREFIX).replace(".lora_A.weight", ".weight"): Delta(a, tensors[other_factor(name)], scaling)

@@ -20,7 +20,7 @@ import torch
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, read_object
-from llama_lora.adapter import FACTOR, TRAIN_LOWER, check_targets, other_factor, read_adapter_config
+from llama_lora.adapter import FACTOR, TRAIN_LOWER, check_targets, is_finite, other_factor, read_adapter_config
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.native.optimizer import MOMENTS, LocalAdamW
 from llama_lora.backends.native.regions import Part, Region, StoredWeights, local_region, write_parts
@@ -92,7 +92,7 @@ def read_adapter(folder: Path, listed: Iterable[str]) -> Adapter:
     for name, tensor in tensors.items():
         if not FACTOR.fullmatch(name) or tensor.dim() != 2 or other_factor(name) not in tensors:
             raise UserError(f"{name} is not one of two LoRA factors", where=str(folder), fix="Use another checkpoint.")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{name} contains values that are not finite", where=str(folder), fix=TRAIN_LOWER)
         rank = tensor.shape[0] if ".lora_A." in name else tensor.shape[1]
         if rank != config["r"]:

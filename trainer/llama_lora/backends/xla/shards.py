@@ -28,7 +28,7 @@ import torch
 from genvalues.accelerators.architectures import LINEAR, target_names
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
-from llama_lora.adapter import CONFIG, PREFIX, check_kind
+from llama_lora.adapter import CONFIG, PREFIX, check_kind, is_finite
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.xla import torch_files
 from llama_lora.backends.xla.rules import architecture_of
@@ -468,7 +468,7 @@ def _check_pieces(name: str, pieces: Sequence[torch.Tensor], ranks: Sequence[Ran
                 where=str(rank.path),
                 fix=TRAIN_AGAIN,
             )
-        if not piece.is_floating_point() or not torch.isfinite(piece).all():
+        if not piece.is_floating_point() or not is_finite(piece):
             raise UserError(
                 f"{name} contains values that are not finite",
                 where=str(rank.path),
