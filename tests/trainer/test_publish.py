@@ -47,7 +47,9 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(constants, "ENDPOINT", fake.url)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", fake.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return fake
