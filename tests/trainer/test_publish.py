@@ -231,6 +231,18 @@ def test_a_killed_upload_leaves_no_object_and_continues(bucket: FakeS3, files: l
     assert not bucket.uploads
 
 
+def test_credentials_that_expire_on_the_way_lose_no_part(bucket: FakeS3, files: list[File], tmp_path: Path) -> None:
+    bucket.fault = lambda method, key, query: (400, "ExpiredToken") if query.get("partNumber") == "5" else None
+    with pytest.raises(UserError, match="ExpiredToken"):
+        put(files, tmp_path)
+    assert not bucket.objects
+    bucket.fault = lambda *_: None
+    sent = sum(len(parts) for _, _, parts in bucket.uploads.values())
+    bucket.requests.clear()
+    put(files, tmp_path)
+    assert sent >= 3 and len([1 for _, _, query in bucket.requests if "partNumber" in query]) == 6 - sent
+
+
 def test_an_upload_of_other_bytes_is_ended_and_begun_again(bucket: FakeS3, files: list[File], tmp_path: Path) -> None:
     bucket.fault = lambda method, key, query: (403, "AccessDenied") if query.get("partNumber") == "6" else None
     with pytest.raises(UserError):
