@@ -332,6 +332,14 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},
         "publish.s3.artifacts has only the report",
     ),
+    "a held-out loss without held-out rows": (
+        {"training": {"evalSteps": 5}, "dataset": {"evalFraction": 0}, "evaluation": {"enabled": False}},
+        "training.evalSteps requires held-out rows",
+    ),
+    "a threshold of nothing": (
+        {"training": {"earlyStoppingThreshold": 0.1}},
+        "training.earlyStoppingThreshold has no effect without",
+    ),
     "MLflow without a server": (
         {"monitoring": {"mlflow": True}},
         "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
