@@ -14,7 +14,7 @@ from genvalues.settings.run import RunConfig, with_own_words
 
 SECTIONS = [
     *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism", "rehearse"),
-    "verify",
+    *("verify", "publish", "monitoring"),
 ]
 SETTINGS: Values = {
     "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "7Gi", "cpu": 2.5}},
@@ -164,7 +164,8 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
     del keys["neff"]  # of Trainium alone; its compilers request more than the limits here
     own_resources = {key for key, stage in keys.items() if "resources" in stage}
     values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
-    objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}, "rehearse": {"enabled": True}}), helm=helm)
+    optional = {"rehearse": {"enabled": True}, "publish": {"s3": {"uri": "s3://bucket/a"}}}
+    objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}, optional), helm=helm)
     seen = set()
     for each in pods(objects):
         key = KEY_OF_STAGE.get(each.stage, each.stage)

@@ -316,6 +316,35 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"stages": {"merge": {"extraEnv": {"LLAMA_LORA_WORKSPACE": "/elsewhere"}}}},
         "stages.merge: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.",
     ),
+    "one repository for two models": (
+        {"publish": {"hub": {"adapter": "a/b", "merged": "a/b", "tokenSecret": "x"}}},
+        "publish.hub.adapter and publish.hub.merged are both a/b",
+    ),
+    "a repository without a token": (
+        {"publish": {"hub": {"merged": "a/b"}}},
+        "publish.hub.tokenSecret is required to write to the Hub",
+    ),
+    "a token without a repository": (
+        {"publish": {"hub": {"tokenSecret": "x"}}},
+        "publish.hub.tokenSecret has no effect without publish.hub.adapter",
+    ),
+    "a report that is not made": (
+        {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},
+        "publish.s3.artifacts has only the report",
+    ),
+    "a held-out loss without held-out rows": (
+        {"training": {"evalSteps": 5}, "dataset": {"evalFraction": 0}, "evaluation": {"enabled": False}},
+        "training.evalSteps requires held-out rows",
+    ),
+    "a threshold of nothing": (
+        {"training": {"earlyStoppingThreshold": 0.1}},
+        "training.earlyStoppingThreshold has no effect without",
+    ),
+    "MLflow without a server": (
+        {"monitoring": {"mlflow": True}},
+        "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
+    ),
+    "credentials that nothing reads": ({"monitoring": {"secret": "x"}}, "monitoring.secret has no effect"),
 }
 
 

@@ -47,7 +47,9 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(constants, "ENDPOINT", fake.url)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", fake.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return fake
@@ -227,6 +229,18 @@ def test_a_killed_upload_leaves_no_object_and_continues(bucket: FakeS3, files: l
     assert [query["partNumber"] for method, _, query in bucket.requests if "partNumber" in query] == ["4", "5", "6"]
     assert bucket.objects["runs/one/model.safetensors"].content == files[0].path.read_bytes()
     assert not bucket.uploads
+
+
+def test_credentials_that_expire_on_the_way_lose_no_part(bucket: FakeS3, files: list[File], tmp_path: Path) -> None:
+    bucket.fault = lambda method, key, query: (400, "ExpiredToken") if query.get("partNumber") == "5" else None
+    with pytest.raises(UserError, match="ExpiredToken"):
+        put(files, tmp_path)
+    assert not bucket.objects
+    bucket.fault = lambda *_: None
+    sent = sum(len(parts) for _, _, parts in bucket.uploads.values())
+    bucket.requests.clear()
+    put(files, tmp_path)
+    assert sent >= 3 and len([1 for _, _, query in bucket.requests if "partNumber" in query]) == 6 - sent
 
 
 def test_an_upload_of_other_bytes_is_ended_and_begun_again(bucket: FakeS3, files: list[File], tmp_path: Path) -> None:

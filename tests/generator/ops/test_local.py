@@ -540,12 +540,14 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
     from genvalues.ops.local.containers import Machine
 
     root = Path(__file__).parents[3]
-    objects = helm.render(root / "chart", "x", yaml.safe_load((root / "values/cpu.values.yaml").read_text()))
+    values = yaml.safe_load((root / "values/cpu.values.yaml").read_text())
+    objects = helm.render(root / "chart", "x", {**values, "publish": {"s3": {"uri": "s3://bucket/a"}}})
     assert set(skipped_stages(objects)) == {"preflight", "storage-prepare", "compile-gate", "train-gate"}
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(Path(folder), objects)
         stages = [machine.stage(item) for item in stages_to_run(objects)]
-        assert [stage.name for stage in stages] == ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
+        names = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate", "publish"]
+        assert [stage.name for stage in stages] == names
         for each in stages:
             ((command,),) = each.groups
             config = f"{folder}/.local/config/run.yaml"

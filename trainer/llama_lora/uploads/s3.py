@@ -48,7 +48,10 @@ FINAL = {
     "EntityTooLarge": "The file is too large for S3.",
     "KMS.AccessDeniedException": "Allow kms:GenerateDataKey and kms:Decrypt with the bucket's key.",
 }
-ACTIONS = "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListMultipartUploadParts"
+ACTIONS = (
+    "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload, s3:ListMultipartUploadParts, and "
+    "s3:ListBucket on the bucket"
+)
 
 
 def upload(uri: str, run: str, files: Sequence[File], manifest: bytes, uploads: Path) -> None:
