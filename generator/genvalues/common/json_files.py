@@ -58,7 +58,8 @@ def parse_json(text: str) -> Any:
         _check_depth(content)
         return content
     except json.JSONDecodeError as error:
-        cut = ": it is cut off" if error.pos >= len(text.rstrip()) else ""
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        cut = ": it is cut off" if is_cut else ""
         raise InvalidJson(f"is not valid JSON (line {error.lineno}, column {error.colno}{cut})") from None
     except RecursionError:
         raise InvalidJson("is not valid JSON: it is nested too deeply") from None

@@ -76,6 +76,8 @@ def open_lock(file: Path) -> int:
         if not file.exists():
             raise
         descriptor = os.open(file, flags | os.O_RDONLY)  # of another user: flock does not require write access
+    except IsADirectoryError:
+        raise UserError("the lock file is a folder", where=str(file), fix=fix) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError("the lock file is not a regular file", where=str(file), fix=fix)

@@ -1,0 +1,285 @@
+"""Records on the volume, of any content: made again, or refused in a line that says what is wrong with the file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, as_record
+from llama_lora.backends import checkpoints
+from llama_lora.data import resolve, shared_folders
+from llama_lora.probe import ProbeRecord
+from llama_lora.stage import Stage, verify_outputs
+from trainer.conftest import Run
+
+DEEP = "[" * 1_000_000
+# Contents of a whole file, and what a message says about it.
+CONTENTS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "a list": (b"[]", "contains a list"),
+    "null": (b"null", "contains null"),
+    "a string": (b'"a"', "contains a string"),
+    "a number": (b"5", "contains a number"),
+    "another object": (b"{}", "has no valid"),
+    "cut off": (b'{"stage": "tokenize", "outp', "cut off"),
+    "not text": (b"\x00\xff\xfe", "is not"),
+    "nested a million deep": (DEEP.encode(), "nested too deeply"),
+    "an object nested deep": (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
+    "a huge number": (b'{"stage": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "NaN": (b'{"stage": NaN}', "NaN"),
+}
+# Put in the place of every value in a valid file.
+VALUES: list[Any] = [None, True, -1, 10**30, 1e308, "a", "", "../../etc/passwd", [], ["a"], {}, {"a": 1}]
+
+
+def spoiled(content: Any) -> Iterator[Any]:
+    """The content with one value replaced, for each value in it and each of VALUES, and with each key missing."""
+    yield from VALUES
+    if isinstance(content, dict):
+        for key in content:
+            yield {other: value for other, value in content.items() if other != key}
+            yield from ({**content, key: value} for value in spoiled(content[key]))
+        yield {**content, "../../etc/passwd": next(iter(content.values()), 1), "a\0b": 1}
+    elif isinstance(content, list) and content:
+        yield from ([value, *content[1:]] for value in spoiled(content[0]))
+
+
+# --- manifests
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_stage_says_what_is_wrong_with_the_manifest_it_needs(finished_run: Run, kind: str) -> None:
+    content, words = CONTENTS[kind]
+    manifest = finished_run.paths.manifest("consolidate")
+    manifest.write_bytes(content)
+    finished_run.paths.manifest("merge").unlink()
+    said = finished_run("merge", status=2)
+    assert said.startswith(f"{manifest}: merge needs consolidate, whose manifest ") and words in said
+    assert "belongs to another configuration" not in said and len(said.splitlines()) == 1
+    assert words in finished_run("verify", "consolidate", status=2)
+    assert json.loads(finished_run("fingerprint", "consolidate"))["upToDate"] is False
+
+
+def test_a_damaged_manifest_is_written_again_and_said(finished_run: Run) -> None:
+    before = finished_run.manifest("merge")["outputs"]
+    finished_run.paths.manifest("merge").write_bytes(b'{"stage": ')
+    said = finished_run("merge")
+    assert f"merge runs again: {finished_run.paths.manifest('merge')} is not valid JSON" in said
+    assert finished_run.manifest("merge")["outputs"] == before
+
+
+def test_every_state_of_a_manifest_has_its_own_word(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = finished_run.paths.manifest("train")
+    content = manifest.read_bytes()
+
+    def problem() -> str:
+        with pytest.raises(UserError) as refused:
+            Stage("consolidate", finished_run.load(), finished_run.paths).upstream("train")
+        return refused.value.what.removeprefix("consolidate needs train, whose manifest ")
+
+    manifest.unlink()
+    assert problem() == "is missing"
+    manifest.mkdir()
+    assert problem() == "is not a regular file"
+    manifest.rmdir()
+    manifest.symlink_to(finished_run.folder / "run.yaml")
+    assert problem() == "is a symbolic link"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert problem() == "is not a regular file"
+    manifest.unlink()
+    manifest.write_bytes(content[:200])
+    assert "cut off" in problem()
+    manifest.write_bytes(content.replace(b'"stage": "train"', b'"stage": "merge"'))
+    assert problem() == "is of the stage 'merge'"
+    manifest.write_bytes(content)
+    opened = os.open
+
+    def without_permission(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == manifest:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", without_permission)
+        assert problem() == "cannot be read: Permission denied"
+    shard = finished_run.workspace / max(json.loads(content)["outputs"])
+    shard.write_bytes(shard.read_bytes() + b"more")
+    assert f"lists {shard.relative_to(finished_run.workspace)}, which has" in problem()
+    shard.unlink()
+    assert problem() == f"lists {shard.relative_to(finished_run.workspace)}, which is not found"
+    finished_run.config["training"]["learningRate"] = 3e-3
+    assert problem() == "belongs to another configuration"
+    finished_run.config["training"]["learningRate"] = 1e-2
+    finished_run.paths.resolved.unlink()
+    finished_run.config["model"] = {"id": "some/model"}
+    assert "resolved.json has no entry for this run's sources" in problem()
+
+
+@pytest.mark.parametrize("name", ["tokenize", "train", "consolidate", "evaluate"])
+def test_wrong_values_in_a_manifest_are_no_traceback(finished_run: Run, name: str) -> None:
+    manifest, config = finished_run.manifest(name), finished_run.load()
+    first = dict(list(manifest["outputs"].items())[:1])
+    done = refused = 0
+    for content in spoiled({**manifest, "outputs": first, "versions": {"torch": "2"}}):
+        finished_run.paths.manifest(name).write_text(json.dumps(content))
+        if Stage(name, config, finished_run.paths).is_done():
+            done += 1
+            verify_outputs(name, config, finished_run.paths)
+        else:
+            refused += 1
+            with pytest.raises(UserError):
+                verify_outputs(name, config, finished_run.paths)
+    assert done > 10 and refused > 50
+
+
+NO_PATHS: list[Any] = [
+    *(None, 5, [], {}, "", ".", "..", "../../etc/passwd", "/etc/passwd", "models/../../x", "a\0b"),
+    "a" * 100_000 + "/..",
+]
+
+
+@pytest.mark.parametrize("value", NO_PATHS, ids=range(len(NO_PATHS)))
+def test_a_manifest_names_paths_in_the_workspace_only(finished_run: Run, value: Any) -> None:
+    for made_by, fact, stage in (
+        ("tokenize", "model", "merge"),
+        ("tokenize", "dataset", "evaluate"),
+        ("train", "checkpoint", "consolidate"),
+    ):
+        manifest, own = finished_run.manifest(made_by), finished_run.paths.manifest(stage)
+        file = finished_run.paths.manifest(made_by)
+        file.write_text(json.dumps({**manifest, "facts": {**manifest["facts"], fact: value}}))
+        before = own.read_bytes()
+        own.unlink()
+        said = finished_run(stage, status=2)
+        assert said.startswith(f"{file}: facts.{fact} is ") and "is not a path in the workspace" in said
+        assert f"Delete the file and run `helm upgrade`, or `llama-lora {made_by}" in said and len(said) < 500
+        file.write_text(json.dumps(manifest))
+        own.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "a/../../b", "", "a\0b"])
+def test_outputs_outside_of_the_workspace_are_not_looked_at(finished_run: Run, name: str) -> None:
+    manifest = finished_run.manifest("merge")
+    manifest["outputs"][name] = {"bytes": 1, "sha256": "0" * 64}
+    finished_run.paths.manifest("merge").write_text(json.dumps(manifest))
+    assert "is not a path inside" in finished_run("verify", "merge", status=2)
+    assert json.loads(finished_run("fingerprint", "merge"))["upToDate"] is False
+
+
+def test_a_probe_of_any_content_is_refused_in_a_line(finished_run: Run) -> None:
+    manifest = finished_run.manifest("consolidate")
+    right = manifest["facts"]["probe"]
+    finished_run.paths.manifest("merge").unlink()
+    for wrong in (5, [], {}, {**right, "rows": [10_000], "losses": [1.0], "tokens": [1]}, {**right, "tokens": []}):
+        manifest["facts"]["probe"] = wrong
+        finished_run.paths.manifest("consolidate").write_text(json.dumps(manifest))
+        said = finished_run("merge", status=2)
+        assert "probe" in said and len(said.splitlines()) == 1
+    refused = 0
+    for probe in spoiled(right):
+        try:
+            as_record(probe, ProbeRecord)
+        except InvalidJson:
+            refused += 1
+    assert refused > 50
+
+
+# --- resolved.json, contents.json, checkpoint.json
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_resolved_sources_of_any_content_are_made_again(finished_run: Run, kind: str) -> None:
+    before = json.loads(finished_run.paths.resolved.read_text())
+    content, words = CONTENTS[kind]
+    finished_run.paths.resolved.write_bytes(content)
+    assert json.loads(finished_run("fingerprint", "merge"))["upToDate"], "local files are resolved without the record"
+    said = finished_run("tokenize")
+    assert "skipped" in said and (words in said or kind == "another object")
+    assert json.loads(finished_run.paths.resolved.read_text()) == before
+
+
+def test_wrong_values_in_resolved_sources_are_no_traceback(finished_run: Run) -> None:
+    config, paths = finished_run.load(), finished_run.paths
+    sources = resolve.resolve_sources(config, paths)
+    for content in spoiled(json.loads(paths.resolved.read_text())):
+        paths.resolved.write_text(json.dumps(content))
+        for found in (resolve.known_sources(config, paths), resolve.resolve_sources(config, paths)):
+            assert found is not None
+            for source in (found.model, found.dataset):
+                assert "/" not in f"{source.name}{source.revision}"
+    paths.resolved.unlink()
+    assert resolve.resolve_sources(config, paths) == sources
+
+
+def test_resolved_sources_cannot_choose_a_folder_outside_of_the_workspace(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run("fingerprint", "tokenize")
+    run("tokenize")
+    recorded = json.loads(run.paths.resolved.read_text())
+    recorded["model"] |= {"name": "../../outside"}
+    run.paths.resolved.write_text(json.dumps(recorded))
+    run.paths.manifest("tokenize").unlink()
+    assert "resolved again" in run("tokenize")
+    assert (
+        not list(run.folder.glob("outside*")) and json.loads(run.paths.resolved.read_text())["model"]["name"] == "tiny"
+    )
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_contents_of_any_content_make_the_folder_again(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("content")
+    (tmp_path / "folder.contents.json").write_bytes(CONTENTS[kind][0])
+    with shared_folders.make_once(tmp_path / "folder") as missing:
+        assert missing
+    with shared_folders.make_once(tmp_path / "folder") as missing:
+        assert not missing
+    right = json.loads((tmp_path / "folder.contents.json").read_text())
+    for content in spoiled(right):
+        (tmp_path / "folder.contents.json").write_text(json.dumps(content))
+        assert shared_folders.is_whole(tmp_path / "folder", "always") in (True, False)
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_checkpoint_with_a_record_of_any_content_is_set_aside(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "step-000001").mkdir()
+    (tmp_path / "step-000001/checkpoint.json").write_bytes(CONTENTS[kind][0])
+    assert checkpoints.complete(tmp_path, "a") == []
+    with pytest.raises(UserError, match="no checkpoint is left"):
+        checkpoints.newest_intact(tmp_path, "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.damaged"]
+
+
+def test_wrong_values_in_a_checkpoint_record_are_damage(finished_run: Run) -> None:
+    checkpoint = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
+    file = checkpoint / "checkpoint.json"
+    right = json.loads(file.read_text())
+    damaged = 0
+    for content in spoiled(copy.deepcopy(right)):
+        file.write_text(json.dumps(content))
+        checkpoints.complete(checkpoint.parent, right["fingerprint"])
+        try:
+            record = checkpoints.verify_checkpoint(checkpoint)
+        except checkpoints.DamagedCheckpoint as damage:
+            damaged += 1
+            assert str(checkpoint) in damage.where
+        else:
+            assert all((checkpoint / name).is_file() for name in record.files)
+    assert damaged > 100
+
+
+def test_a_data_report_of_any_content_is_refused_in_a_line(finished_run: Run) -> None:
+    finished_run.config["verify"] = "off"
+    report = next(finished_run.workspace.glob("datasets/*/report.json"))
+    size = report.stat().st_size
+    report.write_bytes(b"[" * size)
+    finished_run.paths.manifest("tokenize").unlink()
+    assert f"{report}: is not valid JSON" in finished_run("tokenize", status=2)
