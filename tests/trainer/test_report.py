@@ -185,3 +185,17 @@ def test_the_report_of_a_run_has_its_losses_stages_and_digests(whole_run: Run) -
     for output in whole_run.manifest("merge")["outputs"].values():
         assert output["sha256"] in text
     assert whole_run.manifest("train")["fingerprint"] in text and "rows read 40" in text
+
+
+def test_the_report_comes_whole_out_of_a_pods_log(finished_run: Run) -> None:
+    from genvalues.common.log_file import content_of
+
+    said = finished_run("report").splitlines()
+    assert content_of(["a line before", *said, "one after"]) == finished_run.paths.report.read_bytes()
+    assert max(map(len, said)) < 200
+    finished_run.paths.report.write_text("changed")
+    assert "another SHA-256" in finished_run("report", status=2)
+    finished_run.paths.report.unlink()
+    assert "report.html: not found" in finished_run("report", status=2)
+    finished_run.paths.manifest("evaluate").unlink()
+    assert "evaluate has not ended" in finished_run("report", status=2)

@@ -1,4 +1,4 @@
-"""The ``llama-lora`` command: one command per stage, ``fingerprint``, ``verify``, ``preview`` and ``acceptance``."""
+"""The ``llama-lora`` command: one command per stage, and fingerprint, verify, report, preview and acceptance."""
 
 from __future__ import annotations
 
@@ -125,6 +125,17 @@ def fingerprint(name: str, config_file: Path | None, workspace: Path | None) -> 
 def verify(name: str, config_file: Path | None, workspace: Path | None) -> None:
     """Check that every output of STAGE has the size and SHA-256 in its manifest. Writes nothing."""
     click.echo(stage.verify_outputs(name, *load_run(config_file, workspace)))
+
+
+@main.command(name="report", short_help="Print the run's report.html into a pod's log.")
+@config_option
+@workspace_option
+@errors_end_in_one_line
+def report_command(config_file: Path | None, workspace: Path | None) -> None:
+    """Print the run's report.html, compressed and in short lines, for `genvalues report` to read from a pod's log."""
+    from llama_lora.report.verified import report_lines
+
+    click.echo("\n".join(report_lines(*load_run(config_file, workspace))))
 
 
 @main.command(name="acceptance", short_help="Check a device with a few steps of a run.")

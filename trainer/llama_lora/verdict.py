@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy
-
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 FEWEST_ROWS = 10  # with fewer the interval is much too narrow: there are too few different resamples
@@ -50,6 +48,8 @@ def verdict(
 
     At least one row must have a trained token.
     """
+    import numpy
+
     counts = numpy.asarray(tokens, dtype=numpy.float64)
     gains = numpy.asarray(base, dtype=numpy.float64) - numpy.asarray(merged, dtype=numpy.float64)
     gains, counts = gains[counts > 0], counts[counts > 0]

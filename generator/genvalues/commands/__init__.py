@@ -21,6 +21,7 @@ MODULES = {
     "install": "genvalues.commands.install",
     "status": "genvalues.commands.status",
     "logs": "genvalues.commands.logs",
+    "report": "genvalues.commands.report",
     "bundle": "genvalues.commands.bundle",
     "uninstall": "genvalues.commands.uninstall",
     "local": "genvalues.commands.local",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import Count, Finite
@@ -18,8 +18,14 @@ from llama_lora.config import Training
 from llama_lora.data.tokens import IGNORED
 from llama_lora.probe import Row, trained_tokens
 
-if TYPE_CHECKING:
-    from llama_lora.backends.loop import Engine
+
+class Measures(Protocol):
+    """The part of ``loop.Engine`` that measures a loss."""
+
+    data_rank: int
+    data_size: int
+
+    def row_loss(self, *rows: Row | None) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class HeldOutState:
 class HeldOutLoss:
     """Measures the loss of the same held-out rows, which the copies of the model share among them."""
 
-    def __init__(self, rows: Sequence[Row], engine: Engine, workers: WorkerGroup, training: Training) -> None:
+    def __init__(self, rows: Sequence[Row], engine: Measures, workers: WorkerGroup, training: Training) -> None:
         self.rows = rows
         self.tokens = sum(map(trained_tokens, rows))
         self._engine, self._workers = engine, workers

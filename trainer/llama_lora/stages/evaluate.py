@@ -14,9 +14,6 @@ from llama_lora import evaluation
 from llama_lora.evaluation import Prompt, Score
 from llama_lora.probe import trained_tokens
 from llama_lora.progress import track
-from llama_lora.report.facts import collect
-from llama_lora.report.html import encode
-from llama_lora.report.page import page as render
 from llama_lora.stage import Declaration, Stage
 from llama_lora.stages.tokenize import load_tokenizer
 from llama_lora.verdict import verdict
@@ -26,6 +23,10 @@ log = logging.getLogger(__name__)
 
 def evaluate(stage: Stage) -> None:
     """Score both models, generate sample answers, and write evaluation/ and report.html."""
+    from llama_lora.report.facts import collect
+    from llama_lora.report.html import encode
+    from llama_lora.report.page import page
+
     settings = stage.config.evaluation
     base, dataset = (stage.upstream_path("tokenize", fact) for fact in ("model", "dataset"))
     stage.verify_read("tokenize", base, dataset / "eval", dataset / "report.json")
@@ -48,12 +49,12 @@ def evaluate(stage: Stage) -> None:
     samples = describe_samples(tokenizer, prompts, answers)
     found = verdict(scores["base"].losses, scores["merged"].losses, scores["base"].tokens)
     result = {name: score.as_record() for name, score in scores.items()}
-    page = encode(render(collect(stage, found, result, samples)))
+    report = encode(page(collect(stage, found, result, samples)))
     stage.facts = {**result, "rows": len(rows), "verdict": {**asdict(found), "sentence": str(found)}}
     with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
         files.write_json(folder / "eval.json", stage.facts)
         files.write_json(folder / "samples.json", samples)
-        files.write_bytes(stage.paths.report, page)
+        files.write_bytes(stage.paths.report, report)
     log.info(f"{found}")
     log.info(f"report: {stage.paths.report}")
 
