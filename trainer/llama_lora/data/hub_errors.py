@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
@@ -24,6 +25,7 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
     from llama_lora.library_versions import hub_connection_errors
 
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
+    limit_waits()
     try:
         yield
     except errors.GatedRepoError:
@@ -56,7 +58,39 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
                 where="huggingFace.tokenSecret",
                 fix="Allow read access to gated repositories, or use a classic read token.",
             ) from None
-        raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {first or error}") from None
+        what = one_line(" ".join(str(first or error).split()), 300)
+        raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {what}") from None
+
+
+def limit_waits() -> None:
+    """Give each request to the Hub that has no time limit HF_HUB_DOWNLOAD_TIMEOUT seconds (default 10).
+
+    huggingface_hub waits forever for an answer to a request of metadata. A fork has a session of its own.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    if hasattr(session, "event_hooks"):  # of httpx, in huggingface_hub 1.x and 2.x
+
+        def limit(request: Any) -> None:
+            limits = request.extensions.get("timeout") or {}
+            if all(value is None for value in limits.values()):
+                request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+
+        hooks = session.event_hooks
+        if not any(hook.__qualname__ == limit.__qualname__ for hook in hooks.get("request", [])):
+            session.event_hooks = {**hooks, "request": [*hooks.get("request", []), limit]}
+    elif not hasattr(session, "unlimited_request"):  # of requests
+        session.unlimited_request = session.request
+
+        def request(*arguments: Any, **options: Any) -> Any:
+            if options.get("timeout") is None:
+                options["timeout"] = seconds
+            return session.unlimited_request(*arguments, **options)
+
+        session.request = request
 
 
 @contextmanager
