@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def test_a_base_model_with_an_adapter_is_refused_by_name(base: Path, tmp_path: P
 def test_an_adapter_that_was_put_into_a_snapshot_later_is_refused_by_every_stage(finished_run: Run) -> None:
     model = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
-    for stage in ("merge", "evaluate", "consolidate"):
+    for stage in ("evaluate", "merge", "consolidate"):
         finished_run.paths.manifest(stage).unlink()
         assert "adapter_config.json" in finished_run(stage, status=2)
     finished_run.config["training"]["maxSequenceLength"] = 64
@@ -146,7 +147,7 @@ def test_the_hub_clients_cache_is_followed_and_nothing_else_is(base: Path, tmp_p
     adapter = make_adapter(base, tmp_path / "adapter")
     llama_lora_here("merge", "--base", str(cached), "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
     assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
-    for target in (base / "config.json", "../../refs/config.json", "../../../models--org--other/blobs/x"):
+    for target in (base / "config.json", "../../refs/main", "../../../models--org--other/blobs/x"):
         (cached / "config.json").unlink()
         (cached / "config.json").symlink_to(target)
         assert "symbolic link" in refusal(cached, tmp_path / "new")
@@ -171,7 +172,7 @@ def test_a_fifo_a_folder_and_a_socket_are_refused_and_do_not_wait(base: Path, tm
 
 @pytest.mark.parametrize(
     "shard",
-    ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "", 7, None, ["a"], "weights.bin", "-x.safetensors"],
+    ["../other/x.safetensors", "/etc/passwd", "sub/x.safetensors", "", 7, None, ["a"], "weights.bin", "-x.safetensors"],
 )  # fmt: skip
 def test_an_index_names_plain_files_of_its_own_folder(tmp_path: Path, shard: Any) -> None:
     base = make_model(tmp_path / "base", max_shard_size="40KB")
@@ -269,7 +270,7 @@ def test_a_model_without_all_its_weights_is_not_loaded_with_random_ones(base: Pa
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         evaluation.load_model(base)
 
 
@@ -315,10 +316,8 @@ def test_no_output_is_written_through_a_link(finished_run: Run, tmp_path: Path) 
     precious.write_text("mine")
     for stage in ("train", "consolidate", "merge", "evaluate"):
         command = [stage, "--config", str(finished_run.write_config()), "--workspace", str(finished_run.workspace)]
-        try:
+        with contextlib.suppress(AssertionError):  # refused, which is as good
             llama_lora_here(*command) if stage != "train" else finished_run(stage)
-        except AssertionError:  # refused, which is as good
-            pass
         assert precious.read_text() == "mine", stage
 
 
