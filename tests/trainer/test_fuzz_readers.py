@@ -285,15 +285,7 @@ def fuzzed_run(whole_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return whole_run.copy(tmp_path_factory.mktemp("fuzzed"))
 
 
-# Being rewritten.
-PENDING = {
-    "safetensors", "index", "adapter weights", "adapter config", "checkpoint", "checkpoint part", "config", "manifests",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in PENDING else []) for name in READERS]
-)
+@pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused(
     name: str, fuzzed_run: Run, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

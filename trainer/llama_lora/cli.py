@@ -72,7 +72,10 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
     if workspace is None:
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
-    return config, Paths(workspace.absolute(), config.name)
+    paths = Paths(workspace.absolute(), config.name)
+    if links := paths.links():
+        raise UserError("is a symbolic link", where=str(links[0]), fix="Delete it: a run writes only to its workspace.")
+    return config, paths
 
 
 def make_run_folder(paths: Paths) -> None:

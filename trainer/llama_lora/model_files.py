@@ -34,6 +34,7 @@ FOLDERS = frozenset(pattern.partition("/")[0] for pattern in KEPT if "/" in patt
 # Files from which a loader would take another model's weights, or an adapter's besides the model's own.
 ADAPTER = re.compile(r"adapter_(config\.json|model(-.*)?\.(safetensors|bin)(\.index\.json)?)")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")  # of a shard: no folder, no option, no wildcard
+NO_LINKS = "Use a folder with files, such as a copy (cp -rL)."
 COMPLETE = "Use a complete copy."
 COPY_AGAIN = "Copy the file again from its source."
 
@@ -94,11 +95,14 @@ def base_files(folder: Path) -> dict[str, Path]:
     """
     try:
         found = set(os.listdir(folder))  # noqa: PTH208 - names
-        inner = {name for name in FOLDERS & found if not (folder / name).is_symlink() and (folder / name).is_dir()}
+        inner = {name for name in FOLDERS & found if (folder / name).is_dir()}
         found |= {f"{name}/{file}" for name in inner for file in os.listdir(folder / name)}  # noqa: PTH208 - names
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(folder), fix="Check its permissions.") from None
     check_names(found, str(folder))
+    for name in inner:
+        if (folder / name).is_symlink():
+            raise UserError("is a symbolic link", where=str(folder / name), fix=NO_LINKS)
     names = kept(found)
     if (index := weight_index(found)) is not None:
         names += [index, *sorted(set(shards_in(regular_file(folder, index)).values()))]
@@ -132,7 +136,7 @@ def _in_hub_cache(folder: Path, link: Path) -> Path:
     in_cache = snapshot.parent.name == "snapshots" and repository.name.startswith("models--")
     if in_cache and blob.parent == repository / "blobs":
         return blob
-    raise UserError("is a symbolic link", where=str(link), fix="Use a folder with files, such as a copy (cp -rL).")
+    raise UserError("is a symbolic link", where=str(link), fix=NO_LINKS)
 
 
 def read_config(folder: Path, origin: str) -> dict[str, Any]:

@@ -28,6 +28,17 @@ class Paths:
             return [self.workspace, self.workspace.parents[2]]
         return [self.workspace]
 
+    def links(self) -> list[Path]:
+        """Those folders of the run that are symbolic links. What is written to them would go elsewhere."""
+        checkpoints = self.checkpoints("")
+        folders = [
+            *(self.models, self.datasets, self.run.parent, self.run, self.manifest("any").parent, self.stacks),
+            *(self.compile_reports, self.rehearsal, self.small_run, self.acceptance_trainings),
+            *(self.adapter, self.merged, self.evaluation, self.published),
+            *(checkpoints, *checkpoints.glob("*"), *checkpoints.glob("*/tensorboard")),
+        ]
+        return [folder for folder in folders if folder.is_symlink()]
+
     @property
     def models(self) -> Path:
         return self.workspace / "models"

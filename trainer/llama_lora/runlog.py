@@ -86,7 +86,7 @@ class RunLog:
         recorded = [*read_metrics(metrics), *read_held_out(metrics)] if rows_done else []
         kept = sorted((line for line in recorded if line["rows_done"] <= rows_done), key=lambda line: line["rows_done"])
         files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = metrics.open("a", encoding="utf-8")
+        self._metrics = files.open_to_append(metrics)
         self._tensorboard = SummaryWriter(str(paths.tensorboard(fingerprint)), purge_step=first_step + 1)
         self._monitor = TrainingMonitor(paths, fingerprint)
 

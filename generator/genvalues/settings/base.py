@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, core_schema
 from genvalues.common.text import camel_case
 
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+RUN_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"  # the name of a folder, and after it the value of a label
 DNS_NAME = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"

@@ -17,6 +17,7 @@ from genvalues.settings.base import (
     HUB_ID,
     LARGE,
     REVISION,
+    RUN_NAME,
     Block,
     Fraction,
     NullIsEmpty,
@@ -519,7 +520,7 @@ class Monitoring(Block):
 class RunConfig(Block):
     """Everything a stage reads, as the chart's ConfigMap holds it."""
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{RUN_NAME}$", max_length=63)]
     backend: Backend
     device: DeviceType = "cpu"  # the chart writes it, from the instance type
     model: Model

@@ -16,6 +16,7 @@ from genvalues.settings.base import (
     DNS_LABEL,
     LARGE,
     REPOSITORY,
+    RUN_NAME,
     TAG,
     Block,
     Name,
@@ -414,7 +415,7 @@ class Values(Block):
 
     name: str = Field(
         "",
-        pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$",
+        pattern=optional(RUN_NAME),
         max_length=63,
         description="Name of the run: its results are in WORKSPACE/runs/NAME on the volume. Empty: the release's name.",
     )

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from genvalues.common import files
+
 EXIT_STOPPED = 128 + signal.SIGTERM
 STOP_SIGNAL = signal.SIGUSR1
 # The pods' terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl; tests/chart/test_config.py compares
@@ -63,7 +65,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 def write_stacks_to(file: Path) -> Iterator[None]:
     """Within the block, both signals write all threads' stack traces to ``file``. An empty file is deleted after it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as written:
+    with files.open_to_append(file, empty=True) as written:
         _Process.stacks = written
         for number in (STOP_SIGNAL, signal.SIGTERM):
             faulthandler.register(number, written, chain=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from genvalues.common import files
 from llama_lora.backends import worker
 from llama_lora.backends.base import Backend, TrainingJob
 from llama_lora.backends.loop import Row, StepResult
@@ -61,7 +62,7 @@ class MeasuredEngine(NativeEngine):
         }
         folder = measurements(self.job.paths)
         folder.mkdir(exist_ok=True)
-        with (folder / f"worker-{self.workers.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+        with files.open_to_append(folder / f"worker-{self.workers.rank:05d}.jsonl") as file:
             file.write(json.dumps(line) + "\n")
         if step + 1 == self.kill_after:
             self.workers.barrier()  # at the same time, or torchrun of a node that waits would lose its store
