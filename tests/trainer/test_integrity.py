@@ -29,6 +29,7 @@ ADAPTER, MERGED = "runs/run/adapter/adapter_model.safetensors", "runs/run/merged
 # What each stage reads, and which stage wrote it.
 READS = [
     *[(stage, file, "tokenize") for stage in ("compile", "train", "consolidate") for file in (WEIGHTS, TRAIN_ROWS)],
+    *[(stage, "models/*/config.json", "tokenize") for stage in ("compile", "train")],
     ("rehearse", TRAIN_ROWS, "tokenize"),
     ("rehearse", "models/*/config.json", "tokenize"),
     ("merge", WEIGHTS, "tokenize"),

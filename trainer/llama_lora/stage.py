@@ -26,7 +26,7 @@ import yaml
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, read_record
+from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, Sha256, read_record
 from genvalues.common.locks import locked
 from genvalues.common.text import one_line
 from llama_lora import stages
@@ -84,7 +84,7 @@ class Manifest:
     """The content of stages/STAGE.json. ``outputs`` are by their path in the workspace."""
 
     stage: str
-    fingerprint: str
+    fingerprint: Sha256
     started: str
     finished: str
     outputs: dict[PathInside, FileRecord]

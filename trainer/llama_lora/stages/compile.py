@@ -14,13 +14,13 @@ from llama_lora.backends.native import graphs as native_graphs
 from llama_lora.backends.xla.graphs import graph_settings, world_size
 from llama_lora.config import RunConfig, recorded_backend
 from llama_lora.stage import Declaration, Stage
-from llama_lora.stages.train import training_job, verify_base_and_rows
+from llama_lora.stages.train import check_settings, training_job, verify_base_and_rows
 
 
 def compile(stage: Stage) -> None:
     """Run the workers of train for a few steps in a scratch folder."""
     backend = backends.get(stage.config.backend)
-    backend.check(stage.config, stage.upstream_path("tokenize", "model"))
+    check_settings(stage, backend)
     verify_base_and_rows(stage)
     backend.compile(stage)
 

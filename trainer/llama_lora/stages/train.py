@@ -13,9 +13,8 @@ from llama_lora.stage import Declaration, Stage
 
 def train(stage: Stage) -> None:
     """Check the settings, then run this node's workers."""
-    model = stage.upstream_path("tokenize", "model")
     backend = backends.get(stage.config.backend)
-    backend.check(stage.config, model)
+    check_settings(stage, backend)
     backend.check_compiled(stage)
     verify_base_and_rows(stage)
     if stage.config.training.eval_steps is not None:
@@ -23,6 +22,13 @@ def train(stage: Stage) -> None:
 
         read_rows(stage.upstream_path("tokenize", "dataset"), stage.config.training)
     run_workers(worker_command(stage.name, stage.paths), stage.config)
+
+
+def check_settings(stage: Stage, backend: Backend) -> None:
+    """Check the settings against the model. Raises UserErrors."""
+    model = stage.upstream_path("tokenize", "model")
+    stage.verify_read("tokenize", model / "config.json")
+    backend.check(stage.config, model)
 
 
 def verify_base_and_rows(stage: Stage) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from genvalues.common.errors import UserError
+from genvalues.common.locks import HOLDER_BYTES, acquired, open_lock
+from genvalues.common.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +27,20 @@ def locked(workspace: Path) -> Iterator[int]:
     """
     path = workspace / ".local" / "lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        descriptor = open_lock(path)
     except OSError as error:
         fix = "Name a folder that you may write to, or a new one."
         raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}", fix=fix) from None
-    with file:
+    with os.fdopen(descriptor, "r+") as file:
         deadline = time.monotonic() + STOP_SECONDS
         told = False
-        while not acquired(file):
+        while not acquired(descriptor):
             file.seek(0)
-            holder = file.read().strip()
+            holder = file.read(HOLDER_BYTES).strip()
             # The stages of a killed run may still write, until they notice and end.
             if process_exists(holder) or time.monotonic() > deadline:
                 raise UserError(
-                    f"another `genvalues local` (process {holder or '?'}) is running in this workspace",
+                    f"another `genvalues local` (process {one_line(holder) or '?'}) is running in this workspace",
                     where=f"--workspace {workspace}",
                     fix="Wait until it ends, stop it, or use another folder.",
                 )
@@ -49,24 +48,17 @@ def locked(workspace: Path) -> Iterator[int]:
                 log.info("waiting for the stages of a run that was killed in this workspace to end")
                 told = True
             time.sleep(0.1)
+        file.seek(0)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield file.fileno()
-
-
-def acquired(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield descriptor
 
 
 def process_exists(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:  # of another user
         return True
