@@ -210,7 +210,7 @@ def test_a_kill_between_two_outputs_leaves_no_manifest(finished_run: Run, monkey
     monkeypatch.setattr(page, "page", lambda facts: 1 / 0)
     assert "ZeroDivisionError" in finished_run("evaluate", status=1)
     monkeypatch.setattr(page, "page", lambda facts: "")
-    monkeypatch.setattr(files, "write_bytes", lambda path, content: 1 / 0 if path.suffix == ".html" else None)
+    monkeypatch.setattr(files, "write_bytes", lambda path, *_, **__: 1 / 0 if path.suffix == ".html" else None)
     assert "ZeroDivisionError" in finished_run("evaluate", status=1)
     assert not finished_run.paths.manifest("evaluate").exists()
 
