@@ -204,13 +204,15 @@ def test_a_lost_output_is_made_again(finished_run: Run, name: str) -> None:
 
 
 def test_a_kill_between_two_outputs_leaves_no_manifest(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_lora.stages import evaluate
+    from llama_lora.report import page
 
     finished_run.config["evaluation"]["samples"] = 1
-    monkeypatch.setattr(evaluate, "render", lambda facts: 1 / 0)
+    monkeypatch.setattr(page, "page", lambda facts: 1 / 0)
     assert "ZeroDivisionError" in finished_run("evaluate", status=1)
-    monkeypatch.setattr(evaluate, "render", lambda facts: "")
-    monkeypatch.setattr(files, "write_bytes", lambda path, content: 1 / 0 if path.suffix == ".html" else None)
+    monkeypatch.setattr(page, "page", lambda facts: "")
+    monkeypatch.setattr(
+        files, "write_bytes", lambda path, content, mode=None: 1 / 0 if path.suffix == ".html" else None
+    )
     assert "ZeroDivisionError" in finished_run("evaluate", status=1)
     assert not finished_run.paths.manifest("evaluate").exists()
 
