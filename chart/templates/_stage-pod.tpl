@@ -83,6 +83,8 @@ spec:
       env:
         - name: LLAMA_LORA_WORKSPACE
           value: {{ $values.workspace.mountPath | quote }}
+        - name: LLAMA_LORA_IMAGE      # for the report
+          value: {{ include "llama-lora.image" .root | quote }}
         {{- $environment := dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1" }}
         {{- $environment = merge $environment (include "stage.neuronEnvironment" . | fromYaml) }}
         {{- range $name, $value := include "stage.override" (dict "base" $environment "over" $settings.extraEnv) | fromYaml }}

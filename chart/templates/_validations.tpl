@@ -343,6 +343,9 @@ stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more t
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
 {{- end }}
+{{- if hasKey $settings.extraEnv "LLAMA_LORA_IMAGE" }}
+stages.{{ $stage }}: extraEnv.LLAMA_LORA_IMAGE is set by the chart. Use image.
+{{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
 {{- end }}

@@ -28,7 +28,8 @@ document.getElementById("page").addEventListener("load", event => {
     scrollWidth: root.scrollWidth, clientWidth: root.clientWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)),
     background: getComputedStyle(page.body).backgroundColor, color: getComputedStyle(page.body).color,
     attacked: String(event.target.contentWindow.attacked || ""),
-    small: Math.min(...[...page.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height)),
+    small: Math.min(...[...page.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height)
+      .filter(Boolean)),
   });
 });</script>"""
 

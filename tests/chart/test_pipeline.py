@@ -265,6 +265,7 @@ def test_every_stage_mounts_the_workspace_and_can_otherwise_write_only_to_tmp(ob
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert mounts["tmp"]["mountPath"] == "/tmp"
         assert each.environment["LLAMA_LORA_WORKSPACE"] == mount_path
+        assert each.environment["LLAMA_LORA_IMAGE"] == container["image"]
         assert each.environment["HOME"] == "/tmp"
         assert each.environment["HF_HOME"] == "/tmp/huggingface"
         assert each.environment["PYTHONUNBUFFERED"] == "1"

@@ -15,7 +15,7 @@ from genvalues.inputs.write import checked
 
 Row = dict[str, str]
 PAGE = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
-OF_EVERY_STAGE = {"HOME", "HF_HOME", "PYTHONUNBUFFERED", "LLAMA_LORA_WORKSPACE"}
+OF_EVERY_STAGE = {"HOME", "HF_HOME", "PYTHONUNBUFFERED", "LLAMA_LORA_WORKSPACE", "LLAMA_LORA_IMAGE"}
 OF_API_CLIENTS = {"LLAMA_LORA_JOB_UID"}
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 NODES = (1, 2, 4)

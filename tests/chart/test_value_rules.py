@@ -124,6 +124,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"stages": {"train": {"extraEnv": {"LLAMA_LORA_WORKSPACE": "/x"}}}},
         f"{ENVIRONMENT}.LLAMA_LORA_WORKSPACE",
     ),
+    "the image's variable": (
+        {"stages": {"train": {"extraEnv": {"LLAMA_LORA_IMAGE": "x"}}}},
+        f"{ENVIRONMENT}.LLAMA_LORA_IMAGE",
+    ),
     "another compile cache": (
         merged(NEURON, {"stages": {"train": {"extraEnv": {"NEURON_COMPILE_CACHE_URL": "/x"}}}}),
         f"{ENVIRONMENT}.NEURON_COMPILE_CACHE_URL",

@@ -31,7 +31,9 @@ from cluster.space import (
     stages_in_order,
     uids,
 )
-from genvalues.cluster.objects import labels_of
+from cluster.test_following import Genvalues
+from genvalues.cluster.objects import labels_of, name_of
+from genvalues.common import files
 from trainer.conftest import make_model, write_rows
 
 pytestmark = pytest.mark.training
@@ -50,6 +52,7 @@ TRAINING: Values = merged(
             "maxSteps": STEPS,
             "learningRate": 1e-2,
             "saveSteps": SAVE_STEPS,
+            "evalSteps": STEPS // 3,
         },
         "evaluation": {"maxRows": 8, "samples": 1, "maxNewTokens": 8},
         "stageDefaults": {"extraEnv": {"OMP_NUM_THREADS": 1}},  # two workers may share two cores
@@ -87,10 +90,12 @@ def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     volume = trained.space.volume
-    losses = [
-        json.loads(line)["loss"] for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()
-    ]
+    lines = [json.loads(line) for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == STEPS
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert [step for step, _ in held_out] == [0, STEPS // 3, 2 * (STEPS // 3), STEPS]
+    assert held_out[-1][1] < held_out[0][1]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "the loss decreases"
 
     merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", tmp_path))
@@ -143,6 +148,23 @@ def test_helm_test_checks_the_merged_model_and_reports_what_is_wrong(trained: Tr
         volume.run("mv spare runs/llama/merged/model.safetensors")
     assert damaged.status != 0
     assert "merged/model.safetensors" in damaged.output and "SHA-256" in damaged.output
+
+
+def test_genvalues_report_fetches_the_page_and_leaves_nothing_in_the_cluster(trained: Trained, tmp_path: Path) -> None:
+    space, page = trained.space, tmp_path / "report.html"
+    (tmp_path / "helm").mkdir()
+    genvalues = Genvalues(space, 3, tmp_path / "helm")
+    before = {kind: {name_of(item) for item in space.list(kind)} for kind in ("jobs", "pods")}
+    ended = genvalues("report", "llama", "-o", str(page))
+    assert ended.status == 0, ended.output
+    output = space.volume.manifest("llama", "evaluate")["outputs"]["runs/llama/report.html"]
+    assert files.sha256(page) == output["sha256"] and page.stat().st_size == output["bytes"]
+    assert "held-out loss is" in page.read_text(encoding="utf-8")
+
+    def nothing_left() -> bool:
+        return all({name_of(item) for item in space.list(kind)} <= names for kind, names in before.items())
+
+    space.wait("no job and no pod of the report", nothing_left, 60)
 
 
 def test_an_unchanged_upgrade_skips_every_stage_in_5_s_and_requests_no_neuron(trained: Trained) -> None:

@@ -223,6 +223,38 @@ def test_no_held_out_rows_are_found_by_tokenize_and_before_any_worker_starts(new
     assert "training.evalSteps: requires held-out rows" in said and "training:" not in said
 
 
+def test_a_rehearsal_and_an_acceptance_run_measure_nothing_and_take_all_their_steps(
+    new_run: Callable[..., Run],
+) -> None:
+    from llama_lora.acceptance_trainings import settings as acceptance_settings
+    from llama_lora.small_run import small_config
+
+    config = new_run(training={"evalSteps": 1, "loadBestModelAtEnd": True, "earlyStoppingPatience": 1}).load()
+    for changed in (small_config(config).training, acceptance_settings(config).training):
+        assert changed.eval_steps is None and not changed.depends_on_held_out_loss
+
+
+def test_the_time_of_a_measurement_does_not_lower_the_tokens_per_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_lora import runlog
+    from llama_lora.paths import Paths
+
+    clock = [100.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    paths = Paths(tmp_path, "run")
+    log = runlog.RunLog(paths, "f" * 16, total_steps=4, first_step=0, rows_done=0)
+    for step in range(1, 5):
+        clock[0] += 2
+        log.step(runlog.StepMetrics(step, 1.0, 1e-3, 1.0, tokens=100, trained_tokens=50, rows_done=step))
+        clock[0] += 60
+        log.held_out(runlog.HeldOutMetrics(step, 1.5, 8, 80, step), seconds=60)
+    log.close()
+    speeds = [step["tokens_per_second"] for step in read_metrics(paths.metrics("f" * 16))]
+    assert speeds == [50.0] * 4
+    assert [point["eval_loss"] for point in read_held_out(paths.metrics("f" * 16))] == [1.5] * 4
+
+
 def training(**settings: Any) -> Training:
     return Training(**{"eval_steps": 1, **settings})
 

@@ -26,6 +26,7 @@ class Progress:
     tokensPerSecond: Finite | None = None
     etaSeconds: Finite | None = None
     savedStep: Count | None = None
+    evalLoss: Finite | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -49,6 +50,8 @@ def describe_progress(progress: dict[str, Any]) -> str:
     parts = [f"step {progress.get('step')} of {progress.get('totalSteps')}"]
     if (loss := progress.get("loss")) is not None:
         parts.append(f"loss {loss:.4f}")
+    if (held_out := progress.get("evalLoss")) is not None:
+        parts.append(f"held-out loss {held_out:.4f}")
     if (rate := progress.get("learningRate")) is not None:
         parts.append(f"learning rate {rate:.3g}")
     if (speed := progress.get("tokensPerSecond")) is not None:

@@ -87,14 +87,16 @@ def details(stage: StageStatus) -> list[str]:
 
 def describe_progress(progress: Mapping[str, Any]) -> list[str]:
     """As far as known and well-formed: users may have changed the annotation."""
-    step, total, loss, speed, left = (
-        get(progress, key, float) for key in ("step", "totalSteps", "loss", "tokensPerSecond", "etaSeconds")
+    step, total, loss, held_out, speed, left = (
+        get(progress, key, float) for key in ("step", "totalSteps", "loss", "evalLoss", "tokensPerSecond", "etaSeconds")
     )
     parts = []
     if step is not None:
         parts.append(f"step {step:,.0f}" + (f" of {total:,.0f}" if total is not None else ""))
     if loss is not None:
         parts.append(f"loss {loss:.4f}")
+    if held_out is not None:
+        parts.append(f"held-out loss {held_out:.4f}")
     if speed is not None:
         parts.append(f"{speed:,.0f} tokens/s")
     if left is not None:

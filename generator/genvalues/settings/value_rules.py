@@ -397,6 +397,7 @@ def access_modes(values: Values) -> Iterator[Problem]:
 
 CHARTS_OWN = {  # environment variables that the chart sets, and what to do instead
     "LLAMA_LORA_WORKSPACE": ("is set by the chart", "Use chartValues.workspace.mountPath."),
+    "LLAMA_LORA_IMAGE": ("is set by the chart", "Use image."),
 }
 CACHE_FIX = ("is set by the chart", "Remove it: the cache is on the volume.")
 CHARTS_OWN_ON_NEURON = {

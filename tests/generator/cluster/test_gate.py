@@ -704,6 +704,7 @@ def test_progress_conditions_and_pods_are_logged_once_for_each_change(
 def test_progress_with_missing_values_is_described() -> None:
     progress = {"step": 5, "totalSteps": 10, "loss": None, "tokensPerSecond": 5120.4, "etaSeconds": 3720}
     assert describe_progress(progress) == "step 5 of 10, 5,120 tokens/s, 1 h 02 min left"
+    assert describe_progress({"step": 5, "totalSteps": 10, "evalLoss": 1.5}) == "step 5 of 10, held-out loss 1.5000"
 
 
 def test_a_stage_whose_dependency_is_not_done_is_a_user_error(

@@ -558,6 +558,7 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
                 config,
             ]
             assert command.environment["LLAMA_LORA_WORKSPACE"] == folder
+            assert "LLAMA_LORA_IMAGE" not in command.environment, "no process of this computer runs the image"
             assert command.grace == (120 if each.name in ("compile", "train") else GRACE)
             assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/{each.name}")
         assert json.loads(json.dumps(yaml.safe_load(Path(config).read_text())))["backend"] == "native"

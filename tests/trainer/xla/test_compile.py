@@ -512,6 +512,7 @@ CHANGES_NO_GRAPH: list[tuple[str, dict[str, Any]]] = [
     ("training", {"weightDecay": 0.02}),
     ("training", {"gradientAccumulationSteps": 3}),
     ("training", {"saveSteps": 1, "saveTotalLimit": 1}),
+    ("training", {"evalSteps": 5, "evalRows": 3, "loadBestModelAtEnd": True, "earlyStoppingPatience": 2}),
     ("lora", {"alpha": 16}),
     ("probe", {"tolerance": 0.5}),
     ("compile", {"onMismatch": "warn"}),
@@ -534,6 +535,13 @@ def test_a_setting_that_changes_no_graph_is_in_neither(
 ) -> None:
     before, after, then, now = changed(new_run(), section, change)
     assert before == after and then == now
+
+
+def test_the_held_out_loss_has_a_graph_of_its_own_only_without_a_probe(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.config["probe"] = {"rows": 0}
+    before, after, then, now = changed(run, "training", {"evalSteps": 5})
+    assert before != after and after["heldOutLoss"] is True and then != now
 
 
 def test_of_a_norm_it_only_counts_whether_it_is_1(new_run: Callable[..., Run]) -> None:

@@ -374,6 +374,6 @@ class JobCheckpoints:
 
         That can be after a resume with another number of workers, with which the same step has other rows.
         """
-        best = self.best()
+        best = self.best() if self.job.training.load_best_model_at_end else None
         if best and best.name == checkpoints.name_of(record) and record.rows_done != self.held_out.best_rows_done:
             best.rename(best.with_name(f"{best.name}-of-{self.held_out.best_rows_done}-rows"))

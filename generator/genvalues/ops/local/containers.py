@@ -26,6 +26,7 @@ from genvalues.ops.local.chart_stages import STAGE, Object, annotation_of, confi
 TORCHRUN = re.compile(
     r"PET_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
 )
+IMAGE = "LLAMA_LORA_IMAGE"  # the image that a pod runs, which no process of this computer does
 # As in a cluster, only a stage whose container takes a token from a Secret gets one.
 TOKENS = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH"}
 
@@ -83,7 +84,7 @@ class Machine:
             "PYTHONUSERBASE", site.getuserbase()
         )  # for packages of `pip install --user`: HOME may change
         for variable in container.get("env") or []:
-            if "value" in variable:
+            if "value" in variable and variable["name"] != IMAGE:
                 environment[variable["name"]] = with_local_paths(str(variable["value"]), folders)
         # As in a cluster: a training saves a checkpoint in this time.
         grace = float(pod.get("terminationGracePeriodSeconds", GRACE))

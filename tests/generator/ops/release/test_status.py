@@ -91,6 +91,7 @@ def test_the_training_stage_has_progress_cost_and_nodes(run: Run) -> None:
         "step": 120,
         "totalSteps": 1000,
         "loss": 1.25,
+        "evalLoss": 1.5,
         "tokensPerSecond": 5120.4,
         "etaSeconds": 3720,
     }
@@ -103,7 +104,8 @@ def test_the_training_stage_has_progress_cost_and_nodes(run: Run) -> None:
     assert (found.cost, found.max_cost) == (12.3, 40)
     line = status_text.describe(train, (train.started or NOW) + timedelta(seconds=754))
     assert line == (
-        "train: running for 12 min 34 s, step 120 of 1,000, loss 1.2500, 5,120 tokens/s, 1 h 02 min left, "
+        "train: running for 12 min 34 s, step 120 of 1,000, loss 1.2500, held-out loss 1.5000, "
+        "5,120 tokens/s, 1 h 02 min left, "
         "$12.30 so far of at most $40.00, holds 2 nodes"
     )
 
