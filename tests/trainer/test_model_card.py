@@ -22,7 +22,7 @@ FULL = Facts(
     license="llama3.1",
     data=[Data("databricks/dolly", "abc", "train[:10%]", "instruction"), Data(format="chat")],
     settings={"LoRA rank": 16},
-    losses=Losses(2.5, 1.25, 100),
+    losses=Losses(2.5, 1.25, 100, 10),
     held_out=HeldOut(2.4, 1.3, 256, "Better: the interval is below zero."),
     versions={"torch": "2.15.0"},
 )

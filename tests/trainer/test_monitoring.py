@@ -232,6 +232,12 @@ def test_every_stage_writes_its_state(new_run: Callable[..., Run]) -> None:
     assert not [file.name for file in run.paths.run.iterdir() if files.PARTIAL in file.name]
 
 
+def test_a_stage_that_is_skipped_records_nothing(finished_run: Run) -> None:
+    before = finished_run.paths.prometheus.read_bytes()
+    assert "skipped" in finished_run("merge")
+    assert finished_run.paths.prometheus.read_bytes() == before
+
+
 def test_a_training_writes_its_progress(whole_run: Run) -> None:
     found = samples(whole_run.paths.prometheus.read_bytes())
     assert found["llama_lora_train_step", "run", "train"] == 6

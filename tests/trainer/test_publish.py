@@ -373,6 +373,8 @@ def test_what_the_hub_refuses_ends_with_one_line_and_no_commit(
     hub_server.fault = lambda *_: None
     to_hub(hub_files)
     assert hub_server.commits == 1
+    if part == "/commit/":
+        assert len(hub_server.sent("PUT", "/large/")) == 1, "what the Hub has is not sent again"
 
 
 # --- the stage

@@ -32,7 +32,7 @@ Kind = Literal["adapter", "merged"]
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")  # the Hub's identifiers: apache-2.0, llama3.1
 NOT_PLAIN = re.compile(r"[^\w .,;:%()+'/-]")  # may begin markup
 MOST_CARD_BYTES = 1 << 20
-LAST_STEPS = 10  # whose mean loss the card shows as the last
+MOST_AVERAGED = 10  # steps whose mean loss the card shows as the last
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Losses:
-    """Of the training, in nats per trained token: the first step, and the mean of the last steps."""
+    """Of the training, in nats per trained token: the first step, and the mean of the last ``averaged`` steps."""
 
     first: float
     last: float
     steps: int
+    averaged: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _results(facts: Facts) -> list[str]:
     lines = []
     if losses := facts.losses:
         lines.append(
-            f"- Training loss: {losses.first:.4f} in the first of {losses.steps} steps, {losses.last:.4f} at the end."
+            f"- Training loss: {losses.first:.4f} in the first step, {losses.last:.4f} over the last {losses.averaged} "
+            f"of {losses.steps} steps."
         )
     if held := facts.held_out:
         lines.append(f"- Held-out loss on {held.rows} rows: base {held.base:.4f}, fine-tuned {held.merged:.4f}.")
@@ -251,8 +253,8 @@ def losses_of(paths: Paths, fingerprint: str) -> Losses | None:
     losses = [step["loss"] for step in read_metrics(paths.metrics(fingerprint))]
     if not losses:
         return None
-    last = losses[-LAST_STEPS:]
-    return Losses(losses[0], sum(last) / len(last), len(losses))
+    last = losses[-min(MOST_AVERAGED, 1 + len(losses) // 10) :]
+    return Losses(losses[0], sum(last) / len(last), len(losses), len(last))
 
 
 def held_out_of(evaluated: Manifest | None) -> HeldOut | None:

@@ -195,11 +195,12 @@ class S3Upload:
         """The upload of this file that has begun, with its parts by number, or a new one. One of other bytes ends."""
         key = self.key(file.name)
         if begun := self.begun.get(key):
-            if begun != (file.sha256, PART_BYTES, begun[2]):
-                self.abort(file.name, begun[2])
+            *of, upload_id = begun
+            if of != [file.sha256, PART_BYTES]:
+                self.abort(file.name, upload_id)
             else:
                 try:
-                    return begun[2], dict(self.parts(key, begun[2]))
+                    return upload_id, dict(self.parts(key, upload_id))
                 except self.client.exceptions.ClientError as error:
                     if code_of(error) not in ("NoSuchUpload", "404"):
                         raise
