@@ -1,8 +1,8 @@
 """What a bundle may show: an allow-list of field names. Everything else is replaced by ``(redacted)``.
 
-Structured data (objects, values, documents) goes through ``redact_object``: the text of a field is shown only if the
-field's name is on the list; numbers and flags are shown unless the name looks secret. Before that, ``selected`` keeps of
-Kubernetes objects the kinds that a release has, and their known top-level fields. Logs have no fields, so
+Of Kubernetes objects, ``selected`` keeps the kinds that a release has and their known top-level fields. Structured data
+(objects, values, documents) goes through ``redact_object``: the text of a field is shown only if the field's name is on
+the list; numbers and flags are shown unless the name looks secret. Logs have no fields, so
 ``redact_text`` removes what has the form of a credential, and the value after every name that looks secret and is not
 on the list. Both replace AWS account numbers.
 """
@@ -81,7 +81,8 @@ def selected(item: Any, kind: str = "") -> dict[str, Any] | None:
     """The part of a Kubernetes object that enters a bundle; None if nothing does. In a list objects have no kind."""
     if not isinstance(item, dict) or "Secret" in (kind := str(kind or item.get("kind") or "Secret")):
         return None
-    metadata = item.get("metadata") if isinstance(item.get("metadata"), dict) else {}
+    found = item.get("metadata")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
     if kind not in FIELDS:
         return {"kind": kind, "metadata": {key: metadata[key] for key in ("name", "namespace") if key in metadata}}
     kept = {key: value for key, value in item.items() if key in FIELDS[kind] | {"apiVersion", "kind"}}
