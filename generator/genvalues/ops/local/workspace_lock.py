@@ -28,7 +28,8 @@ def locked(workspace: Path) -> Iterator[int]:
     path = workspace / ".local" / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = open(os.open(path, flags, 0o666), "a+")  # noqa: PTH123, SIM115
     except OSError as error:
         fix = "Name a folder that you may write to, or a new one."
         raise UserError(f"cannot be used: {error.strerror}", where=f"--workspace {workspace}", fix=fix) from None
