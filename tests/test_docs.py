@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -57,6 +58,20 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in set(PAGES) - {ROOT / "README.md", ROOT / "chart/README.md"}:
         assert f"]({page.relative_to(ROOT)}" in readme
+
+
+def test_each_promise_of_the_security_page_has_its_test() -> None:
+    rows = [
+        line for line in (ROOT / "docs/security.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
+    promises = [line for line in rows if not line.startswith(("|---", "| promise"))]
+    assert len(promises) > 25
+    for promise in promises:
+        named = re.findall(r"`(tests/[\w/.]+)::(test_\w+)`", promise.split("|")[2])
+        assert named, promise
+        for file, test in named:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
 def test_the_readme_is_short() -> None:

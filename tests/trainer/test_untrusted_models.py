@@ -266,6 +266,19 @@ def test_a_model_is_loaded_from_its_folder_alone(base: Path, tmp_path: Path, mon
     assert loaded.keys() == stored.keys() and all(torch.equal(loaded[name], stored[name]) for name in stored)
 
 
+def test_a_model_with_tied_embeddings_is_complete(tmp_path: Path) -> None:
+    folder = snapshot(make_model(tmp_path / "base", tie_word_embeddings=True), tmp_path / "models")
+    model = evaluation.load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_file_that_was_put_into_a_snapshot_later_does_not_get_into_the_merged_model(finished_run: Run) -> None:
+    model = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
+    (model / "chat_template.json").write_text('{"chat_template": "planted"}')
+    finished_run.paths.manifest("merge").unlink()
+    assert f"{model / 'chat_template.json'}: is not among the files" in finished_run("merge", status=2)
+
+
 def test_a_model_without_all_its_weights_is_not_loaded_with_random_ones(base: Path) -> None:
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

@@ -5,6 +5,7 @@ Two sets are supported (pyproject.toml): [trainer], the current one, and [traine
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from pathlib import Path
@@ -51,6 +52,18 @@ def new_model(config: Any, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(
         config, trust_remote_code=False, **{"attn_implementation": "eager", **options}
     )
+
+
+def empty_model(config: Any) -> Any:
+    """Build a causal language model without memory: its parameters are on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with contextlib.suppress(KeyError):  # transformers' own message for a config without a model is raised below
+        # Imports the model's module. Within the context below that fails with transformers 4.57 and torch 2.8.
+        AutoModelForCausalLM._model_mapping[type(config)]
+    with torch.device("meta"):
+        return new_model(config)
 
 
 def load_model(folder: Path, **options: Any) -> tuple[Any, list[str]]:

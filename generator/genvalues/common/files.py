@@ -178,8 +178,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 def open_to_append(path: Path, *, empty: bool = False) -> TextIO:
     """Open a text file of ours to write at its end, or ``empty``. A symbolic link in its place is an OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if empty else os.O_APPEND)
-    file = open(os.open(path, flags, 0o666), "w" if empty else "a", encoding="utf-8")  # noqa: PTH123, SIM115
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = open(os.open(path, flags if empty else flags | os.O_APPEND, 0o666), "w" if empty else "a", encoding="utf-8")  # noqa: PTH123, SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")

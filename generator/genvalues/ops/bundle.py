@@ -33,7 +33,7 @@ from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.records import HelmRecord, Object, find_record
-from genvalues.ops.redact import redact_object, redact_text
+from genvalues.ops.redact import redact_object, redact_text, selected
 from genvalues.ops.status import ReleaseWatcher
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,10 @@ CONFIG_MAPS = ApiKind("api/v1", "configmaps")
 DEPLOYMENTS = ApiKind("apis/apps/v1", "deployments")
 OPERATOR = "training-operator"  # the Deployment of Kubeflow's training operator v1, in namespace kubeflow
 NODE_LABELS = ("node.kubernetes.io/", "topology.kubernetes.io/", "sagemaker.amazonaws.com/", "karpenter.sh/")
+KIND_OF = {
+    **{"jobs": "Job", "pytorchjobs": "PyTorchJob", "configmaps": "ConfigMap", "pods": "Pod", "events": "Event"},
+    "persistentvolumeclaims": "PersistentVolumeClaim",
+}
 LOG_BYTES = 4 << 20  # kept of each container's log: the end
 LOG_LINES = 50_000
 MODIFIED = 0  # the time of every file in the archive: the same state gives the same bytes
@@ -86,6 +90,10 @@ class Archive:
 
     def yaml(self, name: str, value: Any) -> None:
         self.text(name, dump(redact_object(value)))
+
+    def objects(self, name: str, items: Sequence[Object], kind: str = "") -> None:
+        """Add the parts of Kubernetes objects that ``selected`` keeps."""
+        self.yaml(name, [kept for item in items if (kept := selected(item, kind))])
 
     def json(self, name: str, value: Any) -> None:
         self.text(name, json.dumps(redact_object(value), indent=2, ensure_ascii=False, sort_keys=True) + "\n")
@@ -139,8 +147,9 @@ def add_values(archive: Archive, watcher: ReleaseWatcher) -> None:
 
 
 def add_record(archive: Archive, record: HelmRecord, folder: str) -> None:
-    archive.yaml(f"{folder}/manifest.yaml", [item for item in record.resources if item["kind"] != "Secret"])
-    archive.yaml(f"{folder}/hooks.yaml", [{"phase": hook.phase, "manifest": hook.manifest} for hook in record.hooks])
+    archive.objects(f"{folder}/manifest.yaml", record.resources)
+    hooks = [{"phase": hook.phase, "manifest": selected(hook.manifest)} for hook in record.hooks]
+    archive.yaml(f"{folder}/hooks.yaml", [hook for hook in hooks if hook["manifest"]])
     for file in ("run.yaml", "cluster.yaml", "values.yaml"):
         if config := record.config(file):
             archive.yaml(f"{folder}/config/{file}", config)
@@ -170,7 +179,10 @@ def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -
     for name, source in sources.items():
         with archive.reading(name):
             read[name] = source()
-            archive.yaml(f"objects/{name}.yaml", read[name])
+            if kind := KIND_OF.get(name):
+                archive.objects(f"objects/{name}.yaml", read[name], kind)
+            else:
+                archive.yaml(f"objects/{name}.yaml", read[name])
     return read.get("pods", [])
 
 

@@ -1,7 +1,8 @@
 """What a bundle may show: an allow-list of field names. Everything else is replaced by ``(redacted)``.
 
-Structured data (objects, values, documents) goes through ``redact_object``: the text of a field is shown only if the
-field's name is on the list; numbers and flags are shown unless the name looks secret. Logs have no fields, so
+Of Kubernetes objects, ``selected`` keeps the kinds that a release has and their known top-level fields. Structured data
+(objects, values, documents) goes through ``redact_object``: the text of a field is shown only if the field's name is on
+the list; numbers and flags are shown unless the name looks secret. Logs have no fields, so
 ``redact_text`` removes what has the form of a credential, and the value after every name that looks secret and is not
 on the list. Both replace AWS account numbers.
 """
@@ -37,13 +38,34 @@ SHOWN = words("""
     reclaimPolicy persistentVolumeReclaimPolicy volumeBindingMode
     genvalues helm kubernetes trainingOperator kubelet release revision helmStatus mode chart version appVersion outcome
     state note tail tailOf pods nodes result notRead updated started ended finished stage fingerprint fullname run
+    lastTransitionTime lastProbeTime lastUpdateTime lastReconcileTime startTime completionTime startedAt finishedAt
+    imageID containerID qosClass status reportingInstance apiGroup apiGroups resources verbs resourceNames
+    nonResourceURLs add drop driver volumeHandle fsType runtimeClassName
 """)
 # Below these, text is shown under any name that does not look secret: labels, resources, what controllers write.
 FREE = words("""
-    status ownerReferences involvedObject rules roleRef securityContext parameters csi affinity tolerations taints
-    nodeSelector labels podLabels matchLabels limits requests allocatable devices conditions facts versions outputs
-    progress cost
+    parameters volumeAttributes affinity tolerations taints nodeSelector labels podLabels matchLabels matchExpressions
+    limits requests allocatable capacity devices facts versions outputs progress cost
 """)
+# What enters a bundle of the objects of each kind, besides apiVersion, kind and metadata. Of other kinds, such as those
+# that a policy engine adds, only what they are; of a Secret nothing.
+FIELDS = {
+    **dict.fromkeys(("Job", "PyTorchJob", "Pod", "PersistentVolumeClaim", "PersistentVolume"), words("spec status")),
+    "ConfigMap": words("data"),
+    "ServiceAccount": words("imagePullSecrets automountServiceAccountToken"),
+    **dict.fromkeys(("Role", "ClusterRole"), words("rules")),
+    **dict.fromkeys(("RoleBinding", "ClusterRoleBinding"), words("roleRef subjects")),
+    "StorageClass": words("provisioner parameters mountOptions reclaimPolicy volumeBindingMode allowVolumeExpansion"),
+    "Event": words(
+        "involvedObject reason message type count action firstTimestamp lastTimestamp eventTime series source"
+        " reportingComponent reportingInstance"
+    ),
+}
+METADATA = words(
+    "name namespace uid resourceVersion generation creationTimestamp deletionTimestamp labels annotations finalizers"
+    " ownerReferences generateName"
+)
+CONFIG_FILES = words("run.yaml cluster.yaml values.yaml")  # the files of the chart's ConfigMap
 # Environment variables of the chart's programs, and annotations of the chart and of the controllers it works with.
 SHOWN_PREFIX = re.compile(
     r"(CCOM|FI|HF_HUB|LLAMA_LORA|MALLOC|NCCL|NEURON|OMP|PYTHON|TORCH|TRANSFORMERS|XLA)_"
@@ -53,6 +75,21 @@ SHOWN_PREFIX = re.compile(
 )
 # Long and of no use: which controller wrote which field, and kubectl's own copy of the object.
 DROPPED = {"managedFields", "kubectl.kubernetes.io/last-applied-configuration"}
+
+
+def selected(item: Any, kind: str = "") -> dict[str, Any] | None:
+    """The part of a Kubernetes object that enters a bundle; None if nothing does. In a list objects have no kind."""
+    if not isinstance(item, dict) or "Secret" in (kind := str(kind or item.get("kind") or "Secret")):
+        return None
+    found = item.get("metadata")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+    if kind not in FIELDS:
+        return {"kind": kind, "metadata": {key: metadata[key] for key in ("name", "namespace") if key in metadata}}
+    kept = {key: value for key, value in item.items() if key in FIELDS[kind] | {"apiVersion", "kind"}}
+    if kind == "ConfigMap" and isinstance(kept.get("data"), dict):
+        kept["data"] = {name: text for name, text in kept["data"].items() if name in CONFIG_FILES}
+    return {**kept, "metadata": {key: value for key, value in metadata.items() if key in METADATA}}
+
 
 # --- names that look secret, in any spelling
 
@@ -67,6 +104,7 @@ HARMLESS = (
     r"|(?:image)?pullsecrets|automountserviceaccounttoken|topologykey|(?:forward|backward)[_-]pass"
     r"|(?:bos|eos|pad|unk|cls|sep|mask|num|max|(?:max[_-])?new|input|output|per|special|total)[_-]?token(?:[_-]ids?)?"
 )
+NAMES_A_SECRET = {("monitoring", "secret"): "secretName"}  # by block and key
 LOOKS_SECRET = re.compile(SECRET, re.IGNORECASE)
 MAY_BE_SHOWN = re.compile(f"(?:{HARMLESS})", re.IGNORECASE)
 
@@ -74,7 +112,13 @@ MAY_BE_SHOWN = re.compile(f"(?:{HARMLESS})", re.IGNORECASE)
 
 JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{5,}(?:\.[A-Za-z0-9_-]*){1,4}")  # RFC 7519: base64 of {"
 BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
-IN_URL = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")  # https://user:password@host
+# https://user:password@host, https://token@host. A password may have a slash; a name alone (ssh://git@host) may not.
+IN_URL = re.compile(r"(?<=://)(?:[^\s/@:\"'<>]{0,200}:[^\s@\"'<>]{1,200}|[^\s/@:\"'<>]{16,200})(?=@)")
+# An AWS secret access key alone, 40 characters of base64, and a session token. A SHA-1 has no upper case.
+AWS_SECRET = re.compile(
+    r"(?<![A-Za-z0-9/+=_.-])(?=[A-Za-z0-9/+]{0,39}[a-z])(?=[A-Za-z0-9/+]{0,39}[A-Z])(?=[A-Za-z0-9/+]{0,39}[0-9])"
+    r"[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=_-])|(?<![A-Za-z0-9/+])(?:IQoJ|FwoG)[A-Za-z0-9/+=]{40,}"
+)
 # A name that looks secret. It starts at a word boundary, so that a long text is scanned once. Not: the names above, the
 # shell's folders, and prose such as "loss per token: 1.25".
 NAME = (
@@ -93,6 +137,9 @@ NAMED = re.compile(
     rf"(?im)({NAME}\\*[\"']?[ \t]*[=:][ \t]*|(?=--){NAME}\\*[\"']?(?:[ \t]*,\s*|[ \t]+|[ \t]*\n\s*-[ \t]+)(?!-))"
     rf"{NO_VALUE}(?:(\\+[\"'])[^\n]*?(?=\2|$)|(')(?:[^'\n]|'')*|(\")(?:[^\"\\\n]|\\.)*|[^\s\"'\\,;&}}]+)"
 )
+# NAME VALUE. Whether the value is one, or a word of a sentence, is for ``is_value`` to tell.
+SPACED = re.compile(rf"(?i)({NAME})([ \t]{{1,4}}\\?[\"']?)([^\s\"'\\,;&}}]{{4,}})")
+NUMBER = re.compile(r"[\d.,:%]+[A-Za-z]{0,3}")
 # Twelve digits, also within a bucket's name; not those of a decimal, and not in what stands before: a UUID, a digest or
 # fingerprint, and the 17 digits of an AWS resource's id.
 ACCOUNT = re.compile(
@@ -113,7 +160,7 @@ def redact_object(value: Any, name: str = "", *, free: bool = False) -> Any:
     if isinstance(value, dict):
         return {
             redact_text(key) if isinstance(key, str) else key: redact_object(
-                inner, field_name(value, str(key)), free=free or key in FREE
+                inner, NAMES_A_SECRET.get((name, key)) or field_name(value, str(key)), free=free or key in FREE
             )
             for key, inner in value.items()
             if key not in DROPPED
@@ -185,9 +232,29 @@ def redact_text(text: str) -> str:
     text = HEADER.sub(rf"\1{HIDDEN}", text)
     text = BEARER.sub(rf"\1 {HIDDEN}", text)
     text = IN_URL.sub(HIDDEN, text)
+    text = AWS_SECRET.sub(HIDDEN, text)
     text = YAML_KEY.sub(rf"\1{HIDDEN}", text)
     text = NAMED.sub(lambda found: f"{found[1]}{found[2] or found[3] or found[4] or ''}{HIDDEN}", text)
+    text = SPACED.sub(
+        lambda found: f"{found[1]}{found[2]}{HIDDEN}" if is_value(found[1], found[2], found[3]) else found[0], text
+    )
     return ACCOUNT.sub(without_account, text)
+
+
+def is_value(name: str, between: str, value: str) -> bool:
+    """Whether a secret name's next word is its value, and not the next word of a sentence.
+
+    After a name such as HF_TOKEN or db-password anything is that is no plain word or number. After a word such as token
+    it must have letters and digits, and must not be quoted: Kubernetes quotes the names of Secrets.
+    """
+    word = value.strip(".,:;!?()[]<>")
+    compound = "_" in name or "-" in name or name.isupper()
+    if NUMBER.fullmatch(word) or len(word) < 4 or (('"' in between or "'" in between) and not compound):
+        return False
+    if word.isalpha():
+        return len(word) >= 20 or (compound and not (word.isupper() or word[1:].islower()))
+    has_digit, has_letter = any(map(str.isdigit, word)), any(map(str.isalpha, word))
+    return (has_digit and has_letter and len(word) >= 6) or (compound and any(each in "/+=@#$%^*!~" for each in word))
 
 
 def without_account(found: re.Match[str]) -> str:

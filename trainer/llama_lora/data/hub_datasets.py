@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, read_object
+from genvalues.common.text import one_line
 from genvalues.settings.datasets import SplitPart, split_parts
 from llama_lora.data.arrow_rows import BATCH_BYTES, MOST_ROWS, read_parquet, rows_of
 from llama_lora.data.hub_errors import translate_dataset_errors
@@ -66,6 +68,7 @@ def saved_splits(part: Part, folder: Path) -> dict[str, Split]:
     from datasets import DatasetDict, load_from_disk
 
     with translate_dataset_errors(part.key, part.source):
+        check_inside(folder, f"{part.key}.source")
         loaded = load_from_disk(str(folder))
     splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
 
@@ -73,6 +76,24 @@ def saved_splits(part: Part, folder: Path) -> dict[str, Split]:
         yield from _rows(splits[name], f"{part.source} {name}", bad_rows, part)
 
     return {name: partial(read, name) for name in splits}
+
+
+def check_inside(folder: Path, where: str) -> None:
+    """Raise UserError if a folder of save_to_disk names files or splits outside of itself: they are read, too."""
+    for file in (folder / "dataset_dict.json", folder / "state.json", *folder.glob("*/state.json")):
+        try:
+            content = read_object(file)
+        except InvalidJson:  # datasets tells what it needs
+            continue
+        listed = [*as_list(content.get("splits")), *as_list(content.get("_data_files"))]
+        names = [each.get("filename") if isinstance(each, dict) else each for each in listed]
+        if outside := [name for name in names if isinstance(name, str) and ("/" in name or name in ("", ".", ".."))]:
+            what = f"{file} names {one_line(outside[0])!r}, which is not in the folder"
+            raise UserError(what, where=where, fix="Write the dataset again with save_to_disk.")
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _rows(dataset: Any, name: str, bad_rows: BadRows, part: Part) -> Iterator[Row]:

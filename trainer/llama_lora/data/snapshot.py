@@ -227,16 +227,13 @@ def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[i
 
     ``most_layers``: how many tensors there are. Each layer has some; a config of more layers could take hours to build.
     """
-    import torch
-
     written = read_config(folder, origin)
     layers = written.get("num_hidden_layers")
     if isinstance(layers, (int, float)) and layers > most_layers:
         what = f"{CONFIG} of {origin} has num_hidden_layers {layers:g}, but there are only {most_layers} weights"
         raise UserError(what, where="model", fix=COMPLETE)
     try:
-        with torch.device("meta"):
-            model = library_versions.new_model(library_versions.load_config(folder))
+        model = library_versions.empty_model(library_versions.load_config(folder))
     except Exception as error:  # a config can make any line of transformers fail
         lines = str(error).splitlines() or [type(error).__name__]
         own = ", and the code that it comes with (auto_map) is not run" if "auto_map" in written else ""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genvalues.common import manifests
+from genvalues.common import files, manifests
 from genvalues.common.progress_bar import ProgressBar, relayed
 from genvalues.common.text import duration
 
@@ -83,7 +83,7 @@ class Screen:
             self._console.print(f"--- {name}")
         log_file.parent.mkdir(parents=True, exist_ok=True)
         bar = ProgressBar(on_stderr=False)
-        with log_file.open("w", encoding="utf-8") as file:
+        with files.open_to_append(log_file, empty=True) as file:
             try:
                 yield StageOutput(file, log_file, bar)
             finally:

@@ -22,7 +22,7 @@ from generator.ops.release.test_status import genvalues
 from genvalues import __version__
 from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
-from genvalues.ops import bundle
+from genvalues.ops import bundle, redact
 from genvalues.ops.local import local_values
 from genvalues.ops.local.run import rendered_objects
 from genvalues.ops.redact import redact_object, redact_text
@@ -127,6 +127,111 @@ def test_bundle_contains_no_planted_token_wherever_it_was_planted(run: Run, fake
     with gzip.open("b.tar.gz") as unpacked:  # including names in the archive
         whole = unpacked.read().decode()
     assert not [planted for planted in [*TOKENS, SECRET, ACCOUNT] if planted in whole]
+
+
+KEY = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYplantedKEY"  # 40 characters, as an AWS secret access key
+PLANTED = [
+    *TOKENS,
+    KEY,
+    f"Authorization: Bearer {KEY}.x",
+    f"https://user:{SECRET}@host/x",
+    f"https://user:with/{SECRET}@host/x",
+    f"HF_TOKEN {SECRET}-7/x",
+    f"password={SECRET}",
+    f"eyJ{SECRET}.{SECRET}.{SECRET}",
+]
+# The names by which the objects are found, and fields whose values a server allows only from a list.
+STRUCTURE = {
+    *("name", "kind", "apiVersion", "labels", "uid", "namespace", "resourceVersion", "phase", "manifest", "hooks"),
+    *("type", "status", "restartPolicy", "creationTimestamp", "startedAt", "finishedAt", "generateName", "controller"),
+}
+UNKNOWN = "planted-in-a-field-of-no-list"
+
+
+def planted_in(value: Any, name: str = "", *, free: bool = False) -> Any:
+    """The object with secrets at the end of every text, and in a field of its own of every map."""
+    if isinstance(value, dict):
+        grown = {
+            key: planted_in(inner, key, free=free or key in redact.FREE) if key not in STRUCTURE else inner
+            for key, inner in value.items()
+        }
+        return grown if free or name in STRUCTURE else {**grown, "somethingNew": UNKNOWN, "other": {"new": UNKNOWN}}
+    if isinstance(value, list):
+        return [planted_in(inner, name, free=free) for inner in value]
+    if isinstance(value, str) and name != "data" and not name.endswith(".yaml"):
+        return f"{value} {' '.join(PLANTED)}"
+    return value
+
+
+def test_bundle_contains_no_secret_that_is_planted_in_every_field_of_every_object(
+    run: Run, fake: FakeApi, helm: FakeHelm
+) -> None:
+    first, _ = run.to_train()
+    run.values = {**run.values, "stageDefaults": {"extraEnv": {"MY_NOTE": " ".join(PLANTED), "NEURON_X": KEY}}}
+    run.record()
+    fake.add("nodes", {"metadata": {"name": "node-0", "labels": {"node.kubernetes.io/instance-type": "x"}}})
+    fake.add("events", {"metadata": {"name": "e"}, "involvedObject": {"name": "demo-x"}, "reason": "R", "message": "m"})
+    fake.add("configmaps", {"metadata": {"name": "c", "labels": {}}, "data": {"other.txt": SECRET}})
+    for plural, name in list(fake.objects):
+        item = fake.objects[plural, name]
+        kept = {key: item["metadata"][key] for key in ("labels", "name", "uid") if key in item["metadata"]}
+        grown = planted_in(item)
+        grown["metadata"] = {**grown["metadata"], **kept}
+        fake.objects[plural, name] = grown
+    fake.logs[first] = PLANTED
+    files = pack()
+    whole = "\n".join(files.values())
+    assert len(files) > 12 and "demo-train" in whole
+    for secret in (*TOKENS, KEY, SECRET, UNKNOWN):
+        assert [name for name, text in files.items() if secret in text] == [], secret
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("Pod", {"spec", "status"}), ("ConfigMap", {"data"}), ("Event", {"reason"}), ("Widget", set()), ("Secret", None)],
+)
+def test_only_known_fields_of_known_kinds_enter_a_bundle(kind: str, kept: set[str] | None) -> None:
+    item = {
+        "apiVersion": "v1",
+        "kind": kind,
+        "metadata": {"name": "x", "managedFields": [SECRET], "annotations": {"a": "b"}, "new": SECRET},
+        **{key: {"image": "x"} for key in ("spec", "status", "stringData", "reason", "new")},
+        "data": {"run.yaml": "a: 1", "token": SECRET},
+    }
+    found = redact.selected(item)
+    if kept is None:
+        assert found is None
+        return
+    assert found is not None and found.keys() - {"apiVersion", "kind", "metadata"} == kept
+    assert SECRET not in str(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"HF_TOKEN {SECRET}7", f"AWS_SECRET_ACCESS_KEY {KEY}", f"aws_secret_access_key {KEY[:20]}", KEY, f"key: {KEY}",
+        f"AKIA{'0' * 16} {KEY}", f"password {SECRET}9", f"WANDB_API_KEY '{SECRET}1'", f"db-password {SECRET}/x",
+        f"found https://user:pa/{SECRET}@host", f"https://{SECRET}-token@github.com/x", "IQoJ" + "b3Jp" * 20,
+        f"x-api-key {SECRET}1", f"AIza{'x' * 35}", f"xapp-1-{SECRET}", f"npm_{'x' * 36}",
+    ],
+)  # fmt: skip
+def test_a_secret_after_a_space_or_alone_is_hidden(text: str) -> None:
+    told = redact_text(text)
+    assert "(redacted)" in told and SECRET not in told and KEY[:20] not in told and "b3Jpb3Jp" not in told
+    assert redact_text(told) == told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'secret "hf-token-1" not found', "the token is missing", "HF_TOKEN not set", "HF_TOKEN from Secret hf-token",
+        "a3f5c2d1e4b6978012345678901234567890abcd", "password must be set", "ssh://git@host/x", "token 5 of 12",
+        "models/meta-llama--Llama-3.1-8B@0e9e39f249a1", "HF_TOKEN: (redacted)", "per-token 12ms", "api-key required",
+        "/workspace/runs/demo/checkpoints/0123456789abcdef/step-000100", "https://host:8080/path", "a@b.example",
+    ],
+)  # fmt: skip
+def test_prose_about_secrets_digests_and_paths_is_unchanged(text: str) -> None:
+    assert redact_text(text) == text
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,7 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
 def structure_of(path: Path) -> Structure:
     """Build the model without weights. Its output layer is no LoRA target."""
     try:
-        with torch.device("meta"):
-            model = library_versions.new_model(library_versions.load_config(path))
+        model = library_versions.empty_model(library_versions.load_config(path))
     except Exception as error:  # of any kind, for a config.json with wrong values
         what = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"transformers cannot build the model: {what}", where=str(path / "config.json")) from None

@@ -21,6 +21,8 @@ from llama_lora import library_versions
 from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.xla.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
+from llama_lora.model_files import base_files
+from llama_lora.safetensors_files import stored_tensors
 
 # The attention function of optimum-neuron's models. They look it up by name in their module.
 ATTENTION = "eager_attention_forward"
@@ -50,6 +52,8 @@ def load_parallel_model(
 
     Base model and adapter are in bf16; the optimizer keeps fp32 weights of the adapter.
     """
+    base_files(path)
+    stored_tensors(path)  # and nothing beside them
     if training.activation_checkpointing == "selective":
         recompute_attention()
     model = NeuronModelForCausalLM.from_pretrained(

@@ -30,6 +30,7 @@ TRAIN_AGAIN = "Use another checkpoint, or train again."
 COPY_ALL = "Copy the whole checkpoint, or use another."
 MOST_PICKLE_BYTES = 16 << 20  # of names and shapes; an adapter of an 80-layer model has 0.1 MB
 MOST_DEPTH = 8
+MOST_DIMENSIONS = 8
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, and the lengths of its name and extra field
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -114,10 +115,13 @@ class _Archive:
         self.begins: dict[str, int] = {}
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+        if sum(info.compress_size for info in entries) > len(self.map):
+            raise ValueError("the records overlap")
         folders = {info.filename.partition("/")[0] for info in entries}
         for info in entries:
             name = info.filename.partition("/")[2]
-            if name in self.records or len(folders) > 1 or info.compress_type != zipfile.ZIP_STORED:
+            stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+            if name in self.records or len(folders) > 1 or not stored:
                 raise ValueError(f"{info.filename!r} is not a record of torch.save")
             self.begins[name] = self._begin(info)
             self.records[name] = memoryview(self.map)[self.begins[name] : self.begins[name] + info.file_size]
@@ -181,7 +185,8 @@ class _RebuildTensor:
     def __call__(self, storage: Any, first: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
         shape, stride = tuple(shape), tuple(stride)
         numbers = (first, *shape, *stride)
-        if not isinstance(storage, _Storage) or not all(map(_count, numbers)) or len(shape) != len(stride):
+        described = len(shape) == len(stride) <= MOST_DIMENSIONS and all(map(_count, numbers))
+        if not isinstance(storage, _Storage) or not described:
             raise ValueError("a tensor is not described by numbers")
         last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if math.prod(shape) and last + 1 != math.prod(shape):  # a short record could be a long tensor
