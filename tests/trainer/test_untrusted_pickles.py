@@ -60,19 +60,23 @@ def plant(folder: Path, name: str, content: bytes) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return [*found, *OTHERS]
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def each_planted(folder: Path, scratch: Path) -> list[tuple[Path, str]]:
-    """A copy of the folder for each of its files and each form of the pickle, with the file replaced."""
+    """A copy of the folder for each of its files, with that file replaced by a pickle; the forms of pickles take turns.
+
+    And for each form one copy with all OTHERS.
+    """
+    forms = list(evil_files().values())
+    cases = [([name], forms[number % len(forms)]) for number, name in enumerate(names_in(folder))]
+    cases += [(list(OTHERS), form) for form in forms]
     made = []
-    for form, content in evil_files().items():
-        for number, name in enumerate(names_in(folder)):
-            copy = scratch / f"{form}-{number}"
-            shutil.copytree(folder, copy)
+    for number, (names, content) in enumerate(cases):
+        copy = shutil.copytree(folder, scratch / f"copy-{number}")
+        for name in names:
             plant(copy, name, content)
-            made.append((copy, name))
+        made.append((copy, names[0]))
     return made
 
 
@@ -119,7 +123,7 @@ def test_merge_loads_no_pickle_from_a_base_model_or_an_adapter(tmp_path: Path, m
 def test_tokenize_loads_no_pickle_from_a_base_model(new_run: Callable[..., Run], tmp_path: Path, mark: Mark) -> None:
     base = make_model(tmp_path / "base")
     for copy, _ in each_planted(base, tmp_path / "bases"):
-        run = new_run(name=f"run-{copy.name.replace(' ', '-')}")
+        run = new_run(name=f"run-{copy.name}")
         run.config["model"]["path"] = str(copy)
         arguments = ("--config", str(run.write_config()), "--workspace", str(run.workspace))
         ends_without_loading(mark, "tokenize", *arguments)
@@ -133,7 +137,7 @@ def test_tokenize_loads_no_pickle_from_a_dataset_folder(
     rows = [{"q": f"What is {n}?", "a": f"It is {n}."} for n in range(20)]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for copy, name in each_planted(tmp_path / "saved", tmp_path / "datasets"):
-        run = new_run(name=f"run-{copy.name.replace(' ', '-')}", dataset={"source": str(copy)})
+        run = new_run(name=f"run-{copy.name}", dataset={"source": str(copy)})
         arguments = ("--config", str(run.write_config()), "--workspace", str(run.workspace))
         ends_without_loading(mark, "tokenize", *arguments)
         for source in (copy / name, copy / "rows.parquet", copy / "rows.jsonl.gz"):
@@ -188,7 +192,8 @@ def test_no_stage_loads_a_pickle_from_the_workspace(whole_run: Run, tmp_path: Pa
     }.items():
         for number, folder in enumerate(folders):
             run = whole_run.copy(tmp_path / f"{stage}-{number}")
-            for name in names_in(run.workspace / folder):
+            run.config["verify"] = "off"  # so that the files are read, and not only compared with their digests
+            for name in [*names_in(run.workspace / folder), *OTHERS]:
                 file = run.workspace / folder / name
                 if file.suffix != ".json" or "manifest" in name:  # those are of the trainer, and of known form
                     file.parent.mkdir(parents=True, exist_ok=True)
