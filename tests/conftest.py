@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     said = [f"{len(reports[kind]):,} {kind}" for kind in ("passed", "failed", "error") if reports.get(kind)]
     skips = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports.get("skipped", []))
     said += [f"{count} skipped ({reason})" for reason, count in skips.items()]
-    not_run = ["make test-xla", "make test-cluster", "make demo", "make bench"]
+    not_run = ["make test-faults", "make test-xla", "make test-cluster", "make demo", "make bench"]
     if not config.getoption("all"):
         left_out = f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases, {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips"
         not_run = ["tests marked slow (make test-slow)", f"{left_out} (make test-all)", *not_run]

@@ -85,9 +85,13 @@ def damaged_text(content: bytes, chance: random.Random) -> bytes:
 
 def damaged_json(content: bytes, chance: random.Random) -> bytes:
     """A damaged JSON file: half of the time still JSON, with a value, a key or a level that is wrong."""
+    try:
+        value = json.loads(content)
+    except ValueError:  # of several lines
+        return damaged_lines(content, chance)
     if chance.random() < 0.4:
         return damaged_text(content, chance)
-    return json.dumps(wrong(json.loads(content), chance)).encode("utf-8", "surrogatepass")
+    return json.dumps(wrong(value, chance)).encode("utf-8", "surrogatepass")
 
 
 def damaged_lines(content: bytes, chance: random.Random) -> bytes:

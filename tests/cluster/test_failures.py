@@ -10,7 +10,19 @@ from collections.abc import Iterator
 import pytest
 
 from chart.manifests import Object, Values, merged
-from cluster.space import Client, Ended, Release, Space, is_stage, run, stand_in, uids
+from cluster.space import (
+    SMALL,
+    TRAINER_IMAGE,
+    Client,
+    Ended,
+    Release,
+    Space,
+    image,
+    is_stage,
+    run,
+    stand_in,
+    uids,
+)
 from genvalues.cluster.objects import (
     ContainerExit,
     annotations_of,
@@ -158,6 +170,66 @@ def test_status_2_of_a_stage_fails_at_once_and_another_is_retried_backoff_limit_
     assert "the disk is full" in printed(result)
     pods = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
     assert [[end.code for end in ends_of(each)] for each in pods] == [[2], [1], [1]]
+
+
+def test_status_75_of_a_volume_is_retried_and_then_fails_the_stage_with_its_line(space: Space) -> None:
+    """The pause before the retry: tests/trainer/test_failures.py."""
+    full = "/workspace/runs: cannot be written: No space left on device"
+    settings = {"stages": {"tokenize": {"backoffLimit": 1}}}
+    result = space.release(3).install(values(settings, tokenize=f"echo {full}; exit 75"), status=1)
+    assert full in printed(result)
+    pods = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
+    assert [[end.code for end in ends_of(each)] for each in pods] == [[75], [75]]
+
+
+REFUSE = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Refuse(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(401)
+        self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    do_HEAD = do_GET
+HTTPServer(("", 8000), Refuse).serve_forever()
+"""
+
+
+def refusing_hub(space: Space) -> str:
+    """Start a Hub that refuses every token; its URL."""
+    container = {
+        "name": "hub",
+        "image": TRAINER_IMAGE,
+        "command": ["python3", "-c", REFUSE],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 1}
+    space.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "hub"}, "spec": spec})
+
+    def address() -> str | None:
+        pod = space.get("pod", "hub")
+        running = pod and all(each["ready"] for each in pod["status"].get("containerStatuses") or [{"ready": False}])
+        return str(pod["status"]["podIP"]) if pod and running else None
+
+    return f"http://{space.wait('the Hub', address, 120)}:8000"
+
+
+def test_a_revoked_token_of_the_hub_fails_the_stage_at_once_and_is_not_retried(space: Space) -> None:
+    """With the real image: a Hub in the cluster rejects the token of the Secret."""
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "stringData": {"token": "hf_revoked"}}
+    space.apply(secret)
+    own: Values = {
+        "model": {"path": "", "id": "org/thing"},
+        "huggingFace": {"tokenSecret": "hub"},
+        "stages": {"tokenize": {"extraEnv": {"HF_ENDPOINT": refusing_hub(space)}}},
+    }
+    settings = {**merged(SMALL, image(TRAINER_IMAGE), BRIEF, own), "devices": {}}
+    result = space.release(3).install(settings, status=1)
+    assert any("rejects the token" in line and "Create a new token" in line for line in printed(result)), result.output
+    [pod] = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
+    assert [end.code for end in ends_of(pod)] == [2]
+    assert "hf_revoked" not in result.output
 
 
 def test_an_unschedulable_train_pod_fails_the_stage_with_the_schedulers_reason_and_frees_the_other_node(

@@ -176,6 +176,24 @@ def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continue
     assert llama.state == "deployed"
 
 
+def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, helm: int) -> None:
+    llama = space.release(helm)
+    training = values(train=UNTIL_CONTINUE)
+    clients = [llama.start_install(training) for _ in range(2)]
+    space.wait("the end of one of two installs", lambda: any(not client.is_alive() for client in clients), 120)
+    [refused] = [client for client in clients if not client.is_alive()]
+    [other] = [client for client in clients if client is not refused]
+    ended = refused.wait(10)
+    assert ended.status != 0
+    assert re.search("exists|re-use|in use|another operation", ended.output), ended.output
+    wait_for_trainers(space, "llama-train-1")
+    space.volume.run("touch continue")
+    ended = other.wait(120)
+    assert ended.status == 0, ended.output
+    assert llama.state == "deployed" and manifests(space, FROM_TRAINING_ON)
+    assert space.history.trainings_at_once() == 1
+
+
 @pytest.mark.node
 def test_an_unchanged_upgrade_requests_no_neuron_and_takes_5_s_per_stage_and_a_new_learning_rate_only_trains(
     space: Space,

@@ -410,6 +410,7 @@ class Fault:
     happens: str
     do: str
     cases: tuple[tuple[str, Callable[[World, random.Random], None]], ...]
+    slow: bool = False  # a case takes more than 10 s
 
 
 def of_stages(work: Callable[..., None], count: int, stages: tuple[str, ...] = STAGES) -> Any:
@@ -434,6 +435,7 @@ FAULTS = (
         "no process is left; the next run continues; the result is bit-identical",
         "start it again",
         tuple((str(number), killed_local) for number in range(6)),
+        slow=True,
     ),
     Fault(
         "the volume is full",
@@ -463,18 +465,21 @@ FAULTS = (
         "status 1, retried; status 2 for the token; nothing half-written",
         "nothing; for the token create a new one",
         tuple((f"{fault} {number}", partial(faulty_hub, fault)) for fault in HUB_FAULTS for number in range(2)),
+        slow=True,
     ),
     Fault(
         "pipelines side by side in one workspace",
         "model and dataset are made once; all results are equal",
         "nothing",
         (("3 pipelines", partial(side_by_side, 3)), ("10 pipelines", partial(side_by_side, 10))),
+        slow=True,
     ),
     Fault(
         "two `genvalues local` on one workspace",
         "the second is refused with status 2",
         "wait, or use another folder",
         tuple((str(number), two_locals) for number in range(3)),
+        slow=True,
     ),
 )
 
@@ -487,7 +492,7 @@ CLUSTER = (
     ("the Helm client is killed", "the next follows the running training", "test_recovery.py", "killed_client"),
     ("two installs at once", "one is refused; one training runs", "test_recovery.py", "two_installs"),
     ("the Hub's token is revoked", "the stage fails at once, without a retry", "test_failures.py", "revoked_token"),
-    ("a volume is read-only", "the stage is retried, after a pause", "test_failures.py", "read_only_volume"),
+    ("a volume is full", "the stage is retried, after a pause", "test_failures.py", "status_75_of_a_volume"),
     ("a runner's pod is lost", "a new one follows the training", "test_detached.py", "without_the_client"),
     ("a training stands still", "the gate ends it and keeps stack traces", "test_guards.py", "stands_still"),
 )

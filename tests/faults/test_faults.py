@@ -1,4 +1,4 @@
-"""A tenth of the table of faults, the same each time. All of it: `make test-faults`."""
+"""A tenth of the table of faults, the same each time; slow ones in `make test-slow`. All of it: `make test-faults`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ def tenth() -> list[tuple[Fault, str, Callable[[World, random.Random], None]]]:
     return chosen + chance.sample(others, max(0, len(everything) // 10 - len(chosen)))
 
 
-@pytest.mark.parametrize("case", tenth(), ids=lambda case: f"{case[0].name}: {case[1]}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case[0].name}: {case[1]}", marks=[pytest.mark.slow] if case[0].slow else [])
+        for case in tenth()
+    ],
+)
 def test_a_fault_changes_no_result(world: World, case: tuple[Fault, str, Callable[..., None]]) -> None:
     fault, name, work = case
     _ = world.undisturbed

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+MOST_CHARACTERS = 1000  # of a line of a message
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_VOLUME = 75  # EX_TEMPFAIL of sysexits.h
@@ -30,8 +31,8 @@ class UserError(Exception):
     status = EXIT_USER_ERROR
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what = what.rstrip(".")
-        self.where = where
+        self.what = _short(what).rstrip(".")
+        self.where = _short(where)
         self.fix = fix
         super().__init__(str(self))
 
@@ -39,6 +40,14 @@ class UserError(Exception):
         message = f"{self.where}: {self.what}" if self.where else self.what
         end = "" if message.endswith("\n") else ". "  # a message of several lines ends with one
         return f"{message}{end}{self.fix}" if self.fix else message
+
+
+def _short(text: str) -> str:
+    """The text with lines of at most MOST_CHARACTERS: a name in a damaged file can have millions."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..." for line in lines)
 
 
 class UserErrors(UserError):
