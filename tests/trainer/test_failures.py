@@ -20,6 +20,7 @@ from genvalues.common.system_errors import explain, room
 from llama_lora import cli, stage
 from llama_lora.backends import failures
 from trainer.conftest import TWO_PROCESSES, Run
+from trainer.test_resolve import FakeHub
 from trainer.test_stopping import end, start, step_of, trainer_with
 from trainer.test_training import prepared, wait_for, worker_pids
 
@@ -201,19 +202,30 @@ def test_the_cause_is_chosen_among_what_workers_recorded(tmp_path: Path) -> None
     failures.record(own, tmp_path / "absent")  # a full /tmp: it is printed
 
 
-def test_the_command_ends_with_one_line_where_a_library_is_broken(new_run: Callable[..., Run], tmp_path: Path) -> None:
-    """A real process: an error from outside of what the stages catch."""
-    (tmp_path / "datasets.py").write_text("raise AttributeError('broken')\n")
+def test_an_internal_error_ends_the_real_command_with_one_line(new_run: Callable[..., Run]) -> None:
     run = new_run()
     command = ["tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_lora.cli", *command],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
+    code = (
+        "from llama_lora import stage; from llama_lora.cli import main\n"
+        "def crash(*arguments): raise AttributeError('broken')\n"
+        f"stage.run_stage = crash; main({command!r})\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "llama-lora: internal error: AttributeError at " in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("llama-lora: internal error: AttributeError at ") and "broken" in line
+
+
+def test_a_hub_that_does_not_answer_is_given_up(new_run: Callable[..., Run], tiny_model: Path) -> None:
+    """huggingface_hub itself waits without end for an answer about a repository."""
+    hub = FakeHub(tiny_model)
+    hub.answer = lambda path: time.sleep(600)  # type: ignore[assignment, method-assign]
+    run = new_run()
+    run.config["model"] = {"id": "org/thing", "revision": "main"}
+    began = time.monotonic()
+    try:
+        said = run("tokenize", status=1, HF_HUB_DOWNLOAD_TIMEOUT="1", **hub.environment)
+    finally:
+        hub.server.shutdown()
+    assert time.monotonic() - began < 60
+    assert "org/thing: the Hugging Face Hub cannot be reached" in said.splitlines()[-1]
