@@ -186,6 +186,21 @@ def test_a_full_volume_in_one_worker_is_the_status_of_the_stage(new_run: Callabl
     assert "No space left on device" in lines[-1] and not [line for line in lines if "Traceback" in line]
 
 
+def test_a_save_that_fails_in_one_worker_leaves_nothing_of_the_checkpoint(new_run: Callable[..., Run]) -> None:
+    run = prepared(new_run(training={"maxSteps": 6, "saveSteps": 2}, parallelism=TWO_PROCESSES))
+    patch = (
+        "import os; from llama_lora.backends.native.engine import NativeEngine; save = NativeEngine.save\n"
+        "def full(self, folder):\n"
+        "    save(self, folder)\n"
+        "    if os.environ['RANK'] == '1' and '000004' in str(folder): raise OSError(28, 'No space left on device')\n"
+        "NativeEngine.save = full\n"
+    )
+    status, said = end(trainer_with(run, patch))
+    assert status == 75 and "No space left on device" in said.splitlines()[-1], said
+    assert [path.name for path in run.paths.run.glob("checkpoints/*/*step-*")] == ["step-000002"]
+    assert "resuming from" in run("train")
+
+
 def test_the_cause_is_chosen_among_what_workers_recorded(tmp_path: Path) -> None:
     """By kind first: a connection is lost before the one who caused it has said why."""
     lost = failures.failure_of(RuntimeError("[gloo/pair.cc:544] Connection closed by peer"), tmp_path, 0)

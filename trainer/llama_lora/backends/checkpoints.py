@@ -21,6 +21,7 @@ from pathlib import Path
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import Count, FileRecord, InvalidJson, JsonUnreadable, PathInside, read_record
+from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.digests import other_size
@@ -63,8 +64,13 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
     partial_folder = files.whole_folder(target) if workers.rank == 0 else contextlib.nullcontext(target)
     with partial_folder as own:
         partial = workers.broadcast(own)
-        write(partial)
-        workers.barrier()
+        error: Exception | None = None
+        try:
+            write(partial)
+        except Exception as failed:
+            error = failed
+        if workers.any(error is not None):  # all leave together, so that the worker of rank 0 removes the folder
+            raise error or OtherWorkerFailed("another worker failed to save")
         if workers.rank == 0:
             listed = {
                 file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": files.sha256(file)}

@@ -51,6 +51,10 @@ class WorkersFailed(Unavailable):
     """Workers failed in a way that running the stage again may resolve."""
 
 
+class OtherWorkerFailed(Exception):
+    """This worker ends because another one failed, whose failure is reported."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a worker failed: one of the kinds above, and the message. ``at`` is a time in seconds."""
@@ -85,7 +89,7 @@ def failure_of(error: BaseException, workspace: Path, rank: int) -> Failure:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another worker is gone."""
-    return any(
+    return isinstance(error, OtherWorkerFailed) or any(
         TORCHS_CLASSES & {kind.__name__ for kind in type(each).__mro__}
         or (isinstance(each, (RuntimeError, ConnectionError)) and LOST_CONNECTION.search(str(each)))
         for each in causes(error)
