@@ -7,14 +7,20 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from genvalues.common.errors import EXIT_USER_ERROR, UserError, user_errors_end_with_status_2
+from genvalues.common.errors import (
+    EXIT_USER_ERROR,
+    UserError,
+    internal_error,
+    traceback_wanted,
+    user_errors_end_with_status_2,
+)
+from genvalues.common.system_errors import explain
 
 STOPPED = 128 + signal.SIGTERM
 GRACE = 5.0  # seconds from SIGTERM to the end of the gate
@@ -69,8 +75,10 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
             status = RETRY
         except UserError:
             raise
-        except Exception:  # an internal error; Python's own status, 1, would mean that the stage has failed
-            traceback.print_exc()
+        except Exception as error:  # Python's own status, 1, would mean that the stage has failed
+            click.echo(
+                explain(error) or internal_error(error, "genvalues", with_traceback=traceback_wanted()), err=True
+            )
             status = RETRY
         sys.exit(status)
 

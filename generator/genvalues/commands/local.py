@@ -19,6 +19,9 @@ def local(sources: Sources, workspace: Path, cpu: bool) -> None:
     FILE is an inputs file, a values file, or an archive written by `genvalues bundle`, whose release is run again. -f,
     --set and --set-string require an inputs file.
 
+    On Ctrl-C or SIGTERM a training saves a checkpoint and ends, within 110 s; a second Ctrl-C ends it at once. The next
+    run continues there.
+
     \b
     Example:
         genvalues local finetune.yaml --set instance=cpu --workspace ./workspace
