@@ -50,7 +50,7 @@ llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
 
 {{- /* The Secrets of the release besides huggingFace.tokenSecret, as {name, key}; no key: any may be there. */}}
 {{- define "llama-lora.secrets" -}}
-{{- $secrets := list (include "llama-lora.publish.token" . | fromYaml) (dict "name" .Values.monitoring.secret "key" "") }}
+{{- $secrets := list (include "llama-lora.publish.token" . | fromYaml) (dict "name" .Values.monitoring.secretName "key" "") }}
 {{- $first := dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey }}
 {{- $others := list }}
 {{- range $secret := $secrets }}

@@ -12,7 +12,7 @@
     workspace        mounts the volume
     readOnly         mounts the volume read-only
     token            sets HF_TOKEN from this Secret: {name, key}; none if the name is empty
-    monitored        sets the credentials of monitoring.secret: stages of the trainer
+    monitored        sets the credentials of monitoring.secretName: stages of the trainer
     trains           compile and train: requests devices and nodes that have them, shared memory, time to save
     compiles         compiles graphs for the accelerator on a CPU
     runAsRoot        only for storage-prepare
@@ -108,7 +108,7 @@ spec:
         - name: {{ $name }}
           valueFrom:
             secretKeyRef:
-              name: {{ $values.monitoring.secret | quote }}
+              name: {{ $values.monitoring.secretName | quote }}
               key: {{ $name }}
               optional: true
         {{- end }}
@@ -170,12 +170,12 @@ spec:
     {{- end }}
 {{- end }}
 
-{{- /* Variables that a stage takes from monitoring.secret, by name: a Secret that may set any variable could run code in the
+{{- /* Variables that a stage takes from monitoring.secretName, by name: a Secret that may set any variable could run code in the
        pod (LD_PRELOAD). Only train logs to trackers. */}}
 {{- define "stage.monitoringVariables" -}}
 {{- $monitoring := .root.Values.monitoring }}
 {{- $names := list }}
-{{- if and .monitored $monitoring.secret }}
+{{- if and .monitored $monitoring.secretName }}
 {{- if $monitoring.pushgateway }}{{ $names = concat $names (list "PUSHGATEWAY_USERNAME" "PUSHGATEWAY_PASSWORD") }}{{ end }}
 {{- if $monitoring.otlpEndpoint }}{{ $names = append $names "OTEL_EXPORTER_OTLP_HEADERS" }}{{ end }}
 {{- if and $monitoring.wandb (eq .stage "train") }}{{ $names = append $names "WANDB_API_KEY" }}{{ end }}

@@ -283,8 +283,8 @@ publish.s3.artifacts has only the report, which evaluation.enabled false does no
 {{- if and $monitoring.mlflow (not (get $environment "MLFLOW_TRACKING_URI")) }}
 monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI. Set it to the URL of the tracking server.
 {{- end }}
-{{- if and $monitoring.secret (not (or $monitoring.pushgateway $monitoring.otlpEndpoint $monitoring.wandb $monitoring.mlflow)) }}
-monitoring.secret has no effect: nothing is monitored. Set monitoring.wandb, monitoring.mlflow, monitoring.pushgateway or monitoring.otlpEndpoint, or remove it.
+{{- if and $monitoring.secretName (not (or $monitoring.pushgateway $monitoring.otlpEndpoint $monitoring.wandb $monitoring.mlflow)) }}
+monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb, monitoring.mlflow, monitoring.pushgateway or monitoring.otlpEndpoint, or remove it.
 {{- end }}
 {{- end }}
 

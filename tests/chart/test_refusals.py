@@ -344,7 +344,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"monitoring": {"mlflow": True}},
         "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
     ),
-    "credentials that nothing reads": ({"monitoring": {"secret": "x"}}, "monitoring.secret has no effect"),
+    "credentials that nothing reads": ({"monitoring": {"secretName": "x"}}, "monitoring.secretName has no effect"),
 }
 
 

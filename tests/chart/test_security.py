@@ -154,7 +154,7 @@ def test_credentials_of_monitoring_are_single_variables_of_the_trainer() -> None
         "mlflow": True,
         "pushgateway": "http://gateway:9091",
         "otlpEndpoint": "http://collector:4318",
-        "secret": "keys",
+        "secretName": "keys",
     }
     server = {"stages": {"train": {"extraEnv": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}}}}
     objects = render(merged(MINIMAL, {"monitoring": monitoring}, server))

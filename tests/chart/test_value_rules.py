@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "publish.s3.artifacts",
     ),
     "MLflow without a server": ({"monitoring": {"mlflow": True}}, "monitoring.mlflow"),
-    "credentials that nothing reads": ({"monitoring": {"secret": "x"}}, "monitoring.secret"),
+    "credentials that nothing reads": ({"monitoring": {"secretName": "x"}}, "monitoring.secretName"),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
     "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),

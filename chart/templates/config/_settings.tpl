@@ -159,7 +159,7 @@
   "otlpEndpoint": "",
   "wandb": false,
   "mlflow": false,
-  "secret": ""
+  "secretName": ""
  },
  "verify": "cached",
  "devices": {},

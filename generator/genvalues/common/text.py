@@ -24,7 +24,7 @@ SECRET_KEYS = {
     ("huggingFace", "tokenKey"),
     ("publish", "hub", "tokenSecret"),
     ("publish", "hub", "tokenKey"),
-    ("monitoring", "secret"),
+    ("monitoring", "secretName"),
 }  # where users paste tokens
 
 

@@ -104,7 +104,7 @@ HARMLESS = (
     r"|(?:image)?pullsecrets|automountserviceaccounttoken|topologykey|(?:forward|backward)[_-]pass"
     r"|(?:bos|eos|pad|unk|cls|sep|mask|num|max|(?:max[_-])?new|input|output|per|special|total)[_-]?token(?:[_-]ids?)?"
 )
-NAMES_A_SECRET = {("monitoring", "secret"): "secretName"}  # by block and key
+NAMES_A_SECRET = {("monitoring", "secretName"): "secretName"}  # by block and key
 LOOKS_SECRET = re.compile(SECRET, re.IGNORECASE)
 MAY_BE_SHOWN = re.compile(f"(?:{HARMLESS})", re.IGNORECASE)
 

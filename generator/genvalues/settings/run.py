@@ -507,7 +507,7 @@ class Monitoring(Block):
     mlflow: bool = Field(
         False, description="Log the training to MLflow. Requires MLFLOW_TRACKING_URI in stages.train.extraEnv."
     )
-    secret: str = Field(
+    secret_name: str = Field(
         "",
         pattern=optional(DNS_NAME),
         max_length=253,

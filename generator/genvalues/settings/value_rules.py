@@ -501,10 +501,10 @@ def monitoring(values: Values) -> Iterator[Problem]:
             "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
             "Set it, below chartValues in an inputs file, to the URL of the tracking server.",
         )
-    if monitored.get("secret") and not any(monitored.get(key) for key in MONITORS):
+    if monitored.get("secretName") and not any(monitored.get(key) for key in MONITORS):
         yield Problem(
-            key_paths("monitoring.secret"),
-            "monitoring.secret has no effect: nothing is monitored",
+            key_paths("monitoring.secretName"),
+            "monitoring.secretName has no effect: nothing is monitored",
             f"Set one of {', '.join(f'monitoring.{key}' for key in MONITORS)}, or remove it.",
         )
 

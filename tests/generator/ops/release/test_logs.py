@@ -149,6 +149,7 @@ def test_completion_offers_the_charts_stages_in_their_order() -> None:
     values = read_values(ROOT / "values" / "trn1.values.yaml")
     values["compile"]["runsOn"] = "cpu"  # adds a stage
     values |= {"storage": {**values.get("storage", {}), "prepare": {"enabled": True}}, "evaluation": {"enabled": True}}
+    values["publish"] = {"s3": {"uri": "s3://bucket/a"}}  # adds the last
     objects = [
         item
         for mode in ("attached", "detached")
