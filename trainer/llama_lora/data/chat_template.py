@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from genvalues.common.errors import UserError
 from llama_lora.data.columns import Dropped
 from llama_lora.data.messages import Message
+from llama_lora.data.rows import RowError
 
 # Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -79,7 +80,8 @@ class ChatTemplate:
     def render(self, messages: list[Message], tools: list[Any], *, prompt: bool, place: str) -> str:
         """Render messages, with a generation prompt after them if ``prompt``.
 
-        Raises Dropped if the template does not accept the messages, UserError if it fails. Call it within ``limits``.
+        Raises Dropped if the template does not accept the messages, RowError if it expects others, UserError if it
+        fails. Call it within ``limits``.
         """
         import jinja2
 
@@ -91,10 +93,10 @@ class ChatTemplate:
             text = "".join(islice(pieces, PIECES))
             if next(pieces, None) is not None:
                 raise UserError(f"the chat template writes more than {PIECES} pieces of text", where=place, fix=FIX)
-        except jinja2.TemplateError as error:
+        except (jinja2.UndefinedError, TypeError) as error:  # such as text + none
+            raise RowError(f"the chat template fails: {_with_kind(error)}", where=place, fix=FIX) from None
+        except jinja2.TemplateError as error:  # raise_exception
             raise Dropped(f"the chat template raises: {_one_line(error)}") from None
-        except TypeError as error:  # such as text + none
-            raise Dropped(f"the chat template raises: TypeError: {_one_line(error)}") from None
         except (TimeUp, MemoryError, UserError):
             raise
         except Exception as error:
@@ -216,7 +218,7 @@ def _call_style(template: ChatTemplate, place: str) -> CallStyle | None:
         messages = [{"role": "user", "content": "?"}, _in_style(message, style)]
         try:
             text = template.render(messages, [], prompt=False, place=place)
-        except Dropped:
+        except (Dropped, RowError):
             continue
         if "a_function" in text and "a_key" in text and "'a_key'" not in text:
             return style

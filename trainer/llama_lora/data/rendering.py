@@ -93,7 +93,7 @@ class Renderer:
                     for templates in (self._templates, another)
                 }
             return TEMPLATE_DATE.strftime("%d %b %Y") if len(outputs) > 1 else None
-        except Dropped:  # the template does not accept a single question
+        except (Dropped, RowError):  # the template does not accept a single question
             return None
 
     def render(self, row: Row) -> list[RenderedExample]:
