@@ -93,10 +93,10 @@ class ChatTemplate:
             text = "".join(islice(pieces, PIECES))
             if next(pieces, None) is not None:
                 raise UserError(f"the chat template writes more than {PIECES} pieces of text", where=place, fix=FIX)
-        except (jinja2.UndefinedError, TypeError) as error:  # such as text + none
+        except (jinja2.TemplateError, TypeError) as error:
+            if type(error) is jinja2.TemplateError:  # by raise_exception
+                raise Dropped(f"the chat template raises: {_one_line(error)}") from None
             raise RowError(f"the chat template fails: {_with_kind(error)}", where=place, fix=FIX) from None
-        except jinja2.TemplateError as error:  # raise_exception
-            raise Dropped(f"the chat template raises: {_one_line(error)}") from None
         except (TimeUp, MemoryError, UserError):
             raise
         except Exception as error:
