@@ -104,7 +104,6 @@ HARMLESS = (
     r"|(?:image)?pullsecrets|automountserviceaccounttoken|topologykey|(?:forward|backward)[_-]pass"
     r"|(?:bos|eos|pad|unk|cls|sep|mask|num|max|(?:max[_-])?new|input|output|per|special|total)[_-]?token(?:[_-]ids?)?"
 )
-NAMES_A_SECRET = {("monitoring", "secretName"): "secretName"}  # by block and key
 LOOKS_SECRET = re.compile(SECRET, re.IGNORECASE)
 MAY_BE_SHOWN = re.compile(f"(?:{HARMLESS})", re.IGNORECASE)
 
@@ -160,7 +159,7 @@ def redact_object(value: Any, name: str = "", *, free: bool = False) -> Any:
     if isinstance(value, dict):
         return {
             redact_text(key) if isinstance(key, str) else key: redact_object(
-                inner, NAMES_A_SECRET.get((name, key)) or field_name(value, str(key)), free=free or key in FREE
+                inner, field_name(value, str(key)), free=free or key in FREE
             )
             for key, inner in value.items()
             if key not in DROPPED
