@@ -79,7 +79,13 @@ def rows(done: dict[str, int], failures: dict[str, list[str]], seed: str, second
         if fault.name in done:
             red = f"**{', '.join(failures[fault.name])}**" if fault.name in failures else "0"
             lines.append(f"| {fault.name} | {fault.happens} | {fault.do} | {done[fault.name]} | {red} |")
-    lines += ["", "In a cluster (`make test-cluster`):", "", "| fault | what happens | test |", "|---|---|---|"]
+    lines += [
+        "",
+        "In a cluster (`make test-cluster`, which is not part of this run):",
+        "",
+        "| fault | what happens | test |",
+        "|---|---|---|",
+    ]
     lines += [
         f"| {name} | {happens} | `tests/cluster/{file}`, {words.replace('_', ' ')} |"
         for name, happens, file, words in CLUSTER
