@@ -13,6 +13,7 @@ import pytest
 
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, as_record
+from llama_lora import config as run_config
 from llama_lora.backends import checkpoints
 from llama_lora.data import resolve, shared_folders
 from llama_lora.probe import ProbeRecord
@@ -283,3 +284,22 @@ def test_a_data_report_of_any_content_is_refused_in_a_line(finished_run: Run) ->
     report.write_bytes(b"[" * size)
     finished_run.paths.manifest("tokenize").unlink()
     assert f"{report}: is not valid JSON" in finished_run("tokenize", status=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1, 2\nb: 3\n", "run.yaml:2:2: not valid YAML"),
+        (b"[" * 20_000, "not valid YAML"),
+        (b"name: 2024-99-99\n", "not valid YAML: month"),
+        (b"name: \xff\n", "not valid YAML: 'utf-8'"),
+        (b"- a\n", "must contain keys"),
+    ],
+    ids=["syntax", "deep", "date", "not UTF-8", "list"],
+)
+def test_a_run_config_of_any_content_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        run_config.load(file)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

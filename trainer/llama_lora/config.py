@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.text import one_line
 from genvalues.settings.run import (
     EVALUATES,
     OLDER_ATTENTION,
@@ -72,8 +73,11 @@ def load(path: Path) -> RunConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=str(path), fix="Pass --config FILE.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid YAML: {error}", where=str(path)) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, no UTF-8
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = one_line(getattr(error, "problem", None) or str(error), 200)
+        raise UserError(f"not valid YAML: {problem}", where=where) from None
     if not isinstance(content, dict):
         raise UserError("must contain keys and values", where=str(path), fix="The chart renders one as a ConfigMap.")
     try:
