@@ -31,7 +31,7 @@ from genvalues.common.process import processes
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 AT_MOST = 1800  # seconds for each half of the tests
-AT_ONCE = 4  # tests that run in parallel
+AT_ONCE = 5  # tests that run in parallel
 NEEDS_ITS_OWN_NODE = "node"  # marker of tests that drain the node, stop its API server or change its operator
 ONE_AFTER_THE_OTHER = "node or training"  # "training": tests that share one whole training
 
