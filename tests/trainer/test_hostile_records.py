@@ -76,6 +76,68 @@ def test_a_damaged_manifest_is_written_again_and_said(finished_run: Run) -> None
     assert finished_run.manifest("merge")["outputs"] == before
 
 
+@pytest.mark.parametrize("time", ["yesterday", "0001-01-01T00:00:00", ""])
+def test_a_manifest_with_another_time_is_written_again(finished_run: Run, time: str) -> None:
+    """evaluate calculates with the times of all stages."""
+    file = finished_run.paths.manifest("merge")
+    file.write_text(json.dumps({**finished_run.manifest("merge"), "finished": time}))
+    finished_run.paths.manifest("evaluate").unlink()
+    assert "has no valid 'finished'" in finished_run("evaluate", status=2)
+    finished_run("merge")
+    finished_run("evaluate")
+
+
+@pytest.mark.parametrize("held_out", ["x", 5, [1], {"best_step": "x"}, {"best_step": None}])
+def test_a_report_is_written_whatever_train_measured(finished_run: Run, held_out: Any) -> None:
+    facts = {**finished_run.manifest("train")["facts"], "held_out": held_out}
+    finished_run.paths.manifest("train").write_text(json.dumps({**finished_run.manifest("train"), "facts": facts}))
+    finished_run.paths.manifest("evaluate").unlink()
+    finished_run("evaluate")
+
+
+COSTS = [
+    {"pods": {"a": {"since": 10**400, "until": 0}}},
+    {"pods": {"a": {"since": 0, "until": 1}}, "pricePerNodeHour": 10**400},
+]
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_a_report_is_written_whatever_the_run_cost(finished_run: Run, costs: Any) -> None:
+    (finished_run.paths.run / "costs.json").write_text(json.dumps(costs))
+    finished_run.paths.manifest("evaluate").unlink()
+    finished_run("evaluate")
+
+
+# --- metrics.jsonl
+
+
+def metrics_of(run: Run) -> Path:
+    return run.paths.metrics(run.manifest("train")["fingerprint"])
+
+
+@pytest.mark.parametrize("key", ["loss", "step", "tokens_per_second"])
+def test_a_number_that_no_float_holds_is_not_a_metric(finished_run: Run, key: str) -> None:
+    file = metrics_of(finished_run)
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), key: 10**400}), *others]) + "\n")
+    for stage in ("consolidate", "merge", "evaluate"):
+        finished_run.paths.manifest(stage).unlink()
+        finished_run(stage)
+
+
+def test_metrics_are_no_link_and_no_fifo(finished_run: Run) -> None:
+    file = metrics_of(finished_run)
+    finished_run.paths.manifest("consolidate").unlink()
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert f"{file}: is a symbolic link" in finished_run("consolidate", status=2)
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file}: is not a regular file" in finished_run("consolidate", status=2)
+    file.unlink()
+    finished_run("consolidate")
+
+
 def test_every_state_of_a_manifest_has_its_own_word(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = finished_run.paths.manifest("train")
     content = manifest.read_bytes()

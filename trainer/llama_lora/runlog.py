@@ -17,6 +17,7 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import InvalidJson, JsonNotFound, read_bytes
 from llama_lora.monitoring import TrainingMonitor
 from llama_lora.paths import Paths
 from llama_lora.progress import StageProgress
@@ -24,6 +25,8 @@ from llama_lora.stage import now
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 1 << 30  # of metrics.jsonl: millions of steps
+MOST_VALUE = 1e300
 TOKEN_WINDOW = 50  # steps over which tokens per second are averaged
 
 
@@ -177,22 +180,33 @@ def read_held_out(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object per line, up to a line that a killed process left incomplete."""
+    """Read a file with a JSON object per line, up to a line that a killed process left incomplete.
+
+    Raises UserError for what is not a regular file: a link is not followed, and a FIFO not waited for.
+    """
+    try:
+        content = read_bytes(path, MOST_BYTES)
+    except JsonNotFound:
+        return []
+    except InvalidJson as error:
+        raise UserError(str(error), where=str(path), fix="Delete it: it only has the curves of the report.") from None
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(line, dict):
-                break
-            lines.append(line)
+    for text in content.decode("utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a line is a number to calculate with: finite, and an integer only if a float can hold it."""
+    return isinstance(value, (int, float)) and abs(value) < MOST_VALUE
 
 
 def _is(kind: type[StepMetrics | HeldOutMetrics], line: dict[str, Any]) -> bool:
     """Whether a line has the fields of ``kind``, all of them finite numbers."""
-    return all(
-        isinstance(line.get(field.name), (int, float)) and math.isfinite(line[field.name]) for field in fields(kind)
-    )
+    return all(is_number(line.get(field.name)) for field in fields(kind))

@@ -26,7 +26,7 @@ import yaml
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, Sha256, read_record
+from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, Sha256, Time, read_record
 from genvalues.common.locks import locked
 from genvalues.common.text import one_line
 from llama_lora import stages
@@ -85,8 +85,8 @@ class Manifest:
 
     stage: str
     fingerprint: Sha256
-    started: str
-    finished: str
+    started: Time
+    finished: Time
     outputs: dict[PathInside, FileRecord]
     versions: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -20,6 +22,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 MOST_BYTES = 64 << 20
 MOST_DEPTH = 100
+MOST_DIGITS = 100
 SHOWN = 80  # characters of a value in a message
 Record = TypeVar("Record")
 
@@ -54,7 +57,7 @@ def parse_json(text: str) -> Any:
     if not text.strip():
         raise InvalidJson("is empty")
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite)
         _check_depth(content)
         return content
     except json.JSONDecodeError as error:
@@ -125,8 +128,19 @@ def _path_inside(name: str) -> str:
 
 # A path in a record, relative to a folder that it cannot leave.
 PathInside = Annotated[str, AfterValidator(_path_inside)]
+
+
+def _time(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f"{text[:SHOWN]!r} is not a time in ISO 8601") from None
+    return text
+
+
+Time = Annotated[str, AfterValidator(_time)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -159,6 +173,20 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
         raise JsonUnreadable(error) from None
     finally:
         os.close(descriptor)
+
+
+def _integer(digits: str) -> int:
+    """Refuse an integer that no float can hold: code that calculates with it would raise OverflowError."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, the most is {MOST_DIGITS}")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:SHOWN]} is too large")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -16,6 +16,8 @@ CONTENTS = {
     "not UTF-8": (b'{"a": "\xff"}', "not UTF-8 \\(byte 7\\)"),
     "deep": (b"[" * 1_000_000, "nested too deeply"),
     "a number of 10,000 digits": (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "a number that no float holds": (b'{"a": ' + b"9" * 400 + b"}", "400 digits"),
+    "an infinite number": (b'{"a": 1e999}', "1e999 is too large"),
     "NaN": (b'{"a": NaN}', "NaN"),
     "a list": (b"[1]", "contains a list"),
     "null": (b"null", "contains null"),

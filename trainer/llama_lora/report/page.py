@@ -7,12 +7,14 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
+from genvalues.common.dicts import get
 from genvalues.common.text import duration
 from llama_lora.data import data_report
 from llama_lora.report import charts, differences
 from llama_lora.report.charts import Series, chart, smoothed
 from llama_lora.report.facts import Facts
 from llama_lora.report.html import document, shortened, table
+from llama_lora.runlog import is_number
 from llama_lora.verdict import RESAMPLES
 
 MOST_SAMPLES = 20
@@ -88,19 +90,19 @@ def _tile(title: str, value: str, note: str = "") -> str:
 
 
 def _end_of_training(facts: Facts) -> str:
-    best = (facts.training.get("held_out") or {}).get("best_step")
+    best = get(facts.training, "held_out.best_step", int)
     parts = ["stopped early"] if facts.training.get("stopped_early") else []
     return ", ".join(parts + ([f"lowest held-out loss at {best}"] if best else []))
 
 
 def _training(facts: Facts) -> str:
     def of(name: str) -> list[charts.Point]:
-        return [(step["step"], step[name]) for step in facts.metrics if isinstance(step.get(name), (int, float))]
+        return [(step["step"], step[name]) for step in facts.metrics if is_number(step.get(name))]
 
     losses, norms = of("loss"), of("grad_norm")
     long = len(losses) >= charts.SMOOTHED_FROM
     held_out = [(point["step"], point["eval_loss"]) for point in facts.held_out]
-    best = (facts.training.get("held_out") or {}).get("best_step")
+    best = get(facts.training, "held_out.best_step", int)
     figures = [
         chart(
             "Loss",
