@@ -164,6 +164,14 @@ class Run:
         return manifest
 
 
+def write_checkpoint_record(file: Path, record: dict[str, Any]) -> None:
+    """Write a changed checkpoint.json with its new digest, as if the trainer had written it."""
+    from llama_lora.backends.checkpoints import DIGEST, digest_of
+
+    content = {key: value for key, value in record.items() if key != DIGEST}
+    file.write_text(json.dumps({**content, DIGEST: digest_of(content)}), encoding="utf-8")
+
+
 def llama_lora(
     *arguments: str, status: int = 0, popen: type[subprocess.Popen[str]] = subprocess.Popen, **environment: str
 ) -> str:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from genvalues.common import files
-from trainer.conftest import Run, llama_lora_here
+from trainer.conftest import Run, llama_lora_here, write_checkpoint_record
 
 
 def checkpoint_of(run: Run) -> Path:
@@ -73,7 +73,7 @@ def test_an_adapter_config_of_another_rank_is_refused(finished_run: Run) -> None
     config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
     listed = json.loads(record.read_text())
     listed["files"]["adapter_config.json"] = {"bytes": config.stat().st_size, "sha256": files.sha256(config)}
-    record.write_text(json.dumps(listed))
+    write_checkpoint_record(record, listed)
     said = llama_lora_here(
         "consolidate", "--checkpoint", str(checkpoint), "--output", str(config.parent / "x"), status=2
     )

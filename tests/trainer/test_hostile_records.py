@@ -321,10 +321,32 @@ def test_a_checkpoint_with_a_record_of_any_content_is_set_aside(tmp_path: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001.damaged"]
 
 
+def test_a_position_that_changed_in_a_checkpoint_record_is_damage(finished_run: Run) -> None:
+    """A training that resumes there would leave out rows, or train on them twice."""
+    newest = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
+    record = json.loads((newest / "checkpoint.json").read_text())
+    for changed in ({"rows_done": record["rows_done"] - 1}, {"rows_done": 10**18}, {"step": 5}, {"workers": 3}):
+        (newest / "checkpoint.json").write_text(json.dumps(record | changed))
+        with pytest.raises(checkpoints.DamagedCheckpoint, match="another SHA-256"):
+            checkpoints.verify_checkpoint(newest)
+    found = checkpoints.newest_intact(newest.parent, record["fingerprint"])
+    assert found and found[0].name == "step-000004"
+    assert newest.with_name("step-000006.damaged").is_dir()
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_none(finished_run: Run) -> None:
+    newest = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
+    newest.with_name("step-000099").write_text("x")
+    fingerprint = finished_run.manifest("train")["fingerprint"]
+    found = checkpoints.newest_intact(newest.parent, fingerprint)
+    assert found and found[0] == newest
+
+
 def test_wrong_values_in_a_checkpoint_record_are_damage(finished_run: Run) -> None:
     checkpoint = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
     file = checkpoint / "checkpoint.json"
     right = json.loads(file.read_text())
+    del right["sha256"]  # as release 0.1 wrote it: else all of these have another digest
     damaged = 0
     for content in spoiled(copy.deepcopy(right)):
         file.write_text(json.dumps(content))

@@ -16,7 +16,7 @@ from genvalues.common.errors import UserError
 from llama_lora import backends, probe
 from llama_lora.backends.checkpoints import RECORD
 from llama_lora.config import Probe as Settings
-from trainer.conftest import Run, make_model, make_run
+from trainer.conftest import Run, make_model, make_run, write_checkpoint_record
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, -100, -100, 5, 6], "lengths": [4, 2]},
@@ -66,7 +66,7 @@ def recorded_otherwise(run: Run, losses: Callable[[float], float]) -> None:
     file = checkpoint_of(run) / RECORD
     record = json.loads(file.read_text())
     record["probe"]["losses"] = [losses(loss) for loss in record["probe"]["losses"]]
-    file.write_text(json.dumps(record))
+    write_checkpoint_record(file, record)
     manifest = run.manifest("train")
     name = str(file.relative_to(run.workspace))
     manifest["outputs"][name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}

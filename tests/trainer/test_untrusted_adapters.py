@@ -19,7 +19,7 @@ from genvalues.common.errors import UserError
 from llama_lora.backends.native import regions, shards
 from llama_lora.safetensors_files import read_header, stored_tensors
 from llama_lora.stages import merge as merge_stage
-from trainer.conftest import Run, llama_lora_here, make_model
+from trainer.conftest import Run, llama_lora_here, make_model, write_checkpoint_record
 from trainer.test_consolidate import checkpoint_of
 from trainer.test_merge import make_adapter
 from trainer.untrusted import write_header
@@ -307,7 +307,7 @@ def change_part(checkpoint: Path, change: Callable[[dict[str, Any], dict[str, to
     save_file(tensors, file, metadata={"parts": json.dumps(described)})
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    write_checkpoint_record(checkpoint / "checkpoint.json", record)
 
 
 def set_nan(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -361,7 +361,7 @@ def test_a_rank_of_a_checkpoint_that_is_no_number_is_refused(finished_run: Run, 
     config.write_text(config.read_text().replace('"r": 4', f'"r": {value}'))
     listed = json.loads(record.read_text())
     listed["files"]["adapter_config.json"] = {"bytes": config.stat().st_size, "sha256": files.sha256(config)}
-    record.write_text(json.dumps(listed))
+    write_checkpoint_record(record, listed)
     assert "adapter_config.json" in consolidate_is_refused(checkpoint, tmp_path)
 
 

@@ -314,6 +314,14 @@ def test_a_linked_folder_of_a_run_is_refused_before_anything_is_written(
     assert not list(elsewhere.iterdir())
 
 
+def test_a_checkpoint_that_is_a_link_is_refused(finished_run: Run, tmp_path: Path) -> None:
+    checkpoint = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
+    shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    checkpoint.with_name("step-000001").symlink_to(tmp_path / "elsewhere")
+    finished_run.paths.manifest("train").unlink()
+    assert f"{checkpoint.with_name('step-000001')}: is a symbolic link" in finished_run("train", status=2)
+
+
 def test_no_output_is_written_through_a_link(finished_run: Run, tmp_path: Path) -> None:
     """A pod on the same volume can put links where a run writes next."""
     precious = tmp_path / "precious"

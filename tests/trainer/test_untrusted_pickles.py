@@ -24,7 +24,7 @@ from genvalues.common.errors import UserError
 from genvalues.inputs import chart, yaml_text
 from llama_lora.backends.xla import torch_files
 from llama_lora.cli import main
-from trainer.conftest import Run, make_model
+from trainer.conftest import Run, make_model, write_checkpoint_record
 from trainer.test_merge import make_adapter
 from trainer.untrusted import Mark, evil_files
 
@@ -56,7 +56,7 @@ def plant(folder: Path, name: str, content: bytes) -> None:
     if record.is_file() and name != record.name:
         listed = json.loads(record.read_text())
         listed["files"][name] = {"bytes": len(content), "sha256": files.sha256(folder / name)}
-        record.write_text(json.dumps(listed))
+        write_checkpoint_record(record, listed)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -35,7 +35,7 @@ class Paths:
             *(self.models, self.datasets, self.run.parent, self.run, self.manifest("any").parent, self.stacks),
             *(self.compile_reports, self.rehearsal, self.small_run, self.acceptance_trainings),
             *(self.adapter, self.merged, self.evaluation, self.published),
-            *(checkpoints, *checkpoints.glob("*"), *checkpoints.glob("*/tensorboard")),
+            *(checkpoints, *checkpoints.glob("*"), *checkpoints.glob("*/tensorboard"), *checkpoints.glob("*/step-*")),
         ]
         return [folder for folder in folders if folder.is_symlink()]
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training: one folder per saved step, with a list of its files.
 
     step-000100/  ...               the backend's shards of adapter and optimizer, of all workers
-                  checkpoint.json   fingerprint, position, workers, and bytes and sha256 of every file
+                  checkpoint.json   fingerprint, position, workers, bytes and sha256 of every file, its own sha256
     step-000100.damaged/            one whose files were not as listed: not read again, deleted after later saves
 
 A folder is renamed to its final name once the files of all workers are on the disk: a final name means a complete
@@ -12,15 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import Count, FileRecord, InvalidJson, JsonUnreadable, PathInside, read_record
+from genvalues.common.json_files import (
+    Count,
+    FileRecord,
+    InvalidJson,
+    JsonUnreadable,
+    PathInside,
+    as_record,
+    read_object,
+)
 from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
@@ -30,6 +41,7 @@ from llama_lora.probe import ProbeRecord
 log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
+DIGEST = "sha256"  # the key in checkpoint.json of the digest of its other keys; release 0.1 wrote none
 DAMAGED = ".damaged"  # the end of the name of a checkpoint that was set aside
 DELETE = "Delete this folder to train from the start."
 OTHER_CHECKPOINT = "Use a complete checkpoint, or train again."
@@ -77,7 +89,8 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
                 for file in sorted(partial.rglob("*"))
                 if file.is_file()
             }
-            files.write_json(partial / RECORD, {**asdict(record), "files": listed})
+            content = {**asdict(record), "files": listed}
+            files.write_json(partial / RECORD, {**content, DIGEST: digest_of(content)})
     workers.barrier()
     return target
 
@@ -108,7 +121,7 @@ def read_checkpoint_record(checkpoint: Path) -> CheckpointRecord:
     """Read checkpoint.json. Raises DamagedCheckpoint if it is missing or not valid."""
     file = checkpoint / RECORD
     try:
-        return read_record(file, CheckpointRecord)
+        return _read(file)
     except JsonUnreadable as error:
         raise _unreadable(file, error.errno, str(error)) from None
     except InvalidJson as error:
@@ -157,8 +170,9 @@ def set_aside(checkpoint: Path, damage: DamagedCheckpoint) -> None:
 
 
 def saved(folder: Path) -> list[Path]:
-    """List the checkpoints except those that were set aside."""
-    return [path for path in sorted(folder.glob("step-*")) if not path.name.endswith(DAMAGED)]
+    """List the checkpoints except those that were set aside. A file or a link of such a name is none."""
+    found = (path for path in sorted(folder.glob("step-*")) if not path.name.endswith(DAMAGED))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def damaged(folder: Path) -> list[Path]:
@@ -215,6 +229,21 @@ def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) 
 def read_complete(checkpoint: Path) -> CheckpointRecord | None:
     """Read checkpoint.json; None if it does not exist or is not valid."""
     try:
-        return read_record(checkpoint / RECORD, CheckpointRecord)
+        return _read(checkpoint / RECORD)
     except InvalidJson:
         return None
+
+
+def _read(file: Path) -> CheckpointRecord:
+    """Read checkpoint.json. Raises InvalidJson, also if its content is not that of its digest."""
+    content = read_object(file)
+    recorded = content.pop(DIGEST, None)
+    record = as_record(content, CheckpointRecord)
+    if recorded is not None and recorded != digest_of(content):
+        raise InvalidJson("has another SHA-256 than it records of itself")
+    return record
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """The hex SHA-256 of the content of checkpoint.json, without its digest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
