@@ -365,9 +365,21 @@ def test_a_data_report_of_any_content_is_refused_in_a_line(finished_run: Run) ->
     finished_run.config["verify"] = "off"
     report = next(finished_run.workspace.glob("datasets/*/report.json"))
     size = report.stat().st_size
-    report.write_bytes(b"[" * size)
     finished_run.paths.manifest("tokenize").unlink()
-    assert f"{report}: is not valid JSON" in finished_run("tokenize", status=2)
+    for content, words in {
+        "[" * size: "is not valid JSON",
+        '{"rows_read": []}'.ljust(size): "is not a data report",
+    }.items():
+        report.write_text(content)
+        assert f"{report}: {words}" in finished_run("tokenize", status=2)
+
+
+def test_the_report_of_a_run_leaves_out_a_data_report_of_another_content(finished_run: Run) -> None:
+    finished_run.config["verify"] = "off"
+    report = next(finished_run.workspace.glob("datasets/*/report.json"))
+    report.write_text('{"rows_read": []}'.ljust(report.stat().st_size))
+    finished_run.paths.manifest("evaluate").unlink()
+    finished_run("evaluate")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,41 @@ def test_only_the_files_that_a_stage_reads_are_compared(finished_run: Run) -> No
         finished_run(stage)
 
 
+UNLISTED = {  # a file that transformers or datasets would read, and a stage that reads its folder
+    "models/*/tokenizer.json": ("consolidate", "evaluate", "train"),
+    "datasets/*/train/state.json": ("consolidate", "train"),
+    "runs/run/adapter/adapter_config.json": ("merge",),
+    "runs/run/merged/tokenizer.json": ("evaluate",),
+}
+
+
+@pytest.mark.parametrize("beside", UNLISTED)
+def test_a_file_that_no_stage_wrote_is_refused_by_the_stage_that_reads_its_folder(
+    finished_run: Run, beside: str
+) -> None:
+    planted = next(finished_run.workspace.glob(beside)).with_name("added_tokens.json")
+    planted.write_text('{"<|other|>": 258}')
+    planted.with_name(".nfs0001").write_text("x")
+    for stage in UNLISTED[beside]:
+        finished_run.paths.manifest(stage).rename(finished_run.folder / "kept")
+        assert f"{planted}: is not among the files that " in finished_run(stage, status=2)
+        (finished_run.folder / "kept").rename(finished_run.paths.manifest(stage))
+    planted.unlink()
+    for stage in UNLISTED[beside]:
+        finished_run.paths.manifest(stage).unlink()
+        finished_run(stage)
+
+
+@pytest.mark.parametrize("shared", ["models/*/config.json", "datasets/*/report.json"])
+def test_a_file_that_was_put_into_a_shared_folder_does_not_reach_a_new_manifest(finished_run: Run, shared: str) -> None:
+    before = finished_run.manifest("tokenize")["outputs"]
+    planted = next(finished_run.workspace.glob(shared)).with_name("added_tokens.json")
+    planted.write_text('{"<|other|>": 258}')
+    finished_run.paths.manifest("tokenize").unlink()
+    assert f"{planted} is not among the files" in finished_run("tokenize")
+    assert finished_run.manifest("tokenize")["outputs"].keys() == before.keys() and not planted.exists()
+
+
 def test_without_verification_sizes_are_compared_only(finished_run: Run) -> None:
     finished_run.config["verify"] = False  # off, as readers of YAML 1.1 understand it
     flip_in_the_middle(next(finished_run.workspace.glob("models/*/tokenizer.json")))

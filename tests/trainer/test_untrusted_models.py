@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation, library_versions, model_files
 from llama_lora.config import Model
@@ -83,7 +84,8 @@ def test_an_adapter_that_was_put_into_a_snapshot_later_is_refused_by_every_stage
         finished_run.paths.manifest(stage).unlink()
         assert "adapter_config.json" in finished_run(stage, status=2)
     finished_run.config["training"]["maxSequenceLength"] = 64
-    assert "adapter_config.json" in finished_run("tokenize", status=2)
+    assert "adapter_config.json is not among the files" in finished_run("tokenize")
+    assert not (model / "adapter_config.json").exists()  # the snapshot was made again
 
 
 def test_a_gguf_file_is_read_without_the_files_beside_it(tmp_path: Path) -> None:
@@ -346,3 +348,33 @@ def test_the_allowed_names_are_those_of_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs/security.md").read_text(encoding="utf-8")
     for name in (*model_files.KEPT, model_files.WEIGHTS, model_files.INDEX):
         assert f"`{name}`" in page, name
+
+
+def test_the_place_of_leftovers_may_have_files_and_links(finished_run: Run, tmp_path: Path) -> None:
+    """What a killed process left is deleted first; a link there is deleted, and what it leads to is not."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    paths = finished_run.paths
+    checkpoints = paths.checkpoints(finished_run.manifest("train")["fingerprint"])
+    for folder in (paths.adapter, checkpoints / "step-000006"):
+        folder.with_name(f".{folder.name}{files.PARTIAL}1").symlink_to(precious)
+        folder.with_name(f".{folder.name}{files.PARTIAL}2").write_text("x")
+    (checkpoints / "step-000006" / "training.json").write_text("x")
+    for stage in ("train", "consolidate"):
+        finished_run.paths.manifest(stage).unlink()
+    finished_run("train")
+    finished_run("consolidate")
+    assert (precious / "file").exists()
+    assert not list(paths.run.rglob(f".*{files.PARTIAL}*"))
+
+
+@pytest.mark.parametrize("name", ["stages", "stacks"])
+def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_user(finished_run: Run, name: str) -> None:
+    folder = finished_run.paths.run / name
+    finished_run.paths.manifest("train").unlink()
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.write_text("x")
+    said = finished_run("train" if name == "stacks" else "tokenize", status=2)
+    assert f"{folder}: " in said and "Remove the file" in said

@@ -224,12 +224,25 @@ class Stage:
             return
         recorded = self.upstream_files(name, *paths)
         began = time.monotonic()
+        self._refuse_unlisted(name, recorded, paths)
         found = differences(recorded, Digests(self.config.verify))
         refuse_damaged(found, name)
         seconds = time.monotonic() - began
         gigabytes = sum(record.bytes for record in recorded.values()) / 1e9
         level = logging.INFO if seconds > TOLD_AFTER else logging.DEBUG
         log.log(level, f"{self.name}: verified {len(recorded)} files of {name}, {gigabytes:.1f} GB in {seconds:.0f} s")
+
+    def _refuse_unlisted(self, name: str, recorded: Mapping[Path, FileRecord], paths: Sequence[Path]) -> None:
+        """Raise UserErrors for files in the folders of ``paths`` that the stage did not write: libraries read them.
+
+        Those whose names begin with a dot are of a file system or an editor, and nothing reads them.
+        """
+        folders = [path for path in paths if any(path in file.parents for file in recorded)]
+        present = [file for folder in folders for file in folder.rglob("*") if not file.is_dir()]
+        unlisted = sorted(file for file in present if file not in recorded and not file.name.startswith("."))
+        if unlisted:
+            what = f"is not among the files that {name} wrote"
+            raise UserErrors([UserError(what, where=str(file), fix="Delete it.") for file in unlisted])
 
     def upstream_files(self, name: str, *paths: Path) -> dict[Path, FileRecord]:
         """The outputs of an earlier stage that are, or are in, ``paths``, as its manifest records them."""

@@ -92,7 +92,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
     partial.chmod(0o777 & ~current_umask())
     try:
@@ -109,6 +109,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with its content, or a file or link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def settle(folder: Path) -> None:

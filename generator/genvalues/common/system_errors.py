@@ -32,6 +32,7 @@ USER_FIXES = {
     errno.EACCES: "Give user {user} the rights to read and write it (chown, chmod, or securityContext.runAsUser).",
     errno.EPERM: "Give user {user} the rights to read and write it (chown, chmod, or securityContext.runAsUser).",
     errno.ENOTDIR: "Remove the file that is in the place of a folder.",
+    errno.EEXIST: "Remove the file that is in the place of a folder.",
     errno.EISDIR: "Remove the folder that is in the place of a file.",
     errno.ELOOP: "Remove the symbolic link.",
     errno.ENAMETOOLONG: "Choose a shorter name or path.",

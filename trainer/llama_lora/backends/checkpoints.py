@@ -162,8 +162,8 @@ def newest_intact(folder: Path, fingerprint: str) -> tuple[Path, CheckpointRecor
 def set_aside(checkpoint: Path, damage: DamagedCheckpoint) -> None:
     """Rename a damaged checkpoint, so that nothing reads it again, and log a warning."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if aside.exists() or aside.is_symlink():
+        files.remove(aside)
     checkpoint.rename(aside)
     file = Path(damage.where).relative_to(checkpoint)
     log.warning(f"the checkpoint {checkpoint} is damaged and was renamed to {aside.name} ({file}: {damage.what})")
@@ -219,7 +219,7 @@ def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) 
     If there are as many as ``limit``, damaged ones are deleted too.
     """
     for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
-        shutil.rmtree(leftover)
+        files.remove(leftover)
     kept = complete(folder, fingerprint)
     for path in [*kept[:-limit], *(damaged(folder) if len(kept) >= limit else [])]:
         if path != keep:

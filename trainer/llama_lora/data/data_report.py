@@ -86,6 +86,15 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def is_valid(report: Mapping[str, Any]) -> bool:
+    """Whether an object that was read from a file can be shown as a data report."""
+    try:
+        page(report), list(lines(report)), warning(report)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return False
+    return True
+
+
 def warning(report: Mapping[str, Any]) -> str:
     """The warning about lost tokens; empty if there are few."""
     lost = report["lost"]

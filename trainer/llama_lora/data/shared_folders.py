@@ -59,6 +59,9 @@ def is_whole(target: Path, verify: Verify) -> bool:
         size = record.bytes if isinstance(record, FileRecord) else record
         if not _has_size(target / name, size):
             return False
+    if contents and (unlisted := sorted(_names_in(target) - contents.keys())):
+        log.warning(f"{target / unlisted[0]} is not among the files that tokenize wrote: {target} is made again")
+        return False
     if verify != "off":
         for file, difference in differences(recorded(target), Digests(verify)).items():
             log.warning(f"{file} {difference}: {target} is made again")
@@ -87,6 +90,11 @@ def _contents(target: Path) -> dict[str, FileRecord | int]:
     except InvalidJson as error:
         log.warning(f"{_contents_file(target)} {error}: {target} is made again")
         return {}
+
+
+def _names_in(target: Path) -> set[str]:
+    found = (file for file in target.rglob("*") if not file.is_dir() and not file.name.startswith("."))
+    return {file.relative_to(target).as_posix() for file in found}
 
 
 def _has_size(file: Path, size: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from genvalues.common.dicts import flatten, get
 from genvalues.common.json_files import InvalidJson, read_object
+from llama_lora.data.data_report import is_valid
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_held_out, read_metrics
 from llama_lora.small_run import other_stage
@@ -126,11 +127,12 @@ def node_hours(paths: Paths) -> tuple[float | None, float | None]:
 
 
 def data_report(path: Path) -> dict[str, Any]:
-    """The data report; empty if it cannot be read."""
+    """The data report; empty if it cannot be read or shown."""
     try:
-        return read_object(path)
+        report = read_object(path)
     except InvalidJson:
         return {}
+    return report if is_valid(report) else {}
 
 
 def sources_of(stage: Stage) -> dict[str, str]:

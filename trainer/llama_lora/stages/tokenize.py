@@ -46,11 +46,17 @@ def tokenize(stage: Stage) -> None:
 
 def read_report(dataset: Path) -> dict[str, Any]:
     """Read the data report of a dataset's folder. Raises UserError if it is not valid."""
+    from llama_lora.data.data_report import is_valid
+
     file = dataset / "report.json"
+    fix = f"Delete it and run {rerun('tokenize')}."
     try:
-        return read_object(file)
+        report = read_object(file)
     except InvalidJson as error:
-        raise UserError(str(error), where=str(file), fix=f"Delete it and run {rerun('tokenize')}.") from None
+        raise UserError(str(error), where=str(file), fix=fix) from None
+    if not is_valid(report):
+        raise UserError("is not a data report", where=str(file), fix=fix)
+    return report
 
 
 def dataset_settings(dataset: Dataset) -> dict[str, Any]:
