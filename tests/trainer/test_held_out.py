@@ -299,3 +299,14 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     with pytest.raises(UserError) as caught:
         HeldOutLoss(rows, Engine(), Workers(), training()).measure(3)  # type: ignore[arg-type]
     assert caught.value.where == "training.learningRate" and "step 3" in caught.value.what
+    with pytest.raises(UserError) as caught:
+        HeldOutLoss(rows, Engine(), Workers(), training()).measure(0)  # type: ignore[arg-type]
+    assert caught.value.where == "model", "before the first step no learning rate has had an effect"
+
+
+@pytest.mark.parametrize("loss", ["1" + "0" * 400, "NaN", "1e999", "null"])
+def test_a_line_with_a_loss_that_is_no_finite_float_is_left_out(tmp_path: Path, loss: str) -> None:
+    line = '{"step": 1, "eval_loss": LOSS, "eval_rows": 1, "eval_tokens": 1, "rows_done": 1}\n'
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line.replace("LOSS", loss) + line.replace("LOSS", "1.5"))
+    assert [point["eval_loss"] for point in read_held_out(file)] == [1.5]

@@ -193,6 +193,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _is(kind: type[StepMetrics | HeldOutMetrics], line: dict[str, Any]) -> bool:
     """Whether a line has the fields of ``kind``, all of them finite numbers."""
-    return all(
-        isinstance(line.get(field.name), (int, float)) and math.isfinite(line[field.name]) for field in fields(kind)
-    )
+    try:
+        return all(
+            isinstance(line.get(field.name), (int, float)) and math.isfinite(line[field.name]) for field in fields(kind)
+        )
+    except OverflowError:  # an integer of hundreds of digits
+        return False
