@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
+from genvalues.common.dicts import get
 from genvalues.common.text import duration
 from llama_lora.data import data_report
 from llama_lora.report import charts, differences
@@ -42,7 +43,7 @@ def page(facts: Facts) -> str:
         *_heading(facts),
         _section("Training", _training(facts)),
         _section("Answers", _samples(facts)),
-        _section("Data", data_report.summary(facts.data) if facts.data else ""),
+        _section("Data", _data(facts)),
         _section("Stages and cost", _stages(facts)),
         _section("Provenance", _provenance(facts)),
     ]
@@ -88,7 +89,7 @@ def _tile(title: str, value: str, note: str = "") -> str:
 
 
 def _end_of_training(facts: Facts) -> str:
-    best = (facts.training.get("held_out") or {}).get("best_step")
+    best = get(facts.training, "held_out.best_step", int)
     parts = ["stopped early"] if facts.training.get("stopped_early") else []
     return ", ".join(parts + ([f"lowest held-out loss at {best}"] if best else []))
 
@@ -100,7 +101,7 @@ def _training(facts: Facts) -> str:
     losses, norms = of("loss"), of("grad_norm")
     long = len(losses) >= charts.SMOOTHED_FROM
     held_out = [(point["step"], point["eval_loss"]) for point in facts.held_out]
-    best = (facts.training.get("held_out") or {}).get("best_step")
+    best = get(facts.training, "held_out.best_step", int)
     figures = [
         chart(
             "Loss",
@@ -126,6 +127,14 @@ def _training(facts: Facts) -> str:
     ]
     drawn = "".join(figures)
     return f'<div class="grid charts">{drawn}</div>' if drawn else "<p>Fewer than two steps.</p>"
+
+
+def _data(facts: Facts) -> str:
+    """The data section; nothing without a data report, or with one that lacks keys (verify: off reads any)."""
+    try:
+        return data_report.summary(facts.data) if facts.data else ""
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return ""
 
 
 def _samples(facts: Facts) -> str:
