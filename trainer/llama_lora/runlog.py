@@ -179,7 +179,7 @@ def read_held_out(path: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file with a JSON object per line, up to a line that a killed process left incomplete."""
     lines: list[dict[str, Any]] = []
-    if path.exists():
+    if path.is_file() or path.is_dir():  # reading a FIFO or a device may never end; a folder is an OSError
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
