@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from llama_lora import evaluation
+from llama_lora.evaluation import Score
 from trainer.conftest import Run
 
 
@@ -56,3 +58,14 @@ def test_a_changed_number_of_samples_reruns_evaluate_alone(finished_run: Run) ->
     finished_run.config["evaluation"]["samples"] = 1
     assert "skipped" in finished_run("merge") and "skipped" not in finished_run("evaluate")
     assert len(json.loads((finished_run.paths.evaluation / "samples.json").read_text())) == 1
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_the_model(
+    finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from an embedding of NaN that only a held-out row uses: a retry would not help."""
+    monkeypatch.setattr(evaluation, "score", lambda _, rows: Score([1.0, math.nan, *[1.0] * (len(rows) - 2)], [1] * 4))
+    finished_run.paths.manifest("evaluate").unlink()
+    said = finished_run("evaluate", status=2)
+    base = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
+    assert f"{base}: " in said and "row 1 (from 0) is nan" in said

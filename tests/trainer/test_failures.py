@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from genvalues.common.errors import Unavailable, UserError, VolumeError
 from genvalues.common.system_errors import explain, room
-from llama_lora import cli, stage
+from llama_lora import cli, environment, stage
 from llama_lora.backends import failures
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_resolve import FakeHub
@@ -244,3 +244,9 @@ def test_a_hub_that_does_not_answer_is_given_up(new_run: Callable[..., Run], tin
         hub.server.shutdown()
     assert time.monotonic() - began < 60
     assert "org/thing: the Hugging Face Hub cannot be reached" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["", "loud", "1e9"])
+def test_a_verbosity_that_is_no_number_is_the_default(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.VERBOSITY, value)
+    assert environment.verbosity() == 0

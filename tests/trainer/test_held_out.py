@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -299,3 +300,19 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     with pytest.raises(UserError) as caught:
         HeldOutLoss(rows, Engine(), Workers(), training()).measure(3)  # type: ignore[arg-type]
     assert caught.value.where == "training.learningRate" and "step 3" in caught.value.what
+    with pytest.raises(UserError) as caught:
+        HeldOutLoss(rows, Engine(), Workers(), training()).measure(0)  # type: ignore[arg-type]
+    assert caught.value.where == "model", "before the first step no learning rate has had an effect"
+
+
+@pytest.mark.parametrize("loss", ["1" + "0" * 400, "NaN", "1e999", "null"])
+def test_a_line_with_a_loss_that_is_no_finite_float_is_left_out(tmp_path: Path, loss: str) -> None:
+    line = '{"step": 1, "eval_loss": LOSS, "eval_rows": 1, "eval_tokens": 1, "rows_done": 1}\n'
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line.replace("LOSS", loss) + line.replace("LOSS", "1.5"))
+    assert [point["eval_loss"] for point in read_held_out(file)] == [1.5]
+
+
+def test_a_fifo_in_place_of_metrics_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -178,13 +178,17 @@ def test_a_server_that_is_silent_costs_the_stage_nothing(
     assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
 
 
-def test_the_end_of_a_stage_waits_for_a_push_only_so_long(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_stage_waits_for_a_push_only_so_long(
+    silent: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(monitoring, "LAST_PUSH_SECONDS", 0.2)
     pusher = Pusher({"monitoring.otlpEndpoint": collector(silent)})
     pusher.push(series_of("one", STAGES, PROGRESS))
     began = time.monotonic()
     pusher.close()
     assert time.monotonic() - began < 2
+    [warning] = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert warning.startswith("monitoring.otlpEndpoint: ")
 
 
 def test_a_failing_target_is_one_warning_and_the_other_is_served(

@@ -41,6 +41,19 @@ def test_two_merges_of_one_run_write_once(finished_run: Run) -> None:
     assert finished_run.manifest("merge")["outputs"] == before
 
 
+def test_two_trainings_of_one_run_both_succeed(finished_run: Run) -> None:
+    """The second waits, and finds all steps done; both have the same files for stack traces."""
+    before = finished_run.manifest("train")["outputs"]
+    finished_run.paths.manifest("train").unlink()
+    with locked(finished_run.paths.lock, "a test"):
+        both = [start(finished_run, "train") for _ in range(2)]
+        for process in both:
+            read_to(process, "waiting for ")
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert finished_run.manifest("train")["outputs"] == before
+
+
 @pytest.mark.parametrize("name", ["merge", "train"])
 def test_a_stage_waits_for_another_and_says_for_which(finished_run: Run, name: str) -> None:
     """Of train, which may run on several nodes, one worker waits."""

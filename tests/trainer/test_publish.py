@@ -408,6 +408,14 @@ def test_the_stage_needs_a_destination(finished_run: Run) -> None:
     assert "publish.s3.uri" in finished_run("publish", status=2)
 
 
+def test_a_report_that_is_not_made_is_no_upload(finished_run: Run, bucket: FakeS3) -> None:
+    """The settings refuse it too; a manifest without files would look like a complete upload."""
+    finished_run.config["evaluation"]["enabled"] = False
+    finished_run.config["publish"] = {"s3": {"uri": URI, "artifacts": ["report"]}}
+    assert "publish.s3.artifacts" in finished_run("publish", status=2)
+    assert not bucket.objects
+
+
 def test_a_flipped_byte_ends_the_stage_with_status_2(finished_run: Run, bucket: FakeS3) -> None:
     finished_run.config["publish"] = {"s3": {"uri": URI}}
     weights = finished_run.paths.merged / "model.safetensors"

@@ -199,3 +199,16 @@ def test_the_report_comes_whole_out_of_a_pods_log(finished_run: Run) -> None:
     assert "report.html: not found" in finished_run("report", status=2)
     finished_run.paths.manifest("evaluate").unlink()
     assert "evaluate has not ended" in finished_run("report", status=2)
+
+
+@pytest.mark.parametrize("held_out", ["x", [1], -1, {"best_step": "x"}, {"best_step": [1]}, None])
+def test_a_result_of_any_content_gives_a_page(held_out: Any) -> None:
+    """train's manifest is a file on the volume."""
+    text = visible(page(plain_facts(training={"steps": [1], "stopped_early": True, "held_out": held_out})))
+    assert "stopped early" in text and "lowest held-out loss at" not in text
+
+
+@pytest.mark.parametrize("data", [{"kept": "x"}, {"train": None}, {"examples": 3, "dropped_shown": 7}])
+def test_a_data_report_that_lacks_keys_is_left_out(data: dict[str, Any]) -> None:
+    text = page(plain_facts(data=data))
+    assert "<h2>Data</h2>" not in text and "<h2>Provenance</h2>" in text

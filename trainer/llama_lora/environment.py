@@ -13,8 +13,11 @@ VERBOSITY = "LLAMA_LORA_VERBOSITY"  # how -v (1) and -q (-1) reach the workers
 
 
 def verbosity() -> int:
-    """The verbosity for genvalues.common.log, from the environment."""
-    return int(os.environ.get(VERBOSITY, "0"))
+    """The verbosity for genvalues.common.log, from the environment; 0 if it is no number."""
+    try:
+        return int(os.environ.get(VERBOSITY, "0"))
+    except ValueError:
+        return 0
 
 
 def available_cores() -> int:

@@ -250,6 +250,9 @@ class Pusher:
             self._closing = True
             self._changed.notify()
         self._thread.join(LAST_PUSH_SECONDS)
+        if self._thread.is_alive() and not self._failed:  # a server that sends a byte now and then has no timeout
+            targets = ", ".join(self._targets)
+            log.warning(f"{targets}: the last metrics were not accepted within {LAST_PUSH_SECONDS:.0f} s")
 
     def _run(self) -> None:
         while True:

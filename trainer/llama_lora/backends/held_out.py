@@ -74,11 +74,12 @@ class HeldOutLoss:
         (summed,) = workers.sum([own / (workers.size // engine.data_size)])  # workers of one copy have the same loss
         loss = workers.broadcast(summed / self.tokens)  # to the last bit, because workers decide by it
         if not math.isfinite(loss):
-            raise UserError(
-                f"the held-out loss after step {step} is {loss}",
-                where="training.learningRate",
-                fix="Lower it, or check the rows in the data report.",
-            )
+            what = f"the held-out loss after step {step} is {loss}"
+            if step == 0:  # that of the base model
+                fix = "Check the base model: it has weights that are not finite, or values beyond its dtype."
+                raise UserError(what, where="model", fix=fix)
+            fix = "Lower it, or check the rows in the data report."
+            raise UserError(what, where="training.learningRate", fix=fix)
         return loss
 
 

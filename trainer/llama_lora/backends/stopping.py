@@ -75,10 +75,11 @@ def write_stacks_to(file: Path) -> Iterator[None]:
             for number in (STOP_SIGNAL, signal.SIGTERM):
                 faulthandler.unregister(number)
             _Process.stacks = None
-    if not file.stat().st_size:
-        file.unlink()
-        with contextlib.suppress(OSError):  # the folder has files of other workers
-            file.parent.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # a second training of the run, which waited, has deleted it
+        if not file.stat().st_size:
+            file.unlink()
+    with contextlib.suppress(OSError):  # the folder has files of other workers
+        file.parent.rmdir()
 
 
 def exit_on_sigterm() -> None:

@@ -44,7 +44,7 @@ def page(facts: Facts) -> str:
         *_heading(facts),
         _section("Training", _training(facts)),
         _section("Answers", _samples(facts)),
-        _section("Data", data_report.summary(facts.data) if facts.data else ""),
+        _section("Data", _data(facts)),
         _section("Stages and cost", _stages(facts)),
         _section("Provenance", _provenance(facts)),
     ]
@@ -128,6 +128,14 @@ def _training(facts: Facts) -> str:
     ]
     drawn = "".join(figures)
     return f'<div class="grid charts">{drawn}</div>' if drawn else "<p>Fewer than two steps.</p>"
+
+
+def _data(facts: Facts) -> str:
+    """The data section; nothing without a data report, or with one that lacks keys (verify: off reads any)."""
+    try:
+        return data_report.summary(facts.data) if facts.data else ""
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return ""
 
 
 def _samples(facts: Facts) -> str:

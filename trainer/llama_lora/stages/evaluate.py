@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ def evaluate(stage: Stage) -> None:
     for name, folder in {"base": base, "merged": stage.paths.merged}.items():
         model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 takes 16 GB
         scores[name] = evaluation.score(model, rows)
+        check_losses(scores[name], folder)
         log.info(f"{name}: loss {scores[name].loss:.4f}, perplexity {scores[name].perplexity:.2f}")
         answers[name] = [
             evaluation.answer(model, tokenizer, prompt, settings.max_new_tokens)
@@ -70,6 +72,17 @@ def held_out_rows(dataset: Path, limit: int) -> list[dict[str, Any]]:
     if not any(map(trained_tokens, rows)):
         raise UserError("no held-out row has a trained token", where="evaluation.maxRows", fix="Raise it.")
     return rows
+
+
+def check_losses(score: Score, model: Path) -> None:
+    """Raise UserError if the loss of a row is not finite: there is nothing to compare, and a retry would not help."""
+    for number, loss in enumerate(score.losses):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the model's loss of held-out row {number} (from 0) is {loss}",
+                where=str(model),
+                fix="Check the base model: it has weights that are not finite, or values beyond its dtype.",
+            )
 
 
 def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> list[dict[str, str]]:

@@ -34,6 +34,9 @@ def publish(stage: Stage) -> None:
     with stage.output(stage.paths.published) as folder:
         if settings.s3.uri:
             artifacts = [each for each in settings.s3.artifacts if each != "report" or stage.config.evaluation.enabled]
+            if not artifacts:
+                what = "has only the report, which evaluation.enabled: false does not make"
+                raise UserError(what, where="publish.s3.artifacts", fix="Add adapter or merged.")
             found = [file for artifact in artifacts for file in files_of(stage, artifact, folder, f"{artifact}/")]
             manifest = uploads.manifest_of(stage.config.name, stage.fingerprint, found)
             files.write_bytes(folder / "s3.json", manifest)
