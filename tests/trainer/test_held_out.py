@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -311,8 +310,3 @@ def test_a_line_with_a_loss_that_is_no_finite_float_is_left_out(tmp_path: Path, 
     file = tmp_path / "metrics.jsonl"
     file.write_text(line.replace("LOSS", loss) + line.replace("LOSS", "1.5"))
     assert [point["eval_loss"] for point in read_held_out(file)] == [1.5]
-
-
-def test_a_fifo_in_place_of_metrics_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
