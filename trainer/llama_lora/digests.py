@@ -2,7 +2,7 @@
 
 With ``verify: cached`` a file is not read again on the same node as long as its device, inode, size and times are the
 same. The cache is in a folder of this user on the node (not on the volume, where others can write), and is believed
-only if nobody else can write to it. A byte that changes on the disk itself changes no time: only ``always`` finds it.
+only if no other user can write to it. A byte that changes on the disk itself changes no time: only ``always`` finds it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +141,7 @@ def digest_of(path: Path) -> str | OSError:
 
 def differences(recorded: Mapping[Path, FileRecord], digests: Digests) -> dict[Path, str]:
     """How each file differs from its record, for those that do."""
-    found = {path: difference for path, record in recorded.items() if (difference := other_size(path, record))}
+    found = {path: difference for path, record in recorded.items() if (difference := other_size(path, record.bytes))}
     for path, digest in digests.of(path for path in recorded if path not in found).items():
         if isinstance(digest, OSError):
             found[path] = f"cannot be read: {digest.strerror}"
@@ -150,12 +150,31 @@ def differences(recorded: Mapping[Path, FileRecord], digests: Digests) -> dict[P
     return found
 
 
-def other_size(path: Path, record: FileRecord) -> str:
-    """How a file's size differs from its record; empty if it does not."""
+def record_of(file: Path) -> FileRecord:
+    """The size and digest of a file. Raises OSError if it cannot be read."""
+    return FileRecord(file.stat().st_size, files.sha256(file))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file in a folder, also in folders inside it."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def unlisted(folder: Path, listed: Container[Path]) -> list[Path]:
+    """What is in a folder besides the files ``listed``, also links: libraries may read it.
+
+    Names that begin with a dot are left out: they are of a file system or an editor, and nothing reads them.
+    """
+    found = (file for file in folder.rglob("*") if not file.is_dir() and not file.name.startswith("."))
+    return sorted(file for file in found if file not in listed)
+
+
+def other_size(path: Path, expected: int) -> str:
+    """How a file's size differs from the expected one; empty if it does not."""
     try:
         size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return NOT_FOUND
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "" if size == record.bytes else f"has {size} bytes, expected {record.bytes}"
+    return "" if size == expected else f"has {size} bytes, expected {expected}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora.model_files import INDEX, WEIGHTS, regular_file, shards_in
+from llama_lora.model_files import COPY_AGAIN, INDEX, WEIGHTS, regular_file, shards_in
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
-COPY_AGAIN = "Copy the file again from its source."
 
 
 @dataclass(frozen=True)

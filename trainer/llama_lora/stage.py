@@ -32,7 +32,7 @@ from genvalues.common.text import one_line
 from llama_lora import stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
-from llama_lora.digests import NOT_FOUND, Digests, differences, other_size
+from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, other_size, record_of, unlisted
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Stage:
         """The manifest, if the stage is done: every output exists with its recorded size. Raises InvalidManifest."""
         manifest = self.current_manifest()
         for name, output in manifest.outputs.items():
-            if difference := other_size(self.paths.workspace / name, output):
+            if difference := other_size(self.paths.workspace / name, output.bytes):
                 raise InvalidManifest(f"lists {one_line(name, 200)}, which {is_or_has(difference)}")
         return manifest
 
@@ -233,16 +233,11 @@ class Stage:
         log.log(level, f"{self.name}: verified {len(recorded)} files of {name}, {gigabytes:.1f} GB in {seconds:.0f} s")
 
     def _refuse_unlisted(self, name: str, recorded: Mapping[Path, FileRecord], paths: Sequence[Path]) -> None:
-        """Raise UserErrors for files in the folders of ``paths`` that the stage did not write: libraries read them.
-
-        Those whose names begin with a dot are of a file system or an editor, and nothing reads them.
-        """
+        """Raise UserErrors for files in the folders of ``paths`` that the stage did not write."""
         folders = [path for path in paths if any(path in file.parents for file in recorded)]
-        present = [file for folder in folders for file in folder.rglob("*") if not file.is_dir()]
-        unlisted = sorted(file for file in present if file not in recorded and not file.name.startswith("."))
-        if unlisted:
+        if others := [file for folder in folders for file in unlisted(folder, recorded)]:
             what = f"is not among the files that {name} wrote"
-            raise UserErrors([UserError(what, where=str(file), fix="Delete it.") for file in unlisted])
+            raise UserErrors([UserError(what, where=str(file), fix="Delete it.") for file in others])
 
     def upstream_files(self, name: str, *paths: Path) -> dict[Path, FileRecord]:
         """The outputs of an earlier stage that are, or are in, ``paths``, as its manifest records them."""
@@ -281,7 +276,7 @@ class Stage:
             outputs={
                 str(file.relative_to(self.paths.workspace)): (known or {}).get(file) or record_of(file)
                 for output in outputs
-                for file in _files_in(output)
+                for file in (files_in(output) if output.is_dir() else [output])
             },
             versions=installed_versions(LIBRARIES),
             facts=self.facts,
@@ -368,10 +363,6 @@ def rerun(name: str) -> str:
     return f"`helm upgrade`, or `llama-lora {name} --config ...`"
 
 
-def record_of(file: Path) -> FileRecord:
-    return FileRecord(file.stat().st_size, files.sha256(file))
-
-
 def is_or_has(difference: str) -> str:
     """A difference of a file as the rest of a sentence: "is not found", "has 3 bytes, expected 4"."""
     return f"is {difference}" if difference == NOT_FOUND else difference
@@ -389,7 +380,3 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 def now() -> str:
     """The current time: ISO 8601, UTC, in seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _files_in(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -174,23 +174,31 @@ def current_umask() -> int:
     return umask
 
 
+class NotARegularFile(OSError):
+    """A folder, FIFO, socket or device in the place of a file."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read that may be anything: a symbolic link, a FIFO or a device is an OSError, and never waits."""
-    # O_NONBLOCK: opening a FIFO would wait for a writer
-    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
-    return file
+    return os.fdopen(_open_regular(path, os.O_RDONLY), "rb")
 
 
 def open_to_append(path: Path, *, empty: bool = False) -> TextIO:
     """Open a text file of ours to write at its end, or ``empty``. A symbolic link in its place is an OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = open(os.open(path, flags if empty else flags | os.O_APPEND, 0o666), "w" if empty else "a", encoding="utf-8")  # noqa: PTH123, SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
+    descriptor = _open_regular(path, os.O_WRONLY | os.O_CREAT | (0 if empty else os.O_APPEND))
+    file = os.fdopen(descriptor, "w" if empty else "a", encoding="utf-8")
     if empty:
         file.truncate(0)
     return file
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    # O_NONBLOCK: opening a FIFO would wait for its other end
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise NotARegularFile(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise NotARegularFile(errno.EINVAL, "not a regular file")

@@ -12,13 +12,14 @@ import functools
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from genvalues.common.files import NotARegularFile, open_regular
 
 MOST_BYTES = 64 << 20
 MOST_DEPTH = 100
@@ -155,24 +156,17 @@ class FileRecord:
 def read_bytes(path: Path, most_bytes: int) -> bytes:
     """Read a regular file of at most ``most_bytes``, without following a link. Raises InvalidJson."""
     try:
-        # O_NONBLOCK: opening a FIFO would wait for a writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most_bytes:
+                raise InvalidJson(f"has {size} bytes, the most is {most_bytes}")
+            return file.read(most_bytes + 1)
     except FileNotFoundError:
         raise JsonNotFound("not found") from None
+    except NotARegularFile:
+        raise InvalidJson("is not a regular file") from None
     except OSError as error:
         raise (InvalidJson("is a symbolic link") if path.is_symlink() else JsonUnreadable(error)) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidJson("is not a regular file")
-        if status.st_size > most_bytes:
-            raise InvalidJson(f"has {status.st_size} bytes, the most is {most_bytes}")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(most_bytes + 1)
-    except OSError as error:
-        raise JsonUnreadable(error) from None
-    finally:
-        os.close(descriptor)
 
 
 def _integer(digits: str) -> int:

@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from genvalues.common.json_files import (
 from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
-from llama_lora.digests import other_size
+from llama_lora.digests import files_in, other_size, record_of
 from llama_lora.probe import ProbeRecord
 
 log = logging.getLogger(__name__)
@@ -84,12 +84,8 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
         if workers.any(error is not None):  # all leave together, so that the worker of rank 0 removes the folder
             raise error or OtherWorkerFailed("another worker failed to save")
         if workers.rank == 0:
-            listed = {
-                file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-                for file in sorted(partial.rglob("*"))
-                if file.is_file()
-            }
-            content = {**asdict(record), "files": listed}
+            listed = {file.relative_to(partial).as_posix(): record_of(file) for file in files_in(partial)}
+            content = asdict(replace(record, files=listed))
             files.write_json(partial / RECORD, {**content, DIGEST: digest_of(content)})
     workers.barrier()
     return target
@@ -105,7 +101,7 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointRecord:
     record = read_checkpoint_record(checkpoint)
     for name, expected in record.files.items():
         shard = checkpoint / name
-        if difference := other_size(shard, expected):
+        if difference := other_size(shard, expected.bytes):
             raise DamagedCheckpoint(f"shard {difference}", where=str(shard), fix=OTHER_CHECKPOINT)
         try:
             digest = files.sha256(shard)

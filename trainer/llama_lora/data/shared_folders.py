@@ -20,7 +20,7 @@ from genvalues.common.json_files import (
 )
 from genvalues.common.locks import lock_beside, locked
 from llama_lora.config import Verify
-from llama_lora.digests import Digests, differences
+from llama_lora.digests import Digests, differences, files_in, other_size, unlisted
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def is_whole(target: Path, verify: Verify) -> bool:
     contents = _contents(target)
     for name, record in contents.items():
         size = record.bytes if isinstance(record, FileRecord) else record
-        if not _has_size(target / name, size):
+        if other_size(target / name, size):
             return False
-    if contents and (unlisted := sorted(_names_in(target) - contents.keys())):
-        log.warning(f"{target / unlisted[0]} is not among the files that tokenize wrote: {target} is made again")
+    if contents and (others := unlisted(target, {target / name for name in contents})):
+        log.warning(f"{others[0]} is not among the files that tokenize wrote: {target} is made again")
         return False
     if verify != "off":
         for file, difference in differences(recorded(target), Digests(verify)).items():
@@ -71,9 +71,8 @@ def is_whole(target: Path, verify: Verify) -> bool:
 
 def record_of_folder(folder: Path, digests: Digests) -> dict[str, FileRecord]:
     """Every file of a folder by its name in it."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
     records = {}
-    for file, digest in digests.of(found).items():
+    for file, digest in digests.of(files_in(folder)).items():
         if isinstance(digest, OSError):
             raise digest
         records[file.relative_to(folder).as_posix()] = FileRecord(file.stat().st_size, digest)
@@ -90,18 +89,6 @@ def _contents(target: Path) -> dict[str, FileRecord | int]:
     except InvalidJson as error:
         log.warning(f"{_contents_file(target)} {error}: {target} is made again")
         return {}
-
-
-def _names_in(target: Path) -> set[str]:
-    found = (file for file in target.rglob("*") if not file.is_dir() and not file.name.startswith("."))
-    return {file.relative_to(target).as_posix() for file in found}
-
-
-def _has_size(file: Path, size: int) -> bool:
-    try:
-        return file.stat().st_size == size
-    except OSError:
-        return False
 
 
 def _contents_file(target: Path) -> Path:

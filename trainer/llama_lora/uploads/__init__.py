@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from genvalues.common.errors import UserError
+from genvalues.common.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class File:
     def opened(self) -> Iterator[BinaryIO]:
         """Open it for reading; a symbolic link is refused. Raises UserError if it cannot be read."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            source = open_regular(self.path)
         except OSError as error:
             raise self.error(f"cannot be read: {error.strerror}") from None
-        with os.fdopen(descriptor, "rb") as source:
+        with source:
             yield source
 
     def check(self, size: int, digest: str) -> None:
