@@ -133,7 +133,7 @@ def test_a_file_that_is_not_as_its_manifest_says_is_never_an_object(
     assert refused.value.where == str(broken.path) and "stage merge" in refused.value.fix
     assert f"runs/one/{broken.name}" not in bucket.objects
     assert "runs/one/manifest.json" not in bucket.objects
-    assert not bucket.uploads, "parts that nobody will complete cost money"
+    assert not bucket.uploads, "parts of an incomplete upload cost money"
 
 
 def test_bytes_that_change_on_the_way_are_refused(

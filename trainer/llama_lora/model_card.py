@@ -37,7 +37,7 @@ MOST_AVERAGED = 10  # steps whose mean loss the card shows as the last
 
 @dataclass(frozen=True)
 class Data:
-    """A source of rows. ``hub_id`` is empty for files, whose places are nobody else's business."""
+    """A source of rows. ``hub_id`` is empty for files, whose paths are not published."""
 
     hub_id: str = ""
     revision: str = ""

@@ -2,7 +2,7 @@
 
 A UserError is raised where the problem is found, with what is wrong, where, and what to write instead. The command
 prints it and ends with status 2. Status 1 means that running the command again may succeed, status 75 that it may
-succeed after a pause. ``genvalues`` and ``llama-lora`` print an error that nobody raised for the user in one line, too.
+succeed after a pause. ``genvalues`` and ``llama-lora`` print unexpected errors in one line, too.
 """
 
 from __future__ import annotations

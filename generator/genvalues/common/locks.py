@@ -31,7 +31,7 @@ HOLDER_BYTES = 256
 def locked(file: Path, holder: str, most_seconds: float | None = None, *, remove: bool = False) -> Iterator[None]:
     """Hold the lock ``file`` during the block. The log says for whom it waits.
 
-    ``holder`` is what other processes are told about this one, such as "llama-lora merge". ``remove``: delete the file
+    ``holder`` describes this process in the messages of others, such as "llama-lora merge". ``remove``: delete the file
     after the block. Raises UserError if the lock is not free after ``most_seconds`` (None: wait without a limit), or if
     the file is not a regular one; OSError if it cannot be created.
     """

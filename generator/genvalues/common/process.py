@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-END_AT_ONCE = signal.SIGINT  # to a supervisor, which runs in a session of its own and gets it from nobody else
+END_AT_ONCE = signal.SIGINT  # to a supervisor; in its separate session no other process sends it
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL for a command that does not set its own
 LEFTOVER_GRACE = 2.0  # the same for processes that a command leaves behind
 USER_MUST_CHANGE_SOMETHING = 2

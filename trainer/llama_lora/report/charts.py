@@ -1,7 +1,7 @@
 """Line charts as inline SVG: pure functions from numbers to text.
 
 Colors are classes of the page's style, so that they follow the screen's scheme. A wide chart is drawn a second time
-for phones, because scaled down nobody could read its labels.
+for phones, because its labels would be too small when scaled down.
 """
 
 from __future__ import annotations
