@@ -36,6 +36,11 @@ llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
 {{- if or $publish.s3.uri $publish.hub.adapter $publish.hub.merged }}true{{ end }}
 {{- end }}
 
+{{- /* The Secret with the token that reads from the Hub, as {name, key}; the name is empty without one. */}}
+{{- define "llama-lora.token" -}}
+{{- dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey | toYaml }}
+{{- end }}
+
 {{- /* The Secret with the token of the stage publish, as {name, key}; the name is empty without a repository to write to. */}}
 {{- define "llama-lora.publish.token" -}}
 {{- $hub := .Values.publish.hub }}
@@ -44,14 +49,14 @@ llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
 {{- else if $hub.tokenSecret }}
 {{- dict "name" $hub.tokenSecret "key" $hub.tokenKey | toYaml }}
 {{- else }}
-{{- dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey | toYaml }}
+{{- include "llama-lora.token" . }}
 {{- end }}
 {{- end }}
 
 {{- /* The Secrets of the release besides huggingFace.tokenSecret, as {name, key}; no key: any may be there. */}}
 {{- define "llama-lora.secrets" -}}
 {{- $secrets := list (include "llama-lora.publish.token" . | fromYaml) (dict "name" .Values.monitoring.secretName "key" "") }}
-{{- $first := dict "name" .Values.huggingFace.tokenSecret "key" .Values.huggingFace.tokenKey }}
+{{- $first := include "llama-lora.token" . | fromYaml }}
 {{- $others := list }}
 {{- range $secret := $secrets }}
 {{- if and $secret.name (ne (toJson $secret) (toJson $first)) }}
