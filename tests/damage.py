@@ -1,4 +1,7 @@
-"""Damage to the bytes of a file, from a seed: flips, cuts, swaps, huge numbers, deep nesting, wrong types."""
+"""Damage to the bytes of a file, from a seed: flips, cuts, swaps, huge numbers, deep nesting, wrong types.
+
+``spoiled`` damages the values of parsed JSON, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 DEEP = 100_000
@@ -166,3 +169,15 @@ def damaged_template(content: bytes, chance: random.Random) -> bytes:
     text = content.decode()
     at = chance.randrange(len(text) + 1) if chance.random() < 0.3 else chance.choice([0, len(text)])
     return f"{text[:at]}{chance.choice(TEMPLATE_PIECES)}{text[at:]}".encode()
+
+
+def spoiled(content: Any, values: Sequence[Any]) -> Iterator[Any]:
+    """The content with one value replaced, for each value in it and each of ``values``, and with each key missing."""
+    yield from values
+    if isinstance(content, dict):
+        for key in content:
+            yield {other: value for other, value in content.items() if other != key}
+            yield from ({**content, key: value} for value in spoiled(content[key], values))
+        yield {**content, "../../etc/passwd": next(iter(content.values()), 1), "a\0b": 1}
+    elif isinstance(content, list) and content:
+        yield from ([value, *content[1:]] for value in spoiled(content[0], values))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from damage import spoiled
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, as_record
 from llama_lora import config as run_config
@@ -38,18 +39,6 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
 }
 # Put in the place of every value in a valid file.
 VALUES: list[Any] = [None, True, -1, 10**30, 1e308, "a", "", "../../etc/passwd", [], ["a"], {}, {"a": 1}]
-
-
-def spoiled(content: Any) -> Iterator[Any]:
-    """The content with one value replaced, for each value in it and each of VALUES, and with each key missing."""
-    yield from VALUES
-    if isinstance(content, dict):
-        for key in content:
-            yield {other: value for other, value in content.items() if other != key}
-            yield from ({**content, key: value} for value in spoiled(content[key]))
-        yield {**content, "../../etc/passwd": next(iter(content.values()), 1), "a\0b": 1}
-    elif isinstance(content, list) and content:
-        yield from ([value, *content[1:]] for value in spoiled(content[0]))
 
 
 # --- manifests
@@ -191,7 +180,7 @@ def test_wrong_values_in_a_manifest_are_no_traceback(finished_run: Run, name: st
     manifest, config = finished_run.manifest(name), finished_run.load()
     first = dict(list(manifest["outputs"].items())[:1])
     done = refused = 0
-    for content in spoiled({**manifest, "outputs": first, "versions": {"torch": "2"}}):
+    for content in spoiled({**manifest, "outputs": first, "versions": {"torch": "2"}}, VALUES):
         finished_run.paths.manifest(name).write_text(json.dumps(content))
         if Stage(name, config, finished_run.paths).is_done():
             done += 1
@@ -247,7 +236,7 @@ def test_a_probe_of_any_content_is_refused_in_a_line(finished_run: Run) -> None:
         said = finished_run("merge", status=2)
         assert "probe" in said and len(said.splitlines()) == 1
     refused = 0
-    for probe in spoiled(right):
+    for probe in spoiled(right, VALUES):
         try:
             as_record(probe, ProbeRecord)
         except InvalidJson:
@@ -272,7 +261,7 @@ def test_resolved_sources_of_any_content_are_made_again(finished_run: Run, kind:
 def test_wrong_values_in_resolved_sources_are_no_traceback(finished_run: Run) -> None:
     config, paths = finished_run.load(), finished_run.paths
     sources = resolve.resolve_sources(config, paths)
-    for content in spoiled(json.loads(paths.resolved.read_text())):
+    for content in spoiled(json.loads(paths.resolved.read_text()), VALUES):
         paths.resolved.write_text(json.dumps(content))
         for found in (resolve.known_sources(config, paths), resolve.resolve_sources(config, paths)):
             assert found is not None
@@ -306,7 +295,7 @@ def test_contents_of_any_content_make_the_folder_again(tmp_path: Path, kind: str
     with shared_folders.make_once(tmp_path / "folder") as missing:
         assert not missing
     right = json.loads((tmp_path / "folder.contents.json").read_text())
-    for content in spoiled(right):
+    for content in spoiled(right, VALUES):
         (tmp_path / "folder.contents.json").write_text(json.dumps(content))
         assert shared_folders.is_whole(tmp_path / "folder", "always") in (True, False)
 
@@ -348,7 +337,7 @@ def test_wrong_values_in_a_checkpoint_record_are_damage(finished_run: Run) -> No
     right = json.loads(file.read_text())
     del right["sha256"]  # as release 0.1 wrote it: else all of these have another digest
     damaged = 0
-    for content in spoiled(copy.deepcopy(right)):
+    for content in spoiled(copy.deepcopy(right), VALUES):
         file.write_text(json.dumps(content))
         checkpoints.complete(checkpoint.parent, right["fingerprint"])
         try:

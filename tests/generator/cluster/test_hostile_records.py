@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from damage import spoiled
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.cost_tracker import CostTracker
 from genvalues.cluster.guards import Ledger, PodUsage, StallTimer, describe_stall
@@ -36,18 +37,9 @@ LEDGER = Ledger({"uid": PodUsage("pod", "train", 1.0, 2.0)}, "job", "why").as_js
 STATE = {"stage": "train", "fingerprint": "f", "upToDate": True, "progress": "/p", "manifest": "/m"}
 
 
-def spoiled(content: Any) -> Iterator[Any]:
-    """The content with one value replaced, for each value in it and each of VALUES, and with each key missing."""
-    yield from VALUES
-    if isinstance(content, dict):
-        for key in content:
-            yield {other: value for other, value in content.items() if other != key}
-            yield from ({**content, key: value} for value in spoiled(content[key]))
-
-
 def texts(content: Any) -> Iterator[str]:
     yield from CONTENTS
-    yield from (json.dumps(each) for each in spoiled(content))
+    yield from (json.dumps(each) for each in spoiled(content, VALUES))
 
 
 def test_progress_of_any_content_is_shown_or_ignored(tmp_path: Path) -> None:
