@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +25,7 @@ from genvalues.common.json_files import InvalidJson, read_object
 from genvalues.common.manifests import SKIPPED
 from genvalues.common.text import one_line, redacted
 from llama_lora import config as run_config
+from llama_lora.backends.stopping import EXIT_STOPPED
 from llama_lora.metrics import Series, StageStatus, State, as_otlp, as_text, registry_of, seconds_of, series_of
 from llama_lora.paths import Paths
 from llama_lora.trackers import Step, Tracker, check_installed, trackers_for
@@ -34,7 +36,6 @@ SECONDS_BETWEEN_FILES = 1.0
 SECONDS_BETWEEN_PUSHES = 10.0
 REQUEST_SECONDS = 5.0
 LAST_PUSH_SECONDS = 5.0  # how long the end of a stage waits for it
-STOPPED = 128 + 15  # exit status of a stage that SIGTERM ended
 TERMINATION_LOG = Path("/dev/termination-log")  # of a container: `kubectl describe pod` shows its text
 
 
@@ -46,9 +47,13 @@ class Metrics:
         self.stage = stage
         self._began = time.monotonic()
         self._written_at = float("-inf")
-        self._others = {name: status for name, status in finished_stages(paths).items() if name != stage}
         self._pusher = Pusher(targets_of(config))
         self._warned = False
+
+    @cached_property
+    def _others(self) -> dict[str, StageStatus]:
+        """Read when the first metrics are written: a stage that is skipped writes none."""
+        return {name: status for name, status in finished_stages(self.paths).items() if name != self.stage}
 
     def write(self, state: State, progress: Mapping[str, Any], *, now: bool = True) -> None:
         """Write the file, and have the series pushed; unless ``now``, only if the last time is a second ago."""
@@ -144,7 +149,7 @@ def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[
         leave_message(f"{name} done" if state else SKIPPED)
         state = "done" if state else None
     except SystemExit as end:
-        state = "stopped" if end.code == STOPPED else "failed"
+        state = "stopped" if end.code == EXIT_STOPPED else "failed"
         raise
     except BaseException as error:
         state = "failed"
@@ -234,17 +239,17 @@ class Pusher:
         self._closing = False
         self._failed: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="push metrics")
-        if targets:
-            self._thread.start()
 
     def push(self, series: Sequence[Series]) -> None:
+        if self._targets and self._thread.ident is None:  # not started
+            self._thread.start()
         with self._changed:
             self._latest = series
             self._changed.notify()
 
     def close(self) -> None:
         """Push what is left, within LAST_PUSH_SECONDS."""
-        if not self._targets:
+        if self._thread.ident is None:
             return
         with self._changed:
             self._closing = True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from genvalues.accelerators.architectures import Architecture, from_config, known, target_names
 from genvalues.common.system_errors import amount
 from llama_lora.config import RunConfig
+from llama_lora.model_files import read_config
 from llama_lora.paths import Paths
+from llama_lora.stage import Stage
 
 BF16, FP32 = 2, 4  # bytes of a number
 # Of each trained parameter a checkpoint has the value and AdamW's two moments, an adapter the value; all in fp32.
@@ -30,21 +31,16 @@ def _needed(stage: str, config: RunConfig, paths: Paths) -> tuple[int, str]:
         source = Path(config.model.path) if config.model.path else None
         model = known(config.model.id) if config.model.id else None
         return (size_of(source) if source else BF16 * model.parameters if model else 0), "the model"
-    base = _base_of(paths)
+    base = Stage(stage, config, paths).upstream_path("tokenize", "model")
     if stage == "merge":
         return size_of(base), "the merged model"
-    model = from_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    model = from_config(read_config(base, str(base)))
     if stage == "rehearse":
         return SMALL_COPIES * FP32 * _small_parameters(model), "a model of two layers and its merged copy"
     trained = model.lora_parameters(config.lora.r, target_names(config.lora.target_modules))
     if stage in ("compile", "train"):
         return CHECKPOINT * trained, "each checkpoint"
     return (ADAPTER * trained, "the adapter") if stage == "consolidate" else (0, "")
-
-
-def _base_of(paths: Paths) -> Path:
-    facts = json.loads(paths.manifest("tokenize").read_text(encoding="utf-8"))["facts"]
-    return paths.workspace / facts["model"]
 
 
 def _small_parameters(model: Architecture) -> int:

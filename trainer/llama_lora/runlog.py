@@ -86,7 +86,8 @@ class RunLog:
             for leftover in file.parent.glob(f".{file.name}{files.PARTIAL}*"):  # of a killed process
                 leftover.unlink()
         # What comes after the checkpoint is trained and measured again; without one that is everything.
-        recorded = [*read_metrics(metrics), *read_held_out(metrics)] if rows_done else []
+        steps, measurements = read_recorded(metrics) if rows_done else ([], [])
+        recorded = [*steps, *measurements]
         kept = sorted((line for line in recorded if line["rows_done"] <= rows_done), key=lambda line: line["rows_done"])
         files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = files.open_to_append(metrics)
@@ -171,12 +172,18 @@ class DryRunLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the steps recorded in a metrics.jsonl: the fields of ``StepMetrics``."""
-    return [line for line in read_lines(path) if _is(StepMetrics, line)]
+    return read_recorded(path)[0]
 
 
 def read_held_out(path: Path) -> list[dict[str, Any]]:
     """Read the measurements of the held-out loss in a metrics.jsonl: the fields of ``HeldOutMetrics``."""
-    return [line for line in read_lines(path) if _is(HeldOutMetrics, line)]
+    return read_recorded(path)[1]
+
+
+def read_recorded(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the steps and the measurements of the held-out loss."""
+    lines = read_lines(path)
+    return [line for line in lines if _is(StepMetrics, line)], [line for line in lines if _is(HeldOutMetrics, line)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

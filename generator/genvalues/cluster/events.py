@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
 
@@ -49,22 +49,21 @@ class Ending:
     message: str = "done"
 
 
-@dataclass(frozen=True)
 class EventWriter:
     """Writes events into the namespace of ``api``. The first one that fails is logged, in one line."""
 
-    api: Api
-    command: str
-    _failed: list[str] = field(default_factory=list)
+    def __init__(self, api: Api, command: str) -> None:
+        self._api = api.with_patience(PATIENCE_SECONDS)
+        self._command = command
+        self._failure_logged = False
 
     def write(self, reason: str, job: str, uid: str, message: str) -> None:
         """Write an event about a Job. Never raises."""
-        hasty = self.api.with_patience(PATIENCE_SECONDS)
         try:
-            hasty.create(kinds.EVENTS, event(self.api.namespace, self.command, reason, job, uid, message))
+            self._api.create(kinds.EVENTS, event(self._api.namespace, self._command, reason, job, uid, message))
         except (ApiError, *kinds.TRANSPORT_ERRORS) as error:
-            if not self._failed:
-                self._failed.append(str(error))
+            if not self._failure_logged:
+                self._failure_logged = True
                 log.info("no events: %s", one_line(str(error), 200))
 
 

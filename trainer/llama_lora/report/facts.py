@@ -12,9 +12,8 @@ from typing import Any
 
 from genvalues.common.dicts import flatten, get
 from genvalues.common.json_files import InvalidJson, read_object
-from llama_lora.data.data_report import is_valid
 from llama_lora.paths import Paths
-from llama_lora.runlog import read_held_out, read_metrics
+from llama_lora.runlog import read_recorded
 from llama_lora.small_run import other_stage
 from llama_lora.stage import LIBRARIES, Manifest, Stage, installed_versions, now
 from llama_lora.verdict import Verdict
@@ -70,7 +69,7 @@ def collect(
     """Read what the stages before evaluate have written."""
     manifests = {name: manifest for name in STAGES if (manifest := current_manifest(stage, name))}
     trained = stage.upstream("train")
-    metrics = stage.paths.metrics(trained.fingerprint)
+    metrics, held_out = read_recorded(stage.paths.metrics(trained.fingerprint))
     hours, price = node_hours(stage.paths)
     finished = now()
     times = {name: (each.started, each.finished) for name, each in manifests.items()}
@@ -81,8 +80,8 @@ def collect(
         verdict=verdict,
         scores=scores,
         samples=samples,
-        metrics=read_metrics(metrics),
-        held_out=read_held_out(metrics),
+        metrics=metrics,
+        held_out=held_out,
         training=trained.facts,
         stages=[
             StageTime(name, _seconds(started), _seconds(ended))
@@ -127,12 +126,11 @@ def node_hours(paths: Paths) -> tuple[float | None, float | None]:
 
 
 def data_report(path: Path) -> dict[str, Any]:
-    """The data report; empty if it cannot be read or shown."""
+    """The data report; empty if it cannot be read."""
     try:
-        report = read_object(path)
+        return read_object(path)
     except InvalidJson:
         return {}
-    return report if is_valid(report) else {}
 
 
 def sources_of(stage: Stage) -> dict[str, str]:
