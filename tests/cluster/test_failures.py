@@ -303,7 +303,8 @@ def test_queued_and_preempted_jobs_are_waited_for(space: Space, queue_kind: None
     suspend(space, "llama-train-1", False)
     first = uids(space.wait_for_training("llama"))
     suspend(space, "llama-train-1")
-    space.wait("no train pod", lambda: not space.pods("llama", "train"), 30)
+    # A worker told to end before Python has started ignores it, and is killed after its 120 s to save.
+    space.wait("no train pod", lambda: not space.pods("llama", "train"), 150)
     hold(space, client, "train")
     suspend(space, "llama-train-1", False)
     assert not first & uids(space.wait_for_training("llama"))
