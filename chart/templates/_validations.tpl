@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" }}
+{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -247,6 +247,12 @@ storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} n
 {{- $path := .Values.workspace.mountPath }}
 {{- if or (has $path (include "stage.mountPaths" . | fromJsonArray)) (hasPrefix "/etc/llama-lora/" $path) }}
 workspace.mountPath {{ $path }} is used by another mount of the chart. Use another path, e.g. /workspace.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.workload" -}}
+{{- if and (eq .Values.workload "trainjob") .Values.hyperpod.autoResume }}
+hyperpod.autoResume is true, but HyperPod resumes PyTorchJobs only. Set it to false, or workload to pytorchjob.
 {{- end }}
 {{- end }}
 

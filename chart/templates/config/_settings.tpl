@@ -41,6 +41,7 @@
  "fullnameOverride": "",
  "instance": "cpu",
  "backend": "native",
+ "workload": "pytorchjob",
  "image": {
   "repository": "llama-lora",
   "tag": "",
@@ -178,6 +179,7 @@
  },
  "kueue": {
   "queueName": "",
+  "cpuQueueName": "",
   "priorityClass": ""
  },
  "workspace": {

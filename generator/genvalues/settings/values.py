@@ -225,6 +225,7 @@ class Kueue(Block):
     """Kueue admission of compile and train. The queue label is added when the stage is released, not before."""
 
     queue_name: Name = Field("", description="LocalQueue of compile and train. Empty: no Kueue.")
+    cpu_queue_name: Name = Field("", description="LocalQueue of the other stages, on CPU nodes. Empty: none.")
     priority_class: Name = Field("", description="WorkloadPriorityClass of compile and train. Empty: none.")
 
 
@@ -439,6 +440,11 @@ class Values(Block):
         "node.kubernetes.io/instance-type (HyperPod: with ml.).",
     )
     backend: Backend = "native"
+    workload: Literal["pytorchjob", "trainjob"] = Field(
+        "pytorchjob",
+        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator (Trainer v1), "
+        "which HyperPod has. trainjob: of Kubeflow Trainer v2.",
+    )
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
     model: Model = Model()
