@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,20 +239,28 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
+@pytest.fixture
+def an_hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that the test has written are settled when their digests are computed: no call sets their ctime back."""
+    monkeypatch.setattr(digests, "time", SimpleNamespace(time=lambda: time.time() + 3600))
+
+
 def old_file(path: Path, content: bytes = b"content") -> Path:
     path.write_bytes(content)
-    an_hour_ago = time.time() - 3600
-    os.utime(path, (an_hour_ago, an_hour_ago))
+    os.utime(path, (1_700_000_000, 1_700_000_000))
     return path
 
 
+@pytest.mark.usefixtures("an_hour_later")
 def test_a_file_is_read_once_on_a_node_until_it_changes(tmp_path: Path, read: list[Path]) -> None:
     file = old_file(tmp_path / "file")
     for _ in range(2):
         assert Digests("cached").of([file]) == {file: files.sha256(file)}
         del read[-1]  # of the comparison
     assert read == [file]
-    old_file(file, b"CONTENT")  # with the same size and time: the inode's own time differs
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:
+        old_file(file, b"CONTENT")  # with the same size and time: the inode's own time differs
     Digests("cached").of([file])
     assert read == [file, file]
     Digests("always").of([file])
@@ -267,6 +276,15 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path: Path, read: list[P
     assert read == [file, file]
 
 
+def test_a_file_that_was_just_written_is_read_again_with_an_old_time(tmp_path: Path, read: list[Path]) -> None:
+    """cp -p, tar and rsync set the time of the content: only that of the inode says that it was written just now."""
+    file = old_file(tmp_path / "file")
+    for _ in range(2):
+        Digests("cached").of([file])
+    assert read == [file, file]
+
+
+@pytest.mark.usefixtures("an_hour_later")
 def test_a_cache_that_others_can_write_is_not_believed(tmp_path: Path, own_cache: Path) -> None:
     file = old_file(tmp_path / "file")
     right = Digests("cached").of([file])
@@ -294,6 +312,7 @@ def test_a_cache_that_others_can_write_is_not_believed(tmp_path: Path, own_cache
         assert Digests("cached").of([file]) == right
 
 
+@pytest.mark.usefixtures("an_hour_later")
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1, "digests": {"a": 5}}', "[" * 100_000, '{"format": 2}'])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, own_cache: Path, read: list[Path], content: str) -> None:
     file = old_file(tmp_path / "file")
@@ -304,6 +323,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, own_cache: Path, read: li
     assert read == [file]
 
 
+@pytest.mark.usefixtures("an_hour_later")
 def test_the_cache_keeps_a_bounded_number_of_digests(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +334,7 @@ def test_the_cache_keeps_a_bounded_number_of_digests(
     assert len(json.loads((own_cache / "digests.json").read_text())["digests"]) == 3
 
 
+@pytest.mark.usefixtures("an_hour_later")
 def test_a_disk_that_cannot_be_written_costs_only_the_cache(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,12 +347,8 @@ def test_a_disk_that_cannot_be_written_costs_only_the_cache(
     assert Digests("cached").of([file]) == {file: files.sha256(file)}
 
 
+@pytest.mark.usefixtures("an_hour_later")
 def test_a_stage_reads_what_the_node_has_read_before_only_with_always(finished_run: Run, read: list[Path]) -> None:
-    for file in finished_run.workspace.rglob("*"):
-        if file.is_file():
-            an_hour_ago = time.time() - 3600
-            os.utime(file, (an_hour_ago, an_hour_ago))
-
     def base_files_read() -> int:
         stage = Stage("evaluate", finished_run.load(), finished_run.paths)
         del read[:]

@@ -206,6 +206,16 @@ def test_a_failing_target_is_one_warning_and_the_other_is_served(
     assert warning == "a: metrics were not accepted: HTTP Error 500: Internal Server Error"
 
 
+def test_a_target_that_hangs_delays_no_other(silent: str) -> None:
+    works = Server()
+    pusher = Pusher({"hangs": collector(silent), "works": collector(works.url)})
+    began = time.monotonic()
+    pusher.push(series_of("one", STAGES, PROGRESS))
+    while not works.requests:
+        time.sleep(0.01)
+    assert time.monotonic() - began < monitoring.REQUEST_SECONDS - 1
+
+
 def test_the_last_series_of_a_stage_is_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     pusher = Pusher({"a": pushgateway(server.url, "one")})
@@ -295,6 +305,38 @@ def test_a_stopped_stage_is_not_a_failed_one(new_run: Callable[..., Run]) -> Non
         with pytest.raises(SystemExit), observed("train", config, paths):
             raise SystemExit(code)
         assert samples(paths.prometheus.read_bytes())["llama_lora_stage_state", "run", "train", state] == 1
+
+
+# What torchrun's variables are on the nodes: of the training operator with a machine called run-train-worker-0, and of
+# Kubeflow Trainer.
+NODES: dict[str, tuple[dict[str, str], bool]] = {
+    "one-node": ({}, True),
+    "worker-0": ({"PET_RDZV_ENDPOINT": "run-train-worker-0:29400"}, True),
+    "worker-0-with-domain": ({"PET_RDZV_ENDPOINT": "Run-Train-Worker-0.ns.svc"}, True),
+    "worker-1": ({"PET_RDZV_ENDPOINT": "run-train-worker-1:29400"}, False),
+    "worker-10": ({"PET_RDZV_ENDPOINT": "run-train-worker-00:29400"}, False),
+    "this-computer": ({"PET_RDZV_ENDPOINT": "localhost:29400"}, True),
+    "own-address": ({"PET_RDZV_ENDPOINT": "127.0.0.1:29400"}, True),
+    "own-address-6": ({"PET_RDZV_ENDPOINT": "[::1]:29400"}, True),
+    "other-address": ({"PET_RDZV_ENDPOINT": "192.0.2.7:29400"}, False),  # RFC 5737: of no machine
+    "rank-0": ({"PET_NODE_RANK": "0", "PET_MASTER_ADDR": "run-node-0-0"}, True),
+    "rank-1": ({"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "run-node-0-0"}, False),
+}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_of_several_nodes_the_first_one_writes(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    variables, is_first = NODES[node]
+    monkeypatch.setattr(socket, "gethostname", lambda: "run-train-worker-0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    server = Server()
+    config, paths = configured(new_run(), otlpEndpoint=server.url)
+    with observed("train", config, paths) as begin:
+        begin()
+    assert paths.prometheus.exists() == bool(server.requests) == is_first
 
 
 def test_a_stage_ends_as_it_would_without_the_servers(new_run: Callable[..., Run], silent: str) -> None:

@@ -212,20 +212,16 @@ def test_other_workers_go_on_where_the_first_stopped_and_their_result_is_the_one
 
 
 def test_two_nodes_train_as_one(new_run: Callable[..., Run], whole_run: Run) -> None:
-    """Two launchers that meet by torchrun's own variables, as the training operator sets them."""
+    """Two launchers that meet by torchrun's variables: of the training operator, and of Kubeflow Trainer."""
     run = whole_run.copy(new_run().folder / "two-nodes")
     shutil.rmtree(run.paths.checkpoints(run.manifest("train")["fingerprint"]))
     run.paths.manifest("train").unlink()
     run.config["parallelism"] = {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2}
-    environment = {
-        **os.environ,
-        "PET_NNODES": "2:2",
-        "PET_NPROC_PER_NODE": "1",
-        "PET_RDZV_BACKEND": "c10d",
-        "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
-        "PET_LOCAL_ADDR": "127.0.0.1",
-    }
-    nodes = [WarmPopen(train_command(run), env=environment) for _ in range(2)]
+    environment = {**os.environ, "PET_NNODES": "2:2", "PET_NPROC_PER_NODE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}
+    port = str(free_port())
+    of_operator = {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
+    of_trainer = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": port}
+    nodes = [WarmPopen(train_command(run), env=environment | each) for each in (of_operator, of_trainer)]
     assert [node.wait(timeout=120) for node in nodes] == [0, 0]
     assert losses(run) == losses(whole_run)
 

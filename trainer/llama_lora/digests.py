@@ -32,7 +32,8 @@ MOST_ENTRIES = 10_000
 MOST_BYTES = 4 << 20
 MOST_THREADS = 8
 # A file that was written less than this before it was read is read again: a later write could have the same time. Times
-# on Lustre are in seconds.
+# on Lustre are in seconds, and a local file system's are those of the last tick of the clock. As git does:
+# https://git-scm.com/docs/racy-git
 SETTLED_SECONDS = 2.0
 
 
@@ -124,7 +125,8 @@ def settled(path: Path, before: str, read_at: float) -> bool:
         status = path.stat()
     except OSError:
         return False
-    return identity(status) == before and abs(read_at - status.st_mtime) > SETTLED_SECONDS
+    written_at = (status.st_mtime, status.st_ctime)  # mtime can be set, ctime cannot
+    return identity(status) == before and all(abs(read_at - each) > SETTLED_SECONDS for each in written_at)
 
 
 def is_own(status: os.stat_result) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,37 @@ def available_cores() -> int:
         if quota != "-1":
             cores = min(cores, max(1, limit))
     return cores
+
+
+def is_first_node() -> bool:
+    """Whether this machine is the first of those that run the stage together, by torchrun's PET_* variables.
+
+    It is the node of rank 0, or the host of the rendezvous: with c10d torchrun ranks the nodes by their names, and the
+    training operator's rendezvous is at the pod whose name sorts first. A stage without these variables runs alone.
+    """
+    if rank := os.environ.get("PET_NODE_RANK"):
+        return rank == "0"
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT", "localhost")
+    host = endpoint[1:].partition("]")[0] if endpoint.startswith("[") else endpoint.partition(":")[0]
+    return host == "localhost" or is_own_name(host) or is_own_address(host)
+
+
+def is_own_name(host: str) -> bool:
+    """Whether a host name is this machine's, with or without its domain. Asks no name server."""
+    return host.partition(".")[0].lower() == socket.gethostname().partition(".")[0].lower()
+
+
+def is_own_address(host: str) -> bool:
+    """Whether an IP address is one of this machine's."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+            with socket.socket(family, socket.SOCK_DGRAM) as own:
+                own.bind((host, 0))  # fails for the address of another machine
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def share_threads(workers: int) -> None:

@@ -25,6 +25,7 @@ from genvalues.common.json_files import InvalidJson, read_object
 from genvalues.common.manifests import SKIPPED
 from genvalues.common.text import one_line, redacted
 from llama_lora import config as run_config
+from llama_lora import environment
 from llama_lora.backends.stopping import EXIT_STOPPED
 from llama_lora.metrics import Series, StageStatus, State, as_otlp, as_text, registry_of, seconds_of, series_of
 from llama_lora.paths import Paths
@@ -133,16 +134,18 @@ class TrainingMonitor:
 def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[Callable[[], None]]:
     """Record the state of a stage while the block runs it: the block calls what this yields when work begins.
 
-    A stage that is skipped records nothing. Raises UserError if the image lacks a tracker's library.
+    A stage that is skipped records nothing; of several nodes that run it together, only the first writes metrics.
+    Raises UserError if the image lacks a tracker's library.
     """
     check_installed(config.monitoring)
-    metrics = Metrics(paths, config, name)
+    metrics = Metrics(paths, config, name) if environment.is_first_node() else None
     state: State | None = None
 
     def begin() -> None:
         nonlocal state
         state = "running"
-        metrics.write(state, read_progress(paths))
+        if metrics:
+            metrics.write(state, read_progress(paths))
 
     try:
         yield begin
@@ -157,9 +160,10 @@ def observed(name: str, config: run_config.RunConfig, paths: Paths) -> Iterator[
             leave_message(str(error))
         raise
     finally:
-        if state:
-            metrics.write(state, read_progress(paths))
-        metrics.close()
+        if metrics:
+            if state:
+                metrics.write(state, read_progress(paths))
+            metrics.close()
 
 
 def leave_message(text: str) -> None:
@@ -230,49 +234,69 @@ def headers_of(text: str) -> dict[str, str]:
 
 
 class Pusher:
-    """Pushes the latest series to each target, from a thread. Older ones that are not pushed yet are dropped."""
+    """Pushes the latest series to each target. A target that hangs delays no other."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
-        self._targets = targets
+        self._threads = [PushThread(name, target) for name, target in targets.items()]
+
+    def push(self, series: Sequence[Series]) -> None:
+        for thread in self._threads:
+            thread.push(series)
+
+    def close(self) -> None:
+        """Push what is left, within LAST_PUSH_SECONDS."""
+        for thread in self._threads:
+            thread.ask_to_end()
+        deadline = time.monotonic() + LAST_PUSH_SECONDS
+        for thread in self._threads:
+            thread.wait_until(deadline)
+
+
+class PushThread(threading.Thread):
+    """Pushes the latest series to one target. Older ones that are not pushed yet are dropped."""
+
+    def __init__(self, target_name: str, target: Target) -> None:
+        super().__init__(daemon=True, name=f"push metrics to {target_name}")
+        self._target_name = target_name
+        self._target = target
         self._latest: Sequence[Series] | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._failed: set[str] = set()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="push metrics")
+        self._failed = False
 
     def push(self, series: Sequence[Series]) -> None:
-        if self._targets and self._thread.ident is None:  # not started
-            self._thread.start()
+        if self.ident is None:  # not started
+            self.start()
         with self._changed:
             self._latest = series
             self._changed.notify()
 
-    def close(self) -> None:
-        """Push what is left, within LAST_PUSH_SECONDS."""
-        if self._thread.ident is None:
-            return
+    def ask_to_end(self) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(LAST_PUSH_SECONDS)
-        if self._thread.is_alive() and not self._failed:  # a server that sends a byte now and then has no timeout
-            targets = ", ".join(self._targets)
-            log.warning(f"{targets}: the last metrics were not accepted within {LAST_PUSH_SECONDS:.0f} s")
 
-    def _run(self) -> None:
+    def wait_until(self, deadline: float) -> None:
+        if self.ident is None:
+            return
+        self.join(max(0.0, deadline - time.monotonic()))
+        if self.is_alive() and not self._failed:  # a server that sends a byte now and then has no timeout
+            what = f"the last metrics were not accepted within {LAST_PUSH_SECONDS:.0f} s"
+            log.warning(f"{self._target_name}: {what}")
+
+    def run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._latest is not None or self._closing)
                 series, self._latest = self._latest, None
             if series is None:
                 return
-            for name, push in self._targets.items():
-                try:
-                    push(series)
-                except Exception as error:  # whatever a server does
-                    if name not in self._failed:
-                        self._failed.add(name)
-                        reason = one_line(redacted(str(error)) or type(error).__name__, 200)
-                        log.warning(f"{name}: metrics were not accepted: {reason}")
+            try:
+                self._target(series)
+            except Exception as error:  # whatever a server does
+                if not self._failed:
+                    reason = one_line(redacted(str(error)) or type(error).__name__, 200)
+                    log.warning(f"{self._target_name}: metrics were not accepted: {reason}")
+                self._failed = True
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, SECONDS_BETWEEN_PUSHES)

@@ -13,6 +13,7 @@ import functools
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -110,7 +111,17 @@ MAY_BE_SHOWN = re.compile(f"(?:{HARMLESS})", re.IGNORECASE)
 # --- forms of secrets in text
 
 JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{5,}(?:\.[A-Za-z0-9_-]*){1,4}")  # RFC 7519: base64 of {"
-BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=%-]{8,}")
+# The id of an AWS access key, also where a log has no space before or after it.
+AWS_KEY_ID = re.compile(r"(?:AKIA|ASIA)[0-9A-Z]{16}")
+# A key of Weights & Biases: 40 hexadecimal digits, as a commit has them too, so only in lines about a key.
+WANDB_LINE = re.compile(r"(?i)wandb|weights *& *biases|api[ _-]?key")
+WANDB_KEY = re.compile(r"(?i)(?<![0-9a-z])[0-9a-f]{40}(?![0-9a-z])|wandb_v1_[0-9a-z_]{20,}")
+LINE = re.compile(r"[^\n]+")
+# Words with percent-encoded characters, as in URLs and in the headers of OpenTelemetry.
+WORD = re.compile(r"\S+")
+ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
+MOST_ENCODINGS = 3  # %2525 is an encoded %25, which is an encoded %
 # https://user:password@host, https://token@host. A password may have a slash; a name alone (ssh://git@host) may not.
 IN_URL = re.compile(r"(?<=://)(?:[^\s/@:\"'<>]{0,200}:[^\s@\"'<>]{1,200}|[^\s/@:\"'<>]{16,200})(?=@)")
 # An AWS secret access key alone, 40 characters of base64, and a session token. A SHA-1 has no upper case.
@@ -225,7 +236,27 @@ def redact_yaml(text: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """Return the same text without what looks like a secret, and without AWS account numbers."""
+    """Return the same text without what looks like a secret, and without AWS account numbers.
+
+    A word that hides a secret in percent-encoding is returned decoded, without the secret.
+    """
+    text = redact_plain(text)
+    return WORD.sub(lambda word: redact_encoded(word[0]), text) if ENCODED.search(text) else text
+
+
+def redact_encoded(word: str) -> str:
+    decoded = word
+    for _ in range(MOST_ENCODINGS):
+        if not ENCODED.search(decoded):
+            break
+        decoded = unquote(decoded)
+    told = redact_plain(decoded)
+    return word if told == decoded else told
+
+
+def redact_plain(text: str) -> str:
+    text = AWS_KEY_ID.sub(lambda key: f"{key[0][:3]}{HIDDEN}", text)
+    text = LINE.sub(lambda line: WANDB_KEY.sub(HIDDEN, line[0]) if WANDB_LINE.search(line[0]) else line[0], text)
     text = TOKEN.sub(lambda token: f"{token[0][:3]}{HIDDEN}", text)
     text = JWT.sub(HIDDEN, text)
     text = HEADER.sub(rf"\1{HIDDEN}", text)

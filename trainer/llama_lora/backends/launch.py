@@ -52,8 +52,9 @@ def launcher_command(stage: str, paths: Paths) -> list[str]:
 def run_workers(command: Sequence[str], config: RunConfig) -> None:
     """Run ``command`` in every worker of this node and wait for them.
 
-    The rendezvous comes from torchrun's PET_* variables, which the training operator sets. Without them this machine
-    runs alone, with parallelism.processesPerNode workers.
+    The rendezvous comes from torchrun's PET_* variables: the training operator sets PET_RDZV_ENDPOINT, Kubeflow Trainer
+    PET_MASTER_ADDR and PET_MASTER_PORT. Without them this machine runs alone, with parallelism.processesPerNode
+    workers.
 
     Raises UserErrors or VolumeError if a worker did, and WorkersFailed if one failed otherwise. Ends this process with
     status 143 if the workers saved and stopped on request, and with 128 + N after another signal N.
@@ -66,8 +67,12 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
     os.environ.setdefault("PET_NPROC_PER_NODE", str(config.parallelism.processes_per_node))
     arguments = get_args_parser().parse_args(["--no-python", *command])
     if "PET_RDZV_ENDPOINT" not in os.environ:
-        arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "localhost:0"
-        arguments.local_addr = arguments.local_addr or "localhost"
+        arguments.rdzv_backend = "c10d"  # also with Kubeflow Trainer: a node that is lost can come back
+        if master := os.environ.get("PET_MASTER_ADDR"):
+            arguments.rdzv_endpoint = f"{master}:{os.environ.get('PET_MASTER_PORT', '29500')}"
+        else:
+            arguments.rdzv_endpoint = "localhost:0"
+            arguments.local_addr = arguments.local_addr or "localhost"
     launch_config, entrypoint, entrypoint_arguments = config_from_args(arguments)
     environment.share_threads(launch_config.nproc_per_node)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # workers report their own errors
