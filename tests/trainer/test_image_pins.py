@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import io
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.specifiers import SpecifierSet
 
+from genvalues.common.neuron_files import runtime_version
 from trainer.image_pins import TARGETS, drop_unused_extras, record_of
 
 if sys.version_info >= (3, 11):
@@ -38,6 +40,7 @@ def module(name: str) -> Any:
 
 pins = module("pins")
 base_image = module("base_image")
+neuron_runtime = module("neuron_runtime")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -321,7 +324,9 @@ def test_both_targets_differ_only_in_their_libraries_and_base() -> None:
         lines = [f"{kind} {text}" for kind, text in stages()[backend]]
         after = lines[lines.index("COPY --from=sources / ./") + 2 :]
         same = [line for line in after if not line.startswith("ARG XLA_BASE")]
-        return [line.replace("${BASE:-${XLA_BASE}}", "${BASE}").replace(backend, "BACKEND") for line in same]
+        own = " llama-lora.neuron-runtime=${NEURON_RUNTIME}"  # only the base image of xla is older than the drivers
+        alike = [line.replace("${BASE:-${XLA_BASE}}", "${BASE}").replace(own, "") for line in same]
+        return [re.sub(" +", " ", line.replace(backend, "BACKEND")).strip() for line in alike]
 
     assert tail("xla") == tail("native")
 
@@ -331,6 +336,73 @@ def test_the_labels_describe_the_image(backend: str) -> None:
     labels = next(text for kind, text in stages()[backend] if kind == "LABEL")
     named = set(re.findall(r"org\.opencontainers\.image\.([a-z.]+)=", labels))
     assert named == {"title", "description", "licenses", "version", "revision", "base.name"}
+
+
+# --- a newer Neuron runtime
+
+
+class Apt:
+    """Stands in for apt-get: installs what it is asked for, or ``offered`` instead."""
+
+    def __init__(self, root: Path, offered: str = "") -> None:
+        self.root, self.offered = root, offered
+        self.calls: list[list[str]] = []
+        self.sources = ""
+        (root / "etc").mkdir()
+        (root / "etc/os-release").write_text('NAME="Ubuntu"\nVERSION_CODENAME=jammy\n')
+        (root / "opt/aws/neuron/lib").mkdir(parents=True)
+        self.install("2.28.23.0")
+
+    def install(self, version: str) -> None:
+        library = self.root / "opt/aws/neuron/lib/libnrt.so.1"
+        library.unlink(missing_ok=True)
+        (library.parent / f"libnrt.so.{version}").touch()
+        library.symlink_to(f"libnrt.so.{version}")
+
+    def __call__(self, command: list[str]) -> None:
+        self.calls.append(command)
+        self.sources = Path(command[2].partition("=")[2]).read_text()
+        for word in command:
+            if version := re.match(r"aws-neuronx-runtime-lib=([\d.]+)\*$", word):
+                self.install(self.offered or version[1])
+
+
+@pytest.fixture
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuron_runtime.urllib.request, "urlopen", lambda _: io.BytesIO(b"key"))
+
+
+def test_the_image_can_take_a_newer_runtime_from_awss_repository_alone(tmp_path: Path, no_key: None) -> None:
+    apt = Apt(tmp_path)
+    assert neuron_runtime.install("2.33.10.0", apt, tmp_path) == ""
+    assert [call[5:] for call in apt.calls] == [
+        ["update"],
+        [
+            *("install", "-y", "--no-install-recommends", "--allow-downgrades"),
+            *("aws-neuronx-runtime-lib=2.33.10.0*", "aws-neuronx-collectives=2.33.*"),
+        ],
+    ]
+    assert re.fullmatch(r"deb \[signed-by=\S+\] https://apt\.repos\.neuron\.amazonaws\.com jammy main\n", apt.sources)
+    assert runtime_version(tmp_path) == "2.33.10.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "offered", "words"),
+    [("newest", "", "such as 2.33.10.0"), ("2.33.10.0", "2.33.9.0", "2.33.9.0, not 2.33.10.0")],
+)
+def test_a_runtime_that_is_not_installed_fails_the_build(
+    tmp_path: Path, no_key: None, version: str, offered: str, words: str
+) -> None:
+    assert words in neuron_runtime.install(version, Apt(tmp_path, offered), tmp_path)
+
+
+def test_the_dockerfile_installs_the_runtime_before_the_libraries_and_only_if_asked() -> None:
+    assert neuron_runtime.main("") == 0, "the default of the build argument"
+    lines = [f"{kind} {text}" for kind, text in stages()["xla"]]
+    assert "ARG NEURON_RUNTIME=" in lines
+    [at] = [place for place, line in enumerate(lines) if line.startswith("RUN python3 trainer/neuron_runtime.py")]
+    assert lines[at].endswith('"${NEURON_RUNTIME}"')
+    assert at < next(place for place, line in enumerate(lines) if "pip install" in line)
 
 
 @each_target

@@ -21,7 +21,7 @@ from genvalues.accelerators.native_memory import NativeMemory, native_memory
 from genvalues.common import files
 from genvalues.common.errors import UserError, write_errors_as_user_errors
 from llama_lora import acceptance_checks as checks
-from llama_lora import backends, probe
+from llama_lora import backends, neuron_node, probe
 from llama_lora.acceptance_checks import Check
 from llama_lora.acceptance_trainings import SAVE_STEPS, STEPS, NotTrained, Training, Trainings
 from llama_lora.backends.base import TrainingJob
@@ -65,6 +65,7 @@ def check_run(stage: Stage) -> None:
     from llama_lora.backends.native import compiling, devices
 
     devices.check_installed(config.device)
+    neuron_node.check(config)
     backends.get(config.backend).check(config, model)
     nodes = int(os.environ.get("PET_NNODES", "1").rpartition(":")[2])
     if nodes != config.parallelism.nodes:

@@ -29,7 +29,7 @@ from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, Sha256, Time, read_record
 from genvalues.common.locks import locked
 from genvalues.common.text import one_line
-from llama_lora import stages
+from llama_lora import neuron_node, stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
 from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, other_size, record_of, unlisted
@@ -304,6 +304,8 @@ def run_stage(name: str, config: RunConfig, paths: Paths, begin: Callable[[], No
             return
         log.debug(f"{name}: fingerprint {stage.fingerprint}")
         begin()
+        if stage._declaration.worker is not None:
+            neuron_node.check(config)
         warn_of_damage(stage)
         stage.check_upstream()
         files.write_text(paths.config, yaml.safe_dump(config.as_keys(), sort_keys=False))

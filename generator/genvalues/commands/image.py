@@ -31,12 +31,19 @@ def image_options(command: Command) -> Command:
             metavar="IMAGE",
             help="The base image. Required for backend native. Default for xla: AWS's container of the region.",
         ),
+        click.option(
+            "--neuron-runtime",
+            metavar="VERSION",
+            help="Backend xla: install this Neuron runtime, such as 2.33.10.0, for nodes with driver 2.29 or newer.",
+        ),
     )
 
 
 @image.command("build")
 @image_options
-def image_build(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
+def image_build(
+    file: Path, builder: str | None, network: str | None, base: str | None, neuron_runtime: str | None
+) -> None:
     """Build the image that FILE (finetune.yaml) names. Needs an x86-64 machine.
 
     \b
@@ -45,12 +52,14 @@ def image_build(file: Path, builder: str | None, network: str | None, base: str 
     """
     from genvalues.ops.image import build
 
-    sys.exit(build(file, builder, network, base))
+    sys.exit(build(file, builder, network, base, neuron_runtime))
 
 
 @image.command("push")
 @image_options
-def image_push(file: Path, builder: str | None, network: str | None, base: str | None) -> None:
+def image_push(
+    file: Path, builder: str | None, network: str | None, base: str | None, neuron_runtime: str | None
+) -> None:
     """Build the image that FILE (finetune.yaml) names, push it, and write its digest into FILE.
 
     Creates the ECR repository if it does not exist, with scan on push and immutable tags.
@@ -61,4 +70,4 @@ def image_push(file: Path, builder: str | None, network: str | None, base: str |
     """
     from genvalues.ops.image import build
 
-    sys.exit(build(file, builder, network, base, push=True))
+    sys.exit(build(file, builder, network, base, neuron_runtime, push=True))

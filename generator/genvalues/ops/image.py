@@ -65,15 +65,24 @@ class ImageBuild:
     builder: str
     sources: Path
     network: str | None
+    neuron_runtime: str = ""  # empty: the base image's
 
 
-def build(file: Path, builder: str | None, network: str | None, base: str | None, *, push: bool = False) -> int:
+def build(
+    file: Path,
+    builder: str | None,
+    network: str | None,
+    base: str | None,
+    neuron_runtime: str | None = None,
+    *,
+    push: bool = False,
+) -> int:
     """Build the image that a file names. With ``push``, also push it and write its digest into the file.
 
     Returns 0, or 128 plus the number of the signal that stopped the build. Raises UserError.
     """
     try:
-        wanted = plan_build(file, builder, network, base)
+        wanted = plan_build(file, builder, network, base, neuron_runtime)
         if push:
             push_image(wanted)
         else:
@@ -84,7 +93,9 @@ def build(file: Path, builder: str | None, network: str | None, base: str | None
     return 0
 
 
-def plan_build(file: Path, builder: str | None, network: str | None, base: str | None) -> ImageBuild:
+def plan_build(
+    file: Path, builder: str | None, network: str | None, base: str | None, neuron_runtime: str | None = None
+) -> ImageBuild:
     """Check the file, this machine, the builder, the sources and the base image. Raises UserError."""
     document = read(file)
     inputs = check(document)
@@ -95,6 +106,9 @@ def plan_build(file: Path, builder: str | None, network: str | None, base: str |
         what = f"cannot build on {platform.machine()}: Trainium nodes and the base images are x86-64"
         fix = "Build on an x86-64 machine: Code Editor in SageMaker Studio, or an EC2 instance."
         raise UserError(what, fix=fix)
+    if neuron_runtime and backend != "xla":
+        fix = "Omit it: the base image of backend native brings its runtime."
+        raise UserError("applies to backend xla only", where="--neuron-runtime", fix=fix)
     builder = find_builder(builder)
     sources = find_sources()
     if base is None and backend == "native":
@@ -106,7 +120,8 @@ def plan_build(file: Path, builder: str | None, network: str | None, base: str |
             fix = "Set AWS_REGION, or name the base image: --base IMAGE."
             raise UserError("no region is set, so the base image is unknown", where=where, fix=fix)
         base = base_image(region, where if image.in_ecr else f"AWS_REGION {region}")
-    return ImageBuild(file, str(reference), image, backend, base, builder, sources, network or studio_network())
+    network = network or studio_network()
+    return ImageBuild(file, str(reference), image, backend, base, builder, sources, network, neuron_runtime or "")
 
 
 def find_builder(name: str | None) -> str:
@@ -155,7 +170,12 @@ def build_image(wanted: ImageBuild) -> None:
         arguments += ["--layers"]  # cache layers for the next build, as docker and podman do by default
     if wanted.network:
         arguments += [f"--network={wanted.network}"]
-    given = {"BASE": wanted.base, "VERSION": __version__, "REVISION": git_revision(wanted.sources)}
+    given = {
+        "BASE": wanted.base,
+        "NEURON_RUNTIME": wanted.neuron_runtime,
+        "VERSION": __version__,
+        "REVISION": git_revision(wanted.sources),
+    }
     for name, value in given.items():
         arguments += ["--build-arg", f"{name}={value}"] if value else []
     run_builder(wanted, [*arguments, str(wanted.sources)], base.registry)

@@ -246,6 +246,21 @@ def test_build_logs_in_to_the_base_registry_only_and_leaves_the_file_unchanged(
     assert IMAGE in last_line(capsys)
 
 
+def test_a_newer_neuron_runtime_is_a_build_argument(aws: Aws, builder: Builder) -> None:
+    aws.passwords()
+    assert genvalues("image", "build", "f.yaml", "--neuron-runtime", "2.33.10.0") == 0
+    built = builder.calls[1][0]
+    assert built[built.index("NEURON_RUNTIME=2.33.10.0") - 1] == "--build-arg"
+
+
+def test_backend_native_takes_its_runtime_from_the_base_image(
+    aws: Aws, builder: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(INPUTS.replace("trn1.32xlarge", "trn2.48xlarge"))
+    assert genvalues("image", "build", "f.yaml", "--base", BASE, "--neuron-runtime", "2.33.10.0") == 2
+    assert "--neuron-runtime" in last_line(capsys) and builder.calls == []
+
+
 def test_a_password_is_not_in_the_representation_of_a_command() -> None:
     assert "the-password" not in repr(Command("login", ("x",), {}, Path(), PASSWORD.encode()))
 
