@@ -1,8 +1,8 @@
 """Install another Neuron runtime into the image: python3 trainer/neuron_runtime.py 2.33.10.0
 
 For nodes whose driver refuses the runtime of the base image (docs/neuron-xla.md#drivers). The packages come from AWS's
-apt repository (https://awsdocs-neuron.readthedocs-hosted.com/en/latest/setup/pytorch/index.html); no other repository is
-read. Without a version nothing is done. Prints what failed and exits with status 1.
+apt repository (https://awsdocs-neuron.readthedocs-hosted.com/en/latest/setup/pytorch/index.html) and from no other.
+Without a version nothing is done. Prints what failed and exits with status 1.
 """
 
 from __future__ import annotations
