@@ -95,8 +95,8 @@ def check_probe(trainings: Trainings) -> Check:
     """Recompute the probe on this node with transformers and PEFT, from the base model and the saved adapter."""
     from datasets import load_from_disk
 
-    from llama_lora import evaluation
     from llama_lora.adapter import write_adapter
+    from llama_lora.streaming import StreamedModel
 
     whole = trainings["whole"]
     config = whole.stage.config
@@ -106,9 +106,9 @@ def check_probe(trainings: Trainings) -> Check:
     adapter = backends.get(config.backend).read_adapter(whole.checkpoint, None)
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), adapter.tensors, adapter.config)
-        model = evaluation.load_model(trainings.model, adapter=Path(folder))
-    rows = load_from_disk(str(whole.stage.upstream_path("tokenize", "dataset") / "train"))
-    recomputed = probe.recompute(recorded, rows, model, config.training.attention == "isolated")
+        model = StreamedModel(trainings.model, Path(folder))
+        rows = load_from_disk(str(whole.stage.upstream_path("tokenize", "dataset") / "train"))
+        recomputed = probe.recompute(recorded, rows, model, config.training.attention == "isolated")
     return checks.full_length_probe(recorded, recomputed, config.probe.tolerance)
 
 

@@ -1,7 +1,7 @@
 """The probe: the loss of a few fixed rows, measured at the last save and recomputed from what is made of it.
 
-Training measures it with the model in memory. consolidate and merge recompute it with transformers on the CPU and fail
-if the losses differ, which detects a wrong shard, a transposed factor, a wrong scale, or an adapter that has no effect.
+Training measures it with the model in memory. consolidate and merge recompute it with transformers on the CPU, where
+one decoder layer is in memory at a time, and fail if the losses differ, which detects a wrong shard, a transposed factor, a wrong scale, or an adapter that has no effect.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -18,7 +18,10 @@ from genvalues.common.errors import UserError
 from genvalues.common.json_files import Count
 from llama_lora import config
 from llama_lora.data.tokens import IGNORED
-from llama_lora.progress import track
+from llama_lora.progress import StageProgress
+
+if TYPE_CHECKING:
+    from llama_lora.streaming import StreamedModel
 
 Row = dict[str, Any]
 
@@ -92,23 +95,27 @@ def measure(dataset: Sequence[Row], settings: config.Probe, loss_of: Callable[[R
     return ProbeRecord(list(rows), settings.max_tokens, losses, [trained_tokens(row) for row in rows.values()])
 
 
-def recompute(recorded: ProbeRecord, dataset: Sequence[Row], model: Any, isolated: bool) -> ProbeRecord:
-    """Measure the rows of a probe with a transformers model."""
-    import torch
-
+def recompute(recorded: ProbeRecord, dataset: Sequence[Row], model: StreamedModel, isolated: bool) -> ProbeRecord:
+    """Measure the rows of a probe with a model folder."""
     from llama_lora.data.batches import make_batch
-    from llama_lora.losses import loss_sum
 
+    rows = [truncate(dataset[number], recorded.max_tokens) for number in recorded.rows]
+    passes = model.passes((1, len(row["input_ids"])) for row in rows)
     losses = []
-    with torch.no_grad():
-        for number in track(recorded.rows, "probe row", len(recorded.rows)):
-            row = truncate(dataset[number], recorded.max_tokens)
-            losses.append(loss_sum(model, make_batch([row], isolated)).item())
+    with StageProgress("probe layer", len(passes) * model.layer_count) as progress:
+        for numbers in passes:
+            batches = [make_batch([rows[number]], isolated) for number in numbers]
+            losses += [summed.item() for summed in model.row_losses(batches, progress.advance)]
     return ProbeRecord(recorded.rows, recorded.max_tokens, losses, recorded.tokens)
 
 
 def verify_loss(
-    recorded: ProbeRecord, dataset: Sequence[Row], settings: config.Probe, model: Any, isolated: bool, what: Path
+    recorded: ProbeRecord,
+    dataset: Sequence[Row],
+    settings: config.Probe,
+    model: StreamedModel,
+    isolated: bool,
+    what: Path,
 ) -> str:
     """Recompute a probe on at most ``settings.rows`` of its rows, and return the comparison as text.
 

@@ -155,6 +155,24 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def read_into(target: torch.Tensor, shard: Path, tensor: StoredTensor) -> None:
+    """Read a stored tensor into ``target``, which has its shape; convert to its dtype.
+
+    It reads, and maps nothing: mapped pages would count as memory of the process. Raises UserError if the file ends.
+    """
+    import torch
+
+    dtype = getattr(torch, DTYPES[tensor.dtype])
+    values = target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype)
+    content = memoryview(values.flatten().view(torch.uint8).numpy())
+    with files.open_regular(shard) as file:
+        file.seek(tensor.begin)
+        if file.readinto(content) != tensor.end - tensor.begin:
+            raise UserError("the file is truncated", where=str(shard), fix=COPY_AGAIN)
+    if values is not target:
+        target.copy_(values)
+
+
 def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor, name: str) -> None:
     """Add ``delta`` (fp32) to a stored tensor. The sum is computed in fp32 and rounded once to the stored dtype.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.locks import lock_beside, locked
-from llama_lora import backends, evaluation, probe
+from llama_lora import backends, probe
 from llama_lora.adapter import write_adapter
 from llama_lora.backends.base import Adapter
 from llama_lora.digests import Digests, differences
@@ -32,7 +31,7 @@ def consolidate(stage: Stage) -> None:
     with stage.output(stage.paths.adapter) as folder:
         write_adapter(folder, adapter.tensors, adapter.config)
         files.write_text(folder / CARD, card(facts_of(stage, "adapter")))
-        verify_weights(stage, recorded, lambda: evaluation.load_model(base, adapter=folder), stage.paths.adapter)
+        verify_weights(stage, recorded, base, stage.paths.adapter, adapter=folder)
         stage.facts = {"probe": recorded.as_record() if recorded else None}
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint.name} to {stage.paths.adapter}")
 
@@ -85,12 +84,16 @@ def verify_probed(stage: Stage, recorded: ProbeRecord | None, *models: Path) -> 
         stage.verify_read("tokenize", stage.upstream_path("tokenize", "dataset") / "train", *models)
 
 
-def verify_weights(stage: Stage, recorded: ProbeRecord | None, load: Callable[[], Any], what: Path) -> None:
-    """Recompute the recorded probe with the model that ``load`` returns, and log the comparison.
+def verify_weights(
+    stage: Stage, recorded: ProbeRecord | None, model: Path, what: Path, adapter: Path | None = None
+) -> None:
+    """Recompute the recorded probe with a model folder, and an adapter, and log the comparison.
 
     Raises UserError, naming ``what``, if the model does not have the trained weights.
     """
     from datasets import load_from_disk
+
+    from llama_lora.streaming import StreamedModel
 
     settings = stage.config.probe
     if recorded is None or not settings.rows:
@@ -99,7 +102,7 @@ def verify_weights(stage: Stage, recorded: ProbeRecord | None, load: Callable[[]
         return
     rows = load_from_disk(str(stage.upstream_path("tokenize", "dataset") / "train"))
     isolated = stage.config.training.attention == "isolated"
-    log.info(probe.verify_loss(recorded, rows, settings, load(), isolated, what))
+    log.info(probe.verify_loss(recorded, rows, settings, StreamedModel(model, adapter), isolated, what))
 
 
 def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
-from llama_lora import evaluation
 from llama_lora.adapter import CONFIG, Delta, read_adapter_config, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
@@ -46,7 +45,7 @@ def merge(stage: Stage) -> None:
     with stage.output(stage.paths.merged) as folder:
         write_merged(base, tensors, deltas, folder, digests)
         files.write_text(folder / CARD, card(facts_of(stage, "merged")))
-        verify_weights(stage, recorded, lambda: evaluation.load_model(folder), stage.paths.merged)
+        verify_weights(stage, recorded, folder, stage.paths.merged)
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {stage.paths.merged}")
 
 

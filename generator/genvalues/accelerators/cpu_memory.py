@@ -1,0 +1,3 @@
+"""stub"""
+HIDDEN_STATES = 1 << 30
+LOGITS = 512 << 20

@@ -1,0 +1,115 @@
+"""A streamed model against the same model in memory, as transformers and PEFT load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llama_lora import streaming
+from llama_lora.data.batches import Batch, make_batch
+from llama_lora.losses import row_loss_sums
+from llama_lora.streaming import StreamedModel
+from trainer.conftest import make_model
+from trainer.test_merge import make_adapter
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+SCALINGS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
+ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama 3.1": ("Llama", {"rope_scaling": ROPE}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "sliding window": ("Qwen3", {"head_dim": 16, **WINDOW}),
+    "granite": ("Granite", SCALINGS),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {}),
+}
+
+
+def model_of(folder: Path, kind: str, dtype: str) -> Path:
+    name, changes = MODELS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{"tie_word_embeddings": False, **SIZES, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(getattr(torch, dtype))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def rows_of(*lengths: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "lengths": [length - length // 3, length // 3]})
+    return rows
+
+
+def in_memory(folder: Path, adapter: Path | None, batches: list[Batch]) -> list[torch.Tensor]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
+    if adapter:
+        from peft import PeftModel
+
+        in_fp32 = b'"F32"' in (adapter / "adapter_model.safetensors").read_bytes()
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=in_fp32)
+    with torch.no_grad():
+        return [row_loss_sums(model.eval(), batch) for batch in batches]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_the_losses_are_those_of_the_model_in_memory(tmp_path: Path, kind: str, dtype: str, isolated: bool) -> None:
+    folder = model_of(tmp_path, kind, dtype)
+    batches = [make_batch(rows_of(40, 31), isolated), make_batch(rows_of(17), isolated)]
+    assert_same(StreamedModel(folder).row_losses(batches), in_memory(folder, None, batches))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear", "use_rslora": True}])
+def test_an_adapter_is_applied_as_peft_does(
+    tmp_path: Path, dtype: str, adapter_dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    base = make_model(tmp_path / "base", dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", adapter_dtype, **settings)
+    batches = [make_batch(rows_of(40, 31))]
+    expected = in_memory(base, adapter, batches)
+    assert_same(StreamedModel(base, adapter).row_losses(batches), expected)
+    assert not torch.allclose(expected[0], in_memory(base, None, batches)[0]), "the adapter changes the loss"
+
+
+def test_logits_of_few_positions_exist_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path)
+    batches = [make_batch(rows_of(40, 31))]
+    monkeypatch.setattr(streaming, "LOGITS", 259 * 12 * 2 * 7)  # of seven positions of two rows
+    seen = []
+    monkeypatch.setattr(
+        streaming.F, "cross_entropy", lambda *given, real=streaming.F.cross_entropy, **more: seen.append(
+            given[0].shape[0]) or real(*given, **more)
+    )  # fmt: skip
+    found = StreamedModel(folder).row_losses(batches)
+    assert seen == [14, 14, 14, 14, 14, 8]
+    assert_same(found, in_memory(folder, None, batches))
