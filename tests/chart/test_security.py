@@ -23,6 +23,7 @@ from chart.manifests import (
     pods,
     render,
 )
+from chart.test_names import CLUSTER_SCOPED
 
 CALLS_THE_API = {"preflight", "compile-gate", "train-gate", "cleanup", "runner"}
 RUNS_AS_ROOT = "storage-prepare"
@@ -250,7 +251,7 @@ def documented(command: str) -> set[tuple[str, str]]:
 
 def test_roles_grant_exactly_what_the_commands_request(helm: int) -> None:
     values = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}, "kueue": {"queueName": "research"}})
-    objects = render(values, helm=helm)
+    objects = render(merged(values, {"rbac": {"clusterScopedReads": True}}), helm=helm)
     in_cluster = granted(objects, "ClusterRole", "research.llama-preflight")
     assert {resource for _, resource in in_cluster} == {"nodes", "storageclasses.storage.k8s.io"}
     assert granted(objects, "Role", "llama-preflight") | in_cluster == documented("preflight")
@@ -265,10 +266,17 @@ def test_detached_roles_grant_exactly_what_the_commands_and_helm_request(helm: i
     assert ("watch", "pytorchjobs.kubeflow.org") in documented("upgrade"), "Helm 4 watches every hook"
 
 
-def test_without_cluster_scoped_reads_no_cluster_role_is_created() -> None:
-    objects = render(merged(MINIMAL, {"rbac": {"clusterScopedReads": False}}))
-    assert not [item for item in objects if item["kind"].startswith("Cluster")]
-    assert "clusterScopedReads: false" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_the_default_install_makes_no_cluster_scoped_object(mode: str) -> None:
+    objects = render(merged(MINIMAL, {"pipeline": {"mode": mode}}))
+    assert not [item["kind"] for item in objects if item["kind"] in CLUSTER_SCOPED]
+    assert "clusterScopedReads: false" in one(render(MINIMAL), "ConfigMap")["data"]["cluster.yaml"]
+
+
+def test_values_of_an_existing_release_keep_its_cluster_role() -> None:
+    objects = render(merged(MINIMAL, {"rbac": {"clusterScopedReads": True}}))
+    assert {item["kind"] for item in objects} & CLUSTER_SCOPED == {"ClusterRole", "ClusterRoleBinding"}
+    assert "clusterScopedReads: true" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
 
 
 def test_secrets_are_read_by_name_except_helms_records() -> None:

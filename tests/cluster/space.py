@@ -75,6 +75,7 @@ SMALL: Values = {
     "parallelism": {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2},
     "storage": {"existingClaim": CLAIM, "prepare": {"enabled": False}},
     "stageDefaults": {"resources": RESOURCES},
+    "rbac": {"clusterScopedReads": True},  # the findings of preflight about nodes and storage classes
     "stages": {
         stage: {"resources": RESOURCES}
         for stage in ("tokenize", "compile", "train", "consolidate", "merge", "evaluate")

@@ -196,7 +196,7 @@
  "rbac": {
   "create": true,
   "namePrefix": "",
-  "clusterScopedReads": true
+  "clusterScopedReads": false
  },
  "cleanup": {
   "enabled": true,

@@ -45,18 +45,17 @@ ITS_RUNTIME: Version = (2, 33)
 STRICT_RUNTIME: Version = (2, 32)
 ITS_DRIVER: Version = (2, 27)
 
-# The last EKS AMI (AL2023, Neuron) whose driver accepts any older runtime, and the first whose driver does not. Each
-# AMI is built from an AMI of Amazon Linux 2023, whose release the node reports as osImage.
-LAST_LENIENT_AMI, FIRST_STRICT_AMI = "v20260625", "v20260714"
-# The drivers of EKS AMIs by the date of the release of Amazon Linux that they are built from; the first of each driver.
-DRIVERS_OF_AMAZON_LINUX = (
-    ("20250915", "2.24"),
-    ("20260105", "2.25"),
-    ("20260302", "2.26"),
-    ("20260406", "2.27"),
-    ("20260608", "2.28"),
-    ("20260710", "2.29"),
+# EKS's AMIs for Neuron (AL2023): the first with each driver, and the release of Amazon Linux 2023 that it is built
+# from, which the node reports as osImage. If AMIs with two drivers share a release, the first that only the newer has.
+EKS_AMIS = (
+    ("20250920", "20250915", "2.24"),
+    ("20260107", "20260105", "2.25"),
+    ("20260304", "20260302", "2.26"),
+    ("20260409", "20260406", "2.27"),
+    ("20260610", "20260608", "2.28"),
+    ("20260714", "20260710", "2.29"),
 )
+LAST_LENIENT_AMI = "v20260625"  # the last one with a driver that accepts any older runtime
 
 
 def version_of(text: str) -> Version | None:
@@ -72,12 +71,22 @@ def release_of_sdk(sdk: str) -> NeuronRelease | None:
 
 
 def driver_of_node(os_image: str) -> str:
-    """The driver of an EKS AMI for Neuron, by what the node reports as osImage; empty if unknown.
+    """The driver of an EKS node for Neuron, by what it reports as osImage; empty if unknown.
 
     ``os_image``: such as "Amazon Linux 2023.12.20260710". HyperPod and custom AMIs can have another driver.
     """
     found = re.fullmatch(r"Amazon Linux 2023\.\d+\.(\d{8})(\.\d+)?", os_image.strip())
-    drivers = [driver for date, driver in DRIVERS_OF_AMAZON_LINUX if found and date <= found[1]]
+    drivers = [driver for _, date, driver in EKS_AMIS if found and date <= found[1]]
+    return drivers[-1] if drivers else ""
+
+
+def driver_of_ami(name: str) -> str:
+    """The driver of an EKS AMI for Neuron, by its name; empty for other AMIs, and for older ones.
+
+    ``name``: such as amazon-eks-node-al2023-x86_64-neuron-1.34-v20260714.
+    """
+    found = re.fullmatch(r"amazon-eks-node-al2023-x86_64-neuron-\d+\.\d+-v(\d{8})", name)
+    drivers = [driver for date, _, driver in EKS_AMIS if found and date <= found[1]]
     return drivers[-1] if drivers else ""
 
 

@@ -10,20 +10,28 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from genvalues.accelerators.instances import HYPERPOD
+from genvalues.accelerators.neuron_software import driver_of_node, mismatch
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
 from genvalues.cluster.objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
 from genvalues.common.findings import Finding
+from genvalues.common.neuron_files import runtime_version
 
+DRIVER = "Neuron driver"  # subject of its findings
+OTHER_RUNTIME = (
+    "genvalues image push finetune.yaml --neuron-runtime 2.33.10.0   # or use other nodes: docs/neuron-xla.md#drivers"
+)
 BUDGET_SECONDS = 25.0  # findings come within 30 s; the Job's deadline of 600 s is for pulling its image
 OPERATOR = "https://github.com/kubeflow/training-operator"
 INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+NEURON = "aws.amazon.com/neuron"
 ENFORCED = "pod-security.kubernetes.io/enforce"
 NODE_HEALTH = "sagemaker.amazonaws.com/node-health-status"
 DEVICE_PLUGINS = {
-    "aws.amazon.com/neuron": "helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart",
+    NEURON: "helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart",
     "vpc.amazonaws.com/efa": "helm upgrade --install aws-efa-k8s-device-plugin aws-efa-k8s-device-plugin"
     " --repo https://aws.github.io/eks-charts -n kube-system",
 }
@@ -263,6 +271,7 @@ def check_storage_class(api: Api, config: ClusterConfig, name: str) -> Finding:
 
 
 def not_read(subject: str, look: str) -> Finding:
+    """What a release without the ClusterRole of preflight says of a cluster-scoped object."""
     found = f"rbac.clusterScopedReads is false. Check: {look}"
     return Finding("not checked", subject, found)
 
@@ -320,7 +329,8 @@ def check_devices(api: Api, config: ClusterConfig, timings: PreflightTimings) ->
         return [Finding("ok", "devices", "none requested")]
     if not config.cluster_scoped_reads:
         return [not_read("devices", f"kubectl get nodes -l {INSTANCE_TYPE}={job.instance} -o yaml")]
-    other = job.instance.removeprefix("ml.") if job.instance.startswith("ml.") else f"ml.{job.instance}"
+    bare = job.instance.removeprefix(HYPERPOD)
+    other = bare if job.instance != bare else f"{HYPERPOD}{bare}"
     nodes = api.list(kinds.NODES, labels=f"{INSTANCE_TYPE} in ({job.instance},{other})")
     return judge_nodes([node for node in nodes if labels_of(node)[INSTANCE_TYPE] == job.instance], nodes, config)
 
@@ -379,6 +389,57 @@ def judge_device(resource: str, count: int, nodes: list[Object], config: Cluster
     )
     fix = f"kubectl describe nodes -l {INSTANCE_TYPE}={config.job.instance}   # then change instance, nodes or devices"
     return Finding("error", resource, found, fix)
+
+
+def check_driver(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that the driver of the nodes accepts the Neuron runtime of this image, which is that of all stages."""
+    return check_driver_for(runtime_version(), api, config, driver_of)
+
+
+def check_driver_for(
+    runtime: str, api: Api, config: ClusterConfig, driver_of: Callable[[Object], str]
+) -> list[Finding]:
+    """``driver_of``: the driver of a node, empty if unknown. Without a runtime there is nothing to compare.
+
+    Without nodes there is no finding: check_devices says so.
+    """
+    if not runtime or NEURON not in config.job.devices:
+        return []
+    selector = f"{INSTANCE_TYPE}={config.job.instance}"
+    if not config.cluster_scoped_reads:
+        return [not_read(DRIVER, f"kubectl get nodes -l {selector} -o wide   # then docs/neuron-xla.md#drivers")]
+    nodes = api.list(kinds.NODES, labels=selector)
+    return judge_drivers({name_of(node): driver_of(node) for node in nodes}, runtime) if nodes else []
+
+
+def driver_of(node: Object) -> str:
+    """The Neuron driver of a node, as its operating system tells it; empty if unknown.
+
+    Nothing that a node reports names the driver. HyperPod's AMIs have drivers of their own.
+    """
+    if labels_of(node).get(INSTANCE_TYPE, "").startswith(HYPERPOD):
+        return ""
+    return driver_of_node(str(node.get("status", {}).get("nodeInfo", {}).get("osImage", "")))
+
+
+def judge_drivers(drivers: Mapping[str, str], runtime: str) -> list[Finding]:
+    """``drivers``: the driver of each node, empty if unknown.
+
+    A mismatch is a warning, because an AMI only suggests the driver; compile and train check it on their node.
+    """
+    refused = {node: wrong for node, driver in drivers.items() if (wrong := mismatch(driver, runtime))}
+    if refused:
+        node, (what, works) = next(iter(refused.items()))
+        found = (
+            f"{len(refused)} of {len(drivers)} nodes have driver {drivers[node]} by their AMI, which {what}; {works}"
+        )
+        return [Finding("warning", DRIVER, found, OTHER_RUNTIME)]
+    if unknown := [node for node, driver in drivers.items() if not driver]:
+        look = f"kubectl debug node/{unknown[0]} -it --image=busybox -- cat /sys/module/neuron/version"
+        found = f"unknown on {len(unknown)} of {len(drivers)} nodes; the image has Neuron runtime {runtime}"
+        return [Finding("not checked", DRIVER, found, f"{look}   # then docs/neuron-xla.md#drivers")]
+    versions = ", ".join(sorted(set(drivers.values())))
+    return [Finding("ok", DRIVER, f"{versions} by the nodes' AMI, which accepts the image's runtime {runtime}")]
 
 
 def check_quota(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
@@ -448,6 +509,7 @@ CHECKS: dict[str, Check] = {
     "pod security": check_pod_security,
     "Hugging Face token": check_secret,
     "devices": check_devices,
+    DRIVER: check_driver,
     "quota": check_quota,
     "queue": check_queue,
 }

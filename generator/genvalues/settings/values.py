@@ -274,8 +274,9 @@ class Rbac(Block):
         description="Prefix of their names. Empty: that of every other object.",
     )
     cluster_scoped_reads: bool = Field(
-        True,
-        description='Let preflight read nodes and storage classes. Without it these findings say "not checked".',
+        False,
+        description="Create a ClusterRole, with which the stage preflight reads nodes and storage classes. Without it "
+        'these findings say "not checked"; genvalues preflight reads them with your permissions.',
     )
 
 

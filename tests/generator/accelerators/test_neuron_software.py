@@ -10,6 +10,7 @@ import pytest
 
 from genvalues.accelerators.neuron_software import (
     RELEASES,
+    driver_of_ami,
     driver_of_node,
     mismatch,
     release_of_sdk,
@@ -68,6 +69,20 @@ def test_driver_and_runtime_of_one_release_work_together() -> None:
 )
 def test_the_driver_of_an_eks_ami_follows_from_its_release_of_amazon_linux(os_image: str, driver: str) -> None:
     assert driver_of_node(os_image) == driver
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        ("amazon-eks-node-al2023-x86_64-neuron-1.34-v20260714", "2.29"),
+        ("amazon-eks-node-al2023-x86_64-neuron-1.36-v20260625", "2.28"),
+        ("amazon-eks-node-al2023-x86_64-neuron-1.30-v20250101", ""),
+        ("amazon-eks-node-al2023-x86_64-standard-1.34-v20260714", ""),
+        ("our-own-ami", ""),
+    ],
+)
+def test_the_driver_of_an_eks_ami_follows_from_its_name(name: str, driver: str) -> None:
+    assert driver_of_ami(name) == driver
 
 
 def test_a_release_is_found_by_the_sdk_in_an_images_tag() -> None:

@@ -52,6 +52,7 @@ class FakeApi:
         self.after: list[tuple[str, str, Callable[[Object], None]]] = []  # verb, plural, the reaction of the cluster
         self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: sent to watches
         self.graceful = False  # pods of a deleted job get a deletionTimestamp and stay until the test removes them
+        self.version: Object | None = None  # of the server
         self.failing_creations = ""  # message of a webhook that does not respond
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
@@ -228,6 +229,8 @@ class FakeApi:
             ]
 
     def _discovery(self, path: str) -> Object | None:
+        if path == "/version":
+            return self.version
         if path == "/apis/kubeflow.org/v1" and "pytorchjobs" in self.crds:
             return {"resources": [{"name": "pytorchjobs"}, {"name": "pytorchjobs/status"}]}
         if path == "/apis/kueue.x-k8s.io" and "localqueues" in self.crds:

@@ -326,6 +326,69 @@ def test_without_cluster_scoped_reads_nodes_are_not_checked_and_not_requested(
     assert not {resource for _, resource in ready.requests} & {"nodes", "storageclasses.storage.k8s.io"}
 
 
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The image has the Neuron runtime of backend xla."""
+    monkeypatch.setattr("genvalues.cluster.preflight.runtime_version", lambda: "2.28.23.0")
+    return "2.28.23.0"
+
+
+def on_ec2(fake: FakeApi, values: Object, *os_images: str) -> ClusterConfig:
+    """Nodes of trn1.32xlarge with these operating systems."""
+    values["job"]["instance"] = "trn1.32xlarge"
+    for number, os_image in enumerate(os_images, 1):
+        made = node(f"node-{number}", instance="trn1.32xlarge")
+        made["status"]["nodeInfo"] = {"osImage": os_image, "kernelVersion": "6.12.94-123.180.amzn2023.x86_64"}
+        again(fake, "nodes", made)
+    return ClusterConfig.model_validate(values)
+
+
+def test_nodes_whose_ami_has_a_driver_that_refuses_the_images_runtime_are_a_warning(
+    ready: FakeApi, api: Api, values: Object, runtime: str
+) -> None:
+    config = on_ec2(ready, values, "Amazon Linux 2023.12.20260622", "Amazon Linux 2023.12.20260710")
+    finding = one_problem(api, config)
+    assert (finding.level, finding.subject) == ("warning", "Neuron driver")
+    for words in ("1 of 2 nodes", "driver 2.29", "runtime 2.33", runtime, "v20260625"):
+        assert words in finding.found
+    assert "--neuron-runtime 2.33" in finding.fix
+
+
+def test_nodes_whose_ami_has_a_driver_that_accepts_the_runtime_are_ok(
+    ready: FakeApi, api: Api, values: Object, runtime: str
+) -> None:
+    config = on_ec2(ready, values, "Amazon Linux 2023.12.20260622", "Amazon Linux 2023.11.20260413")
+    [finding] = [one for one in check(api, config) if one.subject == "Neuron driver"]
+    assert finding.level == "ok" and "2.27, 2.28" in finding.found
+
+
+@pytest.mark.parametrize("os_image", ["Bottlerocket (EKS Auto, Standard) 2026.10.1 (aws-k8s-1.34)", "Amazon Linux 2"])
+def test_an_unknown_driver_is_not_checked_and_the_command_shows_it(
+    ready: FakeApi, api: Api, values: Object, runtime: str, os_image: str
+) -> None:
+    finding = one_problem(api, on_ec2(ready, values, os_image, os_image))
+    assert (finding.level, finding.subject) == ("not checked", "Neuron driver")
+    assert "/sys/module/neuron/version" in finding.fix and "node/node-1" in finding.fix
+
+
+def test_hyperpods_amis_have_drivers_of_their_own(
+    ready: FakeApi, api: Api, config: ClusterConfig, runtime: str
+) -> None:
+    for name in ("node-1", "node-2"):
+        ready.merge("nodes", name, {"status": {"nodeInfo": {"osImage": "Amazon Linux 2023.12.20260710"}}})
+    assert one_problem(api, config).level == "not checked"
+
+
+def test_without_cluster_scoped_reads_the_driver_is_not_checked(
+    ready: FakeApi, api: Api, values: Object, runtime: str
+) -> None:
+    values["clusterScopedReads"] = False
+    found = {one.subject: one for one in problems(api, ClusterConfig.model_validate(values))}
+    assert found.keys() == {"devices", "Neuron driver"}
+    assert "rbac.clusterScopedReads" in found["Neuron driver"].found
+    assert ("list", "nodes") not in ready.requests
+
+
 def test_no_node_of_the_type_is_a_warning_because_an_unchanged_upgrade_needs_none(
     ready: FakeApi, api: Api, config: ClusterConfig
 ) -> None:

@@ -13,18 +13,29 @@ from typing import Any
 
 import yaml
 
+from genvalues.accelerators.neuron_software import release_of_sdk
 from genvalues.cluster import api as kinds
 from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.preflight import PreflightTimings
+from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
 from genvalues.common.helm import render
+from genvalues.ops.preflight.node_images import check_driver_from_outside
+from genvalues.ops.registries import TAG
 
 PATIENCE_SECONDS = 8.0
+SDK = re.compile(r"-sdk(\d+\.\d+\.\d+)-")  # in the tags of AWS's containers
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
-WITHOUT_NAMESPACE = ("training operator", "storage", "Hugging Face token", "devices")  # useful before it exists
+WITHOUT_NAMESPACE = (
+    "training operator",
+    "storage",
+    "Hugging Face token",
+    "devices",
+    stage.DRIVER,
+)  # useful before it exists
 
 
 def check_cluster(
@@ -58,18 +69,31 @@ def check_cluster(
             return [in_context(Finding("not checked", "cluster", "you are not logged in (401)", log_in), context)]
         namespace_exists = True  # not allowed to read it: the checks find out
     objects = render(chart, release, values, api.namespace)
-    findings = check_for_objects(api, objects, namespace_exists, timings or PreflightTimings())
+    runtime = expected_runtime(values)
+    findings = check_for_objects(api, objects, namespace_exists, timings or PreflightTimings(), runtime)
     return [in_context(finding, context) for finding in findings]
 
 
+def expected_runtime(values: dict[str, Any]) -> str:
+    """The Neuron runtime of the default base image; empty if the backend has none.
+
+    An image that was built with another runtime says so where it runs: in the stages preflight, compile and train.
+    """
+    sdk = SDK.search(TAG) if get(values, "backend", str) == "xla" else None
+    release = release_of_sdk(sdk[1]) if sdk else None
+    return release.runtime if release else ""
+
+
 def check_for_objects(
-    api: Api, objects: list[Object], namespace_exists: bool, timings: PreflightTimings
+    api: Api, objects: list[Object], namespace_exists: bool, timings: PreflightTimings, runtime: str = ""
 ) -> list[Finding]:
-    """The findings for a release that consists of these objects."""
-    config = config_of(objects)
+    """The findings for a release that consists of these objects. ``runtime``: the image's Neuron runtime, if known."""
+    # The caller's own permissions count here, not those that the release gives its stage.
+    config = config_of(objects).model_copy(update={"cluster_scoped_reads": True})
     checks: dict[str, stage.Check] = {
         **stage.CHECKS,
         "storage": lambda api, config, timings: check_storage_before_install(api, config, timings, objects),
+        stage.DRIVER: lambda api, config, _: check_driver_from_outside(api, config, runtime),
     }
     if namespace_exists:
         return stage.preflight(api, config, timings, checks)
@@ -111,16 +135,14 @@ def check_storage_before_install(
     if spec.get("volumeName") or name in in_chart:
         return [created]
     try:
-        return [created, stage.check_storage_class(api, config, name) if name else check_default_class(api, config)]
+        return [created, stage.check_storage_class(api, config, name) if name else check_default_class(api)]
     except NotAllowed as error:
         subject = f"storage class {name}" if name else "storage class"
         return [created, Finding("not checked", subject, error.message, "kubectl get storageclass")]
 
 
-def check_default_class(api: Api, config: ClusterConfig) -> Finding:
+def check_default_class(api: Api) -> Finding:
     subject = "storage class"
-    if not config.cluster_scoped_reads:
-        return stage.not_read(subject, "kubectl get storageclass")
     classes = api.list(kinds.STORAGE_CLASSES)
     default = [one for one in classes if (one["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"]
     if not default:

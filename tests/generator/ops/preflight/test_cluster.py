@@ -13,16 +13,19 @@ import yaml
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.test_preflight import claim, mark_probe, namespace, node
 from genvalues.cluster.api import connect
-from genvalues.cluster.preflight import PreflightTimings, preflight
+from genvalues.cluster.preflight import CHECKS, PreflightTimings, preflight
 from genvalues.common.dicts import merge
 from genvalues.common.findings import Finding
 from genvalues.common.helm import render
 from genvalues.inputs.chart import BESIDE_THE_SOURCES as CHART
+from genvalues.ops.aws import AwsClients, Denied
 from genvalues.ops.preflight import cluster_checks as outside
+from genvalues.ops.preflight import node_images
 from genvalues.ops.preflight.cluster_checks import check_cluster
 
 QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3)
 TRN1 = yaml.safe_load((CHART.parent / "values" / "trn1.values.yaml").read_text())
+DRIVER = ["Neuron driver"]
 CLAIM, RELEASE = "llama-lora-workspace", "llama-lora"
 
 
@@ -66,7 +69,8 @@ def check(values: dict[str, Any] = TRN1, context: str | None = None) -> list[Fin
 
 
 def problems(values: dict[str, Any] = TRN1) -> list[Finding]:
-    return [finding for finding in check(values) if finding.level != "ok"]
+    """Without the driver of HyperPod's nodes, which nothing in the cluster tells."""
+    return [finding for finding in check(values) if finding.level != "ok" and finding.subject != "Neuron driver"]
 
 
 def changed(**storage: Any) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def test_the_configuration_is_read_from_the_rendered_chart(objects: list[dict[st
 
 
 def test_before_the_first_install_a_missing_claim_that_install_creates_is_ok(ready: FakeApi) -> None:
-    assert [str(finding) for finding in check()] == [
+    assert [str(finding).partition("\n")[0] for finding in check()] == [
         "ok           training operator: installed, and reconciles PyTorchJobs",
         f"ok           claim {CLAIM}: does not exist yet: install creates it",
         "ok           storage class fsx-sc: provisioner fsx.csi.aws.com",
@@ -90,6 +94,7 @@ def test_before_the_first_install_a_missing_claim_that_install_creates_is_ok(rea
         "ok           secret hf-token: has key token",
         "ok           aws.amazon.com/neuron: 16 on each of 1 nodes of type ml.trn1.32xlarge",
         "ok           vpc.amazonaws.com/efa: 8 on each of 1 nodes of type ml.trn1.32xlarge",
+        "not checked  Neuron driver: unknown on 1 of 1 nodes; the image has Neuron runtime 2.28.19.0",
     ]
     assert ready.names("pytorchjobs") == [], "the probe is gone"
 
@@ -104,8 +109,9 @@ def test_findings_are_equal_to_those_of_the_stage(ready: FakeApi, objects: list[
     there = merge(claim("Bound"), {"metadata": {"name": CLAIM}})
     ready.add("persistentvolumeclaims", there)
     ready.remove("secrets", "hf-token")
-    inside = preflight(connect(NAMESPACE), outside.config_of(objects), QUICK)
-    assert check() == inside
+    config = outside.config_of(objects).model_copy(update={"cluster_scoped_reads": True})
+    inside = preflight(connect(NAMESPACE), config, QUICK)
+    assert [finding for finding in check() if finding.subject != "Neuron driver"] == inside
     assert any(finding.subject == f"claim {CLAIM}" and finding.found == "Bound 1200Gi" for finding in inside)
 
 
@@ -163,7 +169,14 @@ def test_what_the_user_is_not_allowed_to_read_is_not_checked(ready: FakeApi) -> 
     found = check()
     assert {finding.level for finding in found} == {"ok", "not checked"}
     unseen = [finding.subject for finding in found if finding.level == "not checked"]
-    assert unseen == ["training operator", "storage class fsx-sc", "pod security", "Hugging Face token", "devices"]
+    assert unseen == [
+        "training operator",
+        "storage class fsx-sc",
+        "pod security",
+        "Hugging Face token",
+        "devices",
+        *DRIVER,
+    ]
     assert all("cannot" in finding.found for finding in found if finding.level == "not checked")
 
 
@@ -175,6 +188,98 @@ def test_the_commands_of_fixes_use_the_same_context(ready: FakeApi) -> None:
     fix = "kubectl --context prod get crds; helm --kube-context prod upgrade x CHART   # kubectl config get-contexts"
     assert outside.in_context(finding, "prod").fix == fix
     assert outside.in_context(finding, None) is finding
+
+
+def test_the_callers_own_permissions_count_and_not_those_of_the_release(ready: FakeApi) -> None:
+    """The release creates no ClusterRole, so its stage would read neither."""
+    assert not outside.config_of(render(CHART, RELEASE, TRN1, NAMESPACE)).cluster_scoped_reads
+    check()
+    assert {("list", "nodes"), ("get", "storageclasses.storage.k8s.io")} <= set(ready.requests)
+
+
+# --- the drivers of the nodes
+
+EC2 = merge(TRN1, {"instance": "trn1.32xlarge"})
+
+
+class Aws:
+    """EC2 and SSM with these answers, by operation; a missing one is not allowed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+        def answer(clients: AwsClients, service: str, operation: str, **_: Any) -> Any:
+            self.asked.append((clients.region, f"{service}:{operation}"))
+            if operation not in answers:
+                raise Denied("not allowed", where=service)
+            return answers[operation]
+
+        monkeypatch.setattr(AwsClients, "ask", answer)
+        monkeypatch.setattr(AwsClients, "list", lambda self, *call, **more: iter(answer(self, *call[:2], **more)))
+        monkeypatch.setattr(node_images, "default_region", lambda: "us-west-2")
+
+
+def image_named(name: str) -> dict[str, Any]:
+    return {"Images": [{"ImageId": "ami-1", "Name": name}]}
+
+
+def ec2_node(fake: FakeApi, **labels: str) -> None:
+    fake.remove("nodes", "node-1")
+    made = node("node-1", instance="trn1.32xlarge")
+    made["metadata"]["labels"] |= {"topology.kubernetes.io/region": "us-east-1", **labels}
+    made["spec"]["providerID"] = "aws:///us-east-1b/i-0123456789abcdef0"
+    made["status"]["nodeInfo"] = {"osImage": "Our Linux 1"}
+    fake.add("nodes", made)
+
+
+def driver_finding() -> Finding | None:
+    return next((one for one in check(EC2) if one.subject == "Neuron driver"), None)
+
+
+def test_the_driver_of_a_managed_node_group_is_that_of_its_ami(ready: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    ec2_node(ready, **{"eks.amazonaws.com/nodegroup-image": "ami-1"})
+    aws = Aws(monkeypatch, describe_images=image_named("amazon-eks-node-al2023-x86_64-neuron-1.34-v20260714"))
+    found = driver_finding()
+    assert found and found.level == "warning" and "driver 2.29" in found.found
+    assert aws.asked == [("us-east-1", "ec2:describe_images")]
+
+
+def test_the_driver_of_karpenters_nodes_is_that_of_their_instances_ami(
+    ready: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ec2_node(ready, **{"karpenter.sh/nodepool": "trainium"})
+    instances = [{"Instances": [{"InstanceId": "i-0123456789abcdef0", "ImageId": "ami-1"}]}]
+    name = "amazon-eks-node-al2023-x86_64-neuron-1.34-v20260625"
+    Aws(monkeypatch, describe_instances=instances, describe_images=image_named(name))
+    found = driver_finding()
+    assert found and found.level == "ok" and "2.28" in found.found
+
+
+def test_without_permission_to_ask_aws_the_driver_is_not_checked(
+    ready: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ec2_node(ready)
+    Aws(monkeypatch)
+    found = driver_finding()
+    assert found and found.level == "not checked"
+
+
+def test_for_a_node_group_without_nodes_the_recommended_ami_is_judged(
+    ready: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready.remove("nodes", "node-1")
+    ready.version = {"major": "1", "minor": "34+"}
+    name = "amazon-eks-node-al2023-x86_64-neuron-1.34-v20261105"
+    Aws(monkeypatch, get_parameter={"Parameter": {"Value": "ami-1"}}, describe_images=image_named(name))
+    found = driver_finding()
+    assert found and found.level == "warning" and "no node yet" in found.found and name in found.found
+    Aws(monkeypatch)
+    assert driver_finding() is None
+
+
+def test_backend_native_brings_a_runtime_that_is_unknown_here(ready: FakeApi) -> None:
+    assert outside.expected_runtime(TRN1) == "2.28.19.0"
+    assert outside.expected_runtime({"backend": "native"}) == ""
 
 
 # --- no cluster
@@ -216,4 +321,4 @@ def test_a_user_who_is_not_logged_in_gets_one_finding(ready: FakeApi, monkeypatc
 
 def test_offline_is_a_finding_for_every_check() -> None:
     found = check_cluster(CHART, TRN1, RELEASE, offline=True)
-    assert len(found) == 7 and {finding.found for finding in found} == {"--offline"}
+    assert len(found) == len(CHECKS) and {finding.found for finding in found} == {"--offline"}
