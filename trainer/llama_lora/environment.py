@@ -7,7 +7,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 VERBOSITY = "LLAMA_LORA_VERBOSITY"  # how -v (1) and -q (-1) reach the workers
@@ -69,6 +69,25 @@ def is_own_address(host: str) -> bool:
             continue
         return True
     return False
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the container's limit (cgroup v2 or v1) and of the machine.
+
+    None where neither is known. Page cache counts as available: the kernel frees it.
+    """
+    found = []
+    try:
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):  # not Linux
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # another cgroup version, or "max" (no limit)
+            found.append(int(Path(file).read_text(encoding="ascii")) - used)
+    return min(found, default=None)
 
 
 def share_threads(workers: int) -> None:

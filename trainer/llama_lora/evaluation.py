@@ -1,21 +1,29 @@
-"""Evaluate a model on the held-out rows: loss, perplexity and sample answers, with transformers on the CPU."""
+"""Evaluate a model on the held-out rows: loss, perplexity and sample answers, with transformers on the CPU.
+
+Losses need one decoder layer in memory at a time. Answers need the whole model: each token reads every weight.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from genvalues.accelerators.cpu_memory import GENERATION, SAMPLE_TOKENS
 from genvalues.common.errors import UserError
-from llama_lora import library_versions
-from llama_lora.adapter import WEIGHTS
+from llama_lora import environment, library_versions
 from llama_lora.data.tokens import IGNORED
 from llama_lora.model_files import COMPLETE, base_files, read_config
 from llama_lora.probe import trained_tokens
 from llama_lora.progress import StageProgress
-from llama_lora.safetensors_files import read_header, stored_tensors
+from llama_lora.safetensors_files import stored_tensors
+
+if TYPE_CHECKING:
+    from llama_lora.streaming import StreamedModel
 
 BATCH_TOKENS = 2048  # the size of a batch in tokens, padding included
 TEXT_PROMPT_TOKENS = 32  # rows of format text have no prompt: a sample continues this many tokens
@@ -27,6 +35,10 @@ class Score:
 
     losses: list[float]
     tokens: list[int]
+
+    def first(self, count: int) -> Score:
+        """The losses of the first ``count`` rows."""
+        return Score(self.losses[:count], self.tokens[:count])
 
     @property
     def loss(self) -> float:
@@ -51,8 +63,8 @@ class Prompt:
     answer: list[int]
 
 
-def load_model(path: Path, adapter: Path | None = None) -> Any:
-    """Load a model folder in its stored dtype, in evaluation mode, optionally with a LoRA adapter.
+def load_model(path: Path) -> Any:
+    """Load a whole model folder in its stored dtype, in evaluation mode, with transformers.
 
     Raises UserError unless all weights come from the folder's safetensors.
     """
@@ -65,31 +77,70 @@ def load_model(path: Path, adapter: Path | None = None) -> Any:
     model, random = library_versions.load_model(path, dtype="auto", attn_implementation="sdpa")
     if random:
         raise UserError(f"lacks the weights of {random[0]} in its shape", where=str(path), fix=COMPLETE)
-    if adapter:
-        from peft import PeftModel
-
-        # Load the adapter in the dtype it was trained in, so that it rounds as in training. peft chooses fp32 or the
-        # base model's dtype.
-        in_fp32 = all(tensor.dtype == "F32" for tensor in read_header(adapter / WEIGHTS).tensors.values())
-        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=in_fp32)
     return model.eval()
 
 
-def score(model: Any, rows: Sequence[dict[str, Any]]) -> Score:
-    """Compute the losses of the rows."""
-    import torch
+def score(model: StreamedModel, rows: Sequence[dict[str, Any]], ends: float | None = None) -> Score:
+    """Compute the losses of the rows, or of the first of them that can be computed until ``ends`` (time.monotonic).
 
+    The first batch is always computed. Its time tells how many rows there is time for, and so does each later part.
+    """
+    losses: list[float] = []
+    lengths = [len(row["input_ids"]) for row in rows]
+    pace: Pace | None = None
+    with StageProgress("held-out row", len(rows)) as progress:
+        for begin, planned in in_parts(model, lengths, first=None if ends is None else BATCH_TOKENS):
+            end = planned
+            if pace is not None and ends is not None:
+                end = begin + pace.rows(lengths[begin:planned], ends - time.monotonic())
+            if end > begin:
+                began, read_before = time.monotonic(), model.seconds_reading
+                losses += part_losses(model, rows[begin:end], progress)
+                reading = model.seconds_reading - read_before
+                pace = Pace(reading, (time.monotonic() - began - reading) / sum(lengths[begin:end]))
+            if end < planned:
+                break
+    return Score(losses, [trained_tokens(row) for row in rows[: len(losses)]])
+
+
+def part_losses(model: StreamedModel, rows: Sequence[dict[str, Any]], progress: StageProgress) -> list[float]:
+    """Compute the losses of rows in one pass over the weights."""
     from llama_lora.data.batches import make_batch
-    from llama_lora.losses import row_loss_sums
 
+    done = progress.done
+    layers = itertools.count(1)
+    groups = grouped([len(row["input_ids"]) for row in rows])
+    summed = model.row_losses(
+        [make_batch([rows[number] for number in group]) for group in groups],
+        lambda: progress.update(done + len(rows) * next(layers) // model.layer_count),
+    )
     losses = [0.0] * len(rows)
-    with torch.no_grad(), StageProgress("held-out row", len(rows)) as progress:
-        for group in grouped([len(row["input_ids"]) for row in rows]):
-            summed = row_loss_sums(model, make_batch([rows[number] for number in group])).tolist()
-            for number, loss in zip(group, summed, strict=True):
-                losses[number] = loss
-            progress.advance(len(group))
-    return Score(losses, [trained_tokens(row) for row in rows])
+    for group, found in zip(groups, summed, strict=True):
+        for number, loss in zip(group, found.tolist(), strict=True):
+            losses[number] = loss
+    return losses
+
+
+class Pace(NamedTuple):
+    """Seconds of a pass over the weights: to read them, and to compute each token."""
+
+    reading: float
+    token: float
+
+    def rows(self, lengths: Sequence[int], seconds: float) -> int:
+        """How many of the first rows one pass can compute in this time."""
+        ends = itertools.accumulate(lengths)
+        return sum(self.reading + self.token * tokens <= seconds for tokens in ends)
+
+
+def in_parts(model: StreamedModel, lengths: Sequence[int], first: int | None) -> Iterator[tuple[int, int]]:
+    """Divide rows into parts (begin, end) that are each one pass; the first one has at most ``first`` tokens."""
+    begin = 0
+    if first is not None:
+        begin = max(1, sum(tokens <= first for tokens in itertools.accumulate(lengths)))
+        yield 0, begin
+    for numbers in model.passes((1, length) for length in lengths[begin:]):
+        yield begin + numbers[0], begin + numbers[-1] + 1
 
 
 def grouped(lengths: Sequence[int]) -> list[list[int]]:
@@ -116,20 +167,69 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
     return Prompt(ids[:begin], ids[begin:end])
 
 
-def answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> str:
-    """Generate greedily from the prompt until the model stops, at most ``max_new_tokens`` tokens."""
+def lacking_memory(path: Path) -> str:
+    """Why answers of a model folder cannot be generated, which needs the whole model in memory; empty if they can."""
+    available = environment.available_memory()
+    needed = sum(tensor.end - tensor.begin for tensor in stored_tensors(path).values()) + GENERATION
+    if available is None or needed <= available:
+        return ""
+    return (
+        f"generation needs {needed / 2**30:.1f} GiB of memory, of which {max(0, available) / 2**30:.1f} are available"
+    )
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, ends: float | None = None
+) -> list[str]:
+    """Generate greedily from each prompt until the model stops, at most ``max_new_tokens`` tokens.
+
+    Returns fewer answers, or shorter ones, if the time is up (``ends``, time.monotonic).
+    """
+    found: list[str] = []
+    with StageProgress("sample", len(prompts)) as progress:
+        for begin, end in batches_of([len(prompt.prompt) + max_new_tokens for prompt in prompts]):
+            seconds = None if ends is None else ends - time.monotonic()
+            if seconds is not None and seconds <= 0:
+                break
+            found += generate(model, tokenizer, prompts[begin:end], max_new_tokens, seconds)
+            progress.advance(end - begin)
+    return found
+
+
+def batches_of(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Divide sequences into batches (begin, end) of at most SAMPLE_TOKENS tokens, padding included."""
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or max(lengths[begin : end + 1]) * (end + 1 - begin) > SAMPLE_TOKENS:
+            yield begin, end
+            begin = end
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, seconds: float | None
+) -> list[str]:
+    """Generate the answers of one batch, for at most so many seconds."""
     import torch
 
-    ids = torch.tensor([prompt.prompt])
+    longest = max(len(prompt.prompt) for prompt in prompts)
+    pad = tokenizer.eos_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(prompt.prompt)) + prompt.prompt for prompt in prompts])
+    attends = torch.tensor([[0] * (longest - len(prompt.prompt)) + [1] * len(prompt.prompt) for prompt in prompts])
     with torch.no_grad():
         generated = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=attends,
             max_new_tokens=max_new_tokens,
+            max_time=seconds,
             do_sample=False,
             temperature=None,
             top_p=None,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
         )
-    text: str = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    stops = model.generation_config.eos_token_id
+    stops = {stops} if isinstance(stops, int) else set(stops or ())
+    texts = []
+    for tokens in generated[:, longest:].tolist():
+        end = next((number for number, token in enumerate(tokens) if token in stops), len(tokens))
+        texts.append(tokenizer.decode(tokens[: end + 1], skip_special_tokens=True).strip())
+    return texts

@@ -1,7 +1,8 @@
 """The probe: the loss of a few fixed rows, measured at the last save and recomputed from what is made of it.
 
 Training measures it with the model in memory. consolidate and merge recompute it with transformers on the CPU, where
-one decoder layer is in memory at a time, and fail if the losses differ, which detects a wrong shard, a transposed factor, a wrong scale, or an adapter that has no effect.
+one decoder layer is in memory at a time, and fail if the losses differ, which detects a wrong shard, a transposed
+factor, a wrong scale, or an adapter that has no effect.
 """
 
 from __future__ import annotations

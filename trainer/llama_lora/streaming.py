@@ -1,8 +1,8 @@
 """A causal language model in less memory than its weights: one decoder layer at a time is read from the files.
 
-All rows pass through a layer before the next one is read, so a pass reads each weight once. What a model computes around
-its decoder layers (masks, position embeddings, last norm, logits) is computed by its own forward() in transformers, with
-layers that record how they are called and return their input.
+All rows pass through a layer before the next one is read, so a pass reads each weight once. What a model computes
+around its decoder layers (masks, position embeddings, last norm, logits) is computed by its own forward() in
+transformers, with layers that record how they are called and return their input.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 @dataclass
 class Rows:
-    """A batch between two decoder layers: hidden states [rows, tokens, features], and what each layer is called with."""
+    """A batch between two layers: hidden states [rows, tokens, features], and what each layer is called with."""
 
     hidden: torch.Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -99,9 +99,7 @@ class StreamedModel:
         return found
 
     @torch.no_grad()
-    def row_losses(
-        self, batches: Sequence[Batch], layer_done: Callable[[], None] = lambda: None
-    ) -> list[torch.Tensor]:
+    def row_losses(self, batches: Sequence[Batch], layer_done: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
         """Sum the cross entropy (nats) over the trained tokens of each row: fp64 [rows] for each batch, in one pass.
 
         ``layer_done`` is called after each decoder layer.

@@ -1,3 +1,6 @@
 """stub"""
+
 HIDDEN_STATES = 1 << 30
 LOGITS = 512 << 20
+GENERATION = 2 << 30
+SAMPLE_TOKENS = 8192

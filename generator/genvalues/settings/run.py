@@ -425,10 +425,24 @@ class EvaluationOptions(Block):
     max_rows: int = Field(256, ge=1, le=LARGE, description="Held-out rows to compute the loss on.")
     samples: int = Field(4, ge=0, le=1000, description="Answers to generate with each model.")
     max_new_tokens: int = Field(128, ge=1, le=131072, description="Maximum length of a generated answer, in tokens.")
+    max_hours: Number = Field(
+        2.0,
+        ge=0,
+        le=8760,
+        description="How long the stage may take, by an estimate from its first rows: it uses fewer rows and samples, "
+        "and the report says so. 0: no limit.",
+    )
 
 
 class Evaluation(EvaluationOptions):
     enabled: EvaluationEnabled = True
+
+    def settings_of_result(self) -> dict[str, Any]:
+        """The settings for a fingerprint. The default maxHours is not part of it: older runs have none."""
+        written = self.as_keys()
+        if self.max_hours == type(self).model_fields["max_hours"].default:
+            del written["maxHours"]
+        return written
 
 
 class Parallelism(Block):

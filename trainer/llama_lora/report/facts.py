@@ -49,6 +49,7 @@ class Facts:
     verdict: Verdict
     scores: Mapping[str, Mapping[str, float]]  # loss and perplexity of base and merged
     samples: Sequence[Mapping[str, str]]
+    notes: Sequence[str] = ()  # why there are fewer rows or samples than the settings ask for
     metrics: Sequence[Mapping[str, Any]] = ()
     held_out: Sequence[Mapping[str, Any]] = ()
     training: Mapping[str, Any] = field(default_factory=dict)  # the facts of train's manifest
@@ -64,7 +65,11 @@ class Facts:
 
 
 def collect(
-    stage: Stage, verdict: Verdict, scores: Mapping[str, Mapping[str, float]], samples: Sequence[Mapping[str, str]]
+    stage: Stage,
+    verdict: Verdict,
+    scores: Mapping[str, Mapping[str, float]],
+    samples: Sequence[Mapping[str, str]],
+    notes: Sequence[str],
 ) -> Facts:
     """Read what the stages before evaluate have written."""
     manifests = {name: manifest for name in STAGES if (manifest := current_manifest(stage, name))}
@@ -80,6 +85,7 @@ def collect(
         verdict=verdict,
         scores=scores,
         samples=samples,
+        notes=notes,
         metrics=metrics,
         held_out=held_out,
         training=trained.facts,

@@ -67,6 +67,8 @@ def _heading(facts: Facts) -> Iterator[str]:
         f"{escape(rest)}<p>Both models on the same held-out rows, with an interval from {RESAMPLES:,} bootstrap "
         "resamples of these rows. It says nothing about other data, nor how good an answer is.</p></div>"
     )
+    for note in facts.notes:
+        yield f'<p class="note">{escape(note)}</p>'
     yield f'<div class="tiles">{"".join(_tiles(facts))}</div>'
 
 

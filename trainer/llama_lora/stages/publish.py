@@ -95,7 +95,7 @@ STAGE = Declaration(
     reads=lambda config: {
         "s3": config.publish.s3.as_keys(),
         "hub": {"adapter": config.publish.hub.adapter, "merged": config.publish.hub.merged},
-        "evaluation": config.evaluation.as_keys() if config.evaluation.enabled else None,
+        "evaluation": config.evaluation.settings_of_result() if config.evaluation.enabled else None,
     },
     run=publish,
 )

@@ -122,10 +122,9 @@ def recorded_losses(trained: Stage) -> list[float]:
 
 def generate(merged: Path, row: dict[str, Any]) -> None:
     """Load the merged model and its tokenizer with transformers, and generate a few tokens of an answer."""
-    answer = evaluation.answer(
-        evaluation.load_model(merged), load_tokenizer(merged), evaluation.prompt_of(row), NEW_TOKENS
-    )
-    log.debug(f"the small model answers {answer!r}")
+    prompts = [evaluation.prompt_of(row)]
+    found = evaluation.answers(evaluation.load_model(merged), load_tokenizer(merged), prompts, NEW_TOKENS)
+    log.debug(f"the small model answers {found[0]!r}")
 
 
 @contextlib.contextmanager
