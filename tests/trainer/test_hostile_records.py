@@ -104,8 +104,25 @@ def metrics_of(run: Run) -> Path:
     return run.paths.metrics(run.manifest("train")["fingerprint"])
 
 
+def test_an_edited_loss_reaches_neither_the_card_nor_the_report(finished_run: Run) -> None:
+    file = metrics_of(finished_run)
+    card = finished_run.paths.adapter / "README.md"
+    assert "Training loss" in card.read_text() and "<svg" in finished_run.paths.report.read_text()
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), "loss": 9.75}), *others]) + "\n")
+    for stage in ("consolidate", "evaluate"):
+        finished_run.paths.manifest(stage).unlink()
+        assert f"{file}: not as train wrote it" in finished_run(stage)
+    assert "Training loss" not in card.read_text()
+    assert "9.75" not in finished_run.paths.report.read_text()
+    assert "skipped" in finished_run("train"), "only the curves are gone"
+
+
 @pytest.mark.parametrize("key", ["loss", "step", "tokens_per_second"])
 def test_a_number_that_no_float_holds_is_not_a_metric(finished_run: Run, key: str) -> None:
+    manifest = finished_run.manifest("train")
+    del manifest["facts"]["metrics"]  # of a version that recorded no digest: the file is read as it is
+    finished_run.paths.manifest("train").write_text(json.dumps(manifest))
     file = metrics_of(finished_run)
     first, *others = file.read_text().splitlines()
     file.write_text("\n".join([json.dumps({**json.loads(first), key: 10**400}), *others]) + "\n")

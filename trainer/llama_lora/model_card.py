@@ -23,7 +23,7 @@ from genvalues.settings.datasets import on_s3
 from llama_lora.data.parts import Part, training_parts
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.paths import Paths
-from llama_lora.runlog import read_metrics
+from llama_lora.runlog import read_of_manifest
 from llama_lora.stage import Manifest, Stage
 
 CARD = "README.md"
@@ -234,7 +234,7 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
         license=base_license(config.model.path, paths),
         data=[data_of(part, stage.sources) for part in training_parts(config.dataset)],
         settings={key: value for key, value in settings.items() if value != ""},
-        losses=losses_of(paths, trained.fingerprint) if trained else None,
+        losses=losses_of(paths, trained) if trained else None,
         held_out=held_out_of(evaluated),
         versions=trained.versions if trained else {},
     )
@@ -249,8 +249,9 @@ def data_of(part: Part, sources: ResolvedSources | None) -> Data:
     return Data(part.source, revision, part.split, part.format)
 
 
-def losses_of(paths: Paths, fingerprint: str) -> Losses | None:
-    losses = [step["loss"] for step in read_metrics(paths.metrics(fingerprint))]
+def losses_of(paths: Paths, trained: Manifest) -> Losses | None:
+    steps, _ = read_of_manifest(paths, trained)
+    losses = [step["loss"] for step in steps]
     if not losses:
         return None
     last = losses[-min(MOST_AVERAGED, 1 + len(losses) // 10) :]

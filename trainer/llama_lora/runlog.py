@@ -6,6 +6,7 @@ A line of metrics.jsonl is a step (``StepMetrics``, with tokens_per_second) or a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -17,11 +18,11 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import InvalidJson, JsonNotFound, read_bytes
+from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, read_bytes
 from llama_lora.monitoring import TrainingMonitor
 from llama_lora.paths import Paths
 from llama_lora.progress import StageProgress
-from llama_lora.stage import now
+from llama_lora.stage import Manifest, now
 
 log = logging.getLogger(__name__)
 
@@ -180,23 +181,57 @@ def read_held_out(path: Path) -> list[dict[str, Any]]:
     return read_recorded(path)[1]
 
 
+def read_of_manifest(paths: Paths, trained: Manifest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the steps and the measurements of a training that is done; none if the file is not as it was at its end.
+
+    They are shown, and nothing is calculated from them, so a difference is a warning. A manifest that was written by an
+    earlier version has no digest of the file.
+    """
+    file = paths.metrics(trained.fingerprint)
+    content = read_content(file)
+    recorded = trained.facts.get("metrics")
+    if recorded is not None and record_of_bytes(content) != recorded:
+        log.warning(f"{file}: not as train wrote it; its losses are not shown")
+        return [], []
+    return sorted_out(content)
+
+
+def record_of_bytes(content: bytes) -> dict[str, Any]:
+    """The size and digest of a file's content, as a manifest has them."""
+    return asdict(FileRecord(len(content), hashlib.sha256(content).hexdigest()))
+
+
 def read_recorded(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Read the steps and the measurements of the held-out loss."""
-    lines = read_lines(path)
+    return sorted_out(read_content(path))
+
+
+def sorted_out(content: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The steps and the measurements in the content of a metrics.jsonl."""
+    lines = lines_of(content)
     return [line for line in lines if _is(StepMetrics, line)], [line for line in lines if _is(HeldOutMetrics, line)]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object per line, up to a line that a killed process left incomplete.
+def read_content(path: Path) -> bytes:
+    """Read a metrics.jsonl; empty if there is none.
 
     Raises UserError for what is not a regular file: a link is not followed, and a FIFO not waited for.
     """
     try:
-        content = read_bytes(path, MOST_BYTES)
+        return read_bytes(path, MOST_BYTES)
     except JsonNotFound:
-        return []
+        return b""
     except InvalidJson as error:
         raise UserError(str(error), where=str(path), fix="Delete it: it only has the curves of the report.") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with a JSON object per line. Raises UserError as ``read_content`` does."""
+    return lines_of(read_content(path))
+
+
+def lines_of(content: bytes) -> list[dict[str, Any]]:
+    """The JSON objects, one a line, up to a line that a killed process left incomplete."""
     lines: list[dict[str, Any]] = []
     for text in content.decode("utf-8", errors="replace").splitlines():
         try:

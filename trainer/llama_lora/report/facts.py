@@ -13,7 +13,7 @@ from typing import Any
 from genvalues.common.dicts import flatten, get
 from genvalues.common.json_files import InvalidJson, read_object
 from llama_lora.paths import Paths
-from llama_lora.runlog import read_recorded
+from llama_lora.runlog import read_of_manifest
 from llama_lora.small_run import other_stage
 from llama_lora.stage import LIBRARIES, Manifest, Stage, installed_versions, now
 from llama_lora.verdict import Verdict
@@ -74,7 +74,7 @@ def collect(
     """Read what the stages before evaluate have written."""
     manifests = {name: manifest for name in STAGES if (manifest := current_manifest(stage, name))}
     trained = stage.upstream("train")
-    metrics, held_out = read_recorded(stage.paths.metrics(trained.fingerprint))
+    metrics, held_out = read_of_manifest(stage.paths, trained)
     hours, price = node_hours(stage.paths)
     finished = now()
     times = {name: (each.started, each.finished) for name, each in manifests.items()}

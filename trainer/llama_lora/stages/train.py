@@ -8,6 +8,7 @@ from llama_lora import backends
 from llama_lora.backends.base import Backend, TrainingJob, TrainingResult
 from llama_lora.backends.launch import run_workers, worker_command
 from llama_lora.config import recorded_attention, recorded_backend
+from llama_lora.digests import record_of
 from llama_lora.stage import Declaration, Stage
 
 
@@ -45,6 +46,10 @@ def train_worker(stage: Stage, backend: Backend) -> None:
     def finish(result: TrainingResult) -> None:
         assert result.checkpoint is not None, "the last step saves"
         stage.facts = {"checkpoint": str(result.checkpoint.relative_to(stage.paths.workspace)), "steps": result.steps}
+        assert stage.fingerprint is not None
+        metrics = stage.paths.metrics(stage.fingerprint)
+        if metrics.exists():  # not an output: a training is not repeated because its curves are gone
+            stage.facts["metrics"] = asdict(record_of(metrics))
         if result.held_out:
             stage.facts |= {"held_out": asdict(result.held_out), "stopped_early": result.steps < result.total_steps}
         stage.finish([result.checkpoint])
