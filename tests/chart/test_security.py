@@ -253,7 +253,8 @@ def test_roles_grant_exactly_what_the_commands_request(helm: int) -> None:
     values = merged(MINIMAL, {"huggingFace": {"tokenSecret": "gated"}, "kueue": {"queueName": "research"}})
     objects = render(merged(values, {"rbac": {"clusterScopedReads": True}}), helm=helm)
     in_cluster = granted(objects, "ClusterRole", "research.llama-preflight")
-    assert {resource for _, resource in in_cluster} == {"nodes", "storageclasses.storage.k8s.io"}
+    kueue = {"clusterqueues.kueue.x-k8s.io", "workloadpriorityclasses.kueue.x-k8s.io"}
+    assert {resource for _, resource in in_cluster} == {"nodes", "storageclasses.storage.k8s.io", *kueue}
     assert granted(objects, "Role", "llama-preflight") | in_cluster == documented("preflight")
     assert granted(objects, "Role", "llama-gate") == documented("gate")
     assert granted(objects, "Role", "llama-cleanup") == documented("cleanup")
@@ -264,6 +265,12 @@ def test_detached_roles_grant_exactly_what_the_commands_and_helm_request(helm: i
     assert granted(objects, "Role", "llama-runner") == documented("runner") | documented("upgrade")
     assert granted(objects, "Role", "llama-cleanup") == documented("cleanup") | documented("uninstall")
     assert ("watch", "pytorchjobs.kubeflow.org") in documented("upgrade"), "Helm 4 watches every hook"
+
+
+def test_the_role_of_preflight_is_for_the_workload_that_the_release_uses() -> None:
+    granted_to = granted(render(merged(MINIMAL, {"workload": "trainjob"})), "Role", "llama-preflight")
+    assert documented("preflight-trainjob") <= granted_to
+    assert not any("pytorchjobs" in resource for _, resource in granted_to)
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])

@@ -39,7 +39,10 @@ EVERY_RULE: Values = {
 }
 # The only names allowed where the table in genvalues/cluster/__init__.py says resourceNames.
 NAMES = {"secrets": "hf-token", "localqueues.kueue.x-k8s.io": "research"}
-CLUSTER_WIDE = {"nodes", "storageclasses.storage.k8s.io"}
+CLUSTER_WIDE = {
+    *("nodes", "storageclasses.storage.k8s.io"),
+    *("clusterqueues.kueue.x-k8s.io", "workloadpriorityclasses.kueue.x-k8s.io"),
+}
 
 # Not allowed unless a command needs it: verb, resource as kubectl names it, name, namespace ("": all, None: its own).
 DENIED: list[tuple[str, str, str, str | None]] = [

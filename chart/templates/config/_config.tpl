@@ -29,6 +29,7 @@
       "fullname" (include "llama-lora.fullname" .)
       "revision" .Release.Revision
       "run" (include "llama-lora.run.label" .)
+      "workload" $values.workload
       "chart" (dict "version" .Chart.Version "appVersion" .Chart.AppVersion)
       "claim" (dict
           "name" (include "llama-lora.claim.name" .)
@@ -40,7 +41,8 @@
           "nodes" $values.parallelism.nodes
           "instance" $values.instance
           "devices" $values.devices
-          "queueName" $values.kueue.queueName)
+          "queueName" $values.kueue.queueName
+          "priorityClass" $values.kueue.priorityClass)
       "clusterScopedReads" $values.rbac.clusterScopedReads
       "train" (dict "unschedulableTimeoutSeconds" $values.pipeline.unschedulableTimeoutSeconds)
       "guards" (dict

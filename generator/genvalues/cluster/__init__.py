@@ -26,8 +26,11 @@ tests/generator/cluster checks the code against this table.
     preflight  resourcequotas                     list
     preflight  pytorchjobs.kubeflow.org           create get delete   # a suspended probe; without it: "not checked"
     preflight  localqueues.kueue.x-k8s.io         get        # only with kueue.queueName
+    preflight  workloads.kueue.x-k8s.io           list       # only with kueue.queueName
     preflight  nodes                              list       # cluster-wide, only with clusterScopedReads
     preflight  storageclasses.storage.k8s.io      get        # cluster-wide, only with clusterScopedReads
+    preflight  clusterqueues.kueue.x-k8s.io       get        # cluster-wide, only with both
+    preflight  workloadpriorityclasses.kueue.x-k8s.io  get   # cluster-wide, only with both
     gate       pytorchjobs.kubeflow.org           get list patch delete
     gate       pods                               list watch
     gate       pods/log                           get
@@ -39,6 +42,11 @@ tests/generator/cluster checks the code against this table.
     runner     jobs.batch                         list patch
     runner     pods                               list
     runner     events                             create
+
+With workload trainjob, preflight's probe is a TrainJob:
+
+    preflight-trainjob  trainjobs.trainer.kubeflow.org         create get delete
+    preflight-trainjob  trainingruntimes.trainer.kubeflow.org  create delete
 
 Requests of ``genvalues install`` in addition to those of Helm, with the caller's permissions. Only the first is always
 sent:

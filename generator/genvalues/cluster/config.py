@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,6 +36,7 @@ class JobNodes(ConfigBlock):
     instance: str
     devices: dict[str, int] = {}  # per node, by resource name
     queue_name: str = ""  # Kueue LocalQueue
+    priority_class: str = ""  # Kueue WorkloadPriorityClass
 
 
 class TrainLimits(ConfigBlock):
@@ -59,6 +60,7 @@ class ClusterConfig(ConfigBlock):
     fullname: str = Field(min_length=1)
     revision: int
     run: str = Field(min_length=1)  # value of the label llama-lora/run
+    workload: Literal["pytorchjob", "trainjob"] = "pytorchjob"
     chart: ChartVersions
     claim: WorkspaceClaim
     storage_prepare: bool  # whether the release has the stage storage-prepare, whose pod runs as root

@@ -15,7 +15,8 @@ from genvalues.accelerators.neuron_software import driver_of_node, mismatch
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
-from genvalues.cluster.objects import COMPONENT, INSTANCE, STAGE, condition, labels_of, last_seen, name_of
+from genvalues.cluster.objects import condition, labels_of, last_seen, name_of
+from genvalues.cluster.suspended_probe import PROBES, Probe, metadata, probe_of
 from genvalues.common.findings import Finding
 from genvalues.common.neuron_files import runtime_version
 
@@ -24,10 +25,10 @@ OTHER_RUNTIME = (
     "genvalues image push finetune.yaml --neuron-runtime 2.33.10.0   # or use other nodes: docs/neuron-xla.md#drivers"
 )
 BUDGET_SECONDS = 25.0  # findings come within 30 s; the Job's deadline of 600 s is for pulling its image
-OPERATOR = "https://github.com/kubeflow/training-operator"
-INSTALL_OPERATOR = f'kubectl apply --server-side -k "{OPERATOR}.git/manifests/overlays/standalone?ref=v1.8.1"'
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 NEURON = "aws.amazon.com/neuron"
+JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
+RESTART_KUEUE = "kubectl -n kueue-system rollout restart deployment kueue-controller-manager"
 ENFORCED = "pod-security.kubernetes.io/enforce"
 NODE_HEALTH = "sagemaker.amazonaws.com/node-health-status"
 DEVICE_PLUGINS = {
@@ -44,6 +45,7 @@ class PreflightTimings:
     interval: float = 1.0  # between two looks
     claim: float = 17.0  # a running provisioner has emitted an event by then; for static volumes see check_storage
     operator: float = 10.0  # a running operator sets a condition on a new job within one second
+    workload: float = 15.0  # Kueue makes a Workload within one second, on a busy node within six (measured)
 
 
 Check = Callable[[Api, ClusterConfig, PreflightTimings], list[Finding]]
@@ -75,62 +77,56 @@ def run_check(subject: str, check: Check, api: Api, config: ClusterConfig, timin
 
 
 def check_operator(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Check that the kind PyTorchJob exists and that an operator reconciles it.
+    """Check that the kind of the workload exists and that its controller reconciles it.
 
-    The operator may run in a namespace that this account cannot read. So the check creates a suspended PyTorchJob,
-    which never gets a pod: a running operator sets a condition on it within a second.
+    The controller may run in a namespace that this account cannot read. So the check creates a suspended job, which
+    never gets a pod: a running controller sets a condition on it within a second.
     """
-    subject = "training operator"
-    if not serves_pytorchjob(api):
-        return [Finding("error", subject, "not installed: the API server does not serve PyTorchJob", INSTALL_OPERATOR)]
-    probe = suspended_probe(config)
+    probe = probe_of(config)
+    if not probe.is_served(api):
+        return [not_served(api, config, probe)]
     try:
-        api.delete(kinds.PYTORCH_JOBS, name_of(probe))  # left by a preflight that was killed
-        api.create(kinds.PYTORCH_JOBS, probe)
-        seen = wait_until(lambda: is_reconciled(api, name_of(probe)), timings.operator, timings.interval)
+        name = probe.create(api, config, "preflight")
+        seen = wait_until(lambda: is_reconciled(api, probe, name), timings.operator, timings.interval)
     except ServerAway as error:
         if "webhook" not in error.message:
             raise
+        if "kueue" in error.message:
+            return [Finding("error", probe.subject, f"Kueue's webhook does not answer: {error.message}", RESTART_KUEUE)]
         seen = False
     except NotAllowed as error:
-        return [Finding("not checked", subject, f"PyTorchJob is served; cannot test the operator: {error.message}")]
+        found = f"{probe.title} is served; cannot test the operator: {error.message}"
+        return [Finding("not checked", probe.subject, found)]
     finally:
-        delete_probe(api, name_of(probe))
+        delete_probe(api, probe, config, "preflight")
     if seen:
-        return [Finding("ok", subject, "installed, and reconciles PyTorchJobs")]
-    found = f"PyTorchJob is served, but no operator reconciled a test job within {timings.operator:.0f} s"
-    return [Finding("error", subject, found, "kubectl -n kubeflow rollout restart deployment training-operator")]
+        return [Finding("ok", probe.subject, f"installed, and reconciles {probe.title}s")]
+    found = f"{probe.title} is served, but no operator reconciled a test job within {timings.operator:.0f} s"
+    return [Finding("error", probe.subject, found, probe.restart)]
 
 
-def serves_pytorchjob(api: Api) -> bool:
-    served = api.discover("apis/kubeflow.org/v1") or {"resources": []}
-    return any(resource["name"] == "pytorchjobs" for resource in served["resources"])
+def not_served(api: Api, config: ClusterConfig, probe: Probe) -> Finding:
+    """The finding for a workload that the cluster lacks. If it has the other one, the fix is to use that."""
+    found = f"not installed: the API server does not serve {probe.title}"
+    other = next(other for other in PROBES if other is not probe)
+    if not other.is_served(api):
+        return Finding("error", probe.subject, found, probe.install)
+    fix = (
+        f"helm upgrade --install {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
+        f" --set workload={other.setting}   # in an inputs file: chartValues.workload"
+    )
+    return Finding("error", probe.subject, f"{found}, but {other.title} of {other.subject}", fix)
 
 
-def suspended_probe(config: ClusterConfig) -> Object:
-    container = {"name": "pytorch", "image": "suspended.invalid/never-pulled"}
-    worker = {"replicas": 1, "restartPolicy": "Never", "template": {"spec": {"containers": [container]}}}
-    return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {
-            "name": f"{config.fullname}-preflight-{config.revision}",
-            "labels": {INSTANCE: config.release, COMPONENT: "preflight"},
-            "annotations": {STAGE: "preflight"},
-        },
-        "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}},
-    }
-
-
-def is_reconciled(api: Api, name: str) -> bool:
-    job = api.get(kinds.PYTORCH_JOBS, name)
+def is_reconciled(api: Api, probe: Probe, name: str) -> bool:
+    job = api.get(probe.kind, name)
     return bool(job and job.get("status", {}).get("conditions"))
 
 
-def delete_probe(api: Api, name: str) -> None:
+def delete_probe(api: Api, probe: Probe, config: ClusterConfig, purpose: str) -> None:
     """Delete the probe. If that fails, cleanup or the next preflight deletes it."""
     try:
-        api.delete(kinds.PYTORCH_JOBS, name)
+        probe.delete(api, metadata(config, purpose)["name"])
     except ApiError:
         return
 
@@ -472,25 +468,108 @@ def judge_resource_quota(quota: str, resource: str, hard: int, used: int, needed
 
 
 def check_queue(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
+    """Check that Kueue manages the workload, and that the queue and the priority class exist."""
     name = config.job.queue_name
     if not name:
         return []
-    subject = f"queue {name}"
     group = api.discover("apis/kueue.x-k8s.io")
     if group is None:
-        return [
-            Finding(
-                "error",
-                subject,
-                "Kueue is not installed",
-                "kubectl get crds | grep kueue   # or set kueue.queueName: ''",
-            )
-        ]
-    queues = kinds.Kind(f"apis/{group['preferredVersion']['groupVersion']}", "localqueues")
-    if api.get(queues, name) is None:
+        fix = "kubectl get crds | grep kueue   # or set kueue.queueName: ''"
+        return [Finding("error", f"queue {name}", "Kueue is not installed", fix)]
+    kueue = f"apis/{group['preferredVersion']['groupVersion']}"
+    return [
+        *check_local_queue(api, config, kueue),
+        check_integration(api, config, timings, kueue),
+        *check_priority_class(api, config, kueue),
+    ]
+
+
+def check_local_queue(api: Api, config: ClusterConfig, kueue: str) -> list[Finding]:
+    """The LocalQueue, whose condition also tells whether its ClusterQueue exists and is active."""
+    name = config.job.queue_name
+    subject, look = f"queue {name}", f"kubectl -n {config.namespace} describe localqueue {name}"
+    queue = api.get(kinds.Kind(kueue, "localqueues"), name)
+    if queue is None:
         found = f"LocalQueue not found in namespace {config.namespace}"
         return [Finding("error", subject, found, f"kubectl -n {config.namespace} get localqueues")]
-    return [Finding("ok", subject, "exists")]
+    of_cluster = str(queue.get("spec", {}).get("clusterQueue", ""))
+    states = queue.get("status", {}).get("conditions") or []
+    inactive = [one for one in states if one["type"] == "Active" and one["status"] == "False"]
+    if inactive:
+        found = f"not active: {inactive[0].get('reason')}: {inactive[0].get('message', '')} (ClusterQueue {of_cluster})"
+        return [Finding("error", subject, found, f"{look}; kubectl describe clusterqueue {of_cluster}")]
+    ok = Finding("ok", subject, f"exists, of ClusterQueue {of_cluster}" if of_cluster else "exists")
+    return [ok, *check_cluster_queue(api, config, kueue, of_cluster)] if of_cluster else [ok]
+
+
+def check_cluster_queue(api: Api, config: ClusterConfig, kueue: str, name: str) -> list[Finding]:
+    """Whether the ClusterQueue has quotas for the devices: without one Kueue never admits the job."""
+    subject, look = f"ClusterQueue {name}", f"kubectl get clusterqueue {name} -o yaml"
+    if not config.job.devices:
+        return []
+    if not config.cluster_scoped_reads:
+        return [not_read(subject, look)]
+    try:
+        queue = api.get(kinds.Kind(kueue, "clusterqueues", namespaced=False), name)
+    except NotAllowed as error:
+        return [Finding("not checked", subject, error.message, look)]
+    groups = (queue or {}).get("spec", {}).get("resourceGroups") or []
+    covered = {resource for group in groups for resource in group.get("coveredResources") or []}
+    if lacking := [resource for resource in config.job.devices if resource not in covered]:
+        found = f"has no quota for {', '.join(lacking)}; without one Kueue does not admit the job"
+        fix = f"{look}   # then resourceGroups[].coveredResources, or excludeResourcePrefixes in Kueue's configuration"
+        return [Finding("warning", subject, found, fix)]
+    return [Finding("ok", subject, f"has quotas for {', '.join(config.job.devices)}")]
+
+
+def check_integration(api: Api, config: ClusterConfig, timings: PreflightTimings, kueue: str) -> Finding:
+    """Whether Kueue makes a Workload for a job of this kind. It leaves kinds alone whose integration is off (Kueue 0.19
+    has PyTorchJob off by default): such a job stays suspended forever, without an event.
+    """
+    probe = probe_of(config)
+    subject = f"Kueue for {probe.title}"
+    workloads = kinds.Kind(kueue, "workloads")
+    if not probe.is_served(api):
+        return Finding("not checked", subject, f"the API server does not serve {probe.title}")
+    try:
+        name = probe.create(api, config, "queue")
+        uid = (api.get(probe.kind, name) or {"metadata": {}})["metadata"].get("uid", "")
+        made = wait_until(
+            lambda: bool(api.list(workloads, labels=f"{JOB_UID}={uid}")), timings.workload, timings.interval
+        )
+    except (NotAllowed, ServerAway) as error:
+        away = isinstance(error, ServerAway)
+        return Finding("not checked", subject, f"cannot test it: {error.message}", unanswered=away)
+    finally:
+        delete_probe(api, probe, config, "queue")
+    if made:
+        return Finding("ok", subject, f"makes a Workload for a {probe.title}")
+    found = (
+        f"made no Workload for a test {probe.title} within {timings.workload:.0f} s, so the job would stay suspended:"
+        " its integration is off, or Kueue does not manage this namespace, or is not running"
+    )
+    fix = (
+        f"kubectl -n kueue-system edit configmap kueue-manager-config   # add {probe.integration} to"
+        f" integrations.frameworks, then {RESTART_KUEUE}; or set kueue.queueName: ''"
+    )
+    return Finding("error", subject, found, fix)
+
+
+def check_priority_class(api: Api, config: ClusterConfig, kueue: str) -> list[Finding]:
+    name = config.job.priority_class
+    if not name:
+        return []
+    subject, look = f"priority class {name}", f"kubectl get workloadpriorityclass {name}"
+    if not config.cluster_scoped_reads:
+        return [not_read(subject, look)]
+    try:
+        found = api.get(kinds.Kind(kueue, "workloadpriorityclasses", namespaced=False), name)
+    except NotAllowed as error:
+        return [Finding("not checked", subject, error.message, look)]
+    if found is None:
+        fix = "kubectl get workloadpriorityclasses   # then set kueue.priorityClass"
+        return [Finding("error", subject, "WorkloadPriorityClass not found", fix)]
+    return [Finding("ok", subject, f"value {found.get('value')}")]
 
 
 def wait_until(happens: Callable[[], bool], seconds: float, interval: float) -> bool:

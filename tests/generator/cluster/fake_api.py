@@ -23,13 +23,17 @@ Object = dict[str, Any]
 NAMESPACE = "team-a"
 GROUPS = {
     "pytorchjobs": "kubeflow.org/v1",
+    "trainjobs": "trainer.kubeflow.org/v1alpha1",
+    "trainingruntimes": "trainer.kubeflow.org/v1alpha1",
     "jobs": "batch/v1",
     "storageclasses": "storage.k8s.io/v1",
-    "localqueues": "kueue.x-k8s.io/v1beta1",
+    **dict.fromkeys(("localqueues", "workloads", "clusterqueues", "workloadpriorityclasses"), "kueue.x-k8s.io/v1beta1"),
 }
-CLUSTER_SCOPED = {"nodes", "namespaces", "storageclasses"}
+CUSTOM = {"pytorchjobs": "PyTorchJob", "trainjobs": "TrainJob", "trainingruntimes": "TrainingRuntime"}  # sent as kind
+OPTIONAL = {*CUSTOM, "localqueues"}  # served only if the test adds them to crds
+CLUSTER_SCOPED = {"nodes", "namespaces", "storageclasses", "clusterqueues", "workloadpriorityclasses"}
 PATH = re.compile(
-    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1(?:beta1)?)(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1(?:alpha1|beta1)?)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log))?"
 )
 
@@ -84,6 +88,8 @@ class FakeApi:
     def add(self, plural: str, item: Object) -> Object:
         with self._lock:
             item = copy.deepcopy(item)
+            if plural in CUSTOM:
+                item["kind"] = CUSTOM[plural]
             meta = item.setdefault("metadata", {})
             meta.setdefault("creationTimestamp", now())
             meta["uid"] = f"uid-{next(self._versions)}"
@@ -136,7 +142,7 @@ class FakeApi:
             return reply(handler, 200, document)
         found = PATH.fullmatch(url.path)
         plural, name, sub = (found["plural"], found["name"], found["sub"]) if found else ("", None, None)
-        if not found or (plural in {"pytorchjobs", "localqueues"} and plural not in self.crds):
+        if not found or (plural in OPTIONAL and plural not in self.crds):
             return reply(handler, 404, "404 page not found\n")
         verbs = {
             "GET": "get" if name else "list",
@@ -233,6 +239,8 @@ class FakeApi:
             return self.version
         if path == "/apis/kubeflow.org/v1" and "pytorchjobs" in self.crds:
             return {"resources": [{"name": "pytorchjobs"}, {"name": "pytorchjobs/status"}]}
+        if path == "/apis/trainer.kubeflow.org/v1alpha1" and "trainjobs" in self.crds:
+            return {"resources": [{"name": "trainjobs"}, {"name": "trainingruntimes"}]}
         if path == "/apis/kueue.x-k8s.io" and "localqueues" in self.crds:
             return {"preferredVersion": {"groupVersion": "kueue.x-k8s.io/v1beta1"}}
         return None

@@ -15,7 +15,7 @@ from genvalues.cluster.preflight import PreflightTimings, preflight
 from genvalues.common.findings import Finding
 
 Object = dict[str, Any]
-QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3)
+QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3, workload=0.3)
 TOKEN = base64.b64encode(b"hf_secret_value").decode()
 ENFORCED = "pod-security.kubernetes.io/enforce"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
@@ -452,14 +452,201 @@ def test_quotas_are_parsed_as_kubernetes_quantities(
     assert problems(api, config) == []
 
 
-def test_a_missing_kueue_queue_is_an_error(ready: FakeApi, api: Api, values: Object) -> None:
+# --- Kueue
+
+
+class Kueue:
+    """Acts as Kueue: makes a Workload for each job in a queue, whether the queue exists or not."""
+
+    def __init__(self, fake: FakeApi, *kinds: str) -> None:
+        self.fake = fake
+        self.jobs: list[Object] = []
+        fake.crds |= {"localqueues"}
+        for plural in kinds:
+            fake.after.append(("create", plural, self.add_workload))
+
+    def add_workload(self, job: Object) -> None:
+        self.jobs.append(job)
+        meta = job["metadata"]
+        assert meta["labels"]["kueue.x-k8s.io/queue-name"]
+        labels = {"kueue.x-k8s.io/job-uid": meta["uid"]}
+        self.fake.add("workloads", {"metadata": {"name": f"pytorchjob-{meta['name']}", "labels": labels}})
+
+    def add_queue(self, name: str, *, active: str = "True", reason: str = "Ready") -> None:
+        state = {"type": "Active", "status": active, "reason": reason, "message": "Can't submit new workloads"}
+        spec = {"clusterQueue": "accelerators"}
+        self.fake.add("localqueues", {"metadata": {"name": name}, "spec": spec, "status": {"conditions": [state]}})
+
+    def add_cluster_queue(self, *resources: str) -> None:
+        spec = {"resourceGroups": [{"coveredResources": ["cpu", *resources]}]}
+        self.fake.add("clusterqueues", {"metadata": {"name": "accelerators"}, "spec": spec})
+
+
+@pytest.fixture
+def in_queue(values: Object) -> Object:
+    values["job"] |= {"queueName": "trn", "priorityClass": "high"}
+    return values
+
+
+@pytest.fixture
+def kueue(ready: FakeApi) -> Kueue:
+    """Kueue with the queue and the priority class, which manages PyTorchJobs."""
+    kueue = Kueue(ready, "pytorchjobs")
+    kueue.add_queue("trn")
+    kueue.add_cluster_queue("aws.amazon.com/neuron", "vpc.amazonaws.com/efa")
+    ready.add("workloadpriorityclasses", {"metadata": {"name": "high"}, "value": 1000})
+    return kueue
+
+
+def test_a_queue_that_kueue_admits_jobs_from_is_ok(ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object) -> None:
+    found = {one.subject: one for one in check(api, ClusterConfig.model_validate(in_queue))}
+    assert {one.level for one in found.values()} == {"ok"}
+    assert {"queue trn", "ClusterQueue accelerators", "Kueue for PyTorchJob", "priority class high"} <= found.keys()
+    assert ready.names("pytorchjobs") == [], "the probes are deleted"
+
+
+def test_without_kueue_a_queue_is_an_error(ready: FakeApi, api: Api, in_queue: Object) -> None:
+    assert "not installed" in one_problem(api, ClusterConfig.model_validate(in_queue)).found
+
+
+def test_a_missing_queue_is_an_error(ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object) -> None:
+    ready.remove("localqueues", "trn")
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert (finding.level, finding.subject) == ("error", "queue trn") and "LocalQueue not found" in finding.found
+
+
+@pytest.mark.parametrize("reason", ["ClusterQueueDoesNotExist", "ClusterQueueIsInactive", "Stopped"])
+def test_a_queue_that_is_not_active_is_an_error(
+    ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object, reason: str
+) -> None:
+    ready.remove("localqueues", "trn")
+    kueue.add_queue("trn", active="False", reason=reason)
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert finding.level == "error" and reason in finding.found and "clusterqueue accelerators" in finding.fix
+
+
+def test_a_cluster_queue_without_quota_for_the_devices_is_a_warning(
+    ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object
+) -> None:
+    ready.remove("clusterqueues", "accelerators")
+    kueue.add_cluster_queue("aws.amazon.com/neuron")
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert finding.level == "warning" and "vpc.amazonaws.com/efa" in finding.found
+    assert "neuron" not in finding.found
+
+
+def test_a_missing_priority_class_is_an_error(ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object) -> None:
+    ready.remove("workloadpriorityclasses", "high")
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert (finding.level, finding.subject) == ("error", "priority class high")
+
+
+def test_without_cluster_scoped_reads_kueues_cluster_scoped_objects_are_not_checked(
+    ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object
+) -> None:
+    in_queue["clusterScopedReads"] = False
+    unseen = {one.subject for one in problems(api, ClusterConfig.model_validate(in_queue))}
+    assert unseen == {"devices", "ClusterQueue accelerators", "priority class high"}
+    asked = {resource for _, resource in ready.requests if "kueue" in resource}
+    assert asked == {"localqueues.kueue.x-k8s.io", "workloads.kueue.x-k8s.io"}
+
+
+def test_kueue_without_the_integration_is_an_error_that_names_it(
+    ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object
+) -> None:
+    """As Kueue 0.19 does by default: no Workload, no event, and the job stays suspended forever."""
+    ready.after = [one for one in ready.after if one[2] != kueue.add_workload]
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert (finding.level, finding.subject) == ("error", "Kueue for PyTorchJob")
+    assert "kubeflow.org/pytorchjob" in finding.fix and "integrations.frameworks" in finding.fix
+    assert ready.names("pytorchjobs") == []
+
+
+def test_no_probe_is_in_a_queue_that_can_admit_it(ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object) -> None:
+    """Not in the release's queue, and by its label not in the namespace's LocalQueue "default" either."""
+    probes: list[Object] = []
+    ready.after.append(("create", "pytorchjobs", probes.append))
+    check(api, ClusterConfig.model_validate(in_queue))
+    in_queue["job"]["queueName"] = ""
+    check(api, ClusterConfig.model_validate(in_queue))
+    queues = [probe["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] for probe in probes]
+    assert len(queues) == 3 and not set(queues) & {"", "trn", "default"}
+    assert all(probe["spec"]["runPolicy"]["suspend"] for probe in probes)
+
+
+def test_kueues_webhook_that_does_not_answer_is_not_blamed_on_the_operator(
+    ready: FakeApi, kueue: Kueue, in_queue: Object
+) -> None:
+    service = "https://kueue-webhook-service.kueue-system.svc:443/mutate-kubeflow-org-v1-pytorchjob"
+    ready.failing_creations = f'failed calling webhook "mpytorchjob.kb.io": failed to call webhook: Post "{service}"'
+    impatient = connect(NAMESPACE, patience=0.1, interval=0.02)
+    found = {one.subject: one for one in problems(impatient, ClusterConfig.model_validate(in_queue))}
+    assert "Kueue's webhook" in found["training operator"].found and "kueue-system" in found["training operator"].fix
+    assert found["Kueue for PyTorchJob"].level == "not checked"
+
+
+# --- workload: trainjob
+
+
+@pytest.fixture
+def with_trainer(ready: FakeApi, values: Object) -> FakeApi:
+    """A cluster with Kubeflow Trainer v2 alone, and a release that uses it."""
+    values["workload"] = "trainjob"
+    ready.crds = {"trainjobs", "trainingruntimes"}
+    ready.after = [
+        ("create", "trainjobs", lambda item: ready.set_condition("trainjobs", item["metadata"]["name"], "Suspended"))
+    ]
+    return ready
+
+
+def test_the_probe_of_a_trainjob_is_suspended_and_brings_its_runtime(
+    with_trainer: FakeApi, api: Api, values: Object
+) -> None:
+    probes: list[Object] = []
+    runtimes: list[str] = []
+    with_trainer.after.insert(
+        0, ("create", "trainjobs", lambda item: runtimes.extend(with_trainer.names("trainingruntimes")))
+    )
+    with_trainer.after.append(("create", "trainjobs", probes.append))
+    findings = check(api, ClusterConfig.model_validate(values))
+    assert {one.level for one in findings} == {"ok"}
+    assert findings[0].subject == "Kubeflow Trainer" and "TrainJobs" in findings[0].found
+    [probe] = probes
+    assert probe["spec"]["suspend"] is True and [probe["spec"]["runtimeRef"]["name"]] == runtimes
+    assert probe["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    assert with_trainer.names("trainjobs") == with_trainer.names("trainingruntimes") == []
+
+
+def test_a_trainer_that_does_not_run_is_an_error(with_trainer: FakeApi, api: Api, values: Object) -> None:
+    with_trainer.after.clear()
+    finding = one_problem(api, ClusterConfig.model_validate(values))
+    assert (finding.level, finding.subject) == ("error", "Kubeflow Trainer")
+    assert "kubeflow-trainer-controller-manager" in finding.fix
+
+
+def test_kueue_is_tested_with_the_kind_of_the_workload(with_trainer: FakeApi, api: Api, values: Object) -> None:
     values["job"]["queueName"] = "trn"
-    config = ClusterConfig.model_validate(values)
-    assert "not installed" in one_problem(api, config).found
-    ready.crds.add("localqueues")
-    assert "LocalQueue not found" in one_problem(api, config).found
-    ready.add("localqueues", {"metadata": {"name": "trn"}})
-    assert problems(api, config) == []
+    Kueue(with_trainer).add_queue("trn")
+    values["job"]["devices"] = {}
+    finding = one_problem(api, ClusterConfig.model_validate(values))
+    assert finding.subject == "Kueue for TrainJob" and "trainer.kubeflow.org/trainjob" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("workload", "served", "other"),
+    [("pytorchjob", "trainjobs", "workload=trainjob"), ("trainjob", "pytorchjobs", "workload=pytorchjob")],
+)
+def test_where_only_the_other_api_is_served_the_fix_is_the_other_workload(
+    ready: FakeApi, api: Api, values: Object, workload: str, served: str, other: str
+) -> None:
+    values["workload"] = workload
+    ready.crds = {served}
+    finding = one_problem(api, ClusterConfig.model_validate(values))
+    assert finding.level == "error" and "not installed" in finding.found
+    assert f"--set {other}" in finding.fix and finding.fix.startswith("helm upgrade --install demo ")
+    ready.crds = set()
+    finding = one_problem(api, ClusterConfig.model_validate(values))
+    assert finding.fix.startswith("kubectl apply") and "workload=" not in finding.fix
 
 
 def test_what_rbac_forbids_is_not_checked_and_the_rest_is(ready: FakeApi, api: Api, config: ClusterConfig) -> None:

@@ -19,6 +19,7 @@ from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.preflight import PreflightTimings
+from genvalues.cluster.suspended_probe import probe_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
@@ -152,14 +153,12 @@ def check_default_class(api: Api) -> Finding:
 
 
 def check_operator_installed(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Whether the API has the operator's kind. Without a namespace, no probe can show that the operator runs."""
-    subject = "training operator"
-    if not stage.serves_pytorchjob(api):
-        return [
-            Finding("error", subject, "not installed: the API server does not serve PyTorchJob", stage.INSTALL_OPERATOR)
-        ]
-    found = f"PyTorchJob is served; whether the operator runs can only be tested in namespace {api.namespace}"
-    return [Finding("not checked", subject, found, f"kubectl create namespace {api.namespace}")]
+    """Whether the API has the workload's kind. Without a namespace, no probe can show that its controller runs."""
+    probe = probe_of(config)
+    if not probe.is_served(api):
+        return [stage.not_served(api, config, probe)]
+    found = f"{probe.title} is served; whether the operator runs can only be tested in namespace {api.namespace}"
+    return [Finding("not checked", probe.subject, found, f"kubectl create namespace {api.namespace}")]
 
 
 def in_context(finding: Finding, context: str | None) -> Finding:

@@ -23,7 +23,7 @@ from genvalues.ops.preflight import cluster_checks as outside
 from genvalues.ops.preflight import node_images
 from genvalues.ops.preflight.cluster_checks import check_cluster
 
-QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3)
+QUICK = PreflightTimings(interval=0.02, claim=0.2, operator=0.3, workload=0.3)
 TRN1 = yaml.safe_load((CHART.parent / "values" / "trn1.values.yaml").read_text())
 DRIVER = ["Neuron driver"]
 CLAIM, RELEASE = "llama-lora-workspace", "llama-lora"

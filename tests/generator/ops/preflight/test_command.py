@@ -93,7 +93,7 @@ def test_offline_is_a_finding_for_every_check(file: Path) -> None:
     assert result.exit_code == 0
     assert "ok           size of the file system: 1200Gi, created on demand in about 10 minutes" in lines
     unasked = [line for line in lines if line.startswith("not checked")]
-    assert len(unasked) == len(lines) - 1 == 15 and all(line.endswith(": --offline") for line in unasked)
+    assert len(unasked) == len(lines) - 1 == 16 and all(line.endswith(": --offline") for line in unasked)
 
 
 def test_json_is_one_document(file: Path) -> None:
