@@ -258,3 +258,48 @@ def notes(values: Values, helm: int, folder: Path) -> str:
 def test_every_stage_object_says_which_stage_it_is(objects: list[Object]) -> None:
     for each in pods(objects):
         assert annotation(each.owner, "llama-lora/stage")
+
+
+COMPUTE_WITH_THE_MODEL = ("consolidate", "merge", "evaluate")
+
+
+def memory_of(values: Values, helm: int) -> dict[str, tuple[str, str]]:
+    """Request and limit of each stage that computes with the model on a CPU node."""
+    objects = render(values, helm=helm)
+    found = {}
+    for stage in COMPUTE_WITH_THE_MODEL:
+        resources = pod(objects, stage).containers[0]["resources"]
+        found[stage] = (resources["requests"]["memory"], resources["limits"]["memory"])
+    return found
+
+
+def test_memory_follows_the_model_where_the_values_have_none(helm: int) -> None:
+    def of(**model: str) -> dict[str, tuple[str, str]]:
+        written = {"id": "", "path": "", "revision": "", **model}
+        return memory_of(merged(MINIMAL, {"model": written}), helm)
+
+    assert of(id="meta-llama/Llama-3.1-8B") == {
+        "consolidate": ("5Gi", "8Gi"),
+        "merge": ("5Gi", "8Gi"),
+        "evaluate": ("21Gi", "32Gi"),
+    }
+    for request, limit in of(id="meta-llama/Llama-3.1-70B").values():
+        assert 5 <= int(request.removesuffix("Gi")) < int(limit.removesuffix("Gi")) < 24
+    assert (
+        of(id="mine/unknown")
+        == of(path="/workspace/models/x")
+        == dict(zip(COMPUTE_WITH_THE_MODEL, [("2Gi", "12Gi"), ("2Gi", "12Gi"), ("2Gi", "16Gi")], strict=True))
+    )
+
+
+def test_memory_that_is_set_is_kept_and_the_other_bound_is_not_beyond_it(helm: int) -> None:
+    def of(**resources: object) -> tuple[str, str]:
+        model = {"id": "meta-llama/Llama-3.1-8B", "path": ""}
+        return memory_of(merged(MINIMAL, {"model": model, "stages": {"merge": {"resources": resources}}}), helm)[
+            "merge"
+        ]
+
+    assert of(requests={"memory": "40Gi"}, limits={"memory": "64Gi"}) == ("40Gi", "64Gi")
+    assert of(requests={"memory": "40Gi"}) == ("40Gi", "40Gi") and of(limits={"memory": "3Gi"}) == ("3Gi", "3Gi")
+    assert of(requests={"memory": "6Gi"}) == ("6Gi", "8Gi") and of(limits={"memory": "64Gi"}) == ("5Gi", "64Gi")
+    assert of(requests={"memory": None}, limits=None) == ("5Gi", "8Gi")

@@ -165,7 +165,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(whole_run: Run) -> No
 
 
 def test_a_batch_of_answers_is_bounded_and_has_at_least_one() -> None:
-    assert list(evaluation.batches_of([3000, 3000, 2000, 9000, 100])) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert list(evaluation.batches_of([1500, 1500, 1000, 9000, 100])) == [(0, 2), (2, 3), (3, 4), (4, 5)]
     assert list(evaluation.batches_of([1] * 5)) == [(0, 5)] and not list(evaluation.batches_of([]))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,55 @@ def test_logits_of_few_positions_exist_at_a_time(tmp_path: Path, monkeypatch: py
     found = StreamedModel(folder).row_losses(batches)
     assert seen == [14, 14, 14, 14, 14, 8]
     assert_same(found, in_memory(folder, None, batches))
+
+
+def peak_of(work: Callable[[], object]) -> float:
+    """MB by which the memory of this process grows at most while ``work`` runs."""
+
+    def status(key: str) -> float:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(text.partition(f"{key}:")[2].split()[0]) / 1000
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, proc(5)
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def large_model(folder: Path, layers: int) -> tuple[Path, Path]:
+    """A model with layers of 15 MB, and an adapter of it."""
+    from safetensors.torch import save_file
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers}
+    base = make_model(folder / "base", **sizes)
+    factors = {
+        f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_{kind}.weight": torch.rand(shape)
+        for layer in range(layers)
+        for kind, shape in (("A", (1, 2048)), ("B", (512, 1)))
+    }
+    (folder / "adapter").mkdir()
+    save_file(factors, folder / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["down_proj"]}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    return base, folder / "adapter"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a process from Linux")
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """12 layers more are 180 MB more of weights."""
+    from llama_lora.stages.merge import merge_adapter
+
+    batches = [make_batch(rows_of(8))]
+    models = {layers: large_model(tmp_path / str(layers), layers) for layers in (2, 4, 16)}  # 2: what is used first
+
+    def stream(layers: int) -> float:
+        return peak_of(lambda: StreamedModel(*models[layers]).row_losses(batches))
+
+    def merge(layers: int) -> float:
+        return peak_of(lambda: merge_adapter(*models[layers], tmp_path / f"merged{layers}"))
+
+    for measure in (stream, merge):
+        _, few, many = (measure(layers) for layers in (2, 4, 16))
+        assert many - few < 40 and many < 100, f"{measure.__name__}: {few:.0f} and {many:.0f} MB"

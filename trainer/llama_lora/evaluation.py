@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from genvalues.accelerators.cpu_memory import GENERATION, SAMPLE_TOKENS
+from genvalues.accelerators.cpu_memory import BATCH_TOKENS, GENERATION, SAMPLE_TOKENS
 from genvalues.common.errors import UserError
 from llama_lora import environment, library_versions
 from llama_lora.data.tokens import IGNORED
@@ -25,7 +25,6 @@ from llama_lora.safetensors_files import stored_tensors
 if TYPE_CHECKING:
     from llama_lora.streaming import StreamedModel
 
-BATCH_TOKENS = 2048  # the size of a batch in tokens, padding included
 TEXT_PROMPT_TOKENS = 32  # rows of format text have no prompt: a sample continues this many tokens
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from genvalues.accelerators.architectures import target_names
+from genvalues.accelerators.cpu_memory import Memory, stage_memory
 from genvalues.accelerators.instances import HYPERPOD, trainium
 from genvalues.common.dicts import merge, without_null
 from genvalues.planner.planning import Plan, stall_timeout
@@ -14,8 +16,10 @@ from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageI
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import HuggingFace
 
-# For stages that hold one model at a time: 8B parameters in bf16 take 16 GB, and as much again as working memory.
-HOLDS_8B = {"requests": {"cpu": "8", "memory": "40Gi"}, "limits": {"cpu": "16", "memory": "64Gi"}}
+# The cores of the stages that compute with the model on a CPU node, with their memory below.
+CPU_REQUEST, CPU_LIMIT = "8", "16"
+# Two processes that train two layers with the model's own vocabulary, and a trace of the whole training: an assumption.
+REHEARSAL = Memory(40, 64)
 
 
 def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
@@ -55,13 +59,29 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
     }
     if instance:
-        trains, holds_model = {"resources": instance.resources}, {"resources": HOLDS_8B}
-        values["stages"] = {"rehearse": holds_model} if inputs.rehearses else {}
+        trains = {"resources": instance.resources}
+        values["stages"] = {"rehearse": on_cpu_node(REHEARSAL)} if inputs.rehearses else {}
         values["stages"] |= {"compile": trains, "train": trains}
-        if inputs.probe.rows:
-            values["stages"] |= {"consolidate": holds_model, "merge": holds_model}
-        values["stages"]["evaluate"] = holds_model
+        values["stages"] |= {stage: on_cpu_node(memory) for stage, memory in cpu_memory(inputs, plan).items()}
     return with_own_words(merge(values, inputs.chart_values))
+
+
+def cpu_memory(inputs: Inputs, plan: Plan) -> dict[str, Memory]:
+    """The memory of consolidate, merge and evaluate, which follows the model."""
+    return stage_memory(
+        plan.model.architecture,
+        inputs.lora.r,
+        target_names(inputs.lora.target_modules),
+        inputs.training.max_sequence_length,
+        verifies=inputs.probe.rows > 0,
+        samples=inputs.evaluation.samples > 0,
+    )
+
+
+def on_cpu_node(memory: Memory) -> dict[str, Any]:
+    """The settings of a stage that computes with the model."""
+    cores = {"requests": CPU_REQUEST, "limits": CPU_LIMIT}
+    return {"resources": {bound: {"cpu": cores[bound], "memory": gib} for bound, gib in memory.quantities().items()}}
 
 
 def optional_blocks(inputs: Inputs) -> dict[str, Block]:

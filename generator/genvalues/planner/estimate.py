@@ -204,12 +204,14 @@ def cpu_node_hours(
     probe_tokens: int,
     eval_tokens: Range,
     generated_tokens: int,
+    max_eval_hours: float,
     compile_on_cpu: bool,
     rehearses: bool,
 ) -> dict[str, Range]:
     """Node-hours of the stages on CPU nodes with 16 vCPU. ``eval_tokens`` (0, 0): no evaluation.
 
-    A forward pass takes 2 P operations per token. Generating a token reads every weight once, limited by memory.
+    A forward pass takes 2 P operations per token. Generating a token reads every weight once, limited by memory;
+    ``generated_tokens`` counts those of a batch once. ``max_eval_hours``: evaluation.maxHours, 0 for no limit.
     """
     operations, weights = 2.0 * architecture.matrix_parameters, 2.0 * architecture.parameters
     moved = hours_for(weights, weights, DOWNLOAD)
@@ -226,7 +228,9 @@ def cpu_node_hours(
     if eval_tokens[1]:
         losses = hours_for(operations * eval_tokens[0], operations * eval_tokens[1], CPU_FLOPS)
         answers = hours_for(generated_tokens * weights, generated_tokens * weights, CPU_MEMORY)
-        stages["evaluate"] = times(plus(losses, answers, moved), 2)  # base and merged
+        low, high = times(plus(losses, answers, moved), 2)  # base and merged
+        most = max_eval_hours or math.inf
+        stages["evaluate"] = min(low, most), min(high, most)
     return stages
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from genvalues.accelerators.architectures import target_names
+from genvalues.accelerators.architectures import Architecture, target_names
+from genvalues.accelerators.cpu_memory import MOST_RESIDENT, SAMPLE_TOKENS, resident
 from genvalues.accelerators.instances import trainium
 from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS
@@ -188,11 +190,24 @@ def estimate_of(
         architecture,
         probe_tokens=probe.rows * min(probe.max_tokens, run.length),
         eval_tokens=times(example_tokens, evaluation.max_rows) if inputs.evaluates else (0, 0),
-        generated_tokens=evaluation.samples * evaluation.max_new_tokens,
+        generated_tokens=generated_tokens(inputs, architecture),
+        max_eval_hours=evaluation.max_hours,
         compile_on_cpu=run.compile_on_cpu,
         rehearses=inputs.rehearses,
     )
     return estimate(architecture, run, instance, layout, todo, price, stages)
+
+
+def generated_tokens(inputs: Inputs, architecture: Architecture) -> int:
+    """How often evaluate reads every weight to generate: once for each token of a batch of answers.
+
+    How long the prompts are is not known here; they can make the batches smaller.
+    """
+    evaluation = inputs.evaluation
+    if resident(architecture) > MOST_RESIDENT:
+        return 0
+    batches = math.ceil(evaluation.samples * evaluation.max_new_tokens / SAMPLE_TOKENS)
+    return batches * evaluation.max_new_tokens
 
 
 def attention_choice(inputs: Inputs) -> Choice:

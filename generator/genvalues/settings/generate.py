@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from genvalues.accelerators import architectures
+from genvalues.accelerators.cpu_memory import UNKNOWN_MODEL, stage_memory
 from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
 from genvalues.settings.base import Block, other_words
@@ -42,6 +44,7 @@ def generated_files() -> dict[Path, str]:
         ROOT / "chart/values.schema.json": as_json(values),
         ROOT / "chart/values.yaml": defaults,
         ROOT / "chart/templates/config/_settings.tpl": settings_template(values),
+        ROOT / "chart/templates/config/_models.tpl": models_template(),
         ROOT / "docs/values.md": values_page(values, yaml.safe_load(defaults)),
         inputs_page: f"{before}{BEGIN}\n{inputs_tables(inputs_schema())}\n{END}{after}",
     }
@@ -138,6 +141,22 @@ def settings_template(schema: Part) -> str:
         for name, value in parts.items()
     )
     return f"{{{{- /* {NOTE} */}}}}\n{defines}"
+
+
+# --- chart/templates/config/_models.tpl
+
+RANK = 16  # of an adapter on all linear layers, for which the chart's table is; a higher rank takes little more
+
+
+def models_template() -> str:
+    """The memory of the stages that compute with the model on a CPU node, by the model's id; "" is any other model."""
+    rows = {"": {stage: memory.quantities() for stage, memory in UNKNOWN_MODEL.items()}}
+    for row in architectures.table().values():
+        memory = stage_memory(architectures.from_config(row["config"]), RANK, list(architectures.LINEAR))
+        rows |= {each: {stage: gib.quantities() for stage, gib in memory.items()} for each in row["models"]}
+    lines = ",\n".join(f" {json.dumps(model)}: {json.dumps(row)}" for model, row in rows.items())
+    note = NOTE.replace("settings", "accelerators/architectures.json and cpu_memory.py")
+    return f'{{{{- /* {note} */}}}}\n{{{{- define "llama-lora.models" -}}}}\n{{\n{lines}\n}}\n{{{{- end }}}}\n'
 
 
 def as_template_text(value: str | bool) -> str:

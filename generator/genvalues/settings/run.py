@@ -377,8 +377,8 @@ class Probe(Block):
     """The check of the saved weights. train records the loss of a few fixed rows at its last save; consolidate and
     merge recompute it on a CPU and refuse weights that are off.
 
-    They hold base model and adapter in memory for it (8B parameters in bf16: 16 GB; request about 40Gi). With rows: 0
-    there is no check, and stages.consolidate.resources and stages.merge.resources can be as small as 2Gi.
+    They read one decoder layer of the model at a time for it (5Gi for 8B parameters, 7Gi for 70B). With rows: 0 there
+    is no check.
     """
 
     rows: int = Field(8, ge=0, le=10000, description="Rows to compute the loss of. 0: no check.")

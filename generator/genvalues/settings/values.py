@@ -152,6 +152,11 @@ def resources(cpu: str, memory: str, limit_cpu: str, limit_memory: str) -> Resou
     )
 
 
+def cores(cpu: str, limit: str) -> Resources:
+    """The resources of a stage whose memory follows the model."""
+    return Resources(requests=ResourceList(cpu=cpu), limits=ResourceList(cpu=limit))
+
+
 # --- blocks of the values that no stage reads
 
 
@@ -382,16 +387,18 @@ class Stages(Block):
         StageSettings(), description="Releases compile and train, follows them, and ends as they end. One after each."
     )
     consolidate: StageSettings = Field(
-        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
-        description="Consolidates checkpoint shards into a PEFT adapter.",
+        StageSettings(resources=cores("500m", "4")),
+        description="Consolidates checkpoint shards into a PEFT adapter. Memory that is not set follows model.id if "
+        "the chart knows the model (5Gi for Llama 3.1 8B); others request 2Gi (docs/pods.md).",
     )
     merge: StageSettings = Field(
-        StageSettings(resources=resources("500m", "2Gi", "4", "8Gi")),
-        description="Merges the adapter into the base model.",
+        StageSettings(resources=cores("500m", "4")),
+        description="Merges the adapter into the base model. Memory as of consolidate.",
     )
     evaluate: StageSettings = Field(
-        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
-        description="Held-out loss and sample answers of the base and the merged model.",
+        StageSettings(resources=cores("500m", "8")),
+        description="Held-out loss and sample answers of the base and the merged model. Memory as of consolidate, with "
+        "the whole model up to 14B (21Gi for Llama 3.1 8B): without it there are no answers.",
     )
     publish: StageSettings = Field(
         StageSettings(resources=resources("500m", "2Gi", "4", "4Gi")),

@@ -206,12 +206,29 @@ def test_flash_over_packed_examples_is_warned_about(
     assert (told.startswith(expected) and "each packed example of format chat" in told) if warned else told == ""
 
 
-def test_what_holds_a_model_gets_the_memory_for_it(tmp_path: Path) -> None:
+def memory_of(stages: dict[str, Any], stage: str) -> tuple[int, int]:
+    """GiB that a stage requests, and its limit."""
+    resources = stages[stage]["resources"]
+    request, limit = (int(resources[bound]["memory"].removesuffix("Gi")) for bound in ("requests", "limits"))
+    return request, limit
+
+
+def test_what_computes_with_the_model_gets_the_memory_that_the_model_needs(tmp_path: Path) -> None:
     stages = values_of(tmp_path, ISSUE)["stages"]
+    assert [memory_of(stages, stage) for stage in ("consolidate", "merge", "evaluate")] == [(5, 8), (5, 8), (21, 32)]
+    large = values_of(tmp_path, ISSUE, "model=meta-llama/Llama-3.1-70B", "instance=trn1.32xlarge")["stages"]
     for stage in ("consolidate", "merge", "evaluate"):
-        assert stages[stage]["resources"]["requests"]["memory"] == "40Gi"
-    without = values_of(tmp_path, ISSUE, "probe.rows=0")["stages"]
-    assert without.keys() == {"rehearse", "compile", "train", "evaluate"}, "copying tensors needs little"
+        request, limit = memory_of(large, stage)
+        assert 5 < request <= limit < 24, "far less than the weights of 131 GiB"
+    wide = values_of(tmp_path, ISSUE, "lora.r=256", "lora.targetModules=all-linear")["stages"]
+    assert memory_of(wide, "merge")[0] > memory_of(stages, "merge")[0], "the adapter is in memory"
+    unknown = values_of(tmp_path, ISSUE, "model={path: /workspace/models/x}")["stages"]
+    assert memory_of(unknown, "merge") == memory_of(large, "merge") and memory_of(unknown, "evaluate")[0] >= 40
+    unverified = values_of(tmp_path, ISSUE, "probe.rows=0")["stages"]
+    assert memory_of(unverified, "merge")[0] < memory_of(stages, "merge")[0]
+    unanswered = values_of(tmp_path, ISSUE, "evaluation.samples=0")["stages"]
+    assert memory_of(unanswered, "evaluate")[0] < 8 and memory_of(unanswered, "merge") == memory_of(stages, "merge")
+    assert "rehearse" in stages
     assert "rehearse" not in values_of(tmp_path, ISSUE, "rehearse.enabled=false")["stages"]
     assert "stages" not in values_of(tmp_path, ON_TRAINIUM % ("text", "cpu")), "the demo's models are small"
 

@@ -177,7 +177,7 @@ def test_measuring_the_held_out_loss_costs_a_forward_pass_for_each_row() -> None
 
 def test_stages_on_cpu_nodes_are_counted_separately() -> None:
     assert LLAMA_8B is not None
-    wanted = {"probe_tokens": 4096, "generated_tokens": 512}
+    wanted = {"probe_tokens": 4096, "generated_tokens": 128, "max_eval_hours": 0}
     stages = cpu_node_hours(
         LLAMA_8B, eval_tokens=(256 * 100, 256 * 2048), compile_on_cpu=True, rehearses=True, **wanted
     )
@@ -185,7 +185,15 @@ def test_stages_on_cpu_nodes_are_counted_separately() -> None:
     assert all(0 < low <= high for low, high in stages.values())
     low, high = (2 * 2 * LLAMA_8B.matrix_parameters * 256 / 3600 * each for each in (100 / 1.5e12, 2048 / 0.1e12))
     assert low < stages["evaluate"][0] < 10 * low, "base and merged, one forward pass each"
-    assert high < stages["evaluate"][1] < 2 * high
+    assert high < stages["evaluate"][1] < 2 * high and high > 5
+    bounded = cpu_node_hours(
+        LLAMA_8B,
+        eval_tokens=(256 * 100, 256 * 2048),
+        compile_on_cpu=True,
+        rehearses=True,
+        **{**wanted, "max_eval_hours": 2},
+    )
+    assert bounded["evaluate"] == (stages["evaluate"][0], 2), "evaluation.maxHours"
     without = cpu_node_hours(LLAMA_8B, eval_tokens=(0, 0), compile_on_cpu=False, rehearses=False, **wanted)
     assert {"rehearse", "neff", "evaluate"}.isdisjoint(without)
 

@@ -42,12 +42,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_hours_are_estimated_for_a_dataset_of_the_hub(asked: list[str]) -> None:
-    plan = planned(Sources((FILE,)), live=False, offline=False, region=None)
+    unlimited = Sources((FILE,), ("evaluation.maxHours=0",))
+    plan = planned(unlimited, live=False, offline=False, region=None)
     assert asked == ["https://datasets-server.huggingface.co/size?dataset=databricks%2Fdatabricks-dolly-15k"]
     # 98 % of the bytes, 3 to 6 per token, 2048 tokens per row, 12 rows per step
     assert plan.work.steps == (82, 164)
     assert plan.estimate and plan.estimate.training_hours
-    unknown = checked(Sources((FILE,))).plan.estimate
+    unknown = checked(unlimited).plan.estimate
     assert unknown and plan.estimate.cpu_node_hours["evaluate"][1] < unknown.cpu_node_hours["evaluate"][1] / 5
 
 
