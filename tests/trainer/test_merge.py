@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
+from genvalues.common.errors import UserError
 from llama_lora.safetensors_files import stored_tensors
 from llama_lora.stages.merge import write_merged
 from trainer.chat_templates import family_tokenizer
@@ -197,6 +198,15 @@ def qwen_base(folder: Path, *, with_generation_config: bool) -> Path:
         config = json.loads((base / "config.json").read_text())
         files.write_json(base / "config.json", {**config, "eos_token_id": tokenizer.eos_token_id})
     return base
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "end"}'])
+def test_an_error_in_a_generation_config_names_the_file_of_the_base_model(tmp_path: Path, content: str) -> None:
+    base = qwen_base(tmp_path / "base", with_generation_config=True)
+    (base / "generation_config.json").write_text(content)
+    with pytest.raises(UserError) as refused:
+        write_merged(base, stored_tensors(base), {}, tmp_path / "partial")
+    assert refused.value.where == str(base / "generation_config.json")
 
 
 @pytest.mark.parametrize("with_generation_config", [True, False])

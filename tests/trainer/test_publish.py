@@ -377,6 +377,31 @@ def test_what_the_hub_refuses_ends_with_one_line_and_no_commit(
         assert len(hub_server.sent("PUT", "/large/")) == 1, "what the Hub has is not sent again"
 
 
+def test_a_hub_that_does_not_answer_ends_the_upload(
+    hub_server: FakeHub, hub_files: list[File], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "MOST_SILENCE", 0.3)
+    answers = threading.Event()
+    hub_server.fault = lambda method, path: 500 if "/commit/" in path and not answers.wait(20) else None
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="org/model"):
+        to_hub(hub_files)
+    answers.set()
+    assert time.monotonic() - began < 15 and hub_server.commits == 0
+
+
+def test_an_upload_that_goes_on_for_longer_is_not_ended(
+    hub_server: FakeHub, hub_files: list[File], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is for silence: here every answer takes half of it, and all of them several times as long."""
+    monkeypatch.setattr(hub, "MOST_SILENCE", 1.0)
+    slow = threading.Event()
+    hub_server.fault = lambda *_: 500 if slow.wait(0.3) else None  # time.sleep is patched
+    began = time.monotonic()
+    to_hub(hub_files)
+    assert time.monotonic() - began > 1.0 and hub_server.commits == 1
+
+
 # --- the stage
 
 

@@ -325,6 +325,43 @@ def test_a_stage_killed_while_it_writes_leaves_nothing_that_looks_finished(new_r
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize("name", ["tokenize", "train"])
+def test_what_a_killed_stage_left_of_a_record_is_removed(finished_run: Run, name: str) -> None:
+    """A kill can hit any record while it is synced to the disk. What other programs write is not touched."""
+    paths = finished_run.paths
+    records = [paths.config, paths.resolved, paths.prometheus, paths.progress, paths.report, paths.manifest("merge")]
+    records += [
+        folder.with_name(f"{folder.name}.contents.json") for folder in paths.datasets.iterdir() if folder.is_dir()
+    ]
+    leftovers = [file.with_name(f".{file.name}{files.PARTIAL}killed") for file in records]
+    of_the_gate = paths.run / f".costs.json{files.PARTIAL}gate"
+    for leftover in [*leftovers, of_the_gate]:
+        leftover.write_text("{")
+    paths.manifest(name).unlink()
+    finished_run(name)
+    of_tokenize = [leftover for leftover in leftovers if leftover.parent == paths.datasets]
+    assert [each for each in leftovers if each.exists()] == ([] if name == "tokenize" else of_tokenize)
+    assert of_the_gate.exists()
+
+
+def test_a_write_whose_temporary_file_is_taken_for_a_leftover_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.yaml"
+    chmod = Path.chmod
+    taken: list[Path] = []
+
+    def take_and_chmod(path: Path, mode: int) -> None:
+        if not taken:
+            taken.append(path)
+            files.remove_leftovers(file)
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", take_and_chmod)
+    files.write_text(file, "content")
+    assert taken and file.read_text() == "content" and list(tmp_path.iterdir()) == [file]
+
+
 def test_manifests_name_every_output_with_its_digest(whole_run: Run) -> None:
     for name in ORDER:
         manifest = whole_run.manifest(name)

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from genvalues.common import files
 from llama_lora.backends import launch, stopping
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_training import adapter_digest, free_port, losses, prepared, train_command, wait_for, worker_pids
@@ -275,3 +277,21 @@ def test_any_stage_ends_when_it_is_told_to(new_run: Callable[..., Run], stage: s
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (143, ""), ended.stderr
     assert not re.search("Traceback", ended.stderr)
+
+
+def test_a_folder_of_stack_traces_that_another_worker_deletes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "stacks" / "train-rank-1.txt"
+    deletions = iter([True, True, False])
+    opened = files.open_to_append
+
+    def delete_and_open(path: Path, **options: Any) -> Any:
+        if next(deletions):
+            path.parent.rmdir()  # as a worker that ends does between the two calls
+        return opened(path, **options)
+
+    monkeypatch.setattr(files, "open_to_append", delete_and_open)
+    with stopping.write_stacks_to(file):
+        assert file.exists()
+    assert not file.parent.exists()

@@ -84,8 +84,7 @@ class RunLog:
         metrics = paths.metrics(fingerprint)
         paths.progress.unlink(missing_ok=True)  # of an earlier training
         for file in (metrics, paths.progress):
-            for leftover in file.parent.glob(f".{file.name}{files.PARTIAL}*"):  # of a killed process
-                leftover.unlink()
+            files.remove_leftovers(file)
         # What comes after the checkpoint is trained and measured again; without one that is everything.
         steps, measurements = read_recorded(metrics) if rows_done else ([], [])
         recorded = [*steps, *measurements]

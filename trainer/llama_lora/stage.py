@@ -312,12 +312,19 @@ def run_stage(name: str, config: RunConfig, paths: Paths, begin: Callable[[], No
         stage._declaration.run(stage)
 
 
-def lock_run(stage: Stage) -> contextlib.AbstractContextManager[None]:
-    """Hold the run's lock while a stage writes.
+@contextlib.contextmanager
+def lock_run(stage: Stage) -> Iterator[None]:
+    """Hold the run's lock while a stage writes, and first delete what killed stages have left half-written.
 
-    A stage with workers is started once on each node, so there it is the worker of rank 0 that holds the lock.
+    A stage with workers is started once on each node, so there it is the worker of rank 0 that holds the lock: when it
+    starts, every node has written its config.
     """
-    return locked(stage.paths.lock, f"llama-lora {stage.name}", MOST_WAIT)
+    paths = stage.paths
+    with locked(paths.lock, f"llama-lora {stage.name}", MOST_WAIT):
+        records = (paths.config, paths.resolved, paths.progress, paths.prometheus, paths.report, paths.begun_uploads)
+        for file in (*records, *map(paths.manifest, names())):
+            files.remove_leftovers(file)
+        yield
 
 
 def warn_of_damage(stage: Stage) -> None:

@@ -6,6 +6,7 @@ Everything is written under a temporary name in the same folder, synced to disk,
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -28,6 +29,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write ``content`` to ``path`` atomically, with ``mode`` or the permissions that the umask gives."""
+    try:
+        _write_bytes(path, content, mode)
+    except FileNotFoundError:  # another process took the temporary file for a leftover
+        _write_bytes(path, content, mode)
+
+
+def _write_bytes(path: Path, content: bytes, mode: int | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
     partial = Path(name)
@@ -91,8 +99,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Leftovers of earlier, killed attempts are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
-        remove(leftover)
+    remove_leftovers(path)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
     partial.chmod(0o777 & ~current_umask())
     try:
@@ -109,6 +116,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes have left of their writes to ``path``. A write that loses its file is repeated."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
+        with suppress(FileNotFoundError):
+            remove(leftover)
 
 
 def remove(path: Path) -> None:

@@ -29,6 +29,7 @@ STOP_SIGNAL = signal.SIGUSR1
 # them), and the part of it that remains to kill workers that do not end, and to exit.
 GRACE_PERIOD = 120.0
 MARGIN = 10.0
+MOST_DELETIONS = 100  # of the folder for stack traces: once by each worker that ends meanwhile
 
 
 class _Process:
@@ -64,8 +65,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def write_stacks_to(file: Path) -> Iterator[None]:
     """Within the block, both signals write all threads' stack traces to ``file``. An empty file is deleted after it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with files.open_to_append(file, empty=True) as written:
+    with open_in_folder(file) as written:
         _Process.stacks = written
         for number in (STOP_SIGNAL, signal.SIGTERM):
             faulthandler.register(number, written, chain=True)
@@ -80,6 +80,15 @@ def write_stacks_to(file: Path) -> Iterator[None]:
             file.unlink()
     with contextlib.suppress(OSError):  # the folder has files of other workers
         file.parent.rmdir()
+
+
+def open_in_folder(file: Path) -> IO[str]:
+    """Open an empty file. Its folder is made, again if a worker that ends has just deleted it."""
+    for _ in range(MOST_DELETIONS):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return files.open_to_append(file, empty=True)
+    return files.open_to_append(file, empty=True)
 
 
 def exit_on_sigterm() -> None:

@@ -62,16 +62,17 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
         raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {what}") from None
 
 
-def limit_waits() -> None:
-    """Give each request to the Hub that has no time limit HF_HUB_DOWNLOAD_TIMEOUT seconds (default 10).
+def limit_waits(most_seconds: float | None = None) -> None:
+    """Limit the wait in each request to the Hub that has no time limit: for a connection, and for each byte.
 
-    huggingface_hub waits forever for an answer to a request of metadata. A fork has a session of its own.
+    The default is HF_HUB_DOWNLOAD_TIMEOUT (10 s). huggingface_hub waits forever for an answer to a request of metadata.
+    A transfer that goes on has no limit. A fork has a session of its own.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     session: Any = get_session()
-    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT if most_seconds is None else most_seconds)
     if hasattr(session, "event_hooks"):  # of httpx, in huggingface_hub 1.x and 2.x
 
         def limit(request: Any) -> None:
@@ -80,17 +81,17 @@ def limit_waits() -> None:
                 request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
         hooks = session.event_hooks
-        if not any(hook.__qualname__ == limit.__qualname__ for hook in hooks.get("request", [])):
-            session.event_hooks = {**hooks, "request": [*hooks.get("request", []), limit]}
-    elif not hasattr(session, "unlimited_request"):  # of requests
-        session.unlimited_request = session.request
+        others = [hook for hook in hooks.get("request", []) if hook.__qualname__ != limit.__qualname__]
+        session.event_hooks = {**hooks, "request": [*others, limit]}
+    else:  # of requests
+        unlimited = getattr(session, "unlimited_request", session.request)
 
         def request(*arguments: Any, **options: Any) -> Any:
             if options.get("timeout") is None:
                 options["timeout"] = seconds
-            return session.unlimited_request(*arguments, **options)
+            return unlimited(*arguments, **options)
 
-        session.request = request
+        session.unlimited_request, session.request = unlimited, request
 
 
 @contextmanager

@@ -70,17 +70,21 @@ def stop_tokens(model: Path, tokenizer: Any) -> set[int]:
     return set(_configured_stops(model)) | _own_stops(tokenizer)
 
 
-def record_stop_tokens(model: Path) -> None:
+def record_stop_tokens(model: Path, base: Path) -> None:
     """Add the tokens that the training ends answers with to the model's generation config, if it lacks any.
 
     They are the tokenizer's end-of-sequence token and the chat template's end of a turn. A base model lacks the latter:
-    Qwen2.5 stops at <|endoftext|>, and its template ends a turn with <|im_end|>.
+    Qwen2.5 stops at <|endoftext|>, and its template ends a turn with <|im_end|>. ``model`` is a copy of ``base`` that
+    does not outlive an error, so errors name the files of ``base``.
     """
     try:
         own = _own_stops(library_versions.load_tokenizer(model))
     except Exception:  # a model without a tokenizer, which merge takes too
         return
-    stops = _configured_stops(model)
+    try:
+        stops = _configured_stops(model)
+    except UserError as error:
+        raise UserError(error.what, where=str(base / Path(error.where).name), fix=error.fix) from None
     if own <= set(stops):
         return
     file = model / "generation_config.json"

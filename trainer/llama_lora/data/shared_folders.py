@@ -40,6 +40,7 @@ def make_once(target: Path, verify: Verify = "cached") -> Iterator[bool]:
     folder lists its files with their SHA-256, so that a folder with missing or damaged files is made again.
     """
     with locked(lock_beside(target), "llama-lora tokenize of another run"):
+        files.remove_leftovers(_contents_file(target))
         missing = not is_whole(target, verify)
         yield missing
         if missing or not recorded(target):

@@ -155,7 +155,7 @@ def write_merged(
     check_merged(tensors, folder)
     for name, delta in track(deltas.items(), "tensor", len(deltas)):
         add_in_place(folder / tensors[name].shard, tensors[name], delta.weight(), name)
-    record_stop_tokens(folder)
+    record_stop_tokens(folder, base)
 
 
 STAGE = Declaration(

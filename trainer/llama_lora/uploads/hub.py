@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import Unavailable, UserError
-from llama_lora.data.hub_errors import FORBIDDEN, UNAUTHORIZED
+from llama_lora.data.hub_errors import FORBIDDEN, UNAUTHORIZED, limit_waits
 from llama_lora.uploads import File, check_digest, published_files
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "llama-lora.json"
 OF_THE_HUB = {".gitattributes"}  # what a new repository has
 TOKEN_KEY = "publish.hub.tokenSecret"
+# Of silence, not of an upload: before it answers, the Hub assembles the parts of a large file, and checks a commit.
+MOST_SILENCE = 300.0
 
 
 def upload(key: str, repository: str, run: str, files: Sequence[File], manifest: bytes, *, private: bool) -> str:
@@ -30,6 +32,7 @@ def upload(key: str, repository: str, run: str, files: Sequence[File], manifest:
     ``key`` is the setting that names the repository. Raises UserError for what the user must change, such as a
     repository with content of someone else, and Unavailable for what a retry may resolve.
     """
+    limit_waits(MOST_SILENCE)
     with translate_errors(key, repository):
         return HubUpload(key, repository, run).put_all(files, manifest, private)
 
