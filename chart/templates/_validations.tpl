@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" }}
+{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -95,6 +95,40 @@ training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple o
 {{- end }}
 {{- end }}
 
+{{- /* The types that the chart knows, of the same service (EC2 or HyperPod), with several nodes if asked for.
+       Arguments: root, several. */}}
+{{- define "llama-lora.instances.others" -}}
+{{- $names := list }}
+{{- range $name, $row := include "llama-lora.instances" .root | fromJson }}
+{{- if and (ne $name "cpu") (eq (hasPrefix "ml." $name) (hasPrefix "ml." $.root.Values.instance)) (or $row.severalNodes (not $.several)) }}
+{{- $names = append $names $name }}
+{{- end }}
+{{- end }}
+{{- join ", " (sortAlpha $names) }}
+{{- end }}
+
+{{- define "llama-lora.validations.instance" -}}
+{{- $instance := .Values.instance }}
+{{- $rows := include "llama-lora.instances" . | fromJson }}
+{{- $row := get $rows $instance }}
+{{- $choices := include "llama-lora.instances.others" (dict "root" . "several" false) }}
+{{- if and (not $row) (regexMatch (include "llama-lora.instances.accelerated" . | trim) $instance) }}
+{{- if get $rows (trimPrefix "ml." $instance) }}
+instance {{ $instance }} is not an instance type of SageMaker HyperPod. Use {{ $choices }}, or {{ trimPrefix "ml." $instance }} on EC2.
+{{- else if regexMatch "^(ml\\.)?trn[12]" $instance }}
+instance {{ $instance }} is not an instance type of AWS. Use {{ $choices }}.
+{{- else }}
+instance {{ $instance }} is not supported: {{ include "llama-lora.instances.supported" . | trim }}. Use {{ $choices }}, or cpu.
+{{- end }}
+{{- end }}
+{{- if and $row (not (or $row.severalNodes (eq $instance "cpu"))) (gt (int .Values.parallelism.nodes) 1) }}
+parallelism.nodes is {{ .Values.parallelism.nodes }}, but instance {{ $instance }} supports one node only. Set it to 1, or instance to {{ include "llama-lora.instances.others" (dict "root" . "several" true) }}.
+{{- end }}
+{{- if and .Values.hyperpod.autoResume (not (hasPrefix "ml." $instance)) }}
+hyperpod.autoResume requires an instance type of HyperPod, and instance is {{ $instance }}. Set hyperpod.autoResume to false, or instance to {{ if and $row (get $rows (printf "ml.%s" $instance)) }}ml.{{ $instance }}{{ else }}the type of the HyperPod nodes, with ml.{{ end }}.
+{{- end }}
+{{- end }}
+
 {{- define "llama-lora.validations.parallelism" -}}
 {{- $layout := .Values.parallelism }}
 {{- $processes := mul $layout.nodes $layout.processesPerNode }}
@@ -106,6 +140,21 @@ training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple o
 {{- end }}
 parallelism.nodes * parallelism.processesPerNode = {{ $processes }} processes, but parallelism.tensorParallelSize * parallelism.dataParallelSize = {{ $copies }}. {{ $fix }}.
 {{- end }}
+{{- if eq (include "llama-lora.device" .) "neuron" }}
+{{- $row := include "llama-lora.instance.row" . | fromJson }}
+{{- $cores := include "llama-lora.instance.cores" . | int }}
+{{- if and $row.coresPerDevice (ne $cores (int $layout.processesPerNode)) }}
+parallelism.processesPerNode is {{ $layout.processesPerNode }}, but the devices of instance {{ .Values.instance }} have {{ $cores }} logical cores, one process each. Set it to {{ $cores }}, or to null.
+{{- end }}
+{{- range $key := list "tensorParallelSize" "shardSize" }}
+{{- $size := get $layout $key | int }}
+{{- $possible := list }}
+{{- range $row.groups }}{{ $possible = append $possible (int .) }}{{ end }}
+{{- if and $row.groups (not (has $size $possible)) }}
+parallelism.{{ $key }} is {{ $size }}, but {{ $.Values.instance }} supports process groups of {{ join ", " $possible }}. Set it to one of these.
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if and (eq .Values.backend "xla") (gt (int $layout.shardSize) 1) }}
 parallelism.shardSize is {{ $layout.shardSize }}, which requires backend native. Set it to 1.
 {{- else if mod $layout.dataParallelSize $layout.shardSize }}
@@ -115,9 +164,6 @@ parallelism.shardSize {{ $layout.shardSize }} does not divide parallelism.dataPa
 
 {{- define "llama-lora.validations.backend" -}}
 {{- $values := .Values }}
-{{- if regexMatch "^(ml\\.)?trn3" $values.instance }}
-instance {{ $values.instance }}: the instance types of Trainium3 are not known yet. Use one of Trainium2, e.g. trn2.48xlarge.
-{{- end }}
 {{- if and (eq $values.backend "xla") (ne (include "llama-lora.device" .) "neuron") }}
 instance is {{ $values.instance }}, but backend is xla. Set instance to the nodes' type, e.g. ml.trn1.32xlarge, or backend to native.
 {{- end }}
@@ -135,7 +181,13 @@ compile.runsOn {{ $values.compile.runsOn }} requires backend xla. Set it to acce
 
 {{- define "llama-lora.validations.devices" -}}
 {{- if and (eq (include "llama-lora.device" .) "neuron") (not (hasKey .Values.devices "aws.amazon.com/neuron")) }}
-devices has no aws.amazon.com/neuron, which instance {{ .Values.instance }} requires. Set devices to those of one node, e.g. for trn1.32xlarge {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.
+devices has no aws.amazon.com/neuron, which instance {{ .Values.instance }} requires. Set devices to null for those of one node.
+{{- end }}
+{{- range $device, $count := (include "llama-lora.instance.row" . | fromJson).devices }}
+{{- $wanted := get $.Values.devices $device | default 0 | int }}
+{{- if gt $wanted (int $count) }}
+devices.{{ $device }} is {{ $wanted }}, but instance {{ $.Values.instance }} has {{ int $count }}. Set it to {{ int $count }}, or devices to null.
+{{- end }}
 {{- end }}
 {{- range $device := list "aws.amazon.com/neurondevice" "aws.amazon.com/neuroncore" }}
 {{- if hasKey $.Values.devices $device }}

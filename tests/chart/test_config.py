@@ -10,7 +10,8 @@ import yaml
 
 from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
 from genvalues.cluster.config import load as load_cluster_config
-from genvalues.settings.run import RunConfig, with_own_words
+from genvalues.settings.by_instance import completed
+from genvalues.settings.run import RunConfig
 
 SECTIONS = [
     *("backend", "model", "dataset", "lora", "training", "probe", "compile", "evaluation", "parallelism", "rehearse"),
@@ -96,7 +97,7 @@ def test_the_run_config_is_the_values_own_sections(values_file: Path, helm: int)
     run = config(render(values_file, helm=helm), "run.yaml")
     assert run.pop("name") == (values["name"] or "llama")
     assert run.pop("device") == ("cpu" if values["instance"] == "cpu" else "neuron")
-    values = with_own_words(values)
+    values = completed(values)
     assert run == {section: values[section] for section in SECTIONS}
 
 
@@ -123,16 +124,18 @@ def test_other_words_for_a_value_reach_the_stages_as_its_own(written: Values, ke
     ("instance", "backend", "device"),
     [
         ("cpu", "native", "cpu"),
-        ("m7i.4xlarge", "native", "cpu"),
+        ("cpu", None, "cpu"),
+        ("m7i.4xlarge", None, "cpu"),
+        ("trn1.2xlarge", None, "neuron"),
+        ("ml.trn2.3xlarge", None, "neuron"),
         ("ml.trn2.48xlarge", "native", "neuron"),
         ("trn2u.48xlarge", "xla", "neuron"),
         ("ml.trn1.32xlarge", "neuron", "neuron"),
         ("ml.trn1.32xlarge", "cpu", "cpu"),  # as before backend native: any node, small models
     ],
 )
-def test_the_device_follows_from_the_instance_type(instance: str, backend: str, device: str, helm: int) -> None:
-    target = {"target": "trn2", "logicalCoreSize": 2} if "trn2" in instance else {}
-    values = {"instance": instance, "backend": backend, "neuron": target, "devices": {"aws.amazon.com/neuron": 16}}
+def test_the_device_follows_from_the_instance_type(instance: str, backend: str | None, device: str, helm: int) -> None:
+    values = {"instance": instance, "backend": backend}
     run = config(render(merged(MINIMAL, values), helm=helm), "run.yaml")
     assert RunConfig.model_validate(run).device == device
 

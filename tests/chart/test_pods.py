@@ -106,6 +106,8 @@ def test_the_page_lists_every_instance_and_number_of_nodes_once() -> None:
 @pytest.mark.parametrize("prefix", ["", HYPERPOD])
 @pytest.mark.parametrize(("name", "nodes"), RUN_OF)
 def test_every_cell_equals_what_compile_and_train_get(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+    if prefix and not TRAINIUM[name].hyperpod:
+        pytest.skip("not an instance type of HyperPod")
     wanted = dict(RUN_OF[name, nodes])
     environment = environment_of(wanted.pop("environment"))
     objects = stages(values_of(prefix + name, nodes, tmp_path))
@@ -119,6 +121,8 @@ def test_every_cell_equals_what_compile_and_train_get(name: str, nodes: int, pre
 @pytest.mark.parametrize("prefix", ["", HYPERPOD])
 @pytest.mark.parametrize(("name", "nodes"), REFUSED_OF)
 def test_the_others_are_rejected_with_the_reason(name: str, nodes: int, prefix: str, tmp_path: Path) -> None:
+    if prefix and not TRAINIUM[name].hyperpod:
+        pytest.skip("not an instance type of HyperPod")
     with pytest.raises(UserError) as refused:
         values_of(prefix + name, nodes, tmp_path)
     fix = f"Use nodes: 1, or {prefix}trn1.32xlarge or {prefix}trn2.48xlarge."

@@ -148,8 +148,55 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         "instance is cpu, but backend is xla. Set instance to the nodes' type",
     ),
     "Trainium3": (
-        {"instance": "ml.trn3.48xlarge", "devices": {"aws.amazon.com/neuron": 16}},
-        "instance ml.trn3.48xlarge: the instance types of Trainium3 are not known yet. Use one of Trainium2",
+        {"instance": "ml.trn3.48xlarge"},
+        "instance ml.trn3.48xlarge is not supported: Trainium 1 and 2 are supported, Trainium 3 when AWS",
+    ),
+    "a GPU": (
+        {"instance": "p5.48xlarge", "backend": "neuron"},
+        "instance p5.48xlarge is not supported: Trainium 1 and 2 are supported, Trainium 3 when AWS",
+    ),
+    "a size that HyperPod does not have": (
+        {"instance": "ml.trn1.2xlarge"},
+        "instance ml.trn1.2xlarge is not an instance type of SageMaker HyperPod. Use ml.trn1.32xlarge, ml.trn1n.32xl",
+    ),
+    "a size of no instance type": (
+        {"instance": "trn2.32xlarge"},
+        "instance trn2.32xlarge is not an instance type of AWS. Use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2",
+    ),
+    "several small nodes": (
+        {"instance": "ml.trn2.3xlarge", "parallelism": {"nodes": 2}},
+        "parallelism.nodes is 2, but instance ml.trn2.3xlarge supports one node only. Set it to 1, or instance to "
+        "ml.trn1.32xlarge, ml.trn1n.32xlarge, ml.trn2.48xlarge.",
+    ),
+    "auto-resume outside HyperPod": (
+        {"instance": "trn1.32xlarge", "hyperpod": {"autoResume": True}},
+        "hyperpod.autoResume requires an instance type of HyperPod, and instance is trn1.32xlarge. Set "
+        "hyperpod.autoResume to false, or instance to ml.trn1.32xlarge.",
+    ),
+    "auto-resume on any node": (
+        {"hyperpod": {"autoResume": True}},
+        "instance is cpu. Set hyperpod.autoResume to false, or instance to the type of the HyperPod nodes, with ml.",
+    ),
+    "devices that the node does not have": (
+        {"instance": "trn1.32xlarge", "devices": {"aws.amazon.com/neuron": 99}},
+        "devices.aws.amazon.com/neuron is 99, but instance trn1.32xlarge has 16. Set it to 16, or devices to null.",
+    ),
+    "cores without a process": (
+        {"instance": "trn2.48xlarge", "parallelism": {"processesPerNode": 2}},
+        "parallelism.processesPerNode is 2, but the devices of instance trn2.48xlarge have 64 logical cores, one "
+        "process each. Set it to 64, or to null.",
+    ),
+    "more processes than the requested devices have cores": (
+        {
+            "instance": "trn1.32xlarge",
+            "parallelism": {"processesPerNode": 32},
+            "devices": {"aws.amazon.com/neuron": 1},
+        },
+        "parallelism.processesPerNode is 32, but the devices of instance trn1.32xlarge have 2 logical cores",
+    ),
+    "groups that Neuron cannot create": (
+        {"instance": "trn1.32xlarge", "parallelism": {"tensorParallelSize": 4}},
+        "parallelism.tensorParallelSize is 4, but trn1.32xlarge supports process groups of 1, 2, 8, 16, 32. Set it",
     ),
     "operator by operator with xla": (
         merged(NEURON, {"compile": {"mode": "off"}}),
@@ -165,7 +212,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "Trainium without devices": (
         merged(NEURON, {"devices": None}, {"devices": {"vpc.amazonaws.com/efa": 8}}),
-        "devices has no aws.amazon.com/neuron, which instance trn1.32xlarge requires. Set devices to those of one node",
+        "devices has no aws.amazon.com/neuron, which instance trn1.32xlarge requires. Set devices to null",
     ),
     "a device resource that is not supported": (
         merged(NEURON, {"devices": {"aws.amazon.com/neurondevice": 16}}),
@@ -194,7 +241,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         "training.maxSequenceLength 1000 is not a multiple of 512, as backend native requires on Trainium. Set it",
     ),
     "graphs for another instance": (
-        merged(NEURON, {"instance": "ml.trn2.48xlarge"}),
+        merged(NEURON, {"instance": "ml.trn2.48xlarge", "neuron": {"target": "trn1"}}),
         "neuron.target is trn1, but instance is ml.trn2.48xlarge. Set neuron.target to trn2, and",
     ),
     "graphs of trn2 for trn1": (
@@ -206,7 +253,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         "neuron.logicalCoreSize is 2, but neuron.target trn1 supports only 1. Set it to 1.",
     ),
     "nodes without EFA": (
-        merged(NEURON, {"parallelism": {"nodes": 2, "dataParallelSize": 4}}),
+        merged(NEURON, {"parallelism": {"nodes": 2}}),
         "devices has no vpc.amazonaws.com/efa, which 2 nodes (parallelism.nodes) require. Set it",
     ),
     "another cache of graphs": (

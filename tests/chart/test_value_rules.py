@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"training": {"evalSteps": 5, "earlyStoppingThreshold": 0.1}},
         "training.earlyStoppingThreshold",
     ),
-    "processes and copies": ({"parallelism": {"nodes": 3, "tensorParallelSize": 1}}, "parallelism.nodes"),
+    "processes and copies": ({"parallelism": {"nodes": 3, "dataParallelSize": 4}}, "parallelism.nodes"),
     "shards that do not divide the copies": ({"parallelism": {"shardSize": 3}}, "parallelism.shardSize"),
     "shards of xla": (
         merged(NEURON, {"parallelism": {"shardSize": 2}}),
@@ -75,8 +75,35 @@ REFUSED: dict[str, tuple[Values, str]] = {
     ),
     "xla on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
     "xla on other accelerators": (merged(NEURON, {"instance": "p5.48xlarge"}), "backend"),
-    "xla without devices": ({"instance": "trn1.32xlarge", "backend": "xla"}, "devices"),
-    "native without devices": (merged(TRN2, {"devices": None}), "devices"),
+    "Trainium without its devices": (merged(TRN2, {"devices": None}, {"devices": {"a.com/b": 1}}), "devices"),
+    "more devices than the node has": (
+        {"instance": "trn1.32xlarge", "devices": {"aws.amazon.com/neuron": 99}},
+        "devices.aws.amazon.com/neuron",
+    ),
+    "cores without a process": (
+        {"instance": "ml.trn2.48xlarge", "parallelism": {"processesPerNode": 16}},
+        "parallelism.processesPerNode",
+    ),
+    "groups that Neuron cannot create": (
+        {"instance": "trn2.48xlarge", "parallelism": {"tensorParallelSize": 8}},
+        "parallelism.tensorParallelSize",
+    ),
+    "graphs of another generation": (
+        {"instance": "trn2.48xlarge", "neuron": {"target": "trn1"}},
+        "neuron.target",
+    ),
+    "logical cores of two on Trn1": (
+        {"instance": "trn1.32xlarge", "neuron": {"logicalCoreSize": 2}},
+        "neuron.logicalCoreSize",
+    ),
+    "a GPU": ({"instance": "ml.p5.48xlarge"}, "instance"),
+    "Trainium3": ({"instance": "trn3.48xlarge"}, "instance"),
+    "a size that HyperPod does not have": ({"instance": "ml.trn2u.48xlarge"}, "instance"),
+    "several small nodes": ({"instance": "trn2.3xlarge", "parallelism": {"nodes": 2}}, "parallelism.nodes"),
+    "auto-resume outside HyperPod": (
+        {"instance": "trn1.32xlarge", "hyperpod": {"autoResume": True}},
+        "hyperpod.autoResume",
+    ),
     "compiling on CPUs with native": (merged(TRN2, {"compile": {"runsOn": "cpu"}}), "compile.runsOn"),
     "operator by operator with xla": (merged(NEURON, {"compile": {"mode": False}}), "compile.mode"),
     "fallbacks with xla": (merged(NEURON, {"compile": {"onFallback": "warn"}}), "compile.onFallback"),

@@ -1,6 +1,6 @@
 {{- /* Completes .Values in place: restores missing defaults (a null took them away, or `helm upgrade --reuse-values` kept the
-       values of a chart that lacks them), replaces other words for values, such as backend neuron, by the present ones, and
-       turns numbers that `helm --set` passed as text into numbers. */}}
+       values of a chart that lacks them), replaces other words for values, such as backend neuron, by the present ones, turns
+       numbers that `helm --set` passed as text into numbers, and fills what follows from the instance type. */}}
 {{- define "llama-lora.settings.complete" -}}
 {{- if not (kindIs "map" .Values.storage) }}      {{- /* the subchart's values are another map by now */}}
 {{- fail "invalid values:\n\n  storage is missing. Remove storage: null, or upgrade with --reset-then-reuse-values.\n" }}
@@ -12,8 +12,10 @@
 {{- range initial $path }}
 {{- $block = get $block . }}
 {{- end }}
+{{- if not (kindIs "invalid" (get $block (last $path))) }}
 {{- $written := get $block (last $path) | toString }}
 {{- $_ := set $block (last $path) (get $words $written | default $written) }}
+{{- end }}
 {{- end }}
 {{- $mistakes := list }}
 {{- range $key, $limits := include "llama-lora.settings.numbers" . | fromJson }}
@@ -38,6 +40,84 @@
 {{- if $mistakes }}
 {{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $mistakes)) }}
 {{- end }}
+{{- include "llama-lora.instance.complete" . }}
+{{- end }}
+
+{{- /* Fills what is null, missing or (devices) empty with what the instance type says. genvalues/settings/by_instance.py does the
+       same for genvalues. A devices map that is written stays as it is: it may leave out EFA. */}}
+{{- define "llama-lora.instance.complete" -}}
+{{- $values := .Values }}
+{{- $rows := include "llama-lora.instances" . | fromJson }}
+{{- if not $values.backend }}
+{{- $_ := set $values "backend" (get $rows $values.instance | default $rows.cpu).backend }}
+{{- end }}
+{{- $row := include "llama-lora.instance.row" . | fromJson }}
+{{- if not $values.devices }}
+{{- $_ := set $values "devices" $row.devices }}
+{{- end }}
+{{- range $key, $usual := dict "target" $row.neuron.target "logicalCoreSize" (int64 $row.neuron.logicalCoreSize) }}
+{{- $_ := set $values.neuron $key (get $values.neuron $key | default $usual) }}
+{{- end }}
+{{- $_ := set $values "sharedMemory" ($values.sharedMemory | default $row.sharedMemory) }}
+{{- $layout := $values.parallelism }}
+{{- $perNode := int64 ($layout.processesPerNode | default (include "llama-lora.instance.cores" .)) }}
+{{- $processes := mul $layout.nodes $perNode }}
+{{- $size := min $row.tensorParallelSize $perNode }}
+{{- with $layout.dataParallelSize }}
+{{- if not (mod $processes .) }}{{ $size = div $processes . }}{{ end }}
+{{- end }}
+{{- $size = int64 ($layout.tensorParallelSize | default $size) }}
+{{- $_ := set $layout "processesPerNode" $perNode }}
+{{- $_ := set $layout "tensorParallelSize" $size }}
+{{- $_ := set $layout "dataParallelSize" (int64 ($layout.dataParallelSize | default (max 1 (div $processes $size)))) }}
+{{- range $stage := list "compile" "train" }}
+{{- $settings := get $values.stages $stage }}
+{{- $_ := set $settings "resources" (include "llama-lora.instance.resources" (dict "usual" $row.resources "written" ($settings.resources | default dict)) | fromJson) }}
+{{- end }}
+{{- end }}
+
+{{- /* The row of the instance type; that of cpu where compile and train have no Neuron device. */}}
+{{- define "llama-lora.instance.row" -}}
+{{- $rows := include "llama-lora.instances" . | fromJson }}
+{{- ternary (get $rows .Values.instance | default $rows.cpu) $rows.cpu (eq (include "llama-lora.device" .) "neuron") | toJson }}
+{{- end }}
+
+{{- /* The logical cores of the devices that a node's pod requests, one process each; on CPUs the usual processes. */}}
+{{- define "llama-lora.instance.cores" -}}
+{{- $row := include "llama-lora.instance.row" . | fromJson }}
+{{- $devices := get .Values.devices "aws.amazon.com/neuron" }}
+{{- if and $row.coresPerDevice $devices }}
+{{- max 1 (div (mul $devices $row.coresPerDevice) .Values.neuron.logicalCoreSize) }}
+{{- else }}
+{{- $row.processesPerNode }}
+{{- end }}
+{{- end }}
+
+{{- /* The resources of a pod: those that are written over the usual ones. Where only the request or only the limit is written, the
+       other one follows it if its usual amount would contradict it. A null that is written is no amount. Arguments: usual, written. */}}
+{{- define "llama-lora.instance.resources" -}}
+{{- $result := deepCopy .usual }}
+{{- $written := .written }}
+{{- range $bound, $amounts := $written }}
+{{- range $resource, $amount := $amounts }}
+{{- $of := get $result $bound | default dict }}
+{{- $_ := set $result $bound $of }}
+{{- if kindIs "invalid" $amount }}
+{{- $_ := unset $of $resource }}
+{{- else }}
+{{- $_ := set $of $resource $amount }}
+{{- $other := ternary "limits" "requests" (eq $bound "requests") }}
+{{- $usual := get (get $.usual $other | default dict) $resource }}
+{{- if and $usual (not (hasKey (get $written $other | default dict) $resource)) }}
+{{- $more := gt (include "llama-lora.quantity" $amount | float64) (include "llama-lora.quantity" $usual | float64) }}
+{{- if or (and $more (eq $bound "requests")) (and (not $more) (eq $bound "limits")) }}
+{{- $_ := set (get $result $other) $resource $amount }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- $result | toJson }}
 {{- end }}
 
 {{- define "llama-lora.settings.restore" -}}

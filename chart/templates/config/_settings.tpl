@@ -40,7 +40,6 @@
  "nameOverride": "",
  "fullnameOverride": "",
  "instance": "cpu",
- "backend": "native",
  "workload": "pytorchjob",
  "image": {
   "repository": "llama-lora",
@@ -131,9 +130,6 @@
  },
  "parallelism": {
   "nodes": 1,
-  "processesPerNode": 2,
-  "tensorParallelSize": 1,
-  "dataParallelSize": 2,
   "shardSize": 1
  },
  "rehearse": {
@@ -164,12 +160,7 @@
   "secretName": ""
  },
  "verify": "cached",
- "devices": {},
- "neuron": {
-  "target": "trn1",
-  "logicalCoreSize": 1
- },
- "sharedMemory": "2Gi",
+ "neuron": {},
  "huggingFace": {
   "tokenSecret": "",
   "tokenKey": "token"

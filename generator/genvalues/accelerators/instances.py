@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 CPU = "cpu"  # no accelerator: any node, or this computer
 HYPERPOD = "ml."  # prefix of SageMaker HyperPod's instance types
@@ -47,6 +49,7 @@ class Instance:
     vcpu: int
     request_cpu: int  # of a node's training pod: below what is allocatable, with room for daemon sets
     request_memory_gib: int
+    hyperpod: bool = True  # SageMaker HyperPod has it too, as ml.NAME
 
     @property
     def groups(self) -> list[int]:
@@ -91,31 +94,81 @@ class Instance:
         }
 
 
-# Every Trainium type, from the AWS instance pages. trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS; the
+# Every Trainium type, from the AWS instance pages. The names are those of botocore: InstanceType of EC2, and
+# ClusterInstanceType of SageMaker for HyperPod. trn1.32xlarge has about 119 vCPU and 460 GiB allocatable on EKS; the
 # requests of the others are in proportion.
 TRAINIUM = {
-    "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, request_cpu=6, request_memory_gib=26),
+    "trn1.2xlarge": Instance(TRN1, 1, 2, 0, 8, request_cpu=6, request_memory_gib=26, hyperpod=False),
     "trn1.32xlarge": Instance(TRN1, 16, 32, 8, 128, request_cpu=112, request_memory_gib=440),
     "trn1n.32xlarge": Instance(TRN1, 16, 32, 16, 128, request_cpu=112, request_memory_gib=440),
     "trn2.3xlarge": Instance(TRN2, 1, 4, 1, 12, request_cpu=10, request_memory_gib=110),
     "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
-    "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
+    "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760, hyperpod=False),
 }
-# Generations whose instance types AWS has not named yet (botocore 1.44.8, November 2026), by how the names begin. Once
-# it has, write their rows above and remove the line here.
-UNNAMED = {"trn3": "Trainium3"}
-NAMES = [CPU, *TRAINIUM, *(HYPERPOD + name for name in TRAINIUM)]
+HYPERPOD_NAMES = [HYPERPOD + name for name, instance in TRAINIUM.items() if instance.hyperpod]
+NAMES = [CPU, *TRAINIUM, *HYPERPOD_NAMES]
+# How the instance types with an accelerator begin (EC2's families of accelerated computing). Those that are not in
+# TRAINIUM are refused; once AWS has named Trainium3's, write their rows above. All others train on their CPUs.
+ACCELERATED = r"^(ml\.)?(trn|inf|p|gr?|dl|vt|f)[0-9]"
+SUPPORTED = "Trainium 1 and 2 are supported, Trainium 3 when AWS has named its instance types"
+
+# What cpu means, for keys of the values that are left out: small models on any node.
+CPU_PROCESSES = 2
+CPU_ROW: dict[str, Any] = {
+    "backend": "native",
+    "devices": {},
+    "processesPerNode": CPU_PROCESSES,
+    "tensorParallelSize": 1,
+    "resources": {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}},
+    "sharedMemory": "2Gi",
+    "neuron": {"target": "trn1", "logicalCoreSize": 1},
+}
 
 
 def trainium(name: str) -> Instance | None:
     """The Trainium instance of that name, with or without HyperPod's prefix; None for cpu."""
-    return TRAINIUM.get(name.removeprefix(HYPERPOD))
+    found = TRAINIUM.get(name.removeprefix(HYPERPOD))
+    return found if found and (found.hyperpod or not name.startswith(HYPERPOD)) else None
 
 
-def unnamed_generation(name: str) -> str | None:
-    """The generation of an instance type whose names are not known yet; None for all other names."""
-    plain = name.removeprefix(HYPERPOD)
-    return next((generation for beginning, generation in UNNAMED.items() if plain.startswith(beginning)), None)
+def of_same_service(name: str) -> dict[str, Instance]:
+    """The Trainium types of the service of an instance type, EC2 or HyperPod, by their names there."""
+    if not name.startswith(HYPERPOD):
+        return TRAINIUM
+    return {HYPERPOD + other: instance for other, instance in TRAINIUM.items() if instance.hyperpod}
+
+
+def unsupported(name: str) -> str | None:
+    """Why an instance type with an accelerator is not supported; None for cpu, CPU types and those of TRAINIUM."""
+    if trainium(name) or not re.match(ACCELERATED, name):
+        return None
+    if name.removeprefix(HYPERPOD) in TRAINIUM:
+        return "not an instance type of SageMaker HyperPod"
+    if re.match(r"^(ml\.)?trn[12]", name):
+        return "not an instance type of AWS"
+    return f"not supported: {SUPPORTED}"
+
+
+def row(instance: Instance) -> dict[str, Any]:
+    """What an instance type means for keys of the values that are left out, and what it has at most."""
+    generation = instance.generation
+    return {
+        "backend": generation.backend,
+        "devices": instance.devices,
+        "coresPerDevice": generation.cores,
+        "processesPerNode": instance.cores,
+        "tensorParallelSize": min(instance.cores, generation.tensor_parallel),
+        "groups": instance.groups,
+        "severalNodes": instance.neuron_devices > 1,
+        "resources": instance.resources,
+        "sharedMemory": instance.shared_memory,
+        "neuron": {"target": generation.target, "logicalCoreSize": generation.logical_core_size},
+    }
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """The rows of all types by name, for the chart."""
+    return {CPU: CPU_ROW, **{name: row(instance) for name in NAMES if (instance := trainium(name))}}
 
 
 def default_backend(name: str) -> str:

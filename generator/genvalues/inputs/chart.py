@@ -14,6 +14,7 @@ import yaml
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
 from genvalues.common.text import KeyPath, dotted, one_line
+from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
 NAME_OURS = f"Name the directory of the chart {NAME}."
@@ -76,8 +77,10 @@ def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def on_top_of_defaults(chart: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that the templates see: these over the chart's defaults; a null gives the default back."""
-    return merge(part(chart, "values.yaml", load), without_null(values))
+    """The values that the templates see: these over the chart's defaults, completed by the instance type; a null gives
+    the default back.
+    """
+    return completed(merge(part(chart, "values.yaml", load), without_null(values)))
 
 
 def top_level_purposes(chart: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 from jsonschema.exceptions import ValidationError
 
-from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, unnamed_generation
+from genvalues.accelerators.instances import HYPERPOD, of_same_service, unsupported
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
@@ -118,8 +118,11 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
                 yield Mistake((*key, name), MISSING, purpose((*key, name), schema))
     elif keyword == "type":
         yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
-    elif key == ("instance",) and isinstance(found, str) and (unnamed := unnamed_generation(found)):
-        yield Mistake(key, f"the instance types of {unnamed} are not known yet", f"Use one of {either([*TRAINIUM])}.")
+    elif key == ("instance",) and isinstance(found, str) and (why := unsupported(found)):
+        close = close_matches(found, of_same_service(found)) if "not supported" not in why else []
+        guess = f"Did you mean {close[0]}? " if close else ""
+        choices = either([*of_same_service(found)])
+        yield Mistake(key, f"{shown(found, key)} is {why}", f"{guess}Use one of {choices}, or cpu.")
     elif keyword in ("enum", "const"):
         choices = [each for each in (wanted if keyword == "enum" else [wanted]) if isinstance(each, str)]
         beginning = [choice for choice in choices if choice.startswith(str(found)) and found]

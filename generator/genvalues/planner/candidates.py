@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from genvalues.accelerators import native_rules, neuron_rules
 from genvalues.accelerators.architectures import Architecture
-from genvalues.accelerators.instances import CPU, HYPERPOD, TRAINIUM, Instance, trainium
+from genvalues.accelerators.instances import CPU, Instance, of_same_service, trainium
 from genvalues.accelerators.memory import BF16
 from genvalues.accelerators.native_memory import native_memory
 from genvalues.accelerators.neuron_rules import (
@@ -266,10 +266,9 @@ def fewer_copies(run: Run, layout: Layout) -> str:
     instance = trainium(run.instance)
     if instance is None:
         return ""
-    prefix = HYPERPOD if run.instance.startswith(HYPERPOD) else ""
     smaller = [
-        f"use instance {prefix}{name}, which has {other.cores} cores"
-        for name, other in TRAINIUM.items()
+        f"use instance {name}, which has {other.cores} cores"
+        for name, other in of_same_service(run.instance).items()
         if other.generation is instance.generation and other.cores < instance.cores
     ]
     return f"{smaller[0]}, or a larger parallelism.tensorParallelSize" if smaller else ""

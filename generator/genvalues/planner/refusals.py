@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, Instance, default_backend, trainium
+from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, Instance, default_backend, of_same_service
 from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS, QUERY_KEY_VALUE, either
 from genvalues.common.problems import Problem
@@ -279,17 +279,15 @@ def bare(instance: str) -> str:
 
 def _instances(case: Case, others: Wishes) -> Iterator[str]:
     """The instance types of the same service of which one node is enough for these wishes."""
-    prefix = HYPERPOD if case.run.instance.startswith(HYPERPOD) else ""
     wishes = others._replace(tensor_parallel=None)
-    for name in TRAINIUM:
-        instance = trainium(name)
-        if instance is None or prefix + name == case.run.instance:
+    for name, instance in of_same_service(case.run.instance).items():
+        if name == case.run.instance:
             continue
         if case.run.backend == "native" and default_backend(name) == "xla":
             continue  # no way on for a run that starts now
-        run = case.run._replace(instance=prefix + name, backend=case.wishes.backend or default_backend(name))
+        run = case.run._replace(instance=name, backend=case.wishes.backend or default_backend(name))
         if any(candidate(run, wishes, case.model.architecture, instance, 1, size).works for size in instance.groups):
-            yield prefix + name
+            yield name
 
 
 CHANGES = (  # the smallest first

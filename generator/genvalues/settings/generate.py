@@ -14,6 +14,7 @@ import yaml
 
 from genvalues.accelerators import architectures
 from genvalues.accelerators.cpu_memory import UNKNOWN_MODEL, stage_memory
+from genvalues.accelerators.instances import ACCELERATED, SUPPORTED, table
 from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
 from genvalues.settings.base import Block, other_words
@@ -45,6 +46,7 @@ def generated_files() -> dict[Path, str]:
         ROOT / "chart/values.yaml": defaults,
         ROOT / "chart/templates/config/_settings.tpl": settings_template(values),
         ROOT / "chart/templates/config/_models.tpl": models_template(),
+        ROOT / "chart/templates/_instances.tpl": instances_template(),
         ROOT / "docs/values.md": values_page(values, yaml.safe_load(defaults)),
         inputs_page: f"{before}{BEGIN}\n{inputs_tables(inputs_schema())}\n{END}{after}",
     }
@@ -105,7 +107,9 @@ def stage_entry(key: str, stage: StageSettings, description: str, depth: int) ->
         inner = StageSettings.key_of(name)
         if inner not in settings:
             continue
-        if inner == "resources":
+        if inner == "resources" and settings[inner] is None:
+            yield f"{'  ' * (depth + 1)}resources: null"
+        elif inner == "resources":
             yield from (f"{'  ' * (depth + 1)}{line}" for line in resources_lines(settings[inner]))
         elif explained:
             yield from entry(inner, settings[inner], {"description": field.description}, depth + 1)
@@ -157,6 +161,20 @@ def models_template() -> str:
     lines = ",\n".join(f" {json.dumps(model)}: {json.dumps(row)}" for model, row in rows.items())
     note = NOTE.replace("settings", "accelerators/architectures.json and cpu_memory.py")
     return f'{{{{- /* {note} */}}}}\n{{{{- define "llama-lora.models" -}}}}\n{{\n{lines}\n}}\n{{{{- end }}}}\n'
+
+
+# --- chart/templates/_instances.tpl
+
+
+def instances_template() -> str:
+    """The instance types that the chart knows, one a line: see llama-lora.instance.complete."""
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in table().items())
+    note = NOTE.replace("genvalues/settings", "genvalues/accelerators/instances.py")
+    parts = {"instances": f"{{\n{rows}\n}}", "instances.accelerated": ACCELERATED, "instances.supported": SUPPORTED}
+    defines = "".join(
+        f'{{{{- define "llama-lora.{name}" -}}}}\n{text}\n{{{{- end }}}}\n' for name, text in parts.items()
+    )
+    return f"{{{{- /* {note} */}}}}\n{defines}"
 
 
 def as_template_text(value: str | bool) -> str:

@@ -57,7 +57,7 @@ def section(name: str, part: Part, default: Any) -> str:
         lines = [[code(row.key), *row[1:]] for row in rows(name, part, default)]
         body = table(HEAD, lines)
     else:
-        usually = f"; default: {shown(default)}" if default is not NO_DEFAULT else ""
+        usually = f"; default: {shown(default) or '`null`'}" if default is not NO_DEFAULT else ""
         body = f"{kind(part).capitalize()}{usually}.\n"
     return f"## {name}\n\n{part['description']}\n\n{body}"
 
@@ -117,7 +117,7 @@ def kind(part: Part, blocks: Part | None = None) -> str:
     if part.get("title") == "Quantity":
         return link("Quantity")
     if "enum" in part:
-        return ", ".join(shown(value) for value in part["enum"] if value is not False)  # YAML 1.1's off
+        return ", ".join(shown(value) for value in part["enum"] if value not in (False, None))  # YAML 1.1's off
     if "const" in part:
         return shown(part["const"])
     if "anyOf" in part:

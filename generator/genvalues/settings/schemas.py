@@ -113,8 +113,8 @@ def one_of_several(branches: list[Schema], outer: Schema) -> Schema:
     if len(others) == 1 and null and "type" in others[0]:
         types = others[0]["type"] if isinstance(others[0]["type"], list) else [others[0]["type"]]
         return {**others[0], "type": [*types, "null"], **outer}
-    if all("enum" in branch for branch in others) and not null:
-        return {"enum": [choice for branch in others for choice in branch["enum"]], **outer}
+    if all("enum" in branch for branch in others):
+        return {"enum": [choice for branch in others for choice in branch["enum"]] + [None] * len(null), **outer}
     plain = [branch for branch in others if branch.keys() <= {"type", "pattern"}]
     if len(plain) == len(others):  # number's pattern is for text that stands for one; here any text is allowed
         types = [branch["type"] if isinstance(branch["type"], str) else branch["type"][0] for branch in others]

@@ -12,8 +12,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from genvalues.accelerators import native_rules
-from genvalues.accelerators.instances import TRN1, trainium
+from genvalues.accelerators.instances import (
+    HYPERPOD,
+    TRN1,
+    of_same_service,
+    refusal,
+    row,
+    trainium,
+    unsupported,
+)
 from genvalues.accelerators.neuron_rules import (
+    either,
     flash_length_problems,
     group_problems,
     packed_flash_problems,
@@ -23,6 +32,7 @@ from genvalues.accelerators.neuron_rules import (
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.settings.by_instance import logical_cores
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION
 
@@ -56,10 +66,12 @@ def contradictions(values: Values) -> Iterator[Problem]:
         dataset,
         held_out_loss,
         attention,
+        instance_type,
         parallelism,
         backend,
         process_groups,
         devices,
+        neuron,
         guards,
         storage,
         access_modes,
@@ -215,6 +227,12 @@ def on_trainium(values: Values) -> bool:
     return trainium(get(values, "instance", str) or "") is not None
 
 
+def on_neuron(values: Values) -> bool:
+    """Whether compile and train use Neuron devices: backend native has none on Trn1."""
+    found = trainium(get(values, "instance", str) or "")
+    return found is not None and not (found.generation is TRN1 and get(values, "backend", str) == "native")
+
+
 def attention(values: Values) -> Iterator[Problem]:
     length = get(values, "training.maxSequenceLength", int)
     if length is None:
@@ -224,6 +242,23 @@ def attention(values: Values) -> Iterator[Problem]:
         yield from flash_length_problems(length)
     elif backend == "native" and on_trainium(values):
         yield from native_rules.length_problems(length, wanted, "neuron")
+
+
+def instance_type(values: Values) -> Iterator[Problem]:
+    """An instance type that cannot train, or not on so many nodes, and auto-resume outside HyperPod."""
+    name = get(values, "instance", str) or ""
+    choices = of_same_service(name)
+    if why := unsupported(name):
+        yield Problem(key_paths("instance"), f"{one_line(name)} is {why}", f"Use {either([*choices])}, or cpu.")
+    if reason := refusal(name, get(values, "parallelism.nodes", int) or 1):
+        several = [other for other, found in choices.items() if refusal(other, 2) is None and found is not None]
+        yield Problem(key_paths("parallelism.nodes", "instance"), reason, f"Use nodes: 1, or {either(several)}.")
+    if name and not name.startswith(HYPERPOD) and get(values, "hyperpod.autoResume", bool):
+        yield Problem(
+            key_paths("hyperpod.autoResume", "instance"),
+            f"requires an instance type of HyperPod, and instance is {one_line(name)}",
+            f"Remove it, or write instance: {HYPERPOD}... as the HyperPod nodes are named.",
+        )
 
 
 def parallelism(values: Values) -> Iterator[Problem]:
@@ -266,20 +301,37 @@ def backend(values: Values) -> Iterator[Problem]:
 
 
 def process_groups(values: Values) -> Iterator[Problem]:
-    """Process groups that the Neuron runtime does not support or neuronx_distributed cannot place."""
-    for key in ("parallelism.tensorParallelSize", "parallelism.shardSize", "parallelism.processesPerNode"):
+    """Process groups that the Neuron runtime does not support or neuronx_distributed cannot place, and processes that
+    leave cores idle or have none.
+    """
+    name = get(values, "instance", str) or ""
+    for key in ("parallelism.tensorParallelSize", "parallelism.shardSize"):
         if size := get(values, key, int):
-            yield from group_problems(get(values, "instance", str) or "", size, key)
+            yield from group_problems(name, size, key)
+    found, per_node = trainium(name), get(values, "parallelism.processesPerNode", int)
+    if found and per_node and on_neuron(values) and per_node != (cores := logical_cores(values, row(found))):
+        yield Problem(
+            key_paths("parallelism.processesPerNode", "devices", "instance"),
+            f"{per_node} processes, but the devices of {name} have {cores} logical cores, one process each",
+            f"Write {cores}, or leave it out.",
+        )
 
 
 def devices(values: Values) -> Iterator[Problem]:
-    asked = get(values, "devices", dict)
-    if on_trainium(values) and asked is not None and "aws.amazon.com/neuron" not in asked:
+    asked, found = get(values, "devices", dict), trainium(get(values, "instance", str) or "")
+    if found and asked and "aws.amazon.com/neuron" not in asked:
         yield Problem(
             key_paths("devices", "instance"),
             f"instance {values['instance']} requires aws.amazon.com/neuron in devices",
             "Remove this override.",
         )
+    for name, most in found.devices.items() if found else ():
+        if (count := (asked or {}).get(name)) and isinstance(count, int) and count > most:
+            yield Problem(
+                (("devices", name), ("instance",)),
+                f"{count} devices, but a node of {values['instance']} has {most}",
+                f"Write {most}, or remove devices.",
+            )
     for name in ("aws.amazon.com/neurondevice", "aws.amazon.com/neuroncore"):
         if name in (asked or {}):
             yield Problem(
@@ -287,6 +339,27 @@ def devices(values: Values) -> Iterator[Problem]:
                 "the Neuron device plugin does not offer whole nodes under this name",
                 "Use aws.amazon.com/neuron.",
             )
+
+
+def neuron(values: Values) -> Iterator[Problem]:
+    """What compiler and runtime are told must be what the instance type is."""
+    found, target = trainium(get(values, "instance", str) or ""), get(values, "neuron.target", str)
+    size = get(values, "neuron.logicalCoreSize", int)
+    if found and on_neuron(values) and target and target != found.generation.target:
+        yield Problem(
+            key_paths("neuron.target", "instance"),
+            f"{target} is not the generation of {values['instance']}",
+            f"Write {found.generation.target}, or remove it.",
+        )
+    elif found and on_neuron(values) and found.generation is TRN1 and size not in (None, 1):
+        yield Problem(key_paths("neuron.logicalCoreSize"), f"{size} is not supported on trn1", "Write 1, or remove it.")
+    nodes, asked = get(values, "parallelism.nodes", int) or 1, get(values, "devices", dict)
+    if found and found.efa and on_neuron(values) and nodes > 1 and asked and "vpc.amazonaws.com/efa" not in asked:
+        yield Problem(
+            key_paths("devices", "parallelism.nodes"),
+            f"{nodes} nodes require vpc.amazonaws.com/efa in devices",
+            f"Write {found.efa}, the number of a node, or remove devices.",
+        )
 
 
 def guards(values: Values) -> Iterator[Problem]:

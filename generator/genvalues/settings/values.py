@@ -33,9 +33,11 @@ from genvalues.settings.run import (
     Monitoring,
     Parallelism,
     Probe,
+    Processes,
     Publish,
     Rehearse,
     Source,
+    TensorParallelSize,
     Training,
     Verify,
 )
@@ -206,14 +208,34 @@ class Guards(GuardOptions):
     stall_timeout: StallTimeout = "30m"
 
 
+class ParallelismValues(Parallelism):
+    """How the work is divided: nodes * processesPerNode must equal tensorParallelSize * dataParallelSize. Null, or left
+    out: by instance, one process for each logical core of its devices.
+    """
+
+    processes_per_node: Processes | None = Field(  # type: ignore[assignment]
+        None,
+        description="Training processes on each node. Null: by instance (trn1.32xlarge 32, trn2.48xlarge 64, cpu 2).",
+    )
+    tensor_parallel_size: TensorParallelSize | None = Field(  # type: ignore[assignment]
+        None,
+        description="Processes that split each layer of one copy of the model. Null: what dataParallelSize leaves, "
+        "else by instance (trn1.32xlarge 8, trn2 4, cpu 1).",
+    )
+    data_parallel_size: Annotated[int, Field(ge=1, le=1048576)] | None = Field(  # type: ignore[assignment]
+        None, description="Copies of the model, over all nodes. Null: as many as the processes make."
+    )
+
+
 class NeuronSettings(Block):
     """What compiler and runtime must know of a Trainium instance type."""
 
-    target: Literal["trn1", "trn2"] = Field(
-        "trn1", description="Compiler target: trn1 (trn1, trn1n) or trn2 (trn2, trn2u)."
+    target: Literal["trn1", "trn2"] | None = Field(
+        None, description="Compiler target: trn1 (trn1, trn1n) or trn2 (trn2, trn2u). Null: by instance."
     )
-    logical_core_size: int = Field(
-        1, ge=1, le=2, description="Physical NeuronCores per logical core: 1 on trn1, 1 or (usually) 2 on trn2."
+    logical_core_size: Annotated[int, Field(ge=1, le=2)] | None = Field(
+        None,
+        description="Physical NeuronCores per logical core: 1 on trn1, 1 or (usually) 2 on trn2. Null: by instance.",
     )
 
 
@@ -349,8 +371,9 @@ class Storage(Block):
 
 
 class Stages(Block):
-    """Settings of each stage, which take the same keys as stageDefaults. The defaults fit small models on CPUs.
-    genvalues writes what a Trainium node offers (about 119 vCPU and 460 GiB of a trn1.32xlarge are allocatable).
+    """Settings of each stage, which take the same keys as stageDefaults. The defaults fit small models on CPUs; compile
+    and train take what a node of the instance type offers (about 119 vCPU and 460 GiB of a trn1.32xlarge are
+    allocatable).
     """
 
     preflight: StageSettings = Field(
@@ -370,8 +393,9 @@ class Stages(Block):
         description="Only with rehearse.enabled. Rehearses the run on a small model, with two processes on a CPU.",
     )
     compile: StageSettings = Field(
-        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
-        description="Compiles what train will run, on the nodes that train. On the CPU: ten trial steps.",
+        StageSettings(resources=None),
+        description="Compiles what train will run, on the nodes that train. On the CPU: ten trial steps. resources: "
+        "null stands for those of the instance type; a quantity that is written overrides one of them.",
     )
     neff: StageSettings = Field(
         StageSettings(resources=resources("8", "64Gi", "32", "128Gi")),
@@ -379,9 +403,9 @@ class Stages(Block):
         "one compiler per 64Gi of the memory limit.",
     )
     train: StageSettings = Field(
-        StageSettings(resources=resources("500m", "2Gi", "8", "16Gi")),
-        description="Trains, on the Trainium nodes. On nodes with huge pages set aside, add hugepages-2Mi: 5120Mi to "
-        "requests and limits.",
+        StageSettings(resources=None),
+        description="Trains, on the Trainium nodes. resources as of compile. On nodes with huge pages set aside, add "
+        "hugepages-2Mi: 5120Mi to requests and limits.",
     )
     gate: StageSettings = Field(
         StageSettings(), description="Releases compile and train, follows them, and ends as they end. One after each."
@@ -417,9 +441,10 @@ class Stages(Block):
 class Values(Block):
     """Values of the chart llama-lora.
 
-    `genvalues write finetune.yaml -o values.yaml` writes such a file from a short, checked inputs file and derives
-    processes, parallelism, devices and resources. Required: model.id or model.path, dataset.source, dataset.format.
-    Helm refuses unknown keys. docs/values.md has the same as tables, with the limits of each key.
+    `genvalues write finetune.yaml -o values.yaml` writes such a file from a short, checked inputs file and fits the
+    layout to the model. Required: model.id or model.path, dataset.source, dataset.format. null stands for what the
+    instance type says: devices, processes, tensor parallelism, memory. Helm refuses unknown keys. docs/values.md has
+    the same as tables, with the limits of each key.
     """
 
     name: str = Field(
@@ -447,11 +472,16 @@ class Values(Block):
         description="cpu, or the instance type of the nodes that compile and train, as in their label "
         "node.kubernetes.io/instance-type (HyperPod: with ml.).",
     )
-    backend: Backend = "native"
+    backend: Backend | None = Field(
+        None,
+        description="native: PyTorch on CPUs, and by TorchNeuron on Trn2 and later. xla: optimum-neuron on PyTorch/XLA "
+        "for Trn1, and for Trn2 with images of Neuron SDK 2.29 or older. Null: by instance, xla on trn1, else native. "
+        "cpu and neuron are their older names.",
+    )
     workload: Literal["pytorchjob", "trainjob"] = Field(
         "pytorchjob",
-        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator (Trainer v1), "
-        "which HyperPod has. trainjob: of Kubeflow Trainer v2.",
+        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator (Trainer "
+        "v1), which HyperPod has. trainjob: of Kubeflow Trainer v2.",
     )
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
@@ -463,21 +493,22 @@ class Values(Block):
     compile: Compile = Compile()
     guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
-    parallelism: Parallelism = Parallelism()
+    parallelism: ParallelismValues = ParallelismValues()
     rehearse: Rehearse = Rehearse()
     publish: Publish = Publish()
     monitoring: Monitoring = Monitoring()
     verify: Verify = "cached"
-    devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] = Field(
-        {},
+    devices: dict[Annotated[str, Field(pattern=DEVICE)], Annotated[int, Field(ge=1)]] | None = Field(
+        None,
         description="Devices of one node, requested by compile and train only, RESOURCE: COUNT. Each is also "
-        "tolerated as a taint (NoSchedule). trn1.32xlarge: {aws.amazon.com/neuron: 16, vpc.amazonaws.com/efa: 8}.",
+        "tolerated as a taint (NoSchedule). Null or {}: by instance, for trn1.32xlarge {aws.amazon.com/neuron: 16, "
+        "vpc.amazonaws.com/efa: 8}.",
     )
     neuron: NeuronSettings = NeuronSettings()
-    shared_memory: Quantity = Field(
-        "2Gi",
+    shared_memory: Quantity | None = Field(
+        None,
         description="Size of /dev/shm in the pods of compile and train: about 1Gi per process. It counts against the "
-        "pod's memory limit.",
+        "pod's memory limit. Null: by instance (trn1.32xlarge 32Gi, cpu 2Gi).",
     )
     hugging_face: HuggingFace = HuggingFace()
     hyperpod: HyperPod = HyperPod()

@@ -65,7 +65,7 @@ def test_shells_complete_commands_and_options(shell: str, words: str, completed:
     ("words", "completed"),
     [
         ("init --instance ", NAMES),
-        ("init --instance ml.trn2", ["ml.trn2.3xlarge", "ml.trn2.48xlarge", "ml.trn2u.48xlarge"]),
+        ("init --instance ml.trn2", ["ml.trn2.3xlarge", "ml.trn2.48xlarge"]),
         ("init --format ", list(FORMATS)),
         ("init --format ch", ["chat"]),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chart.manifests import CHART
-from genvalues.accelerators.instances import NAMES, UNNAMED
+from genvalues.accelerators.instances import NAMES
 from genvalues.common.errors import UserError
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import checked
@@ -88,11 +88,45 @@ def test_backend_native_trains_gate_and_up_alone_and_any_length_on_a_cpu(tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["", "ml."])
-@pytest.mark.parametrize("beginning", UNNAMED)
-def test_an_instance_type_that_aws_has_not_named_is_refused_as_such(
-    beginning: str, prefix: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "name",
+    ["trn3.48xlarge", "trn3pds.3xlarge", "inf2.xlarge", "p4d.24xlarge", "p5.48xlarge", "g5.xlarge", "p6-b200.48xlarge"],
+)
+def test_other_accelerators_are_refused_as_such(name: str, prefix: str, tmp_path: Path) -> None:
+    line = refused(tmp_path, f"{prefix}{name}")
+    assert " instance: " in line and "not supported: Trainium 1 and 2" in line and "Trainium 3 when" in line
+    assert f"{prefix}trn2.48xlarge" in line and "Did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "use"),
+    [
+        ("ml.trn1.2xlarge", "not an instance type of SageMaker HyperPod", "Use one of ml.trn1.32xlarge"),
+        ("ml.trn2u.48xlarge", "not an instance type of SageMaker HyperPod", "ml.trn2.48xlarge"),
+        ("trn1.16xlarge", "not an instance type of AWS", "trn1.32xlarge"),
+        ("ml.trn2.24xlarge", "not an instance type of AWS", "ml.trn2.48xlarge"),
+    ],
+)
+def test_names_that_aws_does_not_have_are_refused_with_those_of_the_service(
+    name: str, words: str, use: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as refused:
-        values_of(tmp_path, f"{prefix}{beginning}.48xlarge")
-    (line,) = str(refused.value).splitlines()
-    assert " instance: " in line and "not known yet" in line and "trn2.48xlarge" in line
+    line = refused(tmp_path, name)
+    assert words in line and use in line
+    if name.startswith("ml."):
+        assert " trn1" not in line and " trn2" not in line
+
+
+def test_auto_resume_outside_hyperpod_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as found:
+        values_of(tmp_path, "trn1.32xlarge", "chartValues.hyperpod.autoResume=true")
+    assert "chartValues.hyperpod.autoResume" in str(found.value)
+    assert values_of(tmp_path, "ml.trn1.32xlarge")["hyperpod"]["autoResume"] is True
+    assert values_of(tmp_path, "trn1.32xlarge")["hyperpod"]["autoResume"] is False
+
+
+def refused(folder: Path, instance: str) -> str:
+    """The one line that refuses an instance type."""
+    with pytest.raises(UserError) as found:
+        values_of(folder, instance)
+    (line,) = str(found.value).splitlines()
+    return line

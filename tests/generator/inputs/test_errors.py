@@ -519,7 +519,7 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"image": "localhost:5000/llama-lora"}, "has no tag or digest"),
         ({"image": "repo/llama-lora@sha256:..."}, "is not an image reference"),
         ({"instance": "trn1.2xlarge", "nodes": "2"}, "trn1.2xlarge has no EFA and cannot be one of 2 nodes"),
-        ({"instance": "p5.48xlarge"}, "Allowed values: cpu, trn1.2xlarge, trn1.32xlarge,"),
+        ({"instance": "p5.48xlarge"}, "not supported: Trainium 1 and 2"),
         ({"model": "{path: ./llama}"}, "./llama is a path on this machine"),
         ({"model": "{path: /home/me/llama}"}, "/home/me/llama is a path on this machine"),
         ({"model": "{path: /workspace/../etc/llama}"}, "is a path on this machine"),

@@ -20,6 +20,7 @@ from genvalues.accelerators.instances import default_backend
 from genvalues.common import helm
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart
+from genvalues.inputs.chart import on_top_of_defaults
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.values import values_from
 from genvalues.inputs.write import checked, text_of
@@ -106,7 +107,7 @@ SHARED = (
 
 
 def test_the_inputs_defaults_are_the_charts() -> None:
-    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    defaults = on_top_of_defaults(CHART, {})
     least = inputs_from({"model": "a/b", "dataset": {"source": "a/b"}, "instance": "cpu"})
     derived = values_from(least, plan(least, gather_facts(least)))
     for section in SHARED:
@@ -144,14 +145,14 @@ MEMORY_GIB = {  # of a node: the AWS instance pages
 @pytest.mark.parametrize("name", instances.TRAINIUM)
 @pytest.mark.parametrize("nodes", [1, 2, 5])
 def test_every_core_of_every_instance_has_a_process(name: str, nodes: int) -> None:
-    layout, prefixed = (layout_of(prefix + name, nodes) for prefix in ("", instances.HYPERPOD))
-    instance = instances.TRAINIUM[name]
+    layout, instance = layout_of(name, nodes), instances.TRAINIUM[name]
     assert layout.processes_per_node == instance.cores
     assert layout.tensor_parallel * layout.data_parallel == nodes * layout.processes_per_node
     assert instance.cores % layout.tensor_parallel == 0  # a tensor-parallel group stays within a node
     assert instance.request_cpu < instance.vcpu
     assert instance.request_memory_gib < MEMORY_GIB[name] * 0.9
-    assert prefixed == layout
+    if instance.hyperpod:
+        assert layout_of(instances.HYPERPOD + name, nodes) == layout
 
 
 ON_TRAINIUM = "model: meta-llama/Llama-3.1-8B\ndataset: {source: a/b, format: %s}\ninstance: %s\nimage: a/b:1\n"
@@ -247,8 +248,7 @@ def test_compile_and_probe_are_passed_on(tmp_path: Path) -> None:
         ("trn2.48xlarge", {"tensorParallelSize": 8, "dataParallelSize": 8}, "1, 4, 16 or 64"),
         ("trn2.48xlarge", {"tensorParallelSize": 32, "dataParallelSize": 2}, "1, 4, 16 or 64"),
         ("ml.trn1.32xlarge", {"tensorParallelSize": 4, "dataParallelSize": 8}, "1, 2, 8, 16 or 32"),
-        ("trn1.2xlarge", {"processesPerNode": 8, "dataParallelSize": 4}, "1 or 2"),
-        ("trn2.3xlarge", {"processesPerNode": 2, "tensorParallelSize": 1, "dataParallelSize": 2}, "1 or 4"),
+        ("trn2.3xlarge", {"tensorParallelSize": 2, "dataParallelSize": 2}, "1 or 4"),
     ],
 )
 def test_groups_of_processes_that_neuron_does_not_have_are_mistakes(
@@ -256,6 +256,14 @@ def test_groups_of_processes_that_neuron_does_not_have_are_mistakes(
 ) -> None:
     text = ON_TRAINIUM % ("text", instance) + dump({"chartValues": {"parallelism": parallelism}})
     with pytest.raises(UserError, match=f"{instance} supports process groups of {allowed}, not of"):
+        values_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(("instance", "cores"), [("trn1.2xlarge", 2), ("ml.trn2.48xlarge", 64)])
+def test_processes_that_are_not_a_nodes_logical_cores_are_mistakes(tmp_path: Path, instance: str, cores: int) -> None:
+    layout = {"processesPerNode": 8, "tensorParallelSize": 1, "dataParallelSize": 8}
+    text = ON_TRAINIUM % ("text", instance) + dump({"chartValues": {"parallelism": layout}})
+    with pytest.raises(UserError, match=rf"chartValues.parallelism.processesPerNode: .* {cores} logical .* {cores}"):
         values_of(tmp_path, text)
 
 

@@ -194,7 +194,7 @@ def test_8b_on_a_trn1_2xlarge_fits_only_with_whole_layers_recomputed() -> None:
     ("model", "instance", "fix"),
     [
         ("meta-llama/Llama-3.1-70B", "trn1.2xlarge", "Use trn2.48xlarge or trn2u.48xlarge, or a smaller model."),
-        ("Qwen/Qwen3-14B", "ml.trn1.2xlarge", "Use ml.trn1.32xlarge or ml.trn2u.48xlarge, or a smaller model."),
+        ("Qwen/Qwen3-14B", "trn1.2xlarge", "Use trn1.32xlarge or trn2u.48xlarge, or a smaller model."),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_with_instances_that_fit(model: str, instance: str, fix: str) -> None:

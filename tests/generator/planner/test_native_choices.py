@@ -157,7 +157,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_instances_of_native_that_
     key, what, fix = refused(model="meta-llama/Llama-3.1-70B", instance="ml.trn2.3xlarge")
     assert key == "instance"
     assert "shardSize" in what and "gathered weights" in what
-    assert "ml.trn2.48xlarge or ml.trn2u.48xlarge" in fix and "trn1" not in fix
+    assert "ml.trn2.48xlarge" in fix and "trn1" not in fix
 
 
 def test_an_unknown_model_shares_its_weights_as_widely_as_possible() -> None:

@@ -1,0 +1,75 @@
+"""Values that follow from the instance type where they are left out.
+
+The chart completes its values in the same way and from the same rows: llama-lora.instance.complete in
+chart/templates/config/_complete.tpl, and chart/templates/_instances.tpl, which is generated from the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genvalues.accelerators.instances import CPU_ROW, TRN1, row, trainium
+from genvalues.common.dicts import get
+from genvalues.settings.run import with_own_words
+
+NEURON_DEVICE = "aws.amazon.com/neuron"
+Values = dict[str, Any]
+
+
+def completed(values: Values) -> Values:
+    """The values with what the instance type means for keys that are null or left out. Invalid values stay.
+
+    Without the resources of compile and train, on which no rule of genvalues depends.
+    """
+    values = with_own_words(values)
+    if not values.get("backend"):
+        instance = trainium(get(values, "instance", str) or "")
+        values = {**values, "backend": instance.generation.backend if instance else CPU_ROW["backend"]}
+    own = row_of(values)
+    values = {**values, "devices": values.get("devices") or own["devices"]}
+    values = filled(values, {key: own[key] for key in ("neuron", "sharedMemory")})
+    return filled(values, {"parallelism": layout(values, own)})
+
+
+def row_of(values: Values) -> Values:
+    """The row of the instance type; that of cpu where compile and train have no Neuron device."""
+    instance = trainium(get(values, "instance", str) or "")
+    on_cpus = instance is None or (instance.generation is TRN1 and get(values, "backend", str) == "native")
+    return CPU_ROW if on_cpus or instance is None else row(instance)
+
+
+def filled(values: Values, missing: Values) -> Values:
+    """The values with those of ``missing`` where they are null or left out."""
+    result = dict(values)
+    for key, value in missing.items():
+        here = result.get(key)
+        if here is None:
+            result[key] = value
+        elif isinstance(here, dict) and isinstance(value, dict):
+            result[key] = filled(here, value)
+    return result
+
+
+def layout(values: Values, own: Values) -> Values:
+    """The processes of a node, and how they divide the work."""
+    per_node = get(values, "parallelism.processesPerNode", int) or logical_cores(values, own)
+    processes = (get(values, "parallelism.nodes", int) or 1) * per_node
+    copies = get(values, "parallelism.dataParallelSize", int)
+    size = min(own["tensorParallelSize"], per_node)
+    if copies and processes % copies == 0:
+        size = processes // copies
+    size = get(values, "parallelism.tensorParallelSize", int) or size
+    return {
+        "processesPerNode": per_node,
+        "tensorParallelSize": size,
+        "dataParallelSize": max(1, processes // size),
+    }
+
+
+def logical_cores(values: Values, own: Values) -> int:
+    """The logical cores of the devices that a node's pod requests, one process each; on CPUs the usual processes."""
+    devices = (get(values, "devices", dict) or {}).get(NEURON_DEVICE)
+    size = get(values, "neuron.logicalCoreSize", int)
+    if "coresPerDevice" not in own or not isinstance(devices, int) or not devices or not size:
+        return int(own["processesPerNode"])
+    return max(1, devices * own["coresPerDevice"] // size)
