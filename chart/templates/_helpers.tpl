@@ -14,8 +14,9 @@
 
 {{- /* Labels of a stage's pods: those above and the run. Arguments: root, stage. */}}
 {{- define "stage.podLabels" -}}
-{{ include "llama-lora.labels" (dict "root" .root "component" .stage) }}
-llama-lora/run: {{ include "llama-lora.run.label" .root | quote }}
+{{- $labels := include "llama-lora.labels" (dict "root" .root "component" .stage) | fromYaml }}
+{{- $_ := set $labels "llama-lora/run" (include "llama-lora.run.label" .root) }}
+{{- toYaml $labels }}
 {{- end }}
 
 {{- /* Labels of a stage's Job or PyTorchJob: those of its pods, and jobLabels. Arguments: root, stage, settings (default:

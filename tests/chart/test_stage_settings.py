@@ -88,6 +88,7 @@ def test_common_labels_are_on_every_object_and_pod_and_never_replace_the_charts(
     labels = {"cost-center": "ml", "app.kubernetes.io/component": "mine", "llama-lora/run": "other"}
     storage = {"kind": "fsx-static", "static": {"fileSystemId": "fs-01234567", "dnsName": "a.b", "mountName": "fsx"}}
     more = {"networkPolicy": {"enabled": True}, "extraObjects": {"a": {"apiVersion": "v1", "kind": "Service"}}}
+    more["rbac"] = {"clusterScopedReads": True}
     values = merged(MINIMAL, {"commonLabels": labels, "storage": storage}, more)
     plain = {
         kind_and_name(item): item["metadata"]["labels"] for item in render(merged(MINIMAL, {"storage": storage}, more))

@@ -126,6 +126,7 @@
   "maxRows": 256,
   "samples": 4,
   "maxNewTokens": 128,
+  "maxHours": 2,
   "enabled": true
  },
  "parallelism": {
@@ -350,6 +351,10 @@
  "guards.pricePerNodeHour": {
   "exclusiveMinimum": 0,
   "maximum": 1000000000
+ },
+ "evaluation.maxHours": {
+  "minimum": 0,
+  "maximum": 8760
  }
 }
 {{- end }}
