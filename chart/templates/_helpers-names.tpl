@@ -55,6 +55,10 @@
 {{- if has .stage (list "compile" "train" "runner") }}-{{ .root.Release.Revision }}{{ end }}
 {{- end }}
 
+{{- define "llama-lora.networkPolicy.name" -}}
+{{ include "llama-lora.fullname" .root }}-{{ .name }}
+{{- end }}
+
 {{- /* The release that the runner installs. */}}
 {{- define "llama-lora.run.release" -}}
 {{ .Release.Name }}-run

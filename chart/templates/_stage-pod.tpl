@@ -22,7 +22,7 @@
 {{- $settings := include "stage.settings" . | fromYaml -}}
 metadata:
   labels:
-    {{- $labels := include "stage.labels" . | fromYaml }}
+    {{- $labels := include "stage.podLabels" . | fromYaml }}
     {{- include "stage.override" (dict "base" $settings.podLabels "over" $labels) | nindent 4 }}
   {{- $annotations := ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains) }}
   {{- with include "stage.override" (dict "base" $annotations "over" $settings.podAnnotations) | fromYaml }}
@@ -30,12 +30,13 @@ metadata:
     {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  serviceAccountName: {{ .account }}
+  serviceAccountName: {{ $settings.serviceAccountName | default .account }}
   automountServiceAccountToken: {{ default false .callsApi }}
   enableServiceLinks: false
-  {{- if .trains }}
-  terminationGracePeriodSeconds: 120      # to save a checkpoint
-  {{- else }}
+  {{- with $settings.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ int64 . }}
+  {{- end }}
+  {{- if not .trains }}
   restartPolicy: Never      # required by podFailurePolicy; a PyTorchJob sets it on the replica
   {{- end }}
   {{- with $values.image.pullSecrets }}
@@ -45,6 +46,9 @@ spec:
     - name: {{ $name | quote }}
     {{- end }}
     {{- end }}
+  {{- end }}
+  {{- with $settings.schedulerName }}
+  schedulerName: {{ . | quote }}
   {{- end }}
   {{- with $settings.priorityClassName }}
   priorityClassName: {{ . | quote }}
@@ -61,6 +65,10 @@ spec:
   affinity:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  {{- with $settings.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   securityContext:
     {{- if .runAsRoot }}
     runAsUser: 0
@@ -72,8 +80,14 @@ spec:
     fsGroup: {{ int64 $values.securityContext.runAsGroup }}
     fsGroupChangePolicy: OnRootMismatch
     {{- end }}
+    {{- with $settings.supplementalGroups }}
+    supplementalGroups:
+      {{- range . }}
+      - {{ int64 . }}
+      {{- end }}
+    {{- end }}
     seccompProfile:
-      type: RuntimeDefault
+      {{- $settings.seccompProfile | default (dict "type" "RuntimeDefault") | toYaml | nindent 6 }}
   containers:
     - name: {{ .container }}
       image: {{ include "llama-lora.image" .root | quote }}
@@ -85,11 +99,17 @@ spec:
           value: {{ $values.workspace.mountPath | quote }}
         - name: LLAMA_LORA_IMAGE      # for the report
           value: {{ include "llama-lora.image" .root | quote }}
+        {{- if .trains }}
+        - name: LLAMA_LORA_GRACE_SECONDS      # what the launcher may take to save
+          value: {{ int $settings.terminationGracePeriodSeconds | quote }}
+        {{- end }}
         {{- $environment := dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1" }}
         {{- $environment = merge $environment (include "stage.neuronEnvironment" . | fromYaml) }}
         {{- range $name, $value := include "stage.override" (dict "base" $environment "over" $settings.extraEnv) | fromYaml }}
+        {{- if not (hasKey $settings.extraEnvSecrets $name) }}
         - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
+        {{- end }}
         {{- end }}
         {{- if .callsApi }}
         - name: LLAMA_LORA_JOB_UID      # of the Job, for events about it
@@ -104,7 +124,14 @@ spec:
               name: {{ .token.name | quote }}
               key: {{ .token.key | quote }}
         {{- end }}
+        {{- range $name, $from := $settings.extraEnvSecrets }}
+        - name: {{ $name | quote }}
+          valueFrom:
+            secretKeyRef:
+              {{- toYaml $from | nindent 14 }}
+        {{- end }}
         {{- range $name := include "stage.monitoringVariables" . | fromJsonArray }}
+        {{- if not (hasKey $settings.extraEnvSecrets $name) }}
         - name: {{ $name }}
           valueFrom:
             secretKeyRef:
@@ -112,6 +139,13 @@ spec:
               key: {{ $name }}
               optional: true
         {{- end }}
+        {{- end }}
+      {{- with $settings.extraEnvFrom }}
+      envFrom:      # a variable of env above takes precedence
+        {{- range . }}
+        - {{ toYaml . | nindent 10 | trim }}
+        {{- end }}
+      {{- end }}
       resources:
         {{- include "stage.resources" . | nindent 8 }}
       securityContext:
@@ -119,8 +153,8 @@ spec:
         readOnlyRootFilesystem: true
         capabilities:
           drop: [ALL]
-          {{- if .runAsRoot }}
-          add: [CHOWN]
+          {{- with include "stage.capabilities" . | fromJsonArray }}
+          add: {{ toJson . }}
           {{- end }}
       volumeMounts:
         - name: tmp
@@ -192,9 +226,34 @@ spec:
 {{- end }}
 
 {{- /* stageDefaults, overridden key by key by the stage's settings. Lists and scalars are replaced. (mergeOverwrite would
-       ignore a stage's 0, "" and false.) */}}
+       ignore a stage's 0, "" and false.) Arguments: root, settings. */}}
 {{- define "stage.settings" -}}
-{{- include "stage.override" (dict "base" .root.Values.stageDefaults "over" (get .root.Values.stages .settings)) }}
+{{- $common := deepCopy .root.Values.stageDefaults }}
+{{- if has .settings (list "gate" "runner") }}
+{{- /* They end with what they follow. Before that they must not: the limits on cost and stalls, and the next stages, would end
+       with them. */}}
+{{- $common = omit $common "activeDeadlineSeconds" }}
+{{- end }}
+{{- if not (has .settings (include "stage.ofTrainer" . | fromJsonArray)) }}
+{{- /* A variable may run code (LD_PRELOAD), and these stages have permissions in the cluster or run as root. */}}
+{{- $_ := set $common "extraEnvSecrets" dict }}
+{{- $_ := set $common "extraEnvFrom" dict }}
+{{- end }}
+{{- include "stage.override" (dict "base" $common "over" (get .root.Values.stages .settings)) }}
+{{- end }}
+
+{{- /* The keys of the stages that run the trainer, without any permission in the cluster. */}}
+{{- define "stage.ofTrainer" -}}
+{{- list "tokenize" "rehearse" "compile" "neff" "train" "consolidate" "merge" "evaluate" "publish" | toJson }}
+{{- end }}
+
+{{- /* The capabilities that a container adds. */}}
+{{- define "stage.capabilities" -}}
+{{- $added := ternary (list "CHOWN") list (default false .runAsRoot) }}
+{{- range $name, $add := (include "stage.settings" . | fromYaml).capabilities }}
+{{- if $add }}{{ $added = append $added $name }}{{ end }}
+{{- end }}
+{{- uniq $added | toJson }}
 {{- end }}
 
 {{- define "stage.override" -}}
@@ -227,6 +286,7 @@ spec:
 {{- define "stage.nodeSelector" -}}
 {{- $selector := dict }}
 {{- if .trains }}
+{{- $selector = include "stage.reservedNodes" .root | fromYaml }}
 {{- if ne .root.Values.instance "cpu" }}
 {{- $_ := set $selector "node.kubernetes.io/instance-type" .root.Values.instance }}
 {{- end }}
@@ -235,6 +295,26 @@ spec:
 {{- end }}
 {{- end }}
 {{- include "stage.override" (dict "base" $selector "over" (include "stage.settings" . | fromYaml).nodeSelector) }}
+{{- end }}
+
+{{- /* Labels of the nodes that were launched into capacityReservation. The labels of Karpenter and EKS Auto Mode:
+       https://karpenter.sh/docs/tasks/odcrs, https://docs.aws.amazon.com/eks/latest/userguide/auto-odcr.html; of managed node
+       groups: https://docs.aws.amazon.com/eks/latest/userguide/capacity-blocks-mng.html. */}}
+{{- define "stage.reservedNodes" -}}
+{{- $wanted := .Values.capacityReservation }}
+{{- $labels := dict }}
+{{- $prefix := get (dict "karpenter" "karpenter.k8s.aws" "auto-mode" "eks.amazonaws.com") $wanted.provisioner }}
+{{- if $prefix }}
+{{- $_ := set $labels "karpenter.sh/capacity-type" "reserved" }}
+{{- with $wanted.type }}{{ $_ := set $labels (printf "%s/capacity-reservation-type" $prefix) . }}{{ end }}
+{{- with $wanted.id }}{{ $_ := set $labels (printf "%s/capacity-reservation-id" $prefix) . }}{{ end }}
+{{- else if eq $wanted.provisioner "node-group" }}
+{{- if eq $wanted.type "capacity-block" }}{{ $_ := set $labels "eks.amazonaws.com/capacityType" "CAPACITY_BLOCK" }}{{ end }}
+{{- with $wanted.group }}{{ $_ := set $labels "eks.amazonaws.com/nodegroup" . }}{{ end }}
+{{- else if eq $wanted.provisioner "hyperpod" }}
+{{- $_ := set $labels "sagemaker.amazonaws.com/instance-group-name" $wanted.group }}
+{{- end }}
+{{- toYaml $labels }}
 {{- end }}
 
 {{- /* Nodes with devices are often tainted with the device's name. */}}

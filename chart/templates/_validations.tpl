@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" }}
+{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" "deadlines" "accounts" "environment" "capabilities" "grace" "kueue" "reservation" "labels" "extraObjects" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -297,6 +297,9 @@ storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} n
 
 {{- define "llama-lora.validations.workspace" -}}
 {{- $path := .Values.workspace.mountPath }}
+{{- if has $path (include "llama-lora.systemPaths" . | fromJsonArray) }}
+workspace.mountPath {{ $path }} would hide a directory of the image. Use another path, e.g. /workspace.
+{{- end }}
 {{- if or (has $path (include "stage.mountPaths" . | fromJsonArray)) (hasPrefix "/etc/llama-lora/" $path) }}
 workspace.mountPath {{ $path }} is used by another mount of the chart. Use another path, e.g. /workspace.
 {{- end }}
@@ -351,8 +354,9 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
 {{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
 {{- range $name, $value := $settings.extraEnv }}
-{{- if regexMatch "(?i)(^|_)(token|secret|passw(or)?d|credentials?|(api|access)?key)(_|$)" $name }}
-{{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret. Values can be read by anyone who can read the release. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; grant access to AWS by serviceAccount.annotations.
+{{- $switch := regexMatch "(?i)^(0|1|true|false|yes|no|on|off)?$" (toString $value) }}      {{- /* HF_HUB_DISABLE_IMPLICIT_TOKEN */}}
+{{- if and (not $switch) (regexMatch "(?i)(^|_)(token|secret|passw(or)?d|credentials?|(api|access)?key)(_|$)" $name) }}
+{{ ternary "stageDefaults" (printf "stages.%s" $stage) (eq $stage "stageDefaults") }}.extraEnv.{{ $name }} looks like a secret. Values can be read by anyone who can read the release. Put it in a Secret and name that in extraEnvSecrets, a Hugging Face token in huggingFace.tokenSecret; grant access to AWS by serviceAccount.annotations.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -381,6 +385,9 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- if or (has (clean $mount.mountPath) $taken) (hasPrefix "/etc/llama-lora/" $mount.mountPath) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} is already used by another mount. Choose another path.
 {{- end }}
+{{- if has (clean $mount.mountPath) (include "llama-lora.systemPaths" $ | fromJsonArray) }}
+stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} would hide a directory of the image. Choose a path below it.
+{{- end }}
 {{- $taken = append $taken (clean $mount.mountPath) }}
 {{- if not (hasKey $settings.extraVolumes $name) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }} refers to an unknown volume. Add {{ $name }} to extraVolumes.
@@ -404,8 +411,139 @@ sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resou
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_IMAGE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_IMAGE is set by the chart. Use image.
 {{- end }}
+{{- if hasKey $settings.extraEnv "LLAMA_LORA_GRACE_SECONDS" }}
+stages.{{ $stage }}: extraEnv.LLAMA_LORA_GRACE_SECONDS is set by the chart. Use terminationGracePeriodSeconds.
+{{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_WORKSPACE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Directories that the container needs. */}}
+{{- define "llama-lora.systemPaths" -}}
+{{ list "/" "/bin" "/dev" "/etc" "/lib" "/lib64" "/opt" "/proc" "/sbin" "/sys" "/usr" | toJson }}
+{{- end }}
+
+{{- /* A deadline that ends what watches over a job, but not the job. */}}
+{{- define "llama-lora.validations.deadlines" -}}
+{{- if .Values.stages.gate.activeDeadlineSeconds }}
+stages.gate.activeDeadlineSeconds would end the gate and with it guards.maxCost and guards.stallTimeout, while the nodes go on. Remove it. To limit a training, set stages.train.activeDeadlineSeconds.
+{{- end }}
+{{- if .Values.stages.runner.activeDeadlineSeconds }}
+stages.runner.activeDeadlineSeconds would end the runner in the middle of a stage, which goes on. Remove it. Set the deadlines of the stages instead, e.g. stages.train.activeDeadlineSeconds.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.accounts" -}}
+{{- if .Values.stageDefaults.serviceAccountName }}
+stageDefaults.serviceAccountName would give all stages the permissions of one. Set it for a stage, e.g. stages.tokenize.serviceAccountName.
+{{- end }}
+{{- end }}
+
+{{- /* Variables from Secrets and ConfigMaps. */}}
+{{- define "llama-lora.validations.environment" -}}
+{{- range $stage, $own := .Values.stages }}
+{{- if not (has $stage (include "stage.ofTrainer" $ | fromJsonArray)) }}
+{{- range $key := list "extraEnvSecrets" "extraEnvFrom" }}
+{{- if get $own $key }}
+stages.{{ $stage }}.{{ $key }} is not allowed: this stage has permissions in the cluster or runs as root, and a variable can run code. Remove it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- range $name, $from := $settings.extraEnvSecrets }}
+{{- if eq $name "HF_TOKEN" }}
+stages.{{ $stage }}: extraEnvSecrets.HF_TOKEN is set by the chart where it is needed. Use huggingFace.tokenSecret or publish.hub.tokenSecret.
+{{- else if hasPrefix "LLAMA_LORA_" $name }}
+stages.{{ $stage }}: extraEnvSecrets.{{ $name }} has a name of the chart's variables. Remove it.
+{{- else if regexMatch "^(NEURON|XLA|TORCH_NEURONX|NKI|LD|PYTHON.*)_|^PYTHON|^PATH$" $name }}
+stages.{{ $stage }}: extraEnvSecrets.{{ $name }} decides which code runs, and is no secret. Use extraEnv.
+{{- end }}
+{{- if hasKey $settings.extraEnv $name }}
+stages.{{ $stage }}: {{ $name }} is in extraEnv and in extraEnvSecrets. Remove one of them.
+{{- end }}
+{{- end }}
+{{- range $name, $source := $settings.extraEnvFrom }}
+{{- if eq (empty $source.secretRef) (empty $source.configMapRef) }}
+stages.{{ $stage }}: extraEnvFrom.{{ $name }} requires exactly one of secretRef and configMapRef. Set one, e.g. {secretRef: {name: wandb}}.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.capabilities" -}}
+{{- range $stage, $own := .Values.stages }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- range $name := list "ALL" "SYS_ADMIN" }}
+{{- if get $settings.capabilities $name }}
+stages.{{ $stage }}: capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
+{{- end }}
+{{- end }}
+{{- with $settings.seccompProfile }}
+{{- if ne (eq .type "Localhost") (not (empty .localhostProfile)) }}
+stages.{{ $stage }}: seccompProfile.localhostProfile is the path of a profile of type Localhost. Set both, or remove it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.grace" -}}
+{{- range $stage := list "compile" "train" }}
+{{- $grace := int (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).terminationGracePeriodSeconds }}
+{{- if lt $grace 30 }}
+stages.{{ $stage }}.terminationGracePeriodSeconds is {{ $grace }}, too short to save a checkpoint. Set it to at least 30.
+{{- else if gt $grace 300 }}
+stages.{{ $stage }}.terminationGracePeriodSeconds is {{ $grace }}, and gates wait 10 minutes for the pods of a stopped job, 5 of them for a lost node. Set it to at most 300.
+{{- else if gt (add $grace 20) (int $.Values.cleanup.timeoutSeconds) }}
+cleanup.timeoutSeconds is {{ $.Values.cleanup.timeoutSeconds }}, which is too short for stages.{{ $stage }}.terminationGracePeriodSeconds {{ $grace }}. Set it to at least {{ add $grace 20 }}.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.kueue" -}}
+{{- if and .Values.kueue.priorityClass (not .Values.kueue.queueName) }}
+kueue.priorityClass has no effect without kueue.queueName. Set kueue.queueName to a LocalQueue, or remove kueue.priorityClass.
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.reservation" -}}
+{{- $wanted := .Values.capacityReservation }}
+{{- $grouped := has $wanted.provisioner (list "node-group" "hyperpod") }}
+{{- if not $wanted.provisioner }}
+{{- if or $wanted.type $wanted.id $wanted.group }}
+capacityReservation has no effect without capacityReservation.provisioner. Set it to karpenter, auto-mode, node-group or hyperpod.
+{{- end }}
+{{- else if and $grouped $wanted.id }}
+capacityReservation.id is not a label of the nodes of provisioner {{ $wanted.provisioner }}. Use capacityReservation.group.
+{{- else if and $grouped (not $wanted.group) (or (eq $wanted.provisioner "hyperpod") (ne $wanted.type "capacity-block")) }}
+capacityReservation.group is required for provisioner {{ $wanted.provisioner }}. Set it to the name of the group whose nodes are reserved.
+{{- else if and (not $grouped) $wanted.group }}
+capacityReservation.group applies to provisioner node-group and hyperpod. Use capacityReservation.id.
+{{- end }}
+{{- end }}
+
+{{- /* Kueue admits a job as soon as it has the label of a queue. */}}
+{{- define "llama-lora.validations.labels" -}}
+{{- $queue := "kueue.x-k8s.io/queue-name" }}
+{{- if hasKey .Values.commonLabels $queue }}
+commonLabels.{{ $queue }} would queue every object. Use kueue.queueName and kueue.cpuQueueName.
+{{- end }}
+{{- range $stage := list "compile" "train" }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- if hasKey $settings.jobLabels $queue }}
+stages.{{ $stage }}: jobLabels.{{ $queue }} would start the job before its gate releases it. Use kueue.queueName.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llama-lora.validations.extraObjects" -}}
+{{- range $name, $object := .Values.extraObjects }}
+{{- $rendered := include "llama-lora.extraObject" (dict "root" $ "name" $name) | fromYaml }}
+{{- if not (and $rendered.apiVersion $rendered.kind) }}
+extraObjects.{{ $name }} has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.
+{{- else if eq $rendered.kind "Secret" }}
+extraObjects.{{ $name }} is a Secret, whose content anyone could read who can read the release. Use kubectl create secret, or an operator such as External Secrets.
 {{- end }}
 {{- end }}
 {{- end }}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render
+from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render, stages
 from genvalues.cluster.config import load as load_cluster_config
 from genvalues.settings.by_instance import completed
 from genvalues.settings.run import RunConfig
@@ -22,6 +23,13 @@ SETTINGS: Values = {
     "nodeSelector": {"pool": "a"},
     "tolerations": [{"key": "dedicated", "operator": "Exists"}],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}],
+    "schedulerName": "volcano",
+    "supplementalGroups": [3000],
+    "seccompProfile": {"type": "Localhost", "localhostProfile": "a.json"},
+    "capabilities": {"NET_BIND_SERVICE": True, "IPC_LOCK": False},
+    "terminationGracePeriodSeconds": 60,
+    "jobLabels": {"team": "7", "app.kubernetes.io/component": "mine"},
     "priorityClassName": "urgent",
     "extraEnv": {"OMP_NUM_THREADS": 4, "LARGE": 12345678, "TEXT": "a: b # c", "OFF": False},
     "extraVolumes": {"on": {"emptyDir": {}}},
@@ -30,6 +38,19 @@ SETTINGS: Values = {
     "podAnnotations": {"note": "true"},
     "backoffLimit": 0,
     "activeDeadlineSeconds": 3600,
+}
+WATCHERS = {"gate", "runner"}
+TRAINIUM: Values = {"instance": "trn1.32xlarge", "backend": "xla", "devices": {"aws.amazon.com/neuron": 16}}
+STAGES_OF: dict[str, Values] = {
+    "least": {"storage": {"prepare": {"enabled": False}}, "evaluation": {"enabled": False}},
+    "most": merged(
+        TRAINIUM,
+        {
+            "compile": {"runsOn": "cpu"},
+            "rehearse": {"enabled": True},
+            "publish": {"s3": {"uri": "s3://bucket/a"}},
+        },
+    ),
 }
 KEY_OF_STAGE = {"storage-prepare": "storagePrepare", "compile-gate": "gate", "train-gate": "gate"}
 
@@ -78,10 +99,15 @@ def test_the_gate_can_write_where_it_counts_the_cost(objects: list[Object]) -> N
 
 
 def test_workers_have_the_grace_period_that_the_trainer_saves_in(objects: list[Object]) -> None:
-    stopping = pytest.importorskip("llama_lora.backends.stopping", reason="a plain `pip install .` has no trainer")
     for each in pods(objects):
-        if each.owner["kind"] == "PyTorchJob":
-            assert each.spec["terminationGracePeriodSeconds"] == stopping.GRACE_PERIOD
+        known = each.environment.get("LLAMA_LORA_GRACE_SECONDS")
+        assert known == (str(each.spec["terminationGracePeriodSeconds"]) if each.trains else None)
+
+
+def test_without_the_chart_the_trainer_saves_in_the_charts_default() -> None:
+    stopping = pytest.importorskip("llama_lora.backends.stopping", reason="a plain `pip install .` has no trainer")
+    for stage in ("compile", "train"):
+        assert pod(render(MINIMAL), stage).spec["terminationGracePeriodSeconds"] == stopping.GRACE_PERIOD
 
 
 def test_the_run_config_is_what_the_trainer_reads(objects: list[Object], tmp_path: Path) -> None:
@@ -166,7 +192,9 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
     keys = yaml.safe_load((CHART / "values.yaml").read_text())["stages"]
     del keys["neff"]  # of Trainium alone; its compilers request more than the limits here
     own_resources = {key for key, stage in keys.items() if "resources" in stage}
-    values: Values = {where: SETTINGS if where == "stageDefaults" else dict.fromkeys(keys, SETTINGS)}
+    without_deadline = {key: value for key, value in SETTINGS.items() if key != "activeDeadlineSeconds"}
+    own = {key: without_deadline if key in WATCHERS else SETTINGS for key in keys}
+    values: Values = {where: SETTINGS if where == "stageDefaults" else own}
     optional = {"rehearse": {"enabled": True}, "publish": {"s3": {"uri": "s3://bucket/a"}}}
     objects = render(merged(MINIMAL, values, {"pipeline": {"mode": mode}}, optional), helm=helm)
     seen = set()
@@ -177,7 +205,17 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
         assert spec["nodeSelector"] == SETTINGS["nodeSelector"]
         assert spec["tolerations"] == SETTINGS["tolerations"]
         assert spec["affinity"] == SETTINGS["affinity"]
-        assert spec["priorityClassName"] == "urgent"
+        assert spec["topologySpreadConstraints"] == SETTINGS["topologySpreadConstraints"]
+        assert (spec["schedulerName"], spec["priorityClassName"]) == ("volcano", "urgent")
+        assert spec["securityContext"]["supplementalGroups"] == [3000]
+        assert spec["securityContext"]["seccompProfile"] == SETTINGS["seccompProfile"]
+        root = ["CHOWN"] if each.stage == "storage-prepare" else []
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": [*root, "NET_BIND_SERVICE"]}
+        saves = where == "stageDefaults" and key in {"compile", "train"}
+        assert spec["terminationGracePeriodSeconds"] == (120 if saves else 60)
+        if each.owner["kind"] != "Pod":
+            assert each.owner["metadata"]["labels"]["team"] == "7" and "team" not in metadata["labels"]
+            assert each.owner["metadata"]["labels"]["app.kubernetes.io/component"] == each.stage
         wanted = {"OMP_NUM_THREADS": "4", "LARGE": "12345678", "TEXT": "a: b # c", "OFF": "false"}
         assert each.environment.items() >= wanted.items()
         assert {"name": "on", "emptyDir": {}} in spec["volumes"]
@@ -194,7 +232,9 @@ def test_settings_reach_every_stage(where: str, mode: str, helm: int) -> None:
         has_own_deadline = each.stage == "cleanup" or (
             where == "stageDefaults" and "activeDeadlineSeconds" in keys[key]
         )
-        if not has_own_deadline:
+        if key in WATCHERS:
+            assert "activeDeadlineSeconds" not in of_job, "it ends with what it follows"
+        elif not has_own_deadline:
             assert of_job["activeDeadlineSeconds"] == 3600
     assert seen == (keys.keys() - {"runner"} if mode == "attached" else {"cleanup", "runner", "verify"})
 
@@ -244,6 +284,16 @@ def test_the_notes_say_how_to_follow_where_the_result_is_and_how_to_uninstall(
     assert ("llama-run" in text) == (mode == "detached")
     by_hand = [line for line in text.splitlines() if "delete" in line and "jobs -l" in line]
     assert by_hand and all(line.endswith(" --cascade=foreground") for line in by_hand), "the next line comes too early"
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_the_notes_name_every_stage_that_the_values_run_in_its_order(mode: str, tmp_path: Path) -> None:
+    for number, values in enumerate(STAGES_OF.values()):
+        (folder := tmp_path / str(number)).mkdir()
+        run = [str(annotation(item, "llama-lora/stage")) for item in stages(render(merged(MINIMAL, values)))]
+        named = ", ".join(stage for stage in run if not stage.endswith("-gate"))
+        text = notes(merged(MINIMAL, values, {"pipeline": {"mode": mode}}), 4, folder)
+        assert re.search(rf"order:\s{named}\.", text), f"{named}\n{text}"
 
 
 def notes(values: Values, helm: int, folder: Path) -> str:

@@ -205,13 +205,14 @@ def test_training_pods_get_a_grace_period_shared_memory_and_no_disruption(
         shared = [volume["name"] for volume in each.spec["volumes"] if volume.get("emptyDir", {}).get("medium")]
         do_not_disrupt = each.template["metadata"].get("annotations", {}).get("karpenter.sh/do-not-disrupt")
         if each.trains:
-            assert each.spec["terminationGracePeriodSeconds"] == 120
+            changed = values_file.name == "everything-values.yaml" and each.stage == "compile"
+            assert each.spec["terminationGracePeriodSeconds"] == (45 if changed else 120)
             [mount] = [mount for mount in each.containers[0]["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
             assert shared == [mount["name"]]
             overridden = values_file.name == "everything-values.yaml" and each.stage == "train"
             assert do_not_disrupt == ("false" if overridden else "true")
         else:
-            assert "terminationGracePeriodSeconds" not in each.spec
+            assert ("terminationGracePeriodSeconds" in each.spec) == (values_file.name == "everything-values.yaml")
             assert not shared
             assert do_not_disrupt is None
 

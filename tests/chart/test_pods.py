@@ -16,6 +16,7 @@ from genvalues.inputs.write import checked
 Row = dict[str, str]
 PAGE = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
 OF_EVERY_STAGE = {"HOME", "HF_HOME", "PYTHONUNBUFFERED", "LLAMA_LORA_WORKSPACE", "LLAMA_LORA_IMAGE"}
+OF_TRAINING = {"LLAMA_LORA_GRACE_SECONDS"}
 OF_API_CLIENTS = {"LLAMA_LORA_JOB_UID"}
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 NODES = (1, 2, 4)
@@ -78,7 +79,7 @@ def row_of(objects: list[Object], stage: str, instance: str) -> tuple[Row, dict[
     assert job["pytorchReplicaSpecs"]["Worker"]["replicas"] == layout["nodes"]
     assert int(job["nprocPerNode"]) == layout["processesPerNode"]
     host = policy["rdzvHost"].removeprefix(f"{each.owner['metadata']['name']}-")
-    environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE}
+    environment = {name: value for name, value in each.environment.items() if name not in OF_EVERY_STAGE | OF_TRAINING}
     row = {
         "instance": instance.removeprefix(HYPERPOD),
         "nodes": str(layout["nodes"]),
@@ -176,7 +177,9 @@ def test_the_users_environment_takes_precedence(helm: int, tmp_path: Path) -> No
     wanted = environment_of("trn1 one") | {name: str(value) for name, value in extra["extraEnv"].items()}
     for stage in ("compile", "train"):
         environment = pod(objects, stage).environment
-        assert {name: value for name, value in environment.items() if name not in OF_EVERY_STAGE} == wanted
+        assert {
+            name: value for name, value in environment.items() if name not in OF_EVERY_STAGE | OF_TRAINING
+        } == wanted
     runtime_only = {"NEURON_RT_LOG_LEVEL": "INFO", "NEURON_RT_EXEC_TIMEOUT": 900}
     assert render(merged(values, {"stages": {"train": {"extraEnv": runtime_only}}}), helm=helm), (
         "it does not change the graph"
@@ -197,11 +200,12 @@ def test_backend_xla_on_trn2_gets_what_it_got_before_backend_native(nodes: int, 
     objects = stages(values_of("ml.trn2.48xlarge", nodes, tmp_path, "backend=xla"))
     for stage in ("compile", "train"):
         environment = pod(objects, stage).environment
-        assert {name: value for name, value in environment.items() if name not in OF_EVERY_STAGE} == (
-            environment_of(column)
-        )
+        assert environment_of(column) == {
+            name: value for name, value in environment.items() if name not in OF_EVERY_STAGE | OF_TRAINING
+        }
 
 
 def test_a_cpu_sets_none_of_it(helm: int) -> None:
     for each in pods(render(MINIMAL, helm=helm)):
-        assert each.environment.keys() - OF_API_CLIENTS == OF_EVERY_STAGE
+        own = OF_TRAINING if each.trains else set()
+        assert each.environment.keys() - OF_API_CLIENTS == OF_EVERY_STAGE | own

@@ -35,6 +35,52 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "unknown mode": ({"pipeline": {"mode": "background"}}, "mode"),
     "invalid instance type": ({"instance": "trn1"}, "instance"),
     "tag in the repository": ({"image": {"repository": "llama-lora:v1"}}, "repository"),
+    "tag in the repository after one part": ({"image": {"repository": "x:1"}}, "repository"),
+    "digest in the repository": ({"image": {"repository": f"x/y@sha256:{'0' * 64}"}}, "repository"),
+    "invalid label key": ({"stageDefaults": {"podLabels": {"cost center": "1"}}}, "podLabels"),
+    "invalid label value": ({"stages": {"train": {"podLabels": {"owner": "a b"}}}}, "podLabels.owner"),
+    "a label value that is too long": ({"commonLabels": {"owner": "x" * 64}}, "commonLabels.owner"),
+    "invalid value of a job's label": ({"stages": {"train": {"jobLabels": {"owner": "me!"}}}}, "jobLabels.owner"),
+    "invalid node label": ({"stages": {"merge": {"nodeSelector": {"pool": "a/b"}}}}, "nodeSelector.pool"),
+    "invalid key of an annotation": ({"serviceAccount": {"annotations": {"role arn": "x"}}}, "annotations"),
+    "invalid volume name": ({"stages": {"merge": {"extraVolumes": {"My_Data": {"emptyDir": {}}}}}}, "extraVolumes"),
+    "a mount over everything": ({"stages": {"merge": {"extraVolumeMounts": {"a": {"mountPath": "/"}}}}}, "mountPath"),
+    "a mount over everything, twice": (
+        {"stages": {"merge": {"extraVolumeMounts": {"a": {"mountPath": "//"}}}}},
+        "mountPath",
+    ),
+    "a mount with a colon": ({"stages": {"merge": {"extraVolumeMounts": {"a": {"mountPath": "/a:b"}}}}}, "mountPath"),
+    "a workspace over everything": ({"workspace": {"mountPath": "/"}}, "mountPath"),
+    "misspelled toleration": ({"stageDefaults": {"tolerations": [{"key": "a", "effekt": "NoSchedule"}]}}, "effekt"),
+    "unknown effect": ({"stageDefaults": {"tolerations": [{"effect": "NoScheduled"}]}}, "tolerations.0.effect"),
+    "unknown operator": ({"stageDefaults": {"tolerations": [{"operator": "In"}]}}, "tolerations.0.operator"),
+    "misspelled affinity": ({"stageDefaults": {"affinity": {"nodeAffinitty": {}}}}, "nodeAffinitty"),
+    "misspelled part of an affinity": (
+        {"stages": {"merge": {"affinity": {"podAntiAffinity": {"requiredDuringScheduling": []}}}}},
+        "requiredDuringScheduling",
+    ),
+    "node affinity without terms": (
+        {"stages": {"merge": {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}}}}},
+        "requiredDuringSchedulingIgnoredDuringExecution",
+    ),
+    "a spread without a topology": (
+        {"stages": {"train": {"topologySpreadConstraints": [{"maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}]}}},
+        "topologySpreadConstraints",
+    ),
+    "a secret in place of its name": (
+        {"stages": {"train": {"extraEnvSecrets": {"WANDB_API_KEY": {"name": "a", "key": "b", "value": "c"}}}}},
+        "extraEnvSecrets.WANDB_API_KEY",
+    ),
+    "variables that are written down": (
+        {"stages": {"train": {"extraEnvFrom": {"a": {"data": {"PASSWORD": "x"}}}}}},
+        "extraEnvFrom.a",
+    ),
+    "no seccomp": ({"stages": {"train": {"seccompProfile": {"type": "Unconfined"}}}}, "seccompProfile.type"),
+    "the group of root": ({"stages": {"train": {"supplementalGroups": [0]}}}, "supplementalGroups"),
+    "a capability by another name": ({"stages": {"train": {"capabilities": {"ipc-lock": True}}}}, "capabilities"),
+    "unknown provisioner": ({"capacityReservation": {"provisioner": "slurm"}}, "provisioner"),
+    "invalid reservation": ({"capacityReservation": {"id": "fs-0123456789"}}, "capacityReservation.id"),
+    "a port above all": ({"networkPolicy": {"apiServerPorts": [70000]}}, "apiServerPorts"),
     "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
     "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
@@ -387,6 +433,128 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"training": {"earlyStoppingThreshold": 0.1}},
         "training.earlyStoppingThreshold has no effect without",
     ),
+    "a deadline of the gate": (
+        {"stages": {"gate": {"activeDeadlineSeconds": 3600}}},
+        "stages.gate.activeDeadlineSeconds would end the gate and with it guards.maxCost and guards.stallTimeout",
+    ),
+    "a deadline of the runner": (
+        {"stages": {"runner": {"activeDeadlineSeconds": 3600}}},
+        "stages.runner.activeDeadlineSeconds would end the runner in the middle of a stage, which goes on. Remove it.",
+    ),
+    "one account for all": (
+        {"stageDefaults": {"serviceAccountName": "mine"}},
+        "stageDefaults.serviceAccountName would give all stages the permissions of one. Set it for a stage",
+    ),
+    "a Secret's variable in a pod with permissions": (
+        {"stages": {"gate": {"extraEnvSecrets": {"A": {"name": "a", "key": "a"}}}}},
+        "stages.gate.extraEnvSecrets is not allowed: this stage has permissions in the cluster or runs as root",
+    ),
+    "variables of a ConfigMap in a pod with permissions": (
+        {"stages": {"storagePrepare": {"extraEnvFrom": {"a": {"configMapRef": {"name": "a"}}}}}},
+        "stages.storagePrepare.extraEnvFrom is not allowed: this stage has permissions in the cluster or runs as root",
+    ),
+    "the Hub's token of every stage": (
+        {"stageDefaults": {"extraEnvSecrets": {"HF_TOKEN": {"name": "a", "key": "a"}}}},
+        "stages.train: extraEnvSecrets.HF_TOKEN is set by the chart where it is needed. Use huggingFace.tokenSecret or",
+    ),
+    "a Secret's variable with a name of the chart": (
+        {"stages": {"train": {"extraEnvSecrets": {"LLAMA_LORA_WORKSPACE": {"name": "a", "key": "a"}}}}},
+        "stages.train: extraEnvSecrets.LLAMA_LORA_WORKSPACE has a name of the chart's variables. Remove it.",
+    ),
+    "a Secret that chooses the code": (
+        {"stages": {"train": {"extraEnvSecrets": {"LD_PRELOAD": {"name": "a", "key": "a"}}}}},
+        "stages.train: extraEnvSecrets.LD_PRELOAD decides which code runs, and is no secret. Use extraEnv.",
+    ),
+    "a variable with two values": (
+        {
+            "stageDefaults": {"extraEnv": {"WANDB_MODE": "offline"}},
+            "stages": {"train": {"extraEnvSecrets": {"WANDB_MODE": {"name": "a", "key": "a"}}}},
+        },
+        "stages.train: WANDB_MODE is in extraEnv and in extraEnvSecrets. Remove one of them.",
+    ),
+    "variables from nowhere": (
+        {"stages": {"train": {"extraEnvFrom": {"a": {"prefix": "A_"}}}}},
+        "stages.train: extraEnvFrom.a requires exactly one of secretRef and configMapRef. Set one, e.g.",
+    ),
+    "variables from two objects": (
+        {"stages": {"train": {"extraEnvFrom": {"a": {"secretRef": {"name": "a"}, "configMapRef": {"name": "a"}}}}}},
+        "stages.train: extraEnvFrom.a requires exactly one of secretRef and configMapRef. Set one, e.g.",
+    ),
+    "all capabilities": (
+        {"stages": {"train": {"capabilities": {"SYS_ADMIN": True}}}},
+        "stages.train: capabilities.SYS_ADMIN is refused by Kubernetes, because the pods forbid privilege escalation.",
+    ),
+    "a profile without a path": (
+        {"stages": {"train": {"seccompProfile": {"type": "Localhost"}}}},
+        "stages.train: seccompProfile.localhostProfile is the path of a profile of type Localhost. Set both",
+    ),
+    "no time to save": (
+        {"stages": {"train": {"terminationGracePeriodSeconds": 10}}},
+        "stages.train.terminationGracePeriodSeconds is 10, too short to save a checkpoint. Set it to at least 30.",
+    ),
+    "a grace period that no gate waits for": (
+        {"stages": {"train": {"terminationGracePeriodSeconds": 301}}},
+        "stages.train.terminationGracePeriodSeconds is 301, and gates wait 10 minutes for the pods of a stopped job",
+    ),
+    "a cleanup that gives up before the training has saved": (
+        {"stages": {"compile": {"terminationGracePeriodSeconds": 300}}},
+        "cleanup.timeoutSeconds is 180, which is too short for stages.compile.terminationGracePeriodSeconds 300. Set",
+    ),
+    "the launcher's time by the environment": (
+        {"stages": {"train": {"extraEnv": {"LLAMA_LORA_GRACE_SECONDS": 300}}}},
+        "stages.train: extraEnv.LLAMA_LORA_GRACE_SECONDS is set by the chart. Use terminationGracePeriodSeconds.",
+    ),
+    "a priority without a queue": (
+        {"kueue": {"priorityClass": "high"}},
+        "kueue.priorityClass has no effect without kueue.queueName. Set kueue.queueName to a LocalQueue, or remove",
+    ),
+    "a reservation of nobody": (
+        {"capacityReservation": {"id": "cr-0123456789abcdef0"}},
+        "capacityReservation has no effect without capacityReservation.provisioner. Set it to karpenter, auto-mode,",
+    ),
+    "a reservation that no label of a node group names": (
+        {"capacityReservation": {"provisioner": "node-group", "id": "cr-0123456789abcdef0"}},
+        "capacityReservation.id is not a label of the nodes of provisioner node-group. Use capacityReservation.group.",
+    ),
+    "a training plan without its group": (
+        {"capacityReservation": {"provisioner": "hyperpod"}},
+        "capacityReservation.group is required for provisioner hyperpod. Set it to the name of the group",
+    ),
+    "a group of Karpenter": (
+        {"capacityReservation": {"provisioner": "karpenter", "group": "a"}},
+        "capacityReservation.group applies to provisioner node-group and hyperpod. Use capacityReservation.id.",
+    ),
+    "a queue for every object": (
+        {"commonLabels": {"kueue.x-k8s.io/queue-name": "a"}},
+        "commonLabels.kueue.x-k8s.io/queue-name would queue every object. Use kueue.queueName",
+    ),
+    "a queue that its gate does not know": (
+        {"stages": {"train": {"jobLabels": {"kueue.x-k8s.io/queue-name": "a"}}}},
+        "stages.train: jobLabels.kueue.x-k8s.io/queue-name would start the job before its gate releases it. Use",
+    ),
+    "an object of no kind": (
+        {"extraObjects": {"a": {"apiVersion": "v1"}}},
+        "extraObjects.a has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.",
+    ),
+    "a Secret in the values": (
+        {"extraObjects": {"a": {"apiVersion": "v1", "kind": '{{ "Secret" }}', "stringData": {"a": "b"}}}},
+        "extraObjects.a is a Secret, whose content anyone could read who can read the release. Use kubectl create",
+    ),
+    "a workspace over the programs": (
+        {"workspace": {"mountPath": "/usr"}},
+        "workspace.mountPath /usr would hide a directory of the image. Use another path, e.g. /workspace.",
+    ),
+    "a mount over the programs": (
+        {
+            "stages": {
+                "merge": {
+                    "extraVolumes": {"a": {"emptyDir": {}}},
+                    "extraVolumeMounts": {"a": {"mountPath": "/x/../etc"}},
+                }
+            }
+        },
+        "stages.merge: extraVolumeMounts.a.mountPath /x/../etc would hide a directory of the image. Choose a path",
+    ),
     "MLflow without a server": (
         {"monitoring": {"mlflow": True}},
         "monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI",
@@ -481,6 +649,7 @@ def test_an_environment_variable_named_like_a_secret_is_rejected(name: str, helm
 
 def test_values_that_only_resemble_a_secret_are_accepted(helm: int) -> None:
     variables = {"TOKENIZERS_PARALLELISM": False, "MONKEY": "hf_transfer", "WHO": "AKIA"}
+    variables |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": True, "USE_TOKEN": "1", "KEEP_SECRET": "no"}
     values: Values = {"model": {"id": "hf_org/shelf_" + "a" * 40}, "stageDefaults": {"extraEnv": variables}}
     assert render(merged(MINIMAL, values), helm=helm)
 

@@ -125,6 +125,11 @@ REFUSED: dict[str, tuple[Values, str]] = {
     ),
     "MLflow without a server": ({"monitoring": {"mlflow": True}}, "monitoring.mlflow"),
     "credentials that nothing reads": ({"monitoring": {"secretName": "x"}}, "monitoring.secretName"),
+    "a priority without a queue": ({"kueue": {"priorityClass": "high"}}, "kueue.priorityClass"),
+    "the launcher's time": (
+        {"stages": {"train": {"extraEnv": {"LLAMA_LORA_GRACE_SECONDS": 300}}}},
+        f"{ENVIRONMENT}.LLAMA_LORA_GRACE_SECONDS",
+    ),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
     "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),
@@ -188,6 +193,13 @@ def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: 
 def test_neither_refuses_values_that_are_right() -> None:
     assert list(contradictions(on_top_of_defaults(CHART, MINIMAL))) == []
     assert render(MINIMAL)
+
+
+@pytest.mark.parametrize("value", [True, 0, "1", "off"])
+def test_a_switch_about_a_token_is_no_secret(value: object) -> None:
+    values = merged(MINIMAL, {"stageDefaults": {"extraEnv": {"HF_HUB_DISABLE_IMPLICIT_TOKEN": value}}})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    assert render(values)
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,14 @@
 {{- $_ := set $values "name" (include "llama-lora.run.name" .) }}
 {{- $_ := set $values "fullnameOverride" "" }}
 {{- $_ := set $values.pipeline "mode" "attached" }}
-{{- $_ := set $values "storage" (omit $values.storage "global") }}
+{{- $_ := set $values "storage" (omit $values.storage "global" "commonLabels") }}
 {{- $_ := set $values.storage "enabled" false }}
 {{- $_ := set $values.storage "existingClaim" (include "llama-lora.claim.name" .) }}
 {{- $_ := set $values.rbac "create" false }}
 {{- $_ := set $values.rbac "namePrefix" (include "llama-lora.rbac.prefix" .) }}
 {{- $_ := set $values.cleanup "enabled" false }}
+{{- $_ := set $values.networkPolicy "enabled" false }}      {{- /* this release's select the pods of the run, too */}}
+{{- $_ := set $values "extraObjects" dict }}
 {{- include "llama-lora.config.yaml" $values }}
 {{- end }}
 

@@ -174,6 +174,12 @@
   "cpuQueueName": "",
   "priorityClass": ""
  },
+ "capacityReservation": {
+  "provisioner": "",
+  "type": "",
+  "id": "",
+  "group": ""
+ },
  "workspace": {
   "mountPath": "/workspace"
  },
@@ -222,6 +228,16 @@
    "enabled": true
   }
  },
+ "networkPolicy": {
+  "enabled": false,
+  "apiServerPorts": [
+   443,
+   6443
+  ],
+  "trainPorts": []
+ },
+ "commonLabels": {},
+ "extraObjects": {},
  "stageDefaults": {
   "resources": {
    "requests": {},
@@ -230,12 +246,20 @@
   "nodeSelector": {},
   "tolerations": [],
   "affinity": {},
+  "topologySpreadConstraints": [],
+  "schedulerName": "",
   "priorityClassName": "",
+  "serviceAccountName": "",
   "extraEnv": {},
+  "extraEnvSecrets": {},
+  "extraEnvFrom": {},
   "extraVolumes": {},
   "extraVolumeMounts": {},
   "podLabels": {},
   "podAnnotations": {},
+  "jobLabels": {},
+  "supplementalGroups": [],
+  "capabilities": {},
   "backoffLimit": 3
  },
  "stages": {
@@ -243,9 +267,13 @@
   "storagePrepare": {},
   "tokenize": {},
   "rehearse": {},
-  "compile": {},
+  "compile": {
+   "terminationGracePeriodSeconds": 120
+  },
   "neff": {},
-  "train": {},
+  "train": {
+   "terminationGracePeriodSeconds": 120
+  },
   "gate": {},
   "consolidate": {},
   "merge": {},

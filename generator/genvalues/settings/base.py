@@ -32,7 +32,8 @@ DNS_NAME = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
 REPOSITORY_PART = r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
-REPOSITORY = rf"{REPOSITORY_PART}(:[0-9]+)?(/{REPOSITORY_PART})*"
+# A port is followed by a path: x:1 is the repository x with the tag 1.
+REPOSITORY = rf"{REPOSITORY_PART}(:[0-9]+/{REPOSITORY_PART})?(/{REPOSITORY_PART})*"
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 DIGEST = r"sha256:[0-9a-f]{64}"
 LARGE = 1_000_000_000  # an upper bound where nothing else limits a number

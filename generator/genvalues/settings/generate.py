@@ -185,7 +185,10 @@ def as_template_text(value: str | bool) -> str:
 def defaults_to_restore() -> dict[str, Any]:
     """The defaults of keys that must not be missing. A null takes away what a stage or its containers would get."""
     defaults: dict[str, Any] = without_null(Values().model_dump(by_alias=True, mode="json"))
-    defaults["stages"] = {stage: {} for stage in defaults["stages"]}
+    kept = ("terminationGracePeriodSeconds",)  # stageDefaults' is not meant for saving a checkpoint
+    defaults["stages"] = {
+        stage: {key: settings[key] for key in kept if key in settings} for stage, settings in defaults["stages"].items()
+    }
     defaults["stageDefaults"]["resources"] = {"requests": {}, "limits": {}}
     return defaults
 

@@ -75,9 +75,10 @@ def rows(prefix: str, part: Part, defaults: Any) -> Iterator[KeyRow]:
         spelled_out_below = "properties" in inner and default != {}
         yield KeyRow(key, kind(inner), "" if spelled_out_below else shown(default), inner["description"])
         yield from rows(key, inner, default)
-        named = inner.get("additionalProperties")
-        if isinstance(named, dict):
-            yield from rows(f"{key}.NAME", named, NO_DEFAULT)
+        for named in [inner.get("additionalProperties"), *inner.get("patternProperties", {}).values()]:
+            if isinstance(named, dict):
+                yield from rows(f"{key}.NAME", named, NO_DEFAULT)
+        yield from rows(f"{key}[]", inner.get("items", {}), NO_DEFAULT)
 
 
 def inputs_tables(schema: Part) -> str:
@@ -124,7 +125,8 @@ def kind(part: Part, blocks: Part | None = None) -> str:
         null = {"type": "null"}
         return " or ".join(kind(each, blocks) for each in part["anyOf"] if each != null)
     types = [part["type"]] if isinstance(part["type"], str) else part["type"]
-    types = [each for each in types if each != "null" and not (each == "string" and "number" in types)]
+    number_as_text = "number" in types and "pattern" in part
+    types = [each for each in types if each != "null" and not (each == "string" and number_as_text)]
     if types == ["array"]:
         return f"list of {kind(part['items'], blocks)}" if part["items"] != {"type": "object"} else "list"
     if types == ["object"]:

@@ -89,6 +89,7 @@ def draft_07(rules: Schema, blocks: dict[str, Schema]) -> Schema:
         if isinstance(rules.get(word), dict):
             rules[word] = draft_07(rules[word], blocks)
     if "patternProperties" in rules:
+        rules["patternProperties"] = {key: draft_07(inner, blocks) for key, inner in rules["patternProperties"].items()}
         rules["additionalProperties"] = False
     if "const" in rules:
         rules["enum"] = [rules.pop("const")]
@@ -114,7 +115,8 @@ def one_of_several(branches: list[Schema], outer: Schema) -> Schema:
         types = others[0]["type"] if isinstance(others[0]["type"], list) else [others[0]["type"]]
         return {**others[0], "type": [*types, "null"], **outer}
     if all("enum" in branch for branch in others):
-        return {"enum": [choice for branch in others for choice in branch["enum"]] + [None] * len(null), **outer}
+        choices = [choice for branch in others for choice in branch["enum"]]
+        return {"enum": [*choices, *([None] if null else [])], **outer}
     plain = [branch for branch in others if branch.keys() <= {"type", "pattern"}]
     if len(plain) == len(others):  # number's pattern is for text that stands for one; here any text is allowed
         types = [branch["type"] if isinstance(branch["type"], str) else branch["type"][0] for branch in others]

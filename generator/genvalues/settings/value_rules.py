@@ -35,11 +35,12 @@ from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.by_instance import logical_cores
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION
+from genvalues.settings.values import TRAIN_GRACE_SECONDS
 
 Values = dict[str, Any]
 SECRETS_FIX = (
-    "Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret; "
-    "give access to AWS by chartValues.serviceAccount.annotations."
+    "Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret, other secrets in "
+    "chartValues.stages.STAGE.extraEnvSecrets; give access to AWS by chartValues.serviceAccount.annotations."
 )
 
 
@@ -54,9 +55,6 @@ STARTING_STALL_TIMEOUT = "18m"  # estimated longest start of a training (planner
 NATIVE_STALL_TIMEOUT = "1h"
 # Not measured; a lower bound: the workers of a node (32 on trn1) load libraries, rendezvous and read the model first.
 SHORTEST_STALL_TIMEOUT = "2m"
-GRACE_SECONDS = (
-    120  # terminationGracePeriodSeconds of train (chart/templates/_stage-pod.tpl); the gate reserves its cost
-)
 
 
 def contradictions(values: Values) -> Iterator[Problem]:
@@ -79,6 +77,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         publish,
         monitoring,
         secrets,
+        kueue,
     )
     for rule in rules:
         yield from rule(values)
@@ -372,7 +371,8 @@ def guards(values: Values) -> Iterator[Problem]:
         )
     most, price = get(values, "guards.maxCost", float), get(values, "guards.pricePerNodeHour", float)
     nodes = get(values, "parallelism.nodes", int) or 1
-    if most and price and most <= (kept := nodes * GRACE_SECONDS / 3600 * price):
+    grace = get(values, "stages.train.terminationGracePeriodSeconds", int) or TRAIN_GRACE_SECONDS
+    if most and price and most <= (kept := nodes * grace / 3600 * price):
         yield Problem(
             key_paths("guards.maxCost", "guards.pricePerNodeHour"),
             f"${most:g} is too low to start: ${kept:.2f} is reserved for stopping {number_of(nodes, 'node')}",
@@ -471,6 +471,10 @@ def access_modes(values: Values) -> Iterator[Problem]:
 CHARTS_OWN = {  # environment variables that the chart sets, and what to do instead
     "LLAMA_LORA_WORKSPACE": ("is set by the chart", "Use chartValues.workspace.mountPath."),
     "LLAMA_LORA_IMAGE": ("is set by the chart", "Use image."),
+    "LLAMA_LORA_GRACE_SECONDS": (
+        "is set by the chart",
+        "Use chartValues.stages.train.terminationGracePeriodSeconds.",
+    ),
 }
 CACHE_FIX = ("is set by the chart", "Remove it: the cache is on the volume.")
 CHARTS_OWN_ON_NEURON = {
@@ -582,13 +586,27 @@ def monitoring(values: Values) -> Iterator[Problem]:
         )
 
 
+# Values of switches such as HF_HUB_DISABLE_IMPLICIT_TOKEN, which are no secrets.
+SWITCHES = ("", "0", "1", "true", "false", "yes", "no", "on", "off")
+
+
+def kueue(values: Values) -> Iterator[Problem]:
+    """A priority without a queue to have it in."""
+    if get(values, "kueue.priorityClass", str) and not get(values, "kueue.queueName", str):
+        yield Problem(
+            key_paths("kueue.priorityClass", "kueue.queueName"),
+            "kueue.priorityClass has no effect without kueue.queueName",
+            "Set kueue.queueName to a LocalQueue, or remove kueue.priorityClass.",
+        )
+
+
 def secrets(values: Values) -> Iterator[Problem]:
     """Secrets in environment variables: anyone who can read the release can read its values."""
     stages = get(values, "stages", dict) or {}
     blocks: list[tuple[KeyPath, Any]] = [(("stages", stage), block) for stage, block in stages.items()]
     for key, block in [(("stageDefaults",), values.get("stageDefaults")), *blocks]:
-        for name in get(block, "extraEnv", dict) or {}:
-            if SECRET_NAME.search(name):
+        for name, value in (get(block, "extraEnv", dict) or {}).items():
+            if SECRET_NAME.search(name) and as_text(value).lower() not in SWITCHES:
                 yield Problem(
                     ((*key, "extraEnv", name),), "looks like a secret, which must not be in values", SECRETS_FIX
                 )

@@ -1,8 +1,8 @@
 """The values of the chart: the settings of a run, and how the cluster runs it.
 
 ``chart/values.schema.json`` and ``chart/values.yaml`` are generated from ``Values``: a field's default is the chart's
-default, its description the comment. Kubernetes' own structures (affinity, tolerations, volume sources) are not
-declared key by key; the API server checks them.
+default, its description the comment. Kubernetes' own structures are declared as far as
+a typo would go unnoticed until a Job cannot make its pods; the API server checks the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from genvalues.settings.base import (
     DIGEST,
     DNS_LABEL,
+    DNS_NAME,
     LARGE,
     REPOSITORY,
     RUN_NAME,
@@ -61,7 +62,12 @@ Quantity = Annotated[
 ]
 ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 DEVICE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
-Labels = dict[str, str]
+QUALIFIED_NAME = rf"^({DNS_NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+QualifiedName = Annotated[str, Field(pattern=QUALIFIED_NAME)]  # the key of a label or an annotation
+Labels = dict[QualifiedName, Annotated[str, Field(pattern=LABEL_VALUE)]]
+Annotations = dict[QualifiedName, str]
+VolumeName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 Environment = dict[Annotated[str, Field(pattern=ENVIRONMENT_NAME)], str | float | bool]
 KubernetesObject = dict[str, Any]
 
@@ -111,9 +117,110 @@ class VolumeSource(Block):
 class VolumeMount(Block):
     """Where a volume is mounted."""
 
-    mount_path: str = Field(pattern="^/", description="Absolute path, not used by another volume.")
+    # A colon is refused by the API server; at least one character that is none of / and . means: not the root.
+    mount_path: str = Field(
+        pattern=r"^/[^:]*[^/.:][^:]*$", description="Absolute path, not / and not used by another volume."
+    )
     read_only: bool | None = Field(None, description="Mount read-only.")
     sub_path: str | None = Field(None, description="A directory of the volume to mount instead of its root.")
+
+
+class Toleration(Block):
+    """A taint to tolerate."""
+
+    key: str | None = Field(None, pattern=QUALIFIED_NAME, description="Key of the taint. Not set: every taint.")
+    operator: Literal["Exists", "Equal", "Lt", "Gt"] | None = Field(
+        None, description="Exists: any value. Equal (the default): this value."
+    )
+    value: str | None = Field(None, description="Value of the taint.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Effect of the taint. Not set: every effect."
+    )
+    toleration_seconds: int | None = Field(None, description="How long to tolerate a taint of effect NoExecute.")
+
+
+class NodeSelectorTerms(Block):
+    """Nodes that match one of these terms."""
+
+    node_selector_terms: list[KubernetesObject] = Field(description="Terms, of which one must match.")
+
+
+class NodeAffinity(Block):
+    """Which nodes to run on."""
+
+    required: NodeSelectorTerms | None = Field(
+        None, alias="requiredDuringSchedulingIgnoredDuringExecution", description="Required: nodeSelectorTerms."
+    )
+    preferred: list[KubernetesObject] | None = Field(
+        None, alias="preferredDuringSchedulingIgnoredDuringExecution", description="Preferred, each with a weight."
+    )
+
+
+class PodAffinity(Block):
+    """Which pods to be close to, or apart from."""
+
+    required: list[KubernetesObject] | None = Field(
+        None, alias="requiredDuringSchedulingIgnoredDuringExecution", description="Required: pod affinity terms."
+    )
+    preferred: list[KubernetesObject] | None = Field(
+        None, alias="preferredDuringSchedulingIgnoredDuringExecution", description="Preferred, each with a weight."
+    )
+
+
+class Affinity(Block):
+    """Affinity of the pods."""
+
+    node_affinity: NodeAffinity | None = Field(None, description="Which nodes to run on.")
+    pod_affinity: PodAffinity | None = Field(None, description="Which pods to be close to.")
+    pod_anti_affinity: PodAffinity | None = Field(None, description="Which pods to be apart from.")
+
+
+class TopologySpread(Block):
+    """How to spread the pods over the domains of a topology."""
+
+    max_skew: int = Field(ge=1, description="By how many pods two domains may differ.")
+    topology_key: str = Field(pattern=QUALIFIED_NAME, description="Label of the nodes that names their domain.")
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = Field(description="Whether it is required.")
+    label_selector: KubernetesObject | None = Field(None, description="The pods to count.")
+    match_label_keys: list[str] | None = Field(None, description="Labels whose value in this pod selects the pods.")
+    min_domains: int | None = Field(None, ge=1, description="At least this many domains.")
+    node_affinity_policy: Literal["Honor", "Ignore"] | None = Field(None, description="Whether affinity counts.")
+    node_taints_policy: Literal["Honor", "Ignore"] | None = Field(None, description="Whether taints count.")
+
+
+class SecretKey(Block):
+    """One key of a Secret."""
+
+    name: str = Field(pattern=f"^{DNS_NAME}$", max_length=253, description="Name of the Secret.")
+    key: str = Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, description="Key in the Secret.")
+    optional: bool | None = Field(None, description="Start without the variable if the Secret or the key is missing.")
+
+
+class ObjectReference(Block):
+    """A Secret or a ConfigMap."""
+
+    name: str = Field(pattern=f"^{DNS_NAME}$", max_length=253, description="Its name.")
+    optional: bool | None = Field(None, description="Start without its variables if it is missing.")
+
+
+class EnvironmentSource(Block):
+    """All keys of a Secret or a ConfigMap as variables; exactly one of secretRef and configMapRef."""
+
+    secret_ref: ObjectReference | None = Field(None, description="A Secret: {name: ...}.")
+    config_map_ref: ObjectReference | None = Field(None, description="A ConfigMap: {name: ...}.")
+    prefix: str | None = Field(None, pattern=ENVIRONMENT_NAME, description="Put before each variable's name.")
+
+
+class SeccompProfile(Block):
+    """Seccomp profile of the pods. Unconfined is refused, as by Pod Security `restricted`."""
+
+    type: Literal["RuntimeDefault", "Localhost"] = Field(description="The runtime's profile, or a file of the node.")
+    localhost_profile: str | None = Field(None, description="With Localhost: the profile's path on the node.")
+
+
+TRAIN_GRACE_SECONDS = (
+    120  # for compile and train to save a checkpoint; the gate reserves its cost, cleanup waits for it
+)
 
 
 class StageSettings(Block):
@@ -123,29 +230,72 @@ class StageSettings(Block):
     node_selector: Labels | None = Field(
         None, description="Labels of the nodes to run on. compile and train also select their instance type."
     )
-    tolerations: list[KubernetesObject] | None = Field(
+    tolerations: list[Toleration] | None = Field(
         None, description="Taints to tolerate. compile and train also tolerate those of their devices."
     )
-    affinity: KubernetesObject | None = Field(None, description="Affinity of the pods.")
+    affinity: Affinity | None = Field(None, description="Affinity of the pods.")
+    topology_spread_constraints: list[TopologySpread] | None = Field(
+        None, description="How to spread the pods, such as the workers of train over the fewest switches."
+    )
+    scheduler_name: Name | None = Field(None, description="Scheduler of the pods. Empty: the cluster's default.")
     priority_class_name: Name | None = Field(
         None, description="PriorityClass of the pods. Empty: the cluster's default."
     )
+    service_account_name: Name | None = Field(
+        None,
+        description="An existing service account of this stage, instead of the chart's. Not in stageDefaults: stages "
+        "have different permissions. preflight, gate, cleanup and runner need those of the chart's account.",
+    )
     extra_env: Environment | None = Field(None, description="Environment variables, NAME: value. No secrets.")
-    extra_volumes: dict[str, VolumeSource] | None = Field(
+    extra_env_secrets: dict[Annotated[str, Field(pattern=ENVIRONMENT_NAME)], SecretKey] | None = Field(
+        None,
+        description="Variables from keys of Secrets, such as WANDB_API_KEY: {name: wandb, key: api-key}. Only stages "
+        "of the trainer get them, not those with permissions in the cluster.",
+    )
+    extra_env_from: dict[str, EnvironmentSource] | None = Field(
+        None,
+        description="All keys of Secrets or ConfigMaps as variables, NAME: {secretRef: {name: ...}}. Who may write "
+        "it can run code in the pod (LD_PRELOAD): prefer extraEnvSecrets. Only stages of the trainer get them.",
+    )
+    extra_volumes: dict[VolumeName, VolumeSource] | None = Field(
         None, description="Volumes, NAME: {volume source}, such as scratch: {emptyDir: {}}."
     )
-    extra_volume_mounts: dict[str, VolumeMount] | None = Field(
+    extra_volume_mounts: dict[VolumeName, VolumeMount] | None = Field(
         None, description="Mounts of these volumes, NAME: {mountPath: ..., readOnly: true}."
     )
-    pod_labels: Labels | None = Field(None, description="Labels of the pods.")
-    pod_annotations: Labels | None = Field(None, description="Annotations of the pods.")
+    pod_labels: Labels | None = Field(None, description="Labels of the pods. Those of the chart take precedence.")
+    pod_annotations: Annotations | None = Field(None, description="Annotations of the pods.")
+    job_labels: Labels | None = Field(
+        None, description="Labels of the stage's Job, or of the job of compile and train; not of its pods."
+    )
+    supplemental_groups: list[Annotated[int, Field(ge=1, le=4294967294)]] | None = Field(
+        None, description="Further groups of the user, for volumes that belong to them."
+    )
+    seccomp_profile: SeccompProfile | None = Field(None, description="Seccomp profile. Not set: RuntimeDefault.")
+    capabilities: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], bool] | None = Field(
+        None,
+        description="Linux capabilities to add, NAME: true; all others are dropped. Pod Security `restricted` allows "
+        "only NET_BIND_SERVICE.",
+    )
+    termination_grace_period_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=86400,
+        description="How long a pod may take to end. Not set: 30. compile and train, which have their own, save a "
+        "checkpoint in this time: 30 to 300, and 20 less than cleanup.timeoutSeconds.",
+    )
     backoff_limit: int | None = Field(
         None,
         ge=0,
         le=100,
         description="Retries of a failed pod. Exit status 2 (the user must change something) is never retried.",
     )
-    active_deadline_seconds: int | None = Field(None, ge=1, description="Fail the stage after this many seconds.")
+    active_deadline_seconds: int | None = Field(
+        None,
+        ge=1,
+        description="Fail the stage after this many seconds. Gates and the runner have none, because they end with "
+        "what they follow; cleanup has its own (cleanup.timeoutSeconds).",
+    )
 
 
 def resources(cpu: str, memory: str, limit_cpu: str, limit_memory: str) -> Resources:
@@ -279,11 +429,11 @@ class ServiceAccount(Block):
     publish.s3.uri. With EKS Pod Identity, associate the service accounts RELEASE-tokenize and RELEASE-publish instead.
     """
 
-    annotations: Labels = Field(
+    annotations: Annotations = Field(
         {},
         description="Annotations of tokenize's, for IRSA eks.amazonaws.com/role-arn: arn:aws:iam::ACCOUNT:role/NAME.",
     )
-    publish_annotations: Labels = Field({}, description="Annotations of publish's, for a role that may write.")
+    publish_annotations: Annotations = Field({}, description="Annotations of publish's, for a role that may write.")
 
 
 class Rbac(Block):
@@ -307,15 +457,59 @@ class Rbac(Block):
     )
 
 
+class CapacityReservation(Block):
+    """A capacity reservation or a Capacity Block for the nodes of compile and train: selects the nodes that a node
+    provisioner has launched into it, by their labels. docs/pods.md has an example for each.
+    """
+
+    provisioner: Literal["", "karpenter", "auto-mode", "node-group", "hyperpod"] = Field(
+        "",
+        description="What launches the nodes: karpenter (1.6 or newer), auto-mode (EKS Auto Mode), node-group (an EKS "
+        "managed node group) or hyperpod (an instance group with a training plan). Empty: no reservation.",
+    )
+    type: Literal["", "default", "capacity-block"] = Field(
+        "", description="default: an On-Demand Capacity Reservation. capacity-block: a Capacity Block. Empty: either."
+    )
+    id: str = Field(
+        "",
+        pattern=r"^(cr-[0-9a-f]{8,40})?$",
+        description="Its id, with karpenter and auto-mode. Empty: any that the node class selects.",
+    )
+    group: str = Field(
+        "",
+        pattern=LABEL_VALUE,
+        description="Name of the node group, or of HyperPod's instance group.",
+    )
+
+
+class NetworkPolicies(Block):
+    """NetworkPolicies for the pods of the run, for clusters whose network plugin enforces them. Nothing connects to the
+    pods, except the workers of compile and train to each other, on every port. Out of the pods: DNS; tokenize and
+    publish everywhere; preflight, gates, cleanup and runner to the API server; monitored stages to the ports of
+    monitoring.
+    """
+
+    enabled: bool = Field(False, description="Create them.")
+    api_server_ports: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1)] = Field(
+        [443, 6443],
+        description="Ports of the API server. Its address is not in the policy: that of its Service is often not what "
+        "network plugins compare.",
+    )
+    train_ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
+        [], description="Further ports that train may connect to, such as that of an MLflow server."
+    )
+
+
 class Cleanup(Block):
     """The hook that stops running stages before uninstall and rollback, and waits until their pods are gone."""
 
     enabled: bool = Field(True, description="Run it. false: uninstall leaves training running.")
     timeout_seconds: int = Field(
         180,
-        ge=140,
+        ge=TRAIN_GRACE_SECONDS + 20,
         le=3600,
-        description="How long it waits, from the start of its pod. A train pod may take 120 s to save a checkpoint. "
+        description="How long it waits, from the start of its pod. A train pod may take 120 s to save a checkpoint "
+        "(stages.train.terminationGracePeriodSeconds). "
         "A cleanup pod that cannot start is given up after 130 s.",
     )
 
@@ -393,7 +587,7 @@ class Stages(Block):
         description="Only with rehearse.enabled. Rehearses the run on a small model, with two processes on a CPU.",
     )
     compile: StageSettings = Field(
-        StageSettings(resources=None),
+        StageSettings(resources=None, termination_grace_period_seconds=TRAIN_GRACE_SECONDS),
         description="Compiles what train will run, on the nodes that train. On the CPU: ten trial steps. resources: "
         "null stands for those of the instance type; a quantity that is written overrides one of them.",
     )
@@ -403,7 +597,7 @@ class Stages(Block):
         "one compiler per 64Gi of the memory limit.",
     )
     train: StageSettings = Field(
-        StageSettings(resources=None),
+        StageSettings(resources=None, termination_grace_period_seconds=TRAIN_GRACE_SECONDS),
         description="Trains, on the Trainium nodes. resources as of compile. On nodes with huge pages set aside, add "
         "hugepages-2Mi: 5120Mi to requests and limits.",
     )
@@ -480,8 +674,8 @@ class Values(Block):
     )
     workload: Literal["pytorchjob", "trainjob"] = Field(
         "pytorchjob",
-        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator (Trainer "
-        "v1), which HyperPod has. trainjob: of Kubeflow Trainer v2.",
+        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator, Trainer "
+        "v1, which HyperPod has. trainjob: of Kubeflow Trainer v2.",
     )
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
@@ -513,24 +707,45 @@ class Values(Block):
     hugging_face: HuggingFace = HuggingFace()
     hyperpod: HyperPod = HyperPod()
     kueue: Kueue = Kueue()
+    capacity_reservation: CapacityReservation = CapacityReservation()
     workspace: Workspace = Workspace()
     security_context: SecurityContext = SecurityContext()
     service_account: ServiceAccount = ServiceAccount()
     rbac: Rbac = Rbac()
     cleanup: Cleanup = Cleanup()
     storage: Storage = Storage()
+    network_policy: NetworkPolicies = NetworkPolicies()
+    common_labels: Labels = Field(
+        {}, description="Labels of every object and pod, such as cost-center: ml. Those of the chart take precedence."
+    )
+    extra_objects: dict[str, KubernetesObject] = Field(
+        {},
+        description="Further objects of the release, NAME: {apiVersion: ..., kind: ..., ...}, as templates: "
+        '{{ .Release.Name }} and {{ include "llama-lora.fullname" . }} are replaced. NAME is the default of '
+        "metadata.name. No Secrets.",
+    )
     stage_defaults: StageSettings = Field(
         StageSettings(
             resources=resources("100m", "256Mi", "1", "1Gi"),
             node_selector={},
             tolerations=[],
-            affinity={},
+            affinity=Affinity(),
+            topology_spread_constraints=[],
+            scheduler_name="",
             priority_class_name="",
+            service_account_name="",
             extra_env={},
+            extra_env_secrets={},
+            extra_env_from={},
             extra_volumes={},
             extra_volume_mounts={},
             pod_labels={},
             pod_annotations={},
+            job_labels={},
+            supplemental_groups=[],
+            seccomp_profile=None,
+            capabilities={},
+            termination_grace_period_seconds=None,
             backoff_limit=3,
             active_deadline_seconds=None,
         ),

@@ -52,7 +52,10 @@ def test_the_charts_schema_uses_draft_07_words_only() -> None:
 def test_the_charts_schema_requires_no_key_that_has_a_default() -> None:
     schema = values_schema()
     required = [part["required"] for part in parts(schema) if isinstance(part.get("required"), list)]
-    assert required == [["mountPath"], ["source"]]  # of an extra volume's mount, and of an additional source
+    assert required == [  # of a stage's lists and maps, which are empty by default, and of an additional source
+        *(["nodeSelectorTerms"], ["maxSkew", "topologyKey", "whenUnsatisfiable"]),
+        *(["name", "key"], ["name"], ["name"], ["mountPath"], ["type"], ["source"]),
+    ]
     short = {"model": {"id": "org/model"}, "dataset": {"source": "org/rows", "format": "text"}}
     assert list(jsonschema.Draft7Validator(schema).iter_errors(short)) == []
 

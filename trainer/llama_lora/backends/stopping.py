@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,12 +23,13 @@ from types import FrameType
 from typing import IO
 
 from genvalues.common import files
+from genvalues.settings.values import TRAIN_GRACE_SECONDS
 
 EXIT_STOPPED = 128 + signal.SIGTERM
 STOP_SIGNAL = signal.SIGUSR1
-# The pods' terminationGracePeriodSeconds (chart/templates/_stage-pod.tpl; tests/chart/test_config.py compares
+# The pod's terminationGracePeriodSeconds, which the chart gives to its container (tests/chart/test_config.py compares
 # them), and the part of it that remains to kill workers that do not end, and to exit.
-GRACE_PERIOD = 120.0
+GRACE_PERIOD = float(os.environ.get("LLAMA_LORA_GRACE_SECONDS") or TRAIN_GRACE_SECONDS)
 MARGIN = 10.0
 MOST_DELETIONS = 100  # of the folder for stack traces: once by each worker that ends meanwhile
 

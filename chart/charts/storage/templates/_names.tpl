@@ -10,13 +10,15 @@
 {{- end }}
 
 {{- define "storage.metadata" -}}
+{{- $labels := dict
+      "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_")
+      "app.kubernetes.io/name" "llama-lora"
+      "app.kubernetes.io/instance" .Release.Name
+      "app.kubernetes.io/managed-by" .Release.Service
+      "app.kubernetes.io/part-of" "llama-lora"
+      "app.kubernetes.io/component" "storage" -}}
 labels:
-  helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-  app.kubernetes.io/name: llama-lora
-  app.kubernetes.io/instance: {{ .Release.Name | quote }}
-  app.kubernetes.io/managed-by: {{ .Release.Service }}
-  app.kubernetes.io/part-of: llama-lora
-  app.kubernetes.io/component: storage
+  {{- include "stage.override" (dict "base" (.Values.commonLabels | default dict) "over" $labels) | nindent 2 }}
 annotations:
   helm.sh/resource-policy: keep
 {{- end }}
