@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,40 @@ def test_each_worker_has_its_retries_although_the_operator_counts_all_together(n
     assert backoff_limit_of(job) == limit, "the gate's limit for each worker"
 
 
+def own_command(container: Object) -> list[str]:
+    """The command without the shell that looks for it first, in preflight and the runner."""
+    command: list[str] = container["command"]
+    return command[3:] if command[:2] == ["sh", "-c"] else command
+
+
+@pytest.mark.parametrize(("mode", "stage"), [("attached", "preflight"), ("detached", "runner")])
+def test_the_first_pod_of_another_image_says_that_it_is_not_llama_loras(mode: str, stage: str, tmp_path: Path) -> None:
+    """AWS's own container has no genvalues. Run here with the container's command and an empty PATH but for sh."""
+    other = {"repository": "763104351884.dkr.ecr.us-west-2.amazonaws.com/pytorch-training-neuronx", "tag": "2.9.0"}
+    values = merged(MINIMAL, {"pipeline": {"mode": mode}, "image": other})
+    [container] = pod(render(values), stage).containers
+    ended = subprocess.run(
+        container["command"],
+        env={"PATH": str(tmp_path)},
+        executable="/bin/sh",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, "final, so Kubernetes does not retry it"
+    assert "pytorch-training-neuronx:2.9.0 has no genvalues" in ended.stderr and "genvalues image push" in ended.stderr
+
+    program = tmp_path / "genvalues"
+    program.write_text('#!/bin/sh\necho $$ "$@"\n')
+    program.chmod(0o755)
+    started = subprocess.Popen(
+        container["command"], env={"PATH": str(tmp_path)}, executable="/bin/sh", stdout=subprocess.PIPE, text=True
+    )
+    said = started.communicate()[0].split()
+    assert said[0] == str(started.pid), "it replaces the shell, so it gets the signals"
+    assert said[1:] == own_command(container)[1:]
+
+
 def test_status_2_is_final_and_a_lost_node_does_not_count_as_a_retry(objects: list[Object]) -> None:
     for job in (item for item in objects if item["kind"] == "Job"):
         final, lost = job["spec"]["podFailurePolicy"]["rules"]
@@ -170,7 +205,8 @@ def test_status_2_is_final_and_a_lost_node_does_not_count_as_a_retry(objects: li
         assert final["onExitCodes"]["containerName"] == container["name"]
         assert final["onExitCodes"]["operator"] == "In"
         assert final["onPodConditions"] == [], "required by older Kubernetes versions"
-        follows = container["command"][:2] == ["genvalues", "cluster"] and container["command"][2] != "preflight"
+        command = own_command(container)
+        follows = command[:2] == ["genvalues", "cluster"] and command[2] != "preflight"
         assert final["onExitCodes"]["values"] == ([1, 2] if follows else [2])
         assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
         assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "required by podFailurePolicy"
@@ -253,7 +289,7 @@ def test_each_stage_runs_its_command(objects: list[Object]) -> None:
         elif each.stage in TRAINER:
             assert container["command"] == ["llama-lora", each.stage, "--config", "/etc/llama-lora/run.yaml"]
         elif each.stage != "storage-prepare":
-            assert container["command"][:2] == ["genvalues", "cluster"]
+            assert own_command(container)[:2] == ["genvalues", "cluster"]
         assert container["name"] == ("pytorch" if each.trains else each.stage)
 
 

@@ -46,6 +46,7 @@ OFFERED = {
     *("eu-south-2", "eu-west-1", "eu-west-3", "il-central-1", "mx-central-1", "sa-east-1", "us-east-1", "us-east-2"),
     *("us-gov-east-1", "us-gov-west-1", "us-west-2"),
 }
+PUBLIC_ECR, PUBLIC_ALIASES = "public.ecr.aws", ("neuron", "deep-learning-containers")
 REPOSITORY = "huggingface-pytorch-training-neuronx"
 TAG = "2.8.0-transformers4.55.4-neuronx-py310-sdk2.26.0-ubuntu22.04"  # as in trainer/Dockerfile; a test compares them
 
@@ -105,6 +106,12 @@ def invalid_account(image: ImageReference) -> str:
     if not found or len(found["account"]) == ACCOUNT_DIGITS:
         return ""
     return f"the account number {found['account']} has {len(found['account'])} digits, not {ACCOUNT_DIGITS}"
+
+
+def is_aws_container(image: ImageReference) -> bool:
+    """Whether an address is in a registry of AWS's own containers. Nobody else can push there."""
+    public = image.registry == PUBLIC_ECR and image.name.partition("/")[0] in PUBLIC_ALIASES
+    return public or image.account in ACCOUNTS.values()
 
 
 def image_to_build(reference: str | None, where: str) -> ImageReference:

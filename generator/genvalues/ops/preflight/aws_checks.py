@@ -17,11 +17,12 @@ from genvalues.common.errors import Unavailable
 from genvalues.common.findings import Finding
 from genvalues.common.text import one_line
 from genvalues.ops.aws import NO_ANSWER, AwsClients, Denied, Missing, NotLoggedIn, answer_or_none, default_region
+from genvalues.ops.preflight import image_checks
 from genvalues.ops.preflight import instance_checks as instances
 from genvalues.ops.preflight import storage_checks as storage
 from genvalues.ops.preflight.instance_checks import utc_text
-from genvalues.ops.preflight.run_requirements import PUBLIC_ECR, RunRequirements
-from genvalues.ops.registries import ACCOUNTS, invalid_account
+from genvalues.ops.preflight.run_requirements import RunRequirements
+from genvalues.ops.registries import ACCOUNTS, PUBLIC_ECR, invalid_account, is_aws_container
 from genvalues.settings.dataset_files import s3_keys
 from genvalues.settings.datasets import before_wildcard, is_prefix
 
@@ -226,6 +227,11 @@ def on_hyperpod(run: RunRequirements) -> bool:
     return run.hardware is not None and run.on_hyperpod
 
 
+def is_checked_image(run: RunRequirements) -> bool:
+    """A container of AWS is an error already (image_checks)."""
+    return bool(run.hardware or run.image_in_ecr) and not is_aws_container(run.image)
+
+
 # In the order of the output.
 CHECKS = (
     AwsCheck(lambda run: f"quota of {run.ec2_type}", on_ec2, instances.check_ec2_quota),
@@ -233,7 +239,10 @@ CHECKS = (
     AwsCheck(lambda run: f"quota of {run.instance}", on_hyperpod, instances.check_cluster_quota),
     AwsCheck(lambda run: "HyperPod", on_hyperpod, instances.check_hyperpod),
     AwsCheck(lambda run: f"zones of {run.ec2_type}", lambda run: run.hardware, instances.check_zones),
-    AwsCheck(lambda run: "image", lambda run: run.hardware or run.image_in_ecr, check_image),
+    AwsCheck(lambda run: "image", is_checked_image, check_image),
+    AwsCheck(
+        lambda run: f"contents of image {run.image.name}", lambda run: run.own_image_in_ecr, image_checks.check_labels
+    ),
     AwsCheck(lambda run: f"file system {run.file_system}", lambda run: run.file_system, storage.check_file_system),
     AwsCheck(
         lambda run: f"security groups of {run.file_system}",

@@ -35,6 +35,7 @@ def run_preflight(
     invalid release name. Everything else is a finding.
     """
     from genvalues.inputs.chart import need_chart
+    from genvalues.ops.preflight.image_checks import check_image_address
     from genvalues.ops.preflight.instance_checks import soften_for_existing_nodes
     from genvalues.ops.preflight.run_requirements import RunRequirements
 
@@ -59,7 +60,11 @@ def run_preflight(
     if "aws" in found and "cluster" in found:
         found["aws"] = soften_for_existing_nodes(found["aws"], found["cluster"], requirements)
     local = check_local_files(requirements) if hub or cluster else []
-    return [*local, *(finding for findings in found.values() for finding in findings)]
+    return [
+        *check_image_address(requirements),
+        *local,
+        *(finding for findings in found.values() for finding in findings),
+    ]
 
 
 def check_local_files(requirements: RunRequirements) -> list[Finding]:

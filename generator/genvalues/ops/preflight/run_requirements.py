@@ -8,12 +8,11 @@ from typing import Any
 
 from genvalues.accelerators.instances import HYPERPOD, Instance, trainium
 from genvalues.common.dicts import get
-from genvalues.ops.registries import ImageReference, invalid_account, parse_image
+from genvalues.ops.registries import ImageReference, invalid_account, is_aws_container, parse_image
 from genvalues.settings.datasets import is_on_hub
 
 # fs-0123456789abcdef0.fsx.us-west-2.amazonaws.com
 FSX_ADDRESS = re.compile(r"fs-[0-9a-f]+\.fsx\.(?P<region>[a-z]{2,4}(-[a-z]+)+-[0-9]+)\.amazonaws\.com(\.cn)?")
-PUBLIC_ECR = "public.ecr.aws"
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,10 @@ class RunRequirements:
     def image_in_ecr(self) -> bool:
         """Whether the address is one of ECR, even if its account number is invalid."""
         return self.image.in_ecr or bool(invalid_account(self.image))
+
+    @property
+    def own_image_in_ecr(self) -> bool:
+        return self.image.in_ecr and not is_aws_container(self.image)
 
     @property
     def makes_claim(self) -> bool:

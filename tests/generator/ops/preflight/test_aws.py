@@ -26,6 +26,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding, exit_status
 from genvalues.ops import aws
 from genvalues.ops.aws import AwsClients
+from genvalues.ops.preflight import image_checks
 from genvalues.ops.preflight.aws_checks import CHECKS, check_aws
 from genvalues.ops.preflight.run_requirements import RunRequirements
 from genvalues.ops.preflight.storage_checks import check_file_system_groups
@@ -62,8 +63,14 @@ NO_RESERVATION = {"ec2.DescribeCapacityReservations": {"CapacityReservations": [
 EC2_QUOTA = {"service-quotas.GetServiceQuota": {"Quota": {"Value": 512.0}}}
 
 
+CONFIGURATION = {"ecr.GetDownloadUrlForLayer": {"downloadUrl": "https://signed.invalid"}}
+
+
 @pytest.fixture
-def cloud() -> Iterator[None]:
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """moto, and the configuration of the image that its ECR does not return."""
+    labels = {"org.opencontainers.image.title": "llama-lora"}
+    monkeypatch.setattr(image_checks, "download", lambda url: {"config": {"Labels": labels}})
     with mock_aws():
         yield
 
@@ -75,7 +82,8 @@ def client(service: str) -> Any:
 def push_image(tag: str = "0.1.0") -> str:
     ecr = client("ecr")
     ecr.create_repository(repositoryName="llama-lora")
-    manifest = '{"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "layers": []}'
+    content = {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "config": {"digest": "sha256:0"}}
+    manifest = json.dumps({"schemaVersion": 2, **content, "layers": []})
     pushed = ecr.put_image(repositoryName="llama-lora", imageManifest=manifest, imageTag=tag)
     return str(pushed["image"]["imageId"]["imageDigest"])
 
@@ -99,7 +107,7 @@ def test_an_account_with_everything_has_no_problem(monkeypatch: pytest.MonkeyPat
     location = {"LocationConstraint": REGION}
     client("s3").create_bucket(Bucket="rows", CreateBucketConfiguration=location)  # type: ignore[arg-type]
     client("s3").put_object(Bucket="rows", Key="train/rows.jsonl", Body=b"{}" * 1000)
-    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA})
+    answering(monkeypatch, {**NO_RESERVATION, **EC2_QUOTA, **CONFIGURATION})
     findings = check_aws(requirements(S3, own_storage_class(subnet, group), {"image": {"digest": digest}}))
     assert {finding.level for finding in findings} == {"ok"}, [str(finding) for finding in findings]
     assert [finding.subject for finding in findings] == [
@@ -109,6 +117,7 @@ def test_an_account_with_everything_has_no_problem(monkeypatch: pytest.MonkeyPat
         "capacity of trn1.32xlarge",
         "zones of trn1.32xlarge",
         "image llama-lora:0.1.0",
+        "contents of image llama-lora",
         f"subnet {subnet}",
         f"security groups {group}",
         "s3://rows/train/rows.jsonl",
@@ -156,7 +165,7 @@ def test_a_file_system_and_a_hyperpod_cluster_of_moto(monkeypatch: pytest.Monkey
         ],
     )
     quota = {"QuotaName": "ml.trn1.32xlarge for cluster usage", "QuotaCode": "L-X", "Value": 4.0}
-    answering(monkeypatch, {"service-quotas.ListServiceQuotas": {"Quotas": [quota]}})
+    answering(monkeypatch, {"service-quotas.ListServiceQuotas": {"Quotas": [quota]}, **CONFIGURATION})
     identity = {"fileSystemId": fsx["FileSystemId"], "dnsName": fsx.get("DNSName", "")}
     findings = by_subject(
         check_aws(requirements(HYPERPOD, STATIC, {"image": {"digest": digest}, "storage": {"static": identity}}))
@@ -189,8 +198,8 @@ def test_missing_credentials_are_one_finding_and_nothing_else_is_checked(monkeyp
     assert [str(finding) for finding in findings] == [
         "not checked  AWS credentials: no AWS credentials\n"
         "             fix: aws sso login   # or aws configure, or AWS_PROFILE=NAME",
-        "not checked  AWS: quota of trn1.32xlarge, capacity of trn1.32xlarge, zones of trn1.32xlarge, image: skipped"
-        " without credentials, see above",
+        "not checked  AWS: quota of trn1.32xlarge, capacity of trn1.32xlarge, zones of trn1.32xlarge, image,"
+        " contents of image llama-lora: skipped without credentials, see above",
         "ok           size of the file system: 1200Gi, created on demand in about 10 minutes",
     ]
     assert exit_status(findings) == 1, "unanswered, which does not stop the run"
@@ -390,7 +399,7 @@ def test_if_aws_does_not_answer_all_checks_wait_in_parallel(
         findings = check_aws(requirements(S3))
         took = time.monotonic() - began
     silent = [finding for finding in findings if finding.unanswered]
-    assert [finding.level for finding in silent] == ["not checked"] * 6
+    assert [finding.level for finding in silent] == ["not checked"] * 7
     assert exit_status(findings) == 1
     assert took < 10, "4 s: credentials first, then all others; one after the other they would take 14 s"
 
@@ -427,7 +436,7 @@ def test_offline_is_a_finding_for_every_check_and_no_call_is_made(monkeypatch: p
     findings = check_aws(requirements(S3), offline=True)
     *unasked, size = findings
     assert {(finding.level, finding.found) for finding in unasked} == {("not checked", "--offline")}
-    assert len(unasked) == 7 and size.level == "ok"
+    assert len(unasked) == 8 and size.level == "ok"
     assert exit_status(findings) == 0
 
 
@@ -449,7 +458,7 @@ def test_the_policy_to_paste_allows_the_calls_that_are_made_and_nothing_else() -
     allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
     modules = (root / "generator/genvalues/ops/preflight").glob("*.py")
     source = "".join(module.read_text(encoding="utf-8") for module in modules)
-    calls = re.findall(r'\(\s*"([a-z0-9-]+)",\s*"((?:get|list|describe|head)_[a-z_]+)"', source)
+    calls = re.findall(r'\(\s*"([a-z0-9-]+)",\s*"((?:get|list|describe|head|batch_get)_[a-z_]+)"', source)
     asked = {aws.action_of(*call) for call in calls} - {"sts:GetCallerIdentity"}
     assert len(calls) >= 13 and allowed == asked
     for action in allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,9 +20,12 @@ from generator.ops.preflight.conftest import (
     own_storage_class,
     requirements,
 )
+from genvalues import __version__
+from genvalues.common.errors import Unavailable
 from genvalues.common.findings import Finding
 from genvalues.ops.aws import AwsClients
 from genvalues.ops.preflight import aws_checks as aws
+from genvalues.ops.preflight import image_checks
 from genvalues.ops.preflight import instance_checks as instances
 from genvalues.ops.preflight import storage_checks as storage
 from genvalues.ops.preflight.run_requirements import RunRequirements
@@ -381,6 +385,113 @@ def test_an_account_number_with_11_digits_is_an_error(clients: AwsClients) -> No
     assert found.fix.startswith("aws sts get-caller-identity")
 
 
+# --- the contents of the image
+
+CONFIG = "sha256:" + "c" * 64
+LABELS = {"org.opencontainers.image.title": "llama-lora", "org.opencontainers.image.version": __version__}
+
+
+def labelled(
+    stub: Stub,
+    clients: AwsClients,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: dict[str, str] | None,
+    *,
+    index: bool = False,
+) -> Finding:
+    """The finding for an image with these labels; with ``index``, one built for several platforms."""
+    repository = {"registryId": ACCOUNT, "repositoryName": "llama-lora"}
+    media = {"acceptedMediaTypes": [*image_checks.INDEXES, *image_checks.MANIFESTS]}
+    ecr = stub("ecr")
+
+    def answer(manifest: dict[str, Any], digest: str) -> None:
+        answered = {"images": [{"imageManifest": json.dumps(manifest)}]}
+        ecr.add_response("batch_get_image", answered, {**repository, "imageIds": [{"imageDigest": digest}], **media})
+
+    if index:
+        platforms = [("linux", "arm64", "sha256:" + "a" * 64), ("linux", "amd64", "sha256:" + "b" * 64)]
+        listed = [
+            {"digest": digest, "platform": {"os": system, "architecture": machine}}
+            for system, machine, digest in platforms
+        ]
+        answer({"manifests": listed}, DIGEST)
+        answer({"config": {"digest": CONFIG}}, platforms[1][2])
+    else:
+        answer({"config": {"digest": CONFIG}}, DIGEST)
+    url = {"downloadUrl": "https://signed.invalid/secret", "layerDigest": CONFIG}
+    ecr.add_response("get_download_url_for_layer", url, {**repository, "layerDigest": CONFIG})
+    monkeypatch.setattr(image_checks, "download", lambda url: {"config": {"Labels": labels}})
+    return one(findings_of(clients, requirements(), image_checks.check_labels))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_an_image_built_from_the_dockerfile_is_ok(
+    stub: Stub, clients: AwsClients, monkeypatch: pytest.MonkeyPatch, index: bool
+) -> None:
+    found = labelled(stub, clients, monkeypatch, LABELS, index=index)
+    assert found.level == "ok" and __version__ in found.found and found.subject == "contents of image llama-lora"
+
+
+@pytest.mark.parametrize("labels", [None, {}, {"org.opencontainers.image.title": "pytorch-training-neuronx"}])
+def test_an_image_without_the_dockerfiles_label_is_an_error(
+    stub: Stub, clients: AwsClients, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str] | None
+) -> None:
+    found = labelled(stub, clients, monkeypatch, labels)
+    assert found.level == "error" and "not an image of llama-lora" in found.found
+    assert found.fix == "genvalues image push finetune.yaml"
+
+
+def test_an_image_of_another_version_is_a_warning(
+    stub: Stub, clients: AwsClients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = labelled(stub, clients, monkeypatch, {**LABELS, "org.opencontainers.image.version": "0.0.1"})
+    assert found.level == "warning" and "0.0.1" in found.found
+
+
+def test_without_permission_to_pull_the_contents_are_not_checked(stub: Stub, clients: AwsClients) -> None:
+    stub("ecr").add_client_error("batch_get_image", "AccessDeniedException")
+    found = one(findings_of(clients, requirements(), image_checks.check_labels))
+    assert found.level == "not checked" and "ecr:BatchGetImage" in found.found
+
+
+def test_a_configuration_that_cannot_be_read_is_unanswered_without_its_signed_address(
+    stub: Stub, clients: AwsClients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str, timeout: float) -> None:
+        raise OSError(f"{url} did not answer")
+
+    monkeypatch.setattr(image_checks.urllib.request, "urlopen", fail)
+    with pytest.raises(Unavailable) as raised:
+        image_checks.download("https://signed.invalid/secret")
+    assert "secret" not in str(raised.value)
+
+
+AWS_CONTAINERS = [
+    "763104351884.dkr.ecr.us-west-2.amazonaws.com/pytorch-training-neuronx",
+    "763104351884.dkr.ecr.eu-central-1.amazonaws.com/huggingface-pytorch-training-neuronx",
+    "727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn/pytorch-training-neuronx",
+    "public.ecr.aws/neuron/pytorch-training-neuronx",
+]
+
+
+@pytest.mark.parametrize("repository", AWS_CONTAINERS)
+def test_a_container_of_aws_is_an_error_without_asking_anybody(repository: str) -> None:
+    run = requirements({"image": {"repository": repository, "tag": "2.9.0", "digest": ""}})
+    found = one(image_checks.check_image_address(run))
+    assert found.level == "error" and "no llama-lora" in found.found
+    assert f"genvalues image push finetune.yaml --base {repository}:2.9.0" in found.fix
+    assert not [check for check in aws.CHECKS if check.applies(run) and "image" in check.subject(run)], "one finding"
+
+
+def test_an_image_of_ones_own_is_not_taken_for_one_of_aws() -> None:
+    for repository in (
+        "public.ecr.aws/me/llama-lora",
+        "ghcr.io/me/neuron",
+        f"{ACCOUNT}.dkr.ecr.us-west-2.amazonaws.com/x",
+    ):
+        assert image_checks.check_image_address(requirements({"image": {"repository": repository}})) == []
+
+
 # --- storage
 
 
@@ -717,6 +828,7 @@ def test_only_the_checks_that_apply_are_made() -> None:
     assert subjects(requirements()) == [
         *(f"{what} of trn1.32xlarge" for what in ("quota", "capacity", "zones")),
         "image",
+        "contents of image llama-lora",
     ]
     assert "file system fs-0123456789abcdef0" in subjects(requirements(STATIC))
     assert "file system fs-0123456789abcdef0" not in subjects(

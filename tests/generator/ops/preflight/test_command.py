@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -87,13 +88,23 @@ def test_without_a_flag_everything_is_checked_and_with_flags_only_those(
     assert [asked[-1][key] for key in ("offline", "region", "namespace", "context", "release")] == [True, *"xyzr"]
 
 
+def test_a_container_of_aws_is_an_error_offline(file: Path) -> None:
+    container = "763104351884.dkr.ecr.us-west-2.amazonaws.com/pytorch-training-neuronx:2.9.0"
+    file.write_text(re.sub(r"(?m)^image: .*$", f"image: {container}", file.read_text()))
+    result = run(str(file), "--offline")
+    assert result.exit_code == 2
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("error")] == [
+        "error        image pytorch-training-neuronx"
+    ]
+
+
 def test_offline_is_a_finding_for_every_check(file: Path) -> None:
     result = run(str(file), "--offline")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
     assert "ok           size of the file system: 1200Gi, created on demand in about 10 minutes" in lines
     unasked = [line for line in lines if line.startswith("not checked")]
-    assert len(unasked) == len(lines) - 1 == 16 and all(line.endswith(": --offline") for line in unasked)
+    assert len(unasked) == len(lines) - 1 == 17 and all(line.endswith(": --offline") for line in unasked)
 
 
 def test_json_is_one_document(file: Path) -> None:
