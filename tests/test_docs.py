@@ -137,3 +137,19 @@ def test_the_commands_of_the_acceptance_run_change_the_charts_job_of_train() -> 
     assert container["command"][:2] == ["llama-lora", "acceptance"]
     for stage in re.findall(r"for STAGE in (.+?);", section)[0].split():
         assert (ROOT / f"chart/templates/{stage}/job.yaml").is_file()
+
+
+def test_the_table_of_clusters_says_of_each_cell_what_was_tried() -> None:
+    """EKS, EKS Auto Mode and HyperPod, with Kueue, Karpenter, both Trainers and Pod Security."""
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|") and not line.startswith("|---")
+    ]
+    assert table[0] == ["", "EKS", "EKS Auto Mode", "HyperPod (EKS)"]
+    rows = {row[0]: row[1:] for row in table[1:] if len(row) == 4}
+    for words in ("pytorchjob", "trainjob", "Kueue, PyTorchJob", "Kueue, TrainJob", "Karpenter", "Pod Security", "FSx"):
+        assert any(words in name for name in rows), words
+    said = re.compile(r"\brun\b|\brendered\b|not tried|not checked|refused|not supported|the same|recorded|^$")
+    assert [(name, cell) for name, cells in rows.items() for cell in cells if not said.search(cell)] == []
