@@ -162,6 +162,7 @@ def tokenize_model(run: Run, folder: Path) -> None:
     from llama_lora.data.resolve import Source
     from llama_lora.data.snapshot import take_snapshot
     from llama_lora.stages.tokenize import load_tokenizer
+    from llama_lora.streaming import StreamedModel
 
     config = run.load()
     model = config.model.model_copy(update={"path": str(folder / "base")})
@@ -171,6 +172,7 @@ def tokenize_model(run: Run, folder: Path) -> None:
     tokenizer = load_tokenizer(snapshot)
     row_checks.stop_tokens(snapshot, tokenizer)
     evaluation.load_model(snapshot)
+    StreamedModel(snapshot)
 
 
 def tokenize_gguf(run: Run, folder: Path) -> None:

@@ -21,6 +21,7 @@ from llama_lora import evaluation, library_versions, model_files
 from llama_lora.config import Model
 from llama_lora.data import resolve
 from llama_lora.data.snapshot import take_snapshot
+from llama_lora.streaming import StreamedModel
 from trainer.conftest import Run, llama_lora_here, make_model
 from trainer.test_merge import make_adapter, weights_of
 from trainer.test_snapshot import write_gguf
@@ -210,8 +211,9 @@ def test_of_an_index_and_a_single_file_the_snapshot_has_what_transformers_loads(
     folder = snapshot(base, tmp_path / "models")
     assert {name for name in names_in(folder) if "safetensors" in name} == {"model.safetensors"}
     assert not any(parameter.any() for parameter in evaluation.load_model(folder).parameters())
-    with pytest.raises(UserError, match="has both"):
-        evaluation.load_model(base)
+    for load in (evaluation.load_model, StreamedModel):
+        with pytest.raises(UserError, match="has both"):
+            load(base)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +287,9 @@ def test_a_model_without_all_its_weights_is_not_loaded_with_random_ones(base: Pa
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        evaluation.load_model(base)
+    for load in (evaluation.load_model, StreamedModel):
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+            load(base)
 
 
 # --- paths

@@ -60,22 +60,22 @@ class StreamedModel:
         self._lm = meta_model(config, dtype, adapter).eval()
         self._layers = list(self._lm.model.layers)
         self._returns_tuple = False
-        files = {shard: regular_file(folder, shard) for shard in {each.shard for each in stored.values()}}
-        self._sources: dict[int, Source] = {}
+        shards = {shard: regular_file(folder, shard) for shard in {each.shard for each in stored.values()}}
         of_adapter = read_header(adapter / WEIGHTS).tensors if adapter else {}
         # Factors round as in training: those in fp32 stay so, others have the dtype of the base model, as with PEFT.
         factor_dtype = torch.float32 if all(each.dtype == "F32" for each in of_adapter.values()) else dtype
+        self._sources: dict[int, Source] = {}
         for name, parameter in self._lm.named_parameters():
             if adapter and ".lora_" in name:
-                tensor = of_adapter.get(PREFIX + name.replace(".default.", "."))
-                source = tensor and Source(adapter / WEIGHTS, tensor, factor_dtype)
+                file, tensor = adapter / WEIGHTS, of_adapter.get(PREFIX + name.replace(".default.", "."))
             else:
                 tensor = stored.get(name.replace(".base_layer.", "."))
-                source = tensor and Source(files[tensor.shard], tensor, dtype)
-            if source is None or source.tensor.shape != list(parameter.shape):
-                where = adapter if adapter and ".lora_" in name else folder
-                raise UserError(f"lacks the weights of {name} in its shape", where=str(where), fix=COMPLETE)
-            self._sources[id(parameter)] = source
+                file = shards[tensor.shard] if tensor else folder
+            if tensor is None or tensor.shape != list(parameter.shape) or tensor.dtype not in DTYPES:
+                raise UserError(
+                    f"lacks the weights of {name} in its shape, in {', '.join(DTYPES)}", where=str(file), fix=COMPLETE
+                )
+            self._sources[id(parameter)] = Source(file, tensor, factor_dtype if ".lora_" in name else dtype)
 
     @property
     def layer_count(self) -> int:
@@ -209,7 +209,8 @@ def weights_dtype(config: Any, stored: dict[str, StoredTensor]) -> torch.dtype:
     """What transformers takes for dtype="auto": that of the config, else that of the first weight."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    dtype: torch.dtype = getattr(torch, DTYPES[next(iter(stored.values())).dtype])
+    dtypes = (DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in DTYPES)
+    dtype: torch.dtype = getattr(torch, next(dtypes, "float32"))
     return dtype
 
 

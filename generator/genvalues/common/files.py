@@ -15,8 +15,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 PIECE = 1 << 18  # bytes read at once
 PARTIAL = ".partial-"  # part of the temporary name of an incomplete file or folder
@@ -192,7 +193,7 @@ class NotARegularFile(OSError):
     """A folder, FIFO, socket or device in the place of a file."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read that may be anything: a symbolic link, a FIFO or a device is an OSError, and never waits."""
     return os.fdopen(_open_regular(path, os.O_RDONLY), "rb")
 
