@@ -119,10 +119,10 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword == "type":
         yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
     elif key == ("instance",) and isinstance(found, str) and (why := unsupported(found)):
-        close = close_matches(found, of_same_service(found)) if "not supported" not in why else []
-        guess = f"Did you mean {close[0]}? " if close else ""
-        choices = either([*of_same_service(found)])
-        yield Mistake(key, f"{shown(found, key)} is {why}", f"{guess}Use one of {choices}, or cpu.")
+        near = close_matches(found, of_same_service(found)) if "not supported" not in why else []
+        asks = f"Did you mean {near[0]}? " if near else ""
+        names = either([*of_same_service(found)])
+        yield Mistake(key, f"{shown(found, key)} is {why}", f"{asks}Use one of {names}, or cpu.")
     elif keyword in ("enum", "const"):
         choices = [each for each in (wanted if keyword == "enum" else [wanted]) if isinstance(each, str)]
         beginning = [choice for choice in choices if choice.startswith(str(found)) and found]

@@ -14,7 +14,7 @@ from genvalues.settings.datasets import row_format
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
 from genvalues.settings.run import with_own_words
-from genvalues.settings.shared import HuggingFace
+from genvalues.settings.shared import STORAGE_BY_KIND, HuggingFace
 
 # The cores of the stages that compute with the model on a CPU node, with their memory below.
 CPU_REQUEST, CPU_LIMIT = "8", "16"
@@ -164,12 +164,9 @@ def storage(wanted: StorageInputs, kind: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "enabled": True,
         "kind": kind,
-        "size": wanted.size or ("100Gi" if kind == "generic" else "1200Gi"),
-        "storageClass": wanted.storage_class if wanted.storage_class is not None else DEFAULT_CLASS[kind],
+        "size": wanted.size or STORAGE_BY_KIND[kind]["size"],
+        "storageClass": STORAGE_BY_KIND[kind]["storageClass"] if wanted.storage_class is None else wanted.storage_class,
     }
     if wanted.static:
         values["static"] = as_values(wanted.static)
     return values
-
-
-DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}
