@@ -16,6 +16,7 @@ from genvalues.accelerators.instances import HYPERPOD, of_same_service, unsuppor
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
+from genvalues.settings.datasets import BUCKET_RULES, hub_id_of, invalid_bucket, is_url, on_s3
 
 MISSING = "missing"
 UNKNOWN = "unknown key"
@@ -219,6 +220,11 @@ def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
 
 
 def pattern_words(key: KeyPath, found: Any) -> str:
+    if key == ("model",) and is_url(str(found)):
+        named = hub_id_of(str(found), "models")
+        return f"{shown(found, key)} is a web address{f'; write {named}' if named else ''}"
+    if isinstance(found, str) and on_s3(found) and (bucket := invalid_bucket(found)) is not None:
+        return f"{shown(bucket, key)} is not a valid name of a bucket: it has {BUCKET_RULES}"
     if key == ("model",):
         return f"{shown(found, key)} is not a Hub id; write {{path: ...}} for a folder or file"
     if key == ("image",):

@@ -31,6 +31,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "name": inputs.name,
         "instance": inputs.instance,
         "backend": inputs.chosen_backend,
+        **({"workload": inputs.workload} if inputs.workload != Inputs.model_fields["workload"].default else {}),
         "image": image(inputs.image),
         "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
         "model": model(inputs.model),
@@ -86,7 +87,7 @@ def on_cpu_node(memory: Memory) -> dict[str, Any]:
 
 def optional_blocks(inputs: Inputs) -> dict[str, Block]:
     """Blocks of which most runs set nothing: without them, values are shorter."""
-    blocks: dict[str, Block] = {"publish": inputs.publish, "monitoring": inputs.monitoring}
+    blocks: dict[str, Block] = {"publish": inputs.publish, "monitoring": inputs.monitoring, "kueue": inputs.kueue}
     return {key: block for key, block in blocks.items() if block != type(block)()}
 
 

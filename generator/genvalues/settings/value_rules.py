@@ -99,7 +99,24 @@ def warnings(values: Values) -> Iterator[Problem]:
             "Use your own account, then run genvalues image push.",
         )
 
+    yield from unusual(values)
     yield from short_standstill(values)
+
+
+# Used for LoRA: learning rates of 1e-5 to 1e-3 and ranks of 8 to 256 (Hu et al. 2021, arXiv:2106.09685, appendix D, and
+# Biderman et al. 2024, arXiv:2405.09673). Beyond these bounds a value is probably a slip.
+HIGHEST_LEARNING_RATE, LOWEST_LEARNING_RATE, HIGHEST_RANK = 5e-3, 1e-7, 512
+
+
+def unusual(values: Values) -> Iterator[Problem]:
+    """A learning rate or a rank that nobody uses."""
+    rate, rank = get(values, "training.learningRate", float), get(values, "lora.r", int)
+    if rate and not LOWEST_LEARNING_RATE <= rate <= HIGHEST_LEARNING_RATE:
+        what = f"{rate:g} is unusual for LoRA: 1e-5 to 1e-3 is usual"
+        yield Problem(key_paths("training.learningRate"), what, "Check it; 2e-4 is common.")
+    if rank and rank > HIGHEST_RANK:
+        what = f"{rank} is unusual: 8 to 256 is usual, and the adapter's memory grows with it"
+        yield Problem(key_paths("lora.r"), what, "Check it; 16 is common.")
 
 
 def short_standstill(values: Values) -> Iterator[Problem]:

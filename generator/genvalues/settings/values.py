@@ -398,6 +398,15 @@ class HyperPod(Block):
     max_retries: int = Field(1, ge=0, le=100, description="How often HyperPod restarts a job on replaced nodes.")
 
 
+Workload = Annotated[
+    Literal["pytorchjob", "trainjob"],
+    Field(
+        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator, Trainer "
+        "v1, which HyperPod has. trainjob: of Kubeflow Trainer v2."
+    ),
+]
+
+
 class Kueue(Block):
     """Kueue admission of compile and train. The queue label is added when the stage is released, not before."""
 
@@ -729,11 +738,7 @@ class Values(Block):
         "for Trn1, and for Trn2 with images of Neuron SDK 2.29 or older. Null: by instance, xla on trn1, else native. "
         "cpu and neuron are their older names.",
     )
-    workload: Literal["pytorchjob", "trainjob"] = Field(
-        "pytorchjob",
-        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator, Trainer "
-        "v1, which HyperPod has. trainjob: of Kubeflow Trainer v2.",
-    )
+    workload: Workload = "pytorchjob"
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
     model: Model = Model()
