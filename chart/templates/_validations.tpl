@@ -268,8 +268,14 @@ guards.stallTimeout {{ . }} would stop every training at once. Set it to e.g. 30
 storage.enabled is false and storage.existingClaim is empty. Name the claim to use in storage.existingClaim, or set storage.enabled to true.
 {{- else }}
 {{- $gibibytes := trimSuffix "Gi" $storage.size | int }}
-{{- if and (eq $storage.kind "fsx") (ne $storage.size "1200Gi") (or (not (hasSuffix "Gi" $storage.size)) (mod $gibibytes 2400)) }}
-storage.size {{ $storage.size }} is not a valid size for FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.
+{{- $creates := and (eq $storage.kind "fsx") $storage.fsx.createStorageClass }}
+{{- $type := get (include "llama-lora.settings.storage" . | fromJson).fsx $storage.fsx.deploymentType }}
+{{- $unit := ternary (int $type.unit) 2400 (not (not $creates)) }}
+{{- if and (eq $storage.kind "fsx") (not (has $storage.size (list "1200Gi" "2400Gi"))) (or (not (hasSuffix "Gi" $storage.size)) (mod $gibibytes $unit)) }}
+storage.size {{ $storage.size }} is not a valid size for FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of {{ $unit }}Gi.
+{{- end }}
+{{- if $creates }}
+{{- include "llama-lora.validations.fsx" (dict "fsx" $storage.fsx "type" $type) }}
 {{- end }}
 {{- if eq $storage.kind "fsx-static" }}
 {{- range $key := list "fileSystemId" "dnsName" "mountName" }}
@@ -290,6 +296,35 @@ storage.storageClass is required for storage.kind fsx. Name the class of the FSx
 {{- end }}
 {{- if and (gt (int .Values.parallelism.nodes) 1) (not (has "ReadWriteMany" $storage.accessModes)) }}
 storage.accessModes lacks ReadWriteMany, which {{ .Values.parallelism.nodes }} nodes (parallelism.nodes) require. Add it, with a storage class that supports it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Parameters that FSx refuses for the deployment type. Arguments: fsx, type. */}}
+{{- define "llama-lora.validations.fsx" -}}
+{{- $fsx := .fsx }}
+{{- $throughputs := list }}
+{{- range .type.throughputs }}{{ $throughputs = append $throughputs (int .) }}{{ end }}
+{{- with $fsx.perUnitStorageThroughput | int }}
+{{- if not (has . $throughputs) }}
+storage.fsx.perUnitStorageThroughput {{ . }} is not offered by deploymentType {{ $fsx.deploymentType }}. Set it to {{ if $throughputs }}one of {{ join ", " $throughputs }}, or to {{ end }}null.
+{{- end }}
+{{- end }}
+{{- if and (eq $fsx.deploymentType "PERSISTENT_2") (eq $fsx.fileSystemTypeVersion "2.10") }}
+storage.fsx.fileSystemTypeVersion 2.10 is not offered by deploymentType PERSISTENT_2. Set it to "2.15".
+{{- end }}
+{{- if and (hasPrefix "SCRATCH" $fsx.deploymentType) $fsx.kmsKeyId }}
+storage.fsx.kmsKeyId is not supported by deploymentType {{ $fsx.deploymentType }}. Remove it, or set deploymentType to PERSISTENT_2.
+{{- end }}
+{{- range $key := list "s3ImportPath" "s3ExportPath" "autoImportPolicy" }}
+{{- with get $fsx $key }}
+{{- if eq $fsx.deploymentType "PERSISTENT_2" }}
+storage.fsx.{{ $key }} is not supported by deploymentType PERSISTENT_2, which requires a data repository association that the FSx CSI driver does not make. Set deploymentType to SCRATCH_2 or PERSISTENT_1, or remove it.
+{{- else if not $fsx.s3ImportPath }}
+storage.fsx.{{ $key }} has no effect without storage.fsx.s3ImportPath. Set that, or remove it.
+{{- else if and (eq $key "s3ExportPath") (ne (index (splitList "/" .) 2) (index (splitList "/" $fsx.s3ImportPath) 2)) }}
+storage.fsx.s3ExportPath is in another bucket than storage.fsx.s3ImportPath. Use the same bucket.
 {{- end }}
 {{- end }}
 {{- end }}

@@ -123,6 +123,7 @@ TRN2: Values = {
     "devices": {"aws.amazon.com/neuron": 16},
     "neuron": {"target": "trn2", "logicalCoreSize": 2},
 }
+CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
     "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
@@ -273,6 +274,48 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         "storage.size 3600Gi is not a valid size for FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 2400Gi.",
     ),
     "an FSx size in Ti": ({"storage": {"size": "3Ti"}}, "storage.size 3Ti is not a valid size for FSx for Lustre."),
+    "an FSx size of SCRATCH_1": (
+        {"storage": {"size": "4800Gi", "fsx": {**CLASS, "deploymentType": "SCRATCH_1"}}},
+        "storage.size 4800Gi is not a valid size for FSx for Lustre. Use 1200Gi, 2400Gi or a multiple of 3600Gi.",
+    ),
+    "a throughput of another deployment type": (
+        {"storage": {"fsx": {**CLASS, "deploymentType": "PERSISTENT_1", "perUnitStorageThroughput": 250}}},
+        "storage.fsx.perUnitStorageThroughput 250 is not offered by deploymentType PERSISTENT_1. Set it to one of 50, "
+        "100, 200, or to null.",
+    ),
+    "a throughput of SCRATCH": (
+        {"storage": {"fsx": {**CLASS, "deploymentType": "SCRATCH_2", "perUnitStorageThroughput": 200}}},
+        "storage.fsx.perUnitStorageThroughput 200 is not offered by deploymentType SCRATCH_2. Set it to null.",
+    ),
+    "an old Lustre": (
+        {"storage": {"fsx": {**CLASS, "fileSystemTypeVersion": "2.10"}}},
+        "storage.fsx.fileSystemTypeVersion 2.10 is not offered by deploymentType PERSISTENT_2. Set it to",
+    ),
+    "a key for SCRATCH": (
+        {"storage": {"fsx": {**CLASS, "deploymentType": "SCRATCH_2", "kmsKeyId": "a"}}},
+        "storage.fsx.kmsKeyId is not supported by deploymentType SCRATCH_2. Remove it, or set deploymentType",
+    ),
+    "a data repository of PERSISTENT_2": (
+        {"storage": {"fsx": {**CLASS, "s3ImportPath": "s3://a-bucket/x"}}},
+        "storage.fsx.s3ImportPath is not supported by deploymentType PERSISTENT_2, which requires a data repository",
+    ),
+    "an export without an import": (
+        {"storage": {"fsx": {**CLASS, "deploymentType": "SCRATCH_2", "s3ExportPath": "s3://a-bucket/x"}}},
+        "storage.fsx.s3ExportPath has no effect without storage.fsx.s3ImportPath. Set that, or remove it.",
+    ),
+    "an export to another bucket": (
+        {
+            "storage": {
+                "fsx": {
+                    **CLASS,
+                    "deploymentType": "SCRATCH_2",
+                    "s3ImportPath": "s3://one",
+                    "s3ExportPath": "s3://two/x",
+                }
+            }
+        },
+        "storage.fsx.s3ExportPath is in another bucket than storage.fsx.s3ImportPath. Use the same bucket.",
+    ),
     "FSx without a class": ({"storage": {"storageClass": ""}}, "storage.storageClass is required for storage.kind fsx"),
     "static without a file system": (
         {"storage": {"kind": "fsx-static", "static": {"dnsName": "a.b", "mountName": "fsx"}}},

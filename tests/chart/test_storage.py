@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
-from chart.manifests import MINIMAL, Object, Values, annotation, config, hooks, merged, one, pods, render
+from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, hooks, merged, one, pods, render
+from genvalues.inputs.chart import on_top_of_defaults
 
 KINDS = {"PersistentVolumeClaim", "PersistentVolume", "StorageClass"}
 
@@ -54,7 +60,107 @@ def test_fsx_with_a_class_of_the_release(helm: int) -> None:
         "securityGroupIds": "sg-0123456a,sg-0123456b",
         "deploymentType": "PERSISTENT_2",
         "perUnitStorageThroughput": "250",
+        "fileSystemTypeVersion": "2.15",
     }
+
+
+CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
+
+
+def parameters(fsx: Values, helm: int) -> Values:
+    [found] = [item for item in storage({"fsx": {**CLASS, **fsx}}, helm) if item["kind"] == "StorageClass"]
+    return {key: value for key, value in found["parameters"].items() if key not in ("subnetId", "securityGroupIds")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "throughput"), [("PERSISTENT_2", "250"), ("PERSISTENT_1", "200"), ("SCRATCH_2", None), ("SCRATCH_1", None)]
+)
+def test_the_throughput_follows_from_the_deployment_type(kind: str, throughput: str | None, helm: int) -> None:
+    made = parameters({"deploymentType": kind}, helm)
+    assert (made["deploymentType"], made.get("perUnitStorageThroughput")) == (kind, throughput)
+    assert made["fileSystemTypeVersion"] == "2.15"
+
+
+def test_every_parameter_of_fsx_is_one_of_the_csi_drivers(helm: int) -> None:
+    fsx = {
+        "deploymentType": "PERSISTENT_1",
+        "perUnitStorageThroughput": 100,
+        "fileSystemTypeVersion": "2.12",
+        "dataCompressionType": "LZ4",
+        "kmsKeyId": "arn:aws:kms:us-west-2:123456789012:key/01234567-89ab-cdef-0123-456789abcdef",
+        "tags": {"team": "nlp", "cost-center": "42"},
+        "s3ImportPath": "s3://a-bucket/data",
+        "s3ExportPath": "s3://a-bucket/out",
+        "autoImportPolicy": "NEW_CHANGED",
+    }
+    made = parameters(fsx, helm)
+    assert made.pop("extraTags") == "cost-center=42,team=nlp"
+    assert made == {key: str(value) for key, value in fsx.items() if key != "tags"}
+    assert parameters({"fileSystemTypeVersion": ""}, helm).keys() == {"deploymentType", "perUnitStorageThroughput"}
+
+
+@pytest.mark.parametrize(
+    ("instance", "nodes", "modes"),
+    [
+        ("cpu", 1, ["ReadWriteOnce"]),
+        ("cpu", 2, ["ReadWriteMany"]),
+        ("trn1.32xlarge", 1, ["ReadWriteMany"]),  # the gate, on a CPU node, mounts it too
+    ],
+)
+def test_generic_asks_for_what_a_usual_class_has(instance: str, nodes: int, modes: list[str], helm: int) -> None:
+    values = merged(MINIMAL, {"instance": instance, "parallelism": {"nodes": nodes}, "storage": {"kind": "generic"}})
+    spec = one(render(values, helm=helm), "PersistentVolumeClaim")["spec"]
+    assert spec == {"accessModes": modes, "resources": {"requests": {"storage": "100Gi"}}}
+
+
+def test_genvalues_knows_the_defaults_of_each_kind() -> None:
+    for kind in ("fsx", "generic"):
+        values = merged(MINIMAL, {"storage": {"kind": kind}})
+        ours = on_top_of_defaults(CHART, values)["storage"]
+        spec = one(render(values), "PersistentVolumeClaim")["spec"]
+        assert spec["accessModes"] == ours["accessModes"]
+        assert spec["resources"]["requests"]["storage"] == ours["size"]
+        assert spec.get("storageClassName", "") == ours["storageClass"]
+
+
+def upgraded(values: Values, existing: Values, helm: int, folder: Path) -> list[Object]:
+    """The objects of an upgrade in a cluster that has these objects by kind: `helm template` has no lookup."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart)
+    file = chart / "templates/config/_complete.tpl"
+    text = file.read_text()
+    assert text.count("lookup ") == 2
+    found = 'include "existing" (list %s) | fromJson'
+    file.write_text(
+        re.sub(
+            r'lookup "[^"]*" "(\w+)" (?:"[^"]*"|\S+) (?:\$name|\(printf[^)]*\))', lambda m: found % f'"{m[1]}"', text
+        )
+        + "".join(
+            f'{{{{- define "existing" }}}}{{{{- get (`{json.dumps(existing)}` | fromJson) (first .) | toJson }}}}'
+        )
+        + "{{- end }}"
+    )
+    return render(merged(MINIMAL, values), helm=helm, chart=chart, upgrade=True)
+
+
+def test_an_upgrade_changes_nothing_of_a_volume_that_cannot_change(helm: int, tmp_path: Path) -> None:
+    claim = {
+        "accessModes": ["ReadWriteMany"],
+        "storageClassName": "fsx-sc",
+        "resources": {"requests": {"storage": "1200Gi"}},
+    }
+    objects = upgraded(
+        {"storage": {"kind": "generic"}}, {"PersistentVolumeClaim": {"spec": claim}, "StorageClass": {}}, helm, tmp_path
+    )
+    assert one(objects, "PersistentVolumeClaim")["spec"] == claim
+
+
+def test_an_upgrade_keeps_the_parameters_of_a_storage_class(helm: int, tmp_path: Path) -> None:
+    before = {"deploymentType": "PERSISTENT_2", "perUnitStorageThroughput": "500"}
+    existing = {"PersistentVolumeClaim": {}, "StorageClass": {"parameters": before}}
+    objects = upgraded({"storage": {"fsx": CLASS}}, existing, helm, tmp_path)
+    made = one(objects, "StorageClass")["parameters"]
+    assert {key: value for key, value in made.items() if key not in ("subnetId", "securityGroupIds")} == before
 
 
 def test_fsx_static_binds_this_claim_to_that_file_system(helm: int) -> None:

@@ -15,6 +15,7 @@ TRN2: Values = {
     "devices": {"aws.amazon.com/neuron": 16},
     "neuron": {"target": "trn2", "logicalCoreSize": 2},
 }
+CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
 ENVIRONMENT = "stages.train.extraEnv"
 
 # Values, and a key that both name.
@@ -146,6 +147,21 @@ REFUSED: dict[str, tuple[Values, str]] = {
             }
         },
         "storage.fsx.subnetId",
+    ),
+    **{
+        f"FSx: {key}": ({"storage": {"fsx": {**CLASS, **fsx}}}, f"storage.fsx.{key}")
+        for key, fsx in {
+            "perUnitStorageThroughput": {"deploymentType": "PERSISTENT_1", "perUnitStorageThroughput": 1000},
+            "fileSystemTypeVersion": {"fileSystemTypeVersion": "2.10"},
+            "kmsKeyId": {"deploymentType": "SCRATCH_2", "kmsKeyId": "a"},
+            "s3ImportPath": {"s3ImportPath": "s3://bucket/a"},
+            "s3ExportPath": {"deploymentType": "PERSISTENT_1", "s3ImportPath": "s3://one", "s3ExportPath": "s3://two"},
+            "autoImportPolicy": {"deploymentType": "SCRATCH_2", "autoImportPolicy": "NEW"},
+        }.items()
+    },
+    "a size of SCRATCH_1": (
+        {"storage": {"size": "4800Gi", "fsx": {**CLASS, "deploymentType": "SCRATCH_1"}}},
+        "storage.size",
     ),
     "nodes that cannot share a volume": (
         {"parallelism": {"nodes": 2, "dataParallelSize": 4}, "storage": {"accessModes": ["ReadWriteOnce"]}},

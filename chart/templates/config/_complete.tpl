@@ -41,6 +41,43 @@
 {{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $mistakes)) }}
 {{- end }}
 {{- include "llama-lora.instance.complete" . }}
+{{- include "llama-lora.storage.complete" . }}
+{{- end }}
+
+{{- /* Fills storage keys that are null or missing: an upgrade keeps what the claim and the storage class have, because they cannot
+       change; else by kind. (`helm template` and Argo CD see no cluster.) */}}
+{{- define "llama-lora.storage.complete" -}}
+{{- $storage := .Values.storage }}
+{{- $usual := include "llama-lora.settings.storage" . | fromJson }}
+{{- $name := include "llama-lora.claim.name" . }}
+{{- $claim := dict }}
+{{- $class := dict }}
+{{- if and $storage.enabled (not $storage.existingClaim) }}
+{{- $claim = (lookup "v1" "PersistentVolumeClaim" .Release.Namespace $name).spec | default dict }}
+{{- if and (eq $storage.kind "fsx") $storage.fsx.createStorageClass }}
+{{- $class = lookup "storage.k8s.io/v1" "StorageClass" "" (printf "%s.%s" .Release.Namespace $name) }}
+{{- end }}
+{{- end }}
+{{- $kind := get $usual.kinds $storage.kind }}
+{{- $oneNode := and (eq $storage.kind "generic") (eq (include "llama-lora.device" .) "cpu") (eq (int .Values.parallelism.nodes) 1) }}
+{{- $defaults := dict
+      "size" (dig "resources" "requests" "storage" $kind.size $claim)
+      "storageClass" ($claim.storageClassName | default $kind.storageClass)
+      "accessModes" ($claim.accessModes | default (list (ternary "ReadWriteOnce" "ReadWriteMany" $oneNode))) }}
+{{- range $key, $default := $defaults }}
+{{- if or (not (hasKey $storage $key)) (kindIs "invalid" (get $storage $key)) }}
+{{- $_ := set $storage $key $default }}
+{{- end }}
+{{- end }}
+{{- $version := "2.15" }}
+{{- if $class }}{{ $version = dig "parameters" "fileSystemTypeVersion" "" $class }}{{ end }}
+{{- if or (not (hasKey $storage.fsx "fileSystemTypeVersion")) (kindIs "invalid" $storage.fsx.fileSystemTypeVersion) }}
+{{- $_ := set $storage.fsx "fileSystemTypeVersion" $version }}
+{{- end }}
+{{- if not $storage.fsx.perUnitStorageThroughput }}
+{{- $written := dig "parameters" "perUnitStorageThroughput" 0 ($class | default dict) | int64 }}
+{{- $_ := set $storage.fsx "perUnitStorageThroughput" ($written | default (int64 (get $usual.fsx $storage.fsx.deploymentType).usual)) }}
+{{- end }}
 {{- end }}
 
 {{- /* Fills what is null, missing or (devices) empty with what the instance type says. genvalues/settings/by_instance.py does the

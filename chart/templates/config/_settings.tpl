@@ -204,11 +204,6 @@
   "enabled": true,
   "existingClaim": "",
   "kind": "fsx",
-  "size": "1200Gi",
-  "storageClass": "fsx-sc",
-  "accessModes": [
-   "ReadWriteMany"
-  ],
   "mountOptions": [
    "flock"
   ],
@@ -217,7 +212,12 @@
    "subnetId": "",
    "securityGroupIds": [],
    "deploymentType": "PERSISTENT_2",
-   "perUnitStorageThroughput": 250
+   "dataCompressionType": "",
+   "kmsKeyId": "",
+   "tags": {},
+   "s3ImportPath": "",
+   "s3ExportPath": "",
+   "autoImportPolicy": ""
   },
   "static": {
    "fileSystemId": "",
@@ -282,6 +282,53 @@
   "verify": {},
   "cleanup": {},
   "runner": {}
+ }
+}
+{{- end }}
+{{- define "llama-lora.settings.storage" -}}
+{
+ "kinds": {
+  "fsx": {
+   "size": "1200Gi",
+   "storageClass": "fsx-sc"
+  },
+  "fsx-static": {
+   "size": "1200Gi",
+   "storageClass": ""
+  },
+  "generic": {
+   "size": "100Gi",
+   "storageClass": ""
+  }
+ },
+ "fsx": {
+  "SCRATCH_1": {
+   "throughputs": [],
+   "unit": 3600
+  },
+  "SCRATCH_2": {
+   "throughputs": [],
+   "unit": 2400
+  },
+  "PERSISTENT_1": {
+   "throughputs": [
+    50,
+    100,
+    200
+   ],
+   "usual": 200,
+   "unit": 2400
+  },
+  "PERSISTENT_2": {
+   "throughputs": [
+    125,
+    250,
+    500,
+    1000
+   ],
+   "usual": 250,
+   "unit": 2400
+  }
  }
 }
 {{- end }}

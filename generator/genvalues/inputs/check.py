@@ -21,6 +21,8 @@ from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, sh
 from genvalues.settings.base import HUB_ID
 from genvalues.settings.dataset_files import files_of
 from genvalues.settings.datasets import (
+    BUCKET,
+    BUCKET_RULES,
     COLUMNS,
     FILES,
     MODEL_SUFFIXES,
@@ -28,9 +30,12 @@ from genvalues.settings.datasets import (
     OTHER_SUFFIXES,
     REQUIRED_COLUMNS,
     file_format,
+    hub_id_of,
+    invalid_bucket,
     is_glob,
     is_path,
     is_prefix,
+    is_url,
     on_s3,
     row_format,
     split_parts,
@@ -47,6 +52,8 @@ STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # w
 
 def check(document: Document) -> Inputs:
     """Return the inputs. Raises UserErrors with every error in them."""
+    if is_values_file(document.value):
+        document.raise_mistakes([VALUES_FILE])
     found = [*schema_mistakes(document.value), *tokens(document.value)]
     if document.all_files_read:
         found += rule_mistakes(document)
@@ -57,6 +64,24 @@ def check(document: Document) -> Inputs:
     told = [mistake for mistake in found if mistake.what == UNKNOWN or mistake.key not in read_badly]
     document.raise_mistakes([*document.mistakes, *told])
     return inputs_from(document.value)
+
+
+VALUES_FILE = Mistake(
+    (),
+    "this is a values file of the chart, not an inputs file",
+    "Name the inputs file that it was written from; Helm checks values: helm template chart -f FILE.",
+)
+
+
+def is_values_file(value: dict[str, Any]) -> bool:
+    """Whether a file has the keys of the chart's values, in forms that an inputs file does not have."""
+    from genvalues.settings.values import Values
+
+    model, image = value.get("model"), value.get("image")
+    keys = {block: {block.key_of(name) for name in block.model_fields} for block in (Values, Inputs)}
+    if not isinstance(model, dict) or isinstance(image, str) or not value.keys() <= keys[Values]:
+        return False
+    return bool("id" in model or isinstance(image, dict) or value.keys() - keys[Inputs])
 
 
 # --- by the rules that span keys
@@ -143,8 +168,12 @@ def source_rules(key: KeyPath, part: dict[str, Any], document: Document) -> Iter
         if (file_format(source) or is_glob(source)) and named - {"train"}:
             what = f"{shown(source, ())} has the split train only"
             yield Mistake((*key, "split"), what, "Name a folder with train and test files, or write train[...].")
-    if on_s3(source):
-        matched = re.match(r"^s3://[a-z0-9][a-z0-9.-]+/([^\s?#]+)$", source)
+    if is_url(source):
+        yield url_mistake(place, source, "datasets")
+    elif on_s3(source) and (bucket := invalid_bucket(source)) is not None:
+        yield bucket_mistake(place, bucket)
+    elif on_s3(source):
+        matched = re.match(rf"^s3://{BUCKET}/([^\s?#]+)$", source)
         if not matched or not (file_format(source) or is_prefix(source)):
             fix = f"Write s3://bucket/key of a file, s3://bucket/prefix/ or a glob. {FILES}"
             yield Mistake(place, f"{shown(source, ())} is not data in S3", fix)
@@ -152,6 +181,19 @@ def source_rules(key: KeyPath, part: dict[str, Any], document: Document) -> Iter
         yield Mistake(place, f"{shown(source, ())} has an unsupported file format", FILES)
     elif source and not here and not re.match(rf"^{HUB_ID}$", source):
         yield Mistake(place, f"{shown(source, ())} is not a Hub id, an s3:// URI, a file or a folder", FILES)
+
+
+def url_mistake(key: KeyPath, url: str, kind: str) -> Mistake:
+    """The error of a web address where a stage reads the Hub, S3 or files."""
+    named = hub_id_of(url, kind)
+    there = f"Copy the file to S3, or to the volume. {FILES}" if kind == "datasets" else "Write a Hub id."
+    return Mistake(
+        key, f"{shown(url, ())} is a web address, which the stages do not read", f"Write {named}." if named else there
+    )
+
+
+def bucket_mistake(key: KeyPath, bucket: str) -> Mistake:
+    return Mistake(key, f"{shown(bucket, ())} is not a valid name of a bucket", f"A bucket's name has {BUCKET_RULES}.")
 
 
 def exists(source: str, document: Document, key: KeyPath) -> bool:
@@ -166,6 +208,9 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
     value = document.value
     mount = get(value, "chartValues.workspace.mountPath", str) or DEFAULT_MOUNT
     for key, path in paths(value, document):
+        if is_url(path):
+            yield url_mistake(key, path, "models")
+            continue
         if "\0" in path or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in path.split("/")):
             yield Mistake(
                 key,

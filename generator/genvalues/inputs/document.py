@@ -59,6 +59,15 @@ class Mistake:
     position: Position | None = None  # if it is not that of the key
 
 
+class PlacedError(UserError):
+    """The error of a mistake: its key, and its line where it was written in a file, for programs."""
+
+    def __init__(self, mistake: Mistake, position: Position, where: str) -> None:
+        super().__init__(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
+        self.key = dotted(mistake.key)
+        self.position = position
+
+
 class Document:
     """The merged data of the files, with --set applied last; the place of each key; and the errors found in reading
     them, without those in values that a later file replaces.
@@ -175,7 +184,7 @@ class Document:
             return None
         return value
 
-    def error(self, mistake: Mistake) -> UserError:
+    def error(self, mistake: Mistake) -> PlacedError:
         position = mistake.position or self.position(mistake.key)
         where = position.label
         key = dotted(mistake.key)
@@ -183,14 +192,14 @@ class Document:
         is_named = f" {key}=" in where if where.startswith("--set") else where.startswith("--")
         if key and not is_named:
             where = f"{where} {key}"
-        return UserError(redacted(mistake.what), where=redacted(where), fix=redacted(mistake.fix))
+        return PlacedError(mistake, position, where)
 
     def raise_mistakes(self, mistakes: Iterable[Mistake]) -> None:
         """Raise all errors, ordered by place, at most MOST_MISTAKES of them. Does nothing if there are none."""
         unique = dict.fromkeys(mistakes)
         ordered = sorted(unique, key=lambda mistake: mistake.position or self.position(mistake.key))
         if ordered:
-            errors = [self.error(mistake) for mistake in ordered[:MOST_MISTAKES]]
+            errors: list[UserError] = [self.error(mistake) for mistake in ordered[:MOST_MISTAKES]]
             if len(ordered) > MOST_MISTAKES:
                 errors.append(UserError("further errors are not shown", fix="Fix these first."))
             raise UserErrors(errors)

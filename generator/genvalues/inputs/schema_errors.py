@@ -16,6 +16,7 @@ from genvalues.accelerators.instances import HYPERPOD, of_same_service, unsuppor
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
+from genvalues.settings.datasets import BUCKET_RULES, hub_id_of, invalid_bucket, is_url, on_s3
 
 MISSING = "missing"
 UNKNOWN = "unknown key"
@@ -119,10 +120,10 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
     elif keyword == "type":
         yield Mistake(key, f"must be {type_words(rules)}, not {shown(found, key)}", described)
     elif key == ("instance",) and isinstance(found, str) and (why := unsupported(found)):
-        close = close_matches(found, of_same_service(found)) if "not supported" not in why else []
-        guess = f"Did you mean {close[0]}? " if close else ""
-        choices = either([*of_same_service(found)])
-        yield Mistake(key, f"{shown(found, key)} is {why}", f"{guess}Use one of {choices}, or cpu.")
+        near = close_matches(found, of_same_service(found)) if "not supported" not in why else []
+        asks = f"Did you mean {near[0]}? " if near else ""
+        names = either([*of_same_service(found)])
+        yield Mistake(key, f"{shown(found, key)} is {why}", f"{asks}Use one of {names}, or cpu.")
     elif keyword in ("enum", "const"):
         choices = [each for each in (wanted if keyword == "enum" else [wanted]) if isinstance(each, str)]
         beginning = [choice for choice in choices if choice.startswith(str(found)) and found]
@@ -219,6 +220,11 @@ def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
 
 
 def pattern_words(key: KeyPath, found: Any) -> str:
+    if key == ("model",) and is_url(str(found)):
+        named = hub_id_of(str(found), "models")
+        return f"{shown(found, key)} is a web address{f'; write {named}' if named else ''}"
+    if isinstance(found, str) and on_s3(found) and (bucket := invalid_bucket(found)) is not None:
+        return f"{shown(bucket, key)} is not a valid name of a bucket: it has {BUCKET_RULES}"
     if key == ("model",):
         return f"{shown(found, key)} is not a Hub id; write {{path: ...}} for a folder or file"
     if key == ("image",):

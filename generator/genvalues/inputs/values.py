@@ -14,7 +14,7 @@ from genvalues.settings.datasets import row_format
 from genvalues.settings.images import split_image
 from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath, StorageInputs
 from genvalues.settings.run import with_own_words
-from genvalues.settings.shared import HuggingFace
+from genvalues.settings.shared import STORAGE_BY_KIND, HuggingFace
 
 # The cores of the stages that compute with the model on a CPU node, with their memory below.
 CPU_REQUEST, CPU_LIMIT = "8", "16"
@@ -31,6 +31,7 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "name": inputs.name,
         "instance": inputs.instance,
         "backend": inputs.chosen_backend,
+        **({"workload": inputs.workload} if inputs.workload != Inputs.model_fields["workload"].default else {}),
         "image": image(inputs.image),
         "pipeline": {"mode": inputs.mode or ("detached" if instance else "attached")},
         "model": model(inputs.model),
@@ -86,7 +87,7 @@ def on_cpu_node(memory: Memory) -> dict[str, Any]:
 
 def optional_blocks(inputs: Inputs) -> dict[str, Block]:
     """Blocks of which most runs set nothing: without them, values are shorter."""
-    blocks: dict[str, Block] = {"publish": inputs.publish, "monitoring": inputs.monitoring}
+    blocks: dict[str, Block] = {"publish": inputs.publish, "monitoring": inputs.monitoring, "kueue": inputs.kueue}
     return {key: block for key, block in blocks.items() if block != type(block)()}
 
 
@@ -164,12 +165,9 @@ def storage(wanted: StorageInputs, kind: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "enabled": True,
         "kind": kind,
-        "size": wanted.size or ("100Gi" if kind == "generic" else "1200Gi"),
-        "storageClass": wanted.storage_class if wanted.storage_class is not None else DEFAULT_CLASS[kind],
+        "size": wanted.size or STORAGE_BY_KIND[kind]["size"],
+        "storageClass": STORAGE_BY_KIND[kind]["storageClass"] if wanted.storage_class is None else wanted.storage_class,
     }
     if wanted.static:
         values["static"] = as_values(wanted.static)
     return values
-
-
-DEFAULT_CLASS = {"fsx": "fsx-sc", "fsx-static": "", "generic": ""}

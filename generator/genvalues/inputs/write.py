@@ -35,6 +35,11 @@ from genvalues.settings.inputs import DatasetInputs, Inputs, ModelPath
 from genvalues.settings.value_rules import contradictions, warnings
 
 PriceOf = Callable[[Inputs], Priced]
+Warn = Callable[[UserError], None]
+
+
+def print_warning(warning: UserError) -> None:
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,17 @@ class Checked:
 
 
 def checked(
-    sources: Sources, offline: bool = False, price: PriceOf = known_price, *, count_rows: bool = False
+    sources: Sources,
+    offline: bool = False,
+    price: PriceOf = known_price,
+    *,
+    count_rows: bool = False,
+    warn: Warn = print_warning,
 ) -> Checked:
     """Check the inputs and derive the values: the only way from inputs to values.
 
-    Raises UserErrors with every error in the inputs. Logs warnings. ``offline``: do not look up an unknown model on the
-    Hub. ``price``: replaces the price table. ``count_rows``: see ``gather_facts``.
+    Raises UserErrors with every error in the inputs. ``offline``: do not look up an unknown model on the Hub.
+    ``price``: replaces the price table. ``count_rows``: see ``gather_facts``. ``warn`` gets the warnings.
     """
     document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
     inputs = check(document)
@@ -67,10 +77,10 @@ def checked(
     values = values_from(inputs, made)
     check_against(find_chart(sources.chart), values, document)
     for found in warnings(values):
-        print(f"warning: {document.error(placed(found, document))}", file=sys.stderr)
+        warn(document.error(placed(found, document)))
     for note in made.notes:
-        if note.warns:  # the error message drops the final period
-            print(f"warning: {document.error(Mistake(note.key, note.text))}.", file=sys.stderr)
+        if note.warns:
+            warn(document.error(Mistake(note.key, note.text)))
     return Checked(document, inputs, values, made)
 
 

@@ -263,12 +263,28 @@ def _shorter_rows(case: Case) -> Problem | None:
     return Problem((LENGTH,), case.too_much, fix) if shorter else None
 
 
+def _another_backend(case: Case) -> Problem | None:
+    """Backend native where the inputs ask for xla: it can divide the base weights among copies of the model."""
+    if not case.too_much or case.run.backend != "xla" or case.instance.generation.backend == "xla":
+        return None
+    run, wishes = case.run._replace(backend="native"), case.others._replace(backend=None, tensor_parallel=None)
+    architecture, sizes = case.model.architecture, case.instance.groups
+    if not any(candidate(run, wishes, architecture, case.instance, case.nodes, size).works for size in sizes):
+        return None
+    return Problem(
+        (("backend",),), case.too_much, "Use backend native, which can share the base weights, or remove it."
+    )
+
+
 def _another_instance(case: Case) -> Problem | None:
     if not case.too_much:
         return None
-    fitting = list(_instances(case, case.others))
+    without = ""
+    if not (fitting := list(_instances(case, case.others))):
+        fitting = list(_instances(case, Wishes(), backend=None))
+        without = " with the layout left out" if case.wishes != Wishes(nodes=case.wishes.nodes) else ""
     smallest_and_largest = list(dict.fromkeys((fitting[0], fitting[-1]))) if fitting else []
-    fix = f"Use {either(smallest_and_largest)}, or a smaller model." if fitting else "Use a smaller model."
+    fix = f"Use {either(smallest_and_largest)}{without}, or a smaller model." if fitting else "Use a smaller model."
     return Problem((MEMORY,), case.too_much, fix)
 
 
@@ -277,15 +293,19 @@ def bare(instance: str) -> str:
     return instance.removeprefix(HYPERPOD)
 
 
-def _instances(case: Case, others: Wishes) -> Iterator[str]:
-    """The instance types of the same service of which one node is enough for these wishes."""
+def _instances(case: Case, others: Wishes, backend: str | None = "") -> Iterator[str]:
+    """The instance types of the same service of which one node is enough for these wishes.
+
+    ``backend``: "" for that of the inputs, None for that of each type.
+    """
     wishes = others._replace(tensor_parallel=None)
     for name, instance in of_same_service(case.run.instance).items():
         if name == case.run.instance:
             continue
         if case.run.backend == "native" and default_backend(name) == "xla":
             continue  # no way on for a run that starts now
-        run = case.run._replace(instance=name, backend=case.wishes.backend or default_backend(name))
+        wanted = case.wishes.backend if backend == "" else backend
+        run = case.run._replace(instance=name, backend=wanted or default_backend(name))
         if any(candidate(run, wishes, case.model.architecture, instance, 1, size).works for size in instance.groups):
             yield name
 
@@ -298,5 +318,6 @@ CHANGES = (  # the smallest first
     _targets,
     _divisible_length,
     _shorter_rows,
+    _another_backend,
     _another_instance,
 )

@@ -11,6 +11,7 @@ from typing import Any
 from genvalues.accelerators.instances import CPU_ROW, TRN1, row, trainium
 from genvalues.common.dicts import get
 from genvalues.settings.run import with_own_words
+from genvalues.settings.shared import FSX_TYPES, STORAGE_BY_KIND
 
 NEURON_DEVICE = "aws.amazon.com/neuron"
 Values = dict[str, Any]
@@ -28,7 +29,8 @@ def completed(values: Values) -> Values:
     own = row_of(values)
     values = {**values, "devices": values.get("devices") or own["devices"]}
     values = filled(values, {key: own[key] for key in ("neuron", "sharedMemory")})
-    return filled(values, {"parallelism": layout(values, own)})
+    values = filled(values, {"parallelism": layout(values, own)})
+    return filled(values, {"storage": storage(values)}) if get(values, "storage", dict) else values
 
 
 def row_of(values: Values) -> Values:
@@ -63,6 +65,18 @@ def layout(values: Values, own: Values) -> Values:
         "processesPerNode": per_node,
         "tensorParallelSize": size,
         "dataParallelSize": max(1, processes // size),
+    }
+
+
+def storage(values: Values) -> Values:
+    """What storage keys mean by kind, for a new claim. (On an upgrade the chart keeps those of the claim.)"""
+    kind = get(values, "storage.kind", str) or ""
+    one_cpu_node = row_of(values) is CPU_ROW and (get(values, "parallelism.nodes", int) or 1) == 1
+    throughput = FSX_TYPES.get(get(values, "storage.fsx.deploymentType", str) or "", {}).get("usual")
+    return {
+        **STORAGE_BY_KIND.get(kind, {}),
+        "accessModes": ["ReadWriteOnce"] if kind == "generic" and one_cpu_node else ["ReadWriteMany"],
+        "fsx": {"perUnitStorageThroughput": throughput, "fileSystemTypeVersion": "2.15"},
     }
 
 

@@ -61,6 +61,31 @@ def on_s3(source: str) -> bool:
     return source.startswith("s3://")
 
 
+# Names of buckets (S3 user guide, General purpose bucket naming rules), without the rarer rules.
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+BUCKET_RULES = "3 to 63 lower-case letters, digits, dots and hyphens, with a letter or digit at both ends"
+
+
+def invalid_bucket(uri: str) -> str | None:
+    """The bucket of an s3:// URI whose name S3 does not allow; None if it is allowed."""
+    bucket = uri.removeprefix("s3://").partition("/")[0]
+    return None if re.fullmatch(BUCKET, bucket) else bucket
+
+
+def is_url(source: str) -> bool:
+    """Whether this is the address of something on the web, which no stage reads."""
+    return re.match(r"(?i)(https?|ftp)://", source) is not None
+
+
+def hub_id_of(url: str, kind: str) -> str | None:
+    """The Hub id in the address of a page of the Hugging Face Hub. ``kind``: models or datasets."""
+    beginning = r"(?i)https?://(www\.)?(huggingface\.co|hf\.co)/" + (
+        "datasets/" if kind == "datasets" else "(?!datasets/)"
+    )
+    matched = re.match(beginning + r"([^/?#]+/[^/?#]+)", url)
+    return matched[3] if matched else None
+
+
 def is_glob(source: str) -> bool:
     """Whether a source contains a wildcard, which a Hub id cannot."""
     return WILDCARD.search(source) is not None

@@ -22,6 +22,7 @@ from genvalues.settings.inputs import SCHEMA
 from genvalues.settings.reference import flow, inputs_tables, values_page
 from genvalues.settings.run import RunConfig
 from genvalues.settings.schemas import inputs_schema, values_schema
+from genvalues.settings.shared import FSX_TYPES, STORAGE_BY_KIND
 from genvalues.settings.values import StageSettings, Values
 
 Part = dict[str, Any]  # of a schema
@@ -131,13 +132,15 @@ def comment(text: str, depth: int) -> list[str]:
 
 def settings_template(schema: Part) -> str:
     """What the chart's templates know of the settings: the run config's sections, other words for values, the
-    defaults, and the numbers, which ``helm --set`` passes as text (helm/helm issue 8205), with their limits.
+    defaults, what storage keys mean by kind, and the numbers, which ``helm --set`` passes as text (helm/helm
+    issue 8205), with their limits.
     """
     words = other_words(RunConfig)
     parts = {
         "sections": [key for key in RunConfig.model_fields if key in Values.model_fields and key != "name"],
         "words": {key: {as_template_text(word): own for word, own in each.words.items()} for key, each in words},
         "defaults": defaults_to_restore(),
+        "storage": {"kinds": STORAGE_BY_KIND, "fsx": FSX_TYPES},
         "numbers": dict(number_limits(schema["properties"])),
     }
     defines = "".join(

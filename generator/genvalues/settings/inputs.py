@@ -48,6 +48,7 @@ from genvalues.settings.shared import (
     TokenKey,
     TokenSecret,
 )
+from genvalues.settings.values import Kueue, Workload
 
 SCHEMA = Path(__file__).with_name("inputs.schema.json")
 MODEL_ID = rf"^{HUB_ID}(@{REVISION})?$"
@@ -149,6 +150,7 @@ class Inputs(Block):
         description="native: PyTorch on CPUs, and by TorchNeuron on Trn2 and later. xla: optimum-neuron on PyTorch/XLA"
         ". Left out: native for cpu and trn2, xla for trn1. cpu and neuron are their older names.",
     )
+    workload: Workload = "pytorchjob"
     nodes: Nodes | None = Field(
         None, description="Nodes that compile and train. Left out: 1, or as many as parallelism.maxHours needs."
     )
@@ -165,6 +167,7 @@ class Inputs(Block):
     verify: Verify = "cached"
     guards: GuardInputs = GuardInputs()
     storage: StorageInputs = StorageInputs()
+    kueue: Kueue = Kueue()
     hugging_face: HuggingFaceInputs | None = Field(
         None,
         description="The Secret with the Hugging Face token for gated models; null: no token. Left out: {tokenSecret: "

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from genvalues.settings.base import DNS_NAME, LARGE, Block, optional
 
+# What storage keys mean that are left out, by storage.kind.
+STORAGE_BY_KIND = {
+    "fsx": {"size": "1200Gi", "storageClass": "fsx-sc"},
+    "fsx-static": {"size": "1200Gi", "storageClass": ""},
+    "generic": {"size": "100Gi", "storageClass": ""},
+}
+# FSx API reference, CreateFileSystemLustreConfiguration and CreateFileSystem: MB/s per TiB of SSD file systems, and the
+# size in GiB that sizes above 2400Gi are a multiple of.
+FSX_TYPES: dict[str, dict[str, Any]] = {
+    "SCRATCH_1": {"throughputs": [], "unit": 3600},
+    "SCRATCH_2": {"throughputs": [], "unit": 2400},
+    "PERSISTENT_1": {"throughputs": [50, 100, 200], "usual": 200, "unit": 2400},
+    "PERSISTENT_2": {"throughputs": [125, 250, 500, 1000], "usual": 250, "unit": 2400},
+}
 DURATION = r"([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,6}s)?"
 StallTimeout = Annotated[
     str,

@@ -34,7 +34,7 @@ from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.by_instance import logical_cores
 from genvalues.settings.run import with_own_words
-from genvalues.settings.shared import DURATION
+from genvalues.settings.shared import DURATION, FSX_TYPES
 from genvalues.settings.values import TRAIN_GRACE_SECONDS
 
 Values = dict[str, Any]
@@ -99,7 +99,24 @@ def warnings(values: Values) -> Iterator[Problem]:
             "Use your own account, then run genvalues image push.",
         )
 
+    yield from unusual(values)
     yield from short_standstill(values)
+
+
+# Used for LoRA: learning rates of 1e-5 to 1e-3 and ranks of 8 to 256 (Hu et al. 2021, arXiv:2106.09685, appendix D, and
+# Biderman et al. 2024, arXiv:2405.09673). Beyond these bounds a value is probably a slip.
+HIGHEST_LEARNING_RATE, LOWEST_LEARNING_RATE, HIGHEST_RANK = 5e-3, 1e-7, 512
+
+
+def unusual(values: Values) -> Iterator[Problem]:
+    """A learning rate or a rank that nobody uses."""
+    rate, rank = get(values, "training.learningRate", float), get(values, "lora.r", int)
+    if rate and not LOWEST_LEARNING_RATE <= rate <= HIGHEST_LEARNING_RATE:
+        what = f"{rate:g} is unusual for LoRA: 1e-5 to 1e-3 is usual"
+        yield Problem(key_paths("training.learningRate"), what, "Check it; 2e-4 is common.")
+    if rank and rank > HIGHEST_RANK:
+        what = f"{rank} is unusual: 8 to 256 is usual, and the adapter's memory grows with it"
+        yield Problem(key_paths("lora.r"), what, "Check it; 16 is common.")
 
 
 def short_standstill(values: Values) -> Iterator[Problem]:
@@ -412,12 +429,18 @@ def storage(values: Values) -> Iterator[Problem]:
             "Write storage: {existingClaim: NAME}.",
         )
         return
-    if kind == "fsx" and (fitting := fsx_size(get(values, "storage.size", str) or "")):
+    creates = get(values, "storage.fsx.createStorageClass", bool)
+    unit = (
+        FSX_TYPES.get(get(values, "storage.fsx.deploymentType", str) or "", {}).get("unit", 2400) if creates else 2400
+    )
+    if kind == "fsx" and (fitting := fsx_size(get(values, "storage.size", str) or "", unit)):
         yield Problem(
             key_paths("storage.size"),
             f"FSx for Lustre has no size of {one_line(values['storage']['size'])}",
-            f"Use {fitting} (1200Gi or a multiple of 2400Gi).",
+            f"Use {fitting} (1200Gi, 2400Gi or a multiple of {unit}Gi).",
         )
+    if kind == "fsx" and creates:
+        yield from fsx_class(get(values, "storage.fsx", dict) or {})
     if kind == "fsx-static":
         for name in ("fileSystemId", "dnsName", "mountName"):
             if get(values, "storage.static", dict) is not None and not get(values, f"storage.static.{name}", str):
@@ -426,7 +449,6 @@ def storage(values: Values) -> Iterator[Problem]:
                     f"kind fsx-static requires static.{name}",
                     "`aws fsx describe-file-systems` shows it.",
                 )
-    creates = get(values, "storage.fsx.createStorageClass", bool)
     if kind == "fsx" and creates:
         for name, empty in (("subnetId", ""), ("securityGroupIds", [])):
             if get(values, f"storage.fsx.{name}", type(empty)) == empty:
@@ -443,13 +465,45 @@ def storage(values: Values) -> Iterator[Problem]:
         )
 
 
-def fsx_size(size: str) -> str:
-    """The next valid FSx size; empty if this one is valid or not a size."""
+def fsx_class(fsx: Values) -> Iterator[Problem]:
+    """Parameters of the storage class that FSx refuses for its deployment type."""
+    type_, key = get(fsx, "deploymentType", str) or "", "storage.fsx."
+    throughput, allowed = get(fsx, "perUnitStorageThroughput", int), FSX_TYPES.get(type_, {}).get("throughputs", [])
+    if throughput and type_ in FSX_TYPES and throughput not in allowed:
+        what = f"{type_} has no throughput of {throughput} MB/s per TiB" if allowed else f"{type_} has none to choose"
+        fix = f"Write {either(allowed)}." if allowed else "Remove it."
+        yield Problem(key_paths(f"{key}perUnitStorageThroughput", f"{key}deploymentType"), what, fix)
+    if type_ == "PERSISTENT_2" and get(fsx, "fileSystemTypeVersion", str) == "2.10":
+        what = "PERSISTENT_2 requires Lustre 2.12 or 2.15"
+        yield Problem(key_paths(f"{key}fileSystemTypeVersion", f"{key}deploymentType"), what, "Write 2.15.")
+    if type_.startswith("SCRATCH") and get(fsx, "kmsKeyId", str):
+        what = f"{type_} has the key of FSx only"
+        yield Problem(key_paths(f"{key}kmsKeyId", f"{key}deploymentType"), what, "Remove it, or use PERSISTENT_2.")
+    import_path = get(fsx, "s3ImportPath", str) or ""
+    for name in ("s3ImportPath", "s3ExportPath", "autoImportPolicy"):
+        written = get(fsx, name, str)
+        if written and type_ == "PERSISTENT_2":
+            yield Problem(
+                key_paths(f"{key}{name}", f"{key}deploymentType"),
+                "PERSISTENT_2 requires a data repository association, which the FSx CSI driver does not make",
+                "Use SCRATCH_2 or PERSISTENT_1, or make the association with aws fsx.",
+            )
+        elif written and not import_path:
+            what = "has no effect without s3ImportPath"
+            yield Problem(key_paths(f"{key}{name}"), what, "Write s3ImportPath, or remove it.")
+        elif written and name == "s3ExportPath" and written.split("/")[2] != import_path.split("/")[2]:
+            what = "is in another bucket than s3ImportPath"
+            yield Problem(key_paths(f"{key}{name}", f"{key}s3ImportPath"), what, "Use the same bucket.")
+
+
+def fsx_size(size: str, unit: int = 2400) -> str:
+    """The next valid FSx size, above 2400Gi a multiple of ``unit``; empty if this one is valid or not a size."""
     match = re.match(r"^([1-9][0-9]{0,6})(Mi|Gi|Ti)$", size)
     if not match:
         return ""
     mebibytes = int(match[1]) * {"Mi": 1, "Gi": 1 << 10, "Ti": 1 << 20}[match[2]]
-    fitting = 1200 if mebibytes <= 1200 << 10 else -(-mebibytes // (2400 << 10)) * 2400
+    small = next((each for each in (1200, 2400) if mebibytes <= each << 10), None)
+    fitting = small or -(-mebibytes // (unit << 10)) * unit
     return "" if size == f"{fitting}Gi" else f"{fitting}Gi"
 
 

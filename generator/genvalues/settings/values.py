@@ -398,6 +398,15 @@ class HyperPod(Block):
     max_retries: int = Field(1, ge=0, le=100, description="How often HyperPod restarts a job on replaced nodes.")
 
 
+Workload = Annotated[
+    Literal["pytorchjob", "trainjob"],
+    Field(
+        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator, Trainer "
+        "v1, which HyperPod has. trainjob: of Kubeflow Trainer v2."
+    ),
+]
+
+
 class Kueue(Block):
     """Kueue admission of compile and train. The queue label is added when the stage is released, not before."""
 
@@ -514,8 +523,14 @@ class Cleanup(Block):
     )
 
 
+# FSx API reference, TagKey and TagValue; without the comma and the = that the CSI driver's extraTags divides tags by.
+FSX_TAG_NAME = r"^[A-Za-z0-9_.:/+@ -]{1,128}$"
+FSX_TAG_VALUE = r"^[A-Za-z0-9_.:/+@ -]{0,256}$"
+FSX_S3_PATH = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^,\s]*)?"
+
+
 class Fsx(Block):
-    """kind fsx: the storage class of the FSx for Lustre CSI driver."""
+    """kind fsx: the storage class of the FSx for Lustre CSI driver. Its parameters cannot change once it exists."""
 
     create_storage_class: bool = Field(
         False, description="Create a storage class from the following keys instead of using storageClass."
@@ -525,11 +540,46 @@ class Fsx(Block):
         [],
         description="Security groups that allow ports 988 and 1018-1023 between the nodes and the file system.",
     )
-    deployment_type: Literal["SCRATCH_2", "PERSISTENT_1", "PERSISTENT_2"] = Field(
+    deployment_type: Literal["SCRATCH_1", "SCRATCH_2", "PERSISTENT_1", "PERSISTENT_2"] = Field(
         "PERSISTENT_2", description="Deployment type."
     )
-    per_unit_storage_throughput: Literal[50, 100, 125, 200, 250, 500, 1000] = Field(
-        250, description="Throughput of the PERSISTENT types, in MB/s per TiB."
+    per_unit_storage_throughput: Literal[50, 100, 125, 200, 250, 500, 1000] | None = Field(
+        None,
+        description="Throughput in MB/s per TiB: 50, 100 or 200 of PERSISTENT_1, 125, 250, 500 or 1000 of "
+        "PERSISTENT_2, none of the SCRATCH types. Null: 200 and 250.",
+    )
+    file_system_type_version: Literal["", "2.10", "2.12", "2.15"] | None = Field(
+        None,
+        description="Lustre version. Null: 2.15, and on an upgrade what the storage class has, because its parameters "
+        "cannot change (with Argo CD, which does not see the cluster, write the old value). Empty: the default of FSx.",
+    )
+    data_compression_type: Literal["", "NONE", "LZ4"] = Field(
+        "", description="Compression of the data. Empty: the default of FSx, NONE."
+    )
+    kms_key_id: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9:/_-]*$",
+        max_length=2048,
+        description="KMS key of the PERSISTENT types, its ID or ARN. Empty: the key that FSx manages.",
+    )
+    tags: dict[Annotated[str, Field(pattern=FSX_TAG_NAME)], Annotated[str, Field(pattern=FSX_TAG_VALUE)]] = Field(
+        {}, description="Tags of the file system, NAME: VALUE."
+    )
+    s3_import_path: str = Field(
+        "",
+        pattern=optional(FSX_S3_PATH),
+        description="s3://BUCKET/PREFIX whose objects are the file system's first files. Only the SCRATCH types and "
+        "PERSISTENT_1: the FSx CSI driver makes no data repository association, which PERSISTENT_2 requires.",
+    )
+    s3_export_path: str = Field(
+        "",
+        pattern=optional(FSX_S3_PATH),
+        description="s3://BUCKET/PREFIX, in the bucket of s3ImportPath, that FSx can export files to. Empty: a new "
+        "prefix.",
+    )
+    auto_import_policy: Literal["", "NONE", "NEW", "NEW_CHANGED", "NEW_CHANGED_DELETED"] = Field(
+        "",
+        description="Which later changes of s3ImportPath appear in the file system. Empty: the default of FSx, NONE.",
     )
 
 
@@ -547,12 +597,28 @@ class Storage(Block):
     enabled: bool = Field(True, description="Create a claim. false: existingClaim names the claim to use.")
     existing_claim: ExistingClaim = ""
     kind: StorageKind = "fsx"
-    size: Size = "1200Gi"
-    storage_class: StorageClass = "fsx-sc"
-    access_modes: Annotated[
-        list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-    ] = Field(["ReadWriteMany"], description="Access modes of the claim. More than one node requires ReadWriteMany.")
+    size: Annotated[Size, Field(description="")] | None = Field(
+        None,
+        description="Size of the claim. FSx: 1200Gi, 2400Gi or a multiple of 2400Gi (SCRATCH_1: 3600Gi). Null: 1200Gi "
+        "of the FSx kinds, 100Gi of generic, and on an upgrade what the claim has.",
+    )
+    storage_class: StorageClass | None = Field(
+        None,
+        description="Storage class of the claim. Empty (kind generic only): the cluster's default class. Null: "
+        "fsx-sc of kind fsx, else empty, and on an upgrade what the claim has.",
+    )
+    access_modes: (
+        Annotated[
+            list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]],
+            Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Access modes of the claim. More than one node, or Trainium nodes beside CPU nodes, require "
+        "ReadWriteMany. Null: [ReadWriteOnce] for kind generic with one CPU node, where every pod must run on the node "
+        "that mounts it; else [ReadWriteMany]; and on an upgrade what the claim has.",
+    )
     mount_options: list[str] = Field(
         ["flock"], description="Mount options of kind fsx (with createStorageClass) and fsx-static."
     )
@@ -672,11 +738,7 @@ class Values(Block):
         "for Trn1, and for Trn2 with images of Neuron SDK 2.29 or older. Null: by instance, xla on trn1, else native. "
         "cpu and neuron are their older names.",
     )
-    workload: Literal["pytorchjob", "trainjob"] = Field(
-        "pytorchjob",
-        description="The object that compile and train run as. pytorchjob: of the Kubeflow training operator, Trainer "
-        "v1, which HyperPod has. trainjob: of Kubeflow Trainer v2.",
-    )
+    workload: Workload = "pytorchjob"
     image: Image = Image()
     pipeline: Pipeline = Pipeline()
     model: Model = Model()

@@ -160,6 +160,18 @@ def test_a_model_that_does_not_fit_is_refused_with_the_instances_of_native_that_
     assert "ml.trn2.48xlarge" in fix and "trn1" not in fix
 
 
+def test_70b_on_trn2_says_which_choice_fits() -> None:
+    model = "meta-llama/Llama-3.3-70B-Instruct"
+    assert planned(model=model, instance="trn2.48xlarge").layout.shard_size > 1
+    key, _, fix = refused(model=model, instance="trn2.48xlarge", backend="xla")
+    assert key == "backend" and "native" in fix
+    key, _, fix = refused(model=model, instance="trn2.48xlarge", parallelism={"shardSize": 1})
+    assert key == SHARD and "4, 16 or 64" in fix
+    for others in ({"backend": "xla"}, {"parallelism": {"shardSize": 1}}):
+        key, _, fix = refused(model=model, instance="ml.trn2.3xlarge", **others)
+        assert key == "instance" and "ml.trn2.48xlarge" in fix
+
+
 def test_an_unknown_model_shares_its_weights_as_widely_as_possible() -> None:
     made = planned(model={"path": "/workspace/model"})
     assert (made.layout.tensor_parallel, made.layout.shard_size) == (1, 64)

@@ -66,7 +66,12 @@ def is_inputs_file(sources: Sources, chart: Path) -> bool:
     """
     if has_input_options(sources):
         return True
-    errors = schema_errors(chart, read_values(sources.file), sources.file)
+    from genvalues.inputs.check import is_values_file
+
+    values = read_values(sources.file)
+    if is_values_file(values):
+        return False
+    errors = schema_errors(chart, values, sources.file)
     return bool(errors) and number_of_input_errors(sources.file) <= len(errors)
 
 

@@ -10,12 +10,11 @@ from genvalues.common.findings import Finding, Level
 from genvalues.common.text import one_line
 from genvalues.ops.aws import AwsAnswer, AwsClients, answer_or_none
 from genvalues.ops.preflight.run_requirements import RunRequirements
+from genvalues.settings.shared import FSX_TYPES
 from genvalues.settings.value_rules import fsx_size
 
 # FSx for Lustre user guide: File system access control with Amazon VPC, and Creating a file system fails.
 LUSTRE_PORTS = ((988, 988), (1018, 1023))
-# FSx API reference, CreateFileSystemLustreConfiguration: MB/s per TiB of an SSD file system.
-THROUGHPUTS = {"PERSISTENT_2": (125, 250, 500, 1000), "PERSISTENT_1": (50, 100, 200)}
 USABLE = {"AVAILABLE", "UPDATING"}
 
 
@@ -39,7 +38,7 @@ def check_size(requirements: RunRequirements) -> list[Finding]:
         fix = requirements.set_command("storage.size", fsx_size(size) or "1200Gi")
         return [Finding("error", subject, found, fix)]
     throughput = requirements.values.get("storage", {}).get("fsx", {}).get("perUnitStorageThroughput")
-    allowed = THROUGHPUTS.get(deployment)
+    allowed = FSX_TYPES.get(deployment, {}).get("throughputs")
     if requirements.makes_storage_class and allowed and throughput is not None and throughput not in allowed:
         values = ", ".join(map(str, allowed))
         found = f"{throughput} MB/s per TiB is not allowed for {deployment}. Allowed values: {values}"
