@@ -24,6 +24,7 @@ from chart.manifests import (
     render,
 )
 from chart.test_names import CLUSTER_SCOPED
+from genvalues.cluster.helm_records import names_in_secrets
 
 CALLS_THE_API = {"preflight", "compile-gate", "train-gate", "cleanup", "runner"}
 RUNS_AS_ROOT = "storage-prepare"
@@ -290,7 +291,7 @@ def test_values_of_an_existing_release_keep_its_cluster_role() -> None:
     assert "clusterScopedReads: true" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
 
 
-def test_secrets_are_read_by_name_except_helms_records() -> None:
+def test_secrets_are_read_and_deleted_by_name_alone() -> None:
     def rules_about_secrets(values: dict[str, Any]) -> dict[str, list[Object]]:
         roles = (item for item in render(values) if item["kind"] in {"Role", "ClusterRole"})
         found = {role["metadata"]["name"]: [r for r in role["rules"] if "secrets" in r["resources"]] for role in roles}
@@ -302,7 +303,12 @@ def test_secrets_are_read_by_name_except_helms_records() -> None:
         "llama-preflight": [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["gated"], "verbs": ["get"]}]
     }
     detached = merged(MINIMAL, {"pipeline": {"mode": "detached"}})
-    assert rules_about_secrets(detached).keys() == {"llama-runner", "llama-cleanup"}
+    found = rules_about_secrets(detached)
+    assert found.keys() == {"llama-runner", "llama-cleanup"}
+    verbs = {"llama-runner": ["get", "delete"], "llama-cleanup": ["delete"]}
+    for role, rules in found.items():
+        names = list(names_in_secrets("llama-run"))
+        assert rules == [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": names, "verbs": verbs[role]}]
 
 
 def test_the_image_digest_takes_precedence_over_the_tag() -> None:

@@ -55,6 +55,7 @@ KINDS = {
     "pvc": CLAIMS,
     "pv": Kind("api/v1", "persistentvolumes", namespaced=False),
     "configmap": Kind("api/v1", "configmaps"),
+    "secret": Kind("api/v1", "secrets"),
     "serviceaccount": Kind("api/v1", "serviceaccounts"),
     "role": Kind("apis/rbac.authorization.k8s.io/v1", "roles"),
     "rolebinding": Kind("apis/rbac.authorization.k8s.io/v1", "rolebindings"),

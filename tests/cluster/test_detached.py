@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import time
@@ -24,6 +25,7 @@ from cluster.space import EFA, HELMS, NEURON, Client, Space, stand_in, succeeded
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
 from genvalues.cluster.failures import RETRY
+from genvalues.cluster.helm_records import INNER_ENVIRONMENT
 from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, condition, name_of
 from genvalues.common.errors import EXIT_USER_ERROR
 
@@ -147,7 +149,8 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
         (tmp_path / name).write_text(text)
     with recorder_for(space, "llama-runner") as recorder, ThreadPoolExecutor(1) as beside:
         kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{recorder.server_port}")
-        environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "HELM_MAX_HISTORY": "1"}  # old records are deleted
+        environment = {**os.environ, **INNER_ENVIRONMENT, "KUBECONFIG": str(kubeconfig)}
+        environment["HELM_MAX_HISTORY"] = "1"  # old records are deleted
 
         def run_helm(arguments: list[str]) -> int:
             space.clients.append(Client([str(HELMS[4]), *arguments], environment))
@@ -175,8 +178,30 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
         (tmp_path / "values.yaml").write_text(yaml.safe_dump(merged(changed, {"lora": {"r": 2}})))
         assert beside.submit(run_runner).result(90) == EXIT_USER_ERROR
     [role] = space.list("roles", f"{COMPONENT}=runner")
-    unused = granted(role) - recorder.asked - {("list", "pytorchjobs.kubeflow.org")}
+    moves = ("delete", "secrets")  # of an earlier version of the chart: see the next test
+    unused = granted(role) - recorder.asked - {("list", "pytorchjobs.kubeflow.org"), moves}
     assert not unused, " ".join(map(str, sorted(unused)))
+
+
+def test_upgrade_takes_over_an_inner_release_whose_records_are_secrets(space: Space) -> None:
+    """As an earlier version of the chart kept them. The training goes on, and uninstall leaves nothing."""
+    llama = space.release(4)
+    llama.install(detached(train=UNTIL_CONTINUE))
+    first = uids(space.wait_for_training("llama-run"))
+    for record in space.list("configmaps", "owner=helm,name=llama-run"):
+        content = base64.b64encode(record["data"]["release"].encode()).decode()
+        metadata = {"name": name_of(record), "namespace": space.name, "labels": record["metadata"]["labels"]}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "helm.sh/release.v1"}
+        space.apply({**secret, "data": {"release": content}})
+        space.kubectl("delete", "configmap", name_of(record))
+    llama.upgrade(detached(train=UNTIL_CONTINUE))
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
+    assert trainers(space) == first
+    assert not space.list("secrets", "owner=helm,name=llama-run")
+    revisions = {record["metadata"]["labels"]["version"] for record in space.list("configmaps", "owner=helm")}
+    assert revisions == {"1", "2"}, "not installed anew"
+    llama.uninstall()
+    assert not space.list("configmaps", "owner=helm") + space.list("secrets", "owner=helm")
 
 
 def granted(role: Object) -> set[tuple[str, str]]:

@@ -38,7 +38,8 @@ tests/generator/cluster checks the code against this table.
     cleanup    jobs.batch                         list patch delete
     cleanup    pods                               list delete
     cleanup    pytorchjobs.kubeflow.org           list delete
-    runner     secrets                            list update
+    runner     configmaps                         list create update
+    runner     secrets                            get delete    # resourceNames: Helm's records of before ConfigMaps
     runner     jobs.batch                         list patch
     runner     pods                               list
     runner     events                             create
@@ -60,12 +61,11 @@ tests/cluster/test_detached.py compares the runner's Role with the requests that
 PyTorchJobs before it watches them when the API server is older than 1.34.
 
     command    resource                           verbs
-    upgrade    secrets                            get list create update delete
-    upgrade    configmaps                         get create patch
+    upgrade    configmaps                         get list create update patch delete
     upgrade    jobs.batch                         list watch create patch delete
     upgrade    pytorchjobs.kubeflow.org           list watch create patch
     upgrade    pods                               list
     upgrade    pods/log                           get
-    uninstall  secrets                            get list update delete
-    uninstall  configmaps                         get delete
+    uninstall  configmaps                         get list update delete
+    uninstall  secrets                            delete        # resourceNames: Helm's records of before ConfigMaps
 """

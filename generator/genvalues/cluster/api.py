@@ -54,6 +54,7 @@ class Kind(NamedTuple):
 PODS = Kind("api/v1", "pods")
 EVENTS = Kind("api/v1", "events")
 SECRETS = Kind("api/v1", "secrets")
+CONFIG_MAPS = Kind("api/v1", "configmaps")
 CLAIMS = Kind("api/v1", "persistentvolumeclaims")
 QUOTAS = Kind("api/v1", "resourcequotas")
 NODES = Kind("api/v1", "nodes", namespaced=False)

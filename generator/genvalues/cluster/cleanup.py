@@ -7,12 +7,14 @@ both. It also runs before an install, for objects that an ``uninstall --no-hooks
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import time
 from collections.abc import Callable
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, Object
+from genvalues.cluster.helm_records import INNER_ENVIRONMENT, delete_from_secrets
 from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,
@@ -41,7 +43,7 @@ class StillRunning(Exception):
 
 
 def helm(arguments: list[str], seconds: float) -> None:
-    """Run helm for at most ``seconds``. Raises StillRunning if it fails."""
+    """Run helm on the inner release for at most ``seconds``. Raises StillRunning if it fails."""
     command = f"helm {' '.join(arguments)}"
     try:
         done = subprocess.run(
@@ -51,6 +53,7 @@ def helm(arguments: list[str], seconds: float) -> None:
             text=True,
             timeout=seconds,
             check=False,
+            env={**os.environ, **INNER_ENVIRONMENT},
         )
     except subprocess.TimeoutExpired as expired:
         raise StillRunning(f"still running at the deadline: {command}") from expired
@@ -97,6 +100,9 @@ def cleanup(
         arguments = ["uninstall", inner, "--namespace", api.namespace, "--no-hooks", "--ignore-not-found"]
         log.info("running: helm %s", " ".join(arguments))
         run_helm(arguments, max(1.0, deadline - time.monotonic()))
+        delete_from_secrets(api, inner)  # of an earlier version of the chart, whose runner has not run since
+        for left_behind in api.list(kinds.CONFIG_MAPS, labels=f"{INSTANCE}={inner}"):
+            api.delete(kinds.CONFIG_MAPS, name_of(left_behind))
         for runner in runners:
             api.delete(kinds.JOBS, name_of(runner))  # last, so that a restarted cleanup finds the inner release
     log.info("nothing of %s is running", release)

@@ -7,16 +7,13 @@ gate of the next install follows.
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
 import logging
 import time
-import zlib
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Object
+from genvalues.cluster.api import Api, Kind, Object
 from genvalues.cluster.cleanup import QUIET_LOOKS, fail_job
+from genvalues.cluster.helm_records import marked_failed
 from genvalues.cluster.objects import (
     GATE_SUFFIX,
     INSTANCE,
@@ -33,7 +30,6 @@ from genvalues.common.errors import UserError
 log = logging.getLogger(__name__)
 
 PENDING = "status in (pending-install,pending-upgrade,pending-rollback)"
-UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zlib.error)
 
 
 class OperationInProgress(UserError):
@@ -44,27 +40,27 @@ class OperationInProgress(UserError):
         super().__init__(f"another Helm client is working on release {release}", fix=fix)
 
 
-def pending(api: Api, release: str) -> list[Object]:
-    """The release's Secrets with a pending status, which block every Helm command."""
-    return api.list(kinds.SECRETS, labels=f"owner=helm,name={release},{PENDING}")
+def pending(api: Api, release: str, kind: Kind = kinds.SECRETS) -> list[Object]:
+    """The release's records with a pending status, which block every Helm command. ``kind``: where Helm keeps them."""
+    return api.list(kind, labels=f"owner=helm,name={release},{PENDING}")
 
 
-def take_over(api: Api, release: str, interval: float) -> None:
+def take_over(api: Api, release: str, interval: float, kind: Kind = kinds.SECRETS) -> None:
     """Return when no Job of the release runs and no revision of it is pending.
 
     A running stage is waited for, because Helm would delete and recreate its Job, or start the next stage in parallel.
     A gate is stopped instead: the PyTorchJob that it follows, possibly for hours, continues without it. Raises
     OperationInProgress if a Helm client is alive.
     """
-    records, known = pending(api, release), uids(unfinished_jobs(api, release))
+    records, known = pending(api, release, kind), uids(unfinished_jobs(api, release))
     if not records and not known:
         return
     logged: list[str] = []
     quiet = 0
     while quiet < QUIET_LOOKS:
         jobs = unfinished_jobs(api, release)
-        # A live client creates the next Job when one has ended, and updates its Secret before each Job and at the end.
-        if uids(jobs) - known or versions(pending(api, release)) != versions(records):
+        # A live client creates the next Job when one has ended, and updates its record before each Job and at the end.
+        if uids(jobs) - known or versions(pending(api, release, kind)) != versions(records):
             raise OperationInProgress(release)
         for job in jobs:
             if component_of(job).endswith(GATE_SUFFIX):
@@ -76,7 +72,7 @@ def take_over(api: Api, release: str, interval: float) -> None:
         quiet = 0 if jobs else quiet + 1
         time.sleep(interval)
     for record in records:
-        mark_failed(api, release, record)
+        mark_failed(api, release, record, kind)
 
 
 def uids(items: list[Object]) -> set[str]:
@@ -95,37 +91,14 @@ def versions(records: list[Object]) -> list[tuple[str, str]]:
     return [(name_of(record), record["metadata"]["resourceVersion"]) for record in records]
 
 
-def mark_failed(api: Api, release: str, record: Object) -> None:
+def mark_failed(api: Api, release: str, record: Object, kind: Kind) -> None:
     """Set the revision's status to failed, as Helm does when it is stopped by a signal.
 
-    The Secret is not deleted: Helm would reuse the revision number, whose PyTorchJobs exist ("already exists"), and a
+    The record is not deleted: Helm would reuse the revision number, whose PyTorchJobs exist ("already exists"), and a
     first install would run the cleanup hook, which stops the training.
     """
     labels = labels_of(record)
     revision, status = labels.get("version"), labels.get("status")
     log.info("%s is %s (revision %s): its Helm client was killed; marking it as failed", release, status, revision)
-    try:
-        content = with_status_failed(record["data"]["release"])
-    except UNREADABLE as error:
-        fix = f"Delete it: kubectl -n {api.namespace} delete secret {name_of(record)}"
-        raise UserError("not a valid Helm release record", where=f"secret {name_of(record)}", fix=fix) from error
-    failed = {
-        **record,
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {**record["metadata"], "labels": {**labels, "status": "failed"}},
-        "data": {**record["data"], "release": content},
-    }
-    if not api.replace(kinds.SECRETS, failed):
+    if not api.replace(kind, marked_failed(api, kind, record)):
         raise OperationInProgress(release)
-
-
-def with_status_failed(content: str) -> str:
-    """The content of a Helm release Secret with status failed.
-
-    Its encoding: JSON, compressed by gzip, in base64 by Helm, and again in base64 by the Secret.
-    """
-    release = json.loads(gzip.decompress(base64.b64decode(base64.b64decode(content))))
-    release["info"].update(status="failed", description="the Helm client was killed")
-    packed = gzip.compress(json.dumps(release, ensure_ascii=False).encode(), mtime=0)
-    return base64.b64encode(base64.b64encode(packed)).decode()

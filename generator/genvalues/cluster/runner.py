@@ -19,6 +19,7 @@ from genvalues.cluster.cleanup import is_stage, runners_of, stop_runners
 from genvalues.cluster.config import ClusterConfig, read_yaml
 from genvalues.cluster.events import events_of_release
 from genvalues.cluster.failures import RETRY, STAGE_FAILED
+from genvalues.cluster.helm_records import INNER_ENVIRONMENT, OF_INNER_RELEASE, move_to_config_maps
 from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 
 # Helm's --timeout applies to each hook. Each stage has its own deadline, which must be reached first.
 HELM_TIMEOUT = "720h"
+
+
+def run_inner_helm(arguments: list[str]) -> int:
+    return run_helm(arguments, environment=INNER_ENVIRONMENT)
 
 
 def check_values(path: Path) -> None:
@@ -73,15 +78,16 @@ def run(
     own_job: str,
     *,
     interval: float = 5.0,
-    run_helm: Callable[[list[str]], int] = run_helm,
+    run_helm: Callable[[list[str]], int] = run_inner_helm,
 ) -> int:
     """Run the pipeline to its end and return its exit status."""
     check_values(values)
     check_chart(chart, config)
     release = inner_release_of(config.release)
     stop_older_runners(api, config.release, own_job, interval)
+    move_to_config_maps(api, release)
     try:
-        take_over(api, release, interval)
+        take_over(api, release, interval, OF_INNER_RELEASE)
     except OperationInProgress as problem:  # e.g. a runner on a lost node, which ends at some point: retry
         log.warning("pipeline: %s", problem)
         return RETRY

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,16 +49,18 @@ def run_helm(
     meanwhile: Callable[[], None] | None = None,
     interval: float = 2.0,
     output: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run Helm and return its exit status. It is stopped when this process is.
 
-    ``output``: file descriptor for its stdout (default: our own). ``meanwhile`` is called every ``interval`` seconds
-    while Helm runs. Does not use pyhelm3, which holds the output back until Helm ends, hours later, and stops only the
-    shell around Helm. Raises UserError if helm is not found or cannot be started.
+    ``output``: file descriptor for its stdout (default: our own). ``environment``: variables besides our own.
+    ``meanwhile`` is called every ``interval`` seconds while Helm runs. Does not use pyhelm3, which holds the output
+    back until Helm ends, hours later, and stops only the shell around Helm. Raises UserError if helm is not found or
+    cannot be started.
     """
     helm = find_helm()
     try:
-        started = subprocess.Popen([helm, *arguments], stdout=output)
+        started = subprocess.Popen([helm, *arguments], stdout=output, env={**os.environ, **(environment or {})})
     except OSError as error:
         raise UserError(f"{helm} cannot be run: {error.strerror}", fix=GET_HELM) from None
     with started as process:

@@ -62,8 +62,17 @@ def helm_record(status: str, *, revision: int = 1, release: str = "demo") -> Obj
     }
 
 
+def in_config_map(record: Object) -> Object:
+    """The same record, as Helm stores it in a ConfigMap."""
+    content = base64.b64decode(record["data"]["release"]).decode()
+    return {"metadata": record["metadata"], "data": {"release": content}}
+
+
 def content_of(record: Object) -> Object:
-    packed = base64.b64decode(base64.b64decode(record["data"]["release"]))
+    """The content of a record: a Secret, or a ConfigMap, which has no base64 of its own."""
+    packed = base64.b64decode(record["data"]["release"])
+    if record.get("type") == "helm.sh/release.v1":
+        packed = base64.b64decode(packed)
     return dict(json.loads(gzip.decompress(packed)))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from generator.cluster.fake_api import FakeApi
-from generator.cluster.objects import RUN, job, pod, pytorch_job
+from generator.cluster.objects import RUN, helm_record, job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
-from genvalues.cluster.cleanup import StillRunning, cleanup
+from genvalues.cluster.cleanup import StillRunning, cleanup, helm
 
 Object = dict[str, Any]
 
@@ -165,6 +166,35 @@ def test_a_detached_release_stops_its_runner_first_then_the_stages_then_the_inne
         "uninstall demo-run --namespace team-a --no-hooks --ignore-not-found",
     ]
     assert fake.names("jobs") == []
+
+
+def test_uninstall_finds_the_records_of_the_inner_release_in_secrets_and_in_config_maps(
+    fake: FakeApi, api: Api
+) -> None:
+    """Of a chart that kept them in Secrets, whether or not a later runner has moved them."""
+    job_controller(fake)
+    add_job(fake, "demo-runner-1", "runner")
+    for release in ("demo-run", "demo", "other"):
+        fake.add("secrets", helm_record("deployed", revision=3, release=release))
+    fake.add("secrets", {"metadata": {"name": "hf-token"}})
+    config = job("demo-run-config", "config", release="demo-run")["metadata"]
+    fake.add("configmaps", {"metadata": config})
+    fake.add("configmaps", {"metadata": {"name": "mine"}})
+    clean(api, run_helm=lambda *_: None)
+    assert fake.names("secrets") == ["hf-token", "sh.helm.release.v1.demo.v3", "sh.helm.release.v1.other.v3"]
+    assert fake.names("configmaps") == ["mine"]
+    assert not {("get", "secrets"), ("list", "secrets")} & set(fake.requests)
+
+
+def test_helm_uninstalls_the_inner_release_where_its_records_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = tmp_path / "helm"
+    command.write_text(f"#!/bin/sh\necho $HELM_DRIVER > {tmp_path}/driver\n")
+    command.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))  # the helm next to it takes precedence
+    helm(["uninstall", "demo-run"], 10)
+    assert (tmp_path / "driver").read_text() == "configmap\n"
 
 
 def test_stages_left_by_a_runner_are_stopped_after_an_upgrade_to_attached(fake: FakeApi, api: Api) -> None:

@@ -146,7 +146,7 @@ def helm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     command = folder / "helm"
     trap = f"trap 'echo stopped > {folder}/stopped; exit 1' TERM"
     sleep = f"while [ -e {folder}/sleep ]; do sleep 0.05; done"
-    command.write_text(f'#!/bin/sh\n{trap}\necho "$@" > {folder}/asked\n{sleep}\n')
+    command.write_text(f'#!/bin/sh\n{trap}\necho "$@" > {folder}/asked\necho $HELM_DRIVER > {folder}/driver\n{sleep}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr("sys.executable", str(folder / "python"))  # the helm next to it takes precedence
     return folder
@@ -169,6 +169,7 @@ def test_the_runner_runs_helm_and_ends_with_its_outcome(
     fake.after.append(("patch", "jobs", lambda item: fake.set_condition("jobs", item["metadata"]["name"], "Failed")))
     fake.add("secrets", helm_record("pending-install", release="demo-run"))
     assert invoke(*runner_arguments).exit_code == 0
+    assert (helm / "driver").read_text() == "configmap\n"
     assert (helm / "asked").read_text().startswith(f"upgrade --install demo-run {chart} --namespace team-a")
     without_stages = documented_permissions("runner") - {("create", "events")}
     assert set(fake.requests) == without_stages

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from generator.cluster.fake_api import FakeApi
-from generator.cluster.objects import helm_record, job, pod, pytorch_job
+from generator.cluster.objects import content_of, helm_record, in_config_map, job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.helm_records import MOVABLE
 from genvalues.cluster.runner import run
 from genvalues.common.errors import UserError
 
@@ -87,10 +88,10 @@ def test_a_restarted_runner_waits_for_the_running_stage_then_takes_over_the_pend
     fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
     records = ((1, "superseded", "demo-run"), (2, "pending-upgrade", "demo-run"), (1, "pending-install", "x"))
     for revision, status, release in records:
-        fake.add("secrets", helm_record(status, revision=revision, release=release))
+        fake.add("configmaps", in_config_map(helm_record(status, revision=revision, release=release)))
 
     def statuses() -> list[str]:
-        return [fake.objects["secrets", name]["metadata"]["labels"]["status"] for name in fake.names("secrets")]
+        return [fake.objects["configmaps", name]["metadata"]["labels"]["status"] for name in fake.names("configmaps")]
 
     helm = Helm(fake)
     running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
@@ -104,12 +105,63 @@ def test_a_restarted_runner_waits_for_the_running_stage_then_takes_over_the_pend
     assert fake.names("jobs") == ["demo-run-tokenize"]
 
 
+CONFIG = job("demo-run-config", "config", release="demo-run")["metadata"]
+
+
+def test_a_release_whose_inner_records_are_secrets_is_taken_over_with_its_revisions(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    """Of an earlier version of the chart. Helm would otherwise install revision 1, whose PyTorchJobs exist."""
+    fake.add("configmaps", {"metadata": CONFIG})
+    before = [fake.add("secrets", helm_record("superseded", revision=11, release="demo-run"))]
+    before.append(fake.add("secrets", helm_record("pending-upgrade", revision=12, release="demo-run")))
+    others = [fake.add("secrets", helm_record("deployed", release=release)) for release in ("demo", "x")]
+    fake.add("configmaps", in_config_map(before[0]))  # a move that was interrupted
+    seen: list[list[str]] = []
+
+    def helm(arguments: list[str]) -> int:
+        seen.append(fake.names("secrets"))
+        return 0
+
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm) == 0
+    assert seen == [sorted(each["metadata"]["name"] for each in others)], "before Helm runs"
+    for record, status in zip(before, ("superseded", "failed"), strict=True):
+        moved = fake.objects["configmaps", record["metadata"]["name"]]
+        assert moved["metadata"]["labels"] == {**record["metadata"]["labels"], "status": status}
+        content = content_of(record)
+        failed = {"status": "failed", "description": "the Helm client was killed"} if status == "failed" else {}
+        assert content_of(moved) == {**content, "info": {**content["info"], **failed}}
+    assert ("list", "secrets") not in fake.requests
+
+
+def test_an_inner_release_without_records_is_not_installed_anew(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    fake.add("configmaps", {"metadata": CONFIG})
+    fake.add("secrets", helm_record("deployed", revision=MOVABLE + 1, release="demo-run"))
+    helm = Helm(fake)
+    with pytest.raises(UserError, match=r"demo-run not found.*helm -n team-a uninstall demo-run --no-hooks"):
+        run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
+    assert not helm.asked
+
+
+@pytest.mark.parametrize("content", ["", "!", "gA=="])
+def test_a_secret_that_is_no_record_is_named(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path, content: str
+) -> None:
+    record = helm_record("pending-install", release="demo-run")
+    fake.add("secrets", {**record, "data": {"release": content}})
+    name = record["metadata"]["name"]
+    with pytest.raises(UserError, match=f"{name}: .*kubectl -n team-a delete (secret|configmap) {name}"):
+        run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=Helm(fake))
+
+
 def test_a_runner_beside_a_live_helm_client_is_retried(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
     """E.g. a runner on a lost node that is still running. Retried, because status 2 would be final."""
     fake.add("jobs", job("demo-run-tokenize", "tokenize", release="demo-run"))
-    fake.add("secrets", helm_record("pending-install", release="demo-run"))
+    fake.add("configmaps", in_config_map(helm_record("pending-install", release="demo-run")))
     helm = Helm(fake)
     running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     until(lambda: fake.requests.count(("list", "jobs.batch")) > 3)
