@@ -1,8 +1,9 @@
 {{- /*
     One helper for each object name. Templates use only these.
 
-    The longest name is that of a PyTorchJob's worker pod, which is also its host name (at most 63 characters):
+    The longest name is that of a worker pod, with at most 63 characters. That of a PyTorchJob is also its host name:
         FULLNAME-compile-REVISION-worker-1023      38 + 9 + 4 + 12
+        FULLNAME-compile-REVISION-node-0-1023-abcde      32 + 9 + 4 + 18, so FULLNAME is shortened for a TrainJob
 */}}
 
 {{- /* The release's name. A name that is too long, contains dots or starts with a digit (the training operator creates a
@@ -48,10 +49,15 @@
 {{- end }}
 {{- end }}
 
-{{- /* The Job, PyTorchJob or Pod of a stage: (dict "root" . "stage" "merge"). Includes the revision where an upgrade must create
-       a new object: a PyTorchJob, so that a running one is never replaced, and the runner's Job, which is immutable. */}}
+{{- /* The Job, PyTorchJob, TrainJob or Pod of a stage: (dict "root" . "stage" "merge"). Includes the revision where an upgrade
+       must create a new object: compile and train, so that a running one is never replaced, and the runner's Job, which is
+       immutable. */}}
 {{- define "llama-lora.stage.name" -}}
-{{ include "llama-lora.fullname" .root }}-{{ .stage }}
+{{- $fullname := include "llama-lora.fullname" .root }}
+{{- if and (has .stage (list "compile" "train")) (eq .root.Values.workload "trainjob") (gt (len $fullname) 32) }}
+{{- $fullname = printf "%s-%s" ($fullname | trunc 23 | trimSuffix "-") (sha256sum $fullname | trunc 8) }}
+{{- end }}
+{{- $fullname }}-{{ .stage }}
 {{- if has .stage (list "compile" "train" "runner") }}-{{ .root.Release.Revision }}{{ end }}
 {{- end }}
 

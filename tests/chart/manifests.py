@@ -44,19 +44,23 @@ def render(
     namespace: str = "research",
     upgrade: bool = False,
     chart: Path = CHART,
+    api_versions: tuple[str, ...] = (),
 ) -> list[Object]:
-    """The objects in Helm's order. Cached, so they must not be changed."""
+    """The objects in Helm's order. Cached, so they must not be changed. ``api_versions``: served in addition."""
     text = values.read_text() if isinstance(values, Path) else json.dumps(values)
-    return _render(text, helm, release, namespace, upgrade, chart)
+    return _render(text, helm, release, namespace, upgrade, chart, api_versions)
 
 
 @cache
-def _render(values: str, helm: int, release: str, namespace: str, upgrade: bool, chart: Path) -> list[Object]:
+def _render(
+    values: str, helm: int, release: str, namespace: str, upgrade: bool, chart: Path, api_versions: tuple[str, ...]
+) -> list[Object]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(values)
         file.flush()
         arguments = ["template", release, chart, "--namespace", namespace, "--values", file.name]
-        done = run_helm(helm, *arguments, *(["--is-upgrade"] if upgrade else []))
+        served = [f"--api-versions={version}" for version in api_versions]
+        done = run_helm(helm, *arguments, *(["--is-upgrade"] if upgrade else []), *served)
     if done.returncode != 0:
         raise Refused(done.stderr)
     return [item for item in yaml.load_all(done.stdout, Loader=UniqueKeyLoader) if item]
@@ -106,7 +110,7 @@ class Pod(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        return self.owner["kind"] == "PyTorchJob"
+        return self.owner["kind"] in {"PyTorchJob", "TrainingRuntime"}
 
 
 def pods(objects: list[Object]) -> Iterator[Pod]:
@@ -118,6 +122,9 @@ def pods(objects: list[Object]) -> Iterator[Pod]:
         elif item["kind"] == "PyTorchJob":
             for replica in item["spec"]["pytorchReplicaSpecs"].values():
                 yield Pod(item, replica["template"])
+        elif item["kind"] == "TrainingRuntime":
+            for replicated in item["spec"]["template"]["spec"]["replicatedJobs"]:
+                yield Pod(item, replicated["template"]["spec"]["template"])
         else:
             assert "template" not in item.get("spec", {}), f"{item['kind']} makes pods that no test here knows"
 
@@ -145,8 +152,14 @@ def weight(item: Object) -> int:
 
 
 def stages(objects: list[Object]) -> list[Object]:
-    """The hooks that Helm runs after an install, in order."""
-    return sorted((item for item in objects if "post-install" in hooks(item)), key=weight)
+    """The hooks that Helm runs after an install, in order. The runtime of a TrainJob is part of its stage."""
+    found = (item for item in objects if "post-install" in hooks(item) and item["kind"] != "TrainingRuntime")
+    return sorted(found, key=weight)
+
+
+def workloads(objects: list[Object]) -> list[Object]:
+    """What compile and train run as."""
+    return [item for item in objects if item["kind"] in {"PyTorchJob", "TrainJob"}]
 
 
 def config(objects: list[Object], key: str) -> Any:

@@ -18,6 +18,8 @@ from chart.manifests import CHART, MINIMAL, Object, merged, one, pods, render
 OLDEST = "1.28"  # Chart.yaml: kubeVersion
 NEWEST = "1.34"
 OPERATORS = ["1.8.1", "1.9.3"]
+TRAINERS = ["2.0.0", "2.2.0"]
+CUSTOM = {"PyTorchJob": OPERATORS, "TrainJob": TRAINERS, "TrainingRuntime": TRAINERS}  # versions
 
 # The validator would read its files (2 MB) again for each object.
 kubernetes_validate.utils.schema_contents = lru_cache(maxsize=64)(kubernetes_validate.utils.schema_contents)
@@ -29,8 +31,8 @@ def check_builtin(text: str, version: str) -> None:
 
 
 @cache
-def pytorchjob(version: str) -> jsonschema.Draft7Validator:
-    schema = json.loads((Path(__file__).parent / f"schemas/pytorchjob-{version}.json").read_text())
+def validator(kind: str, version: str) -> jsonschema.Draft7Validator:
+    schema = json.loads((Path(__file__).parent / f"schemas/{kind.lower()}-{version}.json").read_text())
     return jsonschema.Draft7Validator(strict(schema))
 
 
@@ -47,22 +49,22 @@ def strict(schema: Any) -> Any:
 
 
 @cache
-def check_pytorchjob(text: str, version: str) -> None:
-    pytorchjob(version).validate(json.loads(text))
+def check_custom(text: str, version: str) -> None:
+    item = json.loads(text)
+    validator(item["kind"], version).validate(item)
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_objects_are_valid_for_kubernetes(objects: list[Object], version: str) -> None:
     for item in objects:
-        if item["kind"] != "PyTorchJob":
+        if item["kind"] not in CUSTOM:
             check_builtin(json.dumps(item), version)
 
 
-@pytest.mark.parametrize("version", OPERATORS)
-def test_pytorchjobs_are_valid_for_the_training_operator(objects: list[Object], version: str) -> None:
+def test_custom_resources_are_valid_for_every_supported_operator(objects: list[Object]) -> None:
     for item in objects:
-        if item["kind"] == "PyTorchJob":
-            check_pytorchjob(json.dumps(item), version)
+        for version in CUSTOM.get(item["kind"], []):
+            check_custom(json.dumps(item), version)
 
 
 def test_worker_pods_are_valid_for_kubernetes(objects: list[Object]) -> None:
@@ -81,11 +83,11 @@ def test_an_unknown_field_is_rejected() -> None:
     for where, key in [(train["spec"], "nProcPerNode"), (train["spec"]["runPolicy"], "suspended")]:
         where[key] = "1"
         with pytest.raises(jsonschema.ValidationError, match=key):
-            check_pytorchjob(json.dumps(train), "1.9.3")
+            check_custom(json.dumps(train), "1.9.3")
         del where[key]
     train["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(jsonschema.ValidationError, match="volumeMount"):
-        check_pytorchjob(json.dumps(train), "1.8.1")
+        check_custom(json.dumps(train), "1.8.1")
 
 
 def test_kube_version_accepts_the_oldest_tested_version(helm: int) -> None:
@@ -96,4 +98,4 @@ def test_kube_version_accepts_the_oldest_tested_version(helm: int) -> None:
 def test_a_pytorchjobs_container_may_set_everything_a_stage_may() -> None:
     settings = {"stageDefaults": {"extraVolumes": {"data": {"csi": {"driver": "a.b"}}}, "podLabels": {"a": "b"}}}
     for version in OPERATORS:
-        check_pytorchjob(json.dumps(one(render(merged(MINIMAL, settings)), "PyTorchJob", "llama-train-1")), version)
+        check_custom(json.dumps(one(render(merged(MINIMAL, settings)), "PyTorchJob", "llama-train-1")), version)

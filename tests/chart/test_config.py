@@ -9,8 +9,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chart.manifests import CHART, MINIMAL, Object, Values, annotation, config, merged, one, pod, pods, render, stages
+from chart.manifests import (
+    CHART,
+    MINIMAL,
+    Object,
+    Values,
+    annotation,
+    config,
+    merged,
+    one,
+    pod,
+    pods,
+    render,
+    stages,
+    workloads,
+)
 from genvalues.cluster.config import load as load_cluster_config
+from genvalues.cluster.workloads import workload_of
 from genvalues.settings.by_instance import completed
 from genvalues.settings.run import RunConfig
 
@@ -65,8 +80,9 @@ def test_the_cluster_config_is_what_genvalues_cluster_reads(objects: list[Object
     for each in pods(objects):
         for metadata in (each.owner["metadata"], each.template["metadata"]):
             assert metadata["labels"]["llama-lora/run"] == read.run, "what gate and cleanup find jobs and pods by"
-    for job in (item for item in objects if item["kind"] == "PyTorchJob"):
+    for job in workloads(objects):
         assert job["metadata"]["name"].startswith(read.fullname)
+        assert workload_of(job).setting == read.workload
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,11 @@ def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storag
     assert set(cluster_scoped.values()) == {1}
 
 
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
 @pytest.mark.parametrize("release", RELEASES)
-def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: int) -> None:
-    objects = render(
-        merged(MINIMAL, {"parallelism": {"nodes": 1024, "dataParallelSize": 2048}}), helm=helm, release=release
-    )
+def test_names_and_labels_are_valid_for_every_release_name(release: str, workload: str, helm: int) -> None:
+    largest = {"parallelism": {"nodes": 1024, "dataParallelSize": 2048}, "workload": workload}
+    objects = render(merged(MINIMAL, largest), helm=helm, release=release)
     for item in objects:
         name = item["metadata"]["name"]
         assert isinstance(name, str) and DNS_NAME.fullmatch(name) and len(name) <= 253
@@ -81,6 +81,9 @@ def test_names_and_labels_are_valid_for_every_release_name(release: str, helm: i
         if item["kind"] == "PyTorchJob":
             later = re.sub(r"-1$", "-9999", name)
             assert SERVICE.fullmatch(f"{later}-worker-1023"), "a worker's pod, host name and Service"
+        if item["kind"] == "TrainJob":
+            later = re.sub(r"-1$", "-9999", name)
+            assert SERVICE.fullmatch(f"{later}-node-0-1023-abcde"), "a worker's pod"
         for metadata in [item["metadata"], *(each.template["metadata"] for each in pods([item]))]:
             for label, value in metadata["labels"].items():
                 assert isinstance(value, str) and LABEL_VALUE.fullmatch(value), f"{label}: {value!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -24,8 +25,9 @@ from chart.manifests import (
     render,
     stages,
     weight,
+    workloads,
 )
-from genvalues.cluster.objects import backoff_limit_of
+from genvalues.cluster.workloads import workload_of
 
 WEIGHTS = {
     "preflight": 0,
@@ -72,15 +74,15 @@ def test_stages_are_hooks_in_strict_order(objects: list[Object]) -> None:
     assert all(hooks(item) == {"post-install", "post-upgrade"} for item in stages(objects))
 
 
-def test_a_pytorchjob_is_suspended_until_the_gate_at_the_next_weight(objects: list[Object]) -> None:
-    jobs = [item for item in objects if item["kind"] == "PyTorchJob"]
+def test_compile_and_train_are_suspended_until_the_gate_at_the_next_weight(objects: list[Object]) -> None:
+    jobs = workloads(objects)
     assert [annotation(job, "llama-lora/stage") for job in jobs] == (
         [] if is_detached(objects) else ["compile", "train"]
     )
     for job in jobs:
         stage = annotation(job, "llama-lora/stage")
         gate = pod(objects, f"{stage}-gate")
-        assert job["spec"]["runPolicy"]["suspend"] is True
+        assert workload_of(job).is_suspended(job)
         assert weight(gate.owner) == weight(job) + 1
         command = gate.containers[0]["command"]
         assert command[:3] == ["genvalues", "cluster", "gate"]
@@ -88,17 +90,20 @@ def test_a_pytorchjob_is_suspended_until_the_gate_at_the_next_weight(objects: li
         assert command[command.index("--job") + 1] == job["metadata"]["name"]
 
 
-def test_a_later_helm_command_neither_deletes_a_pytorchjob_nor_reuses_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+def test_a_later_helm_command_neither_deletes_a_job_nor_reuses_its_name(tmp_path: Path, workload: str) -> None:
     def jobs(objects: list[Object]) -> dict[str, Object]:
-        return {str(annotation(item, "llama-lora/stage")): item for item in objects if item["kind"] == "PyTorchJob"}
+        return {str(annotation(item, "llama-lora/stage")): item for item in workloads(objects)}
 
-    first = jobs(render(MINIMAL))
-    later_objects = render(MINIMAL, chart=chart_at_revision(1234, tmp_path))
+    values = merged(MINIMAL, {"workload": workload})
+    first = jobs(render(values))
+    later_objects = render(values, chart=chart_at_revision(1234, tmp_path))
     later = jobs(later_objects)
     for stage in ("compile", "train"):
         assert first[stage]["metadata"]["name"] == f"llama-{stage}-1"
         assert later[stage]["metadata"]["name"] == f"llama-{stage}-1234"
-        assert later[stage]["spec"]["elasticPolicy"]["rdzvHost"] == f"llama-{stage}-1234-worker-0"
+        first_worker = f"llama-{stage}-1234-" + ("worker-0" if workload == "pytorchjob" else "node-0-0.")
+        assert first_worker in json.dumps(later[stage])
         assert f"llama-{stage}-1234" in pod(later_objects, f"{stage}-gate").containers[0]["command"]
         assert annotation(first[stage], "helm.sh/hook-delete-policy") == "hook-failed"
 
@@ -154,13 +159,54 @@ def test_workers_only_with_c10d_at_the_first_worker(objects: list[Object]) -> No
         assert container["name"] == "pytorch", "the operator looks for a container of this name"
 
 
+def test_a_trainjob_has_its_own_runtime_and_the_rendezvous_of_a_pytorchjob(helm: int) -> None:
+    spread = {"parallelism": {"nodes": 2, "processesPerNode": 4, "dataParallelSize": 8}}
+    limits = {"stages": {"train": {"backoffLimit": 2, "activeDeadlineSeconds": 3600}}}
+    objects = render(merged(MINIMAL, spread, limits, {"workload": "trainjob"}), helm=helm)
+    job, runtime = one(objects, "TrainJob", "llama-train-1"), one(objects, "TrainingRuntime", "llama-train-1")
+    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "llama-train-1"}
+    assert job["spec"]["runtimeRef"] == reference
+    assert hooks(runtime) == hooks(job) and weight(runtime) < weight(job), "Trainer refuses a TrainJob without it"
+    assert annotation(runtime, "helm.sh/hook-delete-policy") == "hook-failed"
+    assert runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] == "torch"
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 2, "torch": {}}, "2.0.0 and 2.2.0 have these fields"
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert node["name"] == "node" and node["replicas"] == 1
+    assert node["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert node["template"]["spec"]["activeDeadlineSeconds"] == 3600
+    assert node["template"]["spec"]["backoffLimit"] == 5
+    assert node["template"]["spec"]["podReplacementPolicy"] == "Failed", "two pods would have one host name"
+    worker = node["template"]["spec"]["template"]["spec"]
+    assert worker["restartPolicy"] == "OnFailure" and [one["name"] for one in worker["containers"]] == ["node"]
+    assert job["spec"]["trainer"] == {
+        "numNodes": 2,
+        "numProcPerNode": 4,
+        "env": [
+            {"name": "PET_RDZV_BACKEND", "value": "c10d"},
+            {"name": "PET_RDZV_ENDPOINT", "value": "llama-train-1-node-0-0.llama-train-1"},
+        ],
+    }
+    [pytorch] = pod(render(merged(MINIMAL, spread, limits), helm=helm), "train").containers
+    assert {**worker["containers"][0], "name": "pytorch"} == pytorch
+
+
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
 @pytest.mark.parametrize(("nodes", "limit"), [(1, 0), (1, 3), (2, 1), (4, 3)])
-def test_each_worker_has_its_retries_although_the_operator_counts_all_together(nodes: int, limit: int) -> None:
+def test_each_worker_has_its_retries_although_the_operator_counts_all_together(
+    nodes: int, limit: int, workload: str
+) -> None:
     parallelism = {"nodes": nodes, "dataParallelSize": 4 * nodes}
-    values = merged(TRAINIUM, {"parallelism": parallelism, "stages": {"train": {"backoffLimit": limit}}})
-    job = one(render(values), "PyTorchJob", "llama-train-1")
-    assert job["spec"]["runPolicy"]["backoffLimit"] > limit * nodes, "not reached before every worker's last retry"
-    assert backoff_limit_of(job) == limit, "the gate's limit for each worker"
+    of_train = {"workload": workload, "stages": {"train": {"backoffLimit": limit}}}
+    objects = render(merged(TRAINIUM, {"parallelism": parallelism}, of_train))
+    job = next(job for job in workloads(objects) if annotation(job, "llama-lora/stage") == "train")
+    if workload == "pytorchjob":
+        counted = job["spec"]["runPolicy"]["backoffLimit"]
+    else:
+        runtime = one(objects, "TrainingRuntime", job["metadata"]["name"])
+        counted = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["backoffLimit"]
+    assert counted > limit * nodes, "not reached before every worker's last retry"
+    assert workload_of(job).retries(job) == limit, "the gate's limit for each worker"
+    assert workload_of(job).grace_period(job) == 120, "the time whose cost the gate reserves"
 
 
 def own_command(container: Object) -> list[str]:
@@ -290,7 +336,8 @@ def test_each_stage_runs_its_command(objects: list[Object]) -> None:
             assert container["command"] == ["llama-lora", each.stage, "--config", "/etc/llama-lora/run.yaml"]
         elif each.stage != "storage-prepare":
             assert own_command(container)[:2] == ["genvalues", "cluster"]
-        assert container["name"] == ("pytorch" if each.trains else each.stage)
+        fixed = {"PyTorchJob": "pytorch", "TrainingRuntime": "node"}
+        assert container["name"] == fixed.get(each.owner["kind"], each.stage)
 
 
 def test_every_stage_mounts_the_workspace_and_can_otherwise_write_only_to_tmp(objects: list[Object]) -> None:

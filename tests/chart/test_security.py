@@ -291,6 +291,38 @@ def test_values_of_an_existing_release_keep_its_cluster_role() -> None:
     assert "clusterScopedReads: true" in one(objects, "ConfigMap")["data"]["cluster.yaml"]
 
 
+def of_trainjobs(*commands: str) -> set[tuple[str, str]]:
+    """The documented requests of the commands with workload trainjob."""
+    found = {pair for command in commands for pair in documented(command) if "pytorchjobs" not in pair[1]}
+    return found.union(*(documented(f"{command}-trainjob") for command in commands if command not in OWN_API))
+
+
+OWN_API = {"runner", "uninstall"}  # commands that know nothing of workloads
+SERVED = {"pytorchjobs": "kubeflow.org/v1/PyTorchJob", "trainjobs": "trainer.kubeflow.org/v1alpha1/TrainJob"}
+
+
+def test_roles_grant_exactly_what_a_trainjob_needs(helm: int) -> None:
+    objects = render(merged(MINIMAL, {"workload": "trainjob", "pipeline": {"mode": "detached"}}), helm=helm)
+    assert granted(objects, "Role", "llama-gate") == of_trainjobs("gate")
+    assert granted(objects, "Role", "llama-cleanup") == of_trainjobs("cleanup", "uninstall")
+    assert granted(objects, "Role", "llama-runner") == of_trainjobs("runner", "upgrade")
+
+
+@pytest.mark.parametrize(("workload", "other"), [("pytorchjob", "trainjobs"), ("trainjob", "pytorchjobs")])
+def test_where_the_other_workload_is_served_its_jobs_are_seen_by_the_gate_and_deleted_by_cleanup(
+    workload: str, other: str
+) -> None:
+    values = merged(MINIMAL, {"workload": workload})
+
+    def verbs(account: str, served: tuple[str, ...]) -> set[str]:
+        rendered = render(values, api_versions=served)
+        return {verb for verb, resource in granted(rendered, "Role", account) if resource.startswith(f"{other}.")}
+
+    assert verbs("llama-gate", ()) == verbs("llama-cleanup", ()) == set()
+    assert verbs("llama-gate", (SERVED[other],)) == {"list"}
+    assert verbs("llama-cleanup", (SERVED[other],)) == {"list", "patch", "delete"}
+
+
 def test_secrets_are_read_and_deleted_by_name_alone() -> None:
     def rules_about_secrets(values: dict[str, Any]) -> dict[str, list[Object]]:
         roles = (item for item in render(values) if item["kind"] in {"Role", "ClusterRole"})

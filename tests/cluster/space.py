@@ -29,7 +29,6 @@ from genvalues.cluster import api
 from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, Kind
 from genvalues.cluster.objects import (
     INSTANCE,
-    JOB_NAME,
     annotations_of,
     component_of,
     condition,
@@ -37,6 +36,7 @@ from genvalues.cluster.objects import (
     labels_of,
     name_of,
 )
+from genvalues.cluster.workloads import job_of
 
 Found = TypeVar("Found")
 
@@ -200,7 +200,7 @@ class History:
                 statuses = one.item["status"].get("containerStatuses", [])
                 runs = one.change != "DELETED" and any("running" in (each.get("state") or {}) for each in statuses)
                 working.pop(one.item["metadata"]["uid"], None)
-                working |= {one.item["metadata"]["uid"]: labels_of(one.item)[JOB_NAME]} if runs else {}
+                working |= {one.item["metadata"]["uid"]: job_of(one.item)} if runs else {}
                 most = max(most, len(set(working.values())))
         return most
 

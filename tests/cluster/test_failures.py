@@ -28,11 +28,11 @@ from genvalues.cluster.objects import (
     annotations_of,
     condition,
     ends_of,
-    is_suspended,
     labels_of,
     name_of,
     unschedulable,
 )
+from genvalues.cluster.workloads import is_suspended
 
 WITHIN = 15.0  # seconds from a job's end to the release's
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}

@@ -13,7 +13,8 @@ from chart.manifests import Values, merged
 from cluster.space import TRAINER_IMAGE, Ended, Release, Space, image, stand_in
 from cluster.test_training import TRAINING, resumed
 from genvalues.cluster.cost_tracker import RAISE_MAX_COST
-from genvalues.cluster.objects import annotations_of, is_over, is_suspended, labels_of
+from genvalues.cluster.objects import annotations_of, is_over, labels_of
+from genvalues.cluster.workloads import is_suspended
 from trainer.conftest import make_model, write_rows
 
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}

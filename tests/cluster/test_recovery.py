@@ -29,7 +29,8 @@ from cluster.space import (
     stand_in,
     uids,
 )
-from genvalues.cluster.objects import COMPONENT, FINGERPRINT, JOB_NAME, annotations_of, labels_of, name_of
+from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, labels_of, name_of
+from genvalues.cluster.workloads import job_of
 
 UNTIL_CONTINUE = "until [ -e /workspace/continue ]; do sleep 0.2; done"
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
@@ -54,10 +55,6 @@ def wait_for_trainers(space: Space, job: str) -> set[str]:
     pods = space.wait_for_training("llama")
     assert {job_of(pod) for pod in pods} == {job}
     return uids(pods)
-
-
-def job_of(pod: Object) -> str:
-    return labels_of(pod).get(JOB_NAME, "")
 
 
 def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once(space: Space, helm: int) -> None:

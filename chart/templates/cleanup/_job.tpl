@@ -21,6 +21,7 @@
       "finalStatuses" (list 1 2)
       "activeDeadlineSeconds" .startSeconds
       "command" (list "genvalues" "cluster" "cleanup" "--release" .root.Release.Name "--namespace" .root.Release.Namespace
+                      "--workload" $values.workload
                       "--run" (include "llama-lora.run.label" .root)
                       "--timeout-seconds" (toString $timeout)
                       "--own-job" .name (toString (add .startSeconds $timeout 20)))

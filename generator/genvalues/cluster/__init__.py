@@ -44,10 +44,19 @@ tests/generator/cluster checks the code against this table.
     runner     pods                               list
     runner     events                             create
 
-With workload trainjob, preflight's probe is a TrainJob:
+With workload trainjob, these in place of those for PyTorchJobs (``upgrade``: see below):
 
     preflight-trainjob  trainjobs.trainer.kubeflow.org         create get delete
     preflight-trainjob  trainingruntimes.trainer.kubeflow.org  create delete
+    gate-trainjob       trainjobs.trainer.kubeflow.org         get list patch delete
+    gate-trainjob       trainingruntimes.trainer.kubeflow.org  delete
+    cleanup-trainjob    trainjobs.trainer.kubeflow.org         list patch delete
+    cleanup-trainjob    trainingruntimes.trainer.kubeflow.org  list delete
+    upgrade-trainjob    trainjobs.trainer.kubeflow.org         list watch create patch
+    upgrade-trainjob    trainingruntimes.trainer.kubeflow.org  list watch create patch
+
+Where the cluster serves the API of the other workload too, an earlier revision may have left its jobs: gate may list
+them, and cleanup may delete them as well. Both commands work without these rights.
 
 Requests of ``genvalues install`` in addition to those of Helm, with the caller's permissions. Only the first is always
 sent:

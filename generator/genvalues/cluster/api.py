@@ -62,6 +62,8 @@ NAMESPACES = Kind("api/v1", "namespaces", namespaced=False)
 JOBS = Kind("apis/batch/v1", "jobs")
 STORAGE_CLASSES = Kind("apis/storage.k8s.io/v1", "storageclasses", namespaced=False)
 PYTORCH_JOBS = Kind("apis/kubeflow.org/v1", "pytorchjobs")
+TRAIN_JOBS = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainjobs")
+TRAINING_RUNTIMES = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainingruntimes")
 
 
 class ApiError(Exception):
@@ -145,10 +147,6 @@ class Api:
         """Request deletion of the object. An object that does not exist is not an error."""
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         self._none_if_missing(lambda: self._request("DELETE", self._path(kind, name), kind, body=options))
-
-    def stop_pytorch_job(self, name: str) -> None:
-        """Request foreground deletion: the job stays, and creates no new pods, until its pods have ended."""
-        self.delete(PYTORCH_JOBS, name, propagation="Foreground")
 
     def discover(self, path: str) -> Object | None:
         """Return a discovery document, e.g. ``apis/kubeflow.org/v1``, or None if the group is not served."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Object
+from genvalues.cluster.api import Api, NotAllowed, Object
 from genvalues.cluster.helm_records import INNER_ENVIRONMENT, delete_from_secrets
 from genvalues.cluster.objects import (
     COMPONENT,
@@ -30,12 +30,14 @@ from genvalues.cluster.objects import (
     labels_of,
     name_of,
 )
+from genvalues.cluster.workloads import NAMES, WORKLOADS, Workload
 from genvalues.common.helm import find_helm
 
 log = logging.getLogger(__name__)
 
 # A live Helm client creates the next stage's Job a moment after the last one has ended, so look this often.
 QUIET_LOOKS = 3
+JOB_KINDS = {"Job", *NAMES}
 
 
 class StillRunning(Exception):
@@ -66,6 +68,7 @@ def cleanup(
     release: str,
     timeout: float,
     *,
+    workload: Workload,
     run: str = "",
     interval: float = 1.0,
     run_helm: Callable[[list[str], float], None] = helm,
@@ -88,7 +91,7 @@ def cleanup(
         selectors.append(f"{INSTANCE}={inner},{RUN}={run}")
     quiet = 0
     while quiet < QUIET_LOOKS:
-        left = [what for selector in selectors for what in stop_stages(api, selector)]
+        left = [what for selector in selectors for what in stop_stages(api, selector, workload)]
         quiet = 0 if left else quiet + 1
         if left and time.monotonic() >= deadline:
             names = " ".join(left)
@@ -126,7 +129,7 @@ def is_stage(item: Object) -> bool:
     return STAGE in annotations_of(item) and component_of(item) not in {"cleanup", RUNNER}
 
 
-def stop_stages(api: Api, selector: str) -> list[str]:
+def stop_stages(api: Api, selector: str, own: Workload) -> list[str]:
     """Move every selected stage one step closer to its end. Return what is left, in kubectl's TYPE/NAME form."""
     left = []
     for job in filter(is_stage, api.list(kinds.JOBS, labels=selector)):
@@ -135,15 +138,26 @@ def stop_stages(api: Api, selector: str) -> list[str]:
             api.delete(kinds.JOBS, name_of(job))
         else:
             fail_job(api, job)
-    for job in filter(is_stage, api.list(kinds.PYTORCH_JOBS, labels=selector)):
-        left.append(f"pytorchjob/{name_of(job)}")
-        if not is_being_deleted(job):
-            log.info("deleting %s", left[-1])
-            api.stop_pytorch_job(name_of(job))
+    for workload in WORKLOADS:
+        try:
+            left += stop_jobs(api, selector, workload)
+        except NotAllowed:  # of an earlier revision with another workload; its pods are waited for
+            if workload is own:
+                raise
     for pod in filter(is_stage, api.list(kinds.PODS, labels=selector)):  # the pod of `helm test`, which has no owner
         left.append(f"pod/{name_of(pod)}")
         api.delete(kinds.PODS, name_of(pod))
     return left + running_pods(api, selector)
+
+
+def stop_jobs(api: Api, selector: str, workload: Workload) -> list[str]:
+    left = []
+    for job in filter(is_stage, api.list(workload.kind, labels=selector)):
+        left.append(f"{workload.setting}/{name_of(job)}")
+        if not is_being_deleted(job):
+            log.info("deleting %s", left[-1])
+            workload.stop(api, name_of(job))
+    return left + workload.delete_leftovers(api, selector)
 
 
 def fail_job(api: Api, job: Object) -> None:
@@ -154,13 +168,13 @@ def fail_job(api: Api, job: Object) -> None:
 
 
 def running_pods(api: Api, selector: str) -> list[str]:
-    """The selected pods of Jobs and PyTorchJobs that have not ended, without those of a cleanup."""
+    """The selected pods of Jobs and of compile and train that have not ended, without those of a cleanup."""
     return [
         f"pod/{name_of(pod)}"
         for pod in api.list(kinds.PODS, labels=selector)
         if not is_over(pod)
         and labels_of(pod).get(COMPONENT) != "cleanup"
-        and any(owner["kind"] in {"Job", "PyTorchJob"} for owner in pod["metadata"].get("ownerReferences") or [])
+        and any(owner["kind"] in JOB_KINDS for owner in pod["metadata"].get("ownerReferences") or [])
     ]
 
 

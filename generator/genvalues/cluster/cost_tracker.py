@@ -11,7 +11,8 @@ from genvalues.cluster.api import Object
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.guards import CostLimit, Ledger, reserve_hours
-from genvalues.cluster.objects import is_worker, name_of
+from genvalues.cluster.objects import name_of
+from genvalues.cluster.workloads import is_worker
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object

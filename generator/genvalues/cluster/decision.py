@@ -1,4 +1,4 @@
-"""Which of the existing PyTorchJobs a gate follows, releases, deletes and stops. Pure."""
+"""Which of the existing jobs a gate follows, releases, deletes and stops. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from genvalues.cluster.objects import (
     component_of,
     created,
     family_of,
-    is_active,
-    is_finished,
-    is_released,
     labels_of,
     name_of,
 )
 from genvalues.cluster.trainer_client import ReadStageState, StageState
+from genvalues.cluster.workloads import is_active, is_finished, is_released, workload_of
 from genvalues.common.errors import UserError
 
 
 @dataclass(frozen=True)
 class GateDecision:
-    """Names of PyTorchJobs."""
+    """Names of jobs."""
 
     follow: str = ""
     release: bool = False  # release the job to follow
@@ -33,7 +31,7 @@ class GateDecision:
 
 
 def decide(jobs: list[Object], own: str, release: str, state: StageState) -> GateDecision:
-    """Decide about the PyTorchJobs of one stage and run, which may belong to several revisions and releases.
+    """Decide about the jobs of one stage and run, which may belong to several revisions and releases.
 
     ``own`` is the job of this revision of ``release``. Raises UserError if an unrelated release uses the run's folder.
     """
@@ -79,8 +77,9 @@ def names_to_stop(jobs: list[Object], release: str) -> list[str]:
     for job in jobs:
         if is_active(job) and not is_ours(job, release):
             owner = labels_of(job).get(INSTANCE)
+            named = f"{workload_of(job).name} {name_of(job)}"
             raise UserError(
-                f"PyTorchJob {name_of(job)} of release {owner} uses the same run folder with another configuration",
+                f"{named} of release {owner} uses the same run folder with another configuration",
                 where="name",
                 fix=f"Set another name in this release's values, or uninstall that release: helm uninstall {owner}",
             )

@@ -1,4 +1,4 @@
-"""How a stage that runs as a PyTorchJob fails, and how its gate's log reports it."""
+"""How a stage behind a gate fails, and how its gate's log reports it."""
 
 from __future__ import annotations
 

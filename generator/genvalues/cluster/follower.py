@@ -1,4 +1,4 @@
-"""Follows one released PyTorchJob to its end, and stops it if it cannot continue.
+"""Follows one released job to its end, and stops it if it cannot continue.
 
 While it follows the job it tracks the run's cost (cost_tracker) and stops the job when a guard is reached (guards): the
 workers save a checkpoint, the nodes are released, and the stage fails.
@@ -22,28 +22,21 @@ from genvalues.cluster.failures import STAGE_FAILED, STOPPED, StageFailed, Stopp
 from genvalues.cluster.guards import StallTimer, describe_stall, reserve_hours
 from genvalues.cluster.objects import (
     COST,
-    JOB_NAME,
-    OVERDUE,
     PROGRESS,
     RUN,
-    backoff_limit_of,
-    condition,
     failures_of,
     is_over,
-    is_suspended,
-    labels_of,
     last_seen,
     moment,
     name_of,
     phase_of,
-    seconds_overdue,
     unschedulable,
     why_not_started,
-    workers_of,
 )
 from genvalues.cluster.progress import describe_checkpoint, describe_progress, read_progress
 from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workers import Workers
+from genvalues.cluster.workloads import Workload, job_of
 from genvalues.common.errors import EXIT_USER_ERROR
 
 log = logging.getLogger(__name__)
@@ -66,13 +59,14 @@ TIMINGS = GateTimings()
 
 
 class JobFollower:
-    """Follows one released PyTorchJob to its end."""
+    """Follows one released job to its end."""
 
     def __init__(
         self,
         api: Api,
         config: ClusterConfig,
         stage: str,
+        workload: Workload,
         job: str,
         read_state: ReadStageState,
         timings: GateTimings,
@@ -81,12 +75,14 @@ class JobFollower:
         self.api = api
         self.config = config
         self.stage = stage
+        self.workload = workload
         self.job = job
+        self.title = f"{workload.name} {job}"
         self.read_state = read_state
         self.timings = timings
         self.costs = costs
         self.stall = StallTimer()
-        self.workers = Workers(api, job, timings.interval)
+        self.workers = Workers(api, f"{workload.job_label}={job}", timings.interval)
         self.job_started = 0.0
         self._logged: dict[str, str] = {}  # the last text logged, by subject
         self._since: dict[str, float] = {}  # since when a condition holds
@@ -121,35 +117,33 @@ class JobFollower:
 
     def check(self, state: StageState) -> bool:
         """Look at the job and its pods once. Return True when the stage is done; raises StageFailed if it failed."""
-        job = self.api.get(kinds.PYTORCH_JOBS, self.job)
+        job = self.api.get(self.workload.kind, self.job)
         pods = self.list_pods()
         if job is None:
             fix = f"Start it again: helm upgrade {self.config.release}"
-            raise StageFailed(f"PyTorchJob {self.job} was deleted while it was running. {fix}", status=EXIT_USER_ERROR)
-        self.job_started = moment(job.get("status", {}).get("startTime"))
+            raise StageFailed(f"{self.title} was deleted while it was running. {fix}", status=EXIT_USER_ERROR)
+        self.job_started = self.workload.started(job)
         self.log_changes(job, pods, state)
         if time.monotonic() - self._published_at >= self.timings.progress:
             self.publish(state)
-        if failed := condition(job, "Failed"):
-            raise StageFailed(f"PyTorchJob {self.job}: {failed.get('message') or 'Failed'}")
+        if failed := self.workload.failed(job):
+            raise StageFailed(f"{self.title}: {failed.get('message') or 'Failed'}")
         if any(end.code == EXIT_USER_ERROR for end in self.workers.ends):
             self.end("not retried, because a retry would fail the same way")  # and hold Trainium nodes meanwhile
-        if condition(job, "Succeeded"):
+        if self.workload.succeeded(job):
             return self.all_succeeded(pods) and self.manifest_is_there(state)
         self.end_if_retries_exhausted(job, pods)
         self.end_if_it_cannot_start(job, pods)
         self.guard_cost(job, state)
         self.guard_stall(job, pods, state)
-        if (overdue := seconds_overdue(job)) > 0:
-            # The operator checks activeDeadlineSeconds only when the job changes, so change it.
-            self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": {OVERDUE: f"{overdue:.1f}"}}})
+        self.workload.enforce_deadline(self.api, job)
         return False
 
     def list_pods(self) -> list[Object]:
         """The job's pods as they are now. Costs include the pods of the run's other jobs."""
         of_run = self.api.list(kinds.PODS, labels=f"{RUN}={self.config.run}")
         self.costs.update(of_run)
-        pods = [pod for pod in of_run if labels_of(pod).get(JOB_NAME) == self.job]
+        pods = [pod for pod in of_run if job_of(pod) == self.job]
         for pod in pods:
             self.workers.observe(pod)
         return pods
@@ -167,12 +161,10 @@ class JobFollower:
         if progress := self.new_progress(state):
             annotations[PROGRESS] = compact(progress)
         try:
-            self.api.patch(kinds.PYTORCH_JOBS, self.job, {"metadata": {"annotations": annotations}})
+            self.api.patch(self.workload.kind, self.job, {"metadata": {"annotations": annotations}})
         except ApiError as error:
             if not self._publish_failure_logged:
-                log.warning(
-                    "%s: cannot write progress and cost to PyTorchJob %s: %s", self.stage, self.job, error.message
-                )
+                log.warning("%s: cannot write progress and cost to %s: %s", self.stage, self.title, error.message)
             self._publish_failure_logged = True
         else:
             self._publish_failure_logged = False
@@ -190,7 +182,7 @@ class JobFollower:
     def log_changes(self, job: Object, pods: list[Object], state: StageState) -> None:
         """Log what has changed since the last look."""
         conditions = [one["type"] for one in job.get("status", {}).get("conditions") or [] if one["status"] == "True"]
-        if is_suspended(job) and "Suspended" not in conditions:
+        if self.workload.is_suspended(job) and "Suspended" not in conditions:
             conditions.append("Suspended")
         self.log_change("job", f"{self.job}: {', '.join(conditions) or 'no condition yet'}")
         for pod in pods:
@@ -234,7 +226,7 @@ class JobFollower:
         """
         log.warning("%s: stopping: %s; waiting for the workers to save and exit", self.stage, why())
         self.costs.record_stop(self.job, f"{STOPPED}{why()}. {fix}")
-        self.api.stop_pytorch_job(self.job)
+        self.workload.stop(self.api, self.job)
         deadline = time.monotonic() + self.timings.pods_gone
         while (pods := [pod for pod in self.list_pods() if not is_over(pod)]) and time.monotonic() < deadline:
             time.sleep(self.timings.interval)
@@ -251,10 +243,10 @@ class JobFollower:
     # --- conditions that end the job
 
     def all_succeeded(self, pods: list[Object]) -> bool:
-        """Whether every worker has succeeded. With an elasticPolicy the job succeeds as soon as one worker has."""
+        """Whether every worker has succeeded. A PyTorchJob succeeds as soon as one worker has."""
         failed = [pod for pod in pods if phase_of(pod) == "Failed"]
         if failed:
-            self.end(f"{name_of(failed[0])} failed although PyTorchJob {self.job} succeeded", STAGE_FAILED)
+            self.end(f"{name_of(failed[0])} failed although {self.title} succeeded", STAGE_FAILED)
         running = [name_of(pod) for pod in pods if not is_over(pod)]
         if not running:
             return True
@@ -269,7 +261,7 @@ class JobFollower:
             return True
         if self.lasts("manifest", self.timings.manifest):
             problem = "the stage's manifest is missing or has another fingerprint"
-            raise StageFailed(f"PyTorchJob {self.job} succeeded, but {problem}")
+            raise StageFailed(f"{self.title} succeeded, but {problem}")
         return False
 
     def end_if_retries_exhausted(self, job: Object, pods: list[Object]) -> None:
@@ -278,7 +270,7 @@ class JobFollower:
         The operator would notice only after the kubelet's back-off, up to five minutes during which the nodes are held,
         and counts the restarts of all workers together.
         """
-        limit = backoff_limit_of(job)
+        limit = self.workload.retries(job)
         for pod in pods:
             if failures_of(pod) > limit:
                 self.end(f"{name_of(pod)} has failed {failures_of(pod)} times (backoffLimit {limit})", STAGE_FAILED)
@@ -286,7 +278,7 @@ class JobFollower:
     def end_if_it_cannot_start(self, job: Object, pods: list[Object]) -> None:
         """End a job whose workers do not start: other workers may already hold nodes. Suspended time does not count."""
         limit = self.config.train.unschedulable_timeout_seconds
-        if is_suspended(job):
+        if self.workload.is_suspended(job):
             self._since.clear()
             return
         for pod in pods:
@@ -300,12 +292,13 @@ class JobFollower:
             self.log_change("stuck", f"cannot start: {stuck}")
         if self.lasts("stuck", self.timings.cannot_start, stuck != ""):
             self.end(f"did not start within {self.timings.cannot_start:.0f} s: {stuck}")
-        if self.lasts("missing", limit, len(pods) < workers_of(job)):
-            self.end(f"only {len(pods)} of {workers_of(job)} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
+        wanted = self.workload.workers(job)
+        if self.lasts("missing", limit, len(pods) < wanted):
+            self.end(f"only {len(pods)} of {wanted} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
 
     def end(self, reason: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         """Delete the job and fail. The next gate waits for its pods, so this one does not."""
-        self.api.stop_pytorch_job(self.job)
+        self.workload.stop(self.api, self.job)
         raise StageFailed(reason, status=status)
 
     def lasts(self, what: str, seconds: float, holds: bool = True) -> bool:
@@ -321,7 +314,7 @@ class JobFollower:
         warnings = [event for event in events if event.get("type") == "Warning"]
         latest = max(warnings, key=last_seen, default=None)
         if latest is None:
-            return "no warning event; check the training operator's log"
+            return f"no warning event; check the log of {self.workload.operator}"
         return f"{latest['reason']}: {latest.get('message', '')}"
 
 

@@ -1,7 +1,7 @@
-"""The gate of a stage that runs as a PyTorchJob: it releases the job, follows an earlier one, or skips the stage.
+"""The gate of a stage that runs as a PyTorchJob or TrainJob: it releases the job, follows an earlier one, or skips the
+stage.
 
-Helm waits for Jobs, not for PyTorchJobs. So the chart creates the PyTorchJob suspended, and the gate runs as a Job
-after it:
+Helm waits for Jobs only. So the chart creates the job of the stage suspended, and the gate runs as a Job after it:
 
  1. The stage is up to date: the suspended job is deleted, and no Trainium node is requested.
  2. A job with the same fingerprint still runs, of an earlier revision or another release: the gate follows it and
@@ -18,7 +18,7 @@ import logging
 import time
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Object
+from genvalues.cluster.api import Api, NotAllowed, Object
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.cost_tracker import Clock, CostTracker
 from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
@@ -26,15 +26,14 @@ from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
 from genvalues.cluster.objects import (
     FINGERPRINT,
-    JOB_NAME,
     QUEUE_NAME,
     RUN,
     component_of,
     is_over,
-    labels_of,
     name_of,
 )
 from genvalues.cluster.trainer_client import ReadStageState, StageState
+from genvalues.cluster.workloads import WORKLOADS, Workload, is_finished, is_released, job_of, workload_for
 from genvalues.common import manifests
 from genvalues.common.errors import UserError
 
@@ -52,22 +51,24 @@ def gate(
 ) -> str:
     """Return when the stage is done, with how it ended. Raises StageFailed or UserError otherwise.
 
-    ``own`` is the PyTorchJob of this revision.
+    ``own`` is the job of this revision.
     """
     state = read_state(stage)
     if state.fingerprint is None:
         fix = "Run the pipeline from the start: helm upgrade. Stages that are up to date are skipped"
         raise UserError(f"stage {stage} cannot run: a stage that it depends on is not done", fix=fix)
-    jobs = api.list(kinds.PYTORCH_JOBS, labels=f"{RUN}={config.run}")  # of any release
+    workload = workload_for(config.workload)
+    jobs = api.list(workload.kind, labels=f"{RUN}={config.run}")  # of any release
     decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state)
     stop = list(decision.stop)
     if decision.release:
+        refuse_jobs_of_other_workloads(api, config, workload)
         stop += outdated_jobs_of_other_stages(jobs, stage, config.release, read_state)
     for name in stop:
-        log.info("%s: deleting PyTorchJob %s: it has finished or runs with another configuration", stage, name)
-        api.stop_pytorch_job(name)
+        log.info("%s: deleting %s %s: it has finished or runs with another configuration", stage, workload.name, name)
+        workload.stop(api, name)
     for name in decision.delete:
-        api.delete(kinds.PYTORCH_JOBS, name)
+        workload.delete(api, name)
     costs = None if state.up_to_date else CostTracker(state.progress, config, timings.progress, clock)
     if stop or decision.release:
         wait_for_pods(api, config.run, stage, stop, decision.follow, timings, costs)
@@ -80,20 +81,20 @@ def gate(
             raise StoppedByGuard(costs.ledger.stopped_why)
         upgrade = f"helm upgrade {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
         raise UserError(
-            f"PyTorchJob {own} of stage {stage} not found, and no earlier one is running",
+            f"{workload.name} {own} of stage {stage} not found, and no earlier one is running",
             fix=f"Create it again: {upgrade}",
         )
     if decision.release:
         costs.check_budget(next(job for job in jobs if name_of(job) == own))
-    follower = JobFollower(api, config, stage, decision.follow, read_state, timings, costs)
+    follower = JobFollower(api, config, stage, workload, decision.follow, read_state, timings, costs)
     follower.start(state)  # before the release, so that no pod state is missed
     if decision.release:
-        release(api, own, state.fingerprint, config.job.queue_name)
-    log.info("%s: %s PyTorchJob %s", stage, "released" if decision.release else "following", decision.follow)
+        release(api, workload, own, state.fingerprint, config.job.queue_name)
+    log.info("%s: %s %s", stage, "released" if decision.release else "following", follower.title)
     follower.follow(state)
     log_manifest(state)
     log.info("%s: done", stage)
-    return f"done by PyTorchJob {decision.follow}"
+    return f"done by {follower.title}"
 
 
 def log_manifest(state: StageState) -> None:
@@ -102,14 +103,36 @@ def log_manifest(state: StageState) -> None:
         log.info("%s", line)
 
 
-def release(api: Api, name: str, fingerprint: str, queue: str) -> None:
+def release(api: Api, workload: Workload, name: str, fingerprint: str, queue: str) -> None:
     """Unsuspend the job; with Kueue, add it to the queue instead, and Kueue unsuspends it."""
     patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
     if queue:
         patch["metadata"]["labels"] = {QUEUE_NAME: queue}
     else:
-        patch["spec"] = {"runPolicy": {"suspend": False}}
-    api.patch(kinds.PYTORCH_JOBS, name, patch)
+        patch |= workload.unsuspended()
+    api.patch(workload.kind, name, patch)
+
+
+def refuse_jobs_of_other_workloads(api: Api, config: ClusterConfig, own: Workload) -> None:
+    """Raise UserError if a job of another workload still trains or compiles in the run's folder.
+
+    Without the right to list such jobs, the gate still waits for their pods.
+    """
+    for other in WORKLOADS:
+        if other is own:
+            continue
+        try:
+            jobs = api.list(other.kind, labels=f"{RUN}={config.run}")
+        except NotAllowed:
+            continue
+        names = " ".join(name_of(job) for job in jobs if is_released(job) and not is_finished(job))
+        if names:
+            delete = f"kubectl -n {api.namespace} delete {other.setting} {names} --cascade=foreground"
+            raise UserError(
+                f"{other.name} {names} uses the run folder, and workload is now {own.setting}",
+                where="workload",
+                fix=f"Set workload to {other.setting} to follow it, or stop it, which saves a checkpoint: {delete}",
+            )
 
 
 def wait_for_pods(
@@ -135,7 +158,7 @@ def wait_for_pods(
         return pods
 
     def is_waited_for(pod: Object) -> bool:
-        job = labels_of(pod).get(JOB_NAME, follow)
+        job = job_of(pod) or follow
         return job != follow and not is_over(pod) and (job in stopped or component_of(pod) == stage)
 
     deadline = time.monotonic() + timings.pods_gone
@@ -143,7 +166,7 @@ def wait_for_pods(
         if time.monotonic() >= deadline:
             names = " ".join(pods)
             raise UserError(
-                f"pods of an earlier PyTorchJob are still running after {timings.pods_gone:.0f} s: {names}",
+                f"pods of an earlier job are still running after {timings.pods_gone:.0f} s: {names}",
                 fix=f"Check their nodes. If a node is lost: kubectl -n {api.namespace} delete pod --force {names}",
             )
         time.sleep(timings.interval)

@@ -17,18 +17,16 @@ from genvalues.cluster.objects import (
     container_statuses,
     is_being_deleted,
     is_over,
-    is_suspended,
     labels_of,
     moment,
     name_of,
     phase_of,
-    workers_of,
 )
+from genvalues.cluster.workloads import is_suspended, workers_of, workload_of
 from genvalues.common.json_files import Finite, as_record
 from genvalues.common.text import duration
 
 HOUR = 3600.0
-DEFAULT_GRACE_PERIOD = 30.0  # seconds, the Kubernetes default
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ def ended_at(pod: Object) -> float:
 
 def reserve_hours(job: Object) -> float:
     """Node hours that stopping the job may still take: its pods save a checkpoint within their grace period."""
-    template = job["spec"]["pytorchReplicaSpecs"]["Worker"].get("template", {}).get("spec", {})
-    return workers_of(job) * float(template.get("terminationGracePeriodSeconds", DEFAULT_GRACE_PERIOD)) / HOUR
+    return workers_of(job) * workload_of(job).grace_period(job) / HOUR
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""Reading Kubernetes objects: labels, conditions, states and times of Jobs, PyTorchJobs, pods and events.
+"""Reading Kubernetes objects: labels, conditions, states and times of Jobs, pods and events.
 
 Objects are plain dicts, as the API returns them. Functions are pure.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 from genvalues.cluster.api import Object
 
 STAGE = "llama-lora/stage"  # annotation of every stage's objects
-FINGERPRINT = "llama-lora/fingerprint"  # annotation that a gate sets on the PyTorchJob it releases
+FINGERPRINT = "llama-lora/fingerprint"  # annotation that a gate sets on the job it releases
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
 RUN = "llama-lora/run"  # label of every stage's objects and pods: equal for all that use the same run folder
-JOB_NAME = "training.kubeflow.org/job-name"  # label that the training operator sets on a PyTorchJob's pods
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
-OVERDUE = "llama-lora/seconds-overdue"  # annotation that makes the operator reconcile a PyTorchJob past its deadline
-PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # PyTorchJob annotations for `genvalues status`, compact JSON
+PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # annotations of a job for `genvalues status`, compact JSON
 RUNNER = "runner"  # component of the Job that installs the inner release in mode detached
 GATE_SUFFIX = "-gate"  # component of a stage's gate: STAGE-gate
 INNER_SUFFIX = "-run"  # the release that the runner installs: RELEASE-run
@@ -87,51 +84,14 @@ def is_being_deleted(item: Object) -> bool:
 
 
 def condition(item: Object, kind: str) -> Object | None:
-    """The condition of type ``kind`` if its status is True. Jobs, PyTorchJobs and nodes share this format."""
+    """The condition of type ``kind`` if its status is True. Jobs, custom resources and nodes share this format."""
     conditions = item.get("status", {}).get("conditions") or []
     return next((one for one in conditions if one["type"] == kind and one["status"] == "True"), None)
 
 
 def is_finished(job: Object) -> bool:
-    """Whether a Job or PyTorchJob has completed or failed for good."""
-    return any(condition(job, kind) for kind in ("Complete", "Succeeded", "Failed"))
-
-
-def is_active(job: Object) -> bool:
-    """Neither finished nor being deleted. A deleted PyTorchJob stays until its workers have ended."""
-    return not is_finished(job) and not is_being_deleted(job)
-
-
-def is_released(pytorch_job: Object) -> bool:
-    """Whether a gate has released it."""
-    return FINGERPRINT in annotations_of(pytorch_job)
-
-
-def is_suspended(pytorch_job: Object) -> bool:
-    return bool(pytorch_job["spec"].get("runPolicy", {}).get("suspend"))
-
-
-def workers_of(pytorch_job: Object) -> int:
-    return int(pytorch_job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1))
-
-
-def backoff_limit_of(pytorch_job: Object) -> int:
-    """Retries per worker. The chart sets runPolicy.backoffLimit to that of all workers together plus one."""
-    return max(0, (pytorch_job["spec"]["runPolicy"].get("backoffLimit", 1) - 1) // workers_of(pytorch_job))
-
-
-def seconds_overdue(pytorch_job: Object) -> float:
-    """Seconds that the job has been active beyond its activeDeadlineSeconds. Suspended time does not count."""
-    limit = pytorch_job["spec"]["runPolicy"].get("activeDeadlineSeconds")
-    since = pytorch_job.get("status", {}).get("startTime")
-    if limit is None or not since or is_suspended(pytorch_job):
-        return 0.0
-    return time.time() - moment(since) - float(limit)
-
-
-def is_worker(pod: Object) -> bool:
-    """Whether the training operator created the pod. Other pods of a run use no accelerator node."""
-    return JOB_NAME in labels_of(pod)
+    """Whether a Job has completed or failed for good."""
+    return any(condition(job, kind) for kind in ("Complete", "Failed"))
 
 
 def phase_of(pod: Object) -> str:

@@ -1,6 +1,6 @@
-"""The worker pods of one PyTorchJob: how their containers ended, and the last lines of their logs.
+"""The worker pods of one job: how their containers ended, and the last lines of their logs.
 
-Both are recorded while the pods run, because the training operator deletes the pods of a failed job at once.
+Both are recorded while the pods run, because the operator deletes the pods of a failed job at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import deque
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, Object
-from genvalues.cluster.objects import JOB_NAME, ContainerExit, ends_of, is_over, name_of, started_container
+from genvalues.cluster.objects import ContainerExit, ends_of, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
 from genvalues.common.errors import EXIT_USER_ERROR, EXIT_VOLUME
 
@@ -33,13 +33,13 @@ class LogTail:
 
 
 class Workers:
-    """Observes the worker pods of ``job`` from start() to close()."""
+    """Observes the pods with the label ``selector`` from start() to close()."""
 
-    def __init__(self, api: Api, job: str, interval: float) -> None:
+    def __init__(self, api: Api, selector: str, interval: float) -> None:
         self.ends: list[ContainerExit] = []
         self._tails: dict[str, LogTail] = {}  # by pod uid
         self._api = api
-        self._job = job
+        self._selector = selector
         self._interval = interval
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -100,7 +100,7 @@ class Workers:
     def _watch(self) -> None:
         while not self._closed.is_set():
             try:
-                for pod in self._api.watch(kinds.PODS, labels=f"{JOB_NAME}={self._job}"):
+                for pod in self._api.watch(kinds.PODS, labels=self._selector):
                     self.observe(pod)
             except (ApiError, *kinds.TRANSPORT_ERRORS):
                 pass  # a lasting problem is reported by the gate's own requests

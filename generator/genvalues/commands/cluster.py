@@ -123,10 +123,10 @@ def preflight_command(config: Path) -> int:
 @config_option
 @click.option("--run-config", type=click.Path(path_type=Path), required=True, help="The chart's run.yaml.")
 @click.option("--stage", required=True, help="Name of the stage.")
-@click.option("--job", required=True, help="Name of this revision's PyTorchJob.")
+@click.option("--job", required=True, help="Name of this revision's PyTorchJob or TrainJob.")
 @command
 def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
-    """Release a stage's PyTorchJob unless the stage is up to date, follow it, and exit with its outcome.
+    """Release a stage's job unless the stage is up to date, follow it, and exit with its outcome.
 
     \b
     Example:
@@ -159,6 +159,13 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     "--run", default="", help="Value of the label llama-lora/run. Stages of RELEASE-run that have it are stopped too."
 )
 @click.option(
+    "--workload",
+    default="pytorchjob",
+    show_default=True,
+    type=click.Choice(["pytorchjob", "trainjob"]),
+    help="The setting workload.",
+)
+@click.option(
     "--timeout-seconds", type=click.FloatRange(min=1), default=180.0, show_default=True, help="Fail after this time."
 )
 @click.option(
@@ -170,7 +177,7 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
 )
 @command
 def cleanup_command(
-    release: str, namespace: str, run: str, timeout_seconds: float, own_job: tuple[str, int] | None
+    release: str, namespace: str, run: str, workload: str, timeout_seconds: float, own_job: tuple[str, int] | None
 ) -> int:
     """Stop everything of a release that still runs, and wait until its pods are gone.
 
@@ -179,12 +186,13 @@ def cleanup_command(
         genvalues cluster cleanup --release llama-lora --namespace default
     """
     from genvalues.cluster import api, cleanup
+    from genvalues.cluster.workloads import workload_for
 
     server = api.connect(namespace, patience=timeout_seconds)
     if own_job:
         server.patch(api.JOBS, own_job[0], {"spec": {"activeDeadlineSeconds": own_job[1]}})
     try:
-        cleanup.cleanup(server, release, timeout_seconds, run=run)
+        cleanup.cleanup(server, release, timeout_seconds, workload=workload_for(workload), run=run)
     except cleanup.StillRunning as problem:
         click.echo(str(problem), err=True)
         return 1

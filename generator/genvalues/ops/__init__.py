@@ -6,7 +6,8 @@ into words. API requests of each command, with the caller's rights, in the relea
     command    resource                           verbs
     (all)      secrets                            list       # Helm's records of the release, by Helm
     status     jobs.batch                         list
-    status     pytorchjobs.kubeflow.org           list
+    status     pytorchjobs.kubeflow.org           list       # or the next: the release's workload
+    status     trainjobs.trainer.kubeflow.org     list
     status     pods                               list       # optional: nodes, why a pod does not start
     status     pods/log                           get        # optional: reasons, the log's tail, which stages skipped
     status     events                             list       # optional: why there are no pods

@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
 from genvalues.cluster.api import Kind as ApiKind
 from genvalues.cluster.objects import container_statuses, inner_release_of, last_seen, name_of
+from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
 from genvalues.common.files import place_of, write_named
@@ -50,7 +52,8 @@ DEPLOYMENTS = ApiKind("apis/apps/v1", "deployments")
 OPERATOR = "training-operator"  # the Deployment of Kubeflow's training operator v1, in namespace kubeflow
 NODE_LABELS = ("node.kubernetes.io/", "topology.kubernetes.io/", "sagemaker.amazonaws.com/", "karpenter.sh/")
 KIND_OF = {
-    **{"jobs": "Job", "pytorchjobs": "PyTorchJob", "configmaps": "ConfigMap", "pods": "Pod", "events": "Event"},
+    **{workload.kind.plural: workload.name for workload in WORKLOADS},
+    **{"jobs": "Job", "configmaps": "ConfigMap", "pods": "Pod", "events": "Event"},
     "persistentvolumeclaims": "PersistentVolumeClaim",
 }
 LOG_BYTES = 4 << 20  # kept of each container's log: the end
@@ -168,7 +171,7 @@ def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -
 
     sources: dict[str, Callable[[], list[Object]]] = {
         "jobs": lambda: listed(kinds.JOBS),
-        "pytorchjobs": lambda: listed(kinds.PYTORCH_JOBS),
+        **{workload.kind.plural: partial(listed, workload.kind) for workload in WORKLOADS},
         "configmaps": lambda: listed(CONFIG_MAPS),
         "pods": lambda: listed(kinds.PODS),
         "persistentvolumeclaims": lambda: [found] if (found := server.get(kinds.CLAIMS, record.claim)) else [],

@@ -14,11 +14,11 @@ from genvalues.cluster.objects import (
     RUNNER,
     created,
     is_over,
-    is_worker,
     name_of,
     started_container,
 )
 from genvalues.cluster.podlog import PodLog
+from genvalues.cluster.workloads import is_worker
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
 from genvalues.ops.stages import Object, StageStatus

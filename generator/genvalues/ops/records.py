@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from genvalues.cluster.objects import COMPONENT, RUNNER, STAGE, annotations_of, labels_of, name_of
+from genvalues.cluster.workloads import NAMES
 from genvalues.common import helm
 from genvalues.common.dicts import get
 
@@ -39,7 +40,7 @@ class HelmHook:
     @property
     def stage(self) -> str:
         """The stage that it belongs to, with -gate at the end for a gate; empty for other hooks."""
-        is_stage = {"post-install", "post-upgrade"} & set(self.events) and self.kind in ("Job", "PyTorchJob")
+        is_stage = {"post-install", "post-upgrade"} & set(self.events) and self.kind in ("Job", *NAMES)
         return annotations_of(self.manifest).get(STAGE, "") if is_stage else ""
 
     @property

@@ -1,7 +1,8 @@
 """The stages of a release with their states, decided from Helm's record and the API's objects. No I/O.
 
 Helm's hooks say which stages there are, in which order, and whether one has started in this revision (a Job of an
-earlier revision stays until its stage starts again). The stage's Job, its gate's Job and its PyTorchJob say the rest.
+earlier revision stays until its stage starts again). The stage's Job, its gate's Job and the PyTorchJob or TrainJob say
+the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from genvalues.cluster.objects import (
     COST,
     GATE_SUFFIX,
     INSTANCE,
-    JOB_NAME,
     PROGRESS,
     QUEUE_NAME,
     annotations_of,
@@ -27,17 +27,22 @@ from genvalues.cluster.objects import (
     created,
     ends_of,
     family_of,
-    is_active,
     is_over,
-    is_released,
-    is_suspended,
     labels_of,
     last_seen,
     moment,
     name_of,
     unschedulable,
     why_not_started,
+)
+from genvalues.cluster.workloads import (
+    NAMES,
+    is_active,
+    is_released,
+    is_suspended,
+    job_of,
     workers_of,
+    workload_of,
 )
 from genvalues.common.manifests import SKIPPED
 from genvalues.ops.records import HelmHook
@@ -53,7 +58,7 @@ class ReleaseObjects:
     """The API's objects of one release. ``logs``: by pod that has ended, the last lines of its log."""
 
     jobs: Sequence[Object] = ()
-    pytorch_jobs: Sequence[Object] = ()
+    workloads: Sequence[Object] = ()  # PyTorchJobs and TrainJobs
     pods: Sequence[Object] = ()
     events: Sequence[Object] = ()
     logs: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -103,7 +108,7 @@ def stages_of(hooks: Sequence[HelmHook], objects: ReleaseObjects) -> tuple[Stage
 
 
 def hooks_by_stage(hooks: Sequence[HelmHook]) -> dict[str, list[HelmHook]]:
-    """By stage, in order: the hook of its Job, or those of its PyTorchJob and of its gate."""
+    """By stage, in order: the hook of its Job, or those of its PyTorchJob or TrainJob and of its gate."""
     found: dict[str, list[HelmHook]] = {}
     for hook in sorted(hooks, key=lambda hook: (hook.weight, hook.name)):
         if hook.stage:
@@ -113,10 +118,10 @@ def hooks_by_stage(hooks: Sequence[HelmHook]) -> dict[str, list[HelmHook]]:
 
 def stage_status(name: str, hooks: Sequence[HelmHook], objects: ReleaseObjects) -> StageStatus:
     job = next(hook for hook in hooks if hook.kind == "Job")
-    pytorch_job = next((hook for hook in hooks if hook.kind == "PyTorchJob"), None)
+    gated = next((hook for hook in hooks if hook.kind in NAMES), None)
     status = job_status(name, job, objects)
-    if pytorch_job is not None:
-        return pytorch_job_status(name, status, pytorch_job, objects)
+    if gated is not None:
+        return gated_job_status(name, status, gated, objects)
     return status if status.state == "waiting" else with_pods(status, objects.pods_of(objects.job(job.name)))
 
 
@@ -175,22 +180,22 @@ def had_nothing_to_do(job: Object, objects: ReleaseObjects) -> bool:
     return any(SKIPPED in line for line in lines)
 
 
-# --- a PyTorchJob and its gate
+# --- a PyTorchJob or TrainJob and its gate
 
 
-def pytorch_job_status(stage: str, gate: StageStatus, hook: HelmHook, objects: ReleaseObjects) -> StageStatus:
-    """The gate ends as the stage does. While it runs, or if it does not exist, the PyTorchJob says more."""
-    job = pytorch_job_of(stage, hook, objects)
+def gated_job_status(stage: str, gate: StageStatus, hook: HelmHook, objects: ReleaseObjects) -> StageStatus:
+    """The gate ends as the stage does. While it runs, or if it does not exist, its job says more."""
+    job = gated_job_of(stage, hook, objects)
     if job is None:
         is_between_hooks = gate.state == "waiting" and hook.has_started
         return replace(gate, state="running") if is_between_hooks else gate
     status = gate
     if is_running(job) and gate.state in ("waiting", "failed", "stopped") and not is_suspended(job):
-        note = f"PyTorchJob {name_of(job)} runs without a gate; the next install follows it"
-        status = StageStatus(stage, "running", started_at(job), note=note)
+        note = f"{workload_of(job).name} {name_of(job)} runs without a gate; the next install follows it"
+        status = StageStatus(stage, "running", time_of(workload_of(job).started(job) or created(job)), note=note)
     if status.state in ("waiting", "skipped"):
         return status
-    workers = [pod for pod in objects.pods if labels_of(pod).get(JOB_NAME) == name_of(job)]
+    workers = [pod for pod in objects.pods if job_of(pod) == name_of(job)]
     status = replace(status, progress=annotated(job, PROGRESS, stage), cost=annotated(job, COST))
     status = with_pods(status, workers)
     if status.state == "running" and not status.note:
@@ -198,12 +203,12 @@ def pytorch_job_status(stage: str, gate: StageStatus, hook: HelmHook, objects: R
     return status
 
 
-def pytorch_job_of(stage: str, hook: HelmHook, objects: ReleaseObjects) -> Object | None:
-    """The stage's PyTorchJob: the one that runs, of any revision; else this revision's; else none."""
+def gated_job_of(stage: str, hook: HelmHook, objects: ReleaseObjects) -> Object | None:
+    """The stage's PyTorchJob or TrainJob: the one that runs, of any revision; else this revision's; else none."""
     release = labels_of(hook.manifest).get(INSTANCE, "")
     jobs = [
         job
-        for job in objects.pytorch_jobs
+        for job in objects.workloads
         if component_of(job) == stage and family_of(labels_of(job).get(INSTANCE, "")) == family_of(release)
     ]
     newest = max(filter(is_running, jobs), key=created, default=None)

@@ -15,6 +15,7 @@ from genvalues.cluster.api import Api, ApiError, NotAllowed, ServerAway
 from genvalues.cluster.failures import STAGE_FAILED
 from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
 from genvalues.cluster.podlog import text_of_line
+from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get
 from genvalues.common.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.common.reports import document_of
@@ -242,7 +243,7 @@ class ReleaseWatcher:
                 return []
 
         jobs = self.server.list(kinds.JOBS, labels=self.selector)
-        pytorch_jobs = self.server.list(kinds.PYTORCH_JOBS, labels=self.selector)
+        workloads = self.workloads()
         pods = optional(kinds.PODS, self.selector)
         events = optional(kinds.EVENTS)
         try:
@@ -250,7 +251,18 @@ class ReleaseWatcher:
         except NotAllowed as error:
             not_read.append(error.message)
             logs = {}
-        return ReleaseObjects(jobs, pytorch_jobs, pods, events, logs), not_read
+        return ReleaseObjects(jobs, workloads, pods, events, logs), not_read
+
+    def workloads(self) -> list[Object]:
+        """The jobs of compile and train. Raises NotAllowed if those of the release's workload may not be listed."""
+        found = []
+        for workload in WORKLOADS:
+            try:
+                found += self.server.list(workload.kind, labels=self.selector)
+            except NotAllowed:
+                if workload.setting == (get(self.record().cluster_config, "workload", str) or WORKLOADS[0].setting):
+                    raise
+        return found
 
     def log_tail(self, pod: Object) -> list[str]:
         """The last lines of a pod that has ended."""
@@ -270,7 +282,7 @@ class ReleaseWatcher:
         """Helm's records, read again if a Job was created, ended or deleted, or after RECORD_SECONDS."""
         state = [
             (item["metadata"]["uid"], item.get("status", {}).get("conditions"))
-            for item in [*objects.jobs, *objects.pytorch_jobs]
+            for item in [*objects.jobs, *objects.workloads]
         ]
         is_old = time.monotonic() - self._records_at > RECORD_SECONDS
         if self._records is None or state != self._records_of or is_old:

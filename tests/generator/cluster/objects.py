@@ -25,6 +25,7 @@ def pytorch_job(
     """Suspended as the chart creates it, or released by a gate for ``fingerprint``."""
     annotations = {"llama-lora/stage": stage} | ({"llama-lora/fingerprint": fingerprint} if fingerprint else {})
     return {
+        "kind": "PyTorchJob",
         "metadata": {"name": name, "labels": labels(release, stage, run), "annotations": annotations},
         "spec": {
             "runPolicy": {"suspend": not fingerprint, "backoffLimit": 1 + workers},  # the chart's for one retry

@@ -13,12 +13,13 @@ from generator.cluster.objects import RUN, helm_record, job, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import StillRunning, cleanup, helm
+from genvalues.cluster.workloads import workload_for
 
 Object = dict[str, Any]
 
 
 def clean(api: Api, release: str = "demo", timeout: float = 5.0, interval: float = 0.02, **options: Any) -> None:
-    cleanup(api, release, timeout, interval=interval, **options)
+    cleanup(api, release, timeout, interval=interval, workload=workload_for("pytorchjob"), **options)
 
 
 def add_job(fake: FakeApi, name: str, stage: str, **options: Any) -> Object:

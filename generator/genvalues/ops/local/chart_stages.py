@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from genvalues.cluster.workloads import NAMES
+
 STAGE = "llama-lora/stage"  # annotation: the stage's name
 NEEDS_CLUSTER = "llama-lora/needs-cluster"  # annotation of stages that do nothing outside a cluster
 
@@ -24,8 +26,8 @@ def is_pipeline_hook(item: Object) -> bool:
 
 
 def stage_jobs(objects: Sequence[Object]) -> list[Object]:
-    """The Jobs and PyTorchJobs of the stages in the order in which Helm runs hooks: by weight, then name."""
-    jobs = [item for item in objects if is_pipeline_hook(item) and item["kind"] in ("Job", "PyTorchJob")]
+    """The jobs of the stages in the order in which Helm runs hooks: by weight, then name."""
+    jobs = [item for item in objects if is_pipeline_hook(item) and item["kind"] in ("Job", *NAMES)]
     return sorted(
         jobs, key=lambda item: (int(annotation_of(item, "helm.sh/hook-weight") or 0), item["metadata"]["name"])
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from genvalues.cluster.workloads import NAMES, workload_of
 from genvalues.common.errors import POD, UserError
 from genvalues.common.files import write_text
 from genvalues.common.process import GRACE, Command
@@ -47,24 +48,23 @@ class Machine:
         self.hidden = workspace / ".local"
         self.logs = self.hidden / "logs"
         self.relay_progress = relay_progress
+        self.objects = objects
         self.config_maps = config_maps(objects)
 
     def stage(self, item: Object) -> LocalStage:
-        """The commands of a stage's Job or PyTorchJob. Raises UserError where one cannot run on this computer."""
+        """The commands of a stage's job. Raises UserError where one cannot run on this computer."""
         return LocalStage(annotation_of(item, STAGE), tuple(self.groups(item)))
 
     def groups(self, item: Object) -> Iterator[tuple[Command, ...]]:
-        """A Job's init containers and then its container, one by one; all workers of a PyTorchJob together."""
+        """A Job's init containers and then its container, one by one; all workers of compile and train together."""
         stage = annotation_of(item, STAGE)
-        if item["kind"] == "PyTorchJob":
-            worker = item["spec"]["pytorchReplicaSpecs"]["Worker"]
-            replicas, pod = worker["replicas"], worker["template"]["spec"]
-            port = free_port()
+        if item["kind"] in NAMES:
+            workload = workload_of(item)
+            pod = workload.worker_template(item, self.objects)["spec"]
+            settings = torchrun_settings(workload.workers(item), workload.processes(item), free_port())
             yield tuple(
-                self.command(
-                    f"worker-{index}", stage, pod, pod["containers"][0], torchrun_settings(item, replicas, port)
-                )
-                for index in range(replicas)
+                self.command(f"worker-{index}", stage, pod, pod["containers"][0], settings)
+                for index in range(workload.workers(item))
             )
             return
         pod = item["spec"]["template"]["spec"]
@@ -165,11 +165,11 @@ def user_environment(container: Object) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden and not TORCHRUN.fullmatch(name)}
 
 
-def torchrun_settings(item: Object, replicas: int, port: int) -> dict[str, str]:
-    """The variables that the training operator sets for an elastic job, with the rendezvous on this computer."""
+def torchrun_settings(workers: int, processes: int, port: int) -> dict[str, str]:
+    """The variables that a worker has in a cluster, with the rendezvous on this computer. ``processes``: on each."""
     return {
-        "PET_NNODES": f"{replicas}:{replicas}",
-        "PET_NPROC_PER_NODE": str(item["spec"].get("nprocPerNode", 1)),
+        "PET_NNODES": f"{workers}:{workers}",
+        "PET_NPROC_PER_NODE": str(processes),
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": f"localhost:{port}",
         "PET_LOCAL_ADDR": "127.0.0.1",
