@@ -113,7 +113,7 @@ def test_a_missing_training_operator_or_device_plugin_stops_the_install_with_a_f
     not_running = (
         "PyTorchJob is served, but no operator reconciled a test job within 10 s FIX: kubectl -n kubeflow rollout"
     )
-    not_installed = "not installed: the API server does not serve PyTorchJob FIX: kubectl apply --server-side -k"
+    not_installed = "not installed: the API server does not serve PyTorchJob"
     for without_operator, found in [(operator_stopped, not_running), (kind_not_served, not_installed)]:
         space = new_space()
         space.volume.create()
