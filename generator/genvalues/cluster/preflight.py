@@ -16,7 +16,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
 from genvalues.cluster.objects import condition, labels_of, last_seen, name_of
-from genvalues.cluster.suspended_probe import PROBES, Probe, metadata, probe_of
+from genvalues.cluster.workloads.probe import PROBES, Probe, metadata, probe_of
 from genvalues.common.findings import Finding
 from genvalues.common.neuron_files import runtime_version
 
@@ -95,31 +95,31 @@ def check_operator(api: Api, config: ClusterConfig, timings: PreflightTimings) -
             return [Finding("error", probe.subject, f"Kueue's webhook does not answer: {error.message}", RESTART_KUEUE)]
         seen = False
     except NotAllowed as error:
-        found = f"{probe.title} is served; cannot test the operator: {error.message}"
+        found = f"{probe.workload.name} is served; cannot test the operator: {error.message}"
         return [Finding("not checked", probe.subject, found)]
     finally:
         delete_probe(api, probe, config, "preflight")
     if seen:
-        return [Finding("ok", probe.subject, f"installed, and reconciles {probe.title}s")]
-    found = f"{probe.title} is served, but no operator reconciled a test job within {timings.operator:.0f} s"
+        return [Finding("ok", probe.subject, f"installed, and reconciles {probe.workload.name}s")]
+    found = f"{probe.workload.name} is served, but no operator reconciled a test job within {timings.operator:.0f} s"
     return [Finding("error", probe.subject, found, probe.restart)]
 
 
 def not_served(api: Api, config: ClusterConfig, probe: Probe) -> Finding:
     """The finding for a workload that the cluster lacks. If it has the other one, the fix is to use that."""
-    found = f"not installed: the API server does not serve {probe.title}"
+    found = f"not installed: the API server does not serve {probe.workload.name}"
     other = next(other for other in PROBES if other is not probe)
     if not other.is_served(api):
         return Finding("error", probe.subject, found, probe.install)
     fix = (
         f"helm upgrade --install {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
-        f" --set workload={other.setting}   # in an inputs file: chartValues.workload"
+        f" --set workload={other.workload.setting}   # in an inputs file: chartValues.workload"
     )
-    return Finding("error", probe.subject, f"{found}, but {other.title} of {other.subject}", fix)
+    return Finding("error", probe.subject, f"{found}, but {other.workload.name} of {other.subject}", fix)
 
 
 def is_reconciled(api: Api, probe: Probe, name: str) -> bool:
-    job = api.get(probe.kind, name)
+    job = api.get(probe.workload.kind, name)
     return bool(job and job.get("status", {}).get("conditions"))
 
 
@@ -527,13 +527,13 @@ def check_integration(api: Api, config: ClusterConfig, timings: PreflightTimings
     has PyTorchJob off by default): such a job stays suspended forever, without an event.
     """
     probe = probe_of(config)
-    subject = f"Kueue for {probe.title}"
+    subject = f"Kueue for {probe.workload.name}"
     workloads = kinds.Kind(kueue, "workloads")
     if not probe.is_served(api):
-        return Finding("not checked", subject, f"the API server does not serve {probe.title}")
+        return Finding("not checked", subject, f"the API server does not serve {probe.workload.name}")
     try:
         name = probe.create(api, config, "queue")
-        uid = (api.get(probe.kind, name) or {"metadata": {}})["metadata"].get("uid", "")
+        uid = (api.get(probe.workload.kind, name) or {"metadata": {}})["metadata"].get("uid", "")
         made = wait_until(
             lambda: bool(api.list(workloads, labels=f"{JOB_UID}={uid}")), timings.workload, timings.interval
         )
@@ -543,13 +543,13 @@ def check_integration(api: Api, config: ClusterConfig, timings: PreflightTimings
     finally:
         delete_probe(api, probe, config, "queue")
     if made:
-        return Finding("ok", subject, f"makes a Workload for a {probe.title}")
+        return Finding("ok", subject, f"makes a Workload for a {probe.workload.name}")
     found = (
-        f"made no Workload for a test {probe.title} within {timings.workload:.0f} s, so the job would stay suspended:"
-        " its integration is off, or Kueue does not manage this namespace, or is not running"
+        f"made no Workload for a test {probe.workload.name} within {timings.workload:.0f} s, so the job would stay"
+        " suspended: its integration is off, or Kueue does not manage this namespace, or is not running"
     )
     fix = (
-        f"kubectl -n kueue-system edit configmap kueue-manager-config   # add {probe.integration} to"
+        f"kubectl -n kueue-system edit configmap kueue-manager-config   # add {probe.workload.integration} to"
         f" integrations.frameworks, then {RESTART_KUEUE}; or set kueue.queueName: ''"
     )
     return Finding("error", subject, found, fix)

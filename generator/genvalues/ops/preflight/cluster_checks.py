@@ -19,7 +19,7 @@ from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.preflight import PreflightTimings
-from genvalues.cluster.suspended_probe import probe_of
+from genvalues.cluster.workloads.probe import probe_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
@@ -157,7 +157,9 @@ def check_operator_installed(api: Api, config: ClusterConfig, timings: Preflight
     probe = probe_of(config)
     if not probe.is_served(api):
         return [stage.not_served(api, config, probe)]
-    found = f"{probe.title} is served; whether the operator runs can only be tested in namespace {api.namespace}"
+    found = (
+        f"{probe.workload.name} is served; whether the operator runs can only be tested in namespace {api.namespace}"
+    )
     return [Finding("not checked", probe.subject, found, f"kubectl create namespace {api.namespace}")]
 
 

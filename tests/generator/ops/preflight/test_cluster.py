@@ -199,7 +199,7 @@ def test_the_callers_own_permissions_count_and_not_those_of_the_release(ready: F
 
 # --- the drivers of the nodes
 
-EC2 = merge(TRN1, {"instance": "trn1.32xlarge"})
+EC2 = merge(TRN1, {"instance": "trn1.32xlarge", "hyperpod": {"autoResume": False}})
 
 
 class Aws:
