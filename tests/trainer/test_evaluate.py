@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llama_lora import evaluation
+from llama_lora import environment, evaluation
 from llama_lora.evaluation import Score
 from llama_lora.stage import Stage
 from trainer.conftest import Run
@@ -145,13 +148,30 @@ def test_the_time_of_the_first_rows_tells_how_many_there_is_time_for(monkeypatch
 def test_answers_are_left_out_where_the_model_does_not_fit_into_memory(
     finished_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation.environment, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(environment, "available_memory", lambda: 1 << 30)
     forget(finished_run)
     said = finished_run("evaluate")
     (note,) = facts_of(finished_run)["notes"]
     assert "No sample answers" in note and "2.0 GiB" in note and "1.0 are available" in note
     assert "stages.evaluate.resources.limits.memory" in note and note in said
     assert note in finished_run.paths.report.read_text() and facts_of(finished_run)["rows"] == 4
+
+
+def test_memory_is_that_of_the_container_and_of_the_node(tmp_path: Path) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def of(limit: str, file: str = "memory.max") -> int | None:
+        (tmp_path / "proc/self").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc/self/statm").write_text("900 100 20 1 0 30 0")
+        (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable: 8000 kB\n")
+        shutil.rmtree(tmp_path / "sys", ignore_errors=True)
+        (tmp_path / "sys/fs/cgroup" / file).parent.mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup" / file).write_text(limit)
+        return environment.available_memory(tmp_path)
+
+    assert of("4096000\n") == of("4096000\n", "memory/memory.limit_in_bytes") == 4096000 - 100 * page
+    assert of("max\n") == of("9223372036854771712\n", "memory/memory.limit_in_bytes") == 8000 * 1024
+    assert environment.available_memory(tmp_path / "elsewhere") is None
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(whole_run: Run) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from llama_lora import streaming
 from llama_lora.data.batches import Batch, make_batch
@@ -118,6 +119,25 @@ def test_logits_of_few_positions_exist_at_a_time(tmp_path: Path, monkeypatch: py
     assert_same(found, in_memory(folder, None, batches))
 
 
+def test_what_a_pass_keeps_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamedModel(make_model(tmp_path))
+    token = 4 * (32 + 2 * 8)  # hidden state, cosine and sine of 32 features in heads of 8, fp32
+    monkeypatch.setattr(streaming, "HIDDEN_STATES", 2 * 40 * (token + 40))
+    assert model.passes([(1, 40)] * 5) == [[0, 1], [2, 3], [4]]
+    assert model.passes([(9, 400), (1, 40), (1, 40)]) == [[0], [1, 2]], "a batch that is larger is alone"
+
+
+def test_each_weight_is_read_once_in_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamedModel(make_model(tmp_path))
+    reads: list[int] = []
+    read = streaming.read_into
+    monkeypatch.setattr(
+        streaming, "read_into", lambda target, file, tensor: reads.append(tensor.begin) or read(target, file, tensor)
+    )
+    model.row_losses([make_batch(rows_of(40)), make_batch(rows_of(31)), make_batch(rows_of(17))])
+    assert len(reads) == len(set(reads)) == len(load_file(tmp_path / "model.safetensors"))
+
+
 def peak_of(work: Callable[[], object]) -> float:
     """MB by which the memory of this process grows at most while ``work`` runs."""
 
@@ -134,8 +154,6 @@ def peak_of(work: Callable[[], object]) -> float:
 
 def large_model(folder: Path, layers: int) -> tuple[Path, Path]:
     """A model with layers of 15 MB, and an adapter of it."""
-    from safetensors.torch import save_file
-
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers}
     base = make_model(folder / "base", **sizes)
     factors = {

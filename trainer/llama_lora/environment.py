@@ -71,22 +71,22 @@ def is_own_address(host: str) -> bool:
     return False
 
 
-def available_memory() -> int | None:
+def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take: of the container's limit (cgroup v2 or v1) and of the machine.
 
-    None where neither is known. Page cache counts as available: the kernel frees it.
+    None where neither is known. Page cache counts as available: the kernel frees it. ``root`` is for tests.
     """
     found = []
     try:
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        used = int((root / "proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError, IndexError):  # not Linux
         return None
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for file in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # another cgroup version, or "max" (no limit)
-            found.append(int(Path(file).read_text(encoding="ascii")) - used)
+            found.append(int((root / file).read_text(encoding="ascii")) - used)
     return min(found, default=None)
 
 
