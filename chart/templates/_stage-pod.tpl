@@ -225,6 +225,11 @@ spec:
 {{ list "/tmp" "/etc/llama-lora" "/dev/shm" | toJson }}
 {{- end }}
 
+{{- /* Directories that the container needs, so that nothing may be mounted over them. */}}
+{{- define "stage.systemPaths" -}}
+{{ list "/" "/bin" "/dev" "/etc" "/lib" "/lib64" "/opt" "/proc" "/sbin" "/sys" "/usr" | toJson }}
+{{- end }}
+
 {{- /* stageDefaults, overridden key by key by the stage's settings. Lists and scalars are replaced. (mergeOverwrite would
        ignore a stage's 0, "" and false.) Arguments: root, settings. */}}
 {{- define "stage.settings" -}}

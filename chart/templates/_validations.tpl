@@ -332,7 +332,7 @@ storage.fsx.s3ExportPath is in another bucket than storage.fsx.s3ImportPath. Use
 
 {{- define "llama-lora.validations.workspace" -}}
 {{- $path := .Values.workspace.mountPath }}
-{{- if has $path (include "llama-lora.systemPaths" . | fromJsonArray) }}
+{{- if has $path (include "stage.systemPaths" . | fromJsonArray) }}
 workspace.mountPath {{ $path }} would hide a directory of the image. Use another path, e.g. /workspace.
 {{- end }}
 {{- if or (has $path (include "stage.mountPaths" . | fromJsonArray)) (hasPrefix "/etc/llama-lora/" $path) }}
@@ -420,7 +420,7 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- if or (has (clean $mount.mountPath) $taken) (hasPrefix "/etc/llama-lora/" $mount.mountPath) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} is already used by another mount. Choose another path.
 {{- end }}
-{{- if has (clean $mount.mountPath) (include "llama-lora.systemPaths" $ | fromJsonArray) }}
+{{- if has (clean $mount.mountPath) (include "stage.systemPaths" $ | fromJsonArray) }}
 stages.{{ $stage }}: extraVolumeMounts.{{ $name }}.mountPath {{ $mount.mountPath }} would hide a directory of the image. Choose a path below it.
 {{- end }}
 {{- $taken = append $taken (clean $mount.mountPath) }}
@@ -453,11 +453,6 @@ stages.{{ $stage }}: extraEnv.LLAMA_LORA_GRACE_SECONDS is set by the chart. Use 
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_WORKSPACE is set by the chart. Use workspace.mountPath.
 {{- end }}
 {{- end }}
-{{- end }}
-
-{{- /* Directories that the container needs. */}}
-{{- define "llama-lora.systemPaths" -}}
-{{ list "/" "/bin" "/dev" "/etc" "/lib" "/lib64" "/opt" "/proc" "/sbin" "/sys" "/usr" | toJson }}
 {{- end }}
 
 {{- /* A deadline that ends what watches over a job, but not the job. */}}

@@ -480,6 +480,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"training": {"earlyStoppingThreshold": 0.1}},
         "training.earlyStoppingThreshold has no effect without",
     ),
+    "a TrainJob that HyperPod should resume": (
+        merged(NEURON, {"instance": "ml.trn1.32xlarge", "workload": "trainjob", "hyperpod": {"autoResume": True}}),
+        "hyperpod.autoResume is true, but HyperPod resumes PyTorchJobs only. Set it to false",
+    ),
     "a deadline of the gate": (
         {"stages": {"gate": {"activeDeadlineSeconds": 3600}}},
         "stages.gate.activeDeadlineSeconds would end the gate and with it guards.maxCost and guards.stallTimeout",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 
-from chart.manifests import MINIMAL, Object, Values, config, merged, one, pod, pods, render
+from chart.manifests import MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
 from chart.test_pipeline import TRAINER, TRAINIUM
 from genvalues.cluster.follower import TIMINGS
 
@@ -17,7 +19,6 @@ SECRETS: Values = {
         "site": {"configMapRef": {"name": "site", "optional": True}, "prefix": "SITE_"},
     },
 }
-KUEUE: Values = {"kueue": {"queueName": "research"}}
 
 
 def variables(each: Any) -> list[Object]:
@@ -207,3 +208,26 @@ def test_further_objects_are_templates_and_belong_to_the_release(helm: int) -> N
     run = config(objects, "cluster.yaml")["run"]
     assert monitor["spec"] == {"selector": {"matchLabels": {"llama-lora/run": run}}}
     assert one(objects, "Service")["metadata"]["name"] == "plain"
+
+
+# --- docs/pods.md
+
+
+def examples() -> list[str]:
+    page = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
+    section = page.partition("## Settings of the pods\n")[2].partition("\n## ")[0]
+    return re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", examples())
+def test_an_example_of_the_page_does_something(example: str) -> None:
+    values = yaml.safe_load(example)
+    assert render(merged(TRAINIUM, values)) != render(TRAINIUM)
+
+
+def test_the_page_has_an_example_of_each_setting() -> None:
+    shown = " ".join(examples())
+    settings = ["extraEnvSecrets", "extraEnvFrom", "jobLabels", "commonLabels", "topologySpreadConstraints"]
+    settings += ["schedulerName", "serviceAccountName", "supplementalGroups", "seccompProfile", "extraObjects"]
+    settings += ["terminationGracePeriodSeconds", "ephemeral-storage", "networkPolicy", "capacityReservation"]
+    assert [setting for setting in settings if setting not in shown] == []

@@ -235,7 +235,7 @@ class StageSettings(Block):
     )
     affinity: Affinity | None = Field(None, description="Affinity of the pods.")
     topology_spread_constraints: list[TopologySpread] | None = Field(
-        None, description="How to spread the pods, such as the workers of train over the fewest switches."
+        None, description="How to spread the pods, such as the workers of train over nodes."
     )
     scheduler_name: Name | None = Field(None, description="Scheduler of the pods. Empty: the cluster's default.")
     priority_class_name: Name | None = Field(
