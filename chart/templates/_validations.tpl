@@ -155,10 +155,30 @@ parallelism.{{ $key }} is {{ $size }}, but {{ $.Values.instance }} supports proc
 {{- end }}
 {{- end }}
 {{- end }}
+{{- include "llama-lora.validations.weights" . }}
 {{- if and (eq .Values.backend "xla") (gt (int $layout.shardSize) 1) }}
 parallelism.shardSize is {{ $layout.shardSize }}, which requires backend native. Set it to 1.
 {{- else if mod $layout.dataParallelSize $layout.shardSize }}
 parallelism.shardSize {{ $layout.shardSize }} does not divide parallelism.dataParallelSize {{ $layout.dataParallelSize }}. Set it to a divisor.
+{{- end }}
+{{- end }}
+
+{{- /* A known model whose weights alone do not fit the memory of a core. The planner of genvalues counts all that a step needs. */}}
+{{- define "llama-lora.validations.weights" -}}
+{{- $layout := .Values.parallelism }}
+{{- $row := include "llama-lora.instance.row" . | fromJson }}
+{{- $weights := get (include "llama-lora.instances.weights" . | fromJson) .Values.model.id }}
+{{- $divisor := mulf $layout.tensorParallelSize $layout.shardSize }}
+{{- if and $weights $row.usableGib (gt (divf $weights $divisor) (float64 $row.usableGib)) }}
+{{- $native := eq .Values.backend "native" }}
+{{- $fitting := "" }}
+{{- range $row.groups }}
+{{- $parts := ternary (mulf $layout.tensorParallelSize .) (float64 .) $native }}
+{{- if and (not $fitting) (le (divf $weights $parts) (float64 $row.usableGib)) (or (not $native) (not (mod $layout.dataParallelSize .))) }}
+{{- $fitting = int . }}
+{{- end }}
+{{- end }}
+model.id {{ .Values.model.id }} has {{ divf $weights $divisor | printf "%.1f" }} GiB of weights per core with parallelism.tensorParallelSize {{ $layout.tensorParallelSize }} and shardSize {{ $layout.shardSize }}, and a core of {{ .Values.instance }} has {{ $row.usableGib }} GiB for them. {{ if $fitting }}Set parallelism.{{ ternary "shardSize" "tensorParallelSize" $native }} to {{ $fitting }}.{{ else }}Use a larger instance type or a smaller model.{{ end }}
 {{- end }}
 {{- end }}
 

@@ -33,7 +33,7 @@ def tables(text: str) -> list[list[Row]]:
     return found
 
 
-RUNS, REFUSED, ENVIRONMENT, FLAGS = tables(PAGE)
+RUNS, REFUSED, ENVIRONMENT, FLAGS = tables(PAGE)[:4]
 RUN_OF = {(row["instance"], int(row["nodes"])): row for row in RUNS}
 REFUSED_OF = {(row["instance"], int(row["nodes"])): row["reason"] for row in REFUSED}
 

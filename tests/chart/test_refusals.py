@@ -245,6 +245,20 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         },
         "parallelism.processesPerNode is 32, but the devices of instance trn1.32xlarge have 2 logical cores",
     ),
+    "weights that do not fit a core": (
+        {"instance": "trn2.48xlarge", "model": {"id": "meta-llama/Llama-3.3-70B-Instruct"}},
+        "model.id meta-llama/Llama-3.3-70B-Instruct has 32.9 GiB of weights per core with "
+        "parallelism.tensorParallelSize 4 and shardSize 1, and a core of trn2.48xlarge has 21 GiB for them. Set "
+        "parallelism.shardSize to 4.",
+    ),
+    "weights that do not fit a core of Trn1": (
+        {"instance": "trn1.32xlarge", "model": {"id": "meta-llama/Llama-3.3-70B-Instruct"}},
+        "a core of trn1.32xlarge has 14 GiB for them. Set parallelism.tensorParallelSize to 16.",
+    ),
+    "a model that is too large": (
+        {"instance": "trn2.3xlarge", "model": {"id": "meta-llama/Llama-3.3-70B-Instruct"}},
+        "has 21 GiB for them. Use a larger instance type or a smaller model.",
+    ),
     "groups that Neuron cannot create": (
         {"instance": "trn1.32xlarge", "parallelism": {"tensorParallelSize": 4}},
         "parallelism.tensorParallelSize is 4, but trn1.32xlarge supports process groups of 1, 2, 8, 16, 32. Set it",

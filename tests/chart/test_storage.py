@@ -113,6 +113,23 @@ def test_generic_asks_for_what_a_usual_class_has(instance: str, nodes: int, mode
     assert spec == {"accessModes": modes, "resources": {"requests": {"storage": "100Gi"}}}
 
 
+def test_pods_that_share_a_volume_of_one_node_run_on_one_node(helm: int) -> None:
+    """The gate, which counts the cost on the volume, and the workers run at the same time."""
+    generic: Values = {"storage": {"kind": "generic"}}
+    for each in pods(render(merged(MINIMAL, generic), helm=helm)):
+        mounts = any(volume["name"] == "workspace" for volume in each.spec["volumes"])
+        assert ("affinity" in each.spec) == mounts, each.stage
+        if mounts:
+            [term] = each.spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+            assert term["topologyKey"] == "kubernetes.io/hostname"
+            assert term["labelSelector"]["matchLabels"].items() <= each.template["metadata"]["labels"].items()
+    shared = merged(generic, {"storage": {"accessModes": ["ReadWriteMany"]}})
+    assert not [each for each in pods(render(merged(MINIMAL, shared), helm=helm)) if "affinity" in each.spec]
+    mine = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
+    own = merged(generic, {"stageDefaults": {"affinity": mine}})
+    assert all(each.spec["affinity"] == mine for each in pods(render(merged(MINIMAL, own), helm=helm)))
+
+
 def test_genvalues_knows_the_defaults_of_each_kind() -> None:
     for kind in ("fsx", "generic"):
         values = merged(MINIMAL, {"storage": {"kind": kind}})

@@ -85,6 +85,13 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"instance": "ml.trn2.48xlarge", "parallelism": {"processesPerNode": 16}},
         "parallelism.processesPerNode",
     ),
+    **{
+        f"weights that do not fit a core of {instance}": (
+            {"instance": instance, "model": {"id": "meta-llama/Llama-3.3-70B-Instruct"}},
+            "model.id",
+        )
+        for instance in ("trn1.32xlarge", "ml.trn2.48xlarge", "trn2.3xlarge")
+    },
     "groups that Neuron cannot create": (
         {"instance": "trn2.48xlarge", "parallelism": {"tensorParallelSize": 8}},
         "parallelism.tensorParallelSize",

@@ -24,7 +24,15 @@ OK_DEVICES = [
     f"ok {NEURON}: 8 on each of 1 nodes of type ml.trn1.32xlarge",
     f"ok {EFA}: 4 on each of 1 nodes of type ml.trn1.32xlarge",
 ]
-MANAGED: Values = {"storage": {"existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": ""}}
+MANAGED: Values = {
+    "storage": {
+        "existingClaim": "",
+        "kind": "generic",
+        "size": "1Gi",
+        "storageClass": "",
+        "accessModes": ["ReadWriteMany"],
+    }
+}
 
 
 def look(namespace: str, values: Values, context: str | None = None, release: str = "llama") -> list[Finding]:

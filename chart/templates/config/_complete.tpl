@@ -78,6 +78,16 @@
 {{- $written := dig "parameters" "perUnitStorageThroughput" 0 ($class | default dict) | int64 }}
 {{- $_ := set $storage.fsx "perUnitStorageThroughput" ($written | default (int64 (get $usual.fsx $storage.fsx.deploymentType).usual)) }}
 {{- end }}
+{{- /* A gate and its workers mount the volume at the same time. The scheduler does not know that only one node can. */}}
+{{- if and $storage.enabled (not $storage.existingClaim) (not (has "ReadWriteMany" $storage.accessModes)) (not .Values.stageDefaults.affinity) }}
+{{- $run := dict "matchLabels" (dict "llama-lora/run" (include "llama-lora.run.label" .)) }}
+{{- $same := list (dict "labelSelector" $run "topologyKey" "kubernetes.io/hostname") }}
+{{- range $stage, $settings := omit .Values.stages "preflight" "cleanup" "runner" }}
+{{- if not $settings.affinity }}
+{{- $_ := set $settings "affinity" (dict "podAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" $same)) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- /* Fills what is null, missing or (devices) empty with what the instance type says. genvalues/settings/by_instance.py does the

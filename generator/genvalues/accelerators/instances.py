@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from genvalues.accelerators.memory import RESERVED
+
 CPU = "cpu"  # no accelerator: any node, or this computer
 HYPERPOD = "ml."  # prefix of SageMaker HyperPod's instance types
 
@@ -159,6 +161,7 @@ def row(instance: Instance) -> dict[str, Any]:
         "processesPerNode": instance.cores,
         "tensorParallelSize": min(instance.cores, generation.tensor_parallel),
         "groups": instance.groups,
+        "usableGib": instance.hbm * (1 - RESERVED) / (1 << 30),  # of a core's memory, for tensors
         "severalNodes": instance.neuron_devices > 1,
         "resources": instance.resources,
         "sharedMemory": instance.shared_memory,

@@ -25,7 +25,7 @@ REHEARSAL = Memory(40, 64)
 def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """The values of a run, in the order of the chart's values.yaml. The inputs' chartValues are merged last."""
     instance = trainium(inputs.instance)
-    layout = plan.layout
+    layout, on_hyperpod = plan.layout, inputs.instance.startswith(HYPERPOD)
     evaluation = inputs.evaluation.model_copy(update={"enabled": inputs.evaluates})
     values = {
         "name": inputs.name,
@@ -55,8 +55,8 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "devices": instance.devices if instance else {},
         **neuron(inputs),
         "huggingFace": hugging_face(inputs),
-        # HyperPod replaces a failed node, and restarts only the jobs that request it.
-        "hyperpod": {"autoResume": inputs.instance.startswith(HYPERPOD), "maxRetries": 1},
+        # HyperPod replaces a failed node, and restarts only the PyTorchJobs that request it.
+        "hyperpod": {"autoResume": on_hyperpod and inputs.workload == "pytorchjob", "maxRetries": 1},
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
     }
     if instance:

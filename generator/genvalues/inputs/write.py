@@ -39,7 +39,8 @@ Warn = Callable[[UserError], None]
 
 
 def print_warning(warning: UserError) -> None:
-    print(f"warning: {warning}", file=sys.stderr)
+    end = "" if warning.fix else "."  # the error message drops the final period
+    print(f"warning: {warning}{end}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

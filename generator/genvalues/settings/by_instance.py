@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from genvalues.accelerators.architectures import known
 from genvalues.accelerators.instances import CPU_ROW, TRN1, row, trainium
+from genvalues.accelerators.memory import BF16
 from genvalues.common.dicts import get
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import FSX_TYPES, STORAGE_BY_KIND
@@ -66,6 +68,12 @@ def layout(values: Values, own: Values) -> Values:
         "tensorParallelSize": size,
         "dataParallelSize": max(1, processes // size),
     }
+
+
+def weights_gib(model_id: str) -> float | None:
+    """The size of a known model's weights in bf16."""
+    architecture = known(model_id)
+    return round(architecture.parameters * BF16 / (1 << 30), 1) if architecture else None
 
 
 def storage(values: Values) -> Values:

@@ -18,6 +18,7 @@ from genvalues.accelerators.instances import ACCELERATED, SUPPORTED, table
 from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
 from genvalues.settings.base import Block, other_words
+from genvalues.settings.by_instance import weights_gib
 from genvalues.settings.inputs import SCHEMA
 from genvalues.settings.reference import flow, inputs_tables, values_page
 from genvalues.settings.run import RunConfig
@@ -173,7 +174,13 @@ def instances_template() -> str:
     """The instance types that the chart knows, one a line: see llama-lora.instance.complete."""
     rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in table().items())
     note = NOTE.replace("genvalues/settings", "genvalues/accelerators/instances.py")
-    parts = {"instances": f"{{\n{rows}\n}}", "instances.accelerated": ACCELERATED, "instances.supported": SUPPORTED}
+    weights = {each: weights_gib(each) for row in architectures.table().values() for each in row["models"]}
+    parts = {
+        "instances": f"{{\n{rows}\n}}",
+        "instances.weights": json.dumps(weights),
+        "instances.accelerated": ACCELERATED,
+        "instances.supported": SUPPORTED,
+    }
     defines = "".join(
         f'{{{{- define "llama-lora.{name}" -}}}}\n{text}\n{{{{- end }}}}\n' for name, text in parts.items()
     )

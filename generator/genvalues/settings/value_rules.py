@@ -32,7 +32,7 @@ from genvalues.accelerators.neuron_rules import (
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
-from genvalues.settings.by_instance import logical_cores
+from genvalues.settings.by_instance import logical_cores, weights_gib
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
 from genvalues.settings.values import TRAIN_GRACE_SECONDS
@@ -68,6 +68,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         parallelism,
         backend,
         process_groups,
+        weights,
         devices,
         neuron,
         guards,
@@ -331,6 +332,26 @@ def process_groups(values: Values) -> Iterator[Problem]:
             f"{per_node} processes, but the devices of {name} have {cores} logical cores, one process each",
             f"Write {cores}, or leave it out.",
         )
+
+
+def weights(values: Values) -> Iterator[Problem]:
+    """A known model whose weights alone do not fit the memory of a core. The planner counts all that a step needs."""
+    found, model_id = trainium(get(values, "instance", str) or ""), get(values, "model.id", str) or ""
+    names = ("tensorParallelSize", "shardSize", "dataParallelSize")
+    size, shard, copies = (get(values, f"parallelism.{name}", int) or 1 for name in names)
+    total = weights_gib(model_id) if found and on_neuron(values) else None
+    if not found or total is None or total / (size * shard) <= (usable := row(found)["usableGib"]):
+        return
+    key, divided = ("shardSize", size) if get(values, "backend", str) == "native" else ("tensorParallelSize", 1)
+    fitting = [
+        each for each in found.groups if total / (divided * each) <= usable and (divided == 1 or copies % each == 0)
+    ]
+    yield Problem(
+        key_paths(f"parallelism.{key}", "model.id", "instance"),
+        f"{model_id} has {total / (size * shard):.1f} GiB of weights per core with tensorParallelSize {size} and "
+        f"shardSize {shard}, and a core of {values['instance']} has {usable:.1f} GiB for them",
+        f"Write {key}: {fitting[0]}, or more." if fitting else "Use a larger instance type or a smaller model.",
+    )
 
 
 def devices(values: Values) -> Iterator[Problem]:

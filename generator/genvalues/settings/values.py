@@ -616,8 +616,9 @@ class Storage(Block):
     ) = Field(
         None,
         description="Access modes of the claim. More than one node, or Trainium nodes beside CPU nodes, require "
-        "ReadWriteMany. Null: [ReadWriteOnce] for kind generic with one CPU node, where every pod must run on the node "
-        "that mounts it; else [ReadWriteMany]; and on an upgrade what the claim has.",
+        "ReadWriteMany. Null: [ReadWriteOnce] for kind generic with one CPU node, else [ReadWriteMany]; on an upgrade "
+        "what the claim has. Without ReadWriteMany, pods that mount the volume have an affinity to each other's node, "
+        "unless an affinity is set.",
     )
     mount_options: list[str] = Field(
         ["flock"], description="Mount options of kind fsx (with createStorageClass) and fsx-static."

@@ -531,7 +531,7 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"huggingFace": '{tokenSecret: "api-org-token\\n"}'}, "Never write the token itself"),
         ({"storage": "{existingClaim: mine, size: 1200Gi}"}, "storage.size: cannot be combined with existingClaim"),
         ({"storage": "{kind: fsx-static}"}, "fsx-static requires {fileSystemId, dnsName, mountName}"),
-        ({"storage": "{size: 100Gi}"}, "Use 1200Gi (1200Gi or a multiple of 2400Gi)"),
+        ({"storage": "{size: 100Gi}"}, "Use 1200Gi (1200Gi, 2400Gi or a multiple of 2400Gi)"),
         ({"storage": "{size: 75Ti}"}, "storage.size: FSx for Lustre has no size of 75Ti. Use 76800Gi"),
         ({"storage": "{size: 1228800Mi}"}, "Use 1200Gi"),
         ({"storage": '{storageClass: ""}'}, "storage.storageClass: FSx for Lustre has no default storage class"),
@@ -579,7 +579,7 @@ def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: 
         ("rows.csv.bz2", "has an unsupported file format. (supported files: .jsonl .ndjson .json .csv .tsv .parquet"),
         ("rows.parquet.gz", "has an unsupported file format. "),
         ("data/rows.XLSX", "has an unsupported file format. "),
-        ("https://example.com/rows", "is not a Hub id, an s3:// URI, a file or a folder. (supported"),
+        ("https://example.com/rows", "is a web address, which the stages do not read. "),
     ],
 )
 def test_a_source_that_the_trainer_does_not_read_is_refused(
@@ -670,7 +670,7 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
             "dataset.eval.revision: applies to Hub datasets only",
         ),
         ("source: a/b, eval: {split: train}", "dataset.eval.split: the held-out rows are those that are trained on"),
-        ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "s3://b" is not data in S3'),
+        ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "b" is not a valid name of a bucket'),
         (
             "source: a/b, additional: {x: {source: a/c, format: chat, columns: {output: o}}}",
             "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, system, tools)",

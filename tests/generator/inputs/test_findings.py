@@ -117,6 +117,8 @@ def test_queues_and_the_workload_are_keys_of_the_inputs(tmp_path: Path) -> None:
     assert (
         config(render({**values, "pipeline": {"mode": "attached"}}), "cluster.yaml")["job"]["queueName"] == "research"
     )
+    on_hyperpod = TRAINIUM.replace("trn1", "ml.trn1") + more
+    assert not checked(Sources((written(tmp_path, on_hyperpod),), (), CHART)).values["hyperpod"]["autoResume"]
     least = checked(Sources((written(tmp_path, TRAINIUM),), (), CHART)).values
     assert not {"kueue", "workload"} & least.keys()
     under = checked(Sources((written(tmp_path, TRAINIUM),), ("chartValues.kueue.queueName=a",), CHART)).values
