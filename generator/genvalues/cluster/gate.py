@@ -49,6 +49,7 @@ def gate(
     read_state: ReadStageState,
     timings: GateTimings = TIMINGS,
     clock: Clock = time.time,
+    *,
     has_successor: Callable[[Api], bool] = lambda api: True,
 ) -> str:
     """Return when the stage is done, with how it ended. Raises StageFailed or UserError otherwise.

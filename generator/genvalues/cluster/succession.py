@@ -51,7 +51,8 @@ def starts_again(job: Object, now: float) -> bool:
     limit = spec.get("activeDeadlineSeconds")
     if limit == STOPPED_BY_US or spec.get("suspend"):
         return True
-    overdue = limit and now - moment(status.get("startTime")) >= limit
+    started = moment(status.get("startTime"))
+    overdue = limit and started and now - started >= limit
     return not overdue and not is_finished(job) and status.get("failed", 0) < spec.get("backoffLimit", 6)
 
 
