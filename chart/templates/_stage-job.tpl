@@ -5,6 +5,7 @@
     hooks            default: post-install,post-upgrade
     deletePolicy     default: before-hook-creation
     needsCluster     `genvalues local` skips the stage
+    queue            Kueue's LocalQueue
     finalStatuses    exit statuses that are not retried; default: 2, the user must change something
     activeDeadlineSeconds      overrides the settings'
 */}}
@@ -17,6 +18,9 @@ metadata:
   namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "stage.labels" . | nindent 4 }}
+    {{- with .queue }}
+    kueue.x-k8s.io/queue-name: {{ . | quote }}
+    {{- end }}
   annotations:
     llama-lora/stage: {{ .stage }}
     {{- if .needsCluster }}
@@ -57,6 +61,7 @@ spec:
       "settings" .stage
       "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
       "account" (include "llama-lora.stage.account" .root)
+      "queue" .root.Values.kueue.cpuQueueName
       "config" true
       "workspace" true
       "monitored" true }}

@@ -16,8 +16,14 @@ helm.sh/hook-weight: {{ .weight | quote }}
 helm.sh/hook-delete-policy: hook-failed
 {{- end }}
 
+{{- /* Kueue must not start what the gate has not released, and puts a job without a queue into the namespace's LocalQueue
+       `default`. In a queue that does not exist it stays suspended; the gate changes the label (cluster/queueing.py). */}}
 {{- define "stage.workload.labels" -}}
-{{ include "stage.labels" . }}
+{{- $served := .root.Capabilities.APIVersions }}
+{{- include "stage.labels" . }}
+{{- if or .root.Values.kueue.queueName ($served.Has "kueue.x-k8s.io/v1beta1") ($served.Has "kueue.x-k8s.io/v1beta2") }}
+kueue.x-k8s.io/queue-name: llama-lora-not-released
+{{- end }}
 {{- with .root.Values.kueue.priorityClass }}
 kueue.x-k8s.io/priority-class: {{ . | quote }}
 {{- end }}

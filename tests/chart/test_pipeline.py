@@ -27,6 +27,7 @@ from chart.manifests import (
     weight,
     workloads,
 )
+from genvalues.cluster.queueing import NOT_RELEASED
 from genvalues.cluster.workloads import workload_of
 
 WEIGHTS = {
@@ -316,13 +317,35 @@ def test_hyperpod_auto_resume_sets_the_annotations_that_hyperpod_reads() -> None
     assert "sagemaker" not in str(render(TRAINIUM))
 
 
-def test_the_queue_is_passed_to_the_gate_and_not_set_on_the_job() -> None:
-    objects = render(merged(TRAINIUM, {"kueue": {"queueName": "research", "priorityClass": "high"}}))
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+def test_the_queue_is_passed_to_the_gate_and_the_job_is_in_none_that_exists(workload: str) -> None:
+    kueue = {"queueName": "research", "priorityClass": "high"}
+    objects = render(merged(TRAINIUM, {"kueue": kueue, "workload": workload}))
     assert config(objects, "cluster.yaml")["job"]["queueName"] == "research"
-    for stage in ("compile", "train"):
-        labels = pod(objects, stage).owner["metadata"]["labels"]
-        assert "kueue.x-k8s.io/queue-name" not in labels
-        assert labels["kueue.x-k8s.io/priority-class"] == "high"
+    for job in workloads(objects):
+        assert job["metadata"]["labels"][QUEUE] == NOT_RELEASED, "Kueue would start it before the gate releases it"
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+
+
+@pytest.mark.parametrize(
+    ("served", "expected"),
+    [((), None), (("kueue.x-k8s.io/v1beta1",), NOT_RELEASED), (("kueue.x-k8s.io/v1beta2",), NOT_RELEASED)],
+)
+def test_where_kueue_is_installed_its_default_queue_gets_no_job_before_the_release(
+    served: tuple[str, ...], expected: str | None
+) -> None:
+    for job in workloads(render(TRAINIUM, api_versions=served)):
+        assert job["metadata"]["labels"].get(QUEUE) == expected
+
+
+def test_only_stages_of_the_trainer_on_cpus_are_in_the_queue_for_cpus() -> None:
+    objects = render(merged(TRAINIUM, {"kueue": {"cpuQueueName": "cpus"}, "rehearse": {"enabled": True}}))
+    queued = {each.stage for each in pods(objects) if each.owner["metadata"]["labels"].get(QUEUE) == "cpus"}
+    assert queued == {"tokenize", "rehearse", "consolidate", "merge", "evaluate"}
+    assert not any(QUEUE in each.template["metadata"]["labels"] for each in pods(objects))
 
 
 def test_each_stage_runs_its_command(objects: list[Object]) -> None:

@@ -302,7 +302,8 @@ SERVED = {"pytorchjobs": "kubeflow.org/v1/PyTorchJob", "trainjobs": "trainer.kub
 
 
 def test_roles_grant_exactly_what_a_trainjob_needs(helm: int) -> None:
-    objects = render(merged(MINIMAL, {"workload": "trainjob", "pipeline": {"mode": "detached"}}), helm=helm)
+    in_queue: dict[str, Any] = {"kueue": {"queueName": "research"}}
+    objects = render(merged(MINIMAL, {"workload": "trainjob", "pipeline": {"mode": "detached"}, **in_queue}), helm=helm)
     assert granted(objects, "Role", "llama-gate") == of_trainjobs("gate")
     assert granted(objects, "Role", "llama-cleanup") == of_trainjobs("cleanup", "uninstall")
     assert granted(objects, "Role", "llama-runner") == of_trainjobs("runner", "upgrade")

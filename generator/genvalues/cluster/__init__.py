@@ -32,6 +32,8 @@ tests/generator/cluster checks the code against this table.
     preflight  clusterqueues.kueue.x-k8s.io       get        # cluster-wide, only with both
     preflight  workloadpriorityclasses.kueue.x-k8s.io  get   # cluster-wide, only with both
     gate       pytorchjobs.kubeflow.org           get list patch delete
+    gate       jobs.batch                         get        # its own
+    gate       workloads.kueue.x-k8s.io           list       # only with kueue.queueName
     gate       pods                               list watch
     gate       pods/log                           get
     gate       events                             list create

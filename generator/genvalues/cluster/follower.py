@@ -23,9 +23,11 @@ from genvalues.cluster.guards import StallTimer, describe_stall, reserve_hours
 from genvalues.cluster.objects import (
     COST,
     PROGRESS,
+    QUEUE_NAME,
     RUN,
     failures_of,
     is_over,
+    labels_of,
     last_seen,
     moment,
     name_of,
@@ -34,6 +36,7 @@ from genvalues.cluster.objects import (
     why_not_started,
 )
 from genvalues.cluster.progress import describe_checkpoint, describe_progress, read_progress
+from genvalues.cluster.queueing import NotManaged, QueueWatch
 from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workers import Workers
 from genvalues.cluster.workloads import Workload, job_of
@@ -52,6 +55,7 @@ class GateTimings:
     others_end: float = 300.0  # for the other workers after one has succeeded; they end with a barrier
     manifest: float = 60.0  # NFS clients may see a new file only after this time
     last_words: float = 3.0  # to read the logs of pods that have ended
+    workload: float = 60.0  # for Kueue to make a Workload; it takes one second, on a busy node six
     pods_gone: float = 600.0  # longer than the grace period, 120 s, and the 5 minutes until a lost node is evicted
 
 
@@ -81,6 +85,7 @@ class JobFollower:
         self.read_state = read_state
         self.timings = timings
         self.costs = costs
+        self.queue = QueueWatch(api, workload, timings.workload) if config.job.queue_name else None
         self.stall = StallTimer()
         self.workers = Workers(api, f"{workload.job_label}={job}", timings.interval)
         self.job_started = 0.0
@@ -280,6 +285,7 @@ class JobFollower:
         limit = self.config.train.unschedulable_timeout_seconds
         if self.workload.is_suspended(job):
             self._since.clear()
+            self.look_at_queue(job)
             return
         for pod in pods:
             if lack := unschedulable(pod):
@@ -295,6 +301,16 @@ class JobFollower:
         wanted = self.workload.workers(job)
         if self.lasts("missing", limit, len(pods) < wanted):
             self.end(f"only {len(pods)} of {wanted} worker pods after {limit:.0f} s: {self.why_no_pods(job)}")
+
+    def look_at_queue(self, job: Object) -> None:
+        """Log why Kueue does not start the job. End a job that Kueue does not manage."""
+        if self.queue is None:
+            return
+        try:
+            why = self.queue.why_waiting(job)
+        except NotManaged as problem:
+            self.end(str(problem))
+        self.log_change("queue", f"{self.job} waits in queue {labels_of(job).get(QUEUE_NAME)}: {why}")
 
     def end(self, reason: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         """Delete the job and fail. The next gate waits for its pods, so this one does not."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, NotAllowed, Object
@@ -25,13 +26,13 @@ from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
 from genvalues.cluster.objects import (
-    FINGERPRINT,
-    QUEUE_NAME,
     RUN,
     component_of,
     is_over,
     name_of,
 )
+from genvalues.cluster.queueing import release
+from genvalues.cluster.succession import followed_to_its_end
 from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workloads import WORKLOADS, Workload, is_finished, is_released, job_of, workload_for
 from genvalues.common import manifests
@@ -48,10 +49,13 @@ def gate(
     read_state: ReadStageState,
     timings: GateTimings = TIMINGS,
     clock: Clock = time.time,
+    *,
+    has_successor: Callable[[Api], bool] = lambda api: True,
 ) -> str:
     """Return when the stage is done, with how it ended. Raises StageFailed or UserError otherwise.
 
-    ``own`` is the job of this revision.
+    ``own`` is the job of this revision. If the gate ends before the job that it follows, and no other gate follows it
+    (``has_successor``), the job is stopped.
     """
     state = read_state(stage)
     if state.fingerprint is None:
@@ -84,14 +88,16 @@ def gate(
             f"{workload.name} {own} of stage {stage} not found, and no earlier one is running",
             fix=f"Create it again: {upgrade}",
         )
+    job = next(job for job in jobs if name_of(job) == decision.follow)
     if decision.release:
-        costs.check_budget(next(job for job in jobs if name_of(job) == own))
+        costs.check_budget(job)
     follower = JobFollower(api, config, stage, workload, decision.follow, read_state, timings, costs)
     follower.start(state)  # before the release, so that no pod state is missed
-    if decision.release:
-        release(api, workload, own, state.fingerprint, config.job.queue_name)
-    log.info("%s: %s %s", stage, "released" if decision.release else "following", follower.title)
-    follower.follow(state)
+    with followed_to_its_end(api, workload, decision.follow, has_successor):
+        if decision.release:
+            release(api, workload, job, state.fingerprint, config.job.queue_name)
+        log.info("%s: %s %s", stage, "released" if decision.release else "following", follower.title)
+        follower.follow(state)
     log_manifest(state)
     log.info("%s: done", stage)
     return f"done by {follower.title}"
@@ -101,16 +107,6 @@ def log_manifest(state: StageState) -> None:
     """Log the manifest here too: the log of the stage's own pods is lost when an autoscaler removes their nodes."""
     if line := manifests.line_of(state.manifest):
         log.info("%s", line)
-
-
-def release(api: Api, workload: Workload, name: str, fingerprint: str, queue: str) -> None:
-    """Unsuspend the job; with Kueue, add it to the queue instead, and Kueue unsuspends it."""
-    patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
-    if queue:
-        patch["metadata"]["labels"] = {QUEUE_NAME: queue}
-    else:
-        patch |= workload.unsuspended()
-    api.patch(workload.kind, name, patch)
 
 
 def refuse_jobs_of_other_workloads(api: Api, config: ClusterConfig, own: Workload) -> None:

@@ -23,7 +23,7 @@ from genvalues.common.errors import (
 from genvalues.common.system_errors import explain
 
 STOPPED = 128 + signal.SIGTERM
-GRACE = 5.0  # seconds from SIGTERM to the end of the gate
+GRACE = 25.0  # seconds from SIGTERM to the end of the gate; the kubelet waits 30
 PREFLIGHT_PATIENCE_SECONDS = 8.0
 
 config_option = click.option(
@@ -135,17 +135,20 @@ def gate_command(config: Path, run_config: Path, stage: str, job: str) -> int:
     """
     from genvalues.cluster import api
     from genvalues.cluster.config import load
-    from genvalues.cluster.events import stage_events
+    from genvalues.cluster.events import JOB_UID, stage_events
     from genvalues.cluster.failures import StageFailed, describe_failure
     from genvalues.cluster.gate import gate
+    from genvalues.cluster.succession import OwnJob
     from genvalues.cluster.trainer_client import read_stage_state
 
     signal.signal(signal.SIGTERM, stop_within_grace)
     settings = load(config)
     server = api.connect(settings.namespace)
     try:
-        with stage_events(server, "gate", f"{settings.fullname}-{stage}-gate") as ending:
-            ending.message = gate(server, settings, stage, job, lambda of: read_stage_state(of, run_config))
+        own = OwnJob(f"{settings.fullname}-{stage}-gate", os.environ.get(JOB_UID, ""))
+        with stage_events(server, "gate", own.name) as ending:
+            read_state = lambda of: read_stage_state(of, run_config)  # noqa: E731
+            ending.message = gate(server, settings, stage, job, read_state, has_successor=own.has_successor)
     except StageFailed as failure:
         click.echo(describe_failure(stage, failure), err=True)  # the stream of the log, so that it is its end
         return failure.status

@@ -408,10 +408,16 @@ Workload = Annotated[
 
 
 class Kueue(Block):
-    """Kueue admission of compile and train. The queue label is added when the stage is released, not before."""
+    """Kueue admission. compile and train are put into their queue when the stage is released, not before."""
 
-    queue_name: Name = Field("", description="LocalQueue of compile and train. Empty: no Kueue.")
-    cpu_queue_name: Name = Field("", description="LocalQueue of the other stages, on CPU nodes. Empty: none.")
+    queue_name: Name = Field(
+        "", description="LocalQueue of compile and train. Empty: none, or the namespace's LocalQueue default."
+    )
+    cpu_queue_name: Name = Field(
+        "",
+        description="LocalQueue of the stages of the trainer on CPU nodes. Empty: none, or the namespace's LocalQueue "
+        "default, which Kueue gives every Job without a queue.",
+    )
     priority_class: Name = Field("", description="WorkloadPriorityClass of compile and train. Empty: none.")
 
 
@@ -669,7 +675,9 @@ class Stages(Block):
         "hugepages-2Mi: 5120Mi to requests and limits.",
     )
     gate: StageSettings = Field(
-        StageSettings(), description="Releases compile and train, follows them, and ends as they end. One after each."
+        StageSettings(backoff_limit=30),
+        description="Releases compile and train, follows them, and ends as they end. One after each. Without retries "
+        "left it stops the job, because nothing else enforces guards.",
     )
     consolidate: StageSettings = Field(
         StageSettings(resources=cores("500m", "4")),

@@ -57,6 +57,7 @@ class FakeApi:
         self.changes: list[tuple[str, str, Object]] = []  # type, plural, object: sent to watches
         self.graceful = False  # pods of a deleted job get a deletionTimestamp and stay until the test removes them
         self.version: Object | None = None  # of the server
+        self.default_queue = False  # Kueue and a LocalQueue named default: no job loses its queue
         self.failing_creations = ""  # message of a webhook that does not respond
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
@@ -193,6 +194,10 @@ class FakeApi:
             return self._log(handler, name, query)
         elif verb == "patch":
             assert handler.headers["Content-Type"] == "application/merge-patch+json"
+            changed = ((body or {}).get("metadata") or {}).get("labels") or {}
+            if self.default_queue and changed.get("kueue.x-k8s.io/queue-name", "") is None:
+                denied = "queue-name must not be empty in namespace with default queue"
+                return refuse(handler, 403, f'admission webhook "vpytorchjob.kb.io" denied the request: {denied}')
             item = self.merge(plural, name, body or {})
         elif verb == "update":
             assert body is not None

@@ -34,6 +34,25 @@ def pytorch_job(
     }
 
 
+def train_job(name: str, stage: str = "train", *, workers: int = 2, fingerprint: str = "") -> Object:
+    """The TrainJob of release demo, as the chart creates it or released by a gate for ``fingerprint``."""
+    annotations = {
+        "llama-lora/stage": stage,
+        "llama-lora/retries": "1",
+        "llama-lora/grace-period-seconds": "120",
+        **({"llama-lora/fingerprint": fingerprint} if fingerprint else {}),
+    }
+    return {
+        "kind": "TrainJob",
+        "metadata": {"name": name, "labels": labels("demo", stage, RUN), "annotations": annotations},
+        "spec": {
+            "suspend": not fingerprint,
+            "runtimeRef": {"kind": "TrainingRuntime", "name": name},
+            "trainer": {"numNodes": workers, "numProcPerNode": 2},
+        },
+    }
+
+
 def labels(release: str, component: str, run: str) -> dict[str, str]:
     return {
         "app.kubernetes.io/instance": release,
@@ -85,6 +104,9 @@ def pod(name: str, owner: Object, kind: str, *, phase: str = "Running", containe
     meta["ownerReferences"] = [{"kind": kind, "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"]}]
     if kind == "PyTorchJob":
         meta["labels"]["training.kubeflow.org/job-name"] = owner["metadata"]["name"]
+    if kind == "TrainJob":  # its pods belong to the Job of its JobSet
+        meta["labels"]["jobset.sigs.k8s.io/jobset-name"] = owner["metadata"]["name"]
+        meta["ownerReferences"][0].update(kind="Job", name=f"{owner['metadata']['name']}-node-0")
     return {
         "metadata": meta,
         "spec": {"nodeName": "node-1"},
@@ -93,21 +115,23 @@ def pod(name: str, owner: Object, kind: str, *, phase: str = "Running", containe
 
 
 class Operator:
-    """Acts as the training operator and the kubelets for one PyTorchJob."""
+    """Acts as the training operator, or Trainer v2 (``plural`` trainjobs), and the kubelets for one job."""
 
-    def __init__(self, fake: FakeApi, name: str) -> None:
+    def __init__(self, fake: FakeApi, name: str, plural: str = "pytorchjobs") -> None:
         self.fake = fake
         self.name = name
+        self.plural = plural
 
     def worker(self, index: int) -> str:
-        return f"{self.name}-worker-{index}"
+        return f"{self.name}-worker-{index}" if self.plural == "pytorchjobs" else f"{self.name}-node-0-{index}-x1y2z"
 
     def start(self, workers: int = 2) -> None:
-        owner = self.fake.get("pytorchjobs", self.name)
+        owner = self.fake.get(self.plural, self.name)
         assert owner
         for index in range(workers):
-            self.fake.add("pods", pod(self.worker(index), owner, "PyTorchJob"))
-        self.fake.set_condition("pytorchjobs", self.name, "Running", "PyTorchJob is running.")
+            self.fake.add("pods", pod(self.worker(index), owner, owner["kind"]))
+        if self.plural == "pytorchjobs":  # a TrainJob has no such condition
+            self.fake.set_condition("pytorchjobs", self.name, "Running", "PyTorchJob is running.")
 
     def write(self, index: int, *lines: str) -> None:
         self.fake.logs.setdefault(self.worker(index), []).extend(lines)
@@ -126,11 +150,12 @@ class Operator:
         self.fake.merge("pods", self.worker(index), {"status": {"containerStatuses": [status]}})
 
     def succeed(self) -> None:
-        self.fake.set_condition("pytorchjobs", self.name, "Succeeded", "PyTorchJob is successfully completed.")
+        success = "Succeeded" if self.plural == "pytorchjobs" else "Complete"
+        self.fake.set_condition(self.plural, self.name, success, "jobset completed successfully")
 
     def fail(self, message: str = "1 Worker replica(s) failed.") -> None:
         """As the operator does: with the condition it deletes the pods, and so their logs, at once."""
-        self.fake.set_condition("pytorchjobs", self.name, "Failed", message)
+        self.fake.set_condition(self.plural, self.name, "Failed", message)
         for name in self.fake.names("pods"):
-            if name.startswith(f"{self.name}-worker-"):
+            if name.startswith(f"{self.name}-"):
                 self.fake.remove("pods", name)

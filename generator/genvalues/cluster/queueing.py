@@ -1,0 +1,106 @@
+"""Kueue: how a gate releases a job into a queue, and why the job waits there.
+
+A job that Kueue manages must not start before its gate has released it, and a LocalQueue named ``default`` takes every
+job without a queue. So where Kueue is installed, the chart creates the jobs in a queue that does not exist.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from genvalues.cluster.api import Api, ApiError, Kind, NotAllowed, Object
+from genvalues.cluster.objects import FINGERPRINT, QUEUE_NAME, labels_of, name_of
+from genvalues.cluster.workloads import Workload
+
+NOT_RELEASED = "llama-lora-not-released"  # the queue that does not exist; chart/templates/_stage-workload.tpl
+DEFAULT_QUEUE = "default"  # Kueue's default LocalQueue
+JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
+WEBHOOK_SECONDS = 60.0  # Kueue's webhook does not answer for seconds while it restarts
+
+
+def release(api: Api, workload: Workload, job: Object, fingerprint: str, queue: str) -> None:
+    """Let the job start, or put it into ``queue`` (kueue.queueName), from which Kueue starts it.
+
+    The last request both annotates and releases: a gate that is killed before it leaves a job that is not released.
+    """
+    now_in = labels_of(job).get(QUEUE_NAME, "")
+    if not queue and now_in == NOT_RELEASED:
+        queue = "" if leave_queue(api, workload, job) else DEFAULT_QUEUE
+    elif not queue:
+        queue = now_in  # in which Kueue has put it
+    patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
+    if queue:
+        patch["metadata"]["labels"] = {QUEUE_NAME: queue}
+    else:
+        patch |= workload.unsuspended()
+    api.patch(workload.kind, name_of(job), patch)
+
+
+def leave_queue(api: Api, workload: Workload, job: Object) -> bool:
+    """Remove the job from the queue that does not exist. False if there is a default LocalQueue: Kueue refuses it."""
+    try:
+        api.with_patience(WEBHOOK_SECONDS).patch(
+            workload.kind, name_of(job), {"metadata": {"labels": {QUEUE_NAME: None}}}
+        )
+    except ApiError as refused:
+        if "default queue" in refused.message:
+            return False
+        raise
+    return True
+
+
+@dataclass
+class QueueWatch:
+    """What Kueue says about a released job of ``workload`` that waits for admission.
+
+    ``patience``: seconds in which Kueue makes a Workload for the job, if it manages such jobs.
+    """
+
+    api: Api
+    workload: Workload
+    patience: float
+    _since: float = field(default_factory=time.monotonic)
+    _workloads: Kind | None = None
+
+    def why_waiting(self, job: Object) -> str:
+        """Kueue's reason. Raises NotManaged if Kueue has made no Workload for the job."""
+        try:
+            found = self.find(job)
+        except NotAllowed:  # roles of an earlier chart
+            return ""
+        if found is None:
+            if time.monotonic() - self._since > self.patience:
+                raise NotManaged(self.explain())
+            return "Kueue has not made a Workload yet"
+        self._since = time.monotonic()
+        conditions = {one["type"]: one for one in found.get("status", {}).get("conditions") or []}
+        for kind in ("QuotaReserved", "Admitted"):
+            one = conditions.get(kind)
+            if one is None or one["status"] != "True":
+                return str((one or {}).get("message") or f"no condition {kind} yet")
+        return "admitted, but not started yet"
+
+    def find(self, job: Object) -> Object | None:
+        """The Workload of the job; None if there is none, or Kueue is not installed."""
+        if self._workloads is None:
+            group = self.api.discover("apis/kueue.x-k8s.io")
+            if group is None:
+                return None
+            self._workloads = Kind(f"apis/{group['preferredVersion']['groupVersion']}", "workloads")
+        found = self.api.list(self._workloads, labels=f"{JOB_UID}={job['metadata']['uid']}")
+        return found[0] if found else None
+
+    def explain(self) -> str:
+        if self._workloads is None:
+            return "Kueue is not installed, so nothing admits the job. Install it, or set kueue.queueName to ''"
+        return (
+            f"Kueue made no Workload for the {self.workload.name} within {self.patience:.0f} s: its integration"
+            f" {self.workload.integration} is off (from Kueue 0.19 on, PyTorchJob's is by default), or Kueue does not"
+            " manage this namespace. Add it to integrations.frameworks in Kueue's configuration and restart Kueue, or"
+            " set kueue.queueName to ''"
+        )
+
+
+class NotManaged(Exception):
+    """Kueue does not manage the job: it would stay suspended forever."""

@@ -1,0 +1,77 @@
+"""Whether another gate follows a job when this one ends before the job does. Without one, nothing would enforce
+guards.maxCost and guards.stallTimeout, so the gate stops the job."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from genvalues.cluster import api as kinds
+from genvalues.cluster.api import Api, ApiError, NotAllowed, Object
+from genvalues.cluster.failures import StageFailed
+from genvalues.cluster.objects import is_being_deleted, is_finished, moment
+from genvalues.cluster.workloads import Workload, is_active, is_released
+from genvalues.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STOPPED_BY_US = 1  # the activeDeadlineSeconds by which cleanup and recovery stop a Job; see cleanup.fail_job
+
+
+@dataclass(frozen=True)
+class OwnJob:
+    """The Job of this gate. ``wait``: seconds in which Helm, which deletes the Job, creates its successor."""
+
+    name: str
+    uid: str
+    wait: float = 15.0
+    interval: float = 1.0
+
+    def has_successor(self, api: Api) -> bool:
+        """Whether a gate follows when this one ends now: a new pod of this Job, or a new Job of its name."""
+        if not self.uid:  # not a pod of the chart
+            return True
+        api = api.with_patience(self.interval)
+        deadline = time.monotonic() + self.wait
+        while True:
+            job = api.get(kinds.JOBS, self.name)
+            if job is not None and not is_being_deleted(job):
+                return job["metadata"]["uid"] != self.uid or starts_again(job, time.time())
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(self.interval)
+
+
+def starts_again(job: Object, now: float) -> bool:
+    """Whether the Job creates another pod, or whoever has stopped it takes care of the job that the gate follows."""
+    spec, status = job["spec"], job.get("status", {})
+    limit = spec.get("activeDeadlineSeconds")
+    if limit == STOPPED_BY_US or spec.get("suspend"):
+        return True
+    started = moment(status.get("startTime"))
+    overdue = limit and started and now - started >= limit
+    return not overdue and not is_finished(job) and status.get("failed", 0) < spec.get("backoffLimit", 6)
+
+
+@contextmanager
+def followed_to_its_end(
+    api: Api, workload: Workload, name: str, has_successor: Callable[[Api], bool]
+) -> Iterator[None]:
+    """Stop the job ``name`` if the block ends by anything but its end, and no other gate follows it."""
+    try:
+        yield
+    except StageFailed:  # the job has ended, or the follower has stopped it
+        raise
+    except BaseException as error:  # SIGTERM, too
+        try:
+            is_last = isinstance(error, (UserError, NotAllowed)) or not has_successor(api)
+            job = api.get(workload.kind, name) if is_last else None
+            if job and is_released(job) and is_active(job):
+                log.warning("stopping %s %s: no other gate follows it", workload.name, name)
+                workload.stop(api, name)
+        except ApiError as refused:
+            log.warning("cannot find out whether another gate follows %s %s: %s", workload.name, name, refused.message)
+        raise

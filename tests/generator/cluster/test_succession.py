@@ -1,0 +1,103 @@
+"""A gate that ends before its job does: another gate follows the job, or the job is stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from generator.cluster.conftest import Trainer
+from generator.cluster.fake_api import FakeApi, now
+from generator.cluster.objects import Operator, job, pytorch_job
+from generator.cluster.test_gate import OWN, QUICK, is_going
+from genvalues.cluster import gate as gates
+from genvalues.cluster.api import Api, NotAllowed
+from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.follower import JobFollower
+from genvalues.cluster.succession import OwnJob, starts_again
+from genvalues.cluster.trainer_client import TrainerCommandFailed, read_stage_state
+from genvalues.common.errors import UserError
+
+GATE = "demo-llama-lora-train-gate"
+LONG_AGO = "2026-01-01T00:00:00Z"
+
+
+def own_job(spec: dict[str, Any], **status: Any) -> dict[str, Any]:
+    return {"spec": {"backoffLimit": 30, **spec}, "status": {"startTime": now(), **status}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (own_job({}), True),
+        (own_job({}, failed=29), True),
+        (own_job({}, failed=30), False),
+        (own_job({}, conditions=[{"type": "Failed", "status": "True"}]), False),
+        (own_job({"activeDeadlineSeconds": 3600}), True),
+        (own_job({"activeDeadlineSeconds": 3600}, startTime=LONG_AGO), False),
+        (own_job({"activeDeadlineSeconds": 1}, startTime=LONG_AGO), True),
+        (own_job({"suspend": True}), True),
+    ],
+    ids=[
+        *("the first failure", "the last retry", "no retries left", "failed", "a deadline", "past its deadline"),
+        *("stopped by cleanup or a take-over", "suspended by Kueue"),
+    ],
+)
+def test_whether_a_job_starts_another_pod_of_the_gate(found: dict[str, Any], expected: bool) -> None:
+    assert starts_again(found, time.time()) is expected
+
+
+def test_helm_creates_a_successor_shortly_after_it_has_deleted_a_gate(fake: FakeApi, api: Api) -> None:
+    own = OwnJob(GATE, "gone", wait=0.1, interval=0.01)
+    assert not own.has_successor(api), "deleted by hand"
+    created = fake.add("jobs", job(GATE, "train-gate"))
+    assert own.has_successor(api)
+    mine = OwnJob(GATE, created["metadata"]["uid"], wait=0.1, interval=0.01)
+    assert mine.has_successor(api), "its next pod"
+    fake.merge("jobs", GATE, {"metadata": {"deletionTimestamp": now()}})
+    assert not mine.has_successor(api)
+    assert OwnJob(GATE, "").has_successor(api), "not a pod of the chart"
+
+
+def run_gate(
+    fake: FakeApi, api: Api, config: ClusterConfig, error: BaseException, has_successor: Callable[[Api], bool]
+) -> None:
+    """Run a gate that follows a running job until ``error`` ends it."""
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    Operator(fake, OWN).start()
+
+    def raise_error(*_: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobFollower, "check", raise_error)
+        with pytest.raises(type(error)):
+            read_state = lambda of: read_stage_state(of, "/run.yaml")  # type: ignore[arg-type] # noqa: E731
+            gates.gate(api, config, "train", OWN, read_state, QUICK, has_successor=has_successor)
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), TrainerCommandFailed("x"), ZeroDivisionError()], ids=type)
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_job_that_no_other_gate_follows_is_stopped(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, error: BaseException, followed: bool
+) -> None:
+    run_gate(fake, api, config, error, lambda _: followed)
+    assert is_going(fake, OWN) is not followed
+
+
+@pytest.mark.parametrize("error", [UserError("x"), NotAllowed(403, "x")], ids=type)
+def test_an_error_that_is_not_retried_stops_the_job(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, error: BaseException
+) -> None:
+    run_gate(fake, api, config, error, lambda _: True)
+    assert is_going(fake, OWN)
+
+
+def test_a_gate_that_cannot_ask_leaves_the_job_running(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    fake.forbidden.add(("get", "jobs.batch"))  # roles of an earlier chart
+    run_gate(fake, api, config, SystemExit(143), OwnJob(GATE, "x", wait=0.1, interval=0.01).has_successor)
+    assert not is_going(fake, OWN)
