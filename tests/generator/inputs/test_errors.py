@@ -670,7 +670,10 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
             "dataset.eval.revision: applies to Hub datasets only",
         ),
         ("source: a/b, eval: {split: train}", "dataset.eval.split: the held-out rows are those that are trained on"),
-        ("source: a/b, additional: {x: {source: s3://b}}", 'dataset.additional.x.source: "b" is not a valid name of a bucket'),
+        (
+            "source: a/b, additional: {x: {source: s3://b}}",
+            'dataset.additional.x.source: "b" is not a valid name of a bucket',
+        ),
         (
             "source: a/b, additional: {x: {source: a/c, format: chat, columns: {output: o}}}",
             "dataset.additional.x.columns.output: format chat has no such column. (columns: messages, system, tools)",
