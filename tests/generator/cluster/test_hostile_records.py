@@ -50,7 +50,9 @@ def test_progress_of_any_content_is_shown_or_ignored(tmp_path: Path) -> None:
         progress = read_progress(file)
         describe_checkpoint(progress)
         describe_stall(60, progress)
-        StallTimer().seconds({"spec": {"pytorchReplicaSpecs": {"Worker": {"replicas": 0}}}}, [], progress, 0.0)
+        StallTimer().seconds(
+            {"kind": "PyTorchJob", "spec": {"pytorchReplicaSpecs": {"Worker": {"replicas": 0}}}}, [], progress, 0.0
+        )
         if progress:
             assert "of" in describe_progress(progress)
             shown += 1
