@@ -49,7 +49,7 @@ def take_over(api: Api, release: str, interval: float, kind: Kind = kinds.SECRET
     """Return when no Job of the release runs and no revision of it is pending.
 
     A running stage is waited for, because Helm would delete and recreate its Job, or start the next stage in parallel.
-    A gate is stopped instead: the PyTorchJob that it follows, possibly for hours, continues without it. Raises
+    A gate is stopped instead: the job that it follows, possibly for hours, continues without it. Raises
     OperationInProgress if a Helm client is alive.
     """
     records, known = pending(api, release, kind), uids(unfinished_jobs(api, release))
@@ -94,7 +94,7 @@ def versions(records: list[Object]) -> list[tuple[str, str]]:
 def mark_failed(api: Api, release: str, record: Object, kind: Kind) -> None:
     """Set the revision's status to failed, as Helm does when it is stopped by a signal.
 
-    The record is not deleted: Helm would reuse the revision number, whose PyTorchJobs exist ("already exists"), and a
+    The record is not deleted: Helm would reuse the revision number, whose jobs exist ("already exists"), and a
     first install would run the cleanup hook, which stops the training.
     """
     labels = labels_of(record)

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import yaml
 
-from genvalues.cluster.workloads import NAMES
+from genvalues.cluster.workloads import NAMES, PARTS
 from genvalues.common.text import TOKEN
 from genvalues.inputs.yaml_text import dump
 
@@ -52,7 +52,7 @@ FREE = words("""
 # What enters a bundle of the objects of each kind, besides apiVersion, kind and metadata. Of other kinds, such as those
 # that a policy engine adds, only what they are; of a Secret nothing.
 FIELDS = {
-    **dict.fromkeys(("Job", *NAMES, "Pod", "PersistentVolumeClaim", "PersistentVolume"), words("spec status")),
+    **dict.fromkeys(("Job", *NAMES, *PARTS, "Pod", "PersistentVolumeClaim", "PersistentVolume"), words("spec status")),
     "ConfigMap": words("data"),
     "ServiceAccount": words("imagePullSecrets automountServiceAccountToken"),
     **dict.fromkeys(("Role", "ClusterRole"), words("rules")),

@@ -533,7 +533,8 @@ def test_only_whole_mounted_paths_are_replaced_and_the_longest_wins() -> None:
     assert with_local_paths("/w/b/x /w/bb -o=/w, x/w /ww '/w'", folders) == "/c/x /a/bb -o=/a, x/w /ww '/a'"
 
 
-def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+def test_the_trainers_own_stages_are_what_a_rendered_chart_runs(workload: str) -> None:
     """Each stage of this repository's chart that runs here runs a command of the trainer, with the run config."""
     from genvalues.common import helm
     from genvalues.ops.local.chart_stages import skipped_stages, stages_to_run
@@ -541,7 +542,8 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
 
     root = Path(__file__).parents[3]
     values = yaml.safe_load((root / "values/cpu.values.yaml").read_text())
-    objects = helm.render(root / "chart", "x", {**values, "publish": {"s3": {"uri": "s3://bucket/a"}}})
+    more = {"publish": {"s3": {"uri": "s3://bucket/a"}}, "workload": workload}
+    objects = helm.render(root / "chart", "x", {**values, **more})
     assert set(skipped_stages(objects)) == {"preflight", "storage-prepare", "compile-gate", "train-gate"}
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(Path(folder), objects)
@@ -558,6 +560,8 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs() -> None:
                 config,
             ]
             assert command.environment["LLAMA_LORA_WORKSPACE"] == folder
+            rendezvous = command.environment.get("PET_RDZV_ENDPOINT", "")
+            assert rendezvous.startswith("localhost:") is (each.name in ("compile", "train")), "of no cluster"
             assert "LLAMA_LORA_IMAGE" not in command.environment, "no process of this computer runs the image"
             assert command.grace == (120 if each.name in ("compile", "train") else GRACE)
             assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/{each.name}")

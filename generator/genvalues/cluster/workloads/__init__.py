@@ -10,6 +10,7 @@ from genvalues.cluster.workloads.workload import Workload
 
 WORKLOADS: tuple[Workload, ...] = (PyTorchJob(), TrainJob())
 NAMES = tuple(workload.name for workload in WORKLOADS)  # kinds
+PARTS = ("TrainingRuntime",)  # kinds of what belongs to a job
 
 
 def workload_for(setting: str) -> Workload:

@@ -59,10 +59,12 @@ class TrainJob(Workload):
         return template
 
     def stop(self, api: Api, name: str) -> None:
-        """Also suspend it: Trainer v2.0.0 creates the JobSet of a TrainJob that is being deleted again."""
-        super().stop(api, name)
-        with suppress(ApiError):  # the trainer's webhook does not answer; then nor does its controller create anything
+        """Suspend it first: Trainer creates the JobSet of a TrainJob that is being deleted again, and the Job
+        controller a pod in place of one that is being deleted.
+        """
+        with suppress(ApiError):  # Trainer's webhook does not answer: its controller creates nothing either
             api.with_patience(WEBHOOK_SECONDS).patch(self.kind, name, {"spec": {"suspend": True}})
+        super().stop(api, name)
         api.delete(TRAINING_RUNTIMES, name)
 
     def delete(self, api: Api, name: str) -> None:

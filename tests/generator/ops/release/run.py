@@ -8,13 +8,19 @@ from typing import Any
 
 from chart.manifests import MINIMAL, Values, merged, render
 from generator.cluster.fake_api import FakeApi, now
+from generator.cluster.fake_api import merged as api_merged
 from generator.ops.release.fake_helm import FakeHelm
 from genvalues.cluster.objects import annotations_of, name_of
+from genvalues.cluster.workloads import NAMES, workload_of
 
 Object = dict[str, Any]
 VALUES: Values = merged(
     MINIMAL, {"huggingFace": {"tokenSecret": "hf-token"}, "parallelism": {"nodes": 2, "dataParallelSize": 4}}
 )
+
+
+def is_hook(item: Object, stage: str, kind: str) -> bool:
+    return annotations_of(item).get("llama-lora/stage") == stage and item["kind"] == kind
 
 
 class Run:
@@ -49,11 +55,7 @@ class Run:
 
     def hook(self, stage: str, kind: str = "Job") -> Object:
         """The rendered object of a stage, a gate or the runner."""
-        return next(
-            item
-            for item in self.objects
-            if annotations_of(item).get("llama-lora/stage") == stage and item["kind"] == kind
-        )
+        return next(item for item in self.objects if is_hook(item, stage, kind))
 
     def begin(self, stage: str) -> str:
         """Create the stage's Job and its running pod; returns the pod's name."""
@@ -72,6 +74,8 @@ class Run:
         kind = owner["kind"]
         if kind == "PyTorchJob":
             labels["training.kubeflow.org/job-name"] = name_of(owner)
+        if kind == "TrainJob":
+            labels["jobset.sigs.k8s.io/jobset-name"] = name_of(owner)
         reference = {"kind": kind, "name": name_of(owner), "uid": owner["metadata"]["uid"]}
         state = {"running": {"startedAt": now()}}
         self.fake.add(
@@ -88,20 +92,20 @@ class Run:
         return name
 
     def release_workers(self, stage: str = "train", *, revision: int = 1, fingerprint: str = "f1") -> list[str]:
-        """Release the PyTorchJob and run its two workers, each on its own node."""
-        item = self.hook(stage, "PyTorchJob")
+        """Release the PyTorchJob or TrainJob and run its two workers, each on its own node."""
+        item = next(found for kind in NAMES for found in self.objects if is_hook(found, stage, kind))
+        workload = workload_of(item)
         self.phases[name_of(item)] = "Succeeded"
         self.record()
         name = f"{name_of(item).rsplit('-', 1)[0]}-{revision}"
         annotations = {**annotations_of(item), "llama-lora/fingerprint": fingerprint}
-        policy = {**item["spec"]["runPolicy"], "suspend": False}
+        resumed = {"type": "Suspended", "status": "False", "lastTransitionTime": now()}
         job = self.fake.add(
-            "pytorchjobs",
+            workload.kind.plural,
             {
-                **item,
+                **api_merged(item, workload.unsuspended()),
                 "metadata": {**item["metadata"], "name": name, "annotations": annotations},
-                "spec": {**item["spec"], "runPolicy": policy},
-                "status": {"startTime": now(), "conditions": [{"type": "Running", "status": "True"}]},
+                "status": {"startTime": now(), "conditions": [{"type": "Running", "status": "True"}, resumed]},
             },
         )
         limits = {"cpu": "1", "aws.amazon.com/neuron": "16"}

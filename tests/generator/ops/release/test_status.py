@@ -110,6 +110,28 @@ def test_the_training_stage_has_progress_cost_and_nodes(run: Run) -> None:
     )
 
 
+def test_a_stage_that_runs_as_a_trainjob_is_shown_as_one_that_runs_as_a_pytorchjob(
+    fake: FakeApi, helm: FakeHelm
+) -> None:
+    fake.crds = {"trainjobs", "trainingruntimes"}
+    run = Run(fake, helm, values={"workload": "trainjob"})
+    run.through("preflight", "storage-prepare", "tokenize")
+    run.begin("compile-gate")
+    workers = run.release_workers("compile")
+    compiling = stage("compile")
+    assert compiling.state == "running" and set(compiling.pods) >= set(workers)
+    assert compiling.nodes == ("node-0", "node-1") and compiling.devices == {"aws.amazon.com/neuron": 32}
+    fake.merge("trainjobs", "demo-compile-1", {"spec": {"suspend": True}})
+    for worker in workers:
+        fake.remove("pods", worker)
+    assert stage("compile").note == "suspended"
+    fake.merge("trainjobs", "demo-compile-1", {"spec": {"suspend": False}})
+    run.end("compile-gate", "the gate was evicted", code=1)
+    assert stage("compile").note.startswith("TrainJob demo-compile-1 runs without a gate")
+    fake.forbidden.add(("list", "trainjobs.trainer.kubeflow.org"))
+    assert genvalues("status", "demo", "-n", "team-a") == 2
+
+
 @pytest.mark.parametrize(
     "annotation", ["", "[]", "{", "null", '{"step": "many", "loss": null, "etaSeconds": true}', '{"stage": "compile"}']
 )
