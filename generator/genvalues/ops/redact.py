@@ -46,8 +46,8 @@ SHOWN = words("""
 """)
 # Below these, text is shown under any name that does not look secret: labels, resources, what controllers write.
 FREE = words("""
-    parameters volumeAttributes affinity tolerations taints nodeSelector labels podLabels matchLabels matchExpressions
-    limits requests allocatable capacity devices facts versions outputs progress cost
+    parameters volumeAttributes affinity tolerations taints nodeSelector labels commonLabels jobLabels podLabels tags
+    matchLabels matchExpressions limits requests allocatable capacity devices facts versions outputs progress cost
 """)
 # What enters a bundle of the objects of each kind, besides apiVersion, kind and metadata. Of other kinds, such as those
 # that a policy engine adds, only what they are; of a Secret nothing.
