@@ -143,7 +143,7 @@ def key(y: int) -> Iterator[str]:
     for colors, meaning in (
         (CPU_COLORS, "runs on a CPU node"),
         (NEURON_COLORS, "holds Trainium nodes"),
-        (GATE_COLORS, "a Job on a CPU node that controls a PyTorchJob"),
+        (GATE_COLORS, "a Job on a CPU node that controls a PyTorchJob or TrainJob"),
     ):
         yield rectangle(x, y + 3, 14, 14, colors)
         yield line_of_text(x + 20, y + 14, meaning, color=LINES)
