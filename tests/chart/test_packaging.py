@@ -108,12 +108,6 @@ def test_the_package_shows_its_values_and_its_readme(helm: int, tmp_path: Path) 
         assert run_helm(helm, "show", what, packed).stdout.strip() == (CHART / file).read_text().strip()
 
 
-def test_the_readmes_example_renders(helm: int) -> None:
-    blocks = re.findall(r"(?:^    .*\n)+", (CHART / "README.md").read_text(), re.MULTILINE)
-    [values] = [yaml.safe_load(block) for block in blocks if "helm" not in block]
-    assert render(values, helm=helm)
-
-
 def test_annotations_are_valid_for_artifact_hub() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     annotations = {name.removeprefix("artifacthub.io/"): value for name, value in chart["annotations"].items()}

@@ -41,8 +41,9 @@ def test_a_limit_that_ending_the_nodes_takes_whole_starts_nothing() -> None:
     (found,) = told(maxCost=0.5, pricePerNodeHour=21.5)
     assert tells(found, "guards.maxCost: $0.5 is too low ... $0.72 ... 1 node")
     assert not told(maxCost=0.73, pricePerNodeHour=21.5)
-    pod = (CHART / "templates/_stage-pod.tpl").read_text(encoding="utf-8")
-    assert f"terminationGracePeriodSeconds: {contradictions.GRACE_SECONDS} " in pod
+    longer = {"stages": {"train": {"terminationGracePeriodSeconds": 1200}}}
+    (found,) = contradictions.guards({**longer, "guards": {"maxCost": 5, "pricePerNodeHour": 21.5}})
+    assert "$7.17" in found.what, "what the workers of this release may take to save"
 
 
 DURATIONS = {
