@@ -573,16 +573,17 @@ capacityReservation.group applies to provisioner node-group and hyperpod. Use ca
 {{- end }}
 {{- end }}
 
-{{- /* Kueue admits a job as soon as it has the label of a queue. */}}
+{{- /* Kueue admits a job as soon as it has the label of a queue, and the chart writes these labels itself. */}}
 {{- define "llama-lora.validations.labels" -}}
-{{- $queue := "kueue.x-k8s.io/queue-name" }}
-{{- if hasKey .Values.commonLabels $queue }}
-commonLabels.{{ $queue }} would queue every object. Use kueue.queueName and kueue.cpuQueueName.
+{{- range $label := list "queue-name" "priority-class" }}
+{{- $label = printf "kueue.x-k8s.io/%s" $label }}
+{{- if hasKey $.Values.commonLabels $label }}
+commonLabels.{{ $label }} would be on every object. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
 {{- end }}
-{{- range $stage := list "compile" "train" }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
-{{- if hasKey $settings.jobLabels $queue }}
-stages.{{ $stage }}: jobLabels.{{ $queue }} would start the job before its gate releases it. Use kueue.queueName.
+{{- range $stage, $own := $.Values.stages }}
+{{- if hasKey (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).jobLabels $label }}
+stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate releases it. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

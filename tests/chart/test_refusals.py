@@ -591,11 +591,11 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "a queue for every object": (
         {"commonLabels": {"kueue.x-k8s.io/queue-name": "a"}},
-        "commonLabels.kueue.x-k8s.io/queue-name would queue every object. Use kueue.queueName",
+        "commonLabels.kueue.x-k8s.io/queue-name would be on every object. Use kueue.queueName, kueue.cpuQueueName or",
     ),
     "a queue that its gate does not know": (
         {"stages": {"train": {"jobLabels": {"kueue.x-k8s.io/queue-name": "a"}}}},
-        "stages.train: jobLabels.kueue.x-k8s.io/queue-name would start the job before its gate releases it. Use",
+        "stages.train: jobLabels.kueue.x-k8s.io/queue-name could start a job before its gate releases it. Use",
     ),
     "an object of no kind": (
         {"extraObjects": {"a": {"apiVersion": "v1"}}},

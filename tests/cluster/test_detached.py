@@ -184,9 +184,13 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
 
 
 def test_upgrade_takes_over_an_inner_release_whose_records_are_secrets(space: Space) -> None:
-    """As an earlier version of the chart kept them. The training goes on, and uninstall leaves nothing."""
+    """As an earlier version of the chart kept them. The training goes on, and uninstall leaves nothing.
+
+    With NetworkPolicies, which the local cluster accepts, but whose network plugin does not enforce.
+    """
     llama = space.release(4)
-    llama.install(detached(train=UNTIL_CONTINUE))
+    values = detached({"networkPolicy": {"enabled": True}}, train=UNTIL_CONTINUE)
+    llama.install(values)
     first = uids(space.wait_for_training("llama-run"))
     for record in space.list("configmaps", "owner=helm,name=llama-run"):
         content = base64.b64encode(record["data"]["release"].encode()).decode()
@@ -194,14 +198,16 @@ def test_upgrade_takes_over_an_inner_release_whose_records_are_secrets(space: Sp
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "helm.sh/release.v1"}
         space.apply({**secret, "data": {"release": content}})
         space.kubectl("delete", "configmap", name_of(record))
-    llama.upgrade(detached(train=UNTIL_CONTINUE))
+    llama.upgrade(values)
     space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
     assert trainers(space) == first
     assert not space.list("secrets", "owner=helm,name=llama-run")
+    assert "llama-workers" in space.kubectl("get", "networkpolicies", "-o", "name")
     revisions = {record["metadata"]["labels"]["version"] for record in space.list("configmaps", "owner=helm")}
     assert revisions == {"1", "2"}, "not installed anew"
     llama.uninstall()
     assert not space.list("configmaps", "owner=helm") + space.list("secrets", "owner=helm")
+    assert not space.kubectl("get", "networkpolicies", "-o", "name").strip()
 
 
 def granted(role: Object) -> set[tuple[str, str]]:

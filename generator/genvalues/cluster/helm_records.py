@@ -42,11 +42,13 @@ def move_to_config_maps(api: Api, release: str) -> None:
             log.info("%s: moving Helm's record from a Secret to a ConfigMap", name)
             api.create(kinds.CONFIG_MAPS, as_config_map(api, record))
             api.delete(kinds.SECRETS, name)
-    exists = api.list(kinds.CONFIG_MAPS, labels=f"{INSTANCE}={release},{COMPONENT}=config")
-    if exists and not api.list(kinds.CONFIG_MAPS, labels=f"owner=helm,name={release}"):
+    config = api.list(kinds.CONFIG_MAPS, labels=f"{INSTANCE}={release},{COMPONENT}=config")
+    if config and not api.list(kinds.CONFIG_MAPS, labels=f"owner=helm,name={release}"):
+        uninstall = f"helm -n {api.namespace} uninstall {release} --no-hooks --ignore-not-found"
+        delete = f"kubectl -n {api.namespace} delete configmap {name_of(config[0])} --ignore-not-found"
         raise UserError(
             f"Helm's records of release {release} not found in ConfigMaps, nor in Secrets up to revision {MOVABLE}",
-            fix=f"Run: helm -n {api.namespace} uninstall {release} --no-hooks. Then run helm upgrade",
+            fix=f"Run: {uninstall}; {delete}. Then run helm upgrade",
         )
 
 

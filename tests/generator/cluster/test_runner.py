@@ -140,7 +140,9 @@ def test_an_inner_release_without_records_is_not_installed_anew(
     fake.add("configmaps", {"metadata": CONFIG})
     fake.add("secrets", helm_record("deployed", revision=MOVABLE + 1, release="demo-run"))
     helm = Helm(fake)
-    with pytest.raises(UserError, match=r"demo-run not found.*helm -n team-a uninstall demo-run --no-hooks"):
+    with pytest.raises(
+        UserError, match=r"demo-run not found.*uninstall demo-run --no-hooks.*configmap demo-run-config"
+    ):
         run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
     assert not helm.asked
 
