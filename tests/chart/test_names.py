@@ -57,8 +57,8 @@ def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storag
     places = [("a", "b-c"), ("a-b", "c"), ("other", "b-c")]
     cluster_scoped: Counter[tuple[str, str]] = Counter()
     for namespace, release in places:
-        reads = {"rbac": {"clusterScopedReads": True}}
-        for item in render(merged(MINIMAL, storage, reads), release=release, namespace=namespace):
+        values = merged(MINIMAL, storage, {"rbac": {"clusterScopedReads": True}})
+        for item in render(values, release=release, namespace=namespace):
             if item["kind"] in CLUSTER_SCOPED:
                 assert "namespace" not in item["metadata"]
                 assert item["metadata"]["name"].startswith(f"{namespace}.")
