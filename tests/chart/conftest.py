@@ -12,8 +12,8 @@ from chart.manifests import VALUES_FILES, Object, config, render
 def helm(request: pytest.FixtureRequest) -> int:
     """Helm 4 in `make test`, and Helm 3 in `make test-slow`.
 
-    What `make test` shows of Helm 3: it renders every values file as Helm 4 does (test_packaging.py), and refuses values
-    with the same words (test_refusals.py).
+    What `make test` shows of Helm 3: it renders every values file as Helm 4 does (test_packaging.py), and refuses
+    values with the same words (test_refusals.py).
     """
     return int(request.param)
 
