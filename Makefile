@@ -1,5 +1,7 @@
 # Each target sets up .venv first (test-xla: .venv-xla). PYTHON=python3.12 chooses its Python.
 PYTHON ?= python3
+# Also where the environment forbids it: without its bytecode, each of the tests' processes compiles every module again.
+export PYTHONDONTWRITEBYTECODE :=
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
 READY_XLA := .venv-xla/.ready

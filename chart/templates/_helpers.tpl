@@ -22,7 +22,7 @@
 {{- /* Labels of a stage's Job or PyTorchJob: those of its pods, and jobLabels. Arguments: root, stage, settings (default:
        the stage). */}}
 {{- define "stage.labels" -}}
-{{- $settings := include "stage.settings" (dict "root" .root "settings" (.settings | default .stage)) | fromYaml }}
+{{- $settings := include "stage.settings" (dict "root" .root "settings" (.settings | default .stage)) | fromJson }}
 {{- include "stage.override" (dict "base" $settings.jobLabels "over" (include "stage.podLabels" . | fromYaml)) }}
 {{- end }}
 
@@ -98,7 +98,7 @@
 {{- $secrets := list (include "llama-lora.publish.token" . | fromYaml) (dict "name" .Values.monitoring.secretName "key" "") }}
 {{- range $stage := include "llama-lora.stages" . | fromJsonArray }}
 {{- if has $stage (include "stage.ofTrainer" . | fromJsonArray) }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
 {{- range $from := $settings.extraEnvSecrets }}
 {{- if not $from.optional }}{{ $secrets = append $secrets (pick $from "name" "key") }}{{ end }}
 {{- end }}

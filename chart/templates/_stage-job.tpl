@@ -10,7 +10,7 @@
     activeDeadlineSeconds      overrides the settings'
 */}}
 {{- define "stage.job" -}}
-{{- $settings := include "stage.settings" . | fromYaml -}}
+{{- $settings := include "stage.settings" . | fromJson -}}
 apiVersion: batch/v1
 kind: Job
 metadata:

@@ -19,13 +19,13 @@
 */}}
 {{- define "stage.pod" -}}
 {{- $values := .root.Values }}
-{{- $settings := include "stage.settings" . | fromYaml -}}
+{{- $settings := include "stage.settings" . | fromJson -}}
 metadata:
   labels:
     {{- $labels := include "stage.podLabels" . | fromYaml }}
     {{- include "stage.override" (dict "base" $settings.podLabels "over" $labels) | nindent 4 }}
   {{- $annotations := ternary (dict "karpenter.sh/do-not-disrupt" "true") dict (default false .trains) }}
-  {{- with include "stage.override" (dict "base" $annotations "over" $settings.podAnnotations) | fromYaml }}
+  {{- with include "stage.merge" (dict "base" $annotations "over" $settings.podAnnotations) | fromJson }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -105,7 +105,7 @@ spec:
         {{- end }}
         {{- $environment := dict "HOME" "/tmp" "HF_HOME" "/tmp/huggingface" "PYTHONUNBUFFERED" "1" }}
         {{- $environment = merge $environment (include "stage.neuronEnvironment" . | fromYaml) }}
-        {{- range $name, $value := include "stage.override" (dict "base" $environment "over" $settings.extraEnv) | fromYaml }}
+        {{- range $name, $value := include "stage.merge" (dict "base" $environment "over" $settings.extraEnv) | fromJson }}
         {{- if not (hasKey $settings.extraEnvSecrets $name) }}
         - name: {{ $name | quote }}
           value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
@@ -233,7 +233,7 @@ spec:
 {{- /* stageDefaults, overridden key by key by the stage's settings. Lists and scalars are replaced. (mergeOverwrite would
        ignore a stage's 0, "" and false.) Arguments: root, settings. */}}
 {{- define "stage.settings" -}}
-{{- $common := deepCopy .root.Values.stageDefaults }}
+{{- $common := omit .root.Values.stageDefaults }}
 {{- if has .settings (list "gate" "runner") }}
 {{- /* They end with what they follow. Before that they must not: the limits on cost and stalls, and the next stages, would end
        with them. */}}
@@ -244,7 +244,7 @@ spec:
 {{- $_ := set $common "extraEnvSecrets" dict }}
 {{- $_ := set $common "extraEnvFrom" dict }}
 {{- end }}
-{{- include "stage.override" (dict "base" $common "over" (get .root.Values.stages .settings)) }}
+{{- include "stage.merge" (dict "base" $common "over" (get .root.Values.stages .settings)) }}
 {{- end }}
 
 {{- /* The keys of the stages that run the trainer, without any permission in the cluster. */}}
@@ -255,26 +255,31 @@ spec:
 {{- /* The capabilities that a container adds. */}}
 {{- define "stage.capabilities" -}}
 {{- $added := ternary (list "CHOWN") list (default false .runAsRoot) }}
-{{- range $name, $add := (include "stage.settings" . | fromYaml).capabilities }}
+{{- range $name, $add := (include "stage.settings" . | fromJson).capabilities }}
 {{- if $add }}{{ $added = append $added $name }}{{ end }}
 {{- end }}
 {{- uniq $added | toJson }}
 {{- end }}
 
 {{- define "stage.override" -}}
-{{- $result := deepCopy .base }}
+{{- include "stage.merge" . | fromJson | toYaml }}
+{{- end }}
+
+{{- /* The same as JSON, which Helm reads and writes ten times as fast as YAML: half the time of a rendering. */}}
+{{- define "stage.merge" -}}
+{{- $result := omit .base }}      {{- /* a copy whose maps are those of .base */}}
 {{- range $key, $value := .over }}
 {{- if and (kindIs "map" $value) (kindIs "map" (get $result $key)) }}
-{{- $value = include "stage.override" (dict "base" (get $result $key) "over" $value) | fromYaml }}
+{{- $value = include "stage.merge" (dict "base" (get $result $key) "over" $value) | fromJson }}
 {{- end }}
 {{- $_ := set $result $key $value }}
 {{- end }}
-{{- toYaml $result }}
+{{- toJson $result }}
 {{- end }}
 
 {{- /* Only stages that train request devices. */}}
 {{- define "stage.resources" -}}
-{{- $resources := (include "stage.settings" . | fromYaml).resources }}
+{{- $resources := (include "stage.settings" . | fromJson).resources }}
 {{- range $bound, $quantities := $resources }}
 {{- range $resource, $quantity := $quantities }}
 {{- $_ := set $quantities $resource (toString $quantity) }}     {{- /* a PyTorchJob accepts "1.5", but not 1.5 */}}
@@ -299,7 +304,7 @@ spec:
 {{- $_ := set $selector "sagemaker.amazonaws.com/node-health-status" "Schedulable" }}
 {{- end }}
 {{- end }}
-{{- include "stage.override" (dict "base" $selector "over" (include "stage.settings" . | fromYaml).nodeSelector) }}
+{{- include "stage.override" (dict "base" $selector "over" (include "stage.settings" . | fromJson).nodeSelector) }}
 {{- end }}
 
 {{- /* Labels of the nodes that were launched into capacityReservation. The labels of Karpenter and EKS Auto Mode:
@@ -324,7 +329,7 @@ spec:
 
 {{- /* Nodes with devices are often tainted with the device's name. */}}
 {{- define "stage.tolerations" -}}
-{{- $tolerations := (include "stage.settings" . | fromYaml).tolerations }}
+{{- $tolerations := (include "stage.settings" . | fromJson).tolerations }}
 {{- if .trains }}
 {{- range $device, $count := .root.Values.devices }}
 {{- $tolerations = append $tolerations (dict "key" $device "operator" "Exists" "effect" "NoSchedule") }}

@@ -52,7 +52,7 @@ kueue.x-k8s.io/priority-class: {{ . | quote }}
 {{- $values := .root.Values }}
 {{- $name := include "llama-lora.stage.name" . }}
 {{- $nodes := int $values.parallelism.nodes }}
-{{- $settings := include "stage.settings" (dict "root" .root "settings" .stage) | fromYaml -}}
+{{- $settings := include "stage.settings" (dict "root" .root "settings" .stage) | fromJson -}}
 apiVersion: kubeflow.org/v1
 kind: PyTorchJob
 metadata:
@@ -95,7 +95,7 @@ spec:
 {{- $values := .root.Values }}
 {{- $name := include "llama-lora.stage.name" . }}
 {{- $nodes := int $values.parallelism.nodes }}
-{{- $settings := include "stage.settings" (dict "root" .root "settings" .stage) | fromYaml -}}
+{{- $settings := include "stage.settings" (dict "root" .root "settings" .stage) | fromJson -}}
 {{- $pod := include "stage.workload.pod" (dict "root" .root "stage" .stage "container" "node") | fromYaml -}}
 {{- $_ := set $pod.spec "restartPolicy" "OnFailure" -}}
 apiVersion: trainer.kubeflow.org/v1alpha1

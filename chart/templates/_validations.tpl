@@ -237,7 +237,7 @@ devices has no vpc.amazonaws.com/efa, which {{ .Values.parallelism.nodes }} node
 {{- define "llama-lora.validations.neuron.environment" -}}
 {{- $environments := dict }}
 {{- range $stage := list "compile" "neff" "train" }}
-{{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).extraEnv }}
+{{- $extra := (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).extraEnv }}
 {{- $_ := set $environments $stage $extra }}
 {{- $cache := ternary "NEURON_COMPILE_CACHE_URL" "TORCH_NEURONX_NEFF_CACHE_DIR" (eq $.Values.backend "xla") }}
 {{- if hasKey $extra $cache }}
@@ -395,7 +395,7 @@ publish.s3.artifacts has only the report, which evaluation.enabled false does no
 
 {{- define "llama-lora.validations.monitoring" -}}
 {{- $monitoring := .Values.monitoring }}
-{{- $environment := (include "stage.settings" (dict "root" . "settings" "train") | fromYaml).extraEnv }}
+{{- $environment := (include "stage.settings" (dict "root" . "settings" "train") | fromJson).extraEnv }}
 {{- if and $monitoring.mlflow (not (get $environment "MLFLOW_TRACKING_URI")) }}
 monitoring.mlflow requires stages.train.extraEnv.MLFLOW_TRACKING_URI. Set it to the URL of the tracking server.
 {{- end }}
@@ -434,7 +434,7 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 
 {{- define "llama-lora.validations.stages" -}}
 {{- range $stage, $own := .Values.stages }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
 {{- $taken := append (include "stage.mountPaths" $ | fromJsonArray) $.Values.workspace.mountPath }}
 {{- range $name, $mount := $settings.extraVolumeMounts }}
 {{- if or (has (clean $mount.mountPath) $taken) (hasPrefix "/etc/llama-lora/" $mount.mountPath) }}
@@ -501,7 +501,7 @@ stages.{{ $stage }}.{{ $key }} is not allowed: this stage has permissions in the
 {{- end }}
 {{- end }}
 {{- end }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
 {{- range $name, $from := $settings.extraEnvSecrets }}
 {{- if eq $name "HF_TOKEN" }}
 stages.{{ $stage }}: extraEnvSecrets.HF_TOKEN is set by the chart where it is needed. Use huggingFace.tokenSecret or publish.hub.tokenSecret.
@@ -524,7 +524,7 @@ stages.{{ $stage }}: extraEnvFrom.{{ $name }} requires exactly one of secretRef 
 
 {{- define "llama-lora.validations.capabilities" -}}
 {{- range $stage, $own := .Values.stages }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
 {{- range $name := list "ALL" "SYS_ADMIN" }}
 {{- if get $settings.capabilities $name }}
 stages.{{ $stage }}: capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
@@ -540,7 +540,7 @@ stages.{{ $stage }}: seccompProfile.localhostProfile is the path of a profile of
 
 {{- define "llama-lora.validations.grace" -}}
 {{- range $stage := list "compile" "train" }}
-{{- $grace := int (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).terminationGracePeriodSeconds }}
+{{- $grace := int (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).terminationGracePeriodSeconds }}
 {{- if lt $grace 30 }}
 stages.{{ $stage }}.terminationGracePeriodSeconds is {{ $grace }}, too short to save a checkpoint. Set it to at least 30.
 {{- else if gt $grace 300 }}
@@ -584,6 +584,13 @@ commonLabels.{{ $label }} would be on every object. Use kueue.queueName, kueue.c
 {{- if hasKey (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).jobLabels $label }}
 stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate releases it. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
 {{- end }}
+<<<<<<< HEAD
+=======
+{{- range $stage := list "compile" "train" }}
+{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
+{{- if hasKey $settings.jobLabels $queue }}
+stages.{{ $stage }}: jobLabels.{{ $queue }} would start the job before its gate releases it. Use kueue.queueName.
+>>>>>>> rest
 {{- end }}
 {{- end }}
 {{- end }}

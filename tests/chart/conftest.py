@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chart.manifests import HELMS, VALUES_FILES, Object, config, render
+from chart.manifests import VALUES_FILES, Object, config, render
 
 
-@pytest.fixture(params=HELMS, ids=lambda major: f"helm{major}")
+@pytest.fixture(params=[4, pytest.param(3, marks=pytest.mark.slow)], ids=lambda major: f"helm{major}")
 def helm(request: pytest.FixtureRequest) -> int:
+    """Helm 4 in `make test`, and Helm 3 in `make test-slow`.
+
+    What `make test` shows of Helm 3: it renders every values file as Helm 4 does (test_packaging.py), and refuses
+    values with the same words (test_refusals.py).
+    """
     return int(request.param)
 
 

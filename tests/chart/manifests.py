@@ -16,7 +16,6 @@ from helm_binaries import helm_binary
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "chart"
-HELMS = [3, 4]
 CI_FILES = sorted(CHART.glob("ci/*-values.yaml"))
 VALUES_FILES = CI_FILES + sorted(ROOT.glob("values/*.values.yaml"))
 
