@@ -581,16 +581,9 @@ capacityReservation.group applies to provisioner node-group and hyperpod. Use ca
 commonLabels.{{ $label }} would be on every object. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
 {{- end }}
 {{- range $stage, $own := $.Values.stages }}
-{{- if hasKey (include "stage.settings" (dict "root" $ "settings" $stage) | fromYaml).jobLabels $label }}
+{{- if hasKey (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).jobLabels $label }}
 stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate releases it. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
 {{- end }}
-<<<<<<< HEAD
-=======
-{{- range $stage := list "compile" "train" }}
-{{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
-{{- if hasKey $settings.jobLabels $queue }}
-stages.{{ $stage }}: jobLabels.{{ $queue }} would start the job before its gate releases it. Use kueue.queueName.
->>>>>>> rest
 {{- end }}
 {{- end }}
 {{- end }}
