@@ -217,7 +217,7 @@ def memory_of(stages: dict[str, Any], stage: str) -> tuple[int, int]:
 def test_what_computes_with_the_model_gets_the_memory_that_the_model_needs(tmp_path: Path) -> None:
     stages = values_of(tmp_path, ISSUE)["stages"]
     assert [memory_of(stages, stage) for stage in ("consolidate", "merge", "evaluate")] == [(5, 8), (5, 8), (21, 32)]
-    llama_70b = ("model=meta-llama/Llama-3.1-70B", "instance=trn1.32xlarge", "lora.targetModules=[q, k, v]")
+    llama_70b = ("model=meta-llama/Llama-3.1-70B", "instance=trn1.32xlarge", "lora.targetModules=all-linear")
     large = values_of(tmp_path, ISSUE, *llama_70b)["stages"]
     for stage in ("consolidate", "merge", "evaluate"):
         request, limit = memory_of(large, stage)
