@@ -17,10 +17,8 @@ metadata:
   name: {{ .name }}
   namespace: {{ .root.Release.Namespace | quote }}
   labels:
-    {{- include "stage.labels" . | nindent 4 }}
-    {{- with .queue }}
-    kueue.x-k8s.io/queue-name: {{ . | quote }}
-    {{- end }}
+    {{- $queue := ternary (dict "kueue.x-k8s.io/queue-name" .queue) dict (ne (.queue | default "") "") }}
+    {{- include "stage.override" (dict "base" (include "stage.labels" . | fromYaml) "over" $queue) | nindent 4 }}
   annotations:
     llama-lora/stage: {{ .stage }}
     {{- if .needsCluster }}

@@ -20,13 +20,14 @@ helm.sh/hook-delete-policy: hook-failed
        `default`. In a queue that does not exist it stays suspended; the gate changes the label (cluster/queueing.py). */}}
 {{- define "stage.workload.labels" -}}
 {{- $served := .root.Capabilities.APIVersions }}
-{{- include "stage.labels" . }}
+{{- $labels := include "stage.labels" . | fromYaml }}
 {{- if or .root.Values.kueue.queueName ($served.Has "kueue.x-k8s.io/v1beta1") ($served.Has "kueue.x-k8s.io/v1beta2") }}
-kueue.x-k8s.io/queue-name: llama-lora-not-released
+{{- $_ := set $labels "kueue.x-k8s.io/queue-name" "llama-lora-not-released" }}
 {{- end }}
 {{- with .root.Values.kueue.priorityClass }}
-kueue.x-k8s.io/priority-class: {{ . | quote }}
+{{- $_ := set $labels "kueue.x-k8s.io/priority-class" . }}
 {{- end }}
+{{- toYaml $labels }}
 {{- end }}
 
 {{- define "stage.workload.pod" -}}
@@ -115,7 +116,7 @@ spec:
   template:
     metadata:
       labels:
-        {{- include "stage.labels" . | nindent 8 }}
+        {{- include "stage.podLabels" . | nindent 8 }}
     spec:
       replicatedJobs:
         - name: node
@@ -143,7 +144,7 @@ metadata:
   annotations:
     {{- include "stage.workload.annotations" . | nindent 4 }}
     llama-lora/retries: {{ int $settings.backoffLimit | quote }}      # of each worker; for the gate
-    llama-lora/grace-period-seconds: {{ int $pod.spec.terminationGracePeriodSeconds | quote }}
+    llama-lora/grace-period-seconds: {{ int ($pod.spec.terminationGracePeriodSeconds | default 30) | quote }}
 spec:
   suspend: true
   runtimeRef:

@@ -125,10 +125,6 @@ TRN2: Values = {
 }
 CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
-    "HyperPod's auto-resume of a TrainJob": (
-        {"workload": "trainjob", "hyperpod": {"autoResume": True}},
-        "hyperpod.autoResume is true, but HyperPod resumes PyTorchJobs only. Set it to false",
-    ),
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
     "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
     "revision of a path": (

@@ -74,6 +74,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"parallelism": {"shardSize": 2}}),
         "parallelism.shardSize",
     ),
+    "auto-resume of a TrainJob": (
+        {"workload": "trainjob", "instance": "ml.trn2.48xlarge", "hyperpod": {"autoResume": True}},
+        "hyperpod.autoResume",
+    ),
     "xla on CPUs": (merged(NEURON, {"instance": "cpu"}), "backend"),
     "xla on other accelerators": (merged(NEURON, {"instance": "p5.48xlarge"}), "backend"),
     "Trainium without its devices": (merged(TRN2, {"devices": None}, {"devices": {"a.com/b": 1}}), "devices"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object
 from genvalues.cluster.failures import StageFailed
-from genvalues.cluster.objects import is_being_deleted, is_finished, moment
+from genvalues.cluster.objects import is_being_deleted, is_finished
 from genvalues.cluster.workloads import Workload, is_active, is_released
 from genvalues.common.errors import UserError
 
@@ -39,21 +39,18 @@ class OwnJob:
         while True:
             job = api.get(kinds.JOBS, self.name)
             if job is not None and not is_being_deleted(job):
-                return job["metadata"]["uid"] != self.uid or starts_again(job, time.time())
+                return job["metadata"]["uid"] != self.uid or starts_again(job)
             if time.monotonic() >= deadline:
                 return False
             time.sleep(self.interval)
 
 
-def starts_again(job: Object, now: float) -> bool:
+def starts_again(job: Object) -> bool:
     """Whether the Job creates another pod, or whoever has stopped it takes care of the job that the gate follows."""
-    spec, status = job["spec"], job.get("status", {})
-    limit = spec.get("activeDeadlineSeconds")
-    if limit == STOPPED_BY_US or spec.get("suspend"):
+    spec = job["spec"]
+    if spec.get("activeDeadlineSeconds") == STOPPED_BY_US or spec.get("suspend"):
         return True
-    started = moment(status.get("startTime"))
-    overdue = limit and started and now - started >= limit
-    return not overdue and not is_finished(job) and status.get("failed", 0) < spec.get("backoffLimit", 6)
+    return not is_finished(job) and job.get("status", {}).get("failed", 0) < spec["backoffLimit"]
 
 
 @contextmanager

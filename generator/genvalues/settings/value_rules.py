@@ -262,7 +262,7 @@ def attention(values: Values) -> Iterator[Problem]:
 
 
 def instance_type(values: Values) -> Iterator[Problem]:
-    """An instance type that cannot train, or not on so many nodes, and auto-resume outside HyperPod."""
+    """An instance type that cannot train, or not on so many nodes, and auto-resume where HyperPod does not have it."""
     name = get(values, "instance", str) or ""
     choices = of_same_service(name)
     if why := unsupported(name):
@@ -275,6 +275,12 @@ def instance_type(values: Values) -> Iterator[Problem]:
             key_paths("hyperpod.autoResume", "instance"),
             f"requires an instance type of HyperPod, and instance is {one_line(name)}",
             f"Remove it, or write instance: {HYPERPOD}... as the HyperPod nodes are named.",
+        )
+    if get(values, "workload", str) == "trainjob" and get(values, "hyperpod.autoResume", bool):
+        yield Problem(
+            key_paths("hyperpod.autoResume", "workload"),
+            "HyperPod resumes PyTorchJobs only, and workload is trainjob",
+            "Remove it, or write workload: pytorchjob.",
         )
 
 
