@@ -278,6 +278,13 @@ def test_the_role_of_preflight_is_for_the_workload_that_the_release_uses() -> No
     assert not any("pytorchjobs" in resource for _, resource in granted_to)
 
 
+def test_preflight_may_read_only_the_queues_of_the_values() -> None:
+    objects = render(merged(MINIMAL, {"kueue": {"queueName": "trn", "cpuQueueName": "cpu"}}))
+    rules = one(objects, "Role", "llama-preflight")["rules"]
+    [names] = [rule["resourceNames"] for rule in rules if rule["resources"] == ["localqueues"]]
+    assert names == ["trn", "cpu"]
+
+
 @pytest.mark.parametrize("mode", ["attached", "detached"])
 def test_the_default_install_makes_no_cluster_scoped_object(mode: str) -> None:
     objects = render(merged(MINIMAL, {"pipeline": {"mode": mode}}))

@@ -42,6 +42,7 @@
           "instance" $values.instance
           "devices" $values.devices
           "queueName" $values.kueue.queueName
+          "cpuQueueName" $values.kueue.cpuQueueName
           "priorityClass" $values.kueue.priorityClass)
       "clusterScopedReads" $values.rbac.clusterScopedReads
       "train" (dict "unschedulableTimeoutSeconds" $values.pipeline.unschedulableTimeoutSeconds)

@@ -36,6 +36,7 @@ class JobNodes(ConfigBlock):
     instance: str
     devices: dict[str, int] = {}  # per node, by resource name
     queue_name: str = ""  # Kueue LocalQueue
+    cpu_queue_name: str = ""  # that of the stages on CPU nodes
     priority_class: str = ""  # Kueue WorkloadPriorityClass
 
 

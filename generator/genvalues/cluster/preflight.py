@@ -6,7 +6,7 @@ The preflight pod mounts neither the claim nor the Secret, so it starts and repo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -113,7 +113,7 @@ def not_served(api: Api, config: ClusterConfig, probe: Probe) -> Finding:
         return Finding("error", probe.subject, found, probe.install)
     fix = (
         f"helm upgrade --install {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
-        f" --set workload={other.workload.setting}   # in an inputs file: chartValues.workload"
+        f" --set workload={other.workload.setting}   # in an inputs file: workload: {other.workload.setting}"
     )
     return Finding("error", probe.subject, f"{found}, but {other.workload.name} of {other.subject}", fix)
 
@@ -468,25 +468,30 @@ def judge_resource_quota(quota: str, resource: str, hard: int, used: int, needed
 
 
 def check_queue(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Check that Kueue manages the workload, and that the queue and the priority class exist."""
-    name = config.job.queue_name
-    if not name:
+    """Check that Kueue manages the workload, and that the queues and the priority class exist."""
+    devices, cpu = config.job.queue_name, config.job.cpu_queue_name
+    if not devices and not cpu:
         return []
     group = api.discover("apis/kueue.x-k8s.io")
     if group is None:
-        fix = "kubectl get crds | grep kueue   # or set kueue.queueName: ''"
-        return [Finding("error", f"queue {name}", "Kueue is not installed", fix)]
+        fix = "kubectl get crds | grep kueue   # or set kueue.queueName and kueue.cpuQueueName: ''"
+        return [Finding("error", f"queue {devices or cpu}", "Kueue is not installed", fix)]
     kueue = f"apis/{group['preferredVersion']['groupVersion']}"
+    findings = check_local_queue(api, config, kueue, cpu, []) if cpu not in {"", devices} else []
+    if not devices:
+        return findings
     return [
-        *check_local_queue(api, config, kueue),
+        *check_local_queue(api, config, kueue, devices, [*config.job.devices]),
+        *findings,
         check_integration(api, config, timings, kueue),
         *check_priority_class(api, config, kueue),
     ]
 
 
-def check_local_queue(api: Api, config: ClusterConfig, kueue: str) -> list[Finding]:
+def check_local_queue(
+    api: Api, config: ClusterConfig, kueue: str, name: str, resources: Sequence[str]
+) -> list[Finding]:
     """The LocalQueue, whose condition also tells whether its ClusterQueue exists and is active."""
-    name = config.job.queue_name
     subject, look = f"queue {name}", f"kubectl -n {config.namespace} describe localqueue {name}"
     queue = api.get(kinds.Kind(kueue, "localqueues"), name)
     if queue is None:
@@ -499,27 +504,27 @@ def check_local_queue(api: Api, config: ClusterConfig, kueue: str) -> list[Findi
         found = f"not active: {inactive[0].get('reason')}: {inactive[0].get('message', '')} (ClusterQueue {of_cluster})"
         return [Finding("error", subject, found, f"{look}; kubectl describe clusterqueue {of_cluster}")]
     ok = Finding("ok", subject, f"exists, of ClusterQueue {of_cluster}" if of_cluster else "exists")
-    return [ok, *check_cluster_queue(api, config, kueue, of_cluster)] if of_cluster else [ok]
+    if not of_cluster or not resources:
+        return [ok]
+    return [ok, check_cluster_queue(api, config, kueue, of_cluster, resources)]
 
 
-def check_cluster_queue(api: Api, config: ClusterConfig, kueue: str, name: str) -> list[Finding]:
-    """Whether the ClusterQueue has quotas for the devices: without one Kueue never admits the job."""
+def check_cluster_queue(api: Api, config: ClusterConfig, kueue: str, name: str, resources: Sequence[str]) -> Finding:
+    """Whether the ClusterQueue has quotas for these resources: without one Kueue never admits the job."""
     subject, look = f"ClusterQueue {name}", f"kubectl get clusterqueue {name} -o yaml"
-    if not config.job.devices:
-        return []
     if not config.cluster_scoped_reads:
-        return [not_read(subject, look)]
+        return not_read(subject, look)
     try:
         queue = api.get(kinds.Kind(kueue, "clusterqueues", namespaced=False), name)
     except NotAllowed as error:
-        return [Finding("not checked", subject, error.message, look)]
+        return Finding("not checked", subject, error.message, look)
     groups = (queue or {}).get("spec", {}).get("resourceGroups") or []
     covered = {resource for group in groups for resource in group.get("coveredResources") or []}
-    if lacking := [resource for resource in config.job.devices if resource not in covered]:
+    if lacking := [resource for resource in resources if resource not in covered]:
         found = f"has no quota for {', '.join(lacking)}; without one Kueue does not admit the job"
         fix = f"{look}   # then resourceGroups[].coveredResources, or excludeResourcePrefixes in Kueue's configuration"
-        return [Finding("warning", subject, found, fix)]
-    return [Finding("ok", subject, f"has quotas for {', '.join(config.job.devices)}")]
+        return Finding("warning", subject, found, fix)
+    return Finding("ok", subject, f"has quotas for {', '.join(resources)}")
 
 
 def check_integration(api: Api, config: ClusterConfig, timings: PreflightTimings, kueue: str) -> Finding:

@@ -515,6 +515,17 @@ def test_a_missing_queue_is_an_error(ready: FakeApi, kueue: Kueue, api: Api, in_
     assert (finding.level, finding.subject) == ("error", "queue trn") and "LocalQueue not found" in finding.found
 
 
+@pytest.mark.parametrize("queue", ["trn", ""])
+def test_the_queue_of_the_stages_on_cpu_nodes_must_exist_too(
+    ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object, queue: str
+) -> None:
+    in_queue["job"] |= {"queueName": queue, "cpuQueueName": "cpu"}
+    finding = one_problem(api, ClusterConfig.model_validate(in_queue))
+    assert (finding.level, finding.subject) == ("error", "queue cpu")
+    kueue.add_queue("cpu")
+    assert problems(api, ClusterConfig.model_validate(in_queue)) == []
+
+
 @pytest.mark.parametrize("reason", ["ClusterQueueDoesNotExist", "ClusterQueueIsInactive", "Stopped"])
 def test_a_queue_that_is_not_active_is_an_error(
     ready: FakeApi, kueue: Kueue, api: Api, in_queue: Object, reason: str
