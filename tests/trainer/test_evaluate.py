@@ -143,6 +143,10 @@ def test_the_time_of_the_first_rows_tells_how_many_there_is_time_for(monkeypatch
         computed.clear()
         found = evaluation.score(Model(), rows, ends)  # type: ignore[arg-type]
         assert computed == parts and len(found.losses) == len(found.tokens) == sum(parts)
+    untrained = [{**row, "labels": [-100] * 10} for row in rows[:3]]
+    computed.clear()
+    found = evaluation.score(Model(), [*untrained, *rows], 1.0)  # type: ignore[arg-type]
+    assert computed == [4] and found.tokens == [0, 0, 0, 9], "a loss needs a trained token"
 
 
 def test_answers_are_left_out_where_the_model_does_not_fit_into_memory(

@@ -82,13 +82,18 @@ def load_model(path: Path) -> Any:
 def score(model: StreamedModel, rows: Sequence[dict[str, Any]], ends: float | None = None) -> Score:
     """Compute the losses of the rows, or of the first of them that can be computed until ``ends`` (time.monotonic).
 
-    The first batch is always computed. Its time tells how many rows there is time for, and so does each later part.
+    The first batch, with a trained token, is always computed. Its time tells how many rows there is time for, and so
+    does each later part.
     """
     losses: list[float] = []
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths, tokens = [len(row["input_ids"]) for row in rows], [trained_tokens(row) for row in rows]
+    first = None
+    if ends is not None:
+        in_batch = sum(total <= BATCH_TOKENS for total in itertools.accumulate(lengths))
+        first = max(in_batch, 1 + next((number for number, count in enumerate(tokens) if count), 0))
     pace: Pace | None = None
     with StageProgress("held-out row", len(rows)) as progress:
-        for begin, planned in in_parts(model, lengths, first=None if ends is None else BATCH_TOKENS):
+        for begin, planned in in_parts(model, lengths, first):
             end = planned
             if pace is not None and ends is not None:
                 end = begin + pace.rows(lengths[begin:planned], ends - time.monotonic())
@@ -99,7 +104,7 @@ def score(model: StreamedModel, rows: Sequence[dict[str, Any]], ends: float | No
                 pace = Pace(reading, (time.monotonic() - began - reading) / sum(lengths[begin:end]))
             if end < planned:
                 break
-    return Score(losses, [trained_tokens(row) for row in rows[: len(losses)]])
+    return Score(losses, tokens[: len(losses)])
 
 
 def part_losses(model: StreamedModel, rows: Sequence[dict[str, Any]], progress: StageProgress) -> list[float]:
@@ -133,10 +138,9 @@ class Pace(NamedTuple):
 
 
 def in_parts(model: StreamedModel, lengths: Sequence[int], first: int | None) -> Iterator[tuple[int, int]]:
-    """Divide rows into parts (begin, end) that are each one pass; the first one has at most ``first`` tokens."""
-    begin = 0
-    if first is not None:
-        begin = max(1, sum(tokens <= first for tokens in itertools.accumulate(lengths)))
+    """Divide rows into parts (begin, end) that are each one pass. ``first``: the rows of the first part."""
+    begin = first or 0
+    if begin:
         yield 0, begin
     for numbers in model.passes((1, length) for length in lengths[begin:]):
         yield begin + numbers[0], begin + numbers[-1] + 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from genvalues.accelerators.architectures import LINEAR, Architecture, from_config, known, table
-from genvalues.accelerators.cpu_memory import GIB, Memory, resident, stage_memory, streamed
+from genvalues.accelerators.cpu_memory import GIB, HIDDEN_STATES, PROCESS, Memory, resident, stage_memory, streamed
 
 
 def model(name: str) -> Architecture:
@@ -54,3 +56,14 @@ def test_a_model_that_is_not_known_gets_what_the_largest_known_one_needs() -> No
 
 def test_quantities_are_whole_gibibytes_and_the_limit_is_not_lower() -> None:
     assert Memory.of(3.5 * GIB) == (5, 8) and Memory(5, 8).quantities() == {"requests": "5Gi", "limits": "8Gi"}
+
+
+def test_the_page_has_these_numbers() -> None:
+    page = (Path(__file__).parents[3] / "docs/pods.md").read_text(encoding="utf-8")
+    small, large = (stage_memory(each, 16, MODULES) for each in (LLAMA_8B, LLAMA_70B))
+    assert f"| request, with 15 % more | | {small['merge'].request}Gi | {large['merge'].request}Gi |" in page
+    assert f"| bf16 | {small['evaluate'].request}Gi | |" in page
+    layers = ((streamed(each) - PROCESS - HIDDEN_STATES) / GIB for each in (LLAMA_8B, LLAMA_70B))
+    assert "| bf16 | {:.2f} | {:.2f} |".format(*layers) in page
+    adapters = (4 * each.lora_parameters(16, MODULES) / GIB for each in (LLAMA_8B, LLAMA_70B))
+    assert "| fp32 | {:.2f} | {:.2f} |".format(*adapters) in page
