@@ -224,7 +224,7 @@ def test_what_computes_with_the_model_gets_the_memory_that_the_model_needs(tmp_p
         assert 5 < request <= limit < 24, "far less than the weights of 131 GiB"
     wide = values_of(tmp_path, ISSUE, "lora.r=256", "lora.targetModules=all-linear")["stages"]
     assert memory_of(wide, "merge")[0] > memory_of(stages, "merge")[0], "the adapter is in memory"
-    unknown = values_of(tmp_path, ISSUE, "model.path=/workspace/models/x")["stages"]
+    unknown = values_of(tmp_path, ISSUE, "model.path=/workspace/models/x", "lora.targetModules=all-linear")["stages"]
     assert memory_of(unknown, "merge") == memory_of(large, "merge") and memory_of(unknown, "evaluate")[0] >= 40
     unverified = values_of(tmp_path, ISSUE, "probe.rows=0")["stages"]
     assert memory_of(unverified, "merge")[0] < memory_of(stages, "merge")[0]
