@@ -250,8 +250,9 @@ def test_a_probe_of_any_content_is_refused_in_a_line(finished_run: Run) -> None:
     for wrong in (5, [], {}, {**right, "rows": [10_000], "losses": [1.0], "tokens": [1]}, {**right, "tokens": []}):
         manifest["facts"]["probe"] = wrong
         finished_run.paths.manifest("consolidate").write_text(json.dumps(manifest))
-        said = finished_run("merge", status=2)
-        assert "probe" in said and len(said.splitlines()) == 1
+        lines = finished_run("merge", status=2).splitlines()
+        [line] = [line for line in lines if " verified " not in line]  # a busy computer takes seconds, and says so
+        assert "probe" in line
     refused = 0
     for probe in spoiled(right, VALUES):
         try:
