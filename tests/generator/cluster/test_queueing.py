@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi
 from generator.cluster.objects import pytorch_job
 from generator.cluster.test_gate import OWN, QUICK, Gate, is_going, is_released
-from generator.cluster.waiting import until
+from generator.cluster.waiting import PATIENCE, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.follower import GateTimings
@@ -29,6 +30,23 @@ def queued(config: ClusterConfig) -> ClusterConfig:
 def kueue(fake: FakeApi) -> FakeApi:
     fake.crds |= {"localqueues", "workloads"}
     return fake
+
+
+@pytest.fixture(autouse=True)
+def ended(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every gate has ended before the next test begins: its job is gone."""
+    started: list[Gate] = []
+    begin = Gate.__init__
+
+    def noted(self: Gate, *arguments: Any, **options: Any) -> None:
+        started.append(self)
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(Gate, "__init__", noted)
+    yield
+    fake.remove("pytorchjobs", OWN)
+    for gate in started:
+        gate.future.exception(PATIENCE)
 
 
 def add(fake: FakeApi, queue: str = "") -> dict[str, Any]:
