@@ -114,6 +114,13 @@ def test_kueues_reason_is_logged_while_the_job_waits(
     kueue.merge("workloads", "pytorchjob-x", {"status": {"conditions": [reserved, checks]}})
     until(lambda: any("failed admission checks" in line for line in running.logged))
     assert not running.future.done(), "a job may wait for its quota as long as it takes"
+    kueue.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": False}}})
+    kueue.remove("workloads", "pytorchjob-x")
+    looks = len(kueue.requests)
+    until(lambda: len(kueue.requests) > looks + 30, "a while in which the job runs")
+    kueue.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": True}}})  # evicted
+    add_workload(kueue, job, {"type": "QuotaReserved", "status": "False", "message": "Preempted by another"})
+    until(lambda: any("Preempted by another" in line for line in running.logged))
 
 
 @pytest.mark.parametrize(("installed", "words"), [(True, "kubeflow.org/pytorchjob"), (False, "not installed")])
