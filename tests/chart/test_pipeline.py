@@ -317,6 +317,15 @@ def test_hyperpod_auto_resume_sets_the_annotations_that_hyperpod_reads() -> None
     assert "sagemaker" not in str(render(TRAINIUM))
 
 
+def test_a_gate_is_started_again_however_few_retries_and_seconds_the_stages_have() -> None:
+    objects = render(merged(MINIMAL, {"stageDefaults": {"backoffLimit": 0, "activeDeadlineSeconds": 60}}))
+    for stage in ("compile", "train"):
+        gate = pod(objects, f"{stage}-gate").owner["spec"]
+        assert gate["backoffLimit"] == 30, "without it nothing enforces guards.maxCost and guards.stallTimeout"
+        assert "activeDeadlineSeconds" not in gate
+        assert {"type": "DisruptionTarget", "status": "True"} in gate["podFailurePolicy"]["rules"][1]["onPodConditions"]
+
+
 QUEUE = "kueue.x-k8s.io/queue-name"
 
 
