@@ -27,7 +27,7 @@ from chart.manifests import (
     weight,
     workloads,
 )
-from genvalues.cluster.queueing import NOT_RELEASED
+from genvalues.cluster.queueing import NOT_RELEASED, PREBUILT
 from genvalues.cluster.workloads import workload_of
 
 WEIGHTS = {
@@ -330,12 +330,13 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 
 
 @pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
-def test_the_queue_is_passed_to_the_gate_and_the_job_is_in_none_that_exists(workload: str) -> None:
+def test_the_queue_is_passed_to_the_gate_and_the_job_is_held_until_its_release(workload: str) -> None:
     kueue = {"queueName": "research", "priorityClass": "high"}
     objects = render(merged(TRAINIUM, {"kueue": kueue, "workload": workload}))
     assert config(objects, "cluster.yaml")["job"]["queueName"] == "research"
     for job in workloads(objects):
-        assert job["metadata"]["labels"][QUEUE] == NOT_RELEASED, "Kueue would start it before the gate releases it"
+        held = PREBUILT if workload == "trainjob" else QUEUE
+        assert job["metadata"]["labels"][held] == NOT_RELEASED, "Kueue would start it before the gate releases it"
         assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
 
 

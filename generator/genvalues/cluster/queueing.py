@@ -1,7 +1,8 @@
 """Kueue: how a gate releases a job into a queue, and why the job waits there.
 
 A job that Kueue manages must not start before its gate has released it, and a LocalQueue named ``default`` takes every
-job without a queue. So where Kueue is installed, the chart creates the jobs in a queue that does not exist.
+job without a queue. So where Kueue is installed, the chart creates a PyTorchJob in a queue that does not exist. A
+TrainJob, whose queue Kueue copies to its JobSet for good, instead names a prebuilt Workload that does not exist.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from genvalues.cluster.api import Api, ApiError, Kind, NotAllowed, Object
 from genvalues.cluster.objects import FINGERPRINT, QUEUE_NAME, labels_of, name_of
 from genvalues.cluster.workloads import Workload
 
-NOT_RELEASED = "llama-lora-not-released"  # the queue that does not exist; chart/templates/_stage-workload.tpl
+NOT_RELEASED = "llama-lora-not-released"  # what does not exist; chart/templates/_stage-workload.tpl
+PREBUILT = "kueue.x-k8s.io/prebuilt-workload-name"
 DEFAULT_QUEUE = "default"  # Kueue's default LocalQueue
 JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
 WEBHOOK_SECONDS = 60.0  # Kueue's webhook does not answer for seconds while it restarts
@@ -24,14 +26,17 @@ def release(api: Api, workload: Workload, job: Object, fingerprint: str, queue: 
     The last request both annotates and releases: a gate that is killed before it leaves a job that is not released.
     """
     now_in = labels_of(job).get(QUEUE_NAME, "")
+    held: dict[str, str | None] = {PREBUILT: None} if PREBUILT in labels_of(job) else {}
     if not queue and now_in == NOT_RELEASED:
         queue = "" if leave_queue(api, workload, job) else DEFAULT_QUEUE
     elif not queue:
         queue = now_in  # in which Kueue has put it
     patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
     if queue:
-        patch["metadata"]["labels"] = {QUEUE_NAME: queue}
+        patch["metadata"]["labels"] = {QUEUE_NAME: queue, **held}
     else:
+        if held:  # which Kueue allows only while the job is suspended
+            api.patch(workload.kind, name_of(job), {"metadata": {"labels": held}})
         patch |= workload.unsuspended()
     api.patch(workload.kind, name_of(job), patch)
 
