@@ -17,12 +17,14 @@ helm.sh/hook-delete-policy: hook-failed
 {{- end }}
 
 {{- /* Kueue must not start what the gate has not released, and puts a job without a queue into the namespace's LocalQueue
-       `default`. In a queue that does not exist it stays suspended; the gate changes the label (cluster/queueing.py). */}}
+       `default`. With a queue, or a prebuilt Workload, that does not exist it stays suspended; the gate changes the label
+       (cluster/queueing.py has the reason for the two ways). */}}
 {{- define "stage.workload.labels" -}}
 {{- $served := .root.Capabilities.APIVersions }}
 {{- $labels := include "stage.labels" . | fromYaml }}
 {{- if or .root.Values.kueue.queueName ($served.Has "kueue.x-k8s.io/v1beta1") ($served.Has "kueue.x-k8s.io/v1beta2") }}
-{{- $_ := set $labels "kueue.x-k8s.io/queue-name" "llama-lora-not-released" }}
+{{- $held := ternary "prebuilt-workload-name" "queue-name" (eq .root.Values.workload "trainjob") }}
+{{- $_ := set $labels (printf "kueue.x-k8s.io/%s" $held) "llama-lora-not-released" }}
 {{- end }}
 {{- with .root.Values.kueue.priorityClass }}
 {{- $_ := set $labels "kueue.x-k8s.io/priority-class" . }}

@@ -27,7 +27,7 @@ from chart.manifests import (
     weight,
     workloads,
 )
-from genvalues.cluster.queueing import NOT_RELEASED
+from genvalues.cluster.queueing import NOT_RELEASED, PREBUILT
 from genvalues.cluster.workloads import workload_of
 
 WEIGHTS = {
@@ -317,16 +317,26 @@ def test_hyperpod_auto_resume_sets_the_annotations_that_hyperpod_reads() -> None
     assert "sagemaker" not in str(render(TRAINIUM))
 
 
+def test_a_gate_is_started_again_however_few_retries_and_seconds_the_stages_have() -> None:
+    objects = render(merged(MINIMAL, {"stageDefaults": {"backoffLimit": 0, "activeDeadlineSeconds": 60}}))
+    for stage in ("compile", "train"):
+        gate = pod(objects, f"{stage}-gate").owner["spec"]
+        assert gate["backoffLimit"] == 30, "without it nothing enforces guards.maxCost and guards.stallTimeout"
+        assert "activeDeadlineSeconds" not in gate
+        assert {"type": "DisruptionTarget", "status": "True"} in gate["podFailurePolicy"]["rules"][1]["onPodConditions"]
+
+
 QUEUE = "kueue.x-k8s.io/queue-name"
 
 
 @pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
-def test_the_queue_is_passed_to_the_gate_and_the_job_is_in_none_that_exists(workload: str) -> None:
+def test_the_queue_is_passed_to_the_gate_and_the_job_is_held_until_its_release(workload: str) -> None:
     kueue = {"queueName": "research", "priorityClass": "high"}
     objects = render(merged(TRAINIUM, {"kueue": kueue, "workload": workload}))
     assert config(objects, "cluster.yaml")["job"]["queueName"] == "research"
     for job in workloads(objects):
-        assert job["metadata"]["labels"][QUEUE] == NOT_RELEASED, "Kueue would start it before the gate releases it"
+        held = PREBUILT if workload == "trainjob" else QUEUE
+        assert job["metadata"]["labels"][held] == NOT_RELEASED, "Kueue would start it before the gate releases it"
         assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
 
 

@@ -36,13 +36,15 @@ from genvalues.cluster.objects import (
     why_not_started,
 )
 from genvalues.cluster.progress import describe_checkpoint, describe_progress, read_progress
-from genvalues.cluster.queueing import NotManaged, QueueWatch
+from genvalues.cluster.queueing import Queue
 from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workers import Workers
 from genvalues.cluster.workloads import Workload, job_of
 from genvalues.common.errors import EXIT_USER_ERROR
 
 log = logging.getLogger(__name__)
+
+NO_WORKLOAD = "no Workload"  # a condition that may last
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class JobFollower:
         self.read_state = read_state
         self.timings = timings
         self.costs = costs
-        self.queue = QueueWatch(api, workload, timings.workload) if config.job.queue_name else None
+        self.queue = Queue(api, workload) if config.job.queue_name else None
         self.stall = StallTimer()
         self.workers = Workers(api, f"{workload.job_label}={job}", timings.interval)
         self.job_started = 0.0
@@ -284,9 +286,10 @@ class JobFollower:
         """End a job whose workers do not start: other workers may already hold nodes. Suspended time does not count."""
         limit = self.config.train.unschedulable_timeout_seconds
         if self.workload.is_suspended(job):
-            self._since.clear()
+            self._since = {NO_WORKLOAD: since} if (since := self._since.get(NO_WORKLOAD)) else {}
             self.look_at_queue(job)
             return
+        self._since.pop(NO_WORKLOAD, None)
         for pod in pods:
             if lack := unschedulable(pod):
                 reason = f"{name_of(pod)}: {lack.get('message') or 'Unschedulable'}"
@@ -306,11 +309,11 @@ class JobFollower:
         """Log why Kueue does not start the job. End a job that Kueue does not manage."""
         if self.queue is None:
             return
-        try:
-            why = self.queue.why_waiting(job)
-        except NotManaged as problem:
-            self.end(str(problem))
-        self.log_change("queue", f"{self.job} waits in queue {labels_of(job).get(QUEUE_NAME)}: {why}")
+        why = self.queue.why_waiting(job)
+        if self.lasts(NO_WORKLOAD, self.timings.workload, why is None):
+            self.end(self.queue.why_not_managed(self.timings.workload))
+        if why is not None:
+            self.log_change("queue", f"{self.job} waits in queue {labels_of(job).get(QUEUE_NAME)}: {why}")
 
     def end(self, reason: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         """Delete the job and fail. The next gate waits for its pods, so this one does not."""

@@ -1,19 +1,20 @@
 """Kueue: how a gate releases a job into a queue, and why the job waits there.
 
 A job that Kueue manages must not start before its gate has released it, and a LocalQueue named ``default`` takes every
-job without a queue. So where Kueue is installed, the chart creates the jobs in a queue that does not exist.
+job without a queue. So where Kueue is installed, the chart creates a PyTorchJob in a queue that does not exist. A
+TrainJob, whose queue Kueue copies to its JobSet for good, instead names a prebuilt Workload that does not exist.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from genvalues.cluster.api import Api, ApiError, Kind, NotAllowed, Object
 from genvalues.cluster.objects import FINGERPRINT, QUEUE_NAME, labels_of, name_of
 from genvalues.cluster.workloads import Workload
 
-NOT_RELEASED = "llama-lora-not-released"  # the queue that does not exist; chart/templates/_stage-workload.tpl
+NOT_RELEASED = "llama-lora-not-released"  # what does not exist; chart/templates/_stage-workload.tpl
+PREBUILT = "kueue.x-k8s.io/prebuilt-workload-name"
 DEFAULT_QUEUE = "default"  # Kueue's default LocalQueue
 JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
 WEBHOOK_SECONDS = 60.0  # Kueue's webhook does not answer for seconds while it restarts
@@ -25,14 +26,17 @@ def release(api: Api, workload: Workload, job: Object, fingerprint: str, queue: 
     The last request both annotates and releases: a gate that is killed before it leaves a job that is not released.
     """
     now_in = labels_of(job).get(QUEUE_NAME, "")
+    held: dict[str, str | None] = {PREBUILT: None} if PREBUILT in labels_of(job) else {}
     if not queue and now_in == NOT_RELEASED:
         queue = "" if leave_queue(api, workload, job) else DEFAULT_QUEUE
     elif not queue:
         queue = now_in  # in which Kueue has put it
     patch: Object = {"metadata": {"annotations": {FINGERPRINT: fingerprint}}}
     if queue:
-        patch["metadata"]["labels"] = {QUEUE_NAME: queue}
+        patch["metadata"]["labels"] = {QUEUE_NAME: queue, **held}
     else:
+        if held:  # which Kueue allows only while the job is suspended
+            api.patch(workload.kind, name_of(job), {"metadata": {"labels": held}})
         patch |= workload.unsuspended()
     api.patch(workload.kind, name_of(job), patch)
 
@@ -51,29 +55,21 @@ def leave_queue(api: Api, workload: Workload, job: Object) -> bool:
 
 
 @dataclass
-class QueueWatch:
-    """What Kueue says about a released job of ``workload`` that waits for admission.
-
-    ``patience``: seconds in which Kueue makes a Workload for the job, if it manages such jobs.
-    """
+class Queue:
+    """What Kueue says about a released job of ``workload`` that waits for admission."""
 
     api: Api
     workload: Workload
-    patience: float
-    _since: float = field(default_factory=time.monotonic)
     _workloads: Kind | None = None
 
-    def why_waiting(self, job: Object) -> str:
-        """Kueue's reason. Raises NotManaged if Kueue has made no Workload for the job."""
+    def why_waiting(self, job: Object) -> str | None:
+        """Kueue's reason; None if Kueue has made no Workload for the job."""
         try:
             found = self.find(job)
         except NotAllowed:  # roles of an earlier chart
-            return ""
+            return "not allowed to read Kueue's reason"
         if found is None:
-            if time.monotonic() - self._since > self.patience:
-                raise NotManaged(self.explain())
-            return "Kueue has not made a Workload yet"
-        self._since = time.monotonic()
+            return None
         conditions = {one["type"]: one for one in found.get("status", {}).get("conditions") or []}
         for kind in ("QuotaReserved", "Admitted"):
             one = conditions.get(kind)
@@ -91,16 +87,13 @@ class QueueWatch:
         found = self.api.list(self._workloads, labels=f"{JOB_UID}={job['metadata']['uid']}")
         return found[0] if found else None
 
-    def explain(self) -> str:
+    def why_not_managed(self, seconds: float) -> str:
+        """Why Kueue has made no Workload for so long, and what to do: the job would stay suspended forever."""
         if self._workloads is None:
             return "Kueue is not installed, so nothing admits the job. Install it, or set kueue.queueName to ''"
         return (
-            f"Kueue made no Workload for the {self.workload.name} within {self.patience:.0f} s: its integration"
+            f"Kueue made no Workload for the {self.workload.name} within {seconds:.0f} s: its integration"
             f" {self.workload.integration} is off (from Kueue 0.19 on, PyTorchJob's is by default), or Kueue does not"
             " manage this namespace. Add it to integrations.frameworks in Kueue's configuration and restart Kueue, or"
             " set kueue.queueName to ''"
         )
-
-
-class NotManaged(Exception):
-    """Kueue does not manage the job: it would stay suspended forever."""

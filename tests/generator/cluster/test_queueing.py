@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi
 from generator.cluster.objects import pytorch_job
 from generator.cluster.test_gate import OWN, QUICK, Gate, is_going, is_released
-from generator.cluster.waiting import until
+from generator.cluster.waiting import PATIENCE, until
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.follower import GateTimings
@@ -29,6 +30,23 @@ def queued(config: ClusterConfig) -> ClusterConfig:
 def kueue(fake: FakeApi) -> FakeApi:
     fake.crds |= {"localqueues", "workloads"}
     return fake
+
+
+@pytest.fixture(autouse=True)
+def ended(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every gate has ended before the next test begins: its job is gone."""
+    started: list[Gate] = []
+    begin = Gate.__init__
+
+    def noted(self: Gate, *arguments: Any, **options: Any) -> None:
+        started.append(self)
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(Gate, "__init__", noted)
+    yield
+    fake.remove("pytorchjobs", OWN)
+    for gate in started:
+        gate.future.exception(PATIENCE)
 
 
 def add(fake: FakeApi, queue: str = "") -> dict[str, Any]:
@@ -96,6 +114,13 @@ def test_kueues_reason_is_logged_while_the_job_waits(
     kueue.merge("workloads", "pytorchjob-x", {"status": {"conditions": [reserved, checks]}})
     until(lambda: any("failed admission checks" in line for line in running.logged))
     assert not running.future.done(), "a job may wait for its quota as long as it takes"
+    kueue.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": False}}})
+    kueue.remove("workloads", "pytorchjob-x")
+    looks = len(kueue.requests)
+    until(lambda: len(kueue.requests) > looks + 30, "a while in which the job runs")
+    kueue.merge("pytorchjobs", OWN, {"spec": {"runPolicy": {"suspend": True}}})  # evicted
+    add_workload(kueue, job, {"type": "QuotaReserved", "status": "False", "message": "Preempted by another"})
+    until(lambda: any("Preempted by another" in line for line in running.logged))
 
 
 @pytest.mark.parametrize(("installed", "words"), [(True, "kubeflow.org/pytorchjob"), (False, "not installed")])

@@ -16,6 +16,8 @@ from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import cleanup
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.guards import reserve_hours
+from genvalues.cluster.objects import QUEUE_NAME
+from genvalues.cluster.queueing import NOT_RELEASED, PREBUILT, release
 from genvalues.cluster.workloads import is_finished, is_released, workload_for, workload_of
 from genvalues.common.errors import UserError
 
@@ -95,6 +97,22 @@ def test_a_failed_trainjob_fails_the_stage_with_trainers_message(released: tuple
     running, operator = released
     operator.fail("jobset failed due to one or more job failures")
     assert running.fails().reason == f"TrainJob {OWN}: jobset failed due to one or more job failures"
+
+
+@pytest.mark.parametrize(
+    ("queue", "now_in", "expected"), [("", "", ""), ("", "default", "default"), ("trn", "", "trn")]
+)
+def test_a_trainjob_that_kueue_holds_back_is_released_into_its_queue_or_started(
+    trainer_v2: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, queue: str, now_in: str, expected: str
+) -> None:
+    add(trainer_v2, OWN)
+    held = {PREBUILT: NOT_RELEASED, **({QUEUE_NAME: now_in} if now_in else {})}
+    trainer_v2.merge("trainjobs", OWN, {"metadata": {"labels": held}})
+    release(api, workload_for("trainjob"), trainer_v2.objects["trainjobs", OWN], "f1", queue)
+    found = trainer_v2.objects["trainjobs", OWN]
+    assert is_released(found) and PREBUILT not in found["metadata"]["labels"]
+    assert found["metadata"]["labels"].get(QUEUE_NAME, "") == expected
+    assert found["spec"]["suspend"] is (expected != ""), "Kueue starts it from a queue"
 
 
 def is_going_with_its_runtime(fake: FakeApi) -> bool:
