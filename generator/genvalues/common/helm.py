@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,7 +149,24 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
 AWAY = ("unreachable", "connection refused", "timed out", "timeout", "no such host", "connection reset", "eof")
 
 
-def revision(release: str, namespace: str, context: str | None) -> tuple[Any, list[Any], list[Any]] | None:
+@contextmanager
+def records_in(driver: str) -> Iterator[None]:
+    """Have Helm read its records where $HELM_DRIVER=``driver`` says; empty: as the user has set it."""
+    before = os.environ.get("HELM_DRIVER")
+    if driver:
+        os.environ["HELM_DRIVER"] = driver
+    try:
+        yield
+    finally:
+        if driver and before is None:
+            del os.environ["HELM_DRIVER"]
+        elif before is not None:
+            os.environ["HELM_DRIVER"] = before
+
+
+def revision(
+    release: str, namespace: str, context: str | None, driver: str = ""
+) -> tuple[Any, list[Any], list[Any]] | None:
     """pyhelm3's ReleaseRevision of the newest revision, its hooks and its rendered objects; None if not found."""
     of = client(context)
 
@@ -156,7 +174,8 @@ def revision(release: str, namespace: str, context: str | None) -> tuple[Any, li
         found = await of.get_current_revision(release, namespace=namespace)
         return found, list(await found.hooks()), list(await found.resources())
 
-    return asked(ask, f"release {release}")
+    with records_in(driver):
+        return asked(ask, f"release {release}")
 
 
 def user_values(release: str, namespace: str, context: str | None, *, computed: bool = False) -> dict[str, Any]:

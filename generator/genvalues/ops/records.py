@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from genvalues.cluster.objects import COMPONENT, RUNNER, STAGE, annotations_of, labels_of, name_of
+from genvalues.cluster.objects import COMPONENT, INNER_SUFFIX, RUNNER, STAGE, annotations_of, labels_of, name_of
 from genvalues.cluster.workloads import NAMES
 from genvalues.common import helm
 from genvalues.common.dicts import get
@@ -100,8 +100,14 @@ class HelmRecord:
 
 
 def find_record(release: str, namespace: str, context: str | None) -> HelmRecord | None:
-    """Return the release's newest revision; None if the release does not exist."""
-    found = helm.revision(release, namespace, context)
+    """Return the release's newest revision; None if the release does not exist.
+
+    The runner keeps the records of an inner release in ConfigMaps.
+    """
+    found = None
+    if release.endswith(INNER_SUFFIX):
+        found = helm.revision(release, namespace, context, driver="configmap")
+    found = found or helm.revision(release, namespace, context)
     if found is None:
         return None
     revision, hooks, resources = found

@@ -58,7 +58,8 @@ if verb == "list":
     print(json.dumps([{{"name": name, "namespace": "team-a"}} for name in releases]))
     sys.exit(0)
 name = positional[1] if verb == "status" else positional[2]
-if name not in releases:
+in_config_maps = os.environ.get("HELM_DRIVER") == "configmap"
+if name not in releases or in_config_maps != name.endswith("-run"):  # where the runner keeps an inner release's records
     refuse("release: not found")
 document = json.loads((folder / "releases" / (name + ".json")).read_text())
 print(json.dumps(document["status"] if verb == "status" else document["all" if "--all" in arguments else "values"]))
