@@ -5,6 +5,7 @@ into words. API requests of each command, with the caller's rights, in the relea
 
     command    resource                           verbs
     (all)      secrets                            list       # Helm's records of the release, by Helm
+    (all)      configmaps                         list       # those of RELEASE-run, in mode detached
     status     jobs.batch                         list
     status     pytorchjobs.kubeflow.org           list       # or the next: the release's workload
     status     trainjobs.trainer.kubeflow.org     list
