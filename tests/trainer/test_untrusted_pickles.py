@@ -386,7 +386,7 @@ def unsafe_calls(source: str) -> list[str]:
 
 
 # Of PEFT, which has no trust_remote_code; the folder is one that this trainer has written.
-LOADS_AN_ADAPTER = {"PeftModel.from_pretrained", "NeuronPeftModelForCausalLM.from_pretrained"}
+LOADS_AN_ADAPTER = {"NeuronPeftModelForCausalLM.from_pretrained"}
 
 
 def test_no_code_of_ours_unpickles_evaluates_or_trusts_a_repositorys_code() -> None:

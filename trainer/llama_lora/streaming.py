@@ -21,7 +21,7 @@ from torch import nn
 from genvalues.accelerators.cpu_memory import HIDDEN_STATES, LOGITS
 from genvalues.common.errors import UserError
 from llama_lora import library_versions
-from llama_lora.adapter import PREFIX, WEIGHTS
+from llama_lora.adapter import PREFIX, WEIGHTS, read_adapter_config
 from llama_lora.data.batches import Batch
 from llama_lora.data.tokens import IGNORED
 from llama_lora.model_files import COMPLETE, base_files, read_config, regular_file
@@ -221,10 +221,11 @@ def meta_model(config: Any, dtype: torch.dtype, adapter: Path | None) -> Any:
     with init_empty_weights(include_buffers=False):
         model = library_versions.new_model(config, attn_implementation="sdpa", dtype=dtype)
         if adapter:
-            from peft import PeftConfig, get_peft_model
+            from peft import LoraConfig, get_peft_model
 
-            adapter_config = PeftConfig.from_pretrained(adapter)
-            adapter_config.init_lora_weights = True  # of the default kind, which does nothing on the meta device
-            model = get_peft_model(model, adapter_config, low_cpu_mem_usage=True).get_base_model()
+            read = read_adapter_config(adapter)  # of plain LoRA: these keys say all that it computes
+            keys = ("r", "lora_alpha", "target_modules", "use_rslora")
+            lora = LoraConfig(task_type="CAUSAL_LM", **{key: read[key] for key in keys if key in read})
+            model = get_peft_model(model, lora, low_cpu_mem_usage=True).get_base_model()
     model.tie_weights()  # not within init_empty_weights, which makes a parameter of its own of each that is assigned
     return model

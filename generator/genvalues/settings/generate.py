@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from genvalues.accelerators import architectures
+from genvalues.accelerators.architectures import LINEAR, from_config
 from genvalues.accelerators.cpu_memory import UNKNOWN_MODEL, stage_memory
 from genvalues.accelerators.instances import ACCELERATED, SUPPORTED, table
 from genvalues.common.dicts import without_null
@@ -160,7 +161,7 @@ def models_template() -> str:
     """The memory of the stages that compute with the model on a CPU node, by the model's id; "" is any other model."""
     rows = {"": {stage: memory.quantities() for stage, memory in UNKNOWN_MODEL.items()}}
     for row in architectures.table().values():
-        memory = stage_memory(architectures.from_config(row["config"]), RANK, list(architectures.LINEAR))
+        memory = stage_memory(from_config(row["config"]), RANK, list(LINEAR))
         rows |= {each: {stage: gib.quantities() for stage, gib in memory.items()} for each in row["models"]}
     lines = ",\n".join(f" {json.dumps(model)}: {json.dumps(row)}" for model, row in rows.items())
     note = NOTE.replace("settings", "accelerators/architectures.json and cpu_memory.py")
