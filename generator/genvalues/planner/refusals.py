@@ -32,6 +32,18 @@ TARGETS: KeyPath = ("lora", "targetModules")
 LENGTH: KeyPath = ("training", "maxSequenceLength")
 
 
+# The inputs that planning chooses if they are left out, by their field in Wishes.
+PLANNED = {
+    "backend": "backend",
+    "tensor_parallel": "parallelism.tensorParallelSize",
+    "shard_size": "parallelism.shardSize",
+    "per_device": "training.perDeviceBatchSize",
+    "accumulation": "training.gradientAccumulationSteps",
+    "global_batch": "training.globalBatchSize",
+    "checkpointing": "training.activationCheckpointing",
+}
+
+
 class Case(NamedTuple):
     """The request, and the tensor-parallel sizes that were tried for it, in the order of preference.
 
@@ -279,13 +291,17 @@ def _another_backend(case: Case) -> Problem | None:
 def _another_instance(case: Case) -> Problem | None:
     if not case.too_much:
         return None
-    without = ""
+    removed = ""
     if not (fitting := list(_instances(case, case.others))):
+        wished = [key for field, key in PLANNED.items() if getattr(case.wishes, field) is not None]
+        removed = f"emove {', '.join(wished)}" if wished else ""
+        planned = Wishes(backend=case.wishes.backend)
+        if wished and case.works(wishes=planned):
+            return Problem((MEMORY,), case.too_much, f"R{removed}, which are planned then, or use a smaller model.")
         fitting = list(_instances(case, Wishes(), backend=None))
-        without = " with the layout left out" if case.wishes != Wishes(nodes=case.wishes.nodes) else ""
     smallest_and_largest = list(dict.fromkeys((fitting[0], fitting[-1]))) if fitting else []
-    fix = f"Use {either(smallest_and_largest)}{without}, or a smaller model." if fitting else "Use a smaller model."
-    return Problem((MEMORY,), case.too_much, fix)
+    use = f"Use {either(smallest_and_largest)}{f' and r{removed}' if removed else ''}"
+    return Problem((MEMORY,), case.too_much, f"{use}, or a smaller model." if fitting else "Use a smaller model.")
 
 
 def bare(instance: str) -> str:

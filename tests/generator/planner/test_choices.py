@@ -226,8 +226,8 @@ def test_a_size_in_the_inputs_is_refused_by_the_rule_it_violates_not_by_memory()
         parallelism={"tensorParallelSize": 16},
     ).splitlines()
     assert told[0].startswith(f"{TP}: 16 is more than the model's 8 key-value heads") and told[0].endswith("Remove it.")
-    assert told[1].startswith("instance: meta-llama/Llama-3.1-70B needs 39.0 GiB")
-    assert told[1].endswith("Use ml.trn1.32xlarge or ml.trn1n.32xlarge, or a smaller model.")
+    assert told[1].startswith("backend: meta-llama/Llama-3.1-70B needs 39.0 GiB")
+    assert told[1].endswith("Use backend native, which can share the base weights, or remove it.")
     # Where another change makes the size work, that change is suggested instead.
     told = refused(model="meta-llama/Llama-3.1-70B", parallelism={"tensorParallelSize": 16}).splitlines()
     assert len(told) == 1 and told[0].endswith("Add k_proj, or use all-linear.")
@@ -275,6 +275,14 @@ def test_following_a_fix_ends_that_mistake(written: dict[str, Any]) -> None:
         if "positions of the model" in problem.what:  # the longest row; memory may allow only a shorter one
             continue
         key = key_of(problem)
+        removed = dict.fromkeys(re.findall(r"\w+\.\w+", problem.fix.partition("emove ")[2]))
+        if removed:
+            instance = re.search(r"trn\w+\.\w+", problem.fix.partition("and remove")[0])
+            try:
+                planned(**nested({**written, **removed, **({"instance": instance[0]} if instance else {})}))
+            except Refused as after:
+                assert key_of(after.problems[0]) != key, (written, problem, after)
+            continue
         suggested = problem.fix.partition("Use ")[2].partition(",")[0]
         for fitting in re.findall(r"trn\w+\.\w+|\b[0-9]+\b|none|selective|full|isolated", suggested):
             value = int(fitting) if fitting.isdigit() else fitting
