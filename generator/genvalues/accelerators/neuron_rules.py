@@ -125,12 +125,18 @@ def _size_rules(architecture: Architecture, size: int, target: str | None) -> It
         )
 
 
-def group_problems(instance_type: str, size: int, key: str = TENSOR_PARALLEL) -> Iterator[Problem]:
-    """Process groups that Neuron cannot create on a Trainium instance: see ``instances.Generation.groups``."""
+def group_problems(
+    instance_type: str, size: int, key: str = TENSOR_PARALLEL, copies: int | None = None
+) -> Iterator[Problem]:
+    """Process groups that Neuron cannot create on a Trainium instance: see ``instances.Generation.groups``.
+
+    ``copies``: the number that the right size has to divide, if it is known.
+    """
     instance = trainium(instance_type)
     if instance and size not in instance.groups:
         what = f"{instance_type} supports process groups of {either(instance.groups)}, not of {size}"
-        yield Problem(key_paths(key, "instance"), what, f"Use {either(instance.groups)}.")
+        fitting = [each for each in instance.groups if not copies or copies % each == 0]
+        yield Problem(key_paths(key, "instance"), what, f"Use {either(fitting)}.")
 
 
 def length_problems(architecture: Architecture, length: int, attention: str, size: int = 1) -> Iterator[Problem]:

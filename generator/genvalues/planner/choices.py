@@ -36,7 +36,8 @@ def choose(run: Run, wishes: Wishes, model: ModelFacts) -> Chosen:
         refuse(*(replace(each, what=f"{model.name}: {each.what}") for each in unsupported))
         refuse(*length_problems(run, architecture))
     if run.backend == "native" and wishes.shard_size:
-        refuse(*group_problems(run.instance, wishes.shard_size, SHARD_SIZE))
+        copies = (wishes.nodes or 1) * instance.cores // (wishes.tensor_parallel or 1)
+        refuse(*group_problems(run.instance, wishes.shard_size, SHARD_SIZE, copies))
     if wishes.max_hours is not None:
         return fewest_nodes(run, wishes, model, instance, wishes.max_hours)
     chosen = arrange(run, wishes, model, instance, wishes.nodes or 1)
