@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from chart.manifests import Values, merged
+from cluster.local import node
 from cluster.space import (
     EFA,
     NEURON,
@@ -74,6 +75,15 @@ def adapter(space: Space, run: str) -> str:
     return space.volume.run(f"sha256sum < runs/{run}/adapter/adapter_model.safetensors")
 
 
+# The node keeps the digest of the adapter of an undisturbed training, for the tests that run later.
+UNDISTURBED = node.FOLDER / f"adapter-{TRAINER_IMAGE.rpartition(':')[2]}"
+
+
+def keep_adapter(space: Space) -> None:
+    if node.FOLDER.exists():  # not on another cluster
+        UNDISTURBED.write_text(adapter(space, "llama"))
+
+
 def resumed(space: Space, run: str) -> bool:
     """Whether a training was resumed: tensorboard writes a file for each process that trained."""
     return int(space.volume.run(f"ls runs/{run}/checkpoints/*/tensorboard | wc -l")) > 1
@@ -86,7 +96,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     try:
         put_inputs(space, folder)
         release = space.release(helm=3)
-        yield Trained(space, release, release.install(TRAINING, seconds=900).output)
+        installed = release.install(TRAINING, seconds=900)
+        keep_adapter(space)
+        yield Trained(space, release, installed.output)
     finally:
         space.remove()
 
