@@ -9,10 +9,18 @@ import pytest
 
 from cluster.space import HELMS, Space, connect
 
+LONGEST = [
+    *("test_recovery", "test_following", "test_guards", "test_cleanup", "test_failures", "test_kueue", "test_detached")
+]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "node: wants the node for itself (drains it, restarts its API server ...)")
-    config.addinivalue_line("markers", "training: goes on from the one whole training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that none is left alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,3 +67,9 @@ def space(new_space: Callable[..., Space]) -> Space:
 @pytest.fixture(params=HELMS, ids=lambda major: f"helm{major}")
 def helm(request: pytest.FixtureRequest) -> int:
     return int(request.param)
+
+
+@pytest.fixture
+def workload(helm: int) -> str:
+    """The API of compile and train: a test with both versions of Helm has both APIs, too."""
+    return {3: "pytorchjob", 4: "trainjob"}[helm]

@@ -33,7 +33,6 @@ STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 AT_MOST = 1800  # seconds for each half of the tests
 AT_ONCE = 5  # tests that run in parallel
 NEEDS_ITS_OWN_NODE = "node"  # marker of tests that drain the node, stop its API server or change its operator
-ONE_AFTER_THE_OTHER = "node or training"  # "training": tests that share one whole training
 
 
 @user_errors_end_with_status_2
@@ -71,7 +70,7 @@ def own_node(keep: bool) -> Iterator[None]:
             others.result()
             bases.result()
         images.load_all()  # gigabytes: loaded in parallel with tests, it delays their pods by more than they allow
-        operators.install("1.9")
+        operators.install_all()
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
         yield
@@ -110,12 +109,14 @@ def take_lock() -> IO[str]:
 
 
 def run_tests(selection: list[str], arguments: list[str]) -> int:
-    """Run the tests that can run in parallel, then those that need the node alone or train."""
+    """Run the tests that can run in parallel, then those that need the node. Those of a file share a process: some
+    share a training, or Kueue's settings."""
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return run_pytest([*pytest, *selection, *arguments])
-    statuses = [run_pytest([*pytest, "-m", f"not ({ONE_AFTER_THE_OTHER})", "-n", str(AT_ONCE), "--dist", "worksteal"])]
-    statuses += [run_pytest([*pytest, "-m", ONE_AFTER_THE_OTHER])]
+    in_parallel = ["-n", str(AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder"]
+    statuses = [run_pytest([*pytest, "-m", f"not {NEEDS_ITS_OWN_NODE}", *in_parallel])]
+    statuses += [run_pytest([*pytest, "-m", NEEDS_ITS_OWN_NODE])]
     return 1 if any(statuses) else 0
 
 

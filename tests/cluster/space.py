@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from kubernetes import client, config, watch
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
+from cluster.local.node import INSTANCE_TYPE
 from genvalues.cluster import api
-from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, Kind
+from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
 from genvalues.cluster.objects import (
     INSTANCE,
     annotations_of,
@@ -52,6 +53,8 @@ KINDS = {
     "pod": PODS,
     "job": JOBS,
     "pytorchjob": PYTORCH_JOBS,
+    "trainjob": TRAIN_JOBS,
+    "trainingruntime": TRAINING_RUNTIMES,
     "pvc": CLAIMS,
     "pv": Kind("api/v1", "persistentvolumes", namespaced=False),
     "configmap": Kind("api/v1", "configmaps"),
@@ -63,7 +66,7 @@ KINDS = {
 KINDS |= {f"{name}s": kind for name, kind in KINDS.items()}
 
 RESOURCES = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}
-# Two workers of half a trn1.32xlarge each: as on real nodes, one node fits one training.
+# Two workers. Several tests share the node: each takes few of its devices.
 SMALL: Values = {
     "model": {"path": "/workspace/model"},
     "dataset": {
@@ -71,9 +74,10 @@ SMALL: Values = {
         "format": "instruction",
         "columns": {"instruction": "q", "output": "a"},
     },
-    "instance": "ml.trn1.32xlarge",
-    "devices": {NEURON: 8, EFA: 4},
-    "parallelism": {"nodes": 2, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 2},
+    "instance": INSTANCE_TYPE,
+    "devices": {NEURON: 1, EFA: 1},
+    "parallelism": {"nodes": 2},
+    "sharedMemory": "64Mi",
     "storage": {"existingClaim": CLAIM, "prepare": {"enabled": False}},
     "stageDefaults": {"resources": RESOURCES},
     "rbac": {"clusterScopedReads": True},  # the findings of preflight about nodes and storage classes
@@ -93,6 +97,26 @@ def stand_in(**scripts: str) -> Values:
     """Values with which stages run these shell scripts instead of their work. Other stages do nothing and succeed."""
     stages = {stage: {"extraEnv": {"STAND_IN": script}} for stage, script in scripts.items()}
     return merged(SMALL, image(STAND_IN_IMAGE), {"stages": stages})
+
+
+def inputs_file(folder: Path, values: Values, mode: str) -> Path:
+    """An inputs file for these values, but for the instance, which is the CPU. Values without an input key go to
+    chartValues."""
+    written = {
+        "name": "llama",
+        "mode": mode,
+        "model": values["model"],
+        "dataset": values["dataset"],
+        "instance": "cpu",
+        "nodes": values["parallelism"]["nodes"],
+        "cpu": {"processes": 1},
+        "chartValues": {
+            key: value for key, value in values.items() if key not in {"model", "dataset", "instance", "parallelism"}
+        },
+    }
+    file = folder / "finetune.yaml"
+    file.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
+    return file
 
 
 @dataclass
@@ -160,6 +184,7 @@ class History:
             (core.list_namespaced_pod, (namespace,)),
             (batch.list_namespaced_job, (namespace,)),
             (custom.list_namespaced_custom_object, ("kubeflow.org", "v1", namespace, "pytorchjobs")),
+            (custom.list_namespaced_custom_object, ("trainer.kubeflow.org", "v1alpha1", namespace, "trainjobs")),
         ]
         for listing, arguments in self._lists:
             threading.Thread(target=self._follow, args=(listing, arguments), daemon=True).start()
@@ -193,7 +218,7 @@ class History:
         return [one for one in first.values() if one.at > moment]
 
     def trainings_at_once(self) -> int:
-        """The largest number of train PyTorchJobs that had a running container at the same time."""
+        """The largest number of jobs of train that had a running container at the same time."""
         most, working = 0, dict[str, str]()
         for one in list(self.sightings):
             if one.item.get("kind") == "Pod" and component_of(one.item) == "train":
@@ -302,7 +327,7 @@ class Space:
             if ours:
                 run(["kubectl", "delete", *ours])
         at_once = ["--wait=false", "--grace-period=0", "--force"]
-        self.kubectl("delete", "pytorchjobs,jobs,pods", "--all", *at_once, check=False)
+        self.kubectl("delete", "pytorchjobs,trainjobs,jobs,pods", "--all", *at_once, check=False)
         run(["kubectl", "delete", "namespace", self.name, "--wait=false"])
 
     # --- objects
@@ -364,7 +389,7 @@ class Space:
 
     def describe(self) -> str:
         """The state of the namespace, for the report of a failed test."""
-        parts = [self.kubectl("get", "pytorchjobs,jobs,pods,pvc", "-o", "wide", check=False)]
+        parts = [self.kubectl("get", "pytorchjobs,trainjobs,jobs,pods,pvc", "-o", "wide", check=False)]
         parts += [self.kubectl("get", "events", "--sort-by=.lastTimestamp", check=False)[-4000:]]
         for pod in self.list("pods"):
             log = self.kubectl("logs", name_of(pod), "--all-containers", "--tail=15", check=False)
@@ -455,8 +480,8 @@ BEFORE = {
 }
 
 
-def stages_in_order(history: History) -> None:
-    """Check that no pod of a stage existed before the stages before it had succeeded, PyTorchJob and gate."""
+def stages_in_order(history: History, without: Collection[str] = ()) -> None:
+    """Check that no pod of a stage existed before the stages before it had succeeded, job and gate."""
 
     def first_pod(stage: str) -> int | None:
         return history.first_version(lambda item: item["kind"] == "Pod" and is_stage(item, stage))
@@ -465,7 +490,7 @@ def stages_in_order(history: History) -> None:
         return history.first_version(lambda item: item["kind"] != "Pod" and is_stage(item, stage) and succeeded(item))
 
     for stage, stages_before in BEFORE.items():
-        for before in stages_before:
+        for before in stages_before if stage not in without else ():
             made, ended = first_pod(stage), end(before)
             assert made is not None and ended is not None, f"{stage} or {before} was not there"
             assert made >= ended, f"a pod of {stage} was there before {before} had succeeded"
@@ -480,7 +505,8 @@ def asking_for_neuron(space: Space, began: float) -> set[str]:
 
 def seconds_of_jobs(space: Space, began: float) -> dict[str, float]:
     """Seconds from creation to success of each stage's Job that was created since."""
-    made = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
+    jobs = [one for one in space.history.made_since(began) if one.item["kind"] == "Job"]
+    made = [one for one in jobs if component_of(one.item)]  # a TrainJob has one of its own
     sightings = list(space.history.sightings)
     ended = {one.item["metadata"]["uid"]: one.at for one in reversed(sightings) if succeeded(one.item)}
     seconds = {component_of(one.item): ended[one.item["metadata"]["uid"]] - one.at for one in made}
@@ -521,6 +547,25 @@ def node_of(pod: Object) -> str:
 
 def uids(pods: list[Object]) -> set[str]:
     return {pod["metadata"]["uid"] for pod in pods}
+
+
+@contextmanager
+def node_labels(labels: dict[str, str | None]) -> Iterator[None]:
+    """Give every node these labels for a while, or take them away (None)."""
+    before = json.loads(run(["kubectl", "get", "nodes", "-o", "json"]).output)["items"] if labels else []
+
+    def label(node: str, wanted: dict[str, str | None]) -> None:
+        changes = [f"{key}-" if value is None else f"{key}={value}" for key, value in wanted.items()]
+        labelled = run(["kubectl", "label", "node", node, "--overwrite", *changes])
+        assert labelled.status == 0, labelled.output
+
+    try:
+        for node in before:
+            label(name_of(node), labels)
+        yield
+    finally:
+        for node in before:
+            label(name_of(node), {key: labels_of(node).get(key) for key in labels})
 
 
 def run(command: list[str], text: str | None = None) -> Ended:

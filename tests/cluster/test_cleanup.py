@@ -10,19 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chart.manifests import ROOT, Values, merged
-from cluster.space import CLAIM, EFA, HELMS, NEURON, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
+from cluster.space import CLAIM, HELMS, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
 
 UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
-# Small enough to share the node with other tests, and one stage fewer.
-SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+BRIEF: Values = {"evaluation": {"enabled": False}}
 DETACHED: Values = {"pipeline": {"mode": "detached"}}
 NOT_THERE: Values = image("localhost/none:1")
-EVERYTHING = "pods,jobs,pytorchjobs,configmaps,secrets,serviceaccounts,roles,rolebindings"
+EVERYTHING = "pods,jobs,pytorchjobs,trainjobs,trainingruntimes,configmaps,secrets,serviceaccounts,roles,rolebindings"
 
 
 def values(*more: Values, **scripts: str) -> Values:
-    return merged(stand_in(**scripts), SMALLER, *more)
+    return merged(stand_in(**scripts), BRIEF, *more)
 
 
 def left_of(space: Space) -> list[str]:
@@ -45,10 +44,13 @@ def stages_after(space: Space, moment: float) -> set[str]:
     return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
 
 
-def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(space: Space, helm: int) -> None:
+def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(
+    space: Space, helm: int, workload: str
+) -> None:
     """First with a live client that waits for the training, then with a killed one."""
     llama = space.release(helm)
-    alive = llama.start_install(values(train=UNTIL_CONTINUE))
+    training = values({"workload": workload}, train=UNTIL_CONTINUE)
+    alive = llama.start_install(training)
     space.wait_for_training("llama")
     compiled = space.volume.manifest("llama", "compile")
     began = uninstall_leaves_only_the_volume(llama)
@@ -56,7 +58,7 @@ def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(sp
     nothing_is_left(space)
     assert stages_after(space, began) == set(), "the client started no stage before it noticed"
 
-    killed = llama.start_install(values(train=UNTIL_CONTINUE))
+    killed = llama.start_install(training)
     space.wait_for_training("llama")
     assert space.volume.manifest("llama", "compile") == compiled  # includes the time at which it ran
     killed.kill()

@@ -21,7 +21,7 @@ from kubernetes import client
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import node
-from cluster.space import EFA, HELMS, NEURON, Client, Space, stand_in, succeeded, uids
+from cluster.space import HELMS, Client, Space, stand_in, succeeded, uids
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
 from genvalues.cluster.failures import RETRY
@@ -30,8 +30,7 @@ from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, co
 from genvalues.common.errors import EXIT_USER_ERROR
 
 UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
-# Small enough to share the node with other tests, and one stage fewer.
-DETACHED: Values = {"pipeline": {"mode": "detached"}, "devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+DETACHED: Values = {"pipeline": {"mode": "detached"}, "evaluation": {"enabled": False}}
 
 
 def detached(*more: Values, **scripts: str) -> Values:
@@ -74,7 +73,7 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
 def test_the_pipeline_survives_an_outage_of_the_api_server_during_training(space: Space) -> None:
     space.release(4).install(detached(train=UNTIL_CONTINUE))
     first = uids(space.wait_for_training("llama-run"))
-    node.restart_api_server(away=20)
+    node.restart_api_server(away=10)
     assert uids(space.wait_for_training("llama-run")) == first
     space.volume.run("touch continue")
     assert outcome(space) == "Complete"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,36 +17,31 @@ from cluster.space import (
     Space,
     image,
     is_stage,
-    run,
     stand_in,
-    uids,
 )
 from genvalues.cluster.objects import (
     ContainerExit,
-    annotations_of,
     condition,
     ends_of,
-    labels_of,
     name_of,
     unschedulable,
 )
-from genvalues.cluster.workloads import is_suspended
+from genvalues.cluster.workloads import workload_for
 
+WORKLOADS = ["pytorchjob", "trainjob"]
 WITHIN = 15.0  # seconds from a job's end to the release's
+WORKER = "(?:worker|node-0)-"  # in the names of pods of a PyTorchJob and of a TrainJob, before the worker's number
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}
 FOREVER = "sleep 600"
 STOPPED = 143
-QUEUE = "kueue.x-k8s.io/queue-name"
-LOCAL_QUEUES = "localqueues.kueue.x-k8s.io"
 
 
 def values(*more: Values, **scripts: str) -> Values:
-    """Without devices: other tests may hold them all, and these tests measure time."""
-    return {**merged(stand_in(**scripts), BRIEF, *more), "devices": {}}
+    return merged(stand_in(**scripts), BRIEF, *more)
 
 
 def on_worker_1(script: str) -> str:
-    return f'case "$HOSTNAME" in *-worker-1) {script};; esac; {FOREVER}'
+    return f'case "$HOSTNAME" in *-worker-1|*-node-0-1) {script};; esac; {FOREVER}'
 
 
 def ended(client: Client) -> tuple[Ended, float]:
@@ -57,26 +50,32 @@ def ended(client: Client) -> tuple[Ended, float]:
     return result, time.monotonic()
 
 
-def starts_of(space: Space, pod: str) -> set[str]:
-    """The ids of all containers that the pod has had."""
-    states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
+def states_of(space: Space, job: str, worker: int) -> list[Object]:
+    """Every state of the pods of one worker of a job."""
+    name = re.compile(f"{job}-{WORKER}{worker}(-[a-z0-9]+)?")
+    pods = (one.item for one in space.history.sightings if one.item["kind"] == "Pod")
+    return [pod for pod in pods if name.fullmatch(name_of(pod))]
+
+
+def starts_of(space: Space, job: str, worker: int) -> set[str]:
+    """The ids of all containers that the worker has had."""
     return {
         status["containerID"]
-        for pod in states
+        for pod in states_of(space, job, worker)
         for status in pod["status"].get("containerStatuses", [])
         if status.get("containerID")
     }
 
 
-def ends_in(space: Space, pod: str) -> list[ContainerExit]:
-    """How the containers of a pod have ended, in order."""
-    states = [one.item for one in space.history.sightings if one.item["kind"] == "Pod" and name_of(one.item) == pod]
+def ends_in(space: Space, job: str, worker: int) -> list[ContainerExit]:
+    """How the containers of a worker have ended, in order."""
+    states = states_of(space, job, worker)
     return sorted({end for state in states for end in ends_of(state)}, key=lambda end: end.finished)
 
 
 def left(space: Space, stage: str) -> list[Object]:
     """Objects that hold a node or will do so."""
-    jobs = [job for job in space.list("pytorchjobs") if is_stage(job, stage)]
+    jobs = [job for job in space.list("pytorchjobs") + space.list("trainjobs") if is_stage(job, stage)]
     return jobs + space.pods("llama", stage)
 
 
@@ -98,57 +97,65 @@ def assert_reported(release: Release, result: Ended, *patterns: str) -> None:
     assert [line for line in printed(result) if line in log] == log, f"not the gate's log:\n{result.output}"
 
 
-def test_a_pytorchjob_that_fails_fails_the_release_within_15_s_and_helm_prints_why(space: Space, helm: int) -> None:
-    """The operator ends it at its deadline, and deletes its pods with their logs."""
+def test_a_job_that_fails_fails_the_release_within_15_s_and_helm_prints_why(
+    space: Space, helm: int, workload: str
+) -> None:
+    """Its controller ends it at its deadline, and deletes its pods with their logs."""
     llama = space.release(helm)
-    settings = {"stages": {"compile": {"activeDeadlineSeconds": 6}}}
+    settings = {"workload": workload, "stages": {"compile": {"activeDeadlineSeconds": 6}}}
     result, over = ended(llama.start_install(values(settings, compile=f"echo this takes too long; {FOREVER}")))
     assert result.status == 1 and llama.state == "failed"
-    failed = space.history.first(lambda item: item["kind"] == "PyTorchJob" and bool(condition(item, "Failed")))
+    kind = workload_for(workload).name
+    failed = space.history.first(lambda item: item["kind"] == kind and bool(condition(item, "Failed")))
     assert failed and over - failed < WITHIN
+    why = {"pytorchjob": "Job llama-compile-1 has failed because it was active longer", "trainjob": "jobset failed"}
     assert_reported(
         llama,
         result,
-        r"compile failed: .*PyTorchJob llama-compile-1: Job llama-compile-1 has failed because it was active longer .*",
-        r"last 1 lines of llama-compile-1-worker-[01]:",
+        rf"compile failed: .*{kind} llama-compile-1: {why[workload]} .*",
+        rf"last 1 lines of llama-compile-1-{WORKER}[01].*:",
         "this takes too long",
     )
     space.wait("no worker pod any more", lambda: not space.pods("llama", "compile"), 20)
 
 
-def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_limit_times(space: Space) -> None:
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_limit_times(
+    space: Space, workload: str
+) -> None:
     """The other worker keeps running, as one that waits for its peer does. The kubelet restarts a container within a
     second; after status 2 the job is deleted before the restarted container has any effect."""
     llama = space.release(4)
     why = "sleep 5; echo rows.jsonl has no column q; exit 2"
-    result, over = ended(llama.start_install(values(compile=on_worker_1(why))))
+    own: Values = {"workload": workload}
+    result, over = ended(llama.start_install(values(own, compile=on_worker_1(why))))
     assert result.status == 1
     failed = space.history.first(lambda item: item["kind"] == "Pod" and any(end.code == 2 for end in ends_of(item)))
     assert failed and over - failed < WITHIN
     assert_reported(
         llama,
         result,
-        "compile failed: llama-compile-1-worker-1 ended with status 2; .*",
-        "last 1 lines of llama-compile-1-worker-1:",
+        f"compile failed: llama-compile-1-{WORKER}1.* ended with status 2; .*",
+        f"last 1 lines of llama-compile-1-{WORKER}1.*:",
         "rows.jsonl has no column q",
     )
-    assert [end.code for end in ends_in(space, "llama-compile-1-worker-1") if end.code != STOPPED] == [2]
-    assert len(starts_of(space, "llama-compile-1-worker-0")) == 1
+    assert [end.code for end in ends_in(space, "llama-compile-1", 1) if end.code != STOPPED] == [2]
+    assert len(starts_of(space, "llama-compile-1", 0)) == 1
     space.wait("the job and its pods are gone", lambda: not left(space, "compile"), 20)
 
     settings = {"stages": {"compile": {"backoffLimit": 1}}}
-    result, over = ended(llama.start_upgrade(values(settings, compile=on_worker_1("sleep 1; echo again; exit 1"))))
+    again = on_worker_1("sleep 1; echo again; exit 1")
+    result, over = ended(llama.start_upgrade(values(own, settings, compile=again)))
     assert result.status == 1
-    worker = "llama-compile-2-worker-1"
-    ends = ends_in(space, worker)
-    assert [end.code for end in ends] == [1, 1] and len(starts_of(space, worker)) == 2
+    ends = ends_in(space, "llama-compile-2", 1)
+    assert [end.code for end in ends] == [1, 1] and len(starts_of(space, "llama-compile-2", 1)) == 2
     failed = space.history.first(lambda item: item["kind"] == "Pod" and ends[-1] in ends_of(item))
     assert failed and over - failed < WITHIN
     assert_reported(
         llama,
         result,
-        f"compile failed: .*{worker} has failed 2 times .*",
-        f"last 2 lines of {worker}:",
+        f"compile failed: .*llama-compile-2-{WORKER}1.* has failed 2 times .*",
+        f"last 2 lines of llama-compile-2-{WORKER}1.*:",
         "again",
         "again",
     )
@@ -224,7 +231,7 @@ def test_a_revoked_token_of_the_hub_fails_the_stage_at_once_and_is_not_retried(s
         "huggingFace": {"tokenSecret": "hub"},
         "stages": {"tokenize": {"extraEnv": {"HF_ENDPOINT": refusing_hub(space)}}},
     }
-    settings = {**merged(SMALL, image(TRAINER_IMAGE), BRIEF, own), "devices": {}}
+    settings = merged(SMALL, image(TRAINER_IMAGE), BRIEF, own)
     result = space.release(3).install(settings, status=1)
     assert any("rejects the token" in line and "Create a new token" in line for line in printed(result)), result.output
     [pod] = space.history.pods(**{"app.kubernetes.io/component": "tokenize"})
@@ -251,7 +258,7 @@ def test_an_unschedulable_train_pod_fails_the_stage_with_the_schedulers_reason_a
     assert result.status == 1
     lacking = space.history.first(lambda item: item["kind"] == "Pod" and bool(unschedulable(item)))
     assert lacking and 10 <= over - lacking < 10 + WITHIN
-    assert len(starts_of(space, "llama-train-1-worker-0")) + len(starts_of(space, "llama-train-1-worker-1")) == 1
+    assert sum(len(starts_of(space, "llama-train-1", worker)) for worker in (0, 1)) == 1
     reason = (
         r"train failed: .*unschedulable for more than 10 s: llama-train-1-worker-[01]: 0/\d+ nodes are available: .*"
     )
@@ -259,94 +266,3 @@ def test_an_unschedulable_train_pod_fails_the_stage_with_the_schedulers_reason_a
     assert any(re.fullmatch(reason, line) for line in log), log
     assert any(re.fullmatch(reason, line) for line in printed(result))
     space.wait("nothing holds a node", lambda: not left(space, "train"), 20)
-
-
-@pytest.fixture
-def queue_kind() -> Iterator[None]:
-    """The kind LocalQueue without Kueue: the test unsuspends the jobs."""
-    group, plural = LOCAL_QUEUES.split(".", 1)[1], LOCAL_QUEUES.split(".", 1)[0]
-    kind = {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": LOCAL_QUEUES},
-    }
-    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    kind["spec"] = {
-        "group": group,
-        "scope": "Namespaced",
-        "names": {"plural": plural, "singular": "localqueue", "kind": "LocalQueue"},
-        "versions": [{"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
-    }
-    there = run(["kubectl", "get", "crd", LOCAL_QUEUES]).status == 0
-    if not there:
-        assert run(["kubectl", "apply", "-f", "-"], text=json.dumps(kind)).status == 0
-    yield
-    if not there:
-        run(["kubectl", "delete", "crd", LOCAL_QUEUES, "--wait=false"])
-
-
-def test_queued_and_preempted_jobs_are_waited_for(space: Space, queue_kind: None) -> None:
-    """The test acts as Kueue: it suspends a queued job, unsuspends it, and preempts it."""
-    queue = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": "research"}}
-    space.wait("the kind LocalQueue", lambda: applied(space, queue))
-    settings = {
-        "kueue": {"queueName": "research", "priorityClass": "urgent"},
-        "pipeline": {"unschedulableTimeoutSeconds": 5},
-    }
-    llama = space.release(4)
-    client = llama.start_install(values(settings, train="until [ -e /workspace/continue ]; do sleep 0.2; done"))
-
-    space.wait("compile is queued", lambda: queued(space, "llama-compile-1"))
-    suspend(space, "llama-compile-1", False)
-    space.wait("train is queued", lambda: queued(space, "llama-train-1"))
-    hold(space, client, "train")
-    suspend(space, "llama-train-1", False)
-    first = uids(space.wait_for_training("llama"))
-    suspend(space, "llama-train-1")
-    # A worker told to end before Python has started ignores it, and is killed after its 120 s to save.
-    space.wait("no train pod", lambda: not space.pods("llama", "train"), 150)
-    hold(space, client, "train")
-    suspend(space, "llama-train-1", False)
-    assert not first & uids(space.wait_for_training("llama"))
-    space.volume.run("touch continue")
-    result = client.wait(120)
-    assert result.status == 0 and llama.state == "deployed", result.output
-
-    for stage in ("compile", "train"):
-        states = [
-            one.item
-            for one in space.history.sightings
-            if one.item["kind"] == "PyTorchJob" and is_stage(one.item, stage)
-        ]
-        assert {labels_of(job).get("kueue.x-k8s.io/priority-class") for job in states} == {"urgent"}
-        released = ["llama-lora/fingerprint" in annotations_of(job) for job in states]
-        assert [QUEUE in labels_of(job) for job in states] == released and set(released) == {False, True}
-
-
-def applied(space: Space, item: Object) -> bool:
-    return "created" in space.kubectl("create", "-f", "-", text=json.dumps(item), check=False)
-
-
-def queued(space: Space, name: str) -> bool:
-    job = space.get("pytorchjob", name)
-    return bool(job and labels_of(job).get(QUEUE) == "research" and is_suspended(job))
-
-
-def suspend(space: Space, name: str, wish: bool = True) -> None:
-    patch = {"spec": {"runPolicy": {"suspend": wish}}}
-    space.kubectl("patch", "pytorchjob", name, "--type=merge", "--patch", json.dumps(patch))
-
-
-def hold(space: Space, client: Client, stage: str) -> None:
-    """Wait for longer than a pod may stay unschedulable."""
-    space.never(f"{stage} did not wait for its queue", lambda: not client.is_alive() or space.pods("llama", stage), 9)
-
-
-def test_pods_that_train_are_not_disrupted_and_have_120_s_to_save(space: Space) -> None:
-    llama = space.release(3)
-    client = llama.start_install(values(compile="sleep 2", train=FOREVER))
-    for stage in ("compile", "train"):
-        for pod in space.wait_for_training("llama", stage=stage):
-            assert annotations_of(pod)["karpenter.sh/do-not-disrupt"] == "true"
-            assert pod["spec"]["terminationGracePeriodSeconds"] == 120
-    assert client.is_alive()

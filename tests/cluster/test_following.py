@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from chart.manifests import CHART, Values, merged
-from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, stand_in
+from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, inputs_file, stand_in
+from genvalues.cluster.objects import name_of
 from trainer.conftest import make_model, write_rows
 
 UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
-# Small enough to share the node with other tests.
-BRIEF: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+BRIEF: Values = {"evaluation": {"enabled": False}}
 STAGES = ["preflight", "tokenize", "compile", "train", "consolidate", "merge"]
 # Looks like a token: hf_ and four characters are enough to be redacted.
 PLANTED = "hf_" + "planted0123"
@@ -87,18 +87,18 @@ def stage(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_what_is_up_to_date(
-    space: Space, genvalues: Genvalues, helm: int
+    space: Space, genvalues: Genvalues, helm: int, workload: str
 ) -> None:
     llama = space.release(helm)
-    training = values(train=f"echo the first words; {UNTIL_CONTINUE}; echo the last words")
+    training = values({"workload": workload}, train=f"echo the first words; {UNTIL_CONTINUE}; echo the last words")
     client = llama.start_install(training)
-    space.wait_for_training("llama")
+    trainers = space.wait_for_training("llama")
 
     before = genvalues.json("status", "llama")
     assert states(before) == dict(zip(STAGES, ["done", "done", "done", "running", "waiting", "waiting"], strict=True))
     assert (before["outcome"], before["mode"], before["exitStatus"]) == ("running", "attached", None)
     train = stage(before, "train")
-    assert train["pods"] == ["llama-train-1-worker-0", "llama-train-1-worker-1"] and train["started"]
+    assert train["pods"] == sorted(name_of(pod) for pod in trainers) and train["started"]
     assert before["devices"] == {NEURON: 2, EFA: 2} and len(before["nodes"]) == 1
     assert before["notRead"] == []
 
@@ -108,7 +108,7 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert client.wait(150).status == 0
     read, watched = reading.wait(60), watching.wait(60)
     assert read.status == 0 and read.output.count("the last words") == 2
-    assert "[llama-train-1-worker-0] the first words" in read.output
+    assert f"[{train['pods'][0]}] the first words" in read.output
     assert watched.status == 0, watched.output
     lines = watched.output.splitlines()
     assert [line for line in lines if line.startswith("merge: done in ")] and lines[-2].startswith("llama: done")
@@ -122,8 +122,11 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert (after["outcome"], after["revision"], after["exitStatus"]) == ("done", 2, 0)
 
 
-def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, genvalues: Genvalues, helm: int) -> None:
-    space.release(helm).install(values({"pipeline": {"mode": "detached"}}, train=UNTIL_CONTINUE))
+def test_the_status_of_a_detached_run_before_during_and_after_it(
+    space: Space, genvalues: Genvalues, helm: int, workload: str
+) -> None:
+    settings: Values = {"workload": workload, "pipeline": {"mode": "detached"}}
+    space.release(helm).install(values(settings, train=UNTIL_CONTINUE))
     early = genvalues.json("status", "llama")
     assert (early["mode"], early["outcome"], early["runner"]["state"]) == ("detached", "running", "running")
     watching = genvalues.start("status", "llama", "--watch")
@@ -169,21 +172,7 @@ def test_a_failed_stage_is_reported_with_its_reason_and_the_end_of_its_log(
 
 
 def inputs(folder: Path, *more: Values, **scripts: str) -> Path:
-    """An inputs file for these values, as in test_recovery; values without an input key go to chartValues."""
-    chart_values = values(*more, **scripts)
-    written = {
-        "name": "llama",
-        "mode": "detached",
-        "model": chart_values.pop("model"),
-        "dataset": chart_values.pop("dataset"),
-        "instance": "cpu",
-        "nodes": chart_values["parallelism"]["nodes"],
-        "cpu": {"processes": 1},
-        "chartValues": {**chart_values, "backend": "xla"},  # of the instance in these values
-    }
-    file = folder / "finetune.yaml"
-    file.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
-    return file
+    return inputs_file(folder, values(*more, **scripts), mode="detached")
 
 
 def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(

@@ -1,45 +1,41 @@
-"""Each stage waits for the previous one, with the stages and backend of each instance type."""
+"""Each stage waits for the previous one, with the stages and backend of each instance type.
+
+The order of a TrainJob's pipeline: test_rbac.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import yaml
 
 from chart.manifests import ROOT, Values, merged
 from cluster.local import node
-from cluster.space import EFA, NEURON, RESOURCES, SMALL, STAND_IN_IMAGE, Space, image, stages_in_order, stand_in
-from cluster.test_hyperpod import HEALTH, HEALTHY
+from cluster.space import (
+    EFA,
+    NEURON,
+    RESOURCES,
+    SMALL,
+    STAND_IN_IMAGE,
+    Space,
+    image,
+    node_labels,
+    stages_in_order,
+)
 from genvalues.cluster.objects import COMPONENT
 
-INSTANCE_LABEL = "node.kubernetes.io/instance-type"
 
-
-def test_no_pod_of_a_stage_exists_before_the_previous_stage_has_succeeded(space: Space, helm: int) -> None:
-    space.release(helm).install(stand_in(tokenize="sleep 2", compile="sleep 2", train="sleep 2"))
-    stages_in_order(space.history)
-
-
-@contextmanager
-def labels(space: Space, wanted: dict[str, str]) -> Iterator[None]:
-    """Give the node these labels for a while."""
-    label = ["label", "node", node.NODE, "--overwrite"]
-    space.kubectl(*label, *(f"{key}={value}" for key, value in wanted.items()))
-    try:
-        yield
-    finally:
-        space.kubectl(*label, f"{INSTANCE_LABEL}={node.INSTANCE_TYPE}", f"{HEALTH}-")
-
-
-@pytest.mark.node
-@pytest.mark.parametrize(("environment", "backend"), [("trn1", "xla"), ("trn2", "native")])
+@pytest.mark.parametrize(
+    ("environment", "backend"), [("trn1", "xla"), pytest.param("trn2", "native", marks=pytest.mark.node)]
+)
 def test_the_values_of_an_instance_type_install_with_its_backend(space: Space, environment: str, backend: str) -> None:
     written = yaml.safe_load((ROOT / "values" / f"{environment}.values.yaml").read_text(encoding="utf-8"))
     small: Values = {"resources": RESOURCES}
     here: Values = {
-        "devices": {NEURON: 8, EFA: 4},  # of a node that has as many as a trn1.32xlarge
+        "devices": {NEURON: 1, EFA: 1},
+        "parallelism": {
+            **dict.fromkeys(["processesPerNode", "tensorParallelSize", "dataParallelSize"]),
+            "shardSize": 1,
+        },
         "storage": SMALL["storage"],
         "huggingFace": {"tokenSecret": ""},
         "pipeline": {"mode": "attached"},
@@ -47,7 +43,8 @@ def test_the_values_of_an_instance_type_install_with_its_backend(space: Space, e
         "stageDefaults": small,
         "stages": dict.fromkeys(written["stages"], small),
     }
-    with labels(space, {INSTANCE_LABEL: written["instance"], HEALTH: HEALTHY}):
+    other_type = written["instance"] != node.INSTANCE_TYPE
+    with node_labels({node.INSTANCE_LABEL: written["instance"]} if other_type else {}):
         space.release().install(merged(written, image(STAND_IN_IMAGE), here))
     stages_in_order(space.history)
     assert len(space.history.pods(**{COMPONENT: "rehearse"})) == 1

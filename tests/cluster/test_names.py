@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from chart.manifests import Object, Values, merged
-from cluster.space import EFA, NEURON, SMALL, Space, run, stand_in, uids
+from cluster.space import SMALL, Space, run, stand_in, uids
 from genvalues.cluster.objects import INSTANCE
 
 KINDS = ("configmaps", "serviceaccounts", "roles", "rolebindings", "pvcs", "jobs", "pytorchjobs", "pods")
 OF_ITS_OWN: Values = {
-    "devices": {NEURON: 1, EFA: 1},  # several releases fit on a node
     "storage": {"enabled": True, "existingClaim": "", "kind": "generic", "size": "1Gi", "storageClass": "folder"},
     "evaluation": {"enabled": False},
     "dataset": {"evalFraction": 0},

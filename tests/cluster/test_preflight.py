@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from chart.manifests import Values, merged
-from cluster.space import CLAIM, EFA, NEURON, Release, Space, run, stand_in
+from cluster.local.node import INSTANCE_LABEL
+from cluster.space import CLAIM, EFA, NEURON, Release, Space, node_labels, run, stand_in
 from genvalues.cluster.objects import COMPONENT, component_of, moment
 
 PROMISED_SECONDS = 30
@@ -48,7 +49,7 @@ def check_preflight_stopped(release: Release) -> None:
 def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space: Space, helm: int) -> None:
     """Preflight mounts neither the claim nor the Secret, so it runs although both are missing."""
     wrong: Values = {
-        "devices": {NEURON: 999, "example.com/none": 1},
+        "devices": {NEURON: 16, "example.com/few": 2, "example.com/none": 1},
         "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
     }
     release = space.release(helm)
@@ -66,11 +67,11 @@ def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space:
         f" FIX: {here} create secret generic hf-token --from-file=token=/dev/stdin",
         "error nodes ml.trn1.32xlarge: 1 of 1 are ready and schedulable, 2 needed"
         " FIX: kubectl get nodes -L node.kubernetes.io/instance-type",
-        f"error {NEURON}: 999 per node needed on 2 nodes; 0 of 1 have that many (most: 16)"
+        "error example.com/few: 2 per node needed on 2 nodes; 0 of 1 have that many (most: 1)"
         f" FIX: kubectl describe nodes -l {OF_TYPE} # then change instance, nodes or devices",
         "error example.com/none: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
         f" FIX: kubectl get nodes -l {OF_TYPE} -o yaml",
-        "6 of 8 findings stop this release; the fixes are above",
+        "6 of 9 findings stop this release; the fixes are above",
     }
     assert "error        claim nowhere" in ended.output, "Helm prints it"
 
@@ -87,8 +88,8 @@ def test_a_complete_namespace_passes(new_space: Callable[..., Space]) -> None:
         f"ok claim {CLAIM}: Bound 1Gi",
         f"ok namespace {space.name}: enforces Pod Security baseline, which allows storage-prepare to run as root",
         "ok secret hf-token: has key token",
-        f"ok {NEURON}: 8 on each of 1 nodes of type ml.trn1.32xlarge",
-        f"ok {EFA}: 4 on each of 1 nodes of type ml.trn1.32xlarge",
+        f"ok {NEURON}: 1 on each of 1 nodes of type ml.trn1.32xlarge",
+        f"ok {EFA}: 1 on each of 1 nodes of type ml.trn1.32xlarge",
     ]
     assert components(space) == {"cleanup", "preflight", "storage-prepare", "tokenize"}
 
@@ -127,6 +128,16 @@ def test_a_missing_training_operator_or_device_plugin_stops_the_install_with_a_f
             f"error {NEURON}: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
             " FIX: helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart"
         )
+
+
+@pytest.mark.node
+def test_a_cluster_without_a_node_of_the_type_continues_as_an_autoscaler_may_add_one(space: Space) -> None:
+    release = space.release()
+    with node_labels({INSTANCE_LABEL: None}):
+        release.install(STOPS, status=1)
+    [finding] = problems(release)
+    assert finding.startswith("warning nodes ml.trn1.32xlarge: none at the moment;") and "autoscaler" in finding
+    assert "tokenize" in components(space)
 
 
 @contextmanager

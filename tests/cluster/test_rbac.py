@@ -9,7 +9,7 @@ from kubernetes import client
 
 from chart.manifests import Values, merged, render
 from chart.test_security import documented
-from cluster.space import EFA, NEURON, SMALL, Space, holds, stand_in
+from cluster.space import EFA, NEURON, SMALL, Space, holds, stages_in_order, stand_in
 from genvalues.cluster.helm_records import names_in_secrets
 from genvalues.cluster.objects import component_of, name_of
 
@@ -165,10 +165,13 @@ def test_each_service_account_has_the_permissions_it_needs_and_no_others(space: 
 
 
 def test_only_compile_and_train_hold_devices_and_only_api_clients_a_token_during_a_whole_run(space: Space) -> None:
-    devices = {NEURON: 2, EFA: 1}
+    """With TrainJobs, whose pods have a template of their own; each stage waits for the previous one, too."""
+    devices = {NEURON: 1, EFA: 2}
     no_token = {"STAND_IN": "test ! -e /var/run/secrets/kubernetes.io || exit 2"}
-    release = space.release()
-    release.install(merged(stand_in(), {"devices": devices, "stageDefaults": {"extraEnv": no_token}}))
+    settings: Values = {"workload": "trainjob", "devices": devices, "stageDefaults": {"extraEnv": no_token}}
+    release = space.release(4)
+    release.install(merged(stand_in(), settings))
+    stages_in_order(space.history)
     assert release("test", release.name).status == 0
     release.uninstall()
 

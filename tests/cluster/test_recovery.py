@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import yaml
 
 from chart.manifests import ROOT, Object, Values, merged
 from cluster.space import (
-    EFA,
     HELMS,
-    NEURON,
     Client,
     Release,
     Space,
     asking_for_neuron,
-    run,
-    skipping,
+    inputs_file,
+    node_labels,
+    seconds_of_jobs,
     stand_in,
     uids,
 )
-from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of, labels_of, name_of
+from genvalues.cluster.objects import COMPONENT, FINGERPRINT, annotations_of
 from genvalues.cluster.workloads import job_of
 
 UNTIL_CONTINUE = "until [ -e /workspace/continue ]; do sleep 0.2; done"
-INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 OTHER_RATE: Values = {"training": {"learningRate": 1e-4}}
-# Small enough to share the node with other tests, and one stage fewer.
-SMALLER: Values = {"devices": {NEURON: 1, EFA: 1}, "evaluation": {"enabled": False}}
+BRIEF: Values = {"evaluation": {"enabled": False}}
 BEFORE_TRAINING, FROM_TRAINING_ON = ["tokenize", "compile"], ["train", "consolidate", "merge"]
 
 
 def values(*more: Values, **scripts: str) -> Values:
-    return merged(stand_in(**scripts), SMALLER, *more)
+    return merged(stand_in(**scripts), BRIEF, *more)
 
 
 def manifests(space: Space, stages: list[str]) -> list[Object]:
@@ -57,28 +50,31 @@ def wait_for_trainers(space: Space, job: str) -> set[str]:
     return uids(pods)
 
 
-def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once(space: Space, helm: int) -> None:
+def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once(
+    space: Space, helm: int, workload: str
+) -> None:
     """A failed stage, an upgrade, an upgrade with another learning rate during training, and a rollback."""
     llama = space.release(helm)
-    llama.install(values(train="echo no room on the device; exit 2"), status=1)
+    own: Values = {"workload": workload}
+    llama.install(values(own, train="echo no room on the device; exit 2"), status=1)
     before = manifests(space, BEFORE_TRAINING)
 
-    training = values(train=UNTIL_CONTINUE)
+    training = values(own, train=UNTIL_CONTINUE)
     client = llama.start_upgrade(training)
     wait_for_trainers(space, "llama-train-2")
     assert manifests(space, BEFORE_TRAINING) == before
-    first = annotations_of(job(space, "llama-train-2"))[FINGERPRINT]
+    first = annotations_of(job(space, workload, "llama-train-2"))[FINGERPRINT]
 
     client.kill(signal.SIGINT)  # as described in docs/operations.md
     client = llama.start_upgrade(merged(training, OTHER_RATE))
     wait_for_trainers(space, "llama-train-3")
-    assert annotations_of(job(space, "llama-train-3"))[FINGERPRINT] != first
+    assert annotations_of(job(space, workload, "llama-train-3"))[FINGERPRINT] != first
     assert manifests(space, BEFORE_TRAINING) == before
 
     client.kill(signal.SIGINT)
     rolled_back = llama("rollback", "llama", "2", "--timeout", "5m")
     assert rolled_back.status == 0, rolled_back.output
-    assert not space.pods("llama") and not space.list("pytorchjobs", f"{llama.instance},{COMPONENT}=train")
+    assert not space.pods("llama") and not space.list(workload, f"{llama.instance},{COMPONENT}=train")
     assert llama.state == "deployed" and learning_rate(space) == 5e-5
 
     space.volume.run("touch continue")
@@ -90,8 +86,8 @@ def test_upgrade_resumes_at_the_failed_stage_and_two_trainings_never_run_at_once
     assert space.history.trainings_at_once() == 1
 
 
-def job(space: Space, name: str) -> Object:
-    found = space.get("pytorchjob", name)
+def job(space: Space, workload: str, name: str) -> Object:
+    found = space.get(workload, name)
     assert found
     return found
 
@@ -103,10 +99,10 @@ def learning_rate(space: Space) -> float:
 
 
 def test_the_documented_commands_resume_after_a_killed_client_and_the_training_continues(
-    space: Space, helm: int, tmp_path: Path
+    space: Space, helm: int, workload: str, tmp_path: Path
 ) -> None:
     llama = space.release(helm)
-    training = values(train=UNTIL_CONTINUE)
+    training = values({"workload": workload}, train=UNTIL_CONTINUE)
     client = llama.start_install(training)
     trainers = wait_for_trainers(space, "llama-train-1")
     client.kill()
@@ -137,8 +133,8 @@ def documented(llama: Release) -> str:
 
 def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
     """The next client's gate follows the running training, and the pipeline ends."""
-    follows = "train: following PyTorchJob llama-train-1"
-    space.wait("a gate that follows", lambda: follows in space.log("job/llama-train-gate"), 120)
+    follows = re.compile("train: following (PyTorchJob|TrainJob) llama-train-1")
+    space.wait("a gate that follows", lambda: follows.search(space.log("job/llama-train-gate")), 120)
     space.volume.run("touch continue")
     ended = client.wait(120)
     assert ended.status == 0, ended.output
@@ -148,18 +144,7 @@ def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
 
 def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continues(space: Space, tmp_path: Path) -> None:
     llama = space.release(4)
-    inputs = tmp_path / "finetune.yaml"
-    training = values(train=UNTIL_CONTINUE)
-    written = {
-        "name": "llama",
-        "model": training.pop("model"),
-        "dataset": training.pop("dataset"),
-        "instance": "cpu",
-        "nodes": training["parallelism"]["nodes"],
-        "cpu": {"processes": 1},
-        "chartValues": {**training, "backend": "xla"},  # of the instance in these values
-    }
-    inputs.write_text(json.dumps(written, indent=2))  # JSON is YAML, without aliases, which genvalues rejects
+    inputs = inputs_file(tmp_path, values(train=UNTIL_CONTINUE), mode="attached")
     install = [str(Path(sys.executable).with_name("genvalues")), "install", str(inputs), "--namespace", space.name]
     client = Client(install, dict(os.environ))
     space.clients.append(client)
@@ -173,9 +158,9 @@ def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continue
     assert llama.state == "deployed"
 
 
-def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, helm: int) -> None:
+def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, helm: int, workload: str) -> None:
     llama = space.release(helm)
-    training = values(train=UNTIL_CONTINUE)
+    training = values({"workload": workload}, train=UNTIL_CONTINUE)
     clients = [llama.start_install(training) for _ in range(2)]
     space.wait("the end of one of two installs", lambda: any(not client.is_alive() for client in clients), 120)
     [refused] = [client for client in clients if not client.is_alive()]
@@ -191,22 +176,22 @@ def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, 
     assert space.history.trainings_at_once() == 1
 
 
-@pytest.mark.node
-def test_an_unchanged_upgrade_requests_no_neuron_and_takes_5_s_per_stage_and_a_new_learning_rate_only_trains(
-    space: Space,
-) -> None:
-    """The unchanged upgrade works without any Neuron node. A new learning rate affects only train and later stages."""
+def test_an_unchanged_upgrade_requests_no_neuron_and_a_new_learning_rate_only_trains(space: Space) -> None:
+    """The unchanged upgrade works without a node for train. A new learning rate affects only train and later stages."""
     llama = space.release(4)
-    llama.install(values())
+    own_label = f"tests.llama-lora/{space.name}"
+    on_own_nodes = {"stages": {stage: {"nodeSelector": {own_label: "yes"}} for stage in ("compile", "train")}}
+    with node_labels({own_label: "yes"}):
+        llama.install(values(on_own_nodes))
     before, after = manifests(space, BEFORE_TRAINING), manifests(space, FROM_TRAINING_ON)
+    assert all(own_label in pod["spec"]["nodeSelector"] for pod in space.history.pods(**{COMPONENT: "train"}))
 
-    with no_neuron_node():
-        began = time.monotonic()
-        took = skipping(space, lambda: llama.upgrade(values()))
+    began = time.monotonic()
+    llama.upgrade(values(on_own_nodes))
     assert manifests(space, BEFORE_TRAINING) + manifests(space, FROM_TRAINING_ON) == before + after
     assert asking_for_neuron(space, began) == set()
-    assert took.keys() == {"preflight", "tokenize", "compile-gate", "train-gate", "consolidate", "merge"}
-    assert {stage: seconds for stage, seconds in took.items() if seconds > 5} == {}
+    stages = seconds_of_jobs(space, began).keys()
+    assert stages == {"preflight", "tokenize", "compile-gate", "train-gate", "consolidate", "merge"}
 
     began = time.monotonic()
     llama.upgrade(values(OTHER_RATE))
@@ -214,17 +199,3 @@ def test_an_unchanged_upgrade_requests_no_neuron_and_takes_5_s_per_stage_and_a_n
     assert manifests(space, BEFORE_TRAINING) == before
     now = manifests(space, FROM_TRAINING_ON)
     assert not {each["fingerprint"] for each in after} & {each["fingerprint"] for each in now}
-
-
-@contextmanager
-def no_neuron_node() -> Iterator[None]:
-    """Remove the label by which train selects its nodes from all of them, and restore it."""
-    listed = json.loads(run(["kubectl", "get", "nodes", "-l", INSTANCE_TYPE, "-o", "json"]).output)["items"]
-    labels = {name_of(node): labels_of(node)[INSTANCE_TYPE] for node in listed}
-    try:
-        for node in labels:
-            assert run(["kubectl", "label", "node", node, f"{INSTANCE_TYPE}-"]).status == 0
-        yield
-    finally:
-        for node, instance_type in labels.items():
-            run(["kubectl", "label", "node", node, "--overwrite", f"{INSTANCE_TYPE}={instance_type}"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from chart.manifests import Values, merged
-from cluster.space import EFA, NEURON, Space, run, stand_in
+from cluster.space import Space, run, stand_in
 from genvalues.cluster.objects import annotations_of, component_of, condition, labels_of
 
 OF_THE_TRAINER = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
@@ -70,7 +70,6 @@ def test_scheduling_environment_volumes_labels_and_annotations_reach_every_pod(
             stand_in(),
             {
                 "pipeline": {"mode": "detached"},
-                "devices": {NEURON: 1, EFA: 1},
                 "storage": {"prepare": {"enabled": True}},
                 "stageDefaults": {**FOR_EVERY_STAGE, "priorityClassName": priority},
                 "stages": stages,

@@ -45,11 +45,11 @@ def words(space: Space, claim_name: str = CHARTS_CLAIM) -> str:
 
 
 def test_the_root_folder_of_the_charts_claim_is_given_to_the_user_and_the_claim_is_kept_after_uninstall(
-    new_space: Callable[..., Space], helm: int
+    new_space: Callable[..., Space],
 ) -> None:
     """As on FSx for Lustre. Also with --wait, because this class binds immediately."""
     space = new_space("baseline")
-    release = space.release(helm)
+    release = space.release(3)
     release.install(merged(WRITES, generic("folder-of-root"), PREPARED), "--wait", status=1)
     before = claim_of(space)
     release.uninstall()
@@ -132,11 +132,11 @@ def test_static_volumes_of_two_namespaces_bind_to_their_own_claims_and_are_kept_
 
 
 def test_a_class_that_waits_for_its_first_consumer_works_without_wait_and_starts_no_stage_with_it(
-    space: Space, helm: int
+    space: Space,
 ) -> None:
     """As described in docs/operations.md."""
     values = merged(WRITES, generic("folder-on-first-use"))
-    release = space.release(helm)
+    release = space.release(4)
     release.install(values, "--wait", "--timeout", "15s", status=1)
     assert components(space) == {"cleanup"}
     release.upgrade(values, status=1)

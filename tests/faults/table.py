@@ -486,9 +486,10 @@ FAULTS = (
 # What needs a cluster: `make test-cluster` runs these.
 CLUSTER = (
     ("the API server restarts", "the pipeline goes on", "test_detached.py", "outage_of_the_api_server"),
-    ("the training operator restarts", "the result is equal", "test_training.py", "a_restarted_operator"),
-    ("a worker is lost", "the training resumes; the result is equal", "test_training.py", "a_lost_worker"),
-    ("the node is drained", "the training saves and resumes; the result is equal", "test_training.py", "drained_node"),
+    ("the operators restart", "the result is equal", "test_disturbances.py", "restarted_operators"),
+    ("a worker is lost", "the training resumes; the result is equal", "test_disturbances.py", "lost_workers"),
+    ("the node is drained", "it saves and resumes; the result is equal", "test_disturbances.py", "drained_node"),
+    ("Kueue preempts the job", "it saves and resumes; the result is equal", "test_disturbances.py", "a_preemption"),
     ("the Helm client is killed", "the next follows the running training", "test_recovery.py", "killed_client"),
     ("two installs at once", "one is refused; one training runs", "test_recovery.py", "two_installs"),
     ("the Hub's token is revoked", "the stage fails at once, without a retry", "test_failures.py", "revoked_token"),

@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, Helm 3 and 4, helmfile and the training operator, built from their Go modules.
+"""Kubernetes, etcd, CoreDNS, Helm 3 and 4, helmfile, the training operators and Kueue, built from their Go modules.
 
 Each is built once and kept in the cache, under its version and a hash of how it is built.
 """
@@ -23,7 +23,12 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llam
 
 KUBERNETES = "1.34.4"
 KUBERNETES_PROGRAMS = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet"]
-OPERATORS = {"1.8": "1.8.1", "1.9": "1.9.3"}  # 1.8.1 is the newest that AWS supports on HyperPod
+OPERATORS = {"1.7": "1.7.0", "1.8": "1.8.1", "1.9": "1.9.3"}  # HyperPod installs 1.7.0; AWS supports up to 1.8.1
+TRAINERS = {"2.0": "2.0.0", "2.2": "2.2.0"}  # Kueue's integration needs 2.2: it writes spec.runtimePatches
+JOBSETS = {"2.0": "0.8.2", "2.2": "0.11.1"}  # that a minor version of Trainer requires
+KUEUE, KUEUE_LIBRARIES = "0.17.0", "v0.35.3"
+KUEUE_MODULE, JOBSET_MODULE = "sigs.k8s.io/kueue", "sigs.k8s.io/jobset"
+TRAINER_MODULE = "github.com/kubeflow/trainer/v2"
 LEAN = "-s -w"
 STATIC = {"CGO_ENABLED": "0"}  # an operator's image holds nothing but its binary
 
@@ -96,12 +101,25 @@ def training_operator(version: str, work: Path, out: Path) -> None:
 
 
 def helmfile(version: str, work: Path, out: Path) -> None:
-    """Its own go.mod has replaces, which `go install` refuses: built under a copy of it."""
     module = "github.com/helmfile/helmfile"
-    text = re.sub(r"^module .*", "module local/build", go_mod_of(module, version), flags=re.MULTILINE)
-    (work / "go.mod").write_text(text)
-    go("mod", "edit", "-require", f"{module}@v{version}", folder=work)
-    go("build", "-mod=mod", "-ldflags", LEAN, "-o", f"{out}/", module, folder=work, **STATIC)
+    under_its_go_mod(module, version, [module], work, out)
+
+
+def kueue(version: str, work: Path, out: Path) -> None:
+    """With the Trainer that it requires: they share its libraries, which are compiled once."""
+    commands = [f"{KUEUE_MODULE}/cmd/kueue", f"{TRAINER_MODULE}/cmd/trainer-controller-manager"]
+    under_its_go_mod(KUEUE_MODULE, version, commands, work, out)
+
+
+def jobset(version: str, work: Path, out: Path) -> None:
+    """With Kueue's patch version of Kubernetes' libraries, which are compiled already."""
+    under_its_go_mod(JOBSET_MODULE, version, [JOBSET_MODULE], work, out, KUEUE_LIBRARIES)
+
+
+def trainer(version: str, work: Path, out: Path) -> None:
+    """With the JobSet that it requires."""
+    commands = [f"{TRAINER_MODULE}/cmd/trainer-controller-manager", JOBSET_MODULE]
+    under_its_go_mod(TRAINER_MODULE, version, commands, work, out)
 
 
 PROGRAMS = [
@@ -111,6 +129,9 @@ PROGRAMS = [
     Program("helm3", "3.22.0", helm),
     Program("helm4", "4.3.1", helm),
     *(Program(f"training-operator-{minor}", version, training_operator) for minor, version in OPERATORS.items()),
+    Program("kueue", KUEUE, kueue),  # and Trainer 2.2
+    Program("jobset", JOBSETS["2.2"], jobset),
+    Program("trainer-2.0", TRAINERS["2.0"], trainer),
     Program("helmfile", "1.8.0", helmfile),
 ]
 
@@ -127,11 +148,10 @@ def build_all(names: Sequence[str] = ()) -> None:
 
 
 def program(name: str) -> Path:
-    """The binary of that name: kubelet, etcd, helm3, helmfile, training-operator-1.9 ..."""
-    if name in KUBERNETES_PROGRAMS:
-        return next(one.folder / name for one in PROGRAMS if one.name == "kubernetes")
-    [binary] = next(one.folder for one in PROGRAMS if one.name == name).iterdir()
-    return binary
+    """A binary: helm3, training-operator-1.9, or of a program with several: kubernetes/kubelet, kueue/kueue ..."""
+    of, _, binary = name.partition("/")
+    folder = next(one.folder for one in PROGRAMS if one.name == of)
+    return folder / binary if binary else next(folder.iterdir())
 
 
 def module_folder(module: str, version: str) -> Path:
@@ -150,6 +170,19 @@ def downloaded(module: str, version: str) -> Mapping[str, str]:
 
 def write_module(work: Path, body: str) -> None:
     (work / "go.mod").write_text(f"module local/build\ngo 1.24.0\n{body}")
+
+
+def under_its_go_mod(
+    module: str, version: str, packages: Sequence[str], work: Path, out: Path, libraries: str = ""
+) -> None:
+    """Build packages under a copy of the module's go.mod: it has replaces, which `go install` refuses, or requires the
+    modules of the other packages. ``libraries``: another version of Kubernetes' libraries."""
+    text = re.sub(r"^module .*", "module local/build", go_mod_of(module, version), flags=re.MULTILINE)
+    if libraries:
+        text = re.sub(r"(\sk8s\.io/[a-z-]+) v0\.\d+\.\d+(?!-)\b", rf"\1 {libraries}", text)
+    (work / "go.mod").write_text(text)
+    go("mod", "edit", "-require", f"{module}@v{version}", folder=work)
+    go("build", "-mod=mod", "-ldflags", LEAN, "-o", f"{out}/", *packages, folder=work, **STATIC)
 
 
 def install(package: str, version: str, out: Path, told: str = "") -> None:

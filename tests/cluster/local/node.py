@@ -26,8 +26,10 @@ FOLDER = CACHE / "node"
 KUBECONFIG = FOLDER / "kubeconfig"
 SOCKET = FOLDER / "containerd.sock"
 IMAGES = CACHE / "containerd"  # kept after the node: images stay loaded
+INSTANCE_LABEL = "node.kubernetes.io/instance-type"
 NODE, BRIDGE, NETWORK = "local", "llamalora0", "llama-lora-tests"
 INSTANCE_TYPE = "ml.trn1.32xlarge"
+HEALTH, HEALTHY = "sagemaker.amazonaws.com/node-health-status", "Schedulable"  # a label of HyperPod
 IP, PODS, SERVICES = "10.88.0.1", "10.88.0.0/16", "10.96.0.0/16"
 
 # From Debian's packages, which the Makefile lists.
@@ -68,17 +70,17 @@ def start() -> None:
     kubeconfig = ["--kubeconfig", KUBECONFIG]
     start_program(
         "controller-manager",
-        program("kube-controller-manager"),
+        program("kubernetes/kube-controller-manager"),
         *kubeconfig,
         *("--service-account-private-key-file", FOLDER / "sa.key"),
         *("--root-ca-file", FOLDER / "ca.crt"),
         "--use-service-account-credentials",
         "--leader-elect=false",
     )
-    start_program("scheduler", program("kube-scheduler"), *kubeconfig, "--leader-elect=false")
+    start_program("scheduler", program("kubernetes/kube-scheduler"), *kubeconfig, "--leader-elect=false")
     start_program(
         "proxy",
-        program("kube-proxy"),
+        program("kubernetes/kube-proxy"),
         *kubeconfig,
         *("--cluster-cidr", PODS, "--hostname-override", NODE, "--conntrack-max-per-core", "0"),
         *("--proxy-mode", "iptables"),
@@ -86,7 +88,7 @@ def start() -> None:
     start_program("coredns", program("coredns"), "-conf", FOLDER / "Corefile")
     start_program(
         "kubelet",
-        program("kubelet"),
+        program("kubernetes/kubelet"),
         *kubeconfig,
         *("--config", FOLDER / "kubelet.yaml", "--hostname-override", NODE),
         *("--root-dir", FOLDER / "kubelet", "--node-ip", IP),
@@ -108,7 +110,7 @@ def urls() -> list[str]:
 def start_api_server() -> None:
     start_program(
         "apiserver",
-        program("kube-apiserver"),
+        program("kubernetes/kube-apiserver"),
         *("--etcd-servers", "http://127.0.0.1:2379", "--service-cluster-ip-range", SERVICES),
         *("--authorization-mode", "Node,RBAC", "--allow-privileged"),
         *("--tls-cert-file", FOLDER / "api.crt", "--tls-private-key-file", FOLDER / "api.key"),
@@ -204,9 +206,9 @@ def ctr(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProce
 
 def pretend_to_be_trainium() -> None:
     """Report the devices of a trn1.32xlarge, so that scheduling is real. The CPU backend needs no driver."""
-    capacity = {"aws.amazon.com/neuron": "16", "vpc.amazonaws.com/efa": "8"}
+    capacity = {"aws.amazon.com/neuron": "16", "vpc.amazonaws.com/efa": "8", "example.com/few": "1"}
     kubectl("patch", "node", NODE, "--subresource=status", "-p", json.dumps({"status": {"capacity": capacity}}))
-    kubectl("label", "node", NODE, "--overwrite", f"node.kubernetes.io/instance-type={INSTANCE_TYPE}")
+    kubectl("label", "node", NODE, "--overwrite", f"{INSTANCE_LABEL}={INSTANCE_TYPE}", f"{HEALTH}={HEALTHY}")
 
 
 # --- what belongs to the node
@@ -277,8 +279,8 @@ def make_bridge() -> None:
 
 def forget_network() -> None:
     """Remove the bridge, the rules of kube-proxy, and those of pods whose network was not removed."""
-    if program("kube-proxy").exists():
-        run(str(program("kube-proxy")), "--cleanup", check=False)
+    if program("kubernetes/kube-proxy").exists():
+        run(str(program("kubernetes/kube-proxy")), "--cleanup", check=False)
     run("ip", "link", "delete", BRIDGE, check=False)
     rules = run("iptables-save", "--table", "nat", check=False)
     ours = {chain for line in rules.splitlines() if NETWORK in line for chain in re.findall(r"CNI-[0-9a-f]+", line)}
