@@ -198,7 +198,7 @@ def around(binary: Path, name: str, entrypoint: list[str], *, as_: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         layer, archive = Path(folder) / "layer.tar", Path(folder) / "image.tar"
         with tarfile.open(layer, "w") as tar:
-            tar.add(binary, as_, filter=owned_by_root)
+            tar.add(binary.resolve(), as_, filter=owned_by_root)
         config = {
             "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
             "os": "linux",
