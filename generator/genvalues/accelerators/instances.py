@@ -9,6 +9,7 @@ from typing import Any
 from genvalues.accelerators.memory import RESERVED
 
 CPU = "cpu"  # no accelerator: any node, or this computer
+NEURON = "aws.amazon.com/neuron"  # Kubernetes resource: whole devices
 HYPERPOD = "ml."  # prefix of SageMaker HyperPod's instance types
 
 
@@ -62,7 +63,7 @@ class Instance:
     def devices(self) -> dict[str, int]:
         """Resource requests of a node's training pod, by Kubernetes resource name."""
         # Whole devices: neurondevice is unsupported since Neuron 2.20, neuroncore splits them.
-        devices = {"aws.amazon.com/neuron": self.neuron_devices}
+        devices = {NEURON: self.neuron_devices}
         if self.efa:
             devices["vpc.amazonaws.com/efa"] = self.efa
         return devices

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from genvalues.accelerators.instances import HYPERPOD
+from genvalues.accelerators.instances import HYPERPOD, NEURON
 from genvalues.accelerators.neuron_software import driver_of_node, mismatch
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
 from genvalues.cluster.objects import condition, labels_of, last_seen, name_of
+from genvalues.cluster.queueing import JOB_UID
 from genvalues.cluster.workloads.probe import PROBES, Probe, metadata, probe_of
 from genvalues.common.findings import Finding
 from genvalues.common.neuron_files import runtime_version
@@ -26,8 +27,6 @@ OTHER_RUNTIME = (
 )
 BUDGET_SECONDS = 25.0  # findings come within 30 s; the Job's deadline of 600 s is for pulling its image
 INSTANCE_TYPE = "node.kubernetes.io/instance-type"
-NEURON = "aws.amazon.com/neuron"
-JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
 RESTART_KUEUE = "kubectl -n kueue-system rollout restart deployment kueue-controller-manager"
 ENFORCED = "pod-security.kubernetes.io/enforce"
 NODE_HEALTH = "sagemaker.amazonaws.com/node-health-status"

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from genvalues.accelerators.architectures import known
-from genvalues.accelerators.instances import CPU_ROW, TRN1, row, trainium
+from genvalues.accelerators.instances import CPU_ROW, NEURON, TRN1, row, trainium
 from genvalues.accelerators.memory import BF16
 from genvalues.common.dicts import get
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import FSX_TYPES, STORAGE_BY_KIND
 
-NEURON_DEVICE = "aws.amazon.com/neuron"
 Values = dict[str, Any]
 
 
@@ -90,7 +89,7 @@ def storage(values: Values) -> Values:
 
 def logical_cores(values: Values, own: Values) -> int:
     """The logical cores of the devices that a node's pod requests, one process each; on CPUs the usual processes."""
-    devices = (get(values, "devices", dict) or {}).get(NEURON_DEVICE)
+    devices = (get(values, "devices", dict) or {}).get(NEURON)
     size = get(values, "neuron.logicalCoreSize", int)
     if "coresPerDevice" not in own or not isinstance(devices, int) or not devices or not size:
         return int(own["processesPerNode"])

@@ -14,6 +14,7 @@ from typing import Any
 from genvalues.accelerators import native_rules
 from genvalues.accelerators.instances import (
     HYPERPOD,
+    NEURON,
     TRN1,
     of_same_service,
     refusal,
@@ -362,7 +363,7 @@ def weights(values: Values) -> Iterator[Problem]:
 
 def devices(values: Values) -> Iterator[Problem]:
     asked, found = get(values, "devices", dict), trainium(get(values, "instance", str) or "")
-    if found and asked and "aws.amazon.com/neuron" not in asked:
+    if found and asked and NEURON not in asked:
         yield Problem(
             key_paths("devices", "instance"),
             f"instance {values['instance']} requires aws.amazon.com/neuron in devices",
