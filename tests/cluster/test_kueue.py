@@ -151,7 +151,7 @@ def job_of_stage(space: Space, stage: str, workload: str) -> Object | None:
 
 
 def hold(space: Space, client: Client, stage: str) -> None:
-    """Wait for longer than a pod may stay unschedulable."""
+    """Check for a while that the stage gets no pod and that its client waits."""
     space.never(f"{stage} did not wait for its queue", lambda: not client.is_alive() or space.pods("llama", stage), 8)
 
 
@@ -161,10 +161,7 @@ def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_ag
 ) -> None:
     space = queues.space
     queues.local_queue("research")
-    settings: Values = {
-        "kueue": {"queueName": "research", "priorityClass": queues.priority(1)},
-        "pipeline": {"unschedulableTimeoutSeconds": 5},
-    }
+    settings: Values = {"kueue": {"queueName": "research", "priorityClass": queues.priority(1)}}
     queues.occupy("research", 1)
     llama = space.release(4)
     client = llama.start_install(values(workload, settings, train=UNTIL_CONTINUE))
