@@ -173,7 +173,7 @@ def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_ag
     space.wait("compile is queued", lambda: queued("compile"), 120)
     hold(space, client, "compile")
     queues.leave()
-    first = uids(space.wait_for_training("llama"))
+    first = uids(space.wait_for_training("llama", seconds=240))
 
     queues.occupy("research", 100)
     # A worker told to end before Python has started ignores it, and is killed after its 120 s to save.
@@ -181,7 +181,7 @@ def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_ag
     assert queued("train")
     hold(space, client, "train")
     queues.leave()
-    assert not first & uids(space.wait_for_training("llama"))
+    assert not first & uids(space.wait_for_training("llama", seconds=240))
     space.volume.run("touch continue")
     result = client.wait(150)
     assert result.status == 0 and llama.state == "deployed", result.output
