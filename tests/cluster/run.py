@@ -30,7 +30,7 @@ from genvalues.common.process import processes
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-AT_MOST = 1800  # seconds for each half of the tests
+AT_MOST = 2400  # seconds for each half of the tests
 AT_ONCE = 5  # tests that run in parallel
 NEEDS_ITS_OWN_NODE = "node"  # marker of tests that drain the node, stop its API server or change its operator
 
