@@ -21,6 +21,7 @@ from genvalues.cluster.objects import (
     RUN,
     RUNNER,
     STAGE,
+    STOPPED_BY_US,
     annotations_of,
     component_of,
     inner_release_of,
@@ -162,9 +163,9 @@ def stop_jobs(api: Api, selector: str, workload: Workload) -> list[str]:
 
 def fail_job(api: Api, job: Object) -> None:
     """Make a running Job fail. If it were deleted, Helm 3 would start the next stage, and Helm 4 would hang."""
-    if job["spec"].get("activeDeadlineSeconds") != 1:
+    if job["spec"].get("activeDeadlineSeconds") != STOPPED_BY_US:
         log.info("stopping job/%s", name_of(job))
-        api.patch(kinds.JOBS, name_of(job), {"spec": {"activeDeadlineSeconds": 1}})
+        api.patch(kinds.JOBS, name_of(job), {"spec": {"activeDeadlineSeconds": STOPPED_BY_US}})
 
 
 def running_pods(api: Api, selector: str) -> list[str]:

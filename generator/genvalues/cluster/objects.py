@@ -18,6 +18,7 @@ COMPONENT = "app.kubernetes.io/component"
 RUN = "llama-lora/run"  # label of every stage's objects and pods: equal for all that use the same run folder
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
 PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # annotations of a job for `genvalues status`, compact JSON
+STOPPED_BY_US = 1  # activeDeadlineSeconds by which cleanup and recovery stop a Job
 RUNNER = "runner"  # component of the Job that installs the inner release in mode detached
 GATE_SUFFIX = "-gate"  # component of a stage's gate: STAGE-gate
 INNER_SUFFIX = "-run"  # the release that the runner installs: RELEASE-run

@@ -16,7 +16,7 @@ from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
 from genvalues.cluster.objects import condition, labels_of, last_seen, name_of
-from genvalues.cluster.queueing import JOB_UID
+from genvalues.cluster.queueing import kueue_api, workload_of_kueue
 from genvalues.cluster.workloads.probe import PROBES, Probe, metadata, probe_of
 from genvalues.common.findings import Finding
 from genvalues.common.neuron_files import runtime_version
@@ -125,7 +125,7 @@ def is_reconciled(api: Api, probe: Probe, name: str) -> bool:
 def delete_probe(api: Api, probe: Probe, config: ClusterConfig, purpose: str) -> None:
     """Delete the probe. If that fails, cleanup or the next preflight deletes it."""
     try:
-        probe.delete(api, metadata(config, purpose)["name"])
+        probe.workload.delete(api, metadata(config, purpose)["name"])
     except ApiError:
         return
 
@@ -471,11 +471,10 @@ def check_queue(api: Api, config: ClusterConfig, timings: PreflightTimings) -> l
     devices, cpu = config.job.queue_name, config.job.cpu_queue_name
     if not devices and not cpu:
         return []
-    group = api.discover("apis/kueue.x-k8s.io")
-    if group is None:
+    kueue = kueue_api(api)
+    if kueue is None:
         fix = "kubectl get crds | grep kueue   # or set kueue.queueName and kueue.cpuQueueName: ''"
         return [Finding("error", f"queue {devices or cpu}", "Kueue is not installed", fix)]
-    kueue = f"apis/{group['preferredVersion']['groupVersion']}"
     findings = check_local_queue(api, config, kueue, cpu, []) if cpu not in {"", devices} else []
     if not devices:
         return findings
@@ -532,15 +531,12 @@ def check_integration(api: Api, config: ClusterConfig, timings: PreflightTimings
     """
     probe = probe_of(config)
     subject = f"Kueue for {probe.workload.name}"
-    workloads = kinds.Kind(kueue, "workloads")
     if not probe.is_served(api):
         return Finding("not checked", subject, f"the API server does not serve {probe.workload.name}")
     try:
         name = probe.create(api, config, "queue")
         uid = (api.get(probe.workload.kind, name) or {"metadata": {}})["metadata"].get("uid", "")
-        made = wait_until(
-            lambda: bool(api.list(workloads, labels=f"{JOB_UID}={uid}")), timings.workload, timings.interval
-        )
+        made = wait_until(lambda: workload_of_kueue(api, kueue, uid) is not None, timings.workload, timings.interval)
     except (NotAllowed, ServerAway) as error:
         away = isinstance(error, ServerAway)
         return Finding("not checked", subject, f"cannot test it: {error.message}", unanswered=away)

@@ -20,6 +20,17 @@ JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload: the uid of its job
 WEBHOOK_SECONDS = 60.0  # Kueue's webhook does not answer for seconds while it restarts
 
 
+def kueue_api(api: Api) -> str | None:
+    """The path of Kueue's API, such as apis/kueue.x-k8s.io/v1beta1; None if Kueue is not installed."""
+    group = api.discover("apis/kueue.x-k8s.io")
+    return f"apis/{group['preferredVersion']['groupVersion']}" if group else None
+
+
+def workload_of_kueue(api: Api, kueue: str, job_uid: str) -> Object | None:
+    """The Workload that Kueue has made for a job; None if there is none."""
+    return next(iter(api.list(Kind(kueue, "workloads"), labels=f"{JOB_UID}={job_uid}")), None)
+
+
 def release(api: Api, workload: Workload, job: Object, fingerprint: str, queue: str) -> None:
     """Let the job start, or put it into ``queue`` (kueue.queueName), from which Kueue starts it.
 
@@ -60,7 +71,7 @@ class Queue:
 
     api: Api
     workload: Workload
-    _workloads: Kind | None = None
+    _kueue: str | None = None
 
     def why_waiting(self, job: Object) -> str | None:
         """Kueue's reason; None if Kueue has made no Workload for the job."""
@@ -79,17 +90,12 @@ class Queue:
 
     def find(self, job: Object) -> Object | None:
         """The Workload of the job; None if there is none, or Kueue is not installed."""
-        if self._workloads is None:
-            group = self.api.discover("apis/kueue.x-k8s.io")
-            if group is None:
-                return None
-            self._workloads = Kind(f"apis/{group['preferredVersion']['groupVersion']}", "workloads")
-        found = self.api.list(self._workloads, labels=f"{JOB_UID}={job['metadata']['uid']}")
-        return found[0] if found else None
+        self._kueue = self._kueue or kueue_api(self.api)
+        return workload_of_kueue(self.api, self._kueue, job["metadata"]["uid"]) if self._kueue else None
 
     def why_not_managed(self, seconds: float) -> str:
         """Why Kueue has made no Workload for so long, and what to do: the job would stay suspended forever."""
-        if self._workloads is None:
+        if self._kueue is None:
             return "Kueue is not installed, so nothing admits the job. Install it, or set kueue.queueName to ''"
         return (
             f"Kueue made no Workload for the {self.workload.name} within {seconds:.0f} s: its integration"

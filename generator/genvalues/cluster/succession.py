@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object
 from genvalues.cluster.failures import StageFailed
-from genvalues.cluster.objects import is_being_deleted, is_finished
+from genvalues.cluster.objects import STOPPED_BY_US, is_being_deleted, is_finished
 from genvalues.cluster.workloads import Workload, is_active, is_released
 from genvalues.common.errors import UserError
 
 log = logging.getLogger(__name__)
-
-STOPPED_BY_US = 1  # the activeDeadlineSeconds by which cleanup and recovery stop a Job; see cleanup.fail_job
 
 
 @dataclass(frozen=True)

@@ -150,31 +150,34 @@ AWAY = ("unreachable", "connection refused", "timed out", "timeout", "no such ho
 
 
 @contextmanager
-def records_in(driver: str) -> Iterator[None]:
-    """Have Helm read its records where $HELM_DRIVER=``driver`` says; empty: as the user has set it."""
-    before = os.environ.get("HELM_DRIVER")
-    if driver:
-        os.environ["HELM_DRIVER"] = driver
+def with_variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables within the block: pyhelm3 gives Helm this process's own."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
-        if driver and before is None:
-            del os.environ["HELM_DRIVER"]
-        elif before is not None:
-            os.environ["HELM_DRIVER"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def revision(
-    release: str, namespace: str, context: str | None, driver: str = ""
+    release: str, namespace: str, context: str | None, environment: Mapping[str, str] | None = None
 ) -> tuple[Any, list[Any], list[Any]] | None:
-    """pyhelm3's ReleaseRevision of the newest revision, its hooks and its rendered objects; None if not found."""
+    """pyhelm3's ReleaseRevision of the newest revision, its hooks and its rendered objects; None if not found.
+
+    ``environment``: variables besides our own.
+    """
     of = client(context)
 
     async def ask() -> tuple[Any, list[Any], list[Any]]:
         found = await of.get_current_revision(release, namespace=namespace)
         return found, list(await found.hooks()), list(await found.resources())
 
-    with records_in(driver):
+    with with_variables(environment or {}):
         return asked(ask, f"release {release}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from genvalues.cluster.helm_records import INNER_ENVIRONMENT
 from genvalues.cluster.objects import COMPONENT, INNER_SUFFIX, RUNNER, STAGE, annotations_of, labels_of, name_of
 from genvalues.cluster.workloads import NAMES
 from genvalues.common import helm
@@ -106,7 +107,7 @@ def find_record(release: str, namespace: str, context: str | None) -> HelmRecord
     """
     found = None
     if release.endswith(INNER_SUFFIX):
-        found = helm.revision(release, namespace, context, driver="configmap")
+        found = helm.revision(release, namespace, context, INNER_ENVIRONMENT)
     found = found or helm.revision(release, namespace, context)
     if found is None:
         return None

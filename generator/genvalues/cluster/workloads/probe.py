@@ -43,14 +43,10 @@ class Probe(ABC):
     def create(self, api: Api, config: ClusterConfig, purpose: str) -> str:
         """Create the job, and what it needs. Returns its name."""
         meta = metadata(config, purpose)
-        self.delete(api, meta["name"])  # left by a preflight that was killed
+        self.workload.delete(api, meta["name"])  # left by a preflight that was killed
         for kind, item in self.objects(meta):
             api.create(kind, item)
         return str(meta["name"])
-
-    def delete(self, api: Api, name: str) -> None:
-        for kind, _ in reversed(self.objects({"name": name})):
-            api.delete(kind, name)
 
 
 class PyTorchJobProbe(Probe):
@@ -81,7 +77,7 @@ class TrainJobProbe(Probe):
         job = {"name": "node", "template": {"metadata": ancestor, "spec": {"template": pod}}}
         policy = {"numNodes": 1, "torch": {"numProcPerNode": 1}}
         runtime = {"mlPolicy": policy, "template": {"spec": {"replicatedJobs": [job]}}}
-        labels = {key: value for key, value in meta.get("labels", {}).items() if key != QUEUE_NAME}
+        labels = {key: value for key, value in meta["labels"].items() if key != QUEUE_NAME}
         runtime_meta = {**meta, "labels": {**labels, "trainer.kubeflow.org/framework": "torch"}}
         reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": meta["name"]}
         spec = {"suspend": True, "runtimeRef": reference}
