@@ -569,7 +569,7 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"kueue": {"priorityClass": "high"}},
         "kueue.priorityClass has no effect without kueue.queueName. Set kueue.queueName to a LocalQueue, or remove",
     ),
-    "a reservation of nobody": (
+    "a reservation without a provisioner": (
         {"capacityReservation": {"id": "cr-0123456789abcdef0"}},
         "capacityReservation has no effect without capacityReservation.provisioner. Set it to karpenter, auto-mode,",
     ),

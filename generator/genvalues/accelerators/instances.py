@@ -108,8 +108,8 @@ TRAINIUM = {
     "trn2.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760),
     "trn2u.48xlarge": Instance(TRN2, 16, 64, 16, 192, request_cpu=168, request_memory_gib=1760, hyperpod=False),
 }
-HYPERPOD_NAMES = [HYPERPOD + name for name, instance in TRAINIUM.items() if instance.hyperpod]
-NAMES = [CPU, *TRAINIUM, *HYPERPOD_NAMES]
+ON_HYPERPOD = {HYPERPOD + name: instance for name, instance in TRAINIUM.items() if instance.hyperpod}
+NAMES = [CPU, *TRAINIUM, *ON_HYPERPOD]
 # How the instance types with an accelerator begin (EC2's families of accelerated computing). Those that are not in
 # TRAINIUM are refused; once AWS has named Trainium3's, write their rows above. All others train on their CPUs.
 ACCELERATED = r"^(ml\.)?(trn|inf|p|gr?|dl|vt|f)[0-9]"
@@ -130,15 +130,12 @@ CPU_ROW: dict[str, Any] = {
 
 def trainium(name: str) -> Instance | None:
     """The Trainium instance of that name, with or without HyperPod's prefix; None for cpu."""
-    found = TRAINIUM.get(name.removeprefix(HYPERPOD))
-    return found if found and (found.hyperpod or not name.startswith(HYPERPOD)) else None
+    return TRAINIUM.get(name) or ON_HYPERPOD.get(name)
 
 
 def of_same_service(name: str) -> dict[str, Instance]:
     """The Trainium types of the service of an instance type, EC2 or HyperPod, by their names there."""
-    if not name.startswith(HYPERPOD):
-        return TRAINIUM
-    return {HYPERPOD + other: instance for other, instance in TRAINIUM.items() if instance.hyperpod}
+    return ON_HYPERPOD if name.startswith(HYPERPOD) else TRAINIUM
 
 
 def unsupported(name: str) -> str | None:
@@ -172,7 +169,7 @@ def row(instance: Instance) -> dict[str, Any]:
 
 def table() -> dict[str, dict[str, Any]]:
     """The rows of all types by name, for the chart."""
-    return {CPU: CPU_ROW, **{name: row(instance) for name in NAMES if (instance := trainium(name))}}
+    return {CPU: CPU_ROW, **{name: row(instance) for name, instance in {**TRAINIUM, **ON_HYPERPOD}.items()}}
 
 
 def default_backend(name: str) -> str:

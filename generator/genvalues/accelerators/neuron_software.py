@@ -11,6 +11,7 @@ https://github.com/awslabs/amazon-eks-ami up to v20260714.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Version = tuple[int, int]  # major and minor: 2.28.19.0 is (2, 28)
@@ -70,14 +71,18 @@ def release_of_sdk(sdk: str) -> NeuronRelease | None:
     return next((release for release in RELEASES if version_of(release.sdk) == wanted), None)
 
 
+def latest(drivers: Iterable[tuple[str, str]]) -> str:
+    """The driver of the latest date; empty if there is none. ``drivers``: each with its date."""
+    return max(drivers, default=("", ""))[1]
+
+
 def driver_of_node(os_image: str) -> str:
     """The driver of an EKS node for Neuron, by what it reports as osImage; empty if unknown.
 
     ``os_image``: such as "Amazon Linux 2023.12.20260710". HyperPod and custom AMIs can have another driver.
     """
     found = re.fullmatch(r"Amazon Linux 2023\.\d+\.(\d{8})(\.\d+)?", os_image.strip())
-    drivers = [driver for _, date, driver in EKS_AMIS if found and date <= found[1]]
-    return drivers[-1] if drivers else ""
+    return latest((date, driver) for _, date, driver in EKS_AMIS if found and date <= found[1])
 
 
 def driver_of_ami(name: str) -> str:
@@ -86,8 +91,7 @@ def driver_of_ami(name: str) -> str:
     ``name``: such as amazon-eks-node-al2023-x86_64-neuron-1.34-v20260714.
     """
     found = re.fullmatch(r"amazon-eks-node-al2023-x86_64-neuron-\d+\.\d+-v(\d{8})", name)
-    drivers = [driver for date, _, driver in EKS_AMIS if found and date <= found[1]]
-    return drivers[-1] if drivers else ""
+    return latest((date, driver) for date, _, driver in EKS_AMIS if found and date <= found[1])
 
 
 def mismatch(driver: str, runtime: str) -> tuple[str, str] | None:

@@ -34,11 +34,16 @@ def completed(values: Values) -> Values:
     return filled(values, {"storage": storage(values)}) if get(values, "storage", dict) else values
 
 
+def on_neuron(values: Values) -> bool:
+    """Whether compile and train use Neuron devices: backend native has none on Trn1."""
+    instance = trainium(get(values, "instance", str) or "")
+    return instance is not None and not (instance.generation is TRN1 and get(values, "backend", str) == "native")
+
+
 def row_of(values: Values) -> Values:
     """The row of the instance type; that of cpu where compile and train have no Neuron device."""
     instance = trainium(get(values, "instance", str) or "")
-    on_cpus = instance is None or (instance.generation is TRN1 and get(values, "backend", str) == "native")
-    return CPU_ROW if on_cpus or instance is None else row(instance)
+    return row(instance) if instance and on_neuron(values) else CPU_ROW
 
 
 def filled(values: Values, missing: Values) -> Values:

@@ -27,7 +27,7 @@ from genvalues.settings.base import (
     optional,
     other_words,
 )
-from genvalues.settings.datasets import SPLIT
+from genvalues.settings.datasets import BUCKET, SPLIT
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RowFormat = Literal["text", "instruction", "prompt-completion", "chat"]
@@ -117,7 +117,7 @@ RehearseEnabled = Annotated[
 
 Artifact = Literal["adapter", "merged", "report"]
 # The bucket's name by the rules of S3; a prefix of characters that need no escaping anywhere.
-S3_PREFIX = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)+/?"
+S3_PREFIX = rf"s3://{BUCKET}(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)+/?"
 HubRepository = Annotated[
     str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=96)
 ]

@@ -33,7 +33,7 @@ from genvalues.accelerators.neuron_rules import (
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
-from genvalues.settings.by_instance import logical_cores, weights_gib
+from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
 from genvalues.settings.values import TRAIN_GRACE_SECONDS
@@ -111,7 +111,7 @@ HIGHEST_LEARNING_RATE, LOWEST_LEARNING_RATE, HIGHEST_RANK = 5e-3, 1e-7, 512
 
 
 def unusual(values: Values) -> Iterator[Problem]:
-    """A learning rate or a rank that nobody uses."""
+    """A learning rate or a rank far from the usual ones."""
     rate, rank = get(values, "training.learningRate", float), get(values, "lora.r", int)
     if rate and not LOWEST_LEARNING_RATE <= rate <= HIGHEST_LEARNING_RATE:
         what = f"{rate:g} is unusual for LoRA: 1e-5 to 1e-3 is usual"
@@ -245,12 +245,6 @@ def on_trainium(values: Values) -> bool:
     return trainium(get(values, "instance", str) or "") is not None
 
 
-def on_neuron(values: Values) -> bool:
-    """Whether compile and train use Neuron devices: backend native has none on Trn1."""
-    found = trainium(get(values, "instance", str) or "")
-    return found is not None and not (found.generation is TRN1 and get(values, "backend", str) == "native")
-
-
 def attention(values: Values) -> Iterator[Problem]:
     length = get(values, "training.maxSequenceLength", int)
     if length is None:
@@ -269,7 +263,7 @@ def instance_type(values: Values) -> Iterator[Problem]:
     if why := unsupported(name):
         yield Problem(key_paths("instance"), f"{one_line(name)} is {why}", f"Use {either([*choices])}, or cpu.")
     if reason := refusal(name, get(values, "parallelism.nodes", int) or 1):
-        several = [other for other, found in choices.items() if refusal(other, 2) is None and found is not None]
+        several = [other for other in choices if refusal(other, 2) is None]
         yield Problem(key_paths("parallelism.nodes", "instance"), reason, f"Use nodes: 1, or {either(several)}.")
     if name and not name.startswith(HYPERPOD) and get(values, "hyperpod.autoResume", bool):
         yield Problem(
@@ -386,7 +380,7 @@ def devices(values: Values) -> Iterator[Problem]:
 
 
 def neuron(values: Values) -> Iterator[Problem]:
-    """What compiler and runtime are told must be what the instance type is."""
+    """The settings of compiler and runtime must be those of the instance type."""
     found, target = trainium(get(values, "instance", str) or ""), get(values, "neuron.target", str)
     size = get(values, "neuron.logicalCoreSize", int)
     if found and on_neuron(values) and target and target != found.generation.target:

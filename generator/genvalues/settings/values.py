@@ -23,6 +23,7 @@ from genvalues.settings.base import (
     Name,
     optional,
 )
+from genvalues.settings.datasets import BUCKET
 from genvalues.settings.run import (
     Backend,
     Compile,
@@ -532,7 +533,7 @@ class Cleanup(Block):
 # FSx API reference, TagKey and TagValue; without the comma and the = that the CSI driver's extraTags divides tags by.
 FSX_TAG_NAME = r"^[A-Za-z0-9_.:/+@ -]{1,128}$"
 FSX_TAG_VALUE = r"^[A-Za-z0-9_.:/+@ -]{0,256}$"
-FSX_S3_PATH = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^,\s]*)?"
+FSX_S3_PATH = rf"s3://{BUCKET}(/[^,\s]*)?"
 
 
 class Fsx(Block):
