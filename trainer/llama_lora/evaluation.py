@@ -17,7 +17,7 @@ from genvalues.accelerators.cpu_memory import BATCH_TOKENS, GENERATION, SAMPLE_T
 from genvalues.common.errors import UserError
 from llama_lora import environment, library_versions
 from llama_lora.data.tokens import IGNORED
-from llama_lora.model_files import COMPLETE, base_files, read_config
+from llama_lora.model_files import COMPLETE, check_folder
 from llama_lora.probe import trained_tokens
 from llama_lora.progress import StageProgress
 from llama_lora.safetensors_files import stored_tensors
@@ -70,8 +70,7 @@ def load_model(path: Path) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    base_files(path)
-    read_config(path, str(path))
+    check_folder(path)
     stored_tensors(path)
     model, random = library_versions.load_model(path, dtype="auto", attn_implementation="sdpa")
     if random:

@@ -154,6 +154,12 @@ def read_config(folder: Path, origin: str) -> dict[str, Any]:
     return config
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a model folder with a file that changes what transformers loads."""
+    base_files(folder)
+    read_config(folder, str(folder))
+
+
 def read_model_json(file: Path) -> dict[str, Any]:
     """Read a file such as config.json; empty if there is none. Raises UserError if it is damaged."""
     try:

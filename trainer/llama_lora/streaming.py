@@ -24,7 +24,7 @@ from llama_lora import library_versions
 from llama_lora.adapter import PREFIX, WEIGHTS, read_adapter_config
 from llama_lora.data.batches import Batch
 from llama_lora.data.tokens import IGNORED
-from llama_lora.model_files import COMPLETE, base_files, read_config, regular_file
+from llama_lora.model_files import COMPLETE, check_folder, regular_file
 from llama_lora.safetensors_files import DTYPES, StoredTensor, read_header, read_into, stored_tensors
 
 
@@ -197,12 +197,6 @@ def kept_bytes(rows: int, tokens: int, config: Any, itemsize: int) -> int:
     """Bytes of a batch between two layers: hidden states, the position embeddings' cosine and sine, and the mask."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return rows * tokens * ((config.hidden_size + 2 * head) * itemsize + tokens)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError for a model folder with a file that changes what is loaded."""
-    base_files(folder)
-    read_config(folder, str(folder))
 
 
 def weights_dtype(config: Any, stored: dict[str, StoredTensor]) -> torch.dtype:

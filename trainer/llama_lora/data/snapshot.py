@@ -25,6 +25,7 @@ from llama_lora.model_files import (
     TOKENIZERS,
     WEIGHTS,
     base_files,
+    check_folder,
     check_names,
     kept,
     read_config,
@@ -55,8 +56,7 @@ def take_snapshot(model: Model, source: Source, models: Path, verify: Verify = "
                     _download(model.id, source.revision, folder)
                     _check(folder, model.id)
         else:  # another run's, or of an earlier release
-            base_files(target)
-            read_config(target, str(target))
+            check_folder(target)
     return target
 
 
