@@ -75,36 +75,12 @@
 {{ .Values.rbac.namePrefix | default (include "llama-lora.fullname" .) }}
 {{- end }}
 
-{{- define "llama-lora.preflight.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-preflight
+{{- /* Arguments: root, name. The account "stage" is that of most stages: it has no permissions, and its token is not mounted. */}}
+{{- define "llama-lora.account" -}}
+{{ include "llama-lora.rbac.prefix" .root }}-{{ .name }}
 {{- end }}
 
 {{- /* Cluster-scoped, so prefixed with the namespace and a dot, which a namespace's name cannot contain. */}}
 {{- define "llama-lora.preflight.clusterRole" -}}
-{{ .Release.Namespace }}.{{ include "llama-lora.preflight.account" . }}
-{{- end }}
-
-{{- define "llama-lora.gate.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-gate
-{{- end }}
-
-{{- define "llama-lora.cleanup.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-cleanup
-{{- end }}
-
-{{- define "llama-lora.runner.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-runner
-{{- end }}
-
-{{- define "llama-lora.tokenize.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-tokenize
-{{- end }}
-
-{{- define "llama-lora.publish.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-publish
-{{- end }}
-
-{{- /* The account of all other stages. It has no permissions, and its token is not mounted. */}}
-{{- define "llama-lora.stage.account" -}}
-{{ include "llama-lora.rbac.prefix" . }}-stage
+{{ .Release.Namespace }}.{{ include "llama-lora.account" (dict "root" . "name" "preflight") }}
 {{- end }}

@@ -58,7 +58,7 @@ spec:
       "name" (include "llama-lora.stage.name" .)
       "settings" .stage
       "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
-      "account" (include "llama-lora.stage.account" .root)
+      "account" (include "llama-lora.account" (dict "root" .root "name" "stage"))
       "queue" .root.Values.kueue.cpuQueueName
       "config" true
       "workspace" true

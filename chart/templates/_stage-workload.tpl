@@ -36,7 +36,7 @@ helm.sh/hook-delete-policy: hook-failed
 {{- include "stage.pod" (merge (dict
       "settings" .stage
       "command" (list "llama-lora" .stage "--config" "/etc/llama-lora/run.yaml")
-      "account" (include "llama-lora.stage.account" .root)
+      "account" (include "llama-lora.account" (dict "root" .root "name" "stage"))
       "config" true
       "workspace" true
       "monitored" true
@@ -177,7 +177,7 @@ spec:
       "command" (list "genvalues" "cluster" "gate" "--config" "/etc/llama-lora/cluster.yaml"
                       "--run-config" "/etc/llama-lora/run.yaml" "--stage" .stage
                       "--job" (include "llama-lora.stage.name" .))
-      "account" (include "llama-lora.gate.account" .root)
+      "account" (include "llama-lora.account" (dict "root" .root "name" "gate"))
       "callsApi" true
       "finalStatuses" (list 1 2)
       "config" true

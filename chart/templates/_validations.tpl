@@ -388,7 +388,7 @@ publish.hub.tokenSecret has no effect without publish.hub.adapter or publish.hub
 {{- end }}
 {{- if .Values.publish.s3.uri }}
 {{- if and (has "report" .Values.publish.s3.artifacts) (eq (len .Values.publish.s3.artifacts) 1) (not .Values.evaluation.enabled) }}
-publish.s3.artifacts has only the report, which evaluation.enabled false does not make. Add adapter or merged, or set evaluation.enabled to true.
+publish.s3.artifacts has only the report, which is not written with evaluation.enabled false. Add adapter or merged, or set evaluation.enabled to true.
 {{- end }}
 {{- end }}
 {{- end }}

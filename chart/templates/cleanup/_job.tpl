@@ -25,7 +25,7 @@
                       "--run" (include "llama-lora.run.label" .root)
                       "--timeout-seconds" (toString $timeout)
                       "--own-job" .name (toString (add .startSeconds $timeout 20)))
-      "account" (include "llama-lora.cleanup.account" .root)
+      "account" (include "llama-lora.account" (dict "root" .root "name" "cleanup"))
       "callsApi" true) }}
 {{- end }}
 {{- end }}

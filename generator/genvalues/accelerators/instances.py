@@ -1,4 +1,4 @@
-"""Instance types: what each has, and what follows from it."""
+"""Instance types: the hardware of each, and the settings that follow from it."""
 
 from __future__ import annotations
 

@@ -21,12 +21,7 @@ class WorkspaceClaim(ConfigBlock):
     managed: bool  # created by this release, not storage.existingClaim
 
 
-class TokenSecret(ConfigBlock):
-    name: str = Field(min_length=1)
-    key: str = Field(min_length=1)
-
-
-class OtherSecret(ConfigBlock):
+class SecretReference(ConfigBlock):
     name: str = Field(min_length=1)
     key: str = ""  # empty: any key may be missing
 
@@ -65,8 +60,8 @@ class ClusterConfig(ConfigBlock):
     chart: ChartVersions
     claim: WorkspaceClaim
     storage_prepare: bool  # whether the release has the stage storage-prepare, whose pod runs as root
-    secret: TokenSecret | None = None
-    other_secrets: list[OtherSecret] = []
+    secret: SecretReference | None = None  # with the token
+    other_secrets: list[SecretReference] = []
     job: JobNodes
     cluster_scoped_reads: bool
     train: TrainLimits = TrainLimits()

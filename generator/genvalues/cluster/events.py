@@ -24,10 +24,10 @@ from genvalues.cluster.objects import (
     annotations_of,
     component_of,
     condition,
-    container_statuses,
     is_finished,
     name_of,
     owners_of,
+    terminations,
 )
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line, redacted
@@ -191,12 +191,7 @@ def describe(reason: str, job: Object, api: Api) -> str:
 def last_words(api: Api, job: str) -> str:
     """The last line that a Job's latest pod has left: its termination message, or the end of its log if it failed."""
     pods = [pod for pod in api.list(kinds.PODS, labels=f"job-name={job}") if job in owners_of(pod)]
-    ended = [
-        over
-        for pod in pods
-        for status in container_statuses(pod)
-        if (over := (status.get("state") or {}).get("terminated"))
-    ]
+    ended = [over for pod in pods for over in terminations(pod)]
     latest = max(ended, key=lambda over: str(over.get("finishedAt") or ""), default=None)
     lines = [line for line in str((latest or {}).get("message") or "").splitlines() if line.strip()]
     return lines[-1] if lines else ""

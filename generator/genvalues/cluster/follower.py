@@ -6,11 +6,10 @@ workers save a checkpoint, the nodes are released, and the stage fails.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
@@ -28,7 +27,7 @@ from genvalues.cluster.objects import (
     failures_of,
     is_over,
     labels_of,
-    last_seen,
+    latest_warning,
     moment,
     name_of,
     phase_of,
@@ -41,6 +40,7 @@ from genvalues.cluster.trainer_client import ReadStageState, StageState
 from genvalues.cluster.workers import Workers
 from genvalues.cluster.workloads import Workload, job_of
 from genvalues.common.errors import EXIT_USER_ERROR
+from genvalues.common.manifests import as_json
 
 log = logging.getLogger(__name__)
 
@@ -64,39 +64,31 @@ class GateTimings:
 TIMINGS = GateTimings()
 
 
+@dataclass
 class JobFollower:
     """Follows one released job to its end."""
 
-    def __init__(
-        self,
-        api: Api,
-        config: ClusterConfig,
-        stage: str,
-        workload: Workload,
-        job: str,
-        read_state: ReadStageState,
-        timings: GateTimings,
-        costs: CostTracker,
-    ) -> None:
-        self.api = api
-        self.config = config
-        self.stage = stage
-        self.workload = workload
-        self.job = job
-        self.title = f"{workload.name} {job}"
-        self.read_state = read_state
-        self.timings = timings
-        self.costs = costs
-        self.queue = Queue(api, workload) if config.job.queue_name else None
-        self.stall = StallTimer()
-        self.workers = Workers(api, f"{workload.job_label}={job}", timings.interval)
-        self.job_started = 0.0
-        self._logged: dict[str, str] = {}  # the last text logged, by subject
-        self._since: dict[str, float] = {}  # since when a condition holds
-        self._progress_logged_at = float("-inf")
-        self._published_at = float("-inf")
-        self._publish_failure_logged = False
-        self._stale_progress = ""  # time of the progress that an earlier job left
+    api: Api
+    config: ClusterConfig
+    stage: str
+    workload: Workload
+    job: str
+    read_state: ReadStageState
+    timings: GateTimings
+    costs: CostTracker
+    stall: StallTimer = field(default_factory=StallTimer)
+    job_started: float = 0.0
+    _logged: dict[str, str] = field(default_factory=dict)  # the last text logged, by subject
+    _since: dict[str, float] = field(default_factory=dict)  # since when a condition holds
+    _progress_logged_at: float = float("-inf")
+    _published_at: float = float("-inf")
+    _publish_failure_logged: bool = False
+    _stale_progress: str = ""  # time of the progress that an earlier job left
+
+    def __post_init__(self) -> None:
+        self.title = f"{self.workload.name} {self.job}"
+        self.queue = Queue(self.api, self.workload) if self.config.job.queue_name else None
+        self.workers = Workers(self.api, f"{self.workload.job_label}={self.job}", self.timings.interval)
 
     def start(self, state: StageState) -> None:
         self._logged["progress"] = self._stale_progress = read_progress(state.progress).get("updated", "")
@@ -164,9 +156,9 @@ class JobFollower:
         """
         self._published_at = time.monotonic()
         now = datetime.fromtimestamp(self.costs.clock(), timezone.utc).isoformat(timespec="seconds")
-        annotations = {COST: compact(self.costs.limit.as_annotation(self.costs.ledger.node_hours, now))}
+        annotations = {COST: as_json(self.costs.limit.as_annotation(self.costs.ledger.node_hours, now))}
         if progress := self.new_progress(state):
-            annotations[PROGRESS] = compact(progress)
+            annotations[PROGRESS] = as_json(progress)
         try:
             self.api.patch(self.workload.kind, self.job, {"metadata": {"annotations": annotations}})
         except ApiError as error:
@@ -330,12 +322,4 @@ class JobFollower:
     def why_no_pods(self, job: Object) -> str:
         """The job's latest warning event, e.g. a Pod Security or quota rejection."""
         events = self.api.list(kinds.EVENTS, fields=f"involvedObject.uid={job['metadata']['uid']}")
-        warnings = [event for event in events if event.get("type") == "Warning"]
-        latest = max(warnings, key=last_seen, default=None)
-        if latest is None:
-            return f"no warning event; check the log of {self.workload.operator}"
-        return f"{latest['reason']}: {latest.get('message', '')}"
-
-
-def compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+        return latest_warning(events) or f"no warning event; check the log of {self.workload.operator}"

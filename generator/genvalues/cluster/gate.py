@@ -25,12 +25,7 @@ from genvalues.cluster.cost_tracker import Clock, CostTracker
 from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
-from genvalues.cluster.objects import (
-    RUN,
-    component_of,
-    is_over,
-    name_of,
-)
+from genvalues.cluster.objects import RUN, component_of, is_over, name_of
 from genvalues.cluster.queueing import release
 from genvalues.cluster.succession import followed_to_its_end
 from genvalues.cluster.trainer_client import ReadStageState, StageState

@@ -21,6 +21,7 @@ from genvalues.cluster.objects import (
     moment,
     name_of,
     phase_of,
+    terminations,
 )
 from genvalues.cluster.workloads import is_suspended, workers_of, workload_of
 from genvalues.common.json_files import Finite, as_record
@@ -62,7 +63,8 @@ class Ledger:
             until = now
             if is_over(pod):
                 known = usage.get(uid)
-                until = ended_at(pod) or (known.until if known else now)
+                ended = max((moment(end.get("finishedAt")) for end in terminations(pod)), default=0.0)
+                until = ended or (known.until if known else now)
             usage[uid] = PodUsage(name_of(pod), labels_of(pod).get(COMPONENT, ""), since, until)
         return replace(self, pods=usage)
 
@@ -92,12 +94,6 @@ class _LedgerFile:
 
     pods: dict[str, PodUsage]
     stopped: _Stopped | None
-
-
-def ended_at(pod: Object) -> float:
-    """When the last of the pod's containers ended, in seconds since 1970; 0 if the status does not include it."""
-    ends = [(status.get("state") or {}).get("terminated") or {} for status in container_statuses(pod)]
-    return max((moment(end.get("finishedAt")) for end in ends), default=0.0)
 
 
 def reserve_hours(job: Object) -> float:

@@ -5,6 +5,7 @@ Objects are plain dicts, as the API returns them. Functions are pure.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -108,6 +109,12 @@ def container_statuses(pod: Object) -> list[Object]:
     return pod.get("status", {}).get("containerStatuses") or []
 
 
+def terminations(pod: Object) -> list[Object]:
+    """The ``terminated`` states of the pod's containers that have ended."""
+    states = ((status.get("state") or {}).get("terminated") for status in container_statuses(pod))
+    return [state for state in states if state]
+
+
 def ends_of(pod: Object) -> list[ContainerExit]:
     """The container exits in the pod's status: the last one, and the one before a restart."""
     ends = []
@@ -169,6 +176,12 @@ def moment(text: str | None) -> float:
 def created(item: Object) -> float:
     """Creation time in seconds since 1970."""
     return moment(item["metadata"].get("creationTimestamp"))
+
+
+def latest_warning(events: Iterable[Object]) -> str:
+    """The newest of these events that is a warning, in the words of its source; empty without one."""
+    newest = max((event for event in events if event.get("type") == "Warning"), key=last_seen, default=None)
+    return f"{newest['reason']}: {newest.get('message', '')}" if newest else ""
 
 
 def last_seen(event: Object) -> float:

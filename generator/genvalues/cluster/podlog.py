@@ -70,5 +70,5 @@ class PodLog(threading.Thread):
 
 
 def text_of_line(line: str) -> str:
-    """A log line without its time stamp; of a progress bar that redraws its line, the last state."""
+    """A log line without its time stamp, and only the last state of a progress bar that redraws its line."""
     return line.partition(" ")[2].rstrip().rsplit("\r", 1)[-1]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from genvalues.accelerators.instances import HYPERPOD, NEURON
 from genvalues.accelerators.neuron_software import driver_of_node, mismatch
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
-from genvalues.cluster.config import ClusterConfig, OtherSecret, TokenSecret
-from genvalues.cluster.objects import condition, labels_of, last_seen, name_of
+from genvalues.cluster.config import ClusterConfig, SecretReference
+from genvalues.cluster.objects import condition, labels_of, last_seen, name_of, phase_of
 from genvalues.cluster.queueing import kueue_api, workload_of_kueue
 from genvalues.cluster.workloads.probe import PROBES, Probe, metadata, probe_of
 from genvalues.common.findings import Finding
@@ -124,10 +125,8 @@ def is_reconciled(api: Api, probe: Probe, name: str) -> bool:
 
 def delete_probe(api: Api, probe: Probe, config: ClusterConfig, purpose: str) -> None:
     """Delete the probe. If that fails, cleanup or the next preflight deletes it."""
-    try:
+    with suppress(ApiError):
         probe.workload.delete(api, metadata(config, purpose)["name"])
-    except ApiError:
-        return
 
 
 def check_storage(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
@@ -150,7 +149,7 @@ def check_storage(api: Api, config: ClusterConfig, timings: PreflightTimings) ->
         events = events_of(api, claim)
     findings = [judge_claim(claim, events, config)]
     storage_class = claim["spec"].get("storageClassName")
-    if storage_class and phase(claim) == "Pending":
+    if storage_class and phase_of(claim) == "Pending":
         findings.append(check_storage_class(api, config, storage_class))
     return findings
 
@@ -173,28 +172,21 @@ def missing_claim(api: Api, config: ClusterConfig) -> Finding:
     )
 
 
-def phase(claim: Object) -> str:
-    return str(claim.get("status", {}).get("phase", "Pending"))
-
-
 def is_settled(claim: Object, events: list[Object]) -> bool:
     """Whether waiting longer cannot change the finding.
 
     Neither a provisioning failure nor its start is final: a volume may follow the one, and a failure the other.
     """
-    return phase(claim) != "Pending" or any(event["reason"] == "WaitForFirstConsumer" for event in events)
+    return phase_of(claim) != "Pending" or any(event["reason"] == "WaitForFirstConsumer" for event in events)
 
 
 def events_of(api: Api, item: Object) -> list[Object]:
     """The events of this object (by uid, so not of an earlier one of the same name), latest first."""
     meta = item["metadata"]
     fields = f"involvedObject.name={meta['name']},involvedObject.uid={meta['uid']}"
-    return sorted(api.list(kinds.EVENTS, fields=fields), key=event_order, reverse=True)
-
-
-def event_order(event: Object) -> tuple[float, bool]:
-    """Sort key. Times are in whole seconds: of a start and a failure in the same second, the failure is later."""
-    return last_seen(event), event["reason"] == "ProvisioningFailed"
+    found = api.list(kinds.EVENTS, fields=fields)
+    # Times are in whole seconds: of a start and a failure in the same second, the failure is later.
+    return sorted(found, key=lambda event: (last_seen(event), event["reason"] == "ProvisioningFailed"), reverse=True)
 
 
 def judge_claim(claim: Object, events: list[Object], config: ClusterConfig) -> Finding:
@@ -202,13 +194,13 @@ def judge_claim(claim: Object, events: list[Object], config: ClusterConfig) -> F
     describe = f"kubectl -n {config.namespace} describe pvc {name_of(claim)}"
     if claim["metadata"].get("deletionTimestamp"):
         return Finding("error", subject, "is being deleted", describe)
-    if phase(claim) == "Lost":
+    if phase_of(claim) == "Lost":
         return Finding(
             "error", subject, f"Lost: its volume {claim['spec'].get('volumeName', '')} no longer exists", describe
         )
     if problem := judge_access(claim, config):
         return problem
-    if phase(claim) == "Bound":
+    if phase_of(claim) == "Bound":
         size = claim.get("status", {}).get("capacity", {}).get("storage", "")
         return Finding("ok", subject, f"Bound {size}".rstrip())
     return judge_pending(subject, claim, events, describe)
@@ -225,7 +217,7 @@ def judge_access(claim: Object, config: ClusterConfig) -> Finding | None:
         return Finding(
             "error", subject, f"{found}: {config.job.nodes} nodes and the gate must mount it at the same time", fix
         )
-    if phase(claim) == "Bound":
+    if phase_of(claim) == "Bound":
         return Finding(
             "warning", subject, f"Bound, {found}: every stage must run on the node that mounts the volume", fix
         )
@@ -299,7 +291,7 @@ def check_secret(api: Api, config: ClusterConfig, timings: PreflightTimings) -> 
     return [*check_one_secret(api, config, config.secret), *others]
 
 
-def check_one_secret(api: Api, config: ClusterConfig, wanted: TokenSecret | OtherSecret) -> list[Finding]:
+def check_one_secret(api: Api, config: ClusterConfig, wanted: SecretReference) -> list[Finding]:
     """Check one Secret: that it exists, and has the key that is asked for, if any. Its values are never printed."""
     subject = f"secret {wanted.name}"
     value = f"--from-file={wanted.key or 'NAME'}=/dev/stdin"
@@ -386,17 +378,12 @@ def judge_device(resource: str, count: int, nodes: list[Object], config: Cluster
     return Finding("error", resource, found, fix)
 
 
-def check_driver(api: Api, config: ClusterConfig, timings: PreflightTimings) -> list[Finding]:
-    """Check that the driver of the nodes accepts the Neuron runtime of this image, which is that of all stages."""
-    return check_driver_for(runtime_version(), api, config, driver_of)
-
-
 def check_driver_for(
     runtime: str, api: Api, config: ClusterConfig, driver_of: Callable[[Object], str]
 ) -> list[Finding]:
-    """``driver_of``: the driver of a node, empty if unknown. Without a runtime there is nothing to compare.
+    """Check that the nodes' driver accepts the runtime of the image. Without a runtime there is nothing to compare.
 
-    Without nodes there is no finding: check_devices says so.
+    ``driver_of``: the driver of a node, empty if unknown. Without nodes there is no finding: check_devices says so.
     """
     if not runtime or NEURON not in config.job.devices:
         return []
@@ -588,7 +575,7 @@ CHECKS: dict[str, Check] = {
     "pod security": check_pod_security,
     "Hugging Face token": check_secret,
     "devices": check_devices,
-    DRIVER: check_driver,
+    DRIVER: lambda api, config, _: check_driver_for(runtime_version(), api, config, driver_of),
     "quota": check_quota,
     "queue": check_queue,
 }

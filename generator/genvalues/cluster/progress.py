@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from genvalues.cluster.objects import moment
+from genvalues.common.dicts import get
 from genvalues.common.json_files import Count, Finite, InvalidJson, as_record, read_object
 from genvalues.common.text import duration
 
@@ -45,20 +47,23 @@ def read_progress(path: Path) -> dict[str, Any]:
     return {**content, **{key: value for key, value in known.items() if key in content}}
 
 
-def describe_progress(progress: dict[str, Any]) -> str:
-    """``step 120 of 1000, loss 1.2340, 5,120 tokens/s, 1 h 02 min left``, without the values that are missing."""
-    parts = [f"step {progress.get('step')} of {progress.get('totalSteps')}"]
-    if (loss := progress.get("loss")) is not None:
-        parts.append(f"loss {loss:.4f}")
-    if (held_out := progress.get("evalLoss")) is not None:
-        parts.append(f"held-out loss {held_out:.4f}")
-    if (rate := progress.get("learningRate")) is not None:
-        parts.append(f"learning rate {rate:.3g}")
-    if (speed := progress.get("tokensPerSecond")) is not None:
-        parts.append(f"{speed:,.0f} tokens/s")
-    if (left := progress.get("etaSeconds")) is not None:
-        parts.append(f"{duration(left)} left")
-    return ", ".join(parts)
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "evalLoss": "held-out loss {:.4f}",
+    "learningRate": "learning rate {:.3g}",
+    "tokensPerSecond": "{:,.0f} tokens/s",
+}
+
+
+def describe_progress(progress: Mapping[str, Any]) -> str:
+    """``step 120 of 1,000, loss 1.2340, 5,120 tokens/s, 1 h 02 min left``.
+
+    Without values that are missing or not numbers: users may have changed the annotation.
+    """
+    step, total, left = (get(progress, key, float) for key in ("step", "totalSteps", "etaSeconds"))
+    parts = [] if step is None else [f"step {step:,.0f}" + (f" of {total:,.0f}" if total is not None else "")]
+    parts += [text.format(value) for key, text in SHOWN.items() if (value := get(progress, key, float)) is not None]
+    return ", ".join(parts if left is None else [*parts, f"{duration(left)} left"])
 
 
 def describe_checkpoint(progress: dict[str, Any]) -> str:

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
 from genvalues.common.json_files import InvalidJson, as_record, parse_json
@@ -19,7 +22,7 @@ class StageState:
     """The output of ``llama-lora fingerprint STAGE``."""
 
     fingerprint: str | None  # None: a stage that it depends on is not done
-    up_to_date: bool
+    up_to_date: Annotated[bool, Field(alias="upToDate")]
     progress: Path
     manifest: Path
 
@@ -47,21 +50,10 @@ def read_stage_state(stage: str, run_config: Path) -> StageState:
     return parse_stage_state(stage, done.stdout)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What the command prints, with its keys."""
-
-    fingerprint: str | None
-    upToDate: bool
-    progress: str
-    manifest: str
-
-
 def parse_stage_state(stage: str, text: str) -> StageState:
     """Read what the command printed. Raises TrainerCommandFailed if it is something else."""
     try:
-        answer = as_record(parse_json(text), _Answer)
+        return as_record(parse_json(text), StageState)
     except InvalidJson as error:
         shown = one_line(text.strip(), width=200)
         raise TrainerCommandFailed(f"llama-lora fingerprint {stage}: invalid output: it {error}: {shown}") from None
-    return StageState(answer.fingerprint, answer.upToDate, Path(answer.progress), Path(answer.manifest))

@@ -74,17 +74,11 @@ class Workers:
 
         A node whose volume fails pauses before it ends, so the others end before it.
         """
-        failures = [end for end in self.ends if end.code != 0]
-        return min(
-            failures,
-            key=lambda end: (
-                end.code != EXIT_USER_ERROR,
-                end.code != EXIT_VOLUME,
-                end.code == TERMINATED,
-                end.finished,
-            ),
-            default=None,
-        )
+
+        def rank(end: ContainerExit) -> tuple[bool, bool, bool, str]:
+            return end.code != EXIT_USER_ERROR, end.code != EXIT_VOLUME, end.code == TERMINATED, end.finished
+
+        return min((end for end in self.ends if end.code != 0), key=rank, default=None)
 
     def tail(self) -> tuple[str, list[str]]:
         """The pod whose log explains the failure, and the last lines of that log."""

@@ -10,24 +10,10 @@ from importlib import import_module
 import click
 
 # In the order in which users need them: the order of --help and of docs/genvalues.md.
-MODULES = {
-    "init": "genvalues.commands.init",
-    "check": "genvalues.commands.check",
-    "preview": "genvalues.commands.preview",
-    "plan": "genvalues.commands.plan",
-    "write": "genvalues.commands.write",
-    "image": "genvalues.commands.image",
-    "preflight": "genvalues.commands.preflight",
-    "install": "genvalues.commands.install",
-    "status": "genvalues.commands.status",
-    "logs": "genvalues.commands.logs",
-    "report": "genvalues.commands.report",
-    "bundle": "genvalues.commands.bundle",
-    "uninstall": "genvalues.commands.uninstall",
-    "local": "genvalues.commands.local",
-    "schema": "genvalues.commands.schema",
-    "cluster": "genvalues.commands.cluster",
-}
+COMMANDS = (
+    *("init", "check", "preview", "plan", "write", "image", "preflight", "install", "status", "logs", "report"),
+    *("bundle", "uninstall", "local", "schema", "cluster"),
+)
 IN_PODS = {"cluster"}  # only the chart's pods run these
 
 
@@ -35,10 +21,7 @@ class Commands(click.Group):
     """A group that imports a command when it is first used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(MODULES)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in MODULES:
-            return None
-        command: click.Command = getattr(import_module(MODULES[cmd_name]), cmd_name)
-        return command
+        return getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name) if cmd_name in COMMANDS else None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,9 +42,7 @@ def image_options(command: Command) -> Command:
 
 @image.command("build")
 @image_options
-def image_build(
-    file: Path, builder: str | None, network: str | None, base: str | None, neuron_runtime: str | None
-) -> None:
+def image_build(**options: Any) -> None:
     """Build the image that FILE (finetune.yaml) names. Needs an x86-64 machine.
 
     \b
@@ -52,14 +51,12 @@ def image_build(
     """
     from genvalues.ops.image import build
 
-    sys.exit(build(file, builder, network, base, neuron_runtime))
+    sys.exit(build(**options))
 
 
 @image.command("push")
 @image_options
-def image_push(
-    file: Path, builder: str | None, network: str | None, base: str | None, neuron_runtime: str | None
-) -> None:
+def image_push(**options: Any) -> None:
     """Build the image that FILE (finetune.yaml) names, push it, and write its digest into FILE.
 
     Creates the ECR repository if it does not exist, with scan on push and immutable tags.
@@ -70,4 +67,4 @@ def image_push(
     """
     from genvalues.ops.image import build
 
-    sys.exit(build(file, builder, network, base, neuron_runtime, push=True))
+    sys.exit(build(**options, push=True))

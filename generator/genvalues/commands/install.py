@@ -36,10 +36,10 @@ def install(
         genvalues install finetune.yaml --namespace kubeflow
     """
     from genvalues.common.reports import print_json
-    from genvalues.ops.install import ReleaseTarget, install
+    from genvalues.ops.install import install
 
-    target = ReleaseTarget(release, namespace, context)
-    report = install(sources, target, follow=not no_follow, preflight=not skip_preflight, as_json=as_json)
+    options = {"follow": not no_follow, "preflight": not skip_preflight, "as_json": as_json}
+    exit_status, document = install(sources, release, namespace, context, **options)
     if as_json:
-        print_json(report.document)
-    sys.exit(report.exit_status)
+        print_json(document)
+    sys.exit(exit_status)

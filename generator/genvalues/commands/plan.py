@@ -27,15 +27,14 @@ def plan(sources: Sources, as_json: bool, live: bool, offline: bool, region: str
     Example:
         genvalues plan finetune.yaml --set nodes=2
     """
+    from genvalues.common.reports import print_json
     from genvalues.ops.live_plan import planned
     from genvalues.ops.trace import refuse_problems
     from genvalues.planner import report
 
     found = planned(sources, live=live, offline=offline, region=region, trace=trace)
     if as_json:
-        import json
-
-        click.echo(json.dumps(report.as_json(found), indent=2, ensure_ascii=False))
+        print_json(report.as_json(found))
     elif sys.stdout.isatty():
         report.print_rich(found)
     else:

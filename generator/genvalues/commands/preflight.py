@@ -38,9 +38,8 @@ def preflight(
     Example:
         genvalues preflight finetune.yaml --namespace kubeflow
     """
-    import json
-
     from genvalues.common import findings
+    from genvalues.common.reports import print_json
     from genvalues.inputs.write import checked
     from genvalues.ops.preflight import run
 
@@ -58,7 +57,7 @@ def preflight(
         chart=sources.chart,
     )
     if as_json:
-        click.echo(json.dumps(findings.as_json(found), indent=2, ensure_ascii=False))
+        print_json(findings.as_json(found))
     else:
         findings.show(found, click.echo)
     sys.exit(findings.exit_status(found))

@@ -11,7 +11,7 @@ from genvalues.commands.options import context_option, json_option, namespace_op
 @click.argument("name")
 @namespace_option
 @context_option
-@click.option("--watch", is_flag=True, help="Follow until the pipeline ends; exit status as of install.")
+@click.option("--watch", is_flag=True, help="Follow until the pipeline ends; exit status as for install.")
 @json_option
 def status(name: str, namespace: str | None, context: str | None, watch: bool, as_json: bool) -> None:
     """Show the status of the release NAME: its stages, their progress and cost, and why one has failed.

@@ -20,7 +20,7 @@ def uninstall(name: str, namespace: str | None, context: str | None, yes: bool, 
     Example:
         genvalues uninstall llama-lora --namespace kubeflow
     """
-    from genvalues.common.reports import print_json
+    from genvalues.common.reports import document_of, print_json
     from genvalues.ops.status import watch_release
     from genvalues.ops.uninstall import uninstall
 
@@ -29,7 +29,7 @@ def uninstall(name: str, namespace: str | None, context: str | None, yes: bool, 
 
     report = uninstall(watch_release(name, namespace, context), confirm)
     if as_json:
-        print_json(report.document())
+        print_json(document_of(report))
     elif report.stays:
         click.echo("\n".join(report.lines()))
     sys.exit(report.exit_status)

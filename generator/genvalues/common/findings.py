@@ -26,10 +26,6 @@ class Finding:
         line = f"{self.level:<11}  {self.subject}: {self.found}"
         return f"{line}\n{'':<11}  fix: {self.fix}" if self.fix else line
 
-    def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = document_of(self)
-        return document
-
 
 def show(findings: Sequence[Finding], say: Callable[[str], None] = print) -> None:
     """Pass each finding, with its fix, to ``say``, and then the number of errors."""
@@ -48,4 +44,4 @@ def exit_status(findings: Sequence[Finding]) -> int:
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
     """The document that --json prints."""
-    return {"findings": [finding.as_json() for finding in findings], "exitStatus": exit_status(findings)}
+    return {"findings": document_of(findings), "exitStatus": exit_status(findings)}

@@ -26,6 +26,7 @@ MOST_DEPTH = 100
 MOST_DIGITS = 100
 SHOWN = 80  # characters of a value in a message
 Record = TypeVar("Record")
+_adapter: Any = functools.cache(TypeAdapter)
 
 
 class InvalidJson(Exception):
@@ -106,18 +107,13 @@ def as_record(content: Any, kind: type[Record]) -> Record:
     Raises InvalidJson, naming the first field that is missing or has another type. Unknown fields are ignored.
     """
     try:
-        adapter: TypeAdapter[Record] = _adapter(kind)  # type: ignore[arg-type]  # a class is hashable
-        return adapter.validate_python(as_object(content))
+        validated: Record = _adapter(kind).validate_python(as_object(content))
+        return validated
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:SHOWN]
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidJson(f"has no valid {place!r}: {message[:1].lower()}{message[1:]}") from None
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def _path_inside(name: str) -> str:

@@ -23,7 +23,7 @@ from genvalues.common.text import one_line
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.2  # seconds
-TOLD_AGAIN = 60.0  # seconds until the log says again what a process waits for
+TOLD_AGAIN = 60.0  # seconds between two log lines about the same wait
 HOLDER_BYTES = 256
 
 

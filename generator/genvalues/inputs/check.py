@@ -97,7 +97,9 @@ def rule_mistakes(document: Document) -> Iterator[Mistake]:
     if instance:
         yield from instance_rules(value, instance, on_cpu)
         yield from path_rules(document, on_cpu)
-    yield from model_rules(value)
+    model = get(value, "model", str) or ""
+    if model.lower().endswith(MODEL_SUFFIXES):
+        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "Write {path: ...} for a file or folder.")
     yield from dataset_rules(document)
     yield from image_rules(value)
     yield from storage_rules(value)
@@ -119,12 +121,6 @@ def instance_rules(value: dict[str, Any], instance: str, on_cpu: bool) -> Iterat
     targets = [target for target in get(value, "lora.targetModules", list) or [] if isinstance(target, str)]
     for problem in target_problems(targets) if backend == "xla" else ():
         yield Mistake(problem.keys[0], problem.what, problem.fix)
-
-
-def model_rules(value: dict[str, Any]) -> Iterator[Mistake]:
-    model = get(value, "model", str) or ""
-    if model.lower().endswith(MODEL_SUFFIXES):
-        yield Mistake(("model",), f"{shown(model, ())} looks like a file", "Write {path: ...} for a file or folder.")
 
 
 def dataset_rules(document: Document) -> Iterator[Mistake]:
@@ -171,7 +167,8 @@ def source_rules(key: KeyPath, part: dict[str, Any], document: Document) -> Iter
     if is_url(source):
         yield url_mistake(place, source, "datasets")
     elif on_s3(source) and (bucket := invalid_bucket(source)) is not None:
-        yield bucket_mistake(place, bucket)
+        what = f"{shown(bucket, ())} is not a valid name of a bucket"
+        yield Mistake(place, what, f"A bucket's name has {BUCKET_RULES}.")
     elif on_s3(source):
         matched = re.match(rf"^s3://{BUCKET}/([^\s?#]+)$", source)
         if not matched or not (file_format(source) or is_prefix(source)):
@@ -190,10 +187,6 @@ def url_mistake(key: KeyPath, url: str, kind: str) -> Mistake:
     return Mistake(
         key, f"{shown(url, ())} is a web address, which the stages do not read", f"Write {named}." if named else there
     )
-
-
-def bucket_mistake(key: KeyPath, bucket: str) -> Mistake:
-    return Mistake(key, f"{shown(bucket, ())} is not a valid name of a bucket", f"A bucket's name has {BUCKET_RULES}.")
 
 
 def exists(source: str, document: Document, key: KeyPath) -> bool:

@@ -16,6 +16,7 @@ from genvalues.accelerators.instances import HYPERPOD, of_same_service, unsuppor
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
 from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
+from genvalues.settings.base import BOUNDS
 from genvalues.settings.datasets import BUCKET_RULES, hub_id_of, invalid_bucket, is_url, on_s3
 
 MISSING = "missing"
@@ -133,7 +134,7 @@ def explain(error: ValidationError, schema: dict[str, Any]) -> Iterator[Mistake]
         also = f"; on HyperPod with the prefix {HYPERPOD!r}" if key == ("instance",) else ""
         yield Mistake(key, f"{shown(found, key)} is not allowed", f"{guess}Allowed values: {listed}{also}.")
     elif keyword == "pattern":
-        yield form_mistake(key, found, schema)
+        yield Mistake(key, pattern_words(key, found), described)
     elif keyword in BOUNDS:
         yield Mistake(key, f"must be {BOUNDS[keyword]} {number(wanted)}, not {shown(found, key)}", described)
     elif keyword == "uniqueItems":
@@ -155,12 +156,6 @@ def close_matches(word: str, choices: Iterable[str], least: float = 0.6) -> list
     return get_close_matches(word, list(choices), 1, cutoff=least)
 
 
-BOUNDS = {
-    "minimum": "at least",
-    "maximum": "at most",
-    "exclusiveMinimum": "more than",
-    "exclusiveMaximum": "less than",
-}
 TYPES = {
     "integer": "an integer",
     "number": "a number",
@@ -214,12 +209,8 @@ def purpose(key: KeyPath, schema: dict[str, Any]) -> str:
     return f"({'; '.join(filter(None, words))})" if any(words) else ""
 
 
-def form_mistake(key: KeyPath, found: Any, schema: dict[str, Any]) -> Mistake:
-    """The message for a string that does not match its key's pattern."""
-    return Mistake(key, pattern_words(key, found), purpose(key, schema))
-
-
 def pattern_words(key: KeyPath, found: Any) -> str:
+    """What is wrong with a string that does not match its key's pattern."""
     if key == ("model",) and is_url(str(found)):
         named = hub_id_of(str(found), "models")
         return f"{shown(found, key)} is a web address{f'; write {named}' if named else ''}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from genvalues.accelerators.architectures import target_names
 from genvalues.accelerators.cpu_memory import Memory, stage_memory
-from genvalues.accelerators.instances import HYPERPOD, trainium
+from genvalues.accelerators.instances import HYPERPOD, row, trainium
 from genvalues.common.dicts import merge, without_null
 from genvalues.planner.planning import Plan, stall_timeout
 from genvalues.settings.base import Block
@@ -53,8 +53,9 @@ def values_from(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         **{key: as_values(block) for key, block in optional_blocks(inputs).items()},
         "verify": inputs.verify,
         "devices": instance.devices if instance else {},
-        **neuron(inputs),
-        "huggingFace": hugging_face(inputs),
+        # The chart's defaults are for the CPU.
+        **({key: row(instance)[key] for key in ("neuron", "sharedMemory")} if instance else {}),
+        "huggingFace": as_values(inputs.hugging_face or HuggingFace()),
         # HyperPod replaces a failed node, and restarts only the PyTorchJobs that request it.
         "hyperpod": {"autoResume": on_hyperpod and inputs.workload == "pytorchjob", "maxRetries": 1},
         "storage": storage(inputs.storage, "fsx" if instance else "generic"),
@@ -120,27 +121,8 @@ def guards(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     return written | {"pricePerNodeHour": plan.price.dollars if plan.price else None}
 
 
-def neuron(inputs: Inputs) -> dict[str, Any]:
-    """Settings of the instance type for compile and train. The chart's defaults are for the CPU."""
-    instance = trainium(inputs.instance)
-    if instance is None:
-        return {}
-    generation = instance.generation
-    return {
-        "neuron": {"target": generation.target, "logicalCoreSize": generation.logical_core_size},
-        "sharedMemory": instance.shared_memory,
-    }
-
-
 def image(reference: str | None) -> dict[str, str]:
-    if reference is None:
-        return {"repository": "llama-lora", "tag": "", "digest": ""}
-    repository, tag, digest = split_image(reference)
-    return {"repository": repository, "tag": tag, "digest": digest}
-
-
-def hugging_face(inputs: Inputs) -> dict[str, str]:
-    return as_values(inputs.hugging_face or HuggingFace())
+    return dict(zip(("repository", "tag", "digest"), split_image(reference or "llama-lora"), strict=True))
 
 
 def model(wanted: str | ModelPath) -> dict[str, str]:

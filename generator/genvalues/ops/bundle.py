@@ -47,15 +47,9 @@ REVIEW = (
 ROOT = "bundle"
 ABOUT, VALUES = f"{ROOT}/about.json", f"{ROOT}/values.yaml"  # first in the archive, so that a replay reads no further
 FORMAT = 1  # of the archive; increase it when this version's readers would misread the new one
-CONFIG_MAPS = ApiKind("api/v1", "configmaps")
 DEPLOYMENTS = ApiKind("apis/apps/v1", "deployments")
 OPERATOR = "training-operator"  # the Deployment of Kubeflow's training operator v1, in namespace kubeflow
 NODE_LABELS = ("node.kubernetes.io/", "topology.kubernetes.io/", "sagemaker.amazonaws.com/", "karpenter.sh/")
-KIND_OF = {
-    **{workload.kind.plural: workload.name for workload in WORKLOADS},
-    **{"jobs": "Job", "configmaps": "ConfigMap", "pods": "Pod", "events": "Event"},
-    "persistentvolumeclaims": "PersistentVolumeClaim",
-}
 LOG_BYTES = 4 << 20  # kept of each container's log: the end
 LOG_LINES = 50_000
 MODIFIED = 0  # the time of every file in the archive: the same state gives the same bytes
@@ -169,23 +163,25 @@ def add_objects(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -
         ours = [one for one in server.list(kinds.EVENTS) if is_about(one, record)]
         return sorted(ours, key=lambda one: (last_seen(one), name_of(one)))
 
-    sources: dict[str, Callable[[], list[Object]]] = {
-        "jobs": lambda: listed(kinds.JOBS),
-        **{workload.kind.plural: partial(listed, workload.kind) for workload in WORKLOADS},
-        "configmaps": lambda: listed(CONFIG_MAPS),
-        "pods": lambda: listed(kinds.PODS),
-        "persistentvolumeclaims": lambda: [found] if (found := server.get(kinds.CLAIMS, record.claim)) else [],
-        "events": events,
-        "nodes": lambda: [node_summary(node) for node in sorted(server.list(kinds.NODES), key=name_of)],
+    def claim() -> list[Object]:
+        return [found] if (found := server.get(kinds.CLAIMS, record.claim)) else []
+
+    sources: dict[str, tuple[str, Callable[[], list[Object]]]] = {
+        "jobs": ("Job", partial(listed, kinds.JOBS)),
+        **{workload.kind.plural: (workload.name, partial(listed, workload.kind)) for workload in WORKLOADS},
+        "configmaps": ("ConfigMap", partial(listed, kinds.CONFIG_MAPS)),
+        "pods": ("Pod", partial(listed, kinds.PODS)),
+        "persistentvolumeclaims": ("PersistentVolumeClaim", claim),
+        "events": ("Event", events),
     }
     read: dict[str, list[Object]] = {}
-    for name, source in sources.items():
+    for name, (kind, source) in sources.items():
         with archive.reading(name):
             read[name] = source()
-            if kind := KIND_OF.get(name):
-                archive.objects(f"objects/{name}.yaml", read[name], kind)
-            else:
-                archive.yaml(f"objects/{name}.yaml", read[name])
+            archive.objects(f"objects/{name}.yaml", read[name], kind)
+    with archive.reading("nodes"):
+        nodes = sorted(server.list(kinds.NODES), key=name_of)
+        archive.yaml("objects/nodes.yaml", [node_summary(node) for node in nodes])
     return read.get("pods", [])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from genvalues.common.errors import Unavailable
@@ -25,7 +24,7 @@ class ReleaseFollower:
     def __init__(self, watcher: ReleaseWatcher) -> None:
         self.watcher = watcher
         self.status: ReleaseStatus | None = None
-        self._reported: dict[str, Reported] = {}
+        self._reported: dict[str, tuple[object, ...]] = {}
         self._away_since: float | None = None
 
     def look(self) -> list[str]:
@@ -56,10 +55,10 @@ class ReleaseFollower:
         for stage in (*status.stages, *status.all_stages):
             if stage.name not in self._reported and stage.state == "waiting":
                 continue
-            before, after = self._reported.get(stage.name), Reported.of(stage)
+            before, after = self._reported.get(stage.name), reported(stage)
             self._reported[stage.name] = after
             # That its workers have ended is reported with its end, a moment later.
-            if after != before and not (before and after == replace(before, nodes=())):
+            if after != before and not (before and after == (*before[:-1], ())):
                 lines.append(describe(stage, datetime.now(timezone.utc)))
         return lines
 
@@ -72,18 +71,8 @@ class ReleaseFollower:
             time.sleep(INTERVAL)
 
 
-@dataclass(frozen=True)
-class Reported:
-    """What is reported again when it differs; not, for example, how long the stage has run."""
-
-    state: str
-    note: str
-    restarts: int
-    step: object
-    nodes: tuple[str, ...]  # whose devices it holds
-
-    @classmethod
-    def of(cls, stage: StageStatus) -> Reported:
-        progress = stage.progress or {}
-        step = progress.get("updated"), progress.get("step")
-        return cls(stage.state, stage.note, stage.restarts, step, stage.nodes if stage.devices else ())
+def reported(stage: StageStatus) -> tuple[object, ...]:
+    """What is reported again when it differs, last the nodes whose devices the stage holds; not how long it has run."""
+    progress = stage.progress or {}
+    step = progress.get("updated"), progress.get("step")
+    return stage.state, stage.note, stage.restarts, step, stage.nodes if stage.devices else ()

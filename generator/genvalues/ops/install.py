@@ -37,43 +37,37 @@ INTERVAL = 2.0  # seconds between two looks while waiting
 FIRST_ANSWER_SECONDS = 10.0  # a user waits for it; after it, requests are retried for longer
 
 
-@dataclass(frozen=True)
-class ReleaseTarget:
-    """Which release to install, and where; None: as Helm would choose."""
-
-    release: str | None = None
-    namespace: str | None = None
-    context: str | None = None
-
-
-@dataclass(frozen=True)
-class InstallReport:
-    exit_status: int
-    document: dict[str, Any]
+Report = tuple[int, dict[str, Any]]  # the exit status, and the document that --json prints
 
 
 def install(
-    sources: Sources, target: ReleaseTarget, *, follow: bool = True, preflight: bool = True, as_json: bool = False
-) -> InstallReport:
-    """Install the release and, with ``follow``, stay until the pipeline ends. ``as_json``: the report needs a document.
+    sources: Sources,
+    wanted: str | None,
+    namespace: str | None,
+    context: str | None,
+    *,
+    follow: bool,
+    preflight: bool,
+    as_json: bool,
+) -> Report:
+    """Install the release ``wanted`` (None: as the inputs name it) and, with ``follow``, stay until the pipeline ends.
 
     Exit status: 0 done; 2 if the user must change something, also if preflight finds an error, which stops before
-    Helm; 1 for other failures. Raises UserError for invalid inputs, chart or names.
+    Helm; 1 for other failures. ``as_json``: the report needs its document. Raises UserError for invalid inputs.
     """
     found = checked(sources)
     values = found.values
     found.document.raise_mistakes(placed(one, found.document) for one in unseen_by_pods(values))
     chart = need_chart(sources.chart)
     mode = values["pipeline"]["mode"]
-    release = release_name(target.release, values["name"], sources.file, mode)
+    release = release_name(wanted, values["name"], sources.file, mode)
     find_helm()
-    running = ReleaseInstall(release, mode, target.context)
+    running = ReleaseInstall(release, mode, context)
     log_plan(found)
     with stopping_on_signals(running), tempfile.TemporaryDirectory() as folder:
-        if preflight and (answers := preflight_errors(found, release, target, chart)):
-            document = {"release": release, **findings.as_json(answers)}
-            return InstallReport(findings.exit_status(answers), document)
-        running.namespace = take_over_pending_release(release, target.namespace, target.context)
+        if preflight and (answers := preflight_errors(found, release, namespace, context, chart)):
+            return findings.exit_status(answers), {"release": release, **findings.as_json(answers)}
+        running.namespace = take_over_pending_release(release, namespace, context)
         values_file = Path(folder) / "values.yaml"
         write_text(values_file, text_of(found, sources))
         arguments = running.arguments(chart, values_file)
@@ -110,7 +104,9 @@ def log_plan(found: Checked) -> None:
     log.info("plan: %s (details: genvalues plan)", ", ".join(parts))
 
 
-def preflight_errors(found: Checked, release: str, target: ReleaseTarget, chart: Path) -> list[findings.Finding]:
+def preflight_errors(
+    found: Checked, release: str, namespace: str | None, context: str | None, chart: Path
+) -> list[findings.Finding]:
     """Run the preflight checks and log their findings. Returns all findings if one is an error, else none.
 
     The only caller of genvalues.ops.preflight here. A service that does not answer stops nothing: Helm and the stages
@@ -118,7 +114,7 @@ def preflight_errors(found: Checked, release: str, target: ReleaseTarget, chart:
     """
     from genvalues.ops.preflight import run
 
-    answers = run.run_preflight(found, namespace=target.namespace, context=target.context, release=release, chart=chart)
+    answers = run.run_preflight(found, namespace=namespace, context=context, release=release, chart=chart)
     findings.show(answers, log.info)
     return answers if findings.exit_status(answers) == EXIT_USER_ERROR else []
 
@@ -136,23 +132,23 @@ def take_over_pending_release(release: str, namespace: str | None, context: str 
     return server.namespace
 
 
+@dataclass
 class ReleaseInstall:
     """One ``helm upgrade --install``, and what is reported while it runs and after it."""
 
-    def __init__(self, release: str, mode: str, context: str | None) -> None:
-        self.release = release
-        self.mode = mode
-        self.context = context
-        self.namespace = ""
-        self.is_installed = False  # Helm has succeeded
-        self._problem = ""
+    release: str
+    mode: str
+    context: str | None
+    namespace: str = ""
+    is_installed: bool = False  # Helm has succeeded
+    _problem: str = ""
 
     def arguments(self, chart: Path, values: Path) -> list[str]:
         # An absolute path: Helm could take a relative one for the name of a repository.
         arguments = ["upgrade", "--install", self.release, str(chart.resolve()), "-f", str(values)]
         return [*arguments, *place_arguments(self.namespace, self.context), "--timeout", TIMEOUT[self.mode]]
 
-    def install(self, arguments: list[str], *, follow: bool, as_json: bool) -> InstallReport:
+    def install(self, arguments: list[str], *, follow: bool, as_json: bool) -> Report:
         from genvalues.ops.follow import ReleaseFollower
         from genvalues.ops.status import watch_release
 
@@ -167,7 +163,7 @@ class ReleaseInstall:
             for line in self.follower.follow():
                 log.info(line)
         if not follow and not as_json:
-            return InstallReport(1 if status else 0, {})
+            return 1 if status else 0, {}
         return self.report(status, follow)
 
     def run(self, arguments: list[str], *, report_stages: bool) -> int:
@@ -196,7 +192,7 @@ class ReleaseInstall:
                 self._problem = str(problem)
                 log.warning(self._problem)
 
-    def report(self, of_helm: int, follow: bool) -> InstallReport:
+    def report(self, of_helm: int, follow: bool) -> Report:
         from genvalues.ops.status_text import final_lines
 
         self.look()
@@ -207,7 +203,7 @@ class ReleaseInstall:
             exit_status = last.exit_status if last.outcome in ("failed", "stopped") or not of_helm else 1
             log.log(logging.ERROR if exit_status else logging.INFO, "\n".join(final_lines(last)))
         document = last.document() if last else {"release": self.release}
-        return InstallReport(exit_status, {**document, "exitStatus": exit_status})
+        return exit_status, {**document, "exitStatus": exit_status}
 
     def when_stopped(self) -> str:
         if self.is_installed and self.mode == "detached":

@@ -74,11 +74,7 @@ def product_filters(instance: str, region: str) -> tuple[str, dict[str, str]]:
     HyperPod nodes are billed as SageMaker's component Cluster (USE1-Cluster:ml.TYPE).
     """
     if instance.startswith(HYPERPOD):
-        return "AmazonSageMaker", {
-            "regionCode": region,
-            "component": "Cluster",
-            "instanceType": f"{instance}-Cluster",
-        }
+        return "AmazonSageMaker", {"regionCode": region, "component": "Cluster", "instanceType": f"{instance}-Cluster"}
     return "AmazonEC2", {
         "regionCode": region,
         "instanceType": instance,

@@ -6,17 +6,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from genvalues.cluster import api as kinds
-from genvalues.cluster.objects import (
-    COMPONENT,
-    GATE_SUFFIX,
-    RUNNER,
-    created,
-    is_over,
-    name_of,
-    started_container,
-)
+from genvalues.cluster.objects import COMPONENT, GATE_SUFFIX, RUNNER, created, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
 from genvalues.cluster.workloads import is_worker
 from genvalues.common.errors import Unavailable, UserError
@@ -101,21 +94,19 @@ def why_no_log(status: ReleaseStatus, name: str) -> str:
     return "Its pods no longer exist."
 
 
+@dataclass
 class LogReader:
-    """Reads every pod of one stage once, each in a thread of its own, and writes whole lines."""
+    """Reads every pod of one stage once, each in its own thread, and writes whole lines."""
 
-    def __init__(
-        self, watcher: ReleaseWatcher, stage: str, tail: int | None, follow: bool, write: Callable[[str], None]
-    ) -> None:
-        self.watcher = watcher
-        self.stage = stage
-        self.tail = tail
-        self.follow = follow
-        self.write = write
-        self.prefixed = False
-        self.of_gate = False
-        self._logs: dict[str, PodLog] = {}
-        self._lock = threading.Lock()
+    watcher: ReleaseWatcher
+    stage: str
+    tail: int | None
+    follow: bool
+    write: Callable[[str], None]
+    prefixed: bool = False
+    of_gate: bool = False
+    _logs: dict[str, PodLog] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open_new(self) -> bool:
         """Start to read new pods; return whether any pod is, or was, read."""
@@ -123,7 +114,7 @@ class LogReader:
         if not pods and not self._logs and not self.stage.endswith(GATE_SUFFIX):
             pods = self.pods(self.stage + GATE_SUFFIX)
             self.of_gate = bool(pods)
-        elif pods and self.of_gate:
+        elif pods:
             self.of_gate = False
         self.prefixed = self.prefixed or len(pods) > 1 or any(map(is_worker, pods))
         for pod in pods:

@@ -269,7 +269,9 @@ def redact_plain(text: str) -> str:
     text = SPACED.sub(
         lambda found: f"{found[1]}{found[2]}{HIDDEN}" if is_value(found[1], found[2], found[3]) else found[0], text
     )
-    return ACCOUNT.sub(without_account, text)
+    return ACCOUNT.sub(
+        lambda found: ANY_ACCOUNT if found["account"] not in (None, *PUBLIC_ACCOUNTS) else found[0], text
+    )
 
 
 def is_value(name: str, between: str, value: str) -> bool:
@@ -286,7 +288,3 @@ def is_value(name: str, between: str, value: str) -> bool:
         return len(word) >= 20 or (compound and not (word.isupper() or word[1:].islower()))
     has_digit, has_letter = any(map(str.isdigit, word)), any(map(str.isalpha, word))
     return (has_digit and has_letter and len(word) >= 6) or (compound and any(each in "/+=@#$%^*!~" for each in word))
-
-
-def without_account(found: re.Match[str]) -> str:
-    return ANY_ACCOUNT if found["account"] and found["account"] not in PUBLIC_ACCOUNTS else found[0]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import difflib
-import re
 from dataclasses import dataclass
 
 from genvalues.common.errors import UserError
 from genvalues.ops.aws import AwsClients, Denied, Missing
-from genvalues.settings.images import split_image
+from genvalues.settings.images import ECR, split_image
 
 # Where to find a base image of backend native. It has no default: AWS's pages alone know the repository and its tags.
 NATIVE_BASE = (
@@ -50,12 +49,6 @@ PUBLIC_ECR, PUBLIC_ALIASES = "public.ecr.aws", ("neuron", "deep-learning-contain
 REPOSITORY = "huggingface-pytorch-training-neuronx"
 TAG = "2.8.0-transformers4.55.4-neuronx-py310-sdk2.26.0-ubuntu22.04"  # as in trainer/Dockerfile; a test compares them
 
-# ACCOUNT.dkr.ecr.REGION.amazonaws.com, and its FIPS, China and dual-stack forms:
-# https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html
-ECR = re.compile(
-    r"(?P<account>[0-9]+)\.dkr[.-]ecr(-fips)?\.(?P<region>[a-z]{2,4}(-[a-z]+)+-[0-9]+)"
-    r"\.(?P<domain>amazonaws\.com(\.cn)?|on\.aws|on\.amazonwebservices\.com\.cn)"
-)
 ACCOUNT_DIGITS = 12
 EXAMPLE = "ACCOUNT.dkr.ecr.REGION.amazonaws.com/llama-lora:0.1.0"
 
@@ -83,6 +76,15 @@ class ImageReference:
     def name(self) -> str:
         """The repository's name within its registry."""
         return self.repository.removeprefix(f"{self.registry}/") if self.registry else self.repository
+
+    @property
+    def ecr_repository(self) -> dict[str, str]:
+        """The parameters that name the repository in a call to ECR."""
+        return {"registryId": self.account, "repositoryName": self.name}
+
+    @property
+    def ecr_id(self) -> dict[str, str]:
+        return {"imageDigest": self.digest} if self.digest else {"imageTag": self.tag}
 
     def at(self, digest: str) -> str:
         """The reference with both the tag, for people, and the digest, which is what gets pulled."""
@@ -160,14 +162,8 @@ def ensure_repository(image: ImageReference) -> bool:
         check_account(aws, image)
         if isinstance(error, Denied):
             raise
-        scan = {"scanOnPush": True}
-        aws.ask(
-            "ecr",
-            "create_repository",
-            repositoryName=image.name,
-            imageTagMutability="IMMUTABLE",
-            imageScanningConfiguration=scan,
-        )
+        settings = {"imageTagMutability": "IMMUTABLE", "imageScanningConfiguration": {"scanOnPush": True}}
+        aws.ask("ecr", "create_repository", repositoryName=image.name, **settings)
         return True
     if answer["repositories"][0].get("imageTagMutability") == "IMMUTABLE":
         check_tag_is_free(aws, image)
@@ -175,8 +171,7 @@ def ensure_repository(image: ImageReference) -> bool:
 
 
 def check_tag_is_free(aws: AwsClients, image: ImageReference) -> None:
-    tag = [{"imageTag": image.tag}]
-    answer = aws.find("ecr", "describe_images", registryId=image.account, repositoryName=image.name, imageIds=tag)
+    answer = aws.find("ecr", "describe_images", imageIds=[{"imageTag": image.tag}], **image.ecr_repository)
     for existing in answer.get("imageDetails") or []:
         what = "the tag exists already, and the repository's tags are immutable"
         fix = f"To use that image, write image: {image.at(existing['imageDigest'])}. To push another, write a new tag."

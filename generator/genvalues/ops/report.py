@@ -18,7 +18,7 @@ from typing import Any
 
 from genvalues.cluster import api as kinds
 from genvalues.cluster.api import Api, ApiError
-from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, ends_of, is_over, last_seen, name_of
+from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, ends_of, is_over, latest_warning, name_of
 from genvalues.cluster.podlog import text_of_line
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
@@ -131,14 +131,8 @@ def read_log(server: Api, job: str) -> list[str]:
                 raise UserError(last, where=f"pod {name_of(ended)}")
             return lines
         time.sleep(INTERVAL)
-    reason = next(filter(None, map(why_pending, pods)), "") or latest_warning(server, job)
+    events = server.list(kinds.EVENTS, fields=f"involvedObject.name={job}")  # such as that of a full quota
+    reason = next(filter(None, map(why_pending, pods)), "") or latest_warning(events)
     raise Unavailable(
         f"the pod of job {job} has not ended within {WAIT_SECONDS:.0f} s{f': {reason}' if reason else ''}"
     )
-
-
-def latest_warning(server: Api, job: str) -> str:
-    """The newest warning about the Job, such as a quota that its pod would exceed; empty without one."""
-    events = server.list(kinds.EVENTS, fields=f"involvedObject.name={job}")
-    newest = max((event for event in events if event.get("type") == "Warning"), key=last_seen, default=None)
-    return f"{newest['reason']}: {newest.get('message', '')}" if newest else ""

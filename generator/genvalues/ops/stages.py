@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
+from genvalues.cluster.api import Object
 from genvalues.cluster.failures import STOPPED, parse_failure
 from genvalues.cluster.objects import (
     COST,
@@ -29,25 +30,16 @@ from genvalues.cluster.objects import (
     family_of,
     is_over,
     labels_of,
-    last_seen,
+    latest_warning,
     moment,
     name_of,
     unschedulable,
     why_not_started,
 )
-from genvalues.cluster.workloads import (
-    NAMES,
-    is_active,
-    is_released,
-    is_suspended,
-    job_of,
-    workers_of,
-    workload_of,
-)
+from genvalues.cluster.workloads import NAMES, is_active, is_released, is_suspended, job_of, workers_of, workload_of
 from genvalues.common.manifests import SKIPPED
 from genvalues.ops.records import HelmHook
 
-Object = dict[str, Any]
 State = Literal["waiting", "running", "done", "skipped", "failed", "stopped"]
 
 NO_DEVICES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
@@ -137,9 +129,10 @@ def job_status(stage: str, hook: HelmHook, objects: ReleaseObjects) -> StageStat
         if hook.phase == "Failed":
             return StageStatus(stage, "failed", reason=f"job {hook.name} not found")
         return StageStatus(stage, "done" if hook.phase == "Succeeded" else "running")
-    status = StageStatus(stage, "running", started_at(job))
+    status = StageStatus(stage, "running", time_of(moment(job.get("status", {}).get("startTime")) or created(job)))
     if condition(job, "Complete"):
-        state: State = "skipped" if had_nothing_to_do(job, objects) else "done"
+        lines = (line for pod in objects.pods_of(job) for line in objects.logs.get(name_of(pod), ()))
+        state: State = "skipped" if any(SKIPPED in line for line in lines) else "done"
         return replace(status, state=state, ended=time_of(moment(job["status"].get("completionTime"))))
     if failed := condition(job, "Failed"):
         status = replace(status, ended=time_of(moment(failed.get("lastTransitionTime"))))
@@ -173,11 +166,6 @@ def failed_job_status(status: StageStatus, job: Object, failed: Object, objects:
         tail_of=tail_of,
         tail=tail,
     )
-
-
-def had_nothing_to_do(job: Object, objects: ReleaseObjects) -> bool:
-    lines = (line for pod in objects.pods_of(job) for line in objects.logs.get(name_of(pod), ()))
-    return any(SKIPPED in line for line in lines)
 
 
 # --- a PyTorchJob or TrainJob and its gate
@@ -229,7 +217,8 @@ def why_no_workers(job: Object, workers: Sequence[Object], objects: ReleaseObjec
         queue = labels_of(job).get(QUEUE_NAME)
         return f"waits in queue {queue}" if queue else "suspended"
     if len(workers) < workers_of(job):
-        warning = latest_warning(job, objects)
+        uid = job["metadata"].get("uid")
+        warning = latest_warning(one for one in objects.events if (one.get("involvedObject") or {}).get("uid") == uid)
         return f"{len(workers)} of {workers_of(job)} worker pods{f': {warning}' if warning else ''}"
     return ""
 
@@ -286,23 +275,8 @@ def devices_of(pods: Sequence[Object]) -> dict[str, int]:
     return held
 
 
-def latest_warning(item: Object, objects: ReleaseObjects) -> str:
-    uid = item["metadata"].get("uid")
-    about = [
-        event
-        for event in objects.events
-        if event.get("type") == "Warning" and (event.get("involvedObject") or {}).get("uid") == uid
-    ]
-    latest = max(about, key=last_seen, default=None)
-    return f"{latest['reason']}: {latest.get('message', '')}" if latest else ""
-
-
 def find(items: Sequence[Object], name: str) -> Object | None:
     return next((item for item in items if name_of(item) == name), None)
-
-
-def started_at(job: Object) -> datetime | None:
-    return time_of(moment(job.get("status", {}).get("startTime")) or created(job))
 
 
 def time_of(seconds: float) -> datetime | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
 
 from genvalues.cluster.objects import inner_release_of
+from genvalues.cluster.progress import describe_progress
 from genvalues.common.dicts import get
 from genvalues.common.reports import aligned
 from genvalues.common.text import duration, number_of
@@ -76,32 +75,13 @@ def describe_state(stage: StageStatus, now: datetime) -> str:
 
 
 def details(stage: StageStatus) -> list[str]:
-    parts = describe_progress(stage.progress or {})
+    parts = [describe_progress(stage.progress or {})]
     parts.append(describe_cost(get(stage.cost, "cost", float), get(stage.cost, "maxCost", float)))
     if stage.restarts:
         parts.append(number_of(stage.restarts, "restart"))
     if stage.nodes and stage.devices:
         parts.append(f"holds {number_of(len(stage.nodes), 'node')}")
     return [part for part in (*parts, stage.note, stage.reason) if part]
-
-
-def describe_progress(progress: Mapping[str, Any]) -> list[str]:
-    """As far as known and well-formed: users may have changed the annotation."""
-    step, total, loss, held_out, speed, left = (
-        get(progress, key, float) for key in ("step", "totalSteps", "loss", "evalLoss", "tokensPerSecond", "etaSeconds")
-    )
-    parts = []
-    if step is not None:
-        parts.append(f"step {step:,.0f}" + (f" of {total:,.0f}" if total is not None else ""))
-    if loss is not None:
-        parts.append(f"loss {loss:.4f}")
-    if held_out is not None:
-        parts.append(f"held-out loss {held_out:.4f}")
-    if speed is not None:
-        parts.append(f"{speed:,.0f} tokens/s")
-    if left is not None:
-        parts.append(f"{duration(left)} left")
-    return parts
 
 
 def describe_cost(cost: float | None, limit: float | None) -> str:

@@ -15,7 +15,6 @@ from genvalues.cluster.objects import family_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.helm import STDERR, place_arguments, run_helm, user_values
-from genvalues.common.reports import document_of
 from genvalues.ops.records import HelmRecord, find_record
 from genvalues.ops.status import ReleaseStatus, ReleaseWatcher, api_errors_as_user_errors
 
@@ -47,10 +46,6 @@ class UninstallReport:
     @property
     def exit_status(self) -> int:
         return 0 if self.uninstalled else 1
-
-    def document(self) -> dict[str, Any]:
-        document: dict[str, Any] = document_of(self)
-        return document
 
     def lines(self) -> list[str]:
         if not self.stays:

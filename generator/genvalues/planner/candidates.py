@@ -76,7 +76,7 @@ def candidate(
         return Candidate(size, tuple(problems))
     copies = nodes * instance.cores // size
     if run.backend == "native" and wishes.shard_size and copies % wishes.shard_size:
-        what = f"{wishes.shard_size} does not divide {copies_of_model(copies)} (tensorParallelSize {size})"
+        what = f"{wishes.shard_size} does not divide {copies_of(copies)} of the model (tensorParallelSize {size})"
         problems.append(Problem((SHARD,), what, "Use a divisor."))
     try:
         per_device, accumulation = batch(run, wishes, copies)
@@ -162,7 +162,7 @@ def batch(run: Run, wishes: Wishes, copies: int) -> tuple[int, int]:
     each = at_once * copies * (accumulation or 1)
     if wanted % each == 0 and (accumulation is None or wanted == each):
         return at_once, accumulation or wanted // each
-    factors = [copies_of_model(copies), f"perDeviceBatchSize {per_device or 1}"]
+    factors = [f"{copies_of(copies)} of the model", f"perDeviceBatchSize {per_device or 1}"]
     if accumulation:
         factors.append(f"gradientAccumulationSteps {accumulation}")
     unit = (per_device or 1) * copies * (accumulation or 1)
@@ -189,8 +189,8 @@ def gib(number: float) -> str:
     return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
-def copies_of_model(number: int) -> str:
-    return "1 copy of the model" if number == 1 else f"{number} copies of the model"
+def copies_of(number: int) -> str:
+    return "1 copy" if number == 1 else f"{number} copies"
 
 
 def host_memory_note(run: Run, architecture: Architecture, instance: Instance, size: int) -> Note | None:
@@ -255,7 +255,7 @@ def few_steps(run: Run, wishes: Wishes, layout: Layout, rows: tuple[int, int] | 
     if steps >= FEW_STEPS or not fewer:
         return None
     text = (
-        f"{copies_of_model(layout.data_parallel)} take {layout.global_batch} rows per step: "
+        f"{copies_of(layout.data_parallel)} of the model take {layout.global_batch} rows per step: "
         f"the run has only {number_of(steps, 'optimizer step')}. For more steps of fewer rows {fewer}."
     )
     return Note(("dataset", "source"), text)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +115,5 @@ def _keep(file: Path, text: str) -> None:
     """Write to the cache if possible; else the Hub is asked again next time."""
     from genvalues.common.files import write_text
 
-    try:
+    with suppress(OSError):
         write_text(file, text)
-    except OSError:
-        return

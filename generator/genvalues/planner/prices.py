@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genvalues.accelerators.instances import HYPERPOD
+from genvalues.settings.images import ECR
 from genvalues.settings.inputs import Inputs
 
 TABLE = Path(__file__).with_name("prices.json")
@@ -74,7 +75,6 @@ def _row(instance: str, region: str) -> Price | None:
 
 
 def region_of(image: str | None) -> str | None:
-    """The region of an image in ECR, ACCOUNT.dkr.ecr.REGION.amazonaws.com/..., usually that of the nodes."""
-    registry, slash, _ = (image or "").partition("/")
-    host = registry.split(".")
-    return host[3] if slash and len(host) > 5 and host[1:3] == ["dkr", "ecr"] and host[4] == "amazonaws" else None
+    """The region of an image in ECR, usually that of the nodes."""
+    found = ECR.fullmatch((image or "").partition("/")[0])
+    return found["region"] if found else None

@@ -14,6 +14,7 @@ from genvalues.planner.candidates import (
     ACCUMULATION,
     STEP_ROWS,
     Candidate,
+    copies_of,
     gib,
     layout_memory,
     length_problems,
@@ -134,10 +135,6 @@ def batch_choices(run: Run, wishes: Wishes, layout: Layout, micro_batch: str) ->
     ]
 
 
-def copies_of(number: int) -> str:
-    return "1 copy" if number == 1 else f"{number} copies"
-
-
 def checkpointing_reason(run: Run, model: ModelFacts, instance: Instance, found: Candidate, layout: Layout) -> str:
     none = other_memory(run, model, instance, layout, checkpointing="none")
     if found.memory is None or none is None:
@@ -195,19 +192,21 @@ def rejected_settings(
         if same or other == layout.checkpointing or needed is None:
             continue
         change = flops_per_token(model.architecture, run, layout._replace(checkpointing=other)).total / chosen - 1
-        reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
-        if needed.fits:
-            but = (
-                "leaves less room for memory that cannot be estimated" if change < 0 else "recomputes more than needed"
-            )
-            reason = f"works ({gib(needed.total)} GiB per core, {change:+.0%} FLOPs), but {but}"
+        but = "leaves less room for memory that cannot be estimated" if change < 0 else "recomputes more than needed"
+        reason = memory_reason(needed, but, f", {change:+.0%} FLOPs")
         if wishes.checkpointing:
             reason += f"; {layout.checkpointing} is {FROM_INPUTS}"
         yield Rejection(CHECKPOINTING, other, reason, possible=needed.fits)
     twice = other_memory(run, model, instance, layout, per_device=2 * layout.per_device)
     if twice and not twice.fits:
-        reason = f"does not fit: {gib(twice.total)} of {gib(twice.hbm)} GiB per core"
-        yield Rejection(PER_DEVICE, 2 * layout.per_device, reason)
+        yield Rejection(PER_DEVICE, 2 * layout.per_device, memory_reason(twice))
+
+
+def memory_reason(needed: Memory, but: str = "", change: str = "") -> str:
+    """Why a setting that needs this memory is not chosen. ``but``: the reason if it fits."""
+    if needed.fits:
+        return f"works ({gib(needed.total)} GiB per core{change}), but {but}"
+    return f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
 
 
 def rejected_shards(
@@ -218,12 +217,8 @@ def rejected_shards(
         needed = other_memory(run, model, instance, layout, shard_size=size)
         if size == layout.shard_size or needed is None:
             continue
-        reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
-        if needed.fits:
-            why = "weights are gathered from more cores"
-            if wishes.shard_size:
-                why = f"shardSize {layout.shard_size} is {FROM_INPUTS}"
-            reason = f"works ({gib(needed.total)} GiB per core), but {why}"
+        asked = f"shardSize {layout.shard_size} is {FROM_INPUTS}"
+        reason = memory_reason(needed, asked if wishes.shard_size else "weights are gathered from more cores")
         yield Rejection(SHARD_SIZE, size, reason, possible=needed.fits)
 
 
@@ -233,13 +228,7 @@ def rejected_attention(run: Run, architecture: Architecture, instance: Instance,
     if problem := next(length_problems(other, architecture), None):
         return Rejection(ATTENTION, other.attention, problem.what)
     needed = layout_memory(other, architecture, instance, layout)
-    if not needed.fits:
-        reason = f"does not fit: {gib(needed.total)} of {gib(needed.hbm)} GiB per core"
-        return Rejection(ATTENTION, other.attention, reason)
-    but = (
-        "each packed example attends to those before it in its row"
-        if other.attention == "causal"
-        else "the scores of a whole row are computed"
-    )
-    reason = f"works ({gib(needed.total)} GiB per core), but {but}"
-    return Rejection(ATTENTION, other.attention, reason, possible=True)
+    but = "the scores of a whole row are computed"
+    if other.attention == "causal":
+        but = "each packed example attends to those before it in its row"
+    return Rejection(ATTENTION, other.attention, memory_reason(needed, but), possible=needed.fits)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from genvalues.accelerators.instances import HYPERPOD, TRAINIUM, Instance, default_backend, of_same_service
+from genvalues.accelerators.instances import Instance, default_backend, of_same_service
 from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS, QUERY_KEY_VALUE, either
 from genvalues.common.problems import Problem
@@ -202,9 +202,10 @@ def _global_batch(case: Case) -> Problem | None:
     if case.run.backend == "native":  # any size will do: the nearest of all
         fitting = _nearest(wishes.global_batch, [batch for found in possible for batch in found])
     fixes = [f"Use {either(fitting)}"] if fitting else []
-    fewer_cores = [name for name in _instances(case, wishes) if TRAINIUM[bare(name)].cores < case.instance.cores]
+    types = of_same_service(case.run.instance)
+    fewer_cores = [name for name in _instances(case, wishes) if types[name].cores < case.instance.cores]
     if case.run.backend == "native" and near and fewer_cores:
-        fixes.append(f"set instance to {fewer_cores[0]}, which has {TRAINIUM[bare(fewer_cores[0])].cores} cores")
+        fixes.append(f"set instance to {fewer_cores[0]}, which has {types[fewer_cores[0]].cores} cores")
     fewer_at_once = case.others._replace(global_batch=wishes.global_batch, accumulation=None)
     if derived and case.works(wishes=fewer_at_once):
         fixes.append("remove gradientAccumulationSteps" if fixes else "Remove gradientAccumulationSteps")
@@ -302,11 +303,6 @@ def _another_instance(case: Case) -> Problem | None:
     smallest_and_largest = list(dict.fromkeys((fitting[0], fitting[-1]))) if fitting else []
     use = f"Use {either(smallest_and_largest)}{f' and r{removed}' if removed else ''}"
     return Problem((MEMORY,), case.too_much, f"{use}, or a smaller model." if fitting else "Use a smaller model.")
-
-
-def bare(instance: str) -> str:
-    """An instance type without HyperPod's prefix."""
-    return instance.removeprefix(HYPERPOD)
 
 
 def _instances(case: Case, others: Wishes, backend: str | None = "") -> Iterator[str]:

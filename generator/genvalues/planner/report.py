@@ -12,7 +12,7 @@ from genvalues.planner.candidates import gib
 from genvalues.planner.estimate import UTILIZATION, Range, plus
 from genvalues.planner.layout import Memory
 from genvalues.planner.planning import Plan
-from genvalues.planner.trace import Trace, compare
+from genvalues.planner.trace import compare
 
 MEMORY_LINES = {
     "weights": "base weights, bf16, this core's part",
@@ -227,7 +227,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "choices": [each._asdict() for each in plan.choices],
         "rejected": [each._asdict() for each in plan.rejected],
         "memory": memory_as_json(plan.memory) if plan.memory else None,
-        "trace": trace_as_json(plan.trace) if plan.trace else None,
+        "trace": plan.trace._asdict() if plan.trace else None,
         "work": {
             "steps": list(plan.work.steps) if plan.work.steps else None,
             "tokens": list(plan.work.tokens) if plan.work.tokens else None,
@@ -264,10 +264,6 @@ def memory_as_json(memory: Memory) -> dict[str, int]:
         names = [*NATIVE_MEMORY_LINES, "peak", "total", "hbm"]
         return {name: getattr(memory, name) for name in names}
     return {**camel_keys(memory._asdict()), "total": memory.total}
-
-
-def trace_as_json(found: Trace) -> dict[str, Any]:
-    return {**found._asdict(), "operators": list(found.operators), "problems": list(found.problems)}
 
 
 def rounded(both: Range | None) -> list[float] | None:

@@ -57,7 +57,7 @@ def files_of(source: str) -> list[DataFile]:
         found = [file for file in names if file.is_file() and (saved or _is_data(file, path))]
         files = [DataFile(file.relative_to(path).as_posix(), file) for file in found]
         if not files:
-            raise UserError("the folder has no data file", where=source, fix=f"Name a folder with some. {FILES}")
+            raise UserError("the folder has no data file", where=source, fix=f"Name a folder that has one. {FILES}")
         return files
     if not is_glob(source):
         return []

@@ -18,7 +18,7 @@ from genvalues.accelerators.cpu_memory import UNKNOWN_MODEL, stage_memory
 from genvalues.accelerators.instances import ACCELERATED, SUPPORTED, table
 from genvalues.common.dicts import without_null
 from genvalues.common.files import write_text
-from genvalues.settings.base import Block, other_words
+from genvalues.settings.base import BOUNDS, Block, other_words
 from genvalues.settings.by_instance import weights_gib
 from genvalues.settings.inputs import SCHEMA
 from genvalues.settings.reference import flow, inputs_tables, values_page
@@ -113,15 +113,12 @@ def stage_entry(key: str, stage: StageSettings, description: str, depth: int) ->
         if inner == "resources" and settings[inner] is None:
             yield f"{'  ' * (depth + 1)}resources: null"
         elif inner == "resources":
-            yield from (f"{'  ' * (depth + 1)}{line}" for line in resources_lines(settings[inner]))
+            yield f"{'  ' * (depth + 1)}resources:"
+            yield from (f"{'  ' * (depth + 2)}{bound}: {flow(amounts)}" for bound, amounts in settings[inner].items())
         elif explained:
             yield from entry(inner, settings[inner], {"description": field.description}, depth + 1)
         else:
             yield f"{'  ' * (depth + 1)}{inner}: {flow(settings[inner])}"
-
-
-def resources_lines(resources: dict[str, Any]) -> list[str]:
-    return ["resources:", *(f"  {kind}: {flow(amounts)}" for kind, amounts in resources.items())]
 
 
 def comment(text: str, depth: int) -> list[str]:
@@ -140,7 +137,8 @@ def settings_template(schema: Part) -> str:
     words = other_words(RunConfig)
     parts = {
         "sections": [key for key in RunConfig.model_fields if key in Values.model_fields and key != "name"],
-        "words": {key: {as_template_text(word): own for word, own in each.words.items()} for key, each in words},
+        # A boolean as toString of the templates writes it.
+        "words": {key: {str(word).lower(): own for word, own in each.words.items()} for key, each in words},
         "defaults": defaults_to_restore(),
         "storage": {"kinds": STORAGE_BY_KIND, "fsx": FSX_TYPES},
         "numbers": dict(number_limits(schema["properties"])),
@@ -188,11 +186,6 @@ def instances_template() -> str:
     return f"{{{{- /* {note} */}}}}\n{defines}"
 
 
-def as_template_text(value: str | bool) -> str:
-    """A value as toString of the templates writes it."""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
 def defaults_to_restore() -> dict[str, Any]:
     """The defaults of keys that must not be missing. A null takes away what a stage or its containers would get."""
     defaults: dict[str, Any] = without_null(Values().model_dump(by_alias=True, mode="json"))
@@ -206,11 +199,10 @@ def defaults_to_restore() -> dict[str, Any]:
 
 def number_limits(properties: Part, above: str = "") -> Iterator[tuple[str, dict[str, float]]]:
     """The dotted keys of numbers that need not be integers, with their limits."""
-    words = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
     for key, rules in properties.items():
         types = rules.get("type", [])
         if "number" in types and rules.get("title") != "Quantity":
-            yield f"{above}{key}", {word: rules[word] for word in words if word in rules}
+            yield f"{above}{key}", {word: rules[word] for word in BOUNDS if word in rules}
         yield from number_limits(rules.get("properties", {}), f"{above}{key}.")
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from genvalues.settings.base import BOUNDS
+
 Part = dict[str, Any]  # of a schema
 
 DEFINITIONS = {"stage": "Stage"}  # of the values' schema, with their headings
@@ -92,17 +94,10 @@ def inputs_tables(schema: Part) -> str:
         required = "required" if key in schema["required"] else shown(rules.get("default", NO_DEFAULT))
         if name:
             lines = [
-                [
-                    code(f"{key}.{inner}"),
-                    kind(part, blocks),
-                    shown(part.get("default", NO_DEFAULT)),
-                    part["description"],
-                ]
-                for inner, part in blocks[name]["properties"].items()
+                [code(f"{key}.{inner}"), kind(of, blocks), shown(of.get("default", NO_DEFAULT)), of["description"]]
+                for inner, of in blocks[name]["properties"].items()
             ]
-            sections.append(
-                f"### {key}\n\n{rules['description']}\n\n{table(['Key', 'Value', 'Default', 'Description'], lines)}"
-            )
+            sections.append(f"### {key}\n\n{rules['description']}\n\n{table(HEAD, lines)}")
         else:
             top.append([code(key), kind(rules, blocks), required, rules["description"]])
     return "\n".join([table(HEAD, top), *sections])
@@ -138,13 +133,7 @@ def kind(part: Part, blocks: Part | None = None) -> str:
 def bounds(part: Part) -> str:
     if "minimum" in part and "maximum" in part:
         return f", {part['minimum']:.12g} to {part['maximum']:.12g}"
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "more than",
-        "maximum": "at most",
-        "exclusiveMaximum": "less than",
-    }
-    return "".join(f", {text} {part[word]:.12g}" for word, text in words.items() if word in part)
+    return "".join(f", {text} {part[word]:.12g}" for word, text in BOUNDS.items() if word in part)
 
 
 def shown(value: Any) -> str:

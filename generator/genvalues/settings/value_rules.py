@@ -639,7 +639,7 @@ def publish(values: Values) -> Iterator[Problem]:
     if get(values, "publish.s3.uri", str) and only_report and get(values, "evaluation.enabled", bool) is False:
         yield Problem(
             key_paths("publish.s3.artifacts", "evaluation.enabled"),
-            "publish.s3.artifacts has only the report, which evaluation.enabled false does not make",
+            "publish.s3.artifacts has only the report, which is not written with evaluation.enabled false",
             "Add adapter or merged, or set evaluation.enabled to true.",
         )
 

@@ -11,18 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema
 
-from genvalues.settings.base import (
-    DIGEST,
-    DNS_LABEL,
-    DNS_NAME,
-    LARGE,
-    REPOSITORY,
-    RUN_NAME,
-    TAG,
-    Block,
-    Name,
-    optional,
-)
+from genvalues.settings.base import DIGEST, DNS_LABEL, DNS_NAME, LARGE, REPOSITORY, RUN_NAME, TAG, Block, Name, optional
 from genvalues.settings.datasets import BUCKET
 from genvalues.settings.run import (
     Backend,
@@ -508,8 +497,8 @@ class NetworkPolicies(Block):
     enabled: bool = Field(False, description="Create them.")
     api_server_ports: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1)] = Field(
         [443, 6443],
-        description="Ports of the API server. Its address is not in the policy: that of its Service is often not what "
-        "network plugins compare.",
+        description="Ports of the API server. The policy allows them to any address, because many network plugins do "
+        "not compare that of the API server's Service.",
     )
     train_ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
         [], description="Further ports that train may connect to, such as that of an MLflow server."

@@ -7,10 +7,10 @@ LocalQueue ``default``, if there is one, and start it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from genvalues.cluster.api import TRAINING_RUNTIMES, Api, Kind, Object
+from genvalues.cluster.api import PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Api, Kind, Object
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.objects import COMPONENT, INSTANCE, QUEUE_NAME, STAGE
 from genvalues.cluster.workloads.pytorchjob import PyTorchJob
@@ -23,17 +23,15 @@ OPERATOR = "https://github.com/kubeflow/training-operator.git/manifests/overlays
 TRAINER_V2 = "https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.2.0"
 
 
-class Probe(ABC):
+@dataclass(frozen=True)
+class Probe:
     """The suspended job of a workload, and what a finding about its controller says."""
 
-    workload: ClassVar[Workload]
-    subject: ClassVar[str]  # the controller
-    install: ClassVar[str]
-    restart: ClassVar[str]
-
-    @abstractmethod
-    def objects(self, meta: Object) -> list[tuple[Kind, Object]]:
-        """The objects to create, in order: the job is the last one."""
+    workload: Workload
+    objects: Callable[[Object], list[tuple[Kind, Object]]]  # to create in this order; takes their metadata
+    subject: str  # the controller
+    install: str
+    restart: str
 
     def is_served(self, api: Api) -> bool:
         kind = self.workload.kind
@@ -49,49 +47,47 @@ class Probe(ABC):
         return str(meta["name"])
 
 
-class PyTorchJobProbe(Probe):
-    workload = PyTorchJob()
-    subject = "training operator"
-    install = f'kubectl apply --server-side -k "{OPERATOR}"'
-    restart = "kubectl -n kubeflow rollout restart deployment training-operator"
-
-    def objects(self, meta: Object) -> list[tuple[Kind, Object]]:
-        template = {"spec": {"containers": [{"name": "pytorch", **CONTAINER}]}}
-        worker = {"replicas": 1, "restartPolicy": "Never", "template": template}
-        spec = {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}}
-        return [(self.workload.kind, of_kind(self.workload.kind, self.workload.name, meta, spec))]
+def pytorchjob(meta: Object) -> list[tuple[Kind, Object]]:
+    template = {"spec": {"containers": [{"name": "pytorch", **CONTAINER}]}}
+    worker = {"replicas": 1, "restartPolicy": "Never", "template": template}
+    spec = {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}}
+    return [of_kind(PYTORCH_JOBS, "PyTorchJob", meta, spec)]
 
 
-class TrainJobProbe(Probe):
+def trainjob(meta: Object) -> list[tuple[Kind, Object]]:
     """Trainer's webhook refuses a TrainJob without a runtime, so the probe brings one."""
-
-    workload = TrainJob()
-    subject = "Kubeflow Trainer"
-    install = f'kubectl apply --server-side -k "{TRAINER_V2}"'
-    restart = "kubectl -n kubeflow-system rollout restart deployment kubeflow-trainer-controller-manager"
-
-    def objects(self, meta: Object) -> list[tuple[Kind, Object]]:
-        # Trainer finds the trainer's container by these names.
-        pod = {"spec": {"restartPolicy": "Never", "containers": [{"name": "node", **CONTAINER}]}}
-        ancestor = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-        job = {"name": "node", "template": {"metadata": ancestor, "spec": {"template": pod}}}
-        policy = {"numNodes": 1, "torch": {"numProcPerNode": 1}}
-        runtime = {"mlPolicy": policy, "template": {"spec": {"replicatedJobs": [job]}}}
-        labels = {key: value for key, value in meta["labels"].items() if key != QUEUE_NAME}
-        runtime_meta = {**meta, "labels": {**labels, "trainer.kubeflow.org/framework": "torch"}}
-        reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": meta["name"]}
-        spec = {"suspend": True, "runtimeRef": reference}
-        return [
-            (TRAINING_RUNTIMES, of_kind(TRAINING_RUNTIMES, reference["kind"], runtime_meta, runtime)),
-            (self.workload.kind, of_kind(self.workload.kind, self.workload.name, meta, spec)),
-        ]
+    # Trainer finds the trainer's container by these names.
+    pod = {"spec": {"restartPolicy": "Never", "containers": [{"name": "node", **CONTAINER}]}}
+    ancestor = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
+    job = {"name": "node", "template": {"metadata": ancestor, "spec": {"template": pod}}}
+    policy = {"numNodes": 1, "torch": {"numProcPerNode": 1}}
+    runtime = {"mlPolicy": policy, "template": {"spec": {"replicatedJobs": [job]}}}
+    labels = {key: value for key, value in meta["labels"].items() if key != QUEUE_NAME}
+    runtime_meta = {**meta, "labels": {**labels, "trainer.kubeflow.org/framework": "torch"}}
+    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": meta["name"]}
+    spec = {"suspend": True, "runtimeRef": reference}
+    return [
+        of_kind(TRAINING_RUNTIMES, "TrainingRuntime", runtime_meta, runtime),
+        of_kind(TRAIN_JOBS, "TrainJob", meta, spec),
+    ]
 
 
-def of_kind(kind: Kind, name: str, meta: Object, spec: Object) -> Object:
-    return {"apiVersion": kind.api.removeprefix("apis/"), "kind": name, "metadata": meta, "spec": spec}
+def of_kind(kind: Kind, name: str, meta: Object, spec: Object) -> tuple[Kind, Object]:
+    return kind, {"apiVersion": kind.api.removeprefix("apis/"), "kind": name, "metadata": meta, "spec": spec}
 
 
-PROBES: tuple[Probe, ...] = (PyTorchJobProbe(), TrainJobProbe())
+PROBES = (
+    Probe(
+        *(PyTorchJob(), pytorchjob, "training operator"),
+        install=f'kubectl apply --server-side -k "{OPERATOR}"',
+        restart="kubectl -n kubeflow rollout restart deployment training-operator",
+    ),
+    Probe(
+        *(TrainJob(), trainjob, "Kubeflow Trainer"),
+        install=f'kubectl apply --server-side -k "{TRAINER_V2}"',
+        restart="kubectl -n kubeflow-system rollout restart deployment kubeflow-trainer-controller-manager",
+    ),
+)
 
 
 def probe_of(config: ClusterConfig) -> Probe:

@@ -129,12 +129,10 @@ def check_image(clients: AwsClients, requirements: RunRequirements, _: str) -> l
         found = f"in the public registry {PUBLIC_ECR}" if image.registry == PUBLIC_ECR else "not in an ECR registry"
         look = f"docker manifest inspect {shlex.quote(image.at(image.digest) if image.digest else image.tagged)}"
         return [Finding("not checked", subject, found, look)]
-    which = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag}
-    parameters = {"registryId": image.account, "repositoryName": image.name, "imageIds": [which]}
     registry = clients if image.region == clients.region else AwsClients(image.region)
-    details = registry.find("ecr", "describe_images", **parameters).get("imageDetails")
+    answer = registry.find("ecr", "describe_images", imageIds=[image.ecr_id], **image.ecr_repository)
     push = f"genvalues image push {requirements.file}"
-    if not details:
+    if not (details := answer.get("imageDetails")):
         wanted = image.digest or f"tag {image.tag}"
         return [Finding("error", subject, f"{image.registry} has no {image.name} with {wanted}", push)]
     [detail, *_] = details

@@ -50,8 +50,7 @@ def check_labels(clients: AwsClients, requirements: RunRequirements, subject: st
 
 def labels_of(registry: AwsClients, image: ImageReference) -> Mapping[str, str]:
     """The labels in the configuration of an image in ECR. Raises as AwsClients.ask does."""
-    which = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag}
-    manifest = manifest_of(registry, image, which)
+    manifest = manifest_of(registry, image, image.ecr_id)
     if "manifests" in manifest:
         linux = {"os": "linux", "architecture": "amd64"}
         fitting = [one for one in manifest["manifests"] if linux.items() <= (one.get("platform") or {}).items()]
@@ -61,27 +60,15 @@ def labels_of(registry: AwsClients, image: ImageReference) -> Mapping[str, str]:
     digest = (manifest.get("config") or {}).get("digest")
     if not digest:  # a manifest without labels, such as one of Docker's first version
         return {}
-    answer = registry.ask(
-        "ecr",
-        "get_download_url_for_layer",
-        registryId=image.account,
-        repositoryName=image.name,
-        layerDigest=digest,
-    )
+    answer = registry.ask("ecr", "get_download_url_for_layer", layerDigest=digest, **image.ecr_repository)
     configuration = download(answer["downloadUrl"])
     labels = (configuration.get("config") or {}).get("Labels") or {}
     return {str(key): str(value) for key, value in labels.items()}
 
 
 def manifest_of(registry: AwsClients, image: ImageReference, which: dict[str, str]) -> dict[str, Any]:
-    answer = registry.ask(
-        "ecr",
-        "batch_get_image",
-        registryId=image.account,
-        repositoryName=image.name,
-        imageIds=[which],
-        acceptedMediaTypes=[*INDEXES, *MANIFESTS],
-    )
+    parameters = {"imageIds": [which], "acceptedMediaTypes": [*INDEXES, *MANIFESTS]}
+    answer = registry.ask("ecr", "batch_get_image", **image.ecr_repository, **parameters)
     if not answer.get("images"):
         raise Missing
     manifest: dict[str, Any] = json.loads(answer["images"][0]["imageManifest"])

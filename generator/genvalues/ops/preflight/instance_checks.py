@@ -105,15 +105,8 @@ def judge_reservations(
             findings.append(Finding("warning", subject, found, offers))
         return findings
     if coming := [one for one in reservations if one.get("State") in {"scheduled", "payment-pending", "pending"}]:
-        return [
-            Finding(
-                "warning",
-                subject,
-                f"{reservation_name(one)} starts at {utc_text(one.get('StartDate'))}: no nodes before that",
-                look,
-            )
-            for one in coming
-        ]
+        starts = (f"{reservation_name(one)} starts at {utc_text(one.get('StartDate'))}" for one in coming)
+        return [Finding("warning", subject, f"{start}: no nodes before that", look) for start in starts]
     over = [one for one in reservations if one.get("State") in {"expired", "payment-failed", "failed", "cancelled"}]
     last = f" ({reservation_name(over[-1])} is {over[-1].get('State')})" if over else ""
     found = f"no reservation{last}: nodes are On-Demand and can be unavailable"

@@ -117,15 +117,9 @@ def judge_file_system(file_system: AwsAnswer, requirements: RunRequirements, sub
     }
     written = {key: requirements.text(f"storage.static.{key}") for key in actual}
     if wrong := [key for key in actual if written[key] != actual[key]]:
-        return [
-            Finding(
-                "error",
-                subject,
-                f"its {key} is {actual[key]}, not {written[key]}",
-                requirements.set_command(f"storage.static.{key}", actual[key]),
-            )
-            for key in wrong
-        ]
+        fixes = {key: requirements.set_command(f"storage.static.{key}", actual[key]) for key in wrong}
+        found = {key: f"its {key} is {actual[key]}, not {written[key]}" for key in wrong}
+        return [Finding("error", subject, found[key], fixes[key]) for key in wrong]
     capacity = int(file_system.get("StorageCapacity") or 0)
     size = requirements.text("storage.size")
     if gibibytes(size) > capacity:

@@ -18,6 +18,7 @@ from generator.ops.release.fake_helm import PYTHON, FakeHelm
 from generator.ops.release.run import Outer, Run
 from generator.ops.release.test_status import genvalues
 from genvalues.common.findings import Finding
+from genvalues.common.reports import document_of
 from genvalues.ops.preflight import run as preflight
 
 ON_CPU = "name: demo\nmodel: gpt2\ndataset: {source: a/b}\ninstance: cpu\n"
@@ -61,7 +62,7 @@ def test_json_is_one_document_with_the_findings_if_preflight_fails(
     assert install("--json") == 2
     out, err = capsys.readouterr()
     document = json.loads(out)
-    assert document == {"release": "demo", "findings": [OK.as_json(), BAD.as_json()], "exitStatus": 2}
+    assert document == {"release": "demo", "findings": document_of([OK, BAD]), "exitStatus": 2}
     assert "secret hf-token: is not there" in err
 
 
