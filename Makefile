@@ -48,7 +48,6 @@ test-all: PYTEST += --all   # every fuzz case, round trip and trace: docs/testin
 test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/mypy
 	$(PYTEST) --ignore=tests/trainer/xla
 
 # What make test leaves out because it is slow: real sizes, more compiled layouts. CI runs it.

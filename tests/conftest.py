@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections import Counter
 
@@ -43,6 +44,11 @@ def fuzz_cases(pytestconfig: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def round_trips(pytestconfig: pytest.Config) -> int:
     return ALL_ROUND_TRIPS if pytestconfig.getoption("all") else ROUND_TRIPS
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported to itself: no garbage collection looks at it again, and no fork copies it for that."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
