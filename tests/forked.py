@@ -120,7 +120,7 @@ def process_name(args: Sequence[str], env: dict[str, str]) -> str:
 def run_to_exit(args: list[str]) -> int:
     """Run the command in this process; its exit status."""
     program, *rest = args
-    while rest and rest[0] in ("-I", "-S"):
+    while rest[0] in ("-I", "-S"):
         del rest[0]
     try:
         if program != sys.executable:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
 
-from forked import run_forked
 from generate_genvalues import REFERENCE, commands, reference, split_help
 from genvalues.accelerators.instances import NAMES
 from genvalues.cli import genvalues
@@ -78,6 +78,6 @@ def test_the_allowed_values_of_options_are_completed(words: str, completed: list
 
 
 def run(program: Path, variables: dict[str, str]) -> str:
-    done = run_forked([str(program)], env=os.environ | variables)
+    done = subprocess.run([program], env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
