@@ -276,4 +276,4 @@ def test_nor_does_one_through_the_command_as_it_is_installed(fuzz_cases: int, tm
 
 def test_a_case_is_the_same_every_time() -> None:
     assert [spoilt(number) for number in range(50)] == [spoilt(number) for number in range(50)]
-    assert len({spoilt(number).file for number in range(1000)}) > 950
+    assert len({spoilt(number).file for number in range(200)}) > 190
