@@ -48,7 +48,6 @@ test-all: PYTEST += --all   # every fuzz case, round trip and trace: docs/testin
 test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/mypy
 	$(PYTEST) --ignore=tests/trainer/xla
 
 # What make test leaves out because it is slow: real sizes, more compiled layouts. CI runs it.
@@ -60,8 +59,10 @@ test-faults: $(READY)
 	.venv/bin/python tests/faults/run.py $(ARGS)
 
 # What runs in the image of backend xla, with its versions of the libraries; tests/trainer/xla runs here alone. docs/testing.md
+OF_NO_LIBRARY := hostile_records image_pins integrity one_stage_at_a_time progress selection verdict
 test-xla: $(READY_XLA)
-	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native --ignore=tests/trainer/test_image_pins.py
+	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native \
+	  $(OF_NO_LIBRARY:%=--ignore=tests/trainer/test_%.py)
 
 # The native engine on a GPU: results, memory and tokens per second, also those of TRL if it is installed.
 test-gpu: $(READY)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections import Counter
 
+import botocore.session
 import pytest
 
 # One thread per process, and none that spins while it waits: several workers share the cores. Set before torch is
@@ -12,10 +15,13 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.fsync = lambda fd: None  # nothing waits for the disk
+# Read botocore's description of a service once: it takes up to half a second of CPU, and nearly every client anew.
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 os.environ.pop("KUBERNETES_SERVICE_HOST", None)  # where CI runs in a pod: commands behave otherwise in one of the chart
 
 FUZZ_CASES, ALL_FUZZ_CASES = 500, 10_000
-ROUND_TRIPS, ALL_ROUND_TRIPS = 60, 500
+ROUND_TRIPS, ALL_ROUND_TRIPS = 20, 500
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +44,11 @@ def fuzz_cases(pytestconfig: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def round_trips(pytestconfig: pytest.Config) -> int:
     return ALL_ROUND_TRIPS if pytestconfig.getoption("all") else ROUND_TRIPS
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported to itself: no garbage collection looks at it again, and no fork copies it for that."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

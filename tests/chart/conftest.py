@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from chart import manifests
 from chart.manifests import VALUES_FILES, Object, config, render
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_renderings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Renderings are for all processes of this session."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        manifests.SHARED = tmp_path_factory.getbasetemp().parent / "renderings"
+        manifests.SHARED.mkdir(exist_ok=True)
 
 
 @pytest.fixture(params=[4, pytest.param(3, marks=pytest.mark.slow)], ids=lambda major: f"helm{major}")

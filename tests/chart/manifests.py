@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ Values = dict[str, Any]
 
 # Minimal values.
 MINIMAL: Values = {"model": {"id": "org/model"}, "dataset": {"source": "org/rows", "format": "text"}}
+
+SHARED: Path | None = None  # a folder of renderings, for pytest's processes (conftest.py)
 
 
 class Refused(Exception):
@@ -47,13 +50,30 @@ def render(
 ) -> list[Object]:
     """The objects in Helm's order. Cached, so they must not be changed. ``api_versions``: served in addition."""
     text = values.read_text() if isinstance(values, Path) else json.dumps(values)
-    return _render(text, helm, release, namespace, upgrade, chart, api_versions)
+    outcome = _render(text, helm, release, namespace, upgrade, chart, api_versions)
+    if isinstance(outcome, str):
+        raise Refused(outcome)
+    return outcome
 
 
 @cache
-def _render(
+def _render(values: str, *options: Any) -> list[Object] | str:
+    """The objects, or Helm's message. What another process of pytest rendered is read from its file."""
+    if SHARED is None:
+        return _render_now(values, *options)
+    file = SHARED / f"{hashlib.sha256(repr((values, *options)).encode()).hexdigest()}.json"
+    if not file.exists():
+        outcome = _render_now(values, *options)
+        with tempfile.NamedTemporaryFile("w", dir=SHARED, delete=False) as partial:
+            json.dump(outcome, partial)
+        Path(partial.name).replace(file)
+        return outcome
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def _render_now(
     values: str, helm: int, release: str, namespace: str, upgrade: bool, chart: Path, api_versions: tuple[str, ...]
-) -> list[Object]:
+) -> list[Object] | str:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(values)
         file.flush()
@@ -61,8 +81,37 @@ def _render(
         served = [f"--api-versions={version}" for version in api_versions]
         done = run_helm(helm, *arguments, *(["--is-upgrade"] if upgrade else []), *served)
     if done.returncode != 0:
-        raise Refused(done.stderr)
+        return done.stderr
     return [item for item in yaml.load_all(done.stdout, Loader=UniqueKeyLoader) if item]
+
+
+def together(table: Iterable[Values]) -> list[Values]:
+    """A few values that contain all of the table: one rendering says of many what is wrong with them."""
+    found: list[Values] = []
+    for values in table:
+        wanted = merged(MINIMAL, {"instance": "cpu"}, values)
+        for number, others in enumerate(found):
+            if merged(others, wanted) == merged(wanted, others):
+                found[number] = merged(others, wanted)
+                break
+        else:
+            found.append(wanted)
+    return found
+
+
+def refusal(values: Values, helm: int = 4, **options: Any) -> str:
+    """Helm's message."""
+    try:
+        render(merged(MINIMAL, values), helm=helm, **options)
+    except Refused as refused:
+        return str(refused)
+    raise AssertionError(f"Helm {helm} accepts {values}")
+
+
+def refused_with(words: str, values: Values, groups: list[Values]) -> bool:
+    """Whether Helm 4 refuses these values with these words, beside others or alone."""
+    group = next(each for each in groups if merged(each, values) == each)
+    return words in refusal(group) or words in refusal(values)
 
 
 class UniqueKeyLoader(yaml.CSafeLoader):

@@ -182,11 +182,12 @@ def test_the_device_follows_from_the_instance_type(instance: str, backend: str |
     assert RunConfig.model_validate(run).device == device
 
 
-@pytest.mark.parametrize("learning_rate", [1e-7, 5e-5, 1.5e-6, 0.001, 1])
-def test_small_numbers_stay_numbers_for_every_yaml_reader(learning_rate: float, helm: int) -> None:
-    values = {"training": {"learningRate": learning_rate, "maxSteps": 1_000_000_000, "seed": 4294967295}}
+def test_small_numbers_stay_numbers_for_every_yaml_reader(helm: int) -> None:
+    numbers = {"learningRate": 1e-7, "weightDecay": 5e-5, "maxGradNorm": 1.5e-6, "warmupRatio": 0.001, "epochs": 1}
+    values = {"training": {**numbers, "maxSteps": 1_000_000_000, "seed": 4294967295}}
     training = config(render(merged(MINIMAL, values), helm=helm), "run.yaml")["training"]
-    assert training["learningRate"] == learning_rate and not isinstance(training["learningRate"], str)
+    for key, number in numbers.items():
+        assert training[key] == number and not isinstance(training[key], str), key
     assert training["maxSteps"] == 1_000_000_000 and isinstance(training["maxSteps"], int)
     assert training["seed"] == 4294967295 and isinstance(training["seed"], int)
 

@@ -89,10 +89,17 @@ OTHERS: list[Values] = [
 ]
 
 
-@pytest.mark.parametrize("instance", ["cpu", "m7i.4xlarge", "trn1.32xlarge", "ml.trn2.48xlarge", "trn2.3xlarge"])
-def test_genvalues_and_the_chart_complete_values_alike(instance: str) -> None:
+COMPLETED = ["cpu", "m7i.4xlarge", "trn1.32xlarge", "ml.trn2.48xlarge", "trn2.3xlarge"]
+
+
+@pytest.mark.parametrize("instance", COMPLETED)
+def test_genvalues_and_the_chart_complete_values_alike(instance: str, pytestconfig: pytest.Config) -> None:
+    """Each combination with one of the instance types; with ``--all``, with each of them."""
     compared = 0
-    for layout, other in itertools.product(LAYOUTS, OTHERS):
+    combinations = list(itertools.product(LAYOUTS, OTHERS))
+    if not pytestconfig.getoption("all"):
+        combinations = combinations[COMPLETED.index(instance) :: len(COMPLETED)]
+    for layout, other in combinations:
         values = merged(MINIMAL, {"instance": instance, "parallelism": layout}, other)
         ours = on_top_of_defaults(CHART, values)
         if list(contradictions(ours)):
@@ -107,7 +114,7 @@ def test_genvalues_and_the_chart_complete_values_alike(instance: str) -> None:
         assert shared == ours["sharedMemory"]
         size = train.environment.get("NEURON_LOGICAL_NC_CONFIG", str(ours["neuron"]["logicalCoreSize"]))
         assert size == str(ours["neuron"]["logicalCoreSize"])
-    assert compared > 5
+    assert compared
 
 
 def test_copies_that_are_written_leave_the_rest_to_tensor_parallelism(helm: int) -> None:

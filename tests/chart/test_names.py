@@ -27,6 +27,7 @@ STATIC: Values = {
         "static": {"fileSystemId": "fs-01234567", "dnsName": "a.b", "mountName": "fsx"},
     }
 }
+LARGEST: Values = {"parallelism": {"nodes": 1024, "dataParallelSize": 2048}}
 OWN_CLASS: Values = {
     "storage": {"fsx": {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}}
 }
@@ -43,7 +44,7 @@ def test_no_two_objects_of_a_release_share_a_name(objects: list[Object]) -> None
 @pytest.mark.parametrize("mode", ["attached", "detached"])
 def test_no_two_releases_share_an_object(mode: str) -> None:
     releases = [release for release in RELEASES if mode == "attached" or len(release) <= 49]
-    values = merged(MINIMAL, STATIC, {"pipeline": {"mode": mode}})
+    values = merged(MINIMAL, STATIC, LARGEST, {"pipeline": {"mode": mode}})
     found = Counter(
         identity
         for release in releases
@@ -72,8 +73,9 @@ def test_the_same_release_in_two_namespaces_shares_nothing_cluster_scoped(storag
 @pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_names_and_labels_are_valid_for_every_release_name(release: str, workload: str, helm: int) -> None:
-    largest = {"parallelism": {"nodes": 1024, "dataParallelSize": 2048}, "workload": workload}
-    objects = render(merged(MINIMAL, largest), helm=helm, release=release)
+    values = merged(MINIMAL, STATIC, LARGEST, {"pipeline": {"mode": "attached"}})
+    other = {} if workload == "pytorchjob" else {"workload": workload}
+    objects = render(merged(values, other), helm=helm, release=release)
     for item in objects:
         name = item["metadata"]["name"]
         assert isinstance(name, str) and DNS_NAME.fullmatch(name) and len(name) <= 253

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from forked import run_forked
 from genvalues.common.errors import Unavailable, UserError, VolumeError
 from genvalues.common.system_errors import explain, room
 from llama_lora import cli, environment, stage
@@ -225,7 +225,7 @@ def test_an_internal_error_ends_the_real_command_with_one_line(new_run: Callable
         "def crash(*arguments): raise AttributeError('broken')\n"
         f"stage.run_stage = crash; main({command!r})\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_forked([sys.executable, "-c", code])
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("llama-lora: internal error: AttributeError at ") and "broken" in line

@@ -29,10 +29,10 @@ TRAIN_ROWS, HELD_OUT_ROWS = "datasets/*/train/*.arrow", "datasets/*/eval/*.arrow
 ADAPTER, MERGED = "runs/run/adapter/adapter_model.safetensors", "runs/run/merged/model.safetensors"
 # What each stage reads, and which stage wrote it.
 READS = [
-    *[(stage, file, "tokenize") for stage in ("compile", "train", "consolidate") for file in (WEIGHTS, TRAIN_ROWS)],
-    *[(stage, "models/*/config.json", "tokenize") for stage in ("compile", "train")],
     ("rehearse", TRAIN_ROWS, "tokenize"),
     ("rehearse", "models/*/config.json", "tokenize"),
+    *[(stage, file, "tokenize") for stage in ("compile", "train", "consolidate") for file in (WEIGHTS, TRAIN_ROWS)],
+    *[(stage, "models/*/config.json", "tokenize") for stage in ("compile", "train")],
     ("merge", WEIGHTS, "tokenize"),
     ("merge", "models/*/tokenizer.json", "tokenize"),
     ("merge", TRAIN_ROWS, "tokenize"),
@@ -41,6 +41,7 @@ READS = [
     ("evaluate", HELD_OUT_ROWS, "tokenize"),
     ("evaluate", MERGED, "merge"),
 ]
+LAST_READERS = {pattern: (stage, pattern, made_by) for stage, pattern, made_by in READS}
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +64,17 @@ def digests_of(run: Run) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("stage, pattern, made_by", READS, ids=[f"{stage} {file}" for stage, file, _ in READS])
-def test_a_flipped_byte_ends_the_stage_that_reads_it_and_its_fix_mends_the_run(
-    finished_run: Run, stage: str, pattern: str, made_by: str
-) -> None:
-    before = digests_of(finished_run)
-    file = next(finished_run.workspace.glob(pattern))
+def flip_before(run: Run, stage: str, pattern: str) -> Path:
+    """Damage a file that the stage is about to read."""
+    file = next(run.workspace.glob(pattern))
     flip_in_the_middle(file)
-    finished_run.paths.manifest(stage).unlink(missing_ok=True)
+    run.paths.manifest(stage).unlink(missing_ok=True)
+    return file
+
+
+@pytest.mark.parametrize("stage, pattern, made_by", READS, ids=[f"{stage} {file}" for stage, file, _ in READS])
+def test_a_flipped_byte_ends_the_stage_that_reads_it(finished_run: Run, stage: str, pattern: str, made_by: str) -> None:
+    file = flip_before(finished_run, stage, pattern)
     said = finished_run(stage, status=2)
     (line,) = [line for line in said.splitlines() if str(file) in line]
     assert line.startswith(
@@ -79,6 +83,14 @@ def test_a_flipped_byte_ends_the_stage_that_reads_it_and_its_fix_mends_the_run(
     assert f"`llama-lora {made_by} --config ...`" in line
     assert not finished_run.paths.manifest(stage).exists()
 
+
+@pytest.mark.parametrize("stage, pattern, made_by", LAST_READERS.values(), ids=LAST_READERS)
+def test_deleting_the_damaged_file_and_running_again_mends_the_run(
+    finished_run: Run, stage: str, pattern: str, made_by: str
+) -> None:
+    before = digests_of(finished_run)
+    file = flip_before(finished_run, stage, pattern)
+    finished_run(stage, status=2)
     file.unlink()
     finished_run(made_by)
     finished_run(stage)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,20 @@ URI = "s3://bucket/runs/one"
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> FakeS3:
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
     fake = FakeS3()
     for name, value in fake.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3, "PART_BYTES", PART)
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # with the credentials of another test
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
-    return fake
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
 
 
 @pytest.fixture
-def hub_server(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The Hub for this process, whose huggingface_hub has read its variables already."""
     from huggingface_hub import constants
 
@@ -52,7 +55,9 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return fake
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
 
 
 def file(folder: Path, name: str, content: bytes) -> File:

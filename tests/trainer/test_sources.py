@@ -223,31 +223,31 @@ def test_up_to_20_bad_rows_are_told_at_once_or_all_are_skipped_and_counted(tmp_p
     assert len(error.value.errors) == 21 and error.value.errors[-1].what == "20 rows or more cannot be read"
 
 
-def hostile(name: str, size: int) -> bytes:
-    """A file whose second of three rows is hostile; ``size``: bytes of what is too long."""
-    return {
-        "a line.jsonl": b'{"a": 1}\n{"a": "%s"}\n{"a": 3}\n' % (b"x" * size),
-        "a line without an end.jsonl": b'{"a": 1}\n{"a": "%s' % (b"x" * size),
-        "a line.csv": b"a,b\n1,2\n3,%s\n4,5\n" % (b"x" * size),
-        "a line.txt": b"1\n%s\n3\n" % (b"x" * size),
-        "a value.json": b'[{"a": 1},{"a": "%s"},{"a": 3}]' % (b"x" * size),
-        "nested.jsonl": b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * 1_000_000, b"]" * 1_000_000),
-        "nested.json": b'[{"a": 1},{"a": %s%s}]' % (b'{"a":' * 1_000_000, b"}" * 1_000_000),
-        "levels.jsonl": b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * 100, b"]" * 100),
-        "levels.json": b'[{"a": 1},{"a": %s%s}]' % (b"[" * 100, b"]" * 100),
-        "digits.jsonl": b'{"a": 1}\n{"a": %s}\n{"a": 3}\n' % (b"1" * 5000),
-        "digits.json": b'[{"a": 1},{"a": %s}]' % (b"1" * 5000),
-    }[name]
+LIMIT = 4 << 20  # instead of MAX_ROW_BYTES, a quarter of the work
+LONG, DEEP = b"x" * (6 * LIMIT), 500_000
+HOSTILE: dict[str, Callable[[], bytes]] = {  # files whose second of three rows is hostile
+    "a line.jsonl": lambda: b'{"a": 1}\n{"a": "%s"}\n{"a": 3}\n' % LONG,
+    "a line without an end.jsonl": lambda: b'{"a": 1}\n{"a": "%s' % LONG,
+    "a line.csv": lambda: b"a,b\n1,2\n3,%s\n4,5\n" % LONG,
+    "a line.txt": lambda: b"1\n%s\n3\n" % LONG,
+    "a value.json": lambda: b'[{"a": 1},{"a": "%s"},{"a": 3}]' % LONG,
+    "nested.jsonl": lambda: b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * DEEP, b"]" * DEEP),
+    "nested.json": lambda: b'[{"a": 1},{"a": %s%s}]' % (b'{"a":' * DEEP, b"}" * DEEP),
+    "levels.jsonl": lambda: b'{"a": 1}\n{"a": %s%s}\n{"a": 3}\n' % (b"[" * 100, b"]" * 100),
+    "levels.json": lambda: b'[{"a": 1},{"a": %s%s}]' % (b"[" * 100, b"]" * 100),
+    "digits.jsonl": lambda: b'{"a": 1}\n{"a": %s}\n{"a": 3}\n' % (b"1" * 5000),
+    "digits.json": lambda: b'[{"a": 1},{"a": %s}]' % (b"1" * 5000),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "place", "what"),
     [
-        ("a line.jsonl", ":2", "is longer than 16 MiB"),
-        ("a line without an end.jsonl", ":2", "is longer than 16 MiB"),
-        ("a line.csv", ":3", "is longer than 16 MiB"),
-        ("a line.txt", ":2", "is longer than 16 MiB"),
-        ("a value.json", " row 2", "has a value of more than 16 MiB"),
+        ("a line.jsonl", ":2", "is longer than 4 MiB"),
+        ("a line without an end.jsonl", ":2", "is longer than 4 MiB"),
+        ("a line.csv", ":3", "is longer than 4 MiB"),
+        ("a line.txt", ":2", "is longer than 4 MiB"),
+        ("a value.json", " row 2", "has a value of more than 4 MiB"),
         ("nested.jsonl", ":2", "is nested too deeply"),
         ("nested.json", " row 2", "is nested too deeply"),
         ("levels.jsonl", ":2", "is nested too deeply"),
@@ -258,10 +258,12 @@ def hostile(name: str, size: int) -> bytes:
 )
 @pytest.mark.parametrize("compressed", ["", ".gz"])
 def test_a_hostile_row_is_told_with_its_place_in_bounded_memory(
-    tmp_path: Path, name: str, place: str, what: str, compressed: str
+    tmp_path: Path, name: str, place: str, what: str, compressed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("rows", "file_formats", "json_stream"):
+        monkeypatch.setattr(f"llama_lora.data.{module}.MAX_ROW_BYTES", LIMIT)
     path = tmp_path / f"{name}{compressed}"
-    path.write_bytes(COMPRESS[compressed](hostile(name, 100 << 20)))
+    path.write_bytes(COMPRESS[compressed](HOSTILE[name]()))
     bad_rows = BadRows(skip=True)
     tracemalloc.start()
     try:
@@ -272,7 +274,7 @@ def test_a_hostile_row_is_told_with_its_place_in_bounded_memory(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [(error.where, error.what.startswith(what)) for error in told] == [(f"{path}{place}", True)]
-    assert peak < 7 * MAX_ROW_BYTES
+    assert peak < 7 * LIMIT
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -283,10 +285,10 @@ def test_brackets_beside_each_other_or_in_text_are_no_levels(tmp_path: Path, suf
 
 
 def test_a_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "MOST_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(compression, "MOST_FREE_BYTES", 1 << 18)
     for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard)):
         path = tmp_path / f"lines.jsonl{suffix}"
-        path.write_bytes(compress(b"\n" * (8 << 20)))
+        path.write_bytes(compress(b"\n" * (1 << 20)))
         for skip in (False, True):
             with pytest.raises(UserError, match="decompresses to more than 500 times its size") as error:
                 read(path, BadRows(skip=skip))

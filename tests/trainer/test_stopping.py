@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from forked import run_forked
 from genvalues.common import files
 from llama_lora.backends import launch, stopping
 from trainer.conftest import TWO_PROCESSES, Run
@@ -274,7 +275,7 @@ def test_any_stage_ends_when_it_is_told_to(new_run: Callable[..., Run], stage: s
         "def told(*arguments): os.kill(os.getpid(), signal.SIGTERM); print('goes on')\n"
         f"stage.run_stage = told\nmain({arguments!r})\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = run_forked([sys.executable, "-c", code])
     assert (ended.returncode, ended.stdout) == (143, ""), ended.stderr
     assert not re.search("Traceback", ended.stderr)
 

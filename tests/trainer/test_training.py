@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from forked import run_forked
 from genvalues.common import files
 from trainer.conftest import LLAMA_LORA, TWO_PROCESSES, Run, plain_lora_model
 from trainer.warm import WarmPopen
@@ -169,13 +170,11 @@ def test_a_worker_ends_when_its_launcher_is_gone_and_works_under_process_1() -> 
     code = "from llama_lora.backends.worker import die_with_launcher as d; d(); print('works')"
 
     def start(launcher: int) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LLAMA_LORA_LAUNCHER": str(launcher)}
-        return subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-        )
+        return run_forked([sys.executable, "-c", code], env={**os.environ, "LLAMA_LORA_LAUNCHER": str(launcher)})
 
-    assert (start(os.getpid()).returncode, start(os.getpid()).stdout) == (0, "works\n")
-    assert (start(1).returncode, start(1).stdout) == (1, "") or os.getpid() == 1
+    here, elsewhere = start(os.getpid()), start(1)
+    assert (here.returncode, here.stdout) == (0, "works\n")
+    assert (elsewhere.returncode, elsewhere.stdout) == (1, "") or os.getpid() == 1
 
 
 def test_a_terminated_launcher_takes_its_workers_with_it(new_run: Callable[..., Run]) -> None:

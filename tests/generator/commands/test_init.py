@@ -43,8 +43,15 @@ def test_without_a_terminal_it_writes_what_check_accepts_and_check_warns_of_the_
     assert mine.stderr == "No problems found in finetune.yaml.\n"
 
 
-@pytest.mark.parametrize("instance", ["cpu", "ml.trn1.32xlarge", "trn1.2xlarge", "trn2.48xlarge"])
-@pytest.mark.parametrize("format_", ["text", "instruction", "prompt-completion", "chat"])
+@pytest.mark.parametrize(
+    ("instance", "format_"),
+    [
+        ("cpu", "text"),
+        ("ml.trn1.32xlarge", "instruction"),
+        ("trn1.2xlarge", "prompt-completion"),
+        ("trn2.48xlarge", "chat"),
+    ],
+)
 def test_every_commented_out_key_can_be_uncommented_unchanged(instance: str, format_: str) -> None:
     image = ["--image", "ghcr.io/me/llama-lora:1.0"]
     assert genvalues("init", "--dataset", "a/b", "--format", format_, "--instance", instance, *image).returncode == 0

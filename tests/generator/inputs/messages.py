@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# A sentence, or in brackets what the key is for or may hold.
+ENDS_WITH_A_FIX = r"[^.]\. (\(.+\)|[^(].+[.)])$"
+
 
 def tells(line: str, expected: str) -> bool:
     """Whether a line begins as expected, and has the expected parts (separated by `` ... ``) in their order."""

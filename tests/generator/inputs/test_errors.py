@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from generator.inputs.messages import assert_told, tells
+from generator.inputs.messages import ENDS_WITH_A_FIX, assert_told, tells
 from genvalues import cli
 from genvalues.common.dicts import merge
 from genvalues.settings.schemas import inputs_schema
@@ -102,9 +100,6 @@ finetune.yaml:26:1 image: ... latest ... digest
 --set training.maxSteps=x: must be an integer or null, not "x"
 --set lora.foo: ... key=value ... --set lora.r=8
 """
-
-# A sentence, or in brackets what the key is for or may hold.
-ENDS_WITH_A_FIX = r"[^.]\. (\(.+\)|[^(].+[.)])$"
 
 
 @pytest.fixture(autouse=True)
@@ -727,60 +722,6 @@ def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.Capture
     assert [genvalues("write", "f.yaml", "-o", place) for place in ("f.yaml", ".", "/proc/values.yaml")] == [2, 2, 2]
     assert Path("f.yaml").read_text() == RIGHT
     assert len(capsys.readouterr().err.splitlines()) == 3
-
-
-WORDS = "null yes 0x1F 1e999 -1 [] {} 2024-01-01 &a *a !!int !x <<: ---".split(" ")  # noqa: SIM905
-NASTY = st.sampled_from([*"\t\n[]{}:|>'\"%@#~?é\0\x85\ufeff\ud7ff", ": ", "- ", *WORDS])
-MUTATION = st.tuples(
-    st.sampled_from(["insert", "delete", "replace", "value", "repeat line", "drop line", "indent"]),
-    st.integers(0, len(RIGHT) - 1),
-    NASTY | st.text(max_size=8),
-)
-
-
-def mutated(text: str, kind: str, at: int, with_what: str) -> str:
-    at %= max(len(text), 1)
-    lines = text.splitlines(keepends=True)
-    line = text.count("\n", 0, at)
-    if kind == "insert":
-        return text[:at] + with_what + text[at:]
-    if kind == "delete":
-        return text[:at] + text[at + 1 + len(with_what) :]
-    if kind == "replace":
-        return text[:at] + with_what + text[at + 1 :]
-    if line >= len(lines):
-        return text
-    if kind == "value":
-        lines[line] = lines[line].partition(":")[0] + ": " + with_what + "\n"
-    elif kind == "repeat line":
-        lines.insert(line, lines[line])
-    elif kind == "drop line":
-        del lines[line]
-    else:
-        lines[line] = " " + lines[line]
-    return "".join(lines)
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.sampled_from([RIGHT, RIGHT_ON_CPU]), mutations=st.lists(MUTATION, max_size=4))
-def test_no_file_makes_a_traceback_or_a_half_written_output(
-    text: str, mutations: list[tuple[str, int, str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    files_for_cpu()
-    for mutation in mutations:
-        text = mutated(text, *mutation)
-    Path("f.yaml").write_bytes(text.encode("utf-8", errors="surrogatepass"))
-    Path("values.yaml").unlink(missing_ok=True)
-    status = genvalues("write", "f.yaml")
-    err = capsys.readouterr().err
-    assert status in (0, 2), err
-    assert status == 0 or mutations, err
-    assert Path("values.yaml").exists() == (status == 0)
-    assert err.strip()
-    for line in err.splitlines() if status else []:
-        assert re.search(ENDS_WITH_A_FIX, line), line
-    there = {path.name for path in Path().iterdir()} - {".hypothesis", "models", "data", "values.yaml"}
-    assert there == {"f.yaml"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from genvalues import __version__
 from genvalues.accelerators import instances
 from genvalues.accelerators.instances import default_backend
-from genvalues.common import helm
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart
 from genvalues.inputs.chart import on_top_of_defaults
@@ -480,13 +479,3 @@ def test_what_the_chart_refuses_is_told_by_its_chart_values_key(tmp_path: Path) 
 
 def test_the_charts_schema_is_there_to_be_asked() -> None:
     jsonschema.Draft7Validator.check_schema(json.loads((CHART / "values.schema.json").read_text()))
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(wanted=right_inputs())
-def test_what_genvalues_accepts_helm_renders(wanted: dict[str, Any], tmp_path: Path) -> None:
-    """Schema and templates: the chart's `fail`s have nothing against it either."""
-    file = tmp_path / "finetune.yaml"
-    file.write_text(dump(wanted))
-    values = yaml.safe_load(written(Sources((file,))))
-    assert helm.render(CHART, "llama", values)

@@ -55,7 +55,7 @@ class Builder:
         for name in names:
             script = folder / name
             script.write_text(
-                f"""#!{sys.executable}
+                f"""#!{sys.executable} -IS
 import json, os, pathlib, sys, time
 folder, step = pathlib.Path({str(folder)!r}), sys.argv[1]
 stdin = sys.stdin.read()
