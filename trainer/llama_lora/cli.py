@@ -198,11 +198,15 @@ def fork_server() -> None:
 
 
 def has_work(arguments: Sequence[str]) -> bool:
-    """Whether the stage of a command is not done, as far as is known before it starts."""
+    """Whether the stage of a command is not done, as far as is known before it starts.
+
+    False on Neuron devices, whose libraries use them when they are imported.
+    """
     name, *options = arguments
     try:
         given = main.commands[name].make_context(name, options).params
-        return not stage.Stage(name, *load_run(given["config_file"], given["workspace"])).is_done()
+        config, paths = load_run(given["config_file"], given["workspace"])
+        return config.device != "neuron" and not stage.Stage(name, config, paths).is_done()
     except Exception:  # which the stage reports
         return False
 

@@ -72,9 +72,7 @@ class Forks:
         return Fork(self._server, answer, os.fdopen(reading, "rb"))
 
     def _start(self, environment: dict[str, str]) -> None:
-        process.prctl(
-            process.PR_SET_CHILD_SUBREAPER, 1
-        )  # its forks' parent exits, and they become children of this one
+        process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)  # this process adopts the forks, whose parent exits
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
