@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO
 
 from genvalues.common import files
-from genvalues.settings.values import TRAIN_GRACE_SECONDS
+from genvalues.settings.run import TRAIN_GRACE_SECONDS
 
 EXIT_STOPPED = 128 + signal.SIGTERM
 STOP_SIGNAL = signal.SIGUSR1
