@@ -222,7 +222,7 @@ def supervise(parent: int, grace: float) -> int | None:
         return status
 
 
-def execute(arguments: Sequence[str]) -> NoReturn:
+def execute(arguments: list[str]) -> NoReturn:
     """Replace this process by a program."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)

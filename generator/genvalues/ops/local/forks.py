@@ -79,7 +79,7 @@ class Forks:
             self._server = subprocess.Popen(
                 [self._trainer, "fork-server"],
                 env=environment,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
