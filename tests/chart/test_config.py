@@ -123,7 +123,7 @@ def test_workers_have_the_grace_period_that_the_trainer_saves_in(objects: list[O
 def test_without_the_chart_the_trainer_saves_in_the_charts_default() -> None:
     stopping = pytest.importorskip("llama_lora.backends.stopping", reason="a plain `pip install .` has no trainer")
     for stage in ("compile", "train"):
-        assert pod(render(MINIMAL), stage).spec["terminationGracePeriodSeconds"] == stopping.GRACE_PERIOD
+        assert pod(render(MINIMAL), stage).spec["terminationGracePeriodSeconds"] == stopping.grace_period()
 
 
 def test_the_run_config_is_what_the_trainer_reads(objects: list[Object], tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_worker_that_hangs_leaves_its_stack_and_is_killed(new_run: Callable[..
         "    if number == 2 and os.environ['RANK'] == '1': waiting_for_a_lost_friend()\n"
         "    return take(self, number, *rest)\n"
         "NativeEngine.step = step\n",
-        launcher="stopping.GRACE_PERIOD = 14\n",
+        launcher="stopping.grace_period = lambda: 14\n",
     )
     wait_for(lambda: step_of(run) == 2)
     time.sleep(1)

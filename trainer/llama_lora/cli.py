@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from genvalues.common.errors import EXIT_INTERRUPTED, EXIT_VOLUME, UserError, in
 from genvalues.common.system_errors import explain, explained, is_of_volume
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
-from llama_lora import room, stage
+from llama_lora import forks, room, stage
 from llama_lora.backends import stopping
 from llama_lora.monitoring import observed
 from llama_lora.paths import Paths
@@ -189,6 +189,26 @@ def preview_command(config_file: Path | None, rows: int) -> None:
     color = preview.wants_color()
     for line in preview.lines(preview.preview(run_config.load(config_file), rows), color=color):
         click.echo(line, color=color)
+
+
+@main.command(name="fork-server", hidden=True)
+def fork_server() -> None:
+    """Run stages as forks of this process: llama_lora/forks.py."""
+    main(forks.serve(has_work), prog_name="llama-lora")
+
+
+def has_work(arguments: Sequence[str]) -> bool:
+    """Whether the stage of a command is not done, as far as is known before it starts.
+
+    False on Neuron devices, whose libraries use them when they are imported.
+    """
+    name, *options = arguments
+    try:
+        given = main.commands[name].make_context(name, options).params
+        config, paths = load_run(given["config_file"], given["workspace"])
+        return config.device != "neuron" and not stage.Stage(name, config, paths).is_done()
+    except Exception:  # which the stage reports
+        return False
 
 
 def require_torch() -> None:

@@ -21,23 +21,40 @@ def verbosity() -> int:
         return 0
 
 
-def available_cores() -> int:
-    """The number of cores this process may use: a container's CPU limit (cgroup v2 or v1), not the node's cores."""
+def available_cores(root: Path = Path("/")) -> int:
+    """The number of whole cores this process may use, at least 1: a container's CPU limit, not the node's cores.
+
+    ``root`` is for tests.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            quota, _, period = Path(quota_file).read_text(encoding="ascii").strip().partition(" ")
-            if period_file:
-                period = Path(period_file).read_text(encoding="ascii")
-            limit = int(quota) // int(period)
-        except (OSError, ValueError):  # another cgroup version, or "max" (no limit)
+    for folder in cgroup_folders("cpu", root):
+        with suppress(OSError, ValueError):  # no limit here: no file of this version, or "max"
+            quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
+            cores = min(cores, quota // period)
+        with suppress(OSError, ValueError):
+            quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))
+            period = int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
+            cores = min(cores, quota // period) if quota > 0 else cores  # -1: no limit
+    return max(1, cores)
+
+
+def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """The folders of this process's cgroup (v2 or v1) and of those around it, whose limits hold for it too.
+
+    A container without a cgroup namespace sees the node's path of its cgroup, but has only this cgroup, as the root.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = ["0::/", f"1:{controller}:/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)  # man 7 cgroups; v2 has no controllers
+        if controllers and controller not in controllers.split(","):
             continue
-        if quota != "-1":
-            cores = min(cores, max(1, limit))
-    return cores
+        for name in {controllers, controllers and controller}:  # v1: /sys/fs/cgroup/cpu,cpuacct or .../cpu; v2: neither
+            mount = root / "sys/fs/cgroup" / name
+            inner = mount / path.lstrip("/")
+            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount))
 
 
 def is_first_node() -> bool:
@@ -84,9 +101,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
                 found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError, IndexError):  # not Linux
         return None
-    for file in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # another cgroup version, or "max" (no limit)
-            found.append(int((root / file).read_text(encoding="ascii")) - used)
+    for folder in cgroup_folders("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # another cgroup version, or "max" (no limit)
+                found.append(int((folder / name).read_text(encoding="ascii")) - used)
     return min(found, default=None)
 
 
@@ -115,6 +133,8 @@ def stdout_discarded() -> Iterator[None]:
 
 THREADS_SET_BY_USER = "OMP_NUM_THREADS" in os.environ
 os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+os.environ.setdefault("RAYON_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # of tokenizers: it counts the node's cores
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy, which multiplies nothing here: no idle threads
 # Without it: "module name tiny@1a2b is not a valid identifier" each time a model is loaded.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take the cores of other workers

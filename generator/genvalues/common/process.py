@@ -1,9 +1,9 @@
 """Run processes that never outlive this one.
 
-Each command runs under a small supervisor (this file, run as a script). The supervisor adopts processes that its
-command leaves behind, such as torchrun's workers, which run in separate sessions and so miss signals to the process
-group. It ends all its descendants when it gets a signal, when its command ends, and when its parent is gone, even by
-SIGKILL.
+Each command runs under a small supervisor (this file, run as a script, or a fork of `llama-lora fork-server`). The
+supervisor adopts processes that its command leaves behind, such as torchrun's workers, which run in separate sessions
+and so miss signals to the process group. It ends all its descendants when it gets a signal, when its command ends, and
+when its parent is gone, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO, NoReturn, Protocol
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_AT_ONCE = signal.SIGINT  # to a supervisor; in its separate session no other process sends it
@@ -46,6 +47,17 @@ class Command:
     grace: float = GRACE
 
 
+class Process(Protocol):
+    """What run_together needs of a supervisor: a ``subprocess.Popen`` has it."""
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+    def wait(self) -> int: ...
+
+
 class Interrupted(Exception):
     """A signal asked to stop. All processes have ended."""
 
@@ -54,16 +66,36 @@ class Interrupted(Exception):
         self.status = 128 + number
 
 
+def start(command: Command, hold_open: Sequence[int] = ()) -> Process:
+    """Start a command's supervisor. The file descriptors ``hold_open`` stay open until the last process has ended."""
+    supervisor = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(command.grace)]
+    process = subprocess.Popen(
+        [*supervisor, *command.arguments],
+        env=command.environment,
+        cwd=command.folder,
+        stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches only this process, which stops the commands in order
+        pass_fds=hold_open,
+    )
+    if process.stdin is not None and command.stdin is not None:
+        with suppress(BrokenPipeError), process.stdin:  # the command may end without reading it
+            process.stdin.write(command.stdin)
+    return process
+
+
 def run_together(
-    commands: Sequence[Command], on_line: Callable[[str, str], None], hold_open: Sequence[int] = ()
+    commands: Sequence[Command],
+    on_line: Callable[[str, str], None],
+    start: Callable[[Command], Process] = start,
 ) -> int:
     """Run commands in parallel, pass each line of their output to ``on_line(name, line)``, and return their status.
 
     A command that fails stops the others. The status is 2 if any command ended with 2, else that of the first failure.
-    The file descriptors ``hold_open`` stay open until the last process has ended. Raises Interrupted after SIGINT,
-    SIGTERM or SIGHUP; a second SIGINT ends the commands without their grace.
+    Raises Interrupted after SIGINT, SIGTERM or SIGHUP; a second SIGINT ends the commands without their grace.
     """
-    running: dict[int, tuple[Command, subprocess.Popen[bytes], bytearray]] = {}
+    running: dict[int, tuple[Command, Process, bytearray]] = {}
     failures: list[int] = []
 
     def stop(number: int = signal.SIGTERM) -> None:
@@ -75,7 +107,7 @@ def run_together(
         selector.register(wake_up, selectors.EVENT_READ)
         try:
             for command in commands:
-                process = start(command, hold_open)
+                process = start(command)
                 assert process.stdout is not None
                 running[process.stdout.fileno()] = (command, process, bytearray())
                 selector.register(process.stdout, selectors.EVENT_READ)
@@ -110,25 +142,7 @@ def run_together(
     return failures[0] if failures else 0
 
 
-def start(command: Command, hold_open: Sequence[int]) -> subprocess.Popen[bytes]:
-    supervisor = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(command.grace)]
-    process = subprocess.Popen(
-        [*supervisor, *command.arguments],
-        env=command.environment,
-        cwd=command.folder,
-        stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches only this process, which stops the commands in order
-        pass_fds=hold_open,
-    )
-    if process.stdin is not None and command.stdin is not None:
-        with suppress(BrokenPipeError), process.stdin:  # the command may end without reading it
-            process.stdin.write(command.stdin)
-    return process
-
-
-def ended(process: subprocess.Popen[bytes]) -> int:
+def ended(process: Process) -> int:
     status = process.wait()
     if process.stdout:
         process.stdout.close()
@@ -178,34 +192,45 @@ def noted_signals() -> Iterator[tuple[list[int], int]]:
 # --- the supervisor
 
 
-def supervise(parent: int, grace: float, arguments: list[str]) -> int:
-    """Run a command until it exits or we do; return its status once all its processes have ended."""
+def supervise(parent: int, grace: float) -> int | None:
+    """Fork, wait until the fork exits or we do, and return its status once all its descendants have ended.
+
+    Returns None in the fork, which then runs the command.
+    """
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with noted_signals() as (noted, wake_up):
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # wakes select
-        try:
-            # preexec_fn is safe here: there is only one thread. The signal is sent if this process is killed.
-            child = subprocess.Popen(arguments, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # noqa: PLW1509
-        except OSError as error:
-            print(f"{arguments[0]}: {error.strerror}", flush=True)
-            return 127
+        child = os.fork()  # safe: there is only one thread
+        if child == 0:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # sent if the supervisor is killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return None
         status = None
         kill_at = None
         while status is None:
             select.select([wake_up], [], [], 0.5)
             with suppress(BlockingIOError):
                 os.read(wake_up, 1024)
-            status = reap().get(child.pid)
+            status = reap().get(child)
             if status is None and kill_at is None and (noted or os.getppid() != parent):
                 kill_at = time.monotonic() + grace
                 with suppress(ProcessLookupError):
-                    os.kill(
-                        child.pid, signal.SIGTERM
-                    )  # terminate() would poll, and could consume the status that reap() needs
+                    os.kill(child, signal.SIGTERM)
             if kill_at is not None and (time.monotonic() > kill_at or END_AT_ONCE in noted):
                 send(signal.SIGKILL)
         end_leftovers()
         return status
+
+
+def execute(arguments: list[str]) -> NoReturn:
+    """Replace this process by a program."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(arguments[0], arguments)
+    except OSError as error:
+        print(f"{arguments[0]}: {error.strerror}", flush=True)
+        sys.exit(127)
 
 
 def end_leftovers() -> None:
@@ -276,4 +301,7 @@ def prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    ended_with = supervise(int(sys.argv[1]), float(sys.argv[2]))
+    if ended_with is None:
+        execute(sys.argv[3:])
+    sys.exit(ended_with)

@@ -38,6 +38,8 @@ OLDER_ATTENTION = {"eager": "isolated", "flash": "causal"}
 
 DeviceType = Literal["cpu", "neuron", "cuda"]
 
+TRAIN_GRACE_SECONDS = 120  # to save a checkpoint; the gate reserves its cost, cleanup waits for it
+
 # --- keys that genvalues chooses when the inputs leave them out
 
 Source = Annotated[

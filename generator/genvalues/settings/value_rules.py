@@ -34,9 +34,8 @@ from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
-from genvalues.settings.run import with_own_words
+from genvalues.settings.run import TRAIN_GRACE_SECONDS, with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
-from genvalues.settings.values import TRAIN_GRACE_SECONDS
 
 Values = dict[str, Any]
 SECRETS_FIX = (

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from genvalues.settings.base import DIGEST, DNS_LABEL, DNS_NAME, LARGE, REPOSITORY, RUN_NAME, TAG, Block, Name, optional
 from genvalues.settings.datasets import BUCKET
 from genvalues.settings.run import (
+    TRAIN_GRACE_SECONDS,
     Backend,
     Compile,
     DatasetOptions,
@@ -206,11 +207,6 @@ class SeccompProfile(Block):
 
     type: Literal["RuntimeDefault", "Localhost"] = Field(description="The runtime's profile, or a file of the node.")
     localhost_profile: str | None = Field(None, description="With Localhost: the profile's path on the node.")
-
-
-TRAIN_GRACE_SECONDS = (
-    120  # for compile and train to save a checkpoint; the gate reserves its cost, cleanup waits for it
-)
 
 
 class StageSettings(Block):

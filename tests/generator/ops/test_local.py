@@ -219,13 +219,13 @@ def test_mounted_paths_are_the_workspaces_folders(laptop: Laptop) -> None:
     assert status == 0, err
     place = laptop.workspace
     assert out.splitlines()[1:5] == [
-        f"{place}/a b|{place}/.local/tmp/paths/tmp|"
+        f"{place}/a b|{place}/.local/tmp/tmp|"
         f"--dir={place}/cache:/workspaces/other:s3://b/workspace/c|attached llama-lora",
         f"source: {place}/rows.jsonl",
         "elsewhere: /tmp/rows.jsonl",  # all stages share the config: no stage's own folder
         str(place),
     ]
-    assert (place / ".local/tmp/paths/tmp/here").exists()
+    assert (place / ".local/tmp/tmp/here").exists()
 
 
 def test_a_workspace_name_may_contain_yaml_syntax(laptop: Laptop) -> None:
@@ -563,7 +563,7 @@ def test_the_trainers_own_stages_are_what_a_rendered_chart_runs(workload: str) -
             assert rendezvous.startswith("localhost:") is (each.name in ("compile", "train")), "of no cluster"
             assert "LLAMA_LORA_IMAGE" not in command.environment, "no process of this computer runs the image"
             assert command.grace == (120 if each.name in ("compile", "train") else GRACE)
-            assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/{each.name}")
+            assert command.environment["HOME"].startswith(f"{folder}/.local/tmp/tmp"), "one HF_HOME for all"
         assert json.loads(json.dumps(yaml.safe_load(Path(config).read_text())))["backend"] == "native"
 
 

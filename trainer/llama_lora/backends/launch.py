@@ -130,7 +130,7 @@ def wait_or_stop(torchrun: Torchrun) -> int:
             workers = [pid for pid, parent in processes() if parent == os.getpid()]
             if kill_at is None:
                 saves = noted[0] == signal.SIGTERM
-                time_to_save = stopping.GRACE_PERIOD - stopping.MARGIN if saves else 0.0
+                time_to_save = stopping.grace_period() - stopping.MARGIN if saves else 0.0
                 kill_at = time.monotonic() + time_to_save
                 if saves:
                     log.info(f"stopping: workers are saving, within {time_to_save:.0f} s")

@@ -23,14 +23,11 @@ from types import FrameType
 from typing import IO
 
 from genvalues.common import files
-from genvalues.settings.values import TRAIN_GRACE_SECONDS
+from genvalues.settings.run import TRAIN_GRACE_SECONDS
 
 EXIT_STOPPED = 128 + signal.SIGTERM
 STOP_SIGNAL = signal.SIGUSR1
-# The pod's terminationGracePeriodSeconds, which the chart gives to its container (tests/chart/test_config.py compares
-# them), and the part of it that remains to kill workers that do not end, and to exit.
-GRACE_PERIOD = float(os.environ.get("LLAMA_LORA_GRACE_SECONDS") or TRAIN_GRACE_SECONDS)
-MARGIN = 10.0
+MARGIN = 10.0  # of the grace period, to kill workers that do not end, and to exit
 MOST_DELETIONS = 100  # of the folder for stack traces: once by each worker that ends meanwhile
 
 
@@ -43,6 +40,11 @@ class _Process:
 
 class TrainingStopped(Exception):
     """Raised when the training ended early on request, with everything saved."""
+
+
+def grace_period() -> float:
+    """The pod's terminationGracePeriodSeconds, which the chart gives to its container (tests/chart/test_config.py)."""
+    return float(os.environ.get("LLAMA_LORA_GRACE_SECONDS") or TRAIN_GRACE_SECONDS)
 
 
 def note_requests() -> None:

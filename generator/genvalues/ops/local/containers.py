@@ -104,7 +104,7 @@ class Machine:
             elif "configMap" in volume:
                 folder = self.hidden / "config"
             elif "emptyDir" in volume:
-                folder = self.hidden / "tmp" / stage / mount["name"]
+                folder = self.hidden / "tmp" / mount["name"]  # of all stages: forks of one process have one HF_HOME
             elif "hostPath" in volume:
                 folder = Path(volume["hostPath"]["path"])
             else:

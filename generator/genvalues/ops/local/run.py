@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from genvalues.common import helm
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError
-from genvalues.common.process import Interrupted, run_together
+from genvalues.common.process import Command, Interrupted, Process, run_together
 from genvalues.inputs.chart import NAME, need_chart
 from genvalues.inputs.input_options import Sources
 from genvalues.ops.local.chart_stages import Object, run_name, skipped_stages, stages_to_run
-from genvalues.ops.local.containers import LocalStage, Machine
+from genvalues.ops.local.containers import LocalStage, Machine, python_folder
+from genvalues.ops.local.forks import Forks
 from genvalues.ops.local.local_values import values_to_run
 from genvalues.ops.local.screen import Outcome, Screen, StageOutput
 from genvalues.ops.local.workspace_lock import locked
@@ -33,7 +34,8 @@ def run_locally(sources: Sources, workspace: Path, *, on_cpu: bool = False) -> i
             stages = [machine.stage(item) for item in stages_to_run(objects)]
             screen = Screen()
             screen.show_skipped(skipped_stages(objects))
-            status = run_local_stages(stages, machine.logs, screen, lock)
+            with Forks(python_folder() / "llama-lora", lock) as forks:
+                status = run_local_stages(stages, machine.logs, screen, forks.start)
         if status == 0:
             screen.show_next_steps(workspace / "runs" / run_name(objects))
         return status
@@ -55,7 +57,9 @@ def rendered_objects(sources: Sources, on_cpu: bool) -> list[Object]:
     return objects
 
 
-def run_local_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, lock: int) -> int:
+def run_local_stages(
+    stages: Sequence[LocalStage], logs: Path, screen: Screen, start: Callable[[Command], Process]
+) -> int:
     """Run the stages until one fails; return its status, or 0."""
     outcomes = [Outcome(stage.name) for stage in stages]
     status = 0
@@ -63,7 +67,7 @@ def run_local_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, l
         began = time.monotonic()
         with screen.stage(stage.name, logs / f"{stage.name}.log") as output:
             try:
-                status = run_local_stage(stage, output, lock)
+                status = run_local_stage(stage, output, start)
                 outcome.result = f"failed with status {status}" if status else "done"
             except Interrupted as interrupted:
                 status = interrupted.status
@@ -78,13 +82,13 @@ def run_local_stages(stages: Sequence[LocalStage], logs: Path, screen: Screen, l
     return status
 
 
-def run_local_stage(stage: LocalStage, output: StageOutput, lock: int) -> int:
+def run_local_stage(stage: LocalStage, output: StageOutput, start: Callable[[Command], Process]) -> int:
     """Run the groups of a stage until one fails; return its status, or 0."""
     for group in stage.groups:
 
         def on_line(name: str, line: str, several: bool = len(group) > 1) -> None:
             output.write(line, prefix=f"[{name}] " if several else "")
 
-        if status := run_together(group, on_line, hold_open=[lock]):
+        if status := run_together(group, on_line, start):
             return status
     return 0
