@@ -70,6 +70,7 @@ def test_a_flipped_byte_ends_the_stage_that_reads_it_and_its_fix_mends_the_run(
     before = digests_of(finished_run)
     file = next(finished_run.workspace.glob(pattern))
     flip_in_the_middle(file)
+    shutil.rmtree(finished_run.paths.base_scores)  # with them evaluate does not read the base model
     finished_run.paths.manifest(stage).unlink(missing_ok=True)
     said = finished_run(stage, status=2)
     (line,) = [line for line in said.splitlines() if str(file) in line]
@@ -108,6 +109,7 @@ def test_a_file_that_no_stage_wrote_is_refused_by_the_stage_that_reads_its_folde
     planted = next(finished_run.workspace.glob(beside)).with_name("added_tokens.json")
     planted.write_text('{"<|other|>": 258}')
     planted.with_name(".nfs0001").write_text("x")
+    shutil.rmtree(finished_run.paths.base_scores)  # with them evaluate does not read the base model
     for stage in UNLISTED[beside]:
         finished_run.paths.manifest(stage).rename(finished_run.folder / "kept")
         assert f"{planted}: is not among the files that " in finished_run(stage, status=2)
