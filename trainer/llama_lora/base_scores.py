@@ -12,7 +12,7 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.json_files import InvalidJson, JsonNotFound, Sha256, as_record, read_object
-from llama_lora.backends.checkpoints import DIGEST, digest_of
+from llama_lora.digests import DIGEST, check_own_digest, own_digest
 from llama_lora.evaluation import Score
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,8 @@ def read(folder: Path, key: str) -> BaseScores | None:
     file = file_of(folder, key)
     try:
         content = read_object(file)
-        recorded = content.pop(DIGEST, None)
         found = as_record(content, BaseScores)
-        if recorded != digest_of(content):
-            raise InvalidJson("has another SHA-256 than it records of itself")
+        check_own_digest(content)
         if found.key != key:
             raise InvalidJson("is of another base model, other rows or other settings")
         return found
@@ -68,7 +66,7 @@ def keep(folder: Path, scores: BaseScores) -> None:
     """Write scores for other runs. Nothing depends on it: a failure is only logged."""
     content = asdict(scores)
     try:
-        files.write_json(file_of(folder, scores.key), {**content, DIGEST: digest_of(content)})
+        files.write_json(file_of(folder, scores.key), {**content, DIGEST: own_digest(content)})
         found = sorted(folder.glob("*.json*"), key=lambda file: file.lstat().st_mtime)  # also of killed writes
         for old in found[:-MOST_FILES]:
             old.unlink()
