@@ -166,10 +166,9 @@ class Run:
 
 def write_checkpoint_record(file: Path, record: dict[str, Any]) -> None:
     """Write a changed checkpoint.json with its new digest, as if the trainer had written it."""
-    from llama_lora.backends.checkpoints import DIGEST, digest_of
+    from llama_lora.digests import DIGEST, own_digest
 
-    content = {key: value for key, value in record.items() if key != DIGEST}
-    file.write_text(json.dumps({**content, DIGEST: digest_of(content)}), encoding="utf-8")
+    file.write_text(json.dumps({**record, DIGEST: own_digest(record)}), encoding="utf-8")
 
 
 def llama_lora(

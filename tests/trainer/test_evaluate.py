@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from llama_lora import environment, evaluation
+from llama_lora import base_scores, environment, evaluation
+from llama_lora.base_scores import BaseScores
+from llama_lora.digests import DIGEST, own_digest
 from llama_lora.evaluation import Score
 from llama_lora.stage import Stage
+from llama_lora.stages import evaluate
 from trainer.conftest import Run
+from trainer.test_training import flip_byte
 
 
 def test_the_losses_equal_those_of_transformers_on_each_held_out_row(whole_run: Run) -> None:
@@ -73,7 +77,8 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_model(
     monkeypatch.setattr(
         evaluation, "score", lambda _, rows, ends: Score([1.0, math.nan, *[1.0] * (len(rows) - 2)], [1] * 4)
     )
-    finished_run.paths.manifest("evaluate").unlink()
+    forget(finished_run)
+    shutil.rmtree(finished_run.paths.base_scores)
     said = finished_run("evaluate", status=2)
     base = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
     assert f"{base}: " in said and "row 1 (from 0) is nan" in said
@@ -202,3 +207,134 @@ def test_a_run_of_a_chart_without_max_hours_is_not_evaluated_again(finished_run:
     assert fingerprint() == before
     finished_run.config["evaluation"]["maxHours"] = 3
     assert fingerprint() != before
+
+
+# --- what is kept of the base model
+
+
+def results_of(run: Run) -> list[bytes]:
+    return [(run.paths.evaluation / name).read_bytes() for name in ("eval.json", "samples.json")]
+
+
+def kept_file(run: Run) -> Path:
+    (file,) = run.paths.base_scores.iterdir()
+    return file
+
+
+def test_reused_base_scores_give_the_same_files_as_computed_ones(finished_run: Run) -> None:
+    before, file = results_of(finished_run), kept_file(finished_run)
+    assert facts_of(finished_run)["base_scores"] == "computed"
+    forget(finished_run)
+    said = finished_run("evaluate")
+    origin = facts_of(finished_run)["base_scores"]
+    assert origin.startswith(f"reused from base-scores/{file.name}") and "run run" in origin and origin in said
+    assert origin in finished_run.paths.report.read_text() and results_of(finished_run) == before
+    forget(finished_run)
+    shutil.rmtree(finished_run.paths.base_scores)
+    finished_run("evaluate")
+    assert facts_of(finished_run)["base_scores"] == "computed" and results_of(finished_run) == before
+
+
+def test_a_run_with_another_learning_rate_does_not_read_the_base_model_again(finished_run: Run) -> None:
+    before = facts_of(finished_run)
+    finished_run.config["training"]["learningRate"] = 1e-3
+    for stage in ("train", "consolidate", "merge"):
+        finished_run(stage)
+    weights = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"] / "model.safetensors"
+    flip_byte(weights, weights.stat().st_size - 8)
+    assert "where run run has written it" in finished_run("evaluate")
+    found = facts_of(finished_run)
+    assert found["base"] == before["base"] and found["merged"] != before["merged"]
+
+
+@pytest.mark.parametrize("setting", [{"maxNewTokens": 7}, {"maxRows": 3}, {"samples": 1}, {"maxHours": 100}])
+def test_other_settings_of_the_evaluation_measure_the_base_model_again(
+    finished_run: Run, setting: dict[str, int]
+) -> None:
+    finished_run.config["evaluation"] |= setting
+    finished_run("evaluate")
+    assert facts_of(finished_run)["base_scores"] == "computed"
+    assert len(list(finished_run.paths.base_scores.iterdir())) == 2
+
+
+def test_the_key_has_everything_that_the_scores_depend_on(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage("evaluate", finished_run.load(), finished_run.paths)
+    base, row = stage.upstream_path("tokenize", "model"), {"input_ids": [1, 2], "labels": [-100, 2], "lengths": [2]}
+    keys = [
+        evaluate.key_of(stage, base, rows, samples)
+        for rows, samples in (([row], 1), ([row], 0), ([row, row], 1), ([{**row, "labels": [-100, -100]}], 1))
+    ]
+    manifest = finished_run.manifest("tokenize")
+    for name in manifest["outputs"]:
+        if name.startswith("models/"):
+            changed = {**manifest["outputs"], name: {**manifest["outputs"][name], "sha256": "0" * 64}}
+            finished_run.paths.manifest("tokenize").write_text(json.dumps({**manifest, "outputs": changed}))
+            keys.append(evaluate.key_of(stage, base, [row], 1))
+    finished_run.paths.manifest("tokenize").write_text(json.dumps(manifest))
+    assert evaluate.key_of(stage, base, [row], 1) == keys[0]
+    monkeypatch.setattr(evaluate, "installed_versions", lambda packages: dict.fromkeys(packages, "0"))
+    keys.append(evaluate.key_of(stage, base, [row], 1))
+    assert len(set(keys)) == len(keys) > 8
+
+
+def another_loss(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "score": {**content["score"], "losses": [0.1] * 4}}
+
+
+def of_other_rows(content: dict[str, Any]) -> dict[str, Any]:
+    """As written for another key, and given this one's name."""
+    other = {**content, "key": "0" * 64}
+    return {**other, DIGEST: own_digest(other)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda text: "", "is empty"),
+        (lambda text: "[]", "contains a list"),
+        (lambda text: text[: len(text) // 2], "cut off"),
+        (lambda text: json.dumps({"score": None}), "has no valid"),
+        (lambda text: json.dumps(another_loss(json.loads(text))), "another SHA-256"),
+        (lambda text: json.dumps(of_other_rows(json.loads(text))), "is of another base model"),
+    ],
+)
+def test_base_scores_that_are_not_as_written_are_measured_again(
+    finished_run: Run, spoil: Callable[[str], str], words: str
+) -> None:
+    before, file = results_of(finished_run), kept_file(finished_run)
+    content = file.read_text()
+    file.write_text(spoil(content))
+    forget(finished_run)
+    said = finished_run("evaluate")
+    assert f"{file} " in said and words in said and "measured again" in said
+    assert results_of(finished_run) == before and file.read_text() == content
+
+
+def test_base_scores_are_not_read_or_written_through_a_link(finished_run: Run, tmp_path: Path) -> None:
+    file = kept_file(finished_run)
+    content = file.read_text()
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    forget(finished_run)
+    assert "is a symbolic link" in finished_run("evaluate")
+    assert not file.is_symlink() and (tmp_path / "elsewhere").read_text() == content
+
+
+def test_without_verification_no_base_scores_are_kept(finished_run: Run) -> None:
+    """The base model may not be the one whose digests are in the key."""
+    shutil.rmtree(finished_run.paths.base_scores)
+    finished_run.config["verify"] = "off"
+    forget(finished_run)
+    finished_run("evaluate")
+    assert not finished_run.paths.base_scores.exists()
+
+
+def test_the_oldest_base_scores_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_scores, "MOST_FILES", 2)
+    scores = [BaseScores(Score([1.5], [1]), ["yes"], False, "run", f"{number}" * 64) for number in range(3)]
+    for number, each in enumerate(scores):
+        base_scores.keep(tmp_path, each)
+        os.utime(base_scores.file_of(tmp_path, each.key), (number, number))
+    assert [base_scores.read(tmp_path, each.key) for each in scores] == [None, *scores[1:]]
+    (tmp_path / "file").touch()
+    base_scores.keep(tmp_path / "file", scores[0])  # what cannot be kept fails nothing

@@ -68,6 +68,7 @@ def flip_before(run: Run, stage: str, pattern: str) -> Path:
     """Damage a file that the stage is about to read."""
     file = next(run.workspace.glob(pattern))
     flip_in_the_middle(file)
+    shutil.rmtree(run.paths.base_scores)  # with them evaluate does not read the base model
     run.paths.manifest(stage).unlink(missing_ok=True)
     return file
 
@@ -120,6 +121,7 @@ def test_a_file_that_no_stage_wrote_is_refused_by_the_stage_that_reads_its_folde
     planted = next(finished_run.workspace.glob(beside)).with_name("added_tokens.json")
     planted.write_text('{"<|other|>": 258}')
     planted.with_name(".nfs0001").write_text("x")
+    shutil.rmtree(finished_run.paths.base_scores)  # with them evaluate does not read the base model
     for stage in UNLISTED[beside]:
         finished_run.paths.manifest(stage).rename(finished_run.folder / "kept")
         assert f"{planted}: is not among the files that " in finished_run(stage, status=2)

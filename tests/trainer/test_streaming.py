@@ -105,17 +105,19 @@ def test_an_adapter_is_applied_as_peft_does(
     assert not torch.allclose(expected[0], in_memory(base, None, batches)[0]), "the adapter changes the loss"
 
 
-def test_logits_of_few_positions_exist_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_few_tokens_exist_at_a_time_and_of_trained_ones_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_model(tmp_path)
     batches = [make_batch(rows_of(40, 31))]
-    monkeypatch.setattr(streaming, "LOGITS", 259 * 12 * 2 * 7)  # of seven positions of two rows
+    monkeypatch.setattr(streaming, "LOGITS", 259 * 12 * 14)  # of fourteen tokens
     seen = []
     monkeypatch.setattr(
         streaming.F, "cross_entropy", lambda *given, real=streaming.F.cross_entropy, **more: seen.append(
             given[0].shape[0]) or real(*given, **more)
     )  # fmt: skip
     found = StreamedModel(folder).row_losses(batches)
-    assert seen == [14, 14, 14, 14, 14, 8]
+    assert seen == [14, 14, 14, 14, 13], "39 + 30 tokens"
     assert_same(found, in_memory(folder, None, batches))
 
 

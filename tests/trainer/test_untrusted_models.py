@@ -305,7 +305,9 @@ def test_the_name_of_a_run_is_the_name_of_a_folder(new_run: Callable[..., Run], 
     assert {path for path in tmp_path.rglob("*") if path.name != "run.yaml"} == before
 
 
-@pytest.mark.parametrize("folder", ["runs", "models", "datasets", "runs/run", "runs/run/stages", "runs/run/merged"])
+@pytest.mark.parametrize(
+    "folder", ["runs", "models", "datasets", "base-scores", "runs/run", "runs/run/stages", "runs/run/merged"]
+)
 def test_a_linked_folder_of_a_run_is_refused_before_anything_is_written(
     new_run: Callable[..., Run], tmp_path: Path, folder: str
 ) -> None:

@@ -49,6 +49,10 @@ class Score:
         """The exponential of the loss."""
         return math.exp(min(self.loss, 700))  # e^710 overflows a float
 
+    def __str__(self) -> str:
+        """``loss 3.4678, perplexity 32.07``."""
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}"
+
     def as_record(self) -> dict[str, float]:
         """Loss and perplexity as JSON values."""
         return {"loss": self.loss, "perplexity": self.perplexity}

@@ -12,7 +12,7 @@ RUNS, SMALL_RUN, ACCEPTANCE = "runs", "small-run", "acceptance"
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of one run in a workspace. Runs share models, datasets and the compile cache."""
+    """Paths of one run in a workspace. Runs share models, datasets, base scores and the compile cache."""
 
     workspace: Path
     run_name: str
@@ -32,8 +32,8 @@ class Paths:
         """Those folders of the run that are symbolic links. What is written to them would go elsewhere."""
         checkpoints = self.checkpoints("")
         folders = [
-            *(self.models, self.datasets, self.run.parent, self.run, self.manifest("any").parent, self.stacks),
-            *(self.compile_reports, self.rehearsal, self.small_run, self.acceptance_trainings),
+            *(self.models, self.datasets, self.base_scores, self.run.parent, self.run, self.manifest("any").parent),
+            *(self.stacks, self.compile_reports, self.rehearsal, self.small_run, self.acceptance_trainings),
             *(self.adapter, self.merged, self.evaluation, self.published),
             *(checkpoints, *checkpoints.glob("*"), *checkpoints.glob("*/tensorboard"), *checkpoints.glob("*/step-*")),
         ]
@@ -46,6 +46,11 @@ class Paths:
     @property
     def datasets(self) -> Path:
         return self.workspace / "datasets"
+
+    @property
+    def base_scores(self) -> Path:
+        """What the base model scores and answers, by what that depends on."""
+        return self.workspace / "base-scores"
 
     @property
     def compile_cache(self) -> Path:

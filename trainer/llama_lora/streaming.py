@@ -142,19 +142,17 @@ class StreamedModel:
             )
 
     def _losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The last norm, the logits of a chunk of positions at a time, and their losses, summed for each row."""
+        """The last norm, the logits of a chunk of trained tokens at a time, and their losses, summed for each row."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        trained = (targets != IGNORED).nonzero()
         sums = torch.zeros(len(hidden), dtype=torch.float64)
-        size = LOGITS // (len(hidden) * self._lm.config.vocab_size * (self._lm.dtype.itemsize + 8))
-        for chunk in positions.split(max(1, size)):
-            part = hidden[:, chunk]
+        size = LOGITS // (self._lm.config.vocab_size * (self._lm.dtype.itemsize + 8))
+        for rows, positions in (chunk.unbind(1) for chunk in trained.split(max(1, size))):
+            part = hidden[rows, positions][None]
             with self._forward(lambda *_, part=part, **__: self._returned(part)):
-                logits = self._lm(inputs_embeds=part, use_cache=False).logits
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), targets[:, chunk].flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            sums += losses.view(len(hidden), -1).double().sum(dim=1)
+                logits = self._lm(inputs_embeds=part, use_cache=False).logits[0]
+            losses = F.cross_entropy(logits.float(), targets[rows, positions], reduction="none")
+            sums.index_add_(0, rows, losses.double())
         return sums
 
     def _hidden(self, returned: Any) -> torch.Tensor:

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
@@ -35,13 +32,12 @@ from genvalues.common.json_files import (
 from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
-from llama_lora.digests import files_in, other_size, record_of
+from llama_lora.digests import DIGEST, check_own_digest, files_in, other_size, own_digest, record_of
 from llama_lora.probe import ProbeRecord
 
 log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-DIGEST = "sha256"  # the key in checkpoint.json of the digest of its other keys; release 0.1 wrote none
 DAMAGED = ".damaged"  # the end of the name of a checkpoint that was set aside
 DELETE = "Delete this folder to train from the start."
 OTHER_CHECKPOINT = "Use a complete checkpoint, or train again."
@@ -86,7 +82,7 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
         if workers.rank == 0:
             listed = {file.relative_to(partial).as_posix(): record_of(file) for file in files_in(partial)}
             content = asdict(replace(record, files=listed))
-            files.write_json(partial / RECORD, {**content, DIGEST: digest_of(content)})
+            files.write_json(partial / RECORD, {**content, DIGEST: own_digest(content)})
     workers.barrier()
     return target
 
@@ -233,13 +229,7 @@ def read_complete(checkpoint: Path) -> CheckpointRecord | None:
 def _read(file: Path) -> CheckpointRecord:
     """Read checkpoint.json. Raises InvalidJson, also if its content is not that of its digest."""
     content = read_object(file)
-    recorded = content.pop(DIGEST, None)
     record = as_record(content, CheckpointRecord)
-    if recorded is not None and recorded != digest_of(content):
-        raise InvalidJson("has another SHA-256 than it records of itself")
+    if DIGEST in content:  # release 0.1 wrote none
+        check_own_digest(content)
     return record
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """The hex SHA-256 of the content of checkpoint.json, without its digest."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

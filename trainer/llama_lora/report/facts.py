@@ -70,8 +70,9 @@ def collect(
     scores: Mapping[str, Mapping[str, float]],
     samples: Sequence[Mapping[str, str]],
     notes: Sequence[str],
+    base_scores: str,
 ) -> Facts:
-    """Read what the stages before evaluate have written."""
+    """Read what the stages before evaluate have written. ``base_scores``: where those of the base model are from."""
     manifests = {name: manifest for name in STAGES if (manifest := current_manifest(stage, name))}
     trained = stage.upstream("train")
     metrics, held_out = read_of_manifest(stage.paths, trained)
@@ -97,7 +98,7 @@ def collect(
         price=price,
         data=data_report(stage.upstream_path("tokenize", "dataset") / "report.json"),
         settings=flatten(stage.config.as_keys()),
-        sources=sources_of(stage),
+        sources={**sources_of(stage), "scores of the base model": base_scores},
         versions=installed_versions(LIBRARIES),
         fingerprints={name: each.fingerprint for name, each in manifests.items()},
         digests={

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora import evaluation
-from llama_lora.config import Evaluation
+from genvalues.common.text import one_line
+from llama_lora import base_scores, evaluation
+from llama_lora.base_scores import BaseScores, Measured
 from llama_lora.evaluation import Prompt, Score
 from llama_lora.probe import trained_tokens
-from llama_lora.stage import Declaration, Stage
+from llama_lora.stage import LIBRARIES, Declaration, Stage, installed_versions
 from llama_lora.stages.tokenize import load_tokenizer
 from llama_lora.verdict import verdict
 
@@ -34,21 +38,20 @@ def evaluate(stage: Stage) -> None:
     from llama_lora.report.page import page
 
     began = time.monotonic()
-    settings = stage.config.evaluation
-    base, dataset = (stage.upstream_path("tokenize", fact) for fact in ("model", "dataset"))
-    stage.verify_read("tokenize", base, dataset / "eval", dataset / "report.json")
+    dataset = stage.upstream_path("tokenize", "dataset")
+    stage.verify_read("tokenize", dataset / "eval", dataset / "report.json")
     stage.verify_read("merge", stage.paths.merged)
-    rows = held_out_rows(dataset, settings.max_rows)
-    compared = compare(base, stage.paths.merged, rows, load_tokenizer(base), settings, began)
+    compared = compare(stage, held_out_rows(dataset, stage.config.evaluation.max_rows), began)
     scores, samples = compared.scores, compared.samples
     found = verdict(scores["base"].losses, scores["merged"].losses, scores["base"].tokens)
     result = {name: score.as_record() for name, score in scores.items()}
-    report = encode(page(collect(stage, found, result, samples, compared.notes)))
+    report = encode(page(collect(stage, found, result, samples, compared.notes, compared.base_scores)))
     rows_used = len(scores["base"].losses)
     sentence = {"verdict": {**asdict(found), "sentence": str(found)}}
-    stage.facts = {**result, "rows": rows_used, **sentence, "notes": compared.notes}
+    written = {**result, "rows": rows_used, **sentence, "notes": compared.notes}
+    stage.facts = {**written, "base_scores": compared.base_scores}
     with stage.output(stage.paths.evaluation, beside=[stage.paths.report]) as folder:
-        files.write_json(folder / "eval.json", stage.facts)
+        files.write_json(folder / "eval.json", written)
         files.write_json(folder / "samples.json", samples)
         files.write_bytes(stage.paths.report, report)
     log.info(f"{found}")
@@ -57,43 +60,50 @@ def evaluate(stage: Stage) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models on the same rows. ``notes``: why there are fewer rows or samples than the settings ask for."""
+    """Both models on the same rows. ``notes``: why there are fewer rows or samples than the settings ask for.
+
+    ``base_scores``: "computed", or where the base model's are from.
+    """
 
     scores: dict[str, Score]
     samples: list[dict[str, str]]
     notes: list[str]
+    base_scores: str
 
 
-def compare(
-    base: Path, merged: Path, rows: list[dict[str, Any]], tokenizer: Any, settings: Evaluation, began: float
-) -> Comparison:
-    """Score both models and let them answer, within maxHours of ``began`` (time.monotonic)."""
+def compare(stage: Stage, rows: list[dict[str, Any]], began: float) -> Comparison:
+    """Score both models and let them answer, within maxHours of ``began`` (time.monotonic).
+
+    What a run has kept of the base model is not computed again.
+    """
     from llama_lora.streaming import StreamedModel
 
-    def ends(share: float) -> float | None:
-        return began + share * settings.max_hours * 3600 if settings.max_hours else None
-
-    lacking = evaluation.lacking_memory(base) if settings.samples else ""
+    settings, paths = stage.config.evaluation, stage.paths
+    tokenizer = load_tokenizer(paths.merged)  # the base model's, which merge has copied
+    lacking = evaluation.lacking_memory(paths.merged) if settings.samples else ""
     prompts = [] if lacking else [evaluation.prompt_of(row) for row in rows[: settings.samples]]
-    wanted_rows, wanted_prompts, cut = len(rows), len(prompts), False
-    scores: dict[str, Score] = {}
-    answers: dict[str, list[str]] = {}
-    for number, (name, folder) in enumerate({"base": base, "merged": merged}.items()):
-        share = LOSSES if prompts else 1.0
-        scores[name] = evaluation.score(StreamedModel(folder), rows, ends((number + share) / 2))
-        rows = rows[: len(scores[name].losses)]
-        check_losses(scores[name], folder)
-        log.info(f"{name}: loss {scores[name].loss:.4f}, perplexity {scores[name].perplexity:.2f}")
-        end = ends((number + 1) / 2)
-        if is_over(end):
-            prompts = []
-        answers[name] = []
-        if prompts:
-            model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 takes 16 GB
-            answers[name] = evaluation.answers(model, tokenizer, prompts, settings.max_new_tokens, end)
-            prompts = prompts[: len(answers[name])]
-            cut = cut or is_over(end)
-            del model
+    wanted_rows, wanted_prompts = len(rows), len(prompts)
+
+    def measure(part: int, folder: Path, rows: list[dict[str, Any]], prompts: list[Prompt]) -> Measured:
+        """Measure the base model (part 0) or the merged one (part 1) in its half of the time."""
+
+        def ends(share: float) -> float | None:
+            return began + (part + share) / 2 * settings.max_hours * 3600 if settings.max_hours else None
+
+        score = evaluation.score(StreamedModel(folder), rows, ends(LOSSES if prompts else 1.0))
+        check_losses(score, folder)
+        if not prompts or is_over(ends(1.0)):
+            return Measured(score, [], cut=False)
+        model = evaluation.load_model(folder)  # one at a time: an 8B model in bf16 takes 16 GB
+        answers = evaluation.answers(model, tokenizer, prompts, settings.max_new_tokens, ends(1.0))
+        return Measured(score, answers, cut=is_over(ends(1.0)))
+
+    base, origin = measured_base(stage, rows, len(prompts), lambda folder: measure(0, folder, rows, prompts))
+    log.info(f"base: {base.score}")
+    rows, prompts = rows[: len(base.score.losses)], prompts[: len(base.answers)]
+    merged = measure(1, paths.merged, rows, prompts)
+    log.info(f"merged: {merged.score}")
+    rows, prompts = rows[: len(merged.score.losses)], prompts[: len(merged.answers)]
     notes = []
     limit = f"evaluation.maxHours is {settings.max_hours:g}"
     if len(rows) < wanted_rows:
@@ -102,12 +112,51 @@ def compare(
         notes.append(f"No sample answers: {lacking}. Raise stages.evaluate.resources.limits.memory.")
     if len(prompts) < wanted_prompts:
         notes.append(f"There are {len(prompts)} of {wanted_prompts} sample answers: {limit}.")
-    if cut and prompts:
+    if prompts and (base.cut or merged.cut):
         notes.append(f"Sample answers may end early: {limit}.")
     for note in notes:
         log.warning(note)
-    both = {name: score.first(len(rows)) for name, score in scores.items()}
-    return Comparison(both, describe_samples(tokenizer, prompts, answers), notes)
+    scores = {"base": base.score.first(len(rows)), "merged": merged.score}
+    return Comparison(scores, describe_samples(tokenizer, prompts, base.answers, merged.answers), notes, origin)
+
+
+def measured_base(
+    stage: Stage, rows: list[dict[str, Any]], samples: int, measure: Callable[[Path], Measured]
+) -> tuple[Measured, str]:
+    """What a run has kept of the base model, or what is measured now and kept; and where it is from."""
+    base = stage.upstream_path("tokenize", "model")
+    key = key_of(stage, base, rows, samples)
+    if kept := base_scores.read(stage.paths.base_scores, key):
+        file = base_scores.file_of(stage.paths.base_scores, key).relative_to(stage.paths.workspace)
+        origin = f"reused from {file}, where run {one_line(kept.run)} has written it"
+        log.info(f"base: {origin}")
+        return kept, origin
+    stage.verify_read("tokenize", base)
+    measured = measure(base)
+    if stage.config.verify != "off":  # else the base model may not be the one of its digests
+        kept = BaseScores(measured.score, measured.answers, measured.cut, stage.config.name, key)
+        base_scores.keep(stage.paths.base_scores, kept)
+    return measured, "computed"
+
+
+def key_of(stage: Stage, base: Path, rows: list[dict[str, Any]], samples: int) -> str:
+    """The hex SHA-256 of what the base model's losses and answers depend on.
+
+    The machine's instruction set is part of it; its number of threads is not, which changes only the order of sums.
+    """
+    import torch
+
+    recorded = stage.upstream_files("tokenize", base)
+    what = {
+        "version": STAGE.version,
+        "base": {str(file.relative_to(base)): record.sha256 for file, record in recorded.items()},
+        "rows": rows,
+        "samples": samples,
+        "evaluation": stage.config.evaluation.settings_of_result(),
+        "libraries": installed_versions([*LIBRARIES, "tokenizers"]),
+        "instructions": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def is_over(end: float | None) -> bool:
@@ -138,7 +187,9 @@ def check_losses(score: Score, model: Path) -> None:
             )
 
 
-def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> list[dict[str, str]]:
+def describe_samples(
+    tokenizer: Any, prompts: Sequence[Prompt], base: Sequence[str], merged: Sequence[str]
+) -> list[dict[str, str]]:
     """Put each prompt that both models answered, its reference answer and theirs together as text."""
     return [
         {
@@ -147,7 +198,7 @@ def describe_samples(tokenizer: Any, prompts: Sequence[Prompt], answers: dict[st
             "base": before,
             "merged": after,
         }
-        for prompt, before, after in zip(prompts, answers["base"], answers["merged"], strict=False)
+        for prompt, before, after in zip(prompts, base, merged, strict=False)
     ]
 
 
