@@ -137,11 +137,12 @@ def short_standstill(values: Values) -> Iterator[Problem]:
             f"Write {COMPILING_STALL_TIMEOUT}, or leave it out to get the same.",
         )
     elif not compiles and seconds(timeout) < seconds(STARTING_STALL_TIMEOUT):
+        usual = usual_stall_timeout(get(values, "backend", str), get(values, "model.id", str))
         yield Problem(
             key_paths("guards.stallTimeout"),
             f"{timeout} may end the training before its first step: starting and reading the model may take "
             f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
-            f"Write {usual_stall_timeout(get(values, 'backend', str), get(values, 'model.id', str))}, or leave it out to get the same.",
+            f"Write {usual}, or leave it out to get the same.",
         )
 
 
