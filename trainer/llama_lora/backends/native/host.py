@@ -18,13 +18,13 @@ def compute_on_host(lm: nn.Module) -> None:
     """Have the linear layers of a model, whose base weights are frozen, computed by ``FrozenLinear``."""
     from peft.tuners.lora import Linear as LoraLinear
 
-    adapted = [module for module in lm.modules() if isinstance(module, LoraLinear)]
+    adapted: list[Any] = [module for module in lm.modules() if isinstance(module, LoraLinear)]
     parts = {part for module in adapted for part in module.modules()}
+    others: list[Any] = [module for module in lm.modules() if isinstance(module, nn.Linear) and module not in parts]
     for module in adapted:
         module.forward = functools.partial(_adapted, module)
-    for module in lm.modules():
-        if isinstance(module, nn.Linear) and module not in parts:
-            module.forward = functools.partial(_frozen, module)
+    for module in others:
+        module.forward = functools.partial(_frozen, module)
 
 
 def _frozen(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,8 @@ class FrozenLinear(torch.autograd.Function):
         return output.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
         adapter_input, weight, a, b, inner = context.saved_tensors
         shape = gradient.shape[:-1]
         rows = gradient.flatten(0, -2)

@@ -114,7 +114,7 @@ class LossOfChunk(torch.autograd.Function):
     def forward(
         context: Any, hidden: torch.Tensor, targets: torch.Tensor, loss: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        if not context.needs_input_grad[0]:
+        if not context.needs_input_grad[0]:  # the probe
             return loss(hidden, targets)
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
@@ -123,8 +123,8 @@ class LossOfChunk(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(context: Any, of_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = context.saved_tensors
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (of_value,), (gradient,) = gradients, context.saved_tensors
         return gradient * of_value, None, None
 
 
