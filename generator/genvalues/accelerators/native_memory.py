@@ -222,10 +222,8 @@ def activation_bytes(architecture: Architecture, step: Step, tensor: int) -> int
 
 
 def loss_bytes(architecture: Architecture, step: Step) -> int:
-    """The backward pass of one chunk: log-probabilities and the gradients of these and of the logits, in fp32.
-
-    The forward pass takes less: the logits in bf16 and fp32 and log-probabilities. The gradient of the hidden state is
-    collected in bf16.
+    """One chunk, whose gradient is taken at once: log-probabilities and the gradients of these and of the logits, in
+    fp32. The gradient of the hidden state is collected in bf16.
     """
     a = architecture
     return 3 * FP32 * min(LOSS_CHUNK, step.tokens) * a.vocabulary + BF16 * step.tokens * a.hidden

@@ -13,16 +13,16 @@ from genvalues.planner.prices import Price
 
 Range = tuple[float, float]
 
-# Share of a core's peak that training reaches. AWS measured 41.99 rows of 8192 tokens per second on 32 trn1.32xlarge
-# for the pre-training of Llama 3.1 8B (Neuron docs, Trn1/Trn1n Training Performance, 2025-05-20): 344,000 tokens per
-# second x 61 GFLOP (6 per parameter, 12 L s q for attention: PaLM, arXiv:2204.02311, appendix B) are 22 % of
+# Share of a core's peak that training reaches. AWS measured 47.95 rows of 8192 tokens per second on 32 trn1.32xlarge
+# for the pre-training of Llama 3.1 8B (Neuron docs, Trn1/Trn1n Training Performance, its newest figure): 393,000 tokens
+# per second x 61 GFLOP (6 per parameter, 12 L s q for attention: PaLM, arXiv:2204.02311, appendix B) are 24.6 % of
 # 32 x 16 x 190 TFLOPS, with rows four times as long and less overhead between kernels. No throughput is published for
 # LoRA with eager attention and one row per core; the lower end is an assumption.
 #
 # TorchNeuron (native): AWS publishes no training throughput for it (SDK 2.33). The upper end is a user's report, not
 # AWS's: LoRA on Qwen3 1.7B, tensor parallel 4 on one Trn2 device, compiled, 6,600 tokens per second, which is 7 to 10 %
 # of 667 TFLOPS by the formula below. The lower end is an assumption.
-UTILIZATION: dict[str, Range] = {"xla": (0.08, 0.22), "native": (0.02, 0.10)}
+UTILIZATION: dict[str, Range] = {"xla": (0.08, 0.246), "native": (0.02, 0.10)}
 # Hours on each Trainium node. optimum-neuron's guide cache_system: 30 to 60 minutes to compile a large model's graphs
 # from scratch. With cached graphs only the trial run remains. TorchNeuron compiles one decoder layer, whose graph all
 # layers share: 5 to 10 minutes before the first step in the report above; the upper end is an assumption.

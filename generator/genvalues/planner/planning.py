@@ -241,7 +241,8 @@ def stall_timeout(inputs: Inputs) -> Choice:
     reason = "longer than loading the model usually takes"
     if inputs.chosen_backend == "native":
         reason = "longer than loading the model and compiling some graphs again usually take"
-    return Choice(key, usual_stall_timeout(inputs.chosen_backend), f"default; {reason}")
+    model_id = inputs.model.partition("@")[0] if isinstance(inputs.model, str) else None
+    return Choice(key, usual_stall_timeout(inputs.chosen_backend, model_id), f"default; {reason}")
 
 
 # --- notes

@@ -29,8 +29,8 @@ StallTimeout = Annotated[
         pattern=f"^{DURATION}$",
         max_length=32,
         description="End train after this long without a step while all its pods run, such as 45m or 1h30m. Empty: "
-        "never. Must be longer than what precedes the first step: reading the model, and with compile.onMismatch: warn "
-        "compiling, which can take an hour.",
+        "never. Must be longer than what precedes the first step: reading the model, for which genvalues adds a minute "
+        "for each GiB beyond 8B with xla, and with compile.onMismatch: warn compiling, which can take an hour.",
     ),
 ]
 StorageKind = Annotated[

@@ -7,6 +7,7 @@ missing or of the wrong type breaks no rule.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,7 @@ MONITORS = ("wandb", "mlflow", "pushgateway", "otlpEndpoint")
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # the example account of AWS documentation
 DEFAULT_MOUNT = "/workspace"  # default of workspace.mountPath
 STALL_TIMEOUT = "30m"  # default if all graphs are compiled before train; also the chart's default
+STALL_TIMEOUT_GIB = 16  # the weights for which it is enough
 COMPILING_STALL_TIMEOUT = "2h"  # default if the first step of train may compile for an hour
 STARTING_STALL_TIMEOUT = "18m"  # estimated longest start of a training (planner/estimate.py, START_HOURS)
 # Backend native: graphs come from compile's cache, but that TorchNeuron finds all of them there is not verified on
@@ -134,17 +136,25 @@ def short_standstill(values: Values) -> Iterator[Problem]:
             f"Write {COMPILING_STALL_TIMEOUT}, or leave it out to get the same.",
         )
     elif not compiles and seconds(timeout) < seconds(STARTING_STALL_TIMEOUT):
+        usual = usual_stall_timeout(get(values, "backend", str), get(values, "model.id", str))
         yield Problem(
             key_paths("guards.stallTimeout"),
             f"{timeout} may end the training before its first step: starting and reading the model may take "
             f"{STARTING_STALL_TIMEOUT}, by the plan's estimate",
-            f"Write {usual_stall_timeout(get(values, 'backend', str))}, or leave it out to get the same.",
+            f"Write {usual}, or leave it out to get the same.",
         )
 
 
-def usual_stall_timeout(backend: str | None) -> str:
-    """The default of guards.stallTimeout if train compiles nothing by itself."""
-    return NATIVE_STALL_TIMEOUT if backend == "native" else STALL_TIMEOUT
+def usual_stall_timeout(backend: str | None, model_id: str | None) -> str:
+    """The default of guards.stallTimeout if train compiles nothing by itself.
+
+    With xla a minute more for each GiB of weights beyond those of 8B: optimum-neuron draws random weights before it
+    loads them, which takes 3 to 11 minutes for 8B and 25 to 110 for 70B (counted, not measured on Trainium).
+    """
+    if backend == "native":
+        return NATIVE_STALL_TIMEOUT
+    more = math.ceil(weights_gib(model_id or "") or 0) - STALL_TIMEOUT_GIB
+    return f"{seconds(STALL_TIMEOUT) // 60 + more:.0f}m" if more > 0 else STALL_TIMEOUT
 
 
 def model(values: Values) -> Iterator[Problem]:

@@ -180,3 +180,8 @@ def test_limits_are_told_with_all_other_mistakes_each_once() -> None:
         checked(Sources((TRN1,), sets=("guards.maxCost=40", "instance=trn1.32xlarge"))).values["guards"]["maxCost"]
         == 40
     )
+
+
+def test_a_large_model_may_load_for_longer() -> None:
+    times = [contradictions.usual_stall_timeout("xla", f"meta-llama/Llama-3.1-{size}") for size in ("8B", "70B")]
+    assert times == ["30m", "146m"]

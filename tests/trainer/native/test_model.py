@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from llama_lora.backends.lora import initialize_lora, lora_config
+from llama_lora.backends.native import engine as engines
+from llama_lora.backends.native import model as native_model
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
+from llama_lora.backends.native.host import example_lengths
 from llama_lora.backends.native.model import make_batch
 from llama_lora.data.tokens import IGNORED
 from trainer.conftest import make_model
@@ -83,6 +86,35 @@ def test_losses_and_norms_are_those_of_transformers_trainer(model: Path, tmp_pat
     for (loss, norm), step in zip(expected, steps, strict=True):
         assert abs(step.loss - loss) < 1e-5
         assert abs(step.grad_norm / norm - 1) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.1}, {"target_modules": ["q_proj", "down_proj"]}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_host_computes_what_the_libraries_modules_do(
+    dtype: str, settings: Any, model: Path, bf16_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and adapter, dropout included, of packed rows."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    given = job(tmp_path, {"fp32": model, "bf16": bf16_model}[dtype], **settings)
+    ours = in_workers(1, train, given, steps=3)
+    monkeypatch.setattr(engines, "compute_on_host", lambda lm: None)
+    monkeypatch.setattr(native_model, "attention", sdpa_attention_forward)
+    theirs = in_workers(1, train, given, steps=3)
+    loss, norm = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 2e-2)}[dtype]
+    for one, other in zip(ours.steps, theirs.steps, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=loss)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=norm)
+    if dtype == "fp32":
+        for name, values in ours.adapter.items():
+            torch.testing.assert_close(values, theirs.adapter[name], rtol=0, atol=1e-4)
+
+
+def test_rows_of_a_batch_are_cut_where_their_examples_begin() -> None:
+    rows = [{"input_ids": [1] * 9, "labels": [1] * 9, "lengths": lengths} for lengths in ([4, 1, 4], [9], [1, 8])]
+    mask = make_batch(rows, 12, isolated=True).attention_mask
+    assert mask is not None
+    assert example_lengths(mask) == [[4, 1, 4, 3], [9, 3], [1, 8, 3]]
 
 
 def losses_of(given: Any, rows: list[dict[str, Any]]) -> list[float]:

@@ -21,6 +21,7 @@ from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.native import layout as layouts
 from llama_lora.backends.native import shards
 from llama_lora.backends.native.devices import Device
+from llama_lora.backends.native.host import compute_on_host
 from llama_lora.backends.native.model import (
     LoraModel,
     ModelBatch,
@@ -69,6 +70,8 @@ class NativeEngine:
         """Take this worker's part of a model whose parameters are on the meta device."""
         self.root, self.peft_config = model
         move_buffers(self.root, self.device.torch)
+        if self.device.type == "cpu" and not self.static and self.layout.tensor_size == 1:
+            compute_on_host(self.root.lm)
         recompute = recomputation(self.job.training.activation_checkpointing, self.device)
         layouts.parallelize(self.root, self.layout, recompute, compile_backend)
 

@@ -6,17 +6,17 @@ worker then reads its own part of the base weights only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from llama_lora import library_versions
 from llama_lora.adapter import PREFIX
 from llama_lora.backends.lora import initial_a, lora_config
+from llama_lora.backends.native.host import attention
 from llama_lora.backends.native.regions import StoredWeights, local_region, local_tensor
 from llama_lora.config import Lora
 from llama_lora.data.batches import isolating_mask, pad_rows
@@ -71,8 +71,8 @@ def to_device(batch: ModelBatch, device: torch.device) -> ModelBatch:
 class SummedLoss(nn.Module):
     """A causal language model as batch -> summed cross entropy, in nats and fp32.
 
-    Logits exist for one chunk of tokens at a time, in the forward and in the backward pass: whole logits of 2048 tokens
-    over a vocabulary of 128,256 take 1 GB in fp32.
+    Logits exist for one chunk of tokens at a time: whole logits of 2048 tokens over a vocabulary of 128,256 take 1 GB
+    in fp32.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -93,12 +93,39 @@ class SummedLoss(nn.Module):
             hidden = hidden[batch.positions]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part, targets in zip(hidden.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(self.chunk_loss, part, targets, use_reentrant=False, preserve_rng_state=False)
+            total = total + LossOfChunk.apply(part, targets, self.chunk_loss)
         return total
 
     def chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.lm.lm_head(hidden).float() / self.logits_scaling
+        logits = self.lm.lm_head(hidden).float()
+        if self.logits_scaling != 1.0:
+            logits = logits / self.logits_scaling
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+class LossOfChunk(torch.autograd.Function):
+    """``loss(hidden, targets)``, whose gradient the forward pass takes while the logits exist.
+
+    The output layer is frozen, so that the gradient of ``hidden`` is all that the backward pass needs. Logits that are
+    computed again there cost a third product with the vocabulary (Liger Kernel, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: torch.Tensor, targets: torch.Tensor, loss: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        if not context.needs_input_grad[0]:  # the probe
+            return loss(hidden, targets)
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            value = loss(hidden, targets)
+        context.save_for_backward(*torch.autograd.grad(value, hidden))
+        return value.detach()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (of_value,), (gradient,) = gradients, context.saved_tensors
+        return gradient * of_value, None, None
 
 
 class LoraModel(NamedTuple):
@@ -113,9 +140,8 @@ def build_model(config: Any, lora: Lora, dtype: torch.dtype) -> LoraModel:
     from accelerate import init_empty_weights
     from peft import get_peft_model
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+    AttentionInterface.register(ATTENTION, attention)
     with init_empty_weights(include_buffers=False):
         model = library_versions.new_model(config, attn_implementation=ATTENTION, dtype=dtype)
         peft_model = get_peft_model(model, lora_config(lora), low_cpu_mem_usage=True)
