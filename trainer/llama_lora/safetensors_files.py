@@ -180,7 +180,7 @@ def read_into(target: torch.Tensor, shard: Path, tensor: StoredTensor) -> None:
 
 
 class Span(NamedTuple):
-    """Bytes [begin, end) of a shard: rows of the tensor ``name``, the first being ``row``, or bytes to keep if empty."""
+    """Bytes [begin, end) of a shard: rows from ``row`` on of the tensor ``name``, which changes; no name: they stay."""
 
     begin: int
     end: int
