@@ -68,7 +68,7 @@ def flip_before(run: Run, stage: str, pattern: str) -> Path:
     """Damage a file that the stage is about to read."""
     file = next(run.workspace.glob(pattern))
     flip_in_the_middle(file)
-    shutil.rmtree(run.paths.base_scores)  # with them evaluate does not read the base model
+    shutil.rmtree(run.paths.base_scores, ignore_errors=True)  # with them evaluate does not read the base model
     run.paths.manifest(stage).unlink(missing_ok=True)
     return file
 

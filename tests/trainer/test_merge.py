@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora.safetensors_files import stored_tensors
+from llama_lora import safetensors_files
+from llama_lora.adapter import Delta, read_deltas
+from llama_lora.digests import record_of
+from llama_lora.safetensors_files import StoredTensor, spans, stored_tensors
 from llama_lora.stages.merge import write_merged
 from trainer.chat_templates import family_tokenizer
 from trainer.conftest import Run, llama_lora_here, make_model
@@ -63,6 +66,45 @@ def test_the_merge_is_bit_identical_to_pefts(
         torch.equal(merged[name], expected[name]) and merged[name].dtype == expected[name].dtype for name in merged
     )
     assert any(not torch.equal(merged[name], before[name]) for name in merged)
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (1031, 577)])
+@pytest.mark.parametrize("r", [1, 16])
+def test_rows_that_are_changed_by_themselves_have_the_bits_of_the_whole_matrix(shape: tuple[int, int], r: int) -> None:
+    generator = torch.Generator().manual_seed(r)
+    rows, columns = shape
+    a, b, weight = (torch.randn(size, generator=generator) for size in ((r, columns), (rows, r), shape))
+    weight = weight.bfloat16()
+    tensor = StoredTensor("model.safetensors", "BF16", list(shape), 0, weight.nbytes)
+    parts = list(spans(weight.nbytes, {"q": tensor}))
+    assert len(parts) > 1 and [part.end for part in parts[:-1]] == [part.begin for part in parts[1:]]
+    divided = weight.split([(part.end - part.begin) // (2 * columns) for part in parts])
+    changed = torch.cat([Delta(a, b, 2.5).added_to(each, part.row) for each, part in zip(divided, parts, strict=True)])
+    weight += (b @ a) * 2.5  # as peft
+    assert torch.equal(changed, weight)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_what_is_recorded_of_the_merged_files_is_their_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verified: bool
+) -> None:
+    base = make_model(tmp_path / "base", max_shard_size="40KB")
+    deltas = read_deltas(make_adapter(base, tmp_path / "adapter"))
+    monkeypatch.setattr(safetensors_files, "SPAN", 500)  # several for each tensor
+    recorded = {file: record_of(file) for file in base.iterdir()} if verified else {}
+    records = write_merged(base, stored_tensors(base), deltas, tmp_path / "merged", recorded)
+    assert records == {name: record_of(tmp_path / "merged" / name) for name in records}
+    assert {file.name for file in base.iterdir()} - records.keys() == {"generation_config.json"}
+
+
+def test_a_damaged_base_model_is_named_also_where_its_sums_are_not_finite(finished_run: Run) -> None:
+    [shard] = finished_run.workspace.glob("models/*/model.safetensors")
+    tensor = stored_tensors(shard.parent)["model.layers.0.self_attn.q_proj.weight"]
+    with shard.open("r+b") as file:
+        file.seek(tensor.begin)
+        file.write(b"\xff" * 8)
+    finished_run.paths.manifest("merge").unlink()
+    assert f"{shard}: has the expected size but another SHA-256" in finished_run("merge", status=2)
 
 
 def test_transformers_loads_the_merged_model_and_generates(whole_run: Run) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import backends, probe
+from llama_lora.adapter import Delta
 from llama_lora.backends.checkpoints import RECORD
 from llama_lora.config import Probe as Settings
 from trainer.conftest import Run, make_model, make_run, write_checkpoint_record
@@ -89,9 +90,7 @@ def test_consolidate_refuses_what_was_not_trained_and_writes_nothing(finished_ru
 
 
 def test_merge_refuses_a_model_without_the_adapter(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_lora.stages import merge
-
-    monkeypatch.setattr(merge, "add_in_place", lambda *arguments: None)
+    monkeypatch.setattr(Delta, "added_to", lambda delta, rows, first: rows)
     finished_run.paths.manifest("merge").unlink()
     assert "these are not the trained weights" in finished_run("merge", status=2)
     assert not finished_run.paths.manifest("merge").exists()

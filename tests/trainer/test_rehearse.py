@@ -15,10 +15,10 @@ import pytest
 from genvalues.accelerators import architectures
 from genvalues.common.errors import UserError
 from llama_lora import layout_trace, small_run
+from llama_lora.adapter import Delta
 from llama_lora.config import Parallelism
 from llama_lora.data.row_checks import answer_ends, stop_tokens, trained_window
 from llama_lora.data.tokens import IGNORED
-from llama_lora.stages import merge as merge_stage
 from trainer.conftest import (
     CHAT_TEMPLATE,
     LLAMA_LORA,
@@ -226,7 +226,7 @@ def refuse_to_restore(patch: pytest.MonkeyPatch) -> None:
 
 
 def merge_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(merge_stage, "add_in_place", lambda *arguments: None)
+    patch.setattr(Delta, "added_to", lambda delta, rows, first: rows)
 
 
 def end_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def end_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def raise_in_merge(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(merge_stage, "add_in_place", lambda *arguments: {}["a tensor"])
+    patch.setattr(Delta, "added_to", lambda *arguments: {}["a tensor"])
 
 
 DEFECTS = {

@@ -18,7 +18,7 @@ from typing import Any
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # What a tokenizer is loaded from, and the chat templates (transformers keeps further ones in the folder).
@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece*.model", "*.tiktoken"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-SETTINGS = (CONFIG, "generation_config.json")
+SETTINGS = (CONFIG, GENERATION_CONFIG)
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 KEPT = (*SETTINGS, *TOKENIZER_FILES, *LICENSES)
 FOLDERS = frozenset(pattern.partition("/")[0] for pattern in KEPT if "/" in pattern)

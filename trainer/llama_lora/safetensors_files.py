@@ -1,4 +1,4 @@
-"""The safetensors shards of a model folder: list their tensors, and change single tensors in place."""
+"""The safetensors shards of a model folder: list and read their tensors, and copy a shard with some of them changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 import math
 import os
 import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -28,6 +33,7 @@ BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SPAN = 1 << 20  # bytes that a thread copies at once: with the sum in fp32 they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -173,28 +179,96 @@ def read_into(target: torch.Tensor, shard: Path, tensor: StoredTensor) -> None:
         target.copy_(values)
 
 
-def add_in_place(shard: Path, tensor: StoredTensor, delta: torch.Tensor, name: str) -> None:
-    """Add ``delta`` (fp32) to a stored tensor. The sum is computed in fp32 and rounded once to the stored dtype.
+class Span(NamedTuple):
+    """Bytes [begin, end) of a shard: rows from ``row`` on of the tensor ``name``, which changes; no name: they stay."""
 
-    It rounds as ``weight.data += delta`` in merge_and_unload() of peft does (0.17 to 0.21). Raises UserError if the sum
-    is not finite in the stored dtype.
+    begin: int
+    end: int
+    name: str = ""
+    row: int = 0
+
+
+def spans(size: int, targets: Mapping[str, StoredTensor]) -> Iterator[Span]:
+    """Divide a shard of ``size`` bytes into spans of about SPAN bytes, in order. ``targets`` are matrices to change."""
+    at = 0
+    for name, tensor in sorted(targets.items(), key=lambda pair: pair[1].begin):
+        yield from (Span(begin, min(begin + SPAN, tensor.begin)) for begin in range(at, tensor.begin, SPAN))
+        at, rows = tensor.end, tensor.shape[0]
+        # Evenly: for a single row that is left over BLAS would take another kernel, whose bits may differ.
+        parts = min(rows, -(-(tensor.end - tensor.begin) // SPAN))
+        for row, next_row in pairwise(rows * part // parts for part in range(parts + 1) if parts):
+            width = (tensor.end - tensor.begin) // rows
+            yield Span(tensor.begin + row * width, tensor.begin + next_row * width, name, row)
+    yield from (Span(begin, min(begin + SPAN, size)) for begin in range(at, size, SPAN))
+
+
+def copy_changed(
+    source: Path,
+    target: Path,
+    targets: Mapping[str, StoredTensor],
+    change: Callable[[str, torch.Tensor, int], torch.Tensor],
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Copy a shard, and yield what was read and what was written of each span, in the order of the file.
+
+    ``change`` gets a target's name, some of its rows, and the number of the first; it returns what to write instead.
+    Spans are copied side by side, one on each core, so memory is a few MiB for each core. Raises UserError if the file
+    ends, or a changed value is not finite.
     """
     import torch
 
-    dtype = getattr(torch, DTYPES[tensor.dtype])
-    with shard.open("r+b") as file:
-        file.seek(tensor.begin)
-        data = bytearray(file.read(tensor.end - tensor.begin))
-        weight = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
-        weight += delta
-        if not torch.isfinite(weight).all():
-            raise UserError(
-                f"{name} plus its delta has values that are not finite",
-                where=shard.name,
-                fix="Check the base model, and lora_alpha and r of the adapter.",
-            )
-        file.seek(tensor.begin)
-        file.write(data)
+    def copy(span: Span) -> tuple[memoryview, memoryview]:
+        content = bytearray(span.end - span.begin)
+        if os.preadv(read.fileno(), [content], span.begin) != len(content):
+            raise UserError("the file is truncated", where=str(source), fix=COPY_AGAIN)
+        before = after = memoryview(content)
+        if span.name:
+            tensor = targets[span.name]
+            rows = torch.frombuffer(content, dtype=getattr(torch, DTYPES[tensor.dtype])).view(-1, tensor.shape[1])
+            changed = change(span.name, rows, span.row)
+            if not is_finite(changed):
+                raise UserError(
+                    f"{span.name} plus its delta has values that are not finite",
+                    where=str(source),
+                    fix="Check the base model, and lora_alpha and r of the adapter.",
+                )
+            after = memoryview(changed.flatten().view(torch.uint8).numpy())
+        done = 0
+        while done < len(after):
+            done += os.pwrite(written.fileno(), after[done:], span.begin + done)
+        return before, after
+
+    waiting: deque[Future[tuple[memoryview, memoryview]]] = deque()
+    with files.open_regular(source) as read, target.open("wb", buffering=0) as written, _threads() as (pool, count):
+        for span in spans(os.fstat(read.fileno()).st_size, targets):
+            waiting.append(pool.submit(copy, span))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """As many threads as PyTorch uses for one operation, and their count. There an operation uses only its thread."""
+    import torch
+
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool, count
+    finally:
+        torch.set_num_threads(count)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floating-point numbers has no NaN and no infinity. Makes no copy of it."""
+    import torch
+
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN if any element is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _shards(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

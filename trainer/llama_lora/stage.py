@@ -104,7 +104,10 @@ class InvalidManifest(Exception):
 
 
 class Stage:
-    """One stage of one run: its fingerprint, whether it is done, its outputs, and facts for later stages."""
+    """One stage of one run: its fingerprint, whether it is done, its outputs, and facts for later stages.
+
+    ``digested``: what is known of outputs, so that their digests are not computed again.
+    """
 
     def __init__(
         self, name: str, config: RunConfig, paths: Paths, sources: resolve.ResolvedSources | None = None
@@ -114,6 +117,7 @@ class Stage:
         self.paths = paths
         self.sources = sources or resolve.known_sources(config, paths)
         self.facts: dict[str, Any] = {}
+        self.digested: dict[Path, FileRecord] = {}
         self._declaration = declaration(name)
         self.started = now()
 
@@ -264,8 +268,8 @@ class Stage:
             yield partial
         self.finish([path, *beside])
 
-    def finish(self, outputs: Sequence[Path], known: Mapping[Path, FileRecord] | None = None) -> None:
-        """Write the manifest for ``outputs``, which are files or folders. The digests in ``known`` are not computed."""
+    def finish(self, outputs: Sequence[Path]) -> None:
+        """Write the manifest for ``outputs``, which are files or folders."""
         fingerprint = self.fingerprint
         assert fingerprint is not None, "run_stage resolves the sources first"
         manifest = Manifest(
@@ -274,7 +278,7 @@ class Stage:
             started=self.started,
             finished=now(),
             outputs={
-                str(file.relative_to(self.paths.workspace)): (known or {}).get(file) or record_of(file)
+                str(file.relative_to(self.paths.workspace)): self.digested.get(file) or record_of(file)
                 for output in outputs
                 for file in (files_in(output) if output.is_dir() else [output])
             },

@@ -157,29 +157,11 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     digest = hashlib.sha256()
-    for piece in _pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def copy_with_digest(source: Path, target: Path) -> str:
-    """Copy a file's content and return the hex SHA-256 of what was copied."""
-    digest = hashlib.sha256()
-    with target.open("wb", buffering=0) as written:
-        for piece in _pieces(source):
-            digest.update(piece)
-            left = piece
-            while left:
-                left = left[written.write(left) :]
-    return digest.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[memoryview]:
-    """A file's content. Each piece is valid until the next: one buffer is much faster than an object for each."""
-    buffer = memoryview(bytearray(PIECE))
+    buffer = memoryview(bytearray(PIECE))  # one buffer is much faster than an object for each piece
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
-            yield buffer[:size]
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
 def current_umask() -> int:

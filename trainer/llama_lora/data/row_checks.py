@@ -12,7 +12,7 @@ from genvalues.common.errors import UserError
 from llama_lora import library_versions
 from llama_lora.data.rendering import end_of_turn
 from llama_lora.data.tokens import IGNORED
-from llama_lora.model_files import read_model_json
+from llama_lora.model_files import CONFIG, GENERATION_CONFIG, read_model_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,9 +87,9 @@ def record_stop_tokens(model: Path, base: Path) -> None:
         raise UserError(error.what, where=str(base / Path(error.where).name), fix=error.fix) from None
     if own <= set(stops):
         return
-    file = model / "generation_config.json"
+    file = model / GENERATION_CONFIG
     names = ("bos_token_id", "pad_token_id")
-    settings = read_model_json(file) or {name: read_model_json(model / "config.json").get(name) for name in names}
+    settings = read_model_json(file) or {name: read_model_json(model / CONFIG).get(name) for name in names}
     settings["eos_token_id"] = [*stops, *sorted(own - set(stops))]
     files.write_json(file, {name: value for name, value in settings.items() if value is not None})
 
@@ -100,7 +100,7 @@ def _own_stops(tokenizer: Any) -> set[int]:
 
 def _configured_stops(model: Path) -> list[int]:
     """The end-of-sequence tokens of the generation config, else those of the model's config, as transformers does."""
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION_CONFIG, CONFIG):
         found = read_model_json(model / name).get("eos_token_id")
         if found is not None:
             ids = list(found) if isinstance(found, list) else [found]

@@ -40,7 +40,8 @@ def tokenize(stage: Stage) -> None:
         "model": str(model.relative_to(stage.paths.workspace)),
         "dataset": str(dataset.relative_to(stage.paths.workspace)),
     }
-    stage.finish([model, dataset], recorded(model) | recorded(dataset))
+    stage.digested = recorded(model) | recorded(dataset)
+    stage.finish([model, dataset])
     _log_report(report, dataset)
 
 

@@ -20,11 +20,12 @@ import torch
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, read_object
-from llama_lora.adapter import FACTOR, TRAIN_LOWER, check_targets, is_finite, other_factor, read_adapter_config
+from llama_lora.adapter import FACTOR, TRAIN_LOWER, check_targets, other_factor, read_adapter_config
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.native.optimizer import MOMENTS, LocalAdamW
 from llama_lora.backends.native.regions import Part, Region, StoredWeights, local_region, write_parts
 from llama_lora.backends.worker_group import WorkerGroup
+from llama_lora.safetensors_files import is_finite
 
 FORMAT = 1
 ADAPTER_CONFIG, TRAINING = "adapter_config.json", "training.json"

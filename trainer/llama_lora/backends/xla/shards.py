@@ -28,12 +28,13 @@ import torch
 from genvalues.accelerators.architectures import LINEAR, target_names
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
-from llama_lora.adapter import CONFIG, PREFIX, check_kind, is_finite
+from llama_lora.adapter import CONFIG, PREFIX, check_kind
 from llama_lora.backends.base import Adapter
 from llama_lora.backends.xla import torch_files
 from llama_lora.backends.xla.rules import architecture_of
 from llama_lora.backends.xla.torch_files import COPY_ALL, TRAIN_AGAIN
 from llama_lora.progress import track
+from llama_lora.safetensors_files import is_finite
 
 ADAPTER = "adapter_default"
 SHARDS = "adapter_shards"
