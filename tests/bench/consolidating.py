@@ -11,13 +11,12 @@ import tarfile
 import time
 from pathlib import Path
 
-from bench.growing import Size, growth
-from bench.measure import ROOT, SMALL, XLA, Bench, Sides, alternate, command, compared, peak, serve, wall
+from bench.measure import ROOT, SMALL, XLA, Bench, Sides, alternate, command, compared, growth
 from bench.table import Goal, Line
 
 ARCHIVE = ROOT / "tests/trainer/fixtures/neuron/llama-tp2-qv.tar.xz"
 PEER = "optimum-cli"
-INSTALL = "pip install 'optimum-neuron[training]==0.4.5' from AWS's repository, and optimum-cli on the PATH"
+INSTALL = "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com 'optimum-neuron[training]==0.4.5'"
 
 
 def measure(work: Path) -> dict[str, Sides]:
@@ -30,48 +29,39 @@ def measure(work: Path) -> dict[str, Sides]:
         PEER: lambda output: command(PEER, "neuron", "consolidate", checkpoint, output),
     }
     rounds = alternate(work, sides)
-    return {
-        "consolidate-time": compared(rounds, wall, theirs=PEER),
-        "consolidate-memory": compared(rounds, peak, theirs=PEER),
-    }
-
-
-def lacks_peer() -> str:
-    return "" if shutil.which(PEER) else f"peer not installed: {INSTALL}"
+    return {f"consolidate-{name}": compared(rounds, key, "ours", PEER) for name, key in MEASURES.items()}
 
 
 def make_size(work: str, layers: int) -> None:
-    """Save a checkpoint of backend native with LoRA on all linear layers of so many layers."""
+    """Save a checkpoint of backend native with LoRA on all linear layers."""
     from gpu.random_model import TINY, RandomEngine, random_job
     from llama_lora.backends import checkpoints
     from llama_lora.backends.native.devices import open_device
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(ONE_WORKER)
     folder = Path(work) / str(layers)
     folder.mkdir()
-    device, workers = open_device("cpu")
     hidden = 64 if SMALL else 512
     shape = TINY | {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
-    engine = RandomEngine(random_job(folder, shape, "cpu"), device, workers)
+    engine = RandomEngine(random_job(folder, shape, "cpu"), *open_device("cpu"))
     record = checkpoints.CheckpointRecord("bench", step=1, rows_done=1, workers=1)
-    checkpoints.save(folder, record, engine.save, workers)
+    checkpoints.save(folder, record, engine.save, engine.workers)
 
 
-def consolidate_size(work: str, layers: int) -> dict[str, float]:
+def consolidate_size(work: str, layers: int, output: str) -> dict[str, float]:
     from llama_lora import environment as environment  # sets the variables that torch reads at import
     from llama_lora.backends.native import backend as backend
     from llama_lora.stages.consolidate import consolidate_checkpoint
 
-    folder = Path(work) / str(layers)
     began = time.perf_counter()
-    consolidate_checkpoint(folder / "step-000001", folder / "adapter")
-    seconds = time.perf_counter() - began
-    shutil.rmtree(folder / "adapter")
-    return {"seconds": seconds}
+    consolidate_checkpoint(Path(work) / str(layers) / "step-000001", Path(output))
+    return {"seconds": time.perf_counter() - began}
 
 
-WORK = "consolidate a checkpoint of optimum-neuron, tensor parallel 2"
+MEASURES = {"time": "wall", "memory": "peak"}
+ONE_WORKER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+ONE_WORKER |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+WORK = "consolidate a checkpoint of optimum-neuron with tensor parallel size 2"
 BENCHES = [
     Bench(
         [
@@ -79,10 +69,7 @@ BENCHES = [
             Line("consolidate-memory", f"{WORK}: peak memory", "MiB", Goal(0.65), PEER),
         ],
         measure,
-        lacks_peer,
+        "" if shutil.which(PEER) else f"peer not installed: {PEER} is not on the PATH ({INSTALL})",
     ),
-    growth("consolidate", "consolidate LoRA on all linear layers", "layers", Size("bench.consolidating", "make_size", "consolidate_size", 8)),
+    growth("consolidate", "consolidate, LoRA on all linear layers", "layers", make_size, consolidate_size, 8),
 ]
-
-if __name__ == "__main__":
-    serve(globals())

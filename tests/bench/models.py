@@ -6,30 +6,20 @@ from typing import Any
 
 # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json: 1.24 B parameters
 LLAMA_1B: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
+    **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
 }
 # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json: 135 M parameters
 SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
+    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
 }
 TINY = SMOLLM2 | {"vocab_size": 1024, "hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 4}
 Q_V = ["q_proj", "v_proj"]
-ALL = [*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR = [*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_model(folder: str, shape: dict[str, Any], dtype: str, adapters: dict[str, list[str]] = {}) -> None:  # noqa: B006
+def make_model(folder: str, shape: dict[str, Any], dtype: str, adapters: dict[str, list[str]]) -> None:
     """Write a random Llama, and for each folder in ``adapters`` an adapter of rank 16 for those modules."""
     import torch
     from accelerate import init_empty_weights

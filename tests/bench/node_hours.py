@@ -13,36 +13,34 @@ from pathlib import Path
 from bench.measure import ROOT, Bench, Sides, command
 from bench.table import Goal, Line
 
-RUN = {"training.maxSteps": 1200, "training.maxSequenceLength": 1024}  # the example's
-ON_CPU_NODES = ("tokenize", "consolidate", "merge")
+STEPS, LENGTH = 1200, 1024  # the example's
 
 
-def hours(runs_on: str) -> dict[str, list[float]]:
-    """Lowest and highest hours of the stages, by name."""
-    settings = {**RUN, "compile.runsOn": runs_on}
-    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    plan = command("-m", "genvalues.cli", "plan", ROOT / "values/trn1.yaml", "--offline", "--json", *options).told
-    costs = plan["estimate"]
-    return {"compile": costs["compileHours"], "train": costs["trainHours"], **costs["cpuNodeHours"]}
+def hours(runs_on: str, *stages: str) -> list[float]:
+    """The lowest and the highest sum of the hours of stages."""
+    run = {"training.maxSteps": STEPS, "training.maxSequenceLength": LENGTH, "compile.runsOn": runs_on}
+    options = [option for key, value in run.items() for option in ("--set", f"{key}={value}")]
+    costs = command("-m", "genvalues.cli", "plan", ROOT / "values/trn1.yaml", "--offline", "--json", *options)[
+        "estimate"
+    ]
+    by_stage = {"compile": costs["compileHours"], "train": costs["trainHours"], **costs["cpuNodeHours"]}
+    return [sum(by_stage[stage][end] for stage in stages) for end in (0, 1)]
 
 
 def measure(work: Path) -> dict[str, Sides]:
-    of_example = hours("accelerator")
-    theirs = [sum(of_example[stage][end] for stage in ("compile", "train", *ON_CPU_NODES)) for end in (0, 1)]
-    found = {}
-    for name, runs_on in (("node-hours", "accelerator"), ("node-hours-cpu", "cpu")):
-        counted = hours(runs_on)
-        found[name] = Sides([counted["compile"][end] + counted["train"][end] for end in (0, 1)], theirs)
-    return found
+    example = hours("accelerator", "tokenize", "compile", "train", "consolidate", "merge")
+    runs_on = {"node-hours": "accelerator", "node-hours-cpu": "cpu"}
+    return {name: Sides(hours(where, "compile", "train"), example, {}) for name, where in runs_on.items()}
 
 
-WORK = "Trainium node-hours of a first 8B run of 1,200 steps, counted"
+WORK = f"Trainium node-hours of a first 8B run of {STEPS:,} steps, counted"
+EXAMPLE = "AWS's example"
 REASON = "compile and train hold the node on both sides, and are most of its hours"
 BENCHES = [
     Bench(
         [
-            Line("node-hours", WORK, "h", Goal(0.25), "AWS's example", REASON),
-            Line("node-hours-cpu", f"{WORK}, with `compile.runsOn: cpu`", "h", Goal(0.25), "AWS's example", REASON),
+            Line("node-hours", WORK, "h", Goal(0.25), EXAMPLE, REASON),
+            Line("node-hours-cpu", f"{WORK}, with `compile.runsOn: cpu`", "h", Goal(0.25), EXAMPLE, REASON),
         ],
         measure,
     )

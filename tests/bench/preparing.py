@@ -8,37 +8,21 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench.growing import growth_lines, linear
-from bench.measure import (
-    SMALL,
-    TRL_024,
-    TRL_NEWEST,
-    XLA,
-    Bench,
-    Libraries,
-    Measured,
-    Sides,
-    alternate,
-    call,
-    compared,
-    inner,
-    peak,
-    serve,
-)
+from bench import measure
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Libraries, Sides, alternate, call, compared
 from bench.table import Goal, Line
 
-MAX_LENGTH = 2048
+LENGTH = 2048
 ROWS = 800 if SMALL else 4000
-MANY = (100, 400, 1600) if SMALL else (7473, 29892, 119568)  # gsm8k's rows, 4 and 16 times of them
+MANY = 100 if SMALL else 7473  # rows of gsm8k; and 4 and 16 times as many
 SHORT = 160  # characters of an answer where the rows are many, so that TRL takes no minutes
 
 
-def ours(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, float]:
+def prepare(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, float]:
     """Prepare rows with the stage tokenize."""
     from llama_lora import environment as environment  # sets the variables that transformers reads at import
     from llama_lora.config import RunConfig
@@ -53,7 +37,7 @@ def ours(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, fl
             "backend": "native",
             "model": {"path": tokenizer},
             "dataset": {"source": rows, "format": "instruction", "columns": columns, "evalFraction": 0},
-            "training": {"maxSequenceLength": MAX_LENGTH},
+            "training": {"maxSequenceLength": LENGTH},
             "evaluation": {"enabled": False},
             "parallelism": {"nodes": 1, "processesPerNode": 1, "tensorParallelSize": 1, "dataParallelSize": 1},
         }
@@ -68,11 +52,11 @@ def ours(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, fl
     tokenized_dataset.tokenize_dataset(config, ResolvedSources(Source("", ""), Source("", "")), loaded, folder)
     seconds = time.perf_counter() - began
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return {"seconds": seconds, "rows": report["rows_read"] / seconds, "full": report["train"]["packing_efficiency"]}
+    return {"seconds": seconds, "full": 100 * report["train"]["packing_efficiency"]}
 
 
-def trl(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, float]:
-    """Prepare rows with TRL, with its default packing (best-fit-decreasing)."""
+def prepare_with_trl(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, float]:
+    """Prepare rows with TRL and its default packing, best-fit-decreasing."""
     from accelerate import PartialState
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
@@ -89,110 +73,93 @@ def trl(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, flo
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     several = processes if processes > 1 else None
     options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": []}
-    settings = SFTConfig(output, max_length=MAX_LENGTH, packing=True, dataset_num_proc=several, **options)
+    settings = SFTConfig(output, max_length=LENGTH, packing=True, dataset_num_proc=several, **options)
     trainer = SimpleNamespace(_is_vlm=False, _tokenizer=loaded, chat_template=None, completion_only_loss=True)
     began = time.perf_counter()
     read = load_dataset("json", data_files=rows, split="train", cache_dir=f"{output}/cache")
     read = read.map(conversation, remove_columns=read.column_names, num_proc=several)
     prepared = SFTTrainer._prepare_dataset(trainer, read, loaded, settings, True, None, "train")
     seconds = time.perf_counter() - began
-    tokens = sum(map(len, prepared["input_ids"]))
-    return {"seconds": seconds, "rows": len(read) / seconds, "full": tokens / len(prepared) / MAX_LENGTH}
+    return {"seconds": seconds, "full": 100 * sum(map(len, prepared["input_ids"])) / len(prepared) / LENGTH}
 
 
-def make_inputs(work: str) -> None:
-    """Write docstrings.jsonl, many-N.jsonl, and SmolLM2's tokenizer, of the GGUF file that make setup installs."""
+def make_inputs(folder: str) -> None:
+    """Write rows.jsonl, N.jsonl for each number of many rows, and SmolLM2's tokenizer, which make setup installs."""
     import docstrings
     import run_demo
+
     from llama_lora import environment as environment
     from llama_lora.config import Model
     from llama_lora.data.snapshot import tokenizer_folder
 
-    folder = Path(work)
-    tokenizer_folder(Model(path=str(run_demo.smollm2().resolve())), folder / "tokenizer")
+    tokenizer_folder(Model(path=str(run_demo.smollm2().resolve())), Path(folder, "tokenizer"))
     questions = docstrings.question_rows()
-    write(folder / "docstrings.jsonl", questions[:ROWS])
-    for count in MANY:
-        repeated = (questions[number % len(questions)] for number in range(count))
-        different = ({"question": f"{number}. {each['question']}"} | each for number, each in enumerate(repeated))
-        write(folder / f"many-{count}.jsonl", [each | {"answer": each["answer"][:SHORT]} for each in different])
+    files = {"rows": questions[:ROWS], **{str(n * MANY): many(questions, n * MANY) for n in measure.TIMES}}
+    for name, rows in files.items():
+        Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write(file: Path, rows: list[dict[str, str]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def many(questions: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """Short rows, each different from all others."""
+    repeated = (questions[number % len(questions)] for number in range(count))
+    return [
+        {"question": f"{number}. {each['question']}", "answer": each["answer"][:SHORT]}
+        for number, each in enumerate(repeated)
+    ]
 
 
-def prepare(work: Path, side: str, rows: str, processes: int, libraries: Libraries, output: Path) -> Measured:
-    tokenizer = work / libraries.environment / "tokenizer"
-    return call("bench.preparing", side, work / XLA.environment / rows, tokenizer, processes, output, libraries=libraries)
-
-
-def inputs(work: Path, *environments: Libraries) -> None:
-    """Made by each set of libraries: one need not read the other's tokenizer files."""
-    for libraries in environments:
-        folder = work / libraries.environment
+def sides(work: Path, rows: str, processes: int, libraries: Libraries) -> dict[str, Any]:
+    """Both sides. Each set of libraries makes its inputs: it need not read the other's tokenizer files."""
+    folder = work / libraries.environment
+    if not folder.exists():
         folder.mkdir()
-        call("bench.preparing", "make_inputs", folder, libraries=libraries)
+        call(make_inputs, folder, libraries=libraries)
+
+    functions = {"ours": prepare, "trl": prepare_with_trl}
+    return measure.processes(functions, folder / rows, folder / "tokenizer", processes, libraries=libraries)
 
 
 def measure_speed(work: Path) -> dict[str, Sides]:
-    inputs(work, XLA, TRL_NEWEST)
     found = {}
     for name, processes, libraries in (("1", 1, TRL_024), ("2", 2, TRL_024), ("newest-2", 2, TRL_NEWEST)):
-        sides = {
-            side: partial(prepare, work, side, "docstrings.jsonl", processes, libraries) for side in ("ours", "trl")
-        }
-        rounds = alternate(work, sides)
-        found[f"tokenize-{name}"] = compared(rounds, inner, theirs="trl")
-        if name == "1":
-            found["tokenize-packing"] = compared(rounds, lambda each: 100 * each.told["full"], theirs="trl")
+        rounds = alternate(work, sides(work, "rows.jsonl", processes, libraries))
+        found[f"tokenize-{name}"] = compared(rounds, "seconds", "ours", "trl")
+        found["tokenize-packing"] = compared(rounds, "full", "ours", "trl")
     return found
 
 
 def measure_many(work: Path) -> dict[str, Sides]:
-    inputs(work, XLA)
-    sides = {
-        str(count // MANY[0]): partial(prepare, work, "ours", f"many-{count}.jsonl", 1, TRL_024) for count in MANY
-    }
-    rounds = alternate(work, {**sides, "trl": partial(prepare, work, "trl", f"many-{MANY[-1]}.jsonl", 1, TRL_024)})
-    once, most = rounds["1"], rounds["16"]
+    of_size = {n: sides(work, f"{n * MANY}.jsonl", 1, TRL_024) for n in measure.TIMES}
+    ours = {str(n): both["ours"] for n, both in of_size.items()}
+    rounds = alternate(work, {**ours, "trl": of_size[measure.TIMES[-1]]["trl"]})
     return {
-        **linear("tokenize", rounds),
-        "tokenize-memory": compared(rounds, peak, "16", "trl"),
-        "tokenize-memory-growth": Sides([each.peak for each in most], [each.peak for each in once]),
+        "tokenize-memory": compared(rounds, "peak", "16", "trl"),
+        "tokenize-memory-growth": compared(rounds, "peak", "16", "1"),
+        **measure.grown("tokenize", rounds),
     }
 
 
-def lacks_trl(*environments: Libraries) -> str:
-    """What of the environments is not set up."""
-    folders = [folder for each in environments for folder in (each.environment, each.beside)]
-    from bench.measure import ROOT
-
-    missing = [folder for folder in folders if not (ROOT / folder).is_dir()]
-    return f"peer not installed: {missing[0]} not found (make bench sets it up)" if missing else ""
-
-
+WORK = f"tokenize and pack {ROWS:,} docstrings"
+MOST = f"tokenize and pack {16 * MANY:,} short rows, 1 process"
+FULL = Line("tokenize-packing", f"{WORK}: packed rows are full", "%", Goal(99, least=True), "trl", of_ours=True)
 BENCHES = [
     Bench(
         [
-            Line("tokenize-1", f"tokenize and pack {ROWS:,} docstrings, 1 process: time", "s", Goal(0.4), "trl"),
-            Line("tokenize-2", f"tokenize and pack {ROWS:,} docstrings, 2 processes: time", "s", Goal(0.4), "trl"),
-            Line("tokenize-newest-2", "the same with the newest libraries and TRL", "s", Goal(0.4), "trl"),
-            Line("tokenize-packing", f"packed rows are full, of {MAX_LENGTH} tokens", "%", Goal(99, least=True), "trl", of_ours=True),
+            Line("tokenize-1", f"{WORK}, 1 process: time", "s", Goal(0.4), "trl"),
+            Line("tokenize-2", f"{WORK}, 2 processes: time", "s", Goal(0.4), "trl"),
+            Line("tokenize-newest-2", f"{WORK}, 2 processes: time", "s", Goal(0.4), "trl"),
+            FULL,
         ],
         measure_speed,
-        partial(lacks_trl, TRL_024, TRL_NEWEST),
+        TRL_024.lacking or TRL_NEWEST.lacking,
     ),
     Bench(
         [
-            Line("tokenize-memory", f"tokenize and pack {MANY[-1]:,} short rows: peak memory", "MiB", Goal(1.0), "trl"),
-            Line("tokenize-memory-growth", f"peak memory with {MANY[-1]:,} rows", "MiB", Goal(1.2), f"with {MANY[0]:,}"),
-            *growth_lines("tokenize", "tokenize and pack", "rows", MANY[0]),
+            Line("tokenize-memory", f"{MOST}: peak memory", "MiB", Goal(1.0), "trl"),
+            Line("tokenize-memory-growth", f"{MOST}: peak memory", "MiB", Goal(1.2), f"{MANY:,} rows"),
+            *measure.growth_lines("tokenize", "tokenize and pack", "rows", MANY),
         ],
         measure_many,
-        partial(lacks_trl, TRL_024),
+        TRL_024.lacking,
     ),
 ]
-
-if __name__ == "__main__":
-    serve(globals())

@@ -12,19 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-from bench.measure import SMALL, Bench, Measured, Sides, alternate, call, serve
-from bench.models import SMOLLM2, TINY
+from bench.measure import SMALL, Bench, Measured, Sides, alternate, call, compared
+from bench.models import SMOLLM2, TINY, make_model
 from bench.table import Goal, Line
 
 TOKENS = 256
-SPIN = "while True: pass"
 
 
 def probe(model: str) -> dict[str, float]:
     """Compute the probe's losses of 8 rows with a model folder; seconds without imports."""
     import torch
 
-    from llama_lora import environment as environment
+    from llama_lora import environment as environment  # sets the variables that torch reads at import
     from llama_lora.probe import ProbeRecord, recompute
     from llama_lora.streaming import StreamedModel
 
@@ -37,9 +36,9 @@ def probe(model: str) -> dict[str, float]:
 
 
 def beside_others(model: Path) -> Measured:
-    others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(os.cpu_count() or 1)]
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
-        return call("bench.probing", "probe", model)
+        return call(probe, model)
     finally:
         for other in others:
             other.kill()
@@ -47,29 +46,22 @@ def beside_others(model: Path) -> Measured:
 
 
 def measure(work: Path) -> dict[str, Sides]:
-    call("bench.models", "make_model", work / "model", TINY if SMALL else SMOLLM2, "bfloat16")
     model = work / "model"
-    rounds = alternate(
-        work, {"busy": lambda _: beside_others(model), "quiet": lambda _: call("bench.probing", "probe", model)}
-    )
-    values = {key: [[each.told[key] for each in rounds[side]] for side in ("busy", "quiet")] for key in ("cpu", "seconds")}
-    versions = rounds["busy"][0].told["versions"]
-    busy, quiet = values["seconds"]
+    call(make_model, model, TINY if SMALL else SMOLLM2, "bfloat16", {})
+    rounds = alternate(work, {"busy": lambda _: beside_others(model), "quiet": lambda _: call(probe, model)})
     return {
-        "probe-cpu": Sides(*values["cpu"], versions),
-        "probe-time": Sides(busy, [2 * each for each in quiet], versions),
+        "probe-cpu": compared(rounds, "cpu", "busy", "quiet"),
+        "probe-time": compared(rounds, "seconds", "busy", "quiet", scale=2),
     }
 
 
+WORK = "probe of 8 rows while other work takes half of the cores' time"
 BENCHES = [
     Bench(
         [
-            Line("probe-cpu", "probe of 8 rows on a busy machine: CPU seconds", "s", Goal(1.3), "quiet"),
-            Line("probe-time", "probe of 8 rows with half of the cores' time: time", "s", Goal(1.3), "twice the quiet time"),
+            Line("probe-cpu", f"{WORK}: CPU seconds", "s", Goal(1.3), "quiet machine"),
+            Line("probe-time", f"{WORK}: time", "s", Goal(1.3), "twice the time of a quiet machine"),
         ],
         measure,
     )
 ]
-
-if __name__ == "__main__":
-    serve(globals())

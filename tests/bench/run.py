@@ -1,6 +1,6 @@
 """`make bench`: measure, print each line, and write all results into tests/bench/results.json and docs/benchmarks.md.
 
-    python tests/bench/run.py [LINE...]     only lines whose name starts with one of these: merge, tokenize-growth, ...
+    make bench LINE=...     only lines whose name starts with it: merge, tokenize-growth, ...
 
 SMALL=1 tries every line with small inputs and one round, and writes nothing.
 """
@@ -13,11 +13,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "demo")]
-ROOT = Path(__file__).parents[2]
-
 from bench import clusters, consolidating, merging, node_hours, preparing, probing, starting, training
-from bench.measure import SMALL, run
+from bench.measure import ROOT, SMALL, run
 from bench.table import Result, markdown, text, with_table
 from genvalues.common import files
 
@@ -35,7 +32,7 @@ def main(*wanted: str) -> int:
     for bench in BENCHES:
         if wanted and not any(line.name.startswith(wanted) for line in bench.lines):
             continue
-        if lacking := bench.lacks():
+        if lacking := bench.lacking:
             print(*(f"{line.name}: not measured: {lacking}" for line in bench.lines), sep="\n", flush=True)
             continue
         began = time.monotonic()

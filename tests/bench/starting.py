@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from statistics import median
 
-from bench.measure import NEWEST, ROOT, ROUNDS, Bench, Measured, Sides, alternate, call, command, serve, wall
+import run_demo
+
+from bench.measure import NEWEST, ROOT, SMALL, Bench, Measured, Sides, alternate, call, command, compared
 from bench.table import Goal, Line
 
 PASS = "python -c pass"
 AT_MOST = Goal(15)
+STARTS = 1 if SMALL else 9  # of each command: they are short
 INPUTS = str(ROOT / "values/trn1.yaml")
 COMMANDS = {
-    "genvalues --help": ["genvalues.cli", "--help"],
-    "genvalues check": ["genvalues.cli", "check", INPUTS],
-    "genvalues plan": ["genvalues.cli", "plan", INPUTS, "--offline"],
-    "genvalues write": ["genvalues.cli", "write", INPUTS, "-o", "-"],
-    "llama-lora --help": ["llama_lora.cli", "--help"],
+    "start-genvalues": ["genvalues.cli", "--help"],
+    "start-check": ["genvalues.cli", "check", INPUTS],
+    "start-plan": ["genvalues.cli", "plan", INPUTS, "--offline"],
+    "start-write": ["genvalues.cli", "write", INPUTS, "-o", "-"],
+    "start-llama-lora": ["llama_lora.cli", "--help"],
 }
 STAGES = ("tokenize", "rehearse", "compile", "train", "consolidate", "merge", "evaluate")
 
@@ -32,60 +33,51 @@ def make_inputs(folder: str) -> None:
 
 
 def local(folder: Path) -> Measured:
+    """Run the demo's pipeline on the tiny model, or find that nothing changed."""
     settings: dict[str, object] = {
-        "model.path": folder / "model",
-        "dataset.source": folder / "rows.jsonl",
-        "dataset.evalFraction": 0.1,
-        "training.maxSteps": 2,
-        "training.maxSequenceLength": 128,
-        "evaluation.maxRows": 4,
-        "evaluation.maxNewTokens": 4,
+        **{"model.path": folder / "model", "dataset.source": folder / "rows.jsonl", "dataset.evalFraction": 0.1},
+        **{"training.maxSteps": 2, "training.maxSequenceLength": 128},
+        **{"evaluation.maxRows": 4, "evaluation.maxNewTokens": 4},
     }
-    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    inputs = ROOT / "tests/demo/finetune.yaml"
-    return command("-m", "genvalues.cli", "--quiet", "local", inputs, "--workspace", folder / "workspace", *options)
+    return command(*run_demo.local_command(run_demo.HERE / "finetune.yaml", settings, folder / "workspace"))
 
 
-def measure_start(work: Path) -> dict[str, Sides]:
-    sides = {name: lambda _, run=run: command("-m", *run) for name, run in COMMANDS.items()}
-    sides[PASS] = lambda _: command(NEWEST.python(), "-c", "pass")
-    alternate(work, sides, rounds=1)  # compiles the modules
-    rounds = alternate(work, sides, rounds=3 * ROUNDS)
-    return {line_name(name): compared(rounds, wall, name, PASS) for name in COMMANDS}
+def python_pass(_: Path) -> Measured:
+    return command(NEWEST.python, "-c", "pass")
+
+
+def measure_starts(work: Path) -> dict[str, Sides]:
+    sides = {name: lambda _, given=given: command("-m", *given) for name, given in COMMANDS.items()}
+    rounds = alternate(work, {**sides, PASS: python_pass}, STARTS)
+    return {name: compared(rounds, "wall", name, PASS) for name in COMMANDS}
 
 
 def measure_skipping(work: Path) -> dict[str, Sides]:
-    call("bench.starting", "make_inputs", work)
+    call(make_inputs, work)
     local(work)
-    [config] = (work / "workspace").rglob("run.yaml")
-    stage = ["llama_lora.cli", "tokenize", "--config", config, "--workspace", work / "workspace"]
-    sides = {
-        "local": lambda _: local(work),
-        "stage": lambda _: command("-m", *stage),
-        PASS: lambda _: command(NEWEST.python(), "-c", "pass"),
-    }
-    rounds = alternate(work, sides)
-    return {
-        "start-stage": compared(rounds, wall, "stage", PASS),
-        "start-local": compared(rounds, lambda each: each.seconds / len(STAGES), "local"),
-    }
-
-
-def line_name(command_line: str) -> str:
-    """start-check of `genvalues check`."""
-    return f"start-{command_line.replace(' --help', '').removeprefix('genvalues ')}"
+    [config] = work.rglob("run.yaml")
+    stage = ("-m", "llama_lora.cli", "tokenize", "--config", config, "--workspace", work / "workspace")
+    rounds = alternate(work, {"local": lambda _: local(work), "stage": lambda _: command(*stage), PASS: python_pass})
+    seconds = [each["wall"] / len(STAGES) for each in rounds["local"]]
+    return {"start-stage": compared(rounds, "wall", "stage", PASS), "start-local": Sides(seconds, [], {})}
 
 
 BENCHES = [
-    Bench([Line(line_name(name), f"`{name}`", "s", AT_MOST, PASS) for name in COMMANDS], measure_start),
     Bench(
         [
-            Line("start-stage", "`llama-lora tokenize` that has nothing to do", "s", AT_MOST, PASS),
-            Line("start-local", "a stage of `genvalues local` that has nothing to do", "s", Goal(0.3), of_ours=True),
+            Line("start-genvalues", "`genvalues --help`", "s", AT_MOST, PASS),
+            Line("start-check", "`genvalues check`", "s", AT_MOST, PASS),
+            Line("start-plan", "`genvalues plan --offline`", "s", AT_MOST, PASS),
+            Line("start-write", "`genvalues write`", "s", AT_MOST, PASS),
+            Line("start-llama-lora", "`llama-lora --help`", "s", AT_MOST, PASS),
+        ],
+        measure_starts,
+    ),
+    Bench(
+        [
+            Line("start-stage", "`llama-lora tokenize` with nothing to do", "s", AT_MOST, PASS),
+            Line("start-local", "`genvalues local` with nothing to do: time a stage", "s", Goal(0.3), of_ours=True),
         ],
         measure_skipping,
     ),
 ]
-
-if __name__ == "__main__":
-    serve(globals())

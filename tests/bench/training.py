@@ -8,33 +8,26 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.measure import NEWEST, SMALL, TRL_024, TRL_NEWEST, Bench, Measured, Sides, alternate, call, compared, serve
-from bench.models import SMOLLM2, TINY
-from bench.preparing import lacks_trl
+from bench.consolidating import ONE_WORKER
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Measured, Sides, alternate, call, compared, processes
+from bench.models import SMOLLM2, TINY, make_model
 from bench.table import Goal, Line
 
 LENGTH = 64 if SMALL else 256
 STEPS = {"float32": 20, "bfloat16": 8}
 RATE = 1e-3
 SHAPE = TINY if SMALL else SMOLLM2
-WORK = f"LoRA training of {'a tiny model' if SMALL else '135 M parameters'} on the CPU"
 
 
-def rows(steps: int) -> list[dict[str, Any]]:
+def rows_of(dtype: str) -> list[dict[str, Any]]:
     import torch
 
-    ids = torch.randint(0, SHAPE["vocab_size"], (steps, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
-    return [
-        {"input_ids": row, "labels": [-100] * (LENGTH // 2) + row[LENGTH // 2 :], "lengths": [LENGTH]} for row in ids
-    ]
-
-
-def told(seconds: list[float], losses: list[float]) -> dict[str, Any]:
-    return {"rate": LENGTH / statistics.median(seconds[1:]), "losses": losses}
+    size = (STEPS[dtype], LENGTH)
+    ids = torch.randint(0, SHAPE["vocab_size"], size, generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": [-100] * (LENGTH // 2) + row[LENGTH // 2 :]} for row in ids]
 
 
 def job_of(model: str) -> Any:
@@ -44,23 +37,26 @@ def job_of(model: str) -> Any:
     return job(Path(model), Path(model), r=16, alpha=32, dropout=0.0, gradient_accumulation_steps=1, **settings)
 
 
-def ours(model: str, dtype: str, output: str) -> dict[str, Any]:
+def told(seconds: list[float], losses: list[float]) -> dict[str, Any]:
+    return {"rate": LENGTH / statistics.median(seconds[1:]), "losses": losses}
+
+
+def train(model: str, dtype: str, output: str) -> dict[str, Any]:
     from llama_lora import environment as environment  # sets the variables that torch reads at import
     from llama_lora.backends.native.devices import open_device
     from llama_lora.backends.native.engine import NativeEngine
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(ONE_WORKER)
     engine = NativeEngine(job_of(model), *open_device("cpu"))
     seconds, losses = [], []
-    for step, row in enumerate(rows(STEPS[dtype])):
+    for step, row in enumerate(rows_of(dtype)):
         began = time.perf_counter()
-        losses.append(engine.step(step, [[row]], LENGTH - LENGTH // 2, RATE)().loss)
+        losses.append(engine.step(step, [[{**row, "lengths": [LENGTH]}]], LENGTH - LENGTH // 2, RATE)().loss)
         seconds.append(time.perf_counter() - began)
     return told(seconds, losses)
 
 
-def trl(model: str, dtype: str, output: str) -> dict[str, Any]:
+def train_with_trl(model: str, dtype: str, output: str) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import get_peft_model
@@ -80,12 +76,19 @@ def trl(model: str, dtype: str, output: str) -> dict[str, Any]:
         def on_step_end(self, *given: Any, **options: Any) -> None:
             seconds.append(time.perf_counter() - self.began)
 
-        def on_log(self, *given: Any, logs: dict[str, float], **options: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, *given: Any, **options: Any) -> Any:
+            found = super().compute_loss(*given, **options)
+            losses.append((found[0] if isinstance(found, tuple) else found).item())  # the log rounds to 4 digits
+            return found
+
+        def _get_train_sampler(self, *given: Any) -> Any:
+            return torch.utils.data.SequentialSampler(dataset)
 
     job = job_of(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    tuned = get_peft_model(base, lora_config(job.lora))
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)), lora_config(job.lora)
+    )
     initialize_lora(tuned.named_parameters(), job.training.seed)
     settings = SFTConfig(
         output,
@@ -100,69 +103,53 @@ def trl(model: str, dtype: str, output: str) -> dict[str, Any]:
         bf16=False,
         use_cpu=True,
         save_strategy="no",
-        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     tokenizer = byte_tokenizer()  # SFTTrainer needs one, although the rows are tokens
     tokenizer.pad_token = tokenizer.eos_token
-    dataset = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows(STEPS[dtype])])
-    trainer = SFTTrainer(tuned, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()])
-    trainer._get_train_sampler = lambda *given: torch.utils.data.SequentialSampler(dataset)
-    trainer.train()
+    dataset = Dataset.from_list(rows_of(dtype))
+    Trainer(tuned, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()]).train()
     return told(seconds, losses)
 
 
 def measure(work: Path) -> dict[str, Sides]:
     found = {}
-    for dtype in STEPS:
-        call("bench.models", "make_model", work / dtype, SHAPE, dtype, libraries=NEWEST)
     for name, dtype, libraries in (
         ("fp32", "float32", TRL_024),
         ("bf16", "bfloat16", TRL_024),
         ("newest-fp32", "float32", TRL_NEWEST),
     ):
-        sides = {
-            side: partial(train, side, work / dtype, dtype, libraries) for side in ("ours", "trl")
-        }
-        rounds = alternate(work, sides)
-        found[f"train-{name}"] = compared(rounds, lambda each: float(each.told["rate"]), theirs="trl")
+        model = work / dtype
+        if not model.exists():
+            call(make_model, model, SHAPE, dtype, {}, libraries=TRL_024)
+        functions = {"ours": train, "trl": train_with_trl}
+        rounds = alternate(work, processes(functions, model, dtype, libraries=libraries))
+        found[f"train-{name}"] = compared(rounds, "rate", "ours", "trl")
         if name == "fp32":
-            pairs = zip(rounds["ours"], rounds["trl"], strict=True)
-            found["train-loss"] = Sides([difference(*pair) for pair in pairs], [], found["train-fp32"].versions)
+            differences = list(map(difference, rounds["ours"], rounds["trl"]))
+            found["train-loss"] = Sides(differences, [], found["train-fp32"].versions)
     return found
 
 
-def train(side: str, model: Path, dtype: str, libraries: Any, output: Path) -> Measured:
-    return call("bench.training", side, model, dtype, output, libraries=libraries)
-
-
 def difference(one: Measured, other: Measured) -> float:
-    """The largest of all steps. SFTTrainer's losses may be rounded to 4 digits in its log."""
-    return max(abs(a - b) for a, b in zip(one.told["losses"], other.told["losses"], strict=True))
+    """The largest of all steps."""
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
+WORK = f"LoRA training of {'a tiny model' if SMALL else '135 M parameters'} on the CPU"
 FASTER = Goal(1.3, least=True)
+LOSS = f"largest difference of the loss in {STEPS['float32']} steps in fp32"
 BENCHES = [
     Bench(
         [
             Line("train-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
             Line("train-bf16", f"{WORK}, bf16", "tokens/s", FASTER, "trl"),
-            Line("train-newest-fp32", "the same in fp32 with the newest libraries and TRL", "tokens/s", FASTER, "trl"),
-            Line(
-                "train-loss",
-                f"largest difference of the loss in {STEPS['float32']} steps in fp32",
-                "nats",
-                Goal(5e-5),
-                "trl",
-                of_ours=True,
-            ),
+            Line("train-newest-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
+            Line("train-loss", LOSS, "nats", Goal(5e-5), "trl", of_ours=True),
         ],
         measure,
-        partial(lacks_trl, TRL_024, TRL_NEWEST),
+        TRL_024.lacking or TRL_NEWEST.lacking,
     )
 ]
-
-if __name__ == "__main__":
-    serve(globals())
