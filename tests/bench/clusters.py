@@ -7,13 +7,13 @@ import secrets
 from datetime import datetime
 from pathlib import Path
 
-from bench.measure import ROUNDS, Bench, Sides
-from bench.table import Goal, Line
+from bench.measure import ROUNDS, Bench
+from bench.table import Goal, Line, Result
 
 STAGES = ("tokenize", "compile", "train", "consolidate", "merge", "evaluate")
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     from chart.manifests import merged
     from cluster.space import Space, connect
     from cluster.test_training import TRAINING, put_inputs
@@ -32,7 +32,7 @@ def measure(work: Path) -> dict[str, Sides]:
             unchanged.append(release.upgrade(values).seconds / len(STAGES))
         finally:
             space.remove()
-    return {"cluster-added": Sides(added, [], {}), "cluster-unchanged": Sides(unchanged, [], {})}
+    return {"cluster-added": Result(added), "cluster-unchanged": Result(unchanged)}
 
 
 def seconds_of(manifest: dict[str, str]) -> float:

@@ -11,15 +11,15 @@ import tarfile
 import time
 from pathlib import Path
 
-from bench.measure import ROOT, SMALL, XLA, Bench, Sides, alternate, command, compared, growth
-from bench.table import Goal, Line
+from bench.measure import ROOT, SMALL, XLA, Bench, alternate, command, compared, growth
+from bench.table import Goal, Line, Result
 
 ARCHIVE = ROOT / "tests/trainer/fixtures/neuron/llama-tp2-qv.tar.xz"
 PEER = "optimum-cli"
 INSTALL = "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com 'optimum-neuron[training]==0.4.5'"
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(work / "fixture", filter="data")
     checkpoint = work / "fixture/checkpoint"

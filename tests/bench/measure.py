@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,20 +54,12 @@ NEWEST, XLA = Libraries(".venv"), Libraries(".venv-xla")
 TRL_NEWEST, TRL_024 = Libraries(".venv", ".venv-bench/trl-newest"), Libraries(".venv-xla", ".venv-bench/trl-0.24")
 
 
-class Sides(NamedTuple):
-    """A line's values of each round, and the versions of the libraries."""
-
-    ours: list[float]
-    theirs: list[float]
-    versions: Mapping[str, str]
-
-
 @dataclass(frozen=True)
 class Bench:
     """Lines that are measured together, in a folder for their files; ``lacking``: what they need and is not here."""
 
     lines: Sequence[Line]
-    measure: Callable[[Path], dict[str, Sides]]
+    measure: Callable[[Path], dict[str, Result]]
     lacking: str = ""
 
 
@@ -128,16 +120,16 @@ def alternate(
     return found
 
 
-def compared(found: Mapping[str, list[Measured]], key: str, ours: str, theirs: str, scale: float = 1) -> Sides:
-    """The sides of a line that compares ``key`` of two sides of ``alternate``; theirs times ``scale``."""
+def compared(found: Mapping[str, list[Measured]], key: str, ours: str, theirs: str, scale: float = 1) -> Result:
+    """Compare ``key`` of two sides of ``alternate``; theirs times ``scale``."""
     versions = {**found[ours][0].get("versions", {}), **found[theirs][0].get("versions", {})}
-    return Sides([each[key] for each in found[ours]], [scale * each[key] for each in found[theirs]], versions)
+    return Result([each[key] for each in found[ours]], [scale * each[key] for each in found[theirs]], versions)
 
 
 def growth(name: str, work: str, unit: str, make: Callable[..., Any], do: Callable[..., Any], once: int) -> Bench:
     """NAME-growth-4 and -16. ``make(folder, size)`` makes the input, ``do(folder, size, output)`` tells its seconds."""
 
-    def measure(folder: Path) -> dict[str, Sides]:
+    def measure(folder: Path) -> dict[str, Result]:
         for times in TIMES:
             call(make, folder, times * once)
         return grown(name, alternate(folder, {str(n): lambda to, n=n: call(do, folder, n * once, to) for n in TIMES}))
@@ -150,7 +142,7 @@ def growth_lines(name: str, work: str, unit: str, once: int) -> list[Line]:
     return [Line(f"{name}-growth-{n}", what[n], "s", LINEAR, "linear growth") for n in TIMES[1:]]
 
 
-def grown(name: str, found: Mapping[str, list[Measured]]) -> dict[str, Sides]:
+def grown(name: str, found: Mapping[str, list[Measured]]) -> dict[str, Result]:
     """The sides of growth's lines, from rounds named 1, 4 and 16."""
     return {f"{name}-growth-{n}": compared(found, "seconds", str(n), "1", n) for n in TIMES[1:]}
 
@@ -160,9 +152,9 @@ def run(bench: Bench) -> dict[str, Result]:
     began, before = time.monotonic(), busy_seconds() - sum(os.times()[:4])
     with tempfile.TemporaryDirectory(prefix="llama-lora-bench-") as folder:
         found = bench.measure(Path(folder))
-    others = (busy_seconds() - sum(os.times()[:4]) - before) / (time.monotonic() - began)
-    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "others": max(0.0, round(others, 2))}
-    return {name: Result(ours, theirs, dict(versions), **about) for name, (ours, theirs, versions) in found.items()}
+    others = max(0.0, (busy_seconds() - sum(os.times()[:4]) - before) / (time.monotonic() - began))
+    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "others": round(others, 2)}
+    return {name: replace(result, **about) for name, result in found.items()}
 
 
 def busy_seconds() -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from bench.measure import SMALL, Bench, Sides, alternate, call, command, compared, growth
+from bench.measure import SMALL, Bench, alternate, call, command, compared, growth
 from bench.models import ALL_LINEAR, LLAMA_1B, Q_V, TINY, make_model
-from bench.table import Goal, Line
+from bench.table import Goal, Line, Result
 
 TARGETS = {"qv": Q_V, "all": ALL_LINEAR}
 
@@ -24,7 +24,7 @@ def merge_with_peft(base: str, adapter: str, output: str) -> None:
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output, max_shard_size="1GB")
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     base, merge = work / "base", ("-m", "llama_lora.cli", "merge")
     adapters = {name: work / name for name in TARGETS}
     call(

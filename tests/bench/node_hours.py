@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.measure import ROOT, Bench, Sides, command
-from bench.table import Goal, Line
+from bench.measure import ROOT, Bench, command
+from bench.table import Goal, Line, Result
 
 STEPS, LENGTH = 1200, 1024  # the example's
 
@@ -27,10 +27,10 @@ def hours(runs_on: str, *stages: str) -> list[float]:
     return [sum(by_stage[stage][end] for stage in stages) for end in (0, 1)]
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     example = hours("accelerator", "tokenize", "compile", "train", "consolidate", "merge")
     runs_on = {"node-hours": "accelerator", "node-hours-cpu": "cpu"}
-    return {name: Sides(hours(where, "compile", "train"), example, {}) for name, where in runs_on.items()}
+    return {name: Result(hours(where, "compile", "train"), example) for name, where in runs_on.items()}
 
 
 WORK = f"Trainium node-hours of a first 8B run of {STEPS:,} steps, counted"

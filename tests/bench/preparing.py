@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench import measure
-from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Libraries, Sides, alternate, call, compared
-from bench.table import Goal, Line
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Libraries, alternate, call, compared
+from bench.table import Goal, Line, Result
 
 LENGTH = 2048
 ROWS = 800 if SMALL else 4000
@@ -119,7 +119,7 @@ def sides(work: Path, rows: str, processes: int, libraries: Libraries) -> dict[s
     return measure.processes(functions, folder / rows, folder / "tokenizer", processes, libraries=libraries)
 
 
-def measure_speed(work: Path) -> dict[str, Sides]:
+def measure_speed(work: Path) -> dict[str, Result]:
     found = {}
     for name, processes, libraries in (("1", 1, TRL_024), ("2", 2, TRL_024), ("newest-2", 2, TRL_NEWEST)):
         rounds = alternate(work, sides(work, "rows.jsonl", processes, libraries))
@@ -128,7 +128,7 @@ def measure_speed(work: Path) -> dict[str, Sides]:
     return found
 
 
-def measure_many(work: Path) -> dict[str, Sides]:
+def measure_many(work: Path) -> dict[str, Result]:
     of_size = {n: sides(work, f"{n * MANY}.jsonl", 1, TRL_024) for n in measure.TIMES}
     ours = {str(n): both["ours"] for n, both in of_size.items()}
     rounds = alternate(work, {**ours, "trl": of_size[measure.TIMES[-1]]["trl"]})

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench.measure import SMALL, Bench, Measured, Sides, alternate, call, compared
+from bench.measure import SMALL, Bench, Measured, alternate, call, compared
 from bench.models import SMOLLM2, TINY, make_model
-from bench.table import Goal, Line
+from bench.table import Goal, Line, Result
 
 TOKENS = 256
 
@@ -45,7 +45,7 @@ def beside_others(model: Path) -> Measured:
             other.wait()
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     model = work / "model"
     call(make_model, model, TINY if SMALL else SMOLLM2, "bfloat16", {})
     rounds = alternate(work, {"busy": lambda _: beside_others(model), "quiet": lambda _: call(probe, model)})

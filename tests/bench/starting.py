@@ -6,8 +6,8 @@ from pathlib import Path
 
 import run_demo
 
-from bench.measure import NEWEST, ROOT, SMALL, Bench, Measured, Sides, alternate, call, command, compared
-from bench.table import Goal, Line
+from bench.measure import NEWEST, ROOT, SMALL, Bench, Measured, alternate, call, command, compared
+from bench.table import Goal, Line, Result
 
 PASS = "python -c pass"
 AT_MOST = Goal(15)
@@ -46,20 +46,20 @@ def python_pass(_: Path) -> Measured:
     return command(NEWEST.python, "-c", "pass")
 
 
-def measure_starts(work: Path) -> dict[str, Sides]:
+def measure_starts(work: Path) -> dict[str, Result]:
     sides = {name: lambda _, given=given: command("-m", *given) for name, given in COMMANDS.items()}
     rounds = alternate(work, {**sides, PASS: python_pass}, STARTS)
     return {name: compared(rounds, "wall", name, PASS) for name in COMMANDS}
 
 
-def measure_skipping(work: Path) -> dict[str, Sides]:
+def measure_skipping(work: Path) -> dict[str, Result]:
     call(make_inputs, work)
     local(work)
     [config] = work.rglob("run.yaml")
     stage = ("-m", "llama_lora.cli", "tokenize", "--config", config, "--workspace", work / "workspace")
     rounds = alternate(work, {"local": lambda _: local(work), "stage": lambda _: command(*stage), PASS: python_pass})
     seconds = [each["wall"] / len(STAGES) for each in rounds["local"]]
-    return {"start-stage": compared(rounds, "wall", "stage", PASS), "start-local": Sides(seconds, [], {})}
+    return {"start-stage": compared(rounds, "wall", "stage", PASS), "start-local": Result(seconds)}
 
 
 BENCHES = [

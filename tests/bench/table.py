@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 BEGIN, END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -43,11 +43,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Result:
-    """The medians are of alternated runs of one ``date``. ``others``: cores that other work took meanwhile."""
+    """The values of both sides in each round. ``others``: cores that other work took meanwhile."""
 
     ours: list[float]
-    theirs: list[float]
-    versions: dict[str, str]
+    theirs: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
     machine: str = ""
     date: str = ""
     others: float = 0.0

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.consolidating import ONE_WORKER
-from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Measured, Sides, alternate, call, compared, processes
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Measured, alternate, call, compared, processes
 from bench.models import SMOLLM2, TINY, make_model
-from bench.table import Goal, Line
+from bench.table import Goal, Line, Result
 
 LENGTH = 64 if SMALL else 256
 STEPS = {"float32": 20, "bfloat16": 8}
@@ -114,7 +114,7 @@ def train_with_trl(model: str, dtype: str, output: str) -> dict[str, Any]:
     return told(seconds, losses)
 
 
-def measure(work: Path) -> dict[str, Sides]:
+def measure(work: Path) -> dict[str, Result]:
     found = {}
     for name, dtype, libraries in (
         ("fp32", "float32", TRL_024),
@@ -129,7 +129,7 @@ def measure(work: Path) -> dict[str, Sides]:
         found[f"train-{name}"] = compared(rounds, "rate", "ours", "trl")
         if name == "fp32":
             differences = list(map(difference, rounds["ours"], rounds["trl"]))
-            found["train-loss"] = Sides(differences, [], found["train-fp32"].versions)
+            found["train-loss"] = Result(differences, versions=found["train-fp32"].versions)
     return found
 
 
