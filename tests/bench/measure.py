@@ -42,7 +42,7 @@ class Libraries(NamedTuple):
 
     @property
     def paths(self) -> list[str]:
-        return [str(ROOT / path) for path in (self.beside, *(["tests", "tests/demo", "generator", "trainer"])) if path]
+        return [str(ROOT / path) for path in (self.beside, "tests", "tests/demo", "generator", "trainer") if path]
 
     @property
     def lacking(self) -> str:

@@ -114,7 +114,6 @@ def sides(work: Path, rows: str, processes: int, libraries: Libraries) -> dict[s
     if not folder.exists():
         folder.mkdir()
         call(make_inputs, folder, libraries=libraries)
-
     functions = {"ours": prepare, "trl": prepare_with_trl}
     return measure.processes(functions, folder / rows, folder / "tokenizer", processes, libraries=libraries)
 
