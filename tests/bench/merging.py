@@ -26,14 +26,8 @@ def merge_with_peft(base: str, adapter: str, output: str) -> None:
 
 def measure(work: Path) -> dict[str, Result]:
     base, merge = work / "base", ("-m", "llama_lora.cli", "merge")
-    adapters = {name: work / name for name in TARGETS}
-    call(
-        make_model,
-        base,
-        TINY if SMALL else LLAMA_1B,
-        "bfloat16",
-        {str(adapters[name]): TARGETS[name] for name in TARGETS},
-    )
+    adapters = {str(work / name): targets for name, targets in TARGETS.items()}
+    call(make_model, base, TINY if SMALL else LLAMA_1B, "bfloat16", adapters)
     found = {}
     for name, adapter in zip(TARGETS, adapters, strict=True):
         of = ("--base", base, "--adapter", adapter, "--output")

@@ -55,7 +55,7 @@ def measure_starts(work: Path) -> dict[str, Result]:
 def measure_skipping(work: Path) -> dict[str, Result]:
     call(make_inputs, work)
     local(work)
-    [config] = work.rglob("run.yaml")
+    config = next(work.rglob("run.yaml"))
     stage = ("-m", "llama_lora.cli", "tokenize", "--config", config, "--workspace", work / "workspace")
     rounds = alternate(work, {"local": lambda _: local(work), "stage": lambda _: command(*stage), PASS: python_pass})
     seconds = [each["wall"] / len(STAGES) for each in rounds["local"]]
