@@ -19,7 +19,7 @@ from bench.table import Goal, Line, Result
 LENGTH = 2048
 ROWS = 800 if SMALL else 4000
 MANY = 100 if SMALL else 7473  # rows of gsm8k; and 4 and 16 times as many
-SHORT = 160  # characters of an answer where the rows are many, so that TRL takes no minutes
+SHORT = 80  # characters of an answer where the rows are many, so that TRL takes no minutes
 
 
 def prepare(rows: str, tokenizer: str, processes: int, output: str) -> dict[str, float]:
