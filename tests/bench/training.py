@@ -1,0 +1,155 @@
+"""LoRA training on the CPU against SFTTrainer: the same model, adapter, rows and optimizer, one process on all cores.
+
+A step is one row, half of whose tokens are trained on. Times are of the median step; reading rows is not part of them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.consolidating import ONE_WORKER
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Measured, alternate, call, compared, processes
+from bench.models import SMOLLM2, TINY, make_model
+from bench.table import Goal, Line, Result
+
+LENGTH = 64 if SMALL else 256
+STEPS = 20  # in fp32, whose losses are compared; others take FEW
+FEW = 6
+RATE = 1e-3
+SHAPE = TINY if SMALL else SMOLLM2
+
+
+def rows_of(steps: int) -> list[dict[str, Any]]:
+    import torch
+
+    ids = torch.randint(0, SHAPE["vocab_size"], (steps, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": [-100] * (LENGTH // 2) + row[LENGTH // 2 :]} for row in ids]
+
+
+def job_of(model: str) -> Any:
+    from trainer.native.workers import job
+
+    settings = {"max_sequence_length": LENGTH, "attention": "causal", "weight_decay": 0.0}
+    return job(Path(model), Path(model), r=16, alpha=32, dropout=0.0, gradient_accumulation_steps=1, **settings)
+
+
+def told(seconds: list[float], losses: list[float]) -> dict[str, Any]:
+    return {"rate": LENGTH / statistics.median(seconds[1:]), "losses": losses}
+
+
+def train(model: str, dtype: str, steps: int, output: str) -> dict[str, Any]:
+    from llama_lora import environment as environment  # sets the variables that torch reads at import
+    from llama_lora.backends.native.devices import open_device
+    from llama_lora.backends.native.engine import NativeEngine
+
+    os.environ.update(ONE_WORKER)
+    engine = NativeEngine(job_of(model), *open_device("cpu"))
+    seconds, losses = [], []
+    for step, row in enumerate(rows_of(steps)):
+        began = time.perf_counter()
+        losses.append(engine.step(step, [[{**row, "lengths": [LENGTH]}]], LENGTH - LENGTH // 2, RATE)().loss)
+        seconds.append(time.perf_counter() - began)
+    return told(seconds, losses)
+
+
+def train_with_trl(model: str, dtype: str, steps: int, output: str) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from llama_lora.backends.lora import initialize_lora, lora_config
+    from trainer.conftest import byte_tokenizer
+
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *given: Any, **options: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *given: Any, **options: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, *given: Any, **options: Any) -> Any:
+            found = super().compute_loss(*given, **options)
+            losses.append((found[0] if isinstance(found, tuple) else found).item())  # the log rounds to 4 digits
+            return found
+
+        def _get_train_sampler(self, *given: Any) -> Any:
+            return torch.utils.data.SequentialSampler(dataset)
+
+    job = job_of(model)
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)), lora_config(job.lora)
+    )
+    initialize_lora(tuned.named_parameters(), job.training.seed)
+    settings = SFTConfig(
+        output,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=job.training.max_grad_norm,
+        max_length=LENGTH,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    tokenizer = byte_tokenizer()  # SFTTrainer needs one, although the rows are tokens
+    tokenizer.pad_token = tokenizer.eos_token
+    dataset = Dataset.from_list(rows_of(steps))
+    Trainer(tuned, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()]).train()
+    return told(seconds, losses)
+
+
+def measure(work: Path) -> dict[str, Result]:
+    found = {}
+    for name, dtype, steps, libraries in (
+        ("fp32", "float32", STEPS, TRL_024),
+        ("bf16", "bfloat16", FEW, TRL_024),
+        ("newest-fp32", "float32", FEW, TRL_NEWEST),
+    ):
+        model = work / dtype
+        if not model.exists():
+            call(make_model, model, SHAPE, dtype, {}, libraries=TRL_024)
+        functions = {"ours": train, "trl": train_with_trl}
+        rounds = alternate(work, processes(functions, model, dtype, steps, libraries=libraries))
+        found[f"train-{name}"] = compared(rounds, "rate", "ours", "trl")
+        if name == "fp32":
+            differences = list(map(difference, rounds["ours"], rounds["trl"]))
+            found["train-loss"] = Result(differences, versions=found["train-fp32"].versions)
+    return found
+
+
+def difference(one: Measured, other: Measured) -> float:
+    """The largest of all steps."""
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+WORK = f"LoRA training of {'a tiny model' if SMALL else '135 M parameters'} on the CPU"
+FASTER = Goal(1.3, least=True)
+LOSS = f"largest difference of the loss in {STEPS} steps in fp32"
+BENCHES = [
+    Bench(
+        [
+            Line("train-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
+            Line("train-bf16", f"{WORK}, bf16", "tokens/s", FASTER, "trl"),
+            Line("train-newest-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
+            Line("train-loss", LOSS, "nats", Goal(5e-5), "trl", of_ours=True),
+        ],
+        measure,
+        TRL_024.lacking or TRL_NEWEST.lacking,
+    )
+]
