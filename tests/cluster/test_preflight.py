@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from chart.manifests import Values, merged
-from cluster.local.node import INSTANCE_LABEL
-from cluster.space import CLAIM, EFA, NEURON, Release, Space, node_labels, run, stand_in
+from cluster.space import CLAIM, EFA, NEURON, PATIENCE, Release, Space, run, stand_in
 from genvalues.cluster.objects import COMPONENT, component_of, moment
 
 PROMISED_SECONDS = 30
@@ -106,11 +105,9 @@ def test_without_cluster_scoped_reads_nodes_are_not_checked_and_the_install_cont
     assert f"/{space.name}." not in kubectl("get", "clusterroles,clusterrolebindings", "-o", "name")
 
 
-@pytest.mark.node
-def test_a_missing_training_operator_or_device_plugin_stops_the_install_with_a_fix(
-    new_space: Callable[..., Space],
-) -> None:
-    """The operator: once not running, once not installed."""
+@pytest.mark.operator("pytorchjob")
+def test_a_missing_training_operator_stops_the_install_with_a_fix(new_space: Callable[..., Space]) -> None:
+    """Once not running, once not installed."""
     not_running = (
         "PyTorchJob is served, but no operator reconciled a test job within 10 s FIX: kubectl -n kubeflow rollout"
     )
@@ -119,24 +116,18 @@ def test_a_missing_training_operator_or_device_plugin_stops_the_install_with_a_f
         space = new_space()
         space.volume.create()
         release = space.release()
-        with without_operator(space), no_device_plugin():
+        with without_operator(space):
             release.install(STOPS, status=1)
         check_preflight_stopped(release)
-        device, operator = sorted(problems(release) - {"2 of 5 findings stop this release; the fixes are above"})
+        [operator] = problems(release) - {"1 of 5 findings stop this release; the fixes are above"}
         assert operator.startswith(f"error training operator: {found}")
-        assert device == (
-            f"error {NEURON}: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
-            " FIX: helm upgrade --install neuron-helm-chart oci://public.ecr.aws/neuron/neuron-helm-chart"
-        )
 
 
-@pytest.mark.node
 def test_a_cluster_without_a_node_of_the_type_continues_as_an_autoscaler_may_add_one(space: Space) -> None:
     release = space.release()
-    with node_labels({INSTANCE_LABEL: None}):
-        release.install(STOPS, status=1)
+    release.install(merged(STOPS, {"instance": "ml.trn2.48xlarge"}), status=1)
     [finding] = problems(release)
-    assert finding.startswith("warning nodes ml.trn1.32xlarge: none at the moment;") and "autoscaler" in finding
+    assert finding.startswith("warning nodes ml.trn2.48xlarge: none at the moment;") and "autoscaler" in finding
     assert "tokenize" in components(space)
 
 
@@ -149,7 +140,7 @@ def operator_stopped(space: Space) -> Iterator[None]:
         yield
     finally:
         kubectl("scale", *operator, "--replicas=1")
-        kubectl("rollout", "status", *operator, "--timeout=120s")
+        kubectl("rollout", "status", *operator, f"--timeout={PATIENCE:.0f}s")
 
 
 @contextmanager
@@ -169,23 +160,6 @@ def kind_not_served(space: Space) -> Iterator[None]:
         yield
     finally:
         serve(True)
-
-
-@contextmanager
-def no_device_plugin() -> Iterator[None]:
-    """The kubelet reports 0 of a resource whose plugin has stopped."""
-    [node] = kubectl("get", "nodes", "-o", "name").split()
-
-    def offer(count: int) -> None:
-        offered = {NEURON: str(count)}
-        change = {"status": {"capacity": offered, "allocatable": offered}}
-        kubectl("patch", node, "--subresource=status", "--patch", json.dumps(change))
-
-    offer(0)
-    try:
-        yield
-    finally:
-        offer(16)
 
 
 def kubectl(*arguments: str) -> str:

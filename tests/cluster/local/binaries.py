@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, Helm 3 and 4, helmfile, the training operators and Kueue, built from their Go modules.
+"""Kubernetes, etcd, CoreDNS, helmfile, the training operators and Kueue, built from their Go modules.
 
 Each is built once and kept in the cache, under its version and a hash of how it is built.
 """
@@ -23,7 +23,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llam
 
 KUBERNETES = "1.34.4"
 KUBERNETES_PROGRAMS = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet"]
-OPERATORS = {"1.7": "1.7.0", "1.8": "1.8.1", "1.9": "1.9.3"}  # HyperPod installs 1.7.0; AWS supports up to 1.8.1
+OPERATORS = {"1.7": "1.7.0", "1.9": "1.9.3"}  # HyperPod installs 1.7.0
 TRAINERS = {"2.0": "2.0.0", "2.2": "2.2.0"}  # Kueue's integration needs 2.2: it writes spec.runtimePatches
 JOBSETS = {"2.0": "0.8.2", "2.2": "0.11.1"}  # that a minor version of Trainer requires
 KUEUE, KUEUE_LIBRARIES = "0.17.0", "v0.35.3"
@@ -87,17 +87,9 @@ def coredns(version: str, work: Path, out: Path) -> None:
     go("build", "-ldflags", LEAN, "-o", out / "coredns", ".", folder=work)
 
 
-def helm(version: str, work: Path, out: Path) -> None:
-    """Told its version, which pyhelm3 wants to be SemVer, and Kubernetes', which Helm 3 takes for 1.20 where it asks no
-    cluster."""
-    module = f"helm.sh/helm/v{version.split('.')[0]}"
-    major, minor, _ = KUBERNETES.split(".")
-    kubernetes = f"-X {module}/pkg/chartutil.k8sVersionMajor={major} -X {module}/pkg/chartutil.k8sVersionMinor={minor}"
-    install(f"{module}/cmd/helm", version, out, f"-X {module}/internal/version.version=v{version} {kubernetes}")
-
-
 def training_operator(version: str, work: Path, out: Path) -> None:
-    install("github.com/kubeflow/training-operator/cmd/training-operator.v1", version, out)
+    package = f"github.com/kubeflow/training-operator/cmd/training-operator.v1@v{version}"
+    go("install", "-ldflags", LEAN, package, folder=Path("/"), GOBIN=str(out), **STATIC)
 
 
 def helmfile(version: str, work: Path, out: Path) -> None:
@@ -126,8 +118,6 @@ PROGRAMS = [
     Program("kubernetes", KUBERNETES, kubernetes),
     Program("etcd", "3.6.16", etcd),
     Program("coredns", "1.12.4", coredns),
-    Program("helm3", "3.22.0", helm),
-    Program("helm4", "4.3.1", helm),
     *(Program(f"training-operator-{minor}", version, training_operator) for minor, version in OPERATORS.items()),
     Program("kueue", KUEUE, kueue),  # and Trainer 2.2
     Program("jobset", JOBSETS["2.2"], jobset),
@@ -148,7 +138,7 @@ def build_all(names: Sequence[str] = ()) -> None:
 
 
 def program(name: str) -> Path:
-    """A binary: helm3, training-operator-1.9, or of a program with several: kubernetes/kubelet, kueue/kueue ..."""
+    """A binary: etcd, training-operator-1.9, or of a program with several: kubernetes/kubelet, kueue/kueue ..."""
     of, _, binary = name.partition("/")
     folder = next(one.folder for one in PROGRAMS if one.name == of)
     return folder / binary if binary else next(folder.iterdir())
@@ -183,10 +173,6 @@ def under_its_go_mod(
     (work / "go.mod").write_text(text)
     go("mod", "edit", "-require", f"{module}@v{version}", folder=work)
     go("build", "-mod=mod", "-ldflags", LEAN, "-o", f"{out}/", *packages, folder=work, **STATIC)
-
-
-def install(package: str, version: str, out: Path, told: str = "") -> None:
-    go("install", "-ldflags", f"{LEAN} {told}", f"{package}@v{version}", folder=Path("/"), GOBIN=str(out), **STATIC)
 
 
 def go(*arguments: str | Path, folder: Path, **environment: str) -> str:
