@@ -122,24 +122,22 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert (after["outcome"], after["revision"], after["exitStatus"]) == ("done", 2, 0)
 
 
-def test_the_status_of_a_detached_run_before_during_and_after_it(
-    space: Space, genvalues: Genvalues, helm: int, workload: str
-) -> None:
-    settings: Values = {"workload": workload, "pipeline": {"mode": "detached"}}
-    space.release(helm).install(values(settings, train=UNTIL_CONTINUE))
-    early = genvalues.json("status", "llama")
+def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, with_helm_4: Genvalues) -> None:
+    settings: Values = {"workload": "trainjob", "pipeline": {"mode": "detached"}}
+    space.release(4).install(values(settings, train=UNTIL_CONTINUE))
+    early = with_helm_4.json("status", "llama")
     assert (early["mode"], early["outcome"], early["runner"]["state"]) == ("detached", "running", "running")
-    watching = genvalues.start("status", "llama", "--watch")
+    watching = with_helm_4.start("status", "llama", "--watch")
     space.wait_for_training("llama-run")
-    during = genvalues.json("status", "llama")
+    during = with_helm_4.json("status", "llama")
     assert states(during)["train"] == "running" and states(during)["merge"] == "waiting"
-    assert [line for line in genvalues("logs", "llama", "train-gate").output.splitlines() if "released" in line]
+    assert [line for line in with_helm_4("logs", "llama", "train-gate").output.splitlines() if "released" in line]
     space.volume.run("touch continue")
     watched = watching.wait()
     assert watched.status == 0, watched.output
-    after = genvalues.json("status", "llama")
+    after = with_helm_4.json("status", "llama")
     assert set(states(after).values()) == {"done"} and after["runner"]["state"] == "done"
-    refused = genvalues("uninstall", "llama-run", "--yes")
+    refused = with_helm_4("uninstall", "llama-run", "--yes")
     assert refused.status == 2 and "genvalues uninstall llama --namespace" in refused.output
 
 
@@ -195,8 +193,8 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     assert last_lines(ended.output, "tokenize")[-1].strip() == "no column q"
 
 
-def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, genvalues: Genvalues) -> None:
-    ended = genvalues("status", "llama")
+def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, with_helm_4: Genvalues) -> None:
+    ended = with_helm_4("status", "llama")
     assert ended.status == 2 and "It has no releases" in ended.output
     assert len(ended.output.splitlines()) == 1
 

@@ -71,13 +71,14 @@ def reach_the_limit(release: Release, client: Client, values: Callable[..., Valu
 
 
 def test_a_run_at_its_cost_limit_saves_and_an_upgrade_requests_no_node_until_the_limit_is_raised(
-    space: Space, helm: int, workload: str
+    space: Space,
 ) -> None:
-    llama = space.release(helm)
+    """A TrainJob; the real training is a PyTorchJob."""
+    llama = space.release(4)
     at_stop = {"stages": {"train": {"extraEnv": {"STAND_IN_AT_STOP": "sleep 3; echo > /workspace/saved-$HOSTNAME"}}}}
 
     def values(**guards: Any) -> Values:
-        return guarded(merged(stand_in(train="echo training; sleep 600"), at_stop, {"workload": workload}), **guards)
+        return guarded(merged(stand_in(train="echo training; sleep 600"), at_stop, {"workload": "trainjob"}), **guards)
 
     client = llama.start_install(values(**UNLIMITED))
     space.wait_for_training("llama")
@@ -90,8 +91,7 @@ def test_a_run_at_its_cost_limit_saves_and_an_upgrade_requests_no_node_until_the
     assert RAISE_MAX_COST in reason and "ended with status" not in reason
     saved = space.volume.run("ls /workspace").split()
     hosts = {name.removeprefix("saved-") for name in saved if name.startswith("saved-")}
-    worker = {"pytorchjob": "worker", "trainjob": "node-0"}[workload]
-    assert hosts == {f"llama-train-1-{worker}-{number}" for number in (0, 1)}
+    assert hosts == {"llama-train-1-node-0-0", "llama-train-1-node-0-1"}
     assert {pod["stage"] for pod in costs(space)} == {"compile", "train"}
 
     pods = space.history.pods(**{COMPONENT: "train"})

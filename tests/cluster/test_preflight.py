@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from chart.manifests import Values, merged
+from chart.manifests import CHART, Values, merged
 from cluster.space import CLAIM, EFA, NEURON, PATIENCE, Release, Space, run, stand_in
 from genvalues.cluster.objects import COMPONENT, component_of, moment
+from genvalues.common.findings import Finding
+from genvalues.ops.preflight.cluster_checks import check_cluster
 
 PROMISED_SECONDS = 30
 STOPS = stand_in(tokenize="exit 2")
@@ -29,6 +32,18 @@ def problems(release: Release) -> set[str]:
     return {finding for finding in findings(release) if not finding.startswith(("ok ", "warning: "))}
 
 
+def look(namespace: str, values: Values) -> list[Finding]:
+    """Findings of `genvalues preflight`, within the stage's time limit."""
+    began = time.monotonic()
+    findings = check_cluster(CHART, values, "llama", namespace, None)
+    assert time.monotonic() - began < PROMISED_SECONDS
+    return findings
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    return [" ".join(str(finding).replace("\n", " ").replace(" fix: ", " FIX: ").split()) for finding in findings]
+
+
 def components(space: Space) -> set[str]:
     """The components of all pods of the chart that have existed."""
     return {component_of(pod) for pod in space.history.pods()} - {""}
@@ -45,17 +60,21 @@ def check_preflight_stopped(release: Release) -> None:
     assert moment(ended["finishedAt"]) - moment(pod["status"]["startTime"]) < PROMISED_SECONDS
 
 
-def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space: Space, helm: int) -> None:
-    """Preflight mounts neither the claim nor the Secret, so it runs although both are missing."""
+def test_every_problem_is_reported_at_once_with_a_fix_before_the_install_too_and_no_stage_starts(space: Space) -> None:
+    """Preflight mounts neither the claim nor the Secret, so it runs although both are missing. `genvalues preflight`
+    reports the same from outside."""
     wrong: Values = {
         "devices": {NEURON: 16, "example.com/few": 2, "example.com/none": 1},
         "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
     }
-    release = space.release(helm)
-    ended = release.install(merged(STOPS, TOKEN, wrong), status=1)
+    values = merged(STOPS, TOKEN, wrong)
+    outside = {line for line in lines(look(space.name, values)) if not line.startswith("ok ")}
+    assert space.list("pytorchjobs") == [], "the probe is deleted"
+    release = space.release()
+    ended = release.install(values, status=1)
     check_preflight_stopped(release)
     here = f"kubectl -n {space.name}"
-    assert problems(release) == {
+    expected = {
         f"error claim nowhere: PersistentVolumeClaim not found in namespace {space.name} (existing claims: {CLAIM})"
         f" FIX: {here} get pvc # then set storage.existingClaim",
         f"error namespace {space.name}: enforces Pod Security restricted, which rejects the pod of storage-prepare"
@@ -70,8 +89,9 @@ def test_every_problem_is_reported_at_once_with_a_fix_and_no_stage_starts(space:
         f" FIX: kubectl describe nodes -l {OF_TYPE} # then change instance, nodes or devices",
         "error example.com/none: no node of type ml.trn1.32xlarge offers it: its device plugin is not running"
         f" FIX: kubectl get nodes -l {OF_TYPE} -o yaml",
-        "6 of 9 findings stop this release; the fixes are above",
     }
+    assert outside == expected
+    assert problems(release) == expected | {"6 of 9 findings stop this release; the fixes are above"}
     assert "error        claim nowhere" in ended.output, "Helm prints it"
 
 
