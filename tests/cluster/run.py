@@ -70,9 +70,10 @@ def own_node(keep: bool) -> Iterator[None]:
             binaries.build_all(binaries.OF_THE_NODE)
             others = beside.submit(binaries.build_all)
             node.start()
-            others.result()
             bases.result()
-        images.load_all()  # gigabytes: loaded in parallel with tests, it delays their pods by more than they allow
+            images.load_trainers()  # gigabytes: beside tests, this delays their pods by more than they allow
+            others.result()
+        images.load_managers()
         operators.install_all()
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
