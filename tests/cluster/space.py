@@ -24,7 +24,7 @@ import yaml
 from kubernetes import client, config, watch
 
 from chart.manifests import CHART, Object, Values, merged
-from cluster.local import images
+from cluster.local import binaries, images
 from cluster.local.node import INSTANCE_TYPE
 from genvalues.cluster import api
 from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
@@ -50,7 +50,7 @@ CLAIM = "work"
 TRAINER_IMAGE = os.environ.get("TRAINER_IMAGE") or images.trainer()
 STAND_IN_IMAGE = os.environ.get("STAND_IN_IMAGE") or images.stand_in()
 STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
-HELMS = {major: helm_binary(major) for major in (3, 4)}
+HELMS = {3: binaries.program("helm3"), 4: helm_binary(4)}
 KINDS = {
     "pod": PODS,
     "job": JOBS,

@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, helmfile, the training operators and Kueue, built from their Go modules.
+"""Kubernetes, etcd, CoreDNS, Helm 3, helmfile, the training operators and Kueue, built from their Go modules.
 
 Each is built once and kept in the cache, under its version and a hash of how it is built.
 """
@@ -26,7 +26,7 @@ KUBERNETES_PROGRAMS = ["kube-apiserver", "kube-controller-manager", "kube-schedu
 OPERATORS = {"1.7": "1.7.0", "1.9": "1.9.3"}  # HyperPod installs 1.7.0
 TRAINERS = {"2.0": "2.0.0", "2.2": "2.2.0"}  # Kueue's integration needs 2.2: it writes spec.runtimePatches
 JOBSETS = {"2.0": "0.8.2", "2.2": "0.11.1"}  # that a minor version of Trainer requires
-KUEUE, KUEUE_LIBRARIES = "0.17.0", "v0.35.3"
+KUEUE = "0.17.0"
 KUEUE_MODULE, JOBSET_MODULE = "sigs.k8s.io/kueue", "sigs.k8s.io/jobset"
 TRAINER_MODULE = "github.com/kubeflow/trainer/v2"
 LEAN = "-s -w"
@@ -88,9 +88,17 @@ def coredns(version: str, work: Path, out: Path) -> None:
     go("build", "-ldflags", LEAN, "-o", out / "coredns", ".", folder=work)
 
 
+def helm(version: str, work: Path, out: Path) -> None:
+    """Newer than PyPI's, which does not print the logs of hooks. Told its version, which pyhelm3 wants to be SemVer, and
+    Kubernetes', which it takes for 1.20 where it asks no cluster."""
+    module = "helm.sh/helm/v3"
+    major, minor, _ = KUBERNETES.split(".")
+    kubernetes = f"-X {module}/pkg/chartutil.k8sVersionMajor={major} -X {module}/pkg/chartutil.k8sVersionMinor={minor}"
+    install(f"{module}/cmd/helm", version, out, f"-X {module}/internal/version.version=v{version} {kubernetes}")
+
+
 def training_operator(version: str, work: Path, out: Path) -> None:
-    package = f"github.com/kubeflow/training-operator/cmd/training-operator.v1@v{version}"
-    go("install", "-ldflags", LEAN, package, folder=Path("/"), GOBIN=str(out), **STATIC)
+    install("github.com/kubeflow/training-operator/cmd/training-operator.v1", version, out)
 
 
 def helmfile(version: str, work: Path, out: Path) -> None:
@@ -99,14 +107,9 @@ def helmfile(version: str, work: Path, out: Path) -> None:
 
 
 def kueue(version: str, work: Path, out: Path) -> None:
-    """With the Trainer that it requires: they share its libraries, which are compiled once."""
-    commands = [f"{KUEUE_MODULE}/cmd/kueue", f"{TRAINER_MODULE}/cmd/trainer-controller-manager"]
+    """With the Trainer and the JobSet that it requires: they share its libraries, which are compiled once."""
+    commands = [f"{KUEUE_MODULE}/cmd/kueue", f"{TRAINER_MODULE}/cmd/trainer-controller-manager", JOBSET_MODULE]
     under_its_go_mod(KUEUE_MODULE, version, commands, work, out)
-
-
-def jobset(version: str, work: Path, out: Path) -> None:
-    """With Kueue's patch version of Kubernetes' libraries, which are compiled already."""
-    under_its_go_mod(JOBSET_MODULE, version, [JOBSET_MODULE], work, out, KUEUE_LIBRARIES)
 
 
 def trainer(version: str, work: Path, out: Path) -> None:
@@ -119,9 +122,9 @@ PROGRAMS = [
     Program("kubernetes", KUBERNETES, kubernetes),
     Program("etcd", "3.6.16", etcd),
     Program("coredns", "1.12.4", coredns),
+    Program("helm3", "3.22.0", helm),
     *(Program(f"training-operator-{minor}", version, training_operator) for minor, version in OPERATORS.items()),
-    Program("kueue", KUEUE, kueue),  # and Trainer 2.2
-    Program("jobset", JOBSETS["2.2"], jobset),
+    Program("kueue", KUEUE, kueue),  # and Trainer 2.2 with its JobSet
     Program("trainer-2.0", TRAINERS["2.0"], trainer),
     Program("helmfile", "1.8.0", helmfile),
 ]
@@ -139,7 +142,7 @@ def build_all(names: Sequence[str] = ()) -> None:
 
 
 def program(name: str) -> Path:
-    """A binary: etcd, training-operator-1.9, or of a program with several: kubernetes/kubelet, kueue/kueue ..."""
+    """A binary: helm3, training-operator-1.9, or of a program with several: kubernetes/kubelet, kueue/kueue ..."""
     of, _, binary = name.partition("/")
     folder = next(one.folder for one in PROGRAMS if one.name == of)
     return folder / binary if binary else next(folder.iterdir())
@@ -163,17 +166,17 @@ def write_module(work: Path, body: str) -> None:
     (work / "go.mod").write_text(f"module local/build\ngo 1.24.0\n{body}")
 
 
-def under_its_go_mod(
-    module: str, version: str, packages: Sequence[str], work: Path, out: Path, libraries: str = ""
-) -> None:
+def under_its_go_mod(module: str, version: str, packages: Sequence[str], work: Path, out: Path) -> None:
     """Build packages under a copy of the module's go.mod: it has replaces, which `go install` refuses, or requires the
-    modules of the other packages. ``libraries``: another version of Kubernetes' libraries."""
+    modules of the other packages."""
     text = re.sub(r"^module .*", "module local/build", go_mod_of(module, version), flags=re.MULTILINE)
-    if libraries:
-        text = re.sub(r"(\sk8s\.io/[a-z-]+) v0\.\d+\.\d+(?!-)\b", rf"\1 {libraries}", text)
     (work / "go.mod").write_text(text)
     go("mod", "edit", "-require", f"{module}@v{version}", folder=work)
     go("build", "-mod=mod", "-ldflags", LEAN, "-o", f"{out}/", *packages, folder=work, **STATIC)
+
+
+def install(package: str, version: str, out: Path, told: str = "") -> None:
+    go("install", "-ldflags", f"{LEAN} {told}", f"{package}@v{version}", folder=Path("/"), GOBIN=str(out), **STATIC)
 
 
 def go(*arguments: str | Path, folder: Path, **environment: str) -> str:
