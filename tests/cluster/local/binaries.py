@@ -26,7 +26,7 @@ KUBERNETES_PROGRAMS = ["kube-apiserver", "kube-controller-manager", "kube-schedu
 OPERATORS = {"1.7": "1.7.0", "1.9": "1.9.3"}  # HyperPod installs 1.7.0
 TRAINERS = {"2.0": "2.0.0", "2.2": "2.2.0"}  # Kueue's integration needs 2.2: it writes spec.runtimePatches
 JOBSETS = {"2.0": "0.8.2", "2.2": "0.11.1"}  # that a minor version of Trainer requires
-KUEUE = "0.17.0"
+KUEUE, KUEUE_LIBRARIES = "0.17.0", "v0.35.3"
 KUEUE_MODULE, JOBSET_MODULE = "sigs.k8s.io/kueue", "sigs.k8s.io/jobset"
 TRAINER_MODULE = "github.com/kubeflow/trainer/v2"
 LEAN = "-s -w"
@@ -89,7 +89,7 @@ def coredns(version: str, work: Path, out: Path) -> None:
 
 
 def helm(version: str, work: Path, out: Path) -> None:
-    """Newer than PyPI's, which does not print the logs of hooks. Told its version, which pyhelm3 wants to be SemVer, and
+    """PyPI's is older, and does not print the logs of hooks. Told its version, which pyhelm3 wants to be SemVer, and
     Kubernetes', which it takes for 1.20 where it asks no cluster."""
     module = "helm.sh/helm/v3"
     major, minor, _ = KUBERNETES.split(".")
@@ -107,9 +107,14 @@ def helmfile(version: str, work: Path, out: Path) -> None:
 
 
 def kueue(version: str, work: Path, out: Path) -> None:
-    """With the Trainer and the JobSet that it requires: they share its libraries, which are compiled once."""
-    commands = [f"{KUEUE_MODULE}/cmd/kueue", f"{TRAINER_MODULE}/cmd/trainer-controller-manager", JOBSET_MODULE]
+    """With the Trainer that it requires: they share its libraries, which are compiled once."""
+    commands = [f"{KUEUE_MODULE}/cmd/kueue", f"{TRAINER_MODULE}/cmd/trainer-controller-manager"]
     under_its_go_mod(KUEUE_MODULE, version, commands, work, out)
+
+
+def jobset(version: str, work: Path, out: Path) -> None:
+    """With Kueue's patch version of Kubernetes' libraries, which are compiled already."""
+    under_its_go_mod(JOBSET_MODULE, version, [JOBSET_MODULE], work, out, KUEUE_LIBRARIES)
 
 
 def trainer(version: str, work: Path, out: Path) -> None:
@@ -124,7 +129,8 @@ PROGRAMS = [
     Program("coredns", "1.12.4", coredns),
     Program("helm3", "3.22.0", helm),
     *(Program(f"training-operator-{minor}", version, training_operator) for minor, version in OPERATORS.items()),
-    Program("kueue", KUEUE, kueue),  # and Trainer 2.2 with its JobSet
+    Program("kueue", KUEUE, kueue),  # and Trainer 2.2
+    Program("jobset", JOBSETS["2.2"], jobset),
     Program("trainer-2.0", TRAINERS["2.0"], trainer),
     Program("helmfile", "1.8.0", helmfile),
 ]
@@ -166,10 +172,14 @@ def write_module(work: Path, body: str) -> None:
     (work / "go.mod").write_text(f"module local/build\ngo 1.24.0\n{body}")
 
 
-def under_its_go_mod(module: str, version: str, packages: Sequence[str], work: Path, out: Path) -> None:
+def under_its_go_mod(
+    module: str, version: str, packages: Sequence[str], work: Path, out: Path, libraries: str = ""
+) -> None:
     """Build packages under a copy of the module's go.mod: it has replaces, which `go install` refuses, or requires the
-    modules of the other packages."""
+    modules of the other packages. ``libraries``: another version of Kubernetes' libraries."""
     text = re.sub(r"^module .*", "module local/build", go_mod_of(module, version), flags=re.MULTILINE)
+    if libraries:
+        text = re.sub(r"(\sk8s\.io/[a-z-]+) v0\.\d+\.\d+(?!-)\b", rf"\1 {libraries}", text)
     (work / "go.mod").write_text(text)
     go("mod", "edit", "-require", f"{module}@v{version}", folder=work)
     go("build", "-mod=mod", "-ldflags", LEAN, "-o", f"{out}/", *packages, folder=work, **STATIC)

@@ -76,7 +76,7 @@ def stand_in() -> str:
 
 MANAGERS = [
     *(f"training-operator-{minor}" for minor in OPERATORS),
-    *("kueue/kueue", "kueue/trainer-controller-manager", "kueue/jobset"),
+    *("kueue/kueue", "kueue/trainer-controller-manager", "jobset"),
     *("trainer-2.0/trainer-controller-manager", "trainer-2.0/jobset"),
 ]
 

@@ -44,7 +44,7 @@ NAMESPACE = "kubeflow"
 NAMESPACES = [NAMESPACE, "jobset-system", "kubeflow-system"]  # without Kueue's
 OF_TRAINER = {
     "2.0": ("trainer-2.0/trainer-controller-manager", "trainer-2.0/jobset"),
-    "2.2": ("kueue/trainer-controller-manager", "kueue/jobset"),
+    "2.2": ("kueue/trainer-controller-manager", "jobset"),
 }
 # Kueue's webhooks reject jobs and pods while it restarts: those of other namespaces do not ask it.
 USES_KUEUE = {"tests.llama-lora/kueue": "yes"}
