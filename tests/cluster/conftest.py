@@ -9,18 +9,25 @@ import pytest
 
 from cluster.space import HELMS, Space, connect
 
-LONGEST = [
-    *("test_recovery", "test_following", "test_guards", "test_cleanup", "test_failures", "test_kueue", "test_detached")
-]
+LONGEST = ["test_a_job_waits_for_its_quota"]  # beginnings of names
+SHARED = ["test_kueue", "test_training"]  # files whose tests share a training, or Kueue's settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "node: wants the node for itself (drains it, restarts its API server ...)")
+    config.addinivalue_line("markers", "operator(workload): replaces or stops the operator of a workload")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that take longest, so that none is left alone at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Start with the tests that take longest, so that none is left alone at the end. Tests that share a training, or an
+    operator, run in one process, one after another."""
+    names = [*LONGEST, ""]
+    items.sort(key=lambda item: next(place for place, name in enumerate(names) if item.name.startswith(name)))
+    for item in items:
+        operator = item.get_closest_marker("operator")
+        if operator or item.path.stem in SHARED:
+            item.add_marker(pytest.mark.xdist_group(operator.args[0] if operator else item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)

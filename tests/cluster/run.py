@@ -27,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cluster.local import binaries, images, node, operators
 from genvalues.common.errors import UserError, user_errors_end_with_status_2
 from genvalues.common.process import processes
+from helm_binaries import helm_binary
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-AT_MOST = 2400  # seconds for each half of the tests
-AT_ONCE = 5  # tests that run in parallel
-NEEDS_ITS_OWN_NODE = "node"  # marker of tests that drain the node, stop its API server or change its operator
+AT_MOST = 1800  # seconds for each part of the tests
+# Marker expressions of the parts, which run one after another, and the number of tests of each that run at once: tests
+# of the chart; one test for each operator that is replaced; tests that drain the node or stop its API server.
+IN_PARALLEL = "not node and not operator"
+PARTS = {IN_PARALLEL: 6, "operator": 2, "node": 0}
 
 
 @user_errors_end_with_status_2
@@ -41,8 +44,8 @@ def main() -> int:
     if wish == "current":
         if not os.environ.get("KUBECONFIG"):
             raise UserError("CLUSTER=current, and KUBECONFIG is not set", fix="export KUBECONFIG=... of that cluster")
-        binaries.build_all(["helm3", "helm4", "helmfile"])
-        return run_tests(["-m", f"not {NEEDS_ITS_OWN_NODE}"], sys.argv[1:])
+        binaries.build_all(["helm3", "helmfile"])
+        return run_tests(["-m", IN_PARALLEL], sys.argv[1:])
     if wish not in {"", "keep"}:
         raise UserError(f"CLUSTER={wish}", fix="Leave it out, or use CLUSTER=current or CLUSTER=keep")
     with own_node(keep=wish == "keep"):
@@ -67,9 +70,10 @@ def own_node(keep: bool) -> Iterator[None]:
             binaries.build_all(binaries.OF_THE_NODE)
             others = beside.submit(binaries.build_all)
             node.start()
-            others.result()
             bases.result()
-        images.load_all()  # gigabytes: loaded in parallel with tests, it delays their pods by more than they allow
+            images.load_trainers()  # gigabytes: beside tests, this delays their pods by more than they allow
+            others.result()
+        images.load_managers()
         operators.install_all()
         node.pretend_to_be_trainium()
         print(f"the node is ready after {time.monotonic() - began:.0f} s", flush=True)
@@ -109,14 +113,14 @@ def take_lock() -> IO[str]:
 
 
 def run_tests(selection: list[str], arguments: list[str]) -> int:
-    """Run the tests that can run in parallel, then those that need the node. Those of a file share a process: some
-    share a training, or Kueue's settings."""
+    """Run the parts; with a selection or pytest's arguments, the selected tests one after another."""
+    helm_binary(4)  # before several processes unpack it at once
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return run_pytest([*pytest, *selection, *arguments])
-    in_parallel = ["-n", str(AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder"]
-    statuses = [run_pytest([*pytest, "-m", f"not {NEEDS_ITS_OWN_NODE}", *in_parallel])]
-    statuses += [run_pytest([*pytest, "-m", NEEDS_ITS_OWN_NODE])]
+    in_groups = ["--dist", "loadgroup", "--no-loadscope-reorder"]
+    parts = [[*pytest, "-m", marks, "-n", str(at_once), *in_groups] for marks, at_once in PARTS.items()]
+    statuses = [run_pytest(part) for part in parts]
     return 1 if any(statuses) else 0
 
 

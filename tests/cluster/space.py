@@ -38,17 +38,19 @@ from genvalues.cluster.objects import (
     name_of,
 )
 from genvalues.cluster.workloads import job_of
+from helm_binaries import helm_binary
 
 Found = TypeVar("Found")
 
-PATIENCE = "--timeout=150s"  # a kubelet takes a minute or more to reconnect to its API server
+# Seconds for whatever is not promised to take less: several times what a busy machine needs. Only a failure takes them.
+PATIENCE = 300.0
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 STAGE = "llama-lora/stage"
 CLAIM = "work"
 TRAINER_IMAGE = os.environ.get("TRAINER_IMAGE") or images.trainer()
 STAND_IN_IMAGE = os.environ.get("STAND_IN_IMAGE") or images.stand_in()
 STORAGE_CLASS = os.environ.get("STORAGE_CLASS") or "folder"
-HELMS = {major: binaries.program(f"helm{major}") for major in (3, 4)}
+HELMS = {3: binaries.program("helm3"), 4: helm_binary(4)}
 KINDS = {
     "pod": PODS,
     "job": JOBS,
@@ -143,7 +145,7 @@ class Client:
             start_new_session=True,
         )
 
-    def wait(self, seconds: float) -> Ended:
+    def wait(self, seconds: float = PATIENCE) -> Ended:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -162,7 +164,7 @@ class Client:
         """Kill the process group, Helm included, as when a laptop loses power."""
         if self.is_alive():
             os.killpg(self.process.pid, how)
-        self.process.wait(60)
+        self.process.wait(PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class Volume:
             self.space.apply(files_pod(self.POD))
             found = None
         if found is None or not condition(found, "Ready"):
-            self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", PATIENCE)
+            self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", f"--timeout={PATIENCE:.0f}s")
         return self.POD
 
     def run(self, script: str, check: bool = True) -> str:
@@ -358,7 +360,7 @@ class Space:
     # --- waiting
 
     def wait(
-        self, what: str, happens: Callable[[], Found | None], seconds: float = 60.0, interval: float = 0.5
+        self, what: str, happens: Callable[[], Found | None], seconds: float = PATIENCE, interval: float = 0.5
     ) -> Found:
         """Wait until ``happens`` returns a true value, and return it."""
         ends = time.monotonic() + seconds
@@ -369,16 +371,14 @@ class Space:
                 raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.describe()}")
             time.sleep(interval)
 
-    def wait_for_training(
-        self, release: str, workers: int = 2, stage: str = "train", seconds: float = 120.0
-    ) -> list[Object]:
+    def wait_for_training(self, release: str, workers: int = 2, stage: str = "train") -> list[Object]:
         """The running worker pods of a stage, once all of them run."""
 
         def all_run() -> list[Object] | None:
             running = [pod for pod in self.pods(release, stage) if pod["status"].get("phase") == "Running"]
             return running if len(running) == workers else None
 
-        return self.wait(f"{workers} {stage} pods of {release}", all_run, seconds)
+        return self.wait(f"{workers} {stage} pods of {release}", all_run)
 
     def never(self, what: str, happens: Callable[[], object], seconds: float) -> None:
         """Check that ``happens`` stays false for ``seconds``."""
@@ -419,7 +419,7 @@ class Release:
     def command(self, *arguments: str) -> list[str]:
         return [str(HELMS[self.helm]), *arguments, "--namespace", self.space.name]
 
-    def __call__(self, *arguments: str, seconds: float = 300.0) -> Ended:
+    def __call__(self, *arguments: str, seconds: float = PATIENCE) -> Ended:
         """Run Helm and wait for it."""
         return self.start(*arguments).wait(seconds)
 
@@ -434,10 +434,10 @@ class Release:
             yaml.safe_dump(values, file)
         yield file.name
 
-    def install(self, values: Values, *options: str, status: int | None = 0, seconds: float = 300.0) -> Ended:
+    def install(self, values: Values, *options: str, status: int | None = 0, seconds: float = PATIENCE) -> Ended:
         return self._checked(self.start_install(values, *options).wait(seconds), status)
 
-    def upgrade(self, values: Values, *options: str, status: int | None = 0, seconds: float = 300.0) -> Ended:
+    def upgrade(self, values: Values, *options: str, status: int | None = 0, seconds: float = PATIENCE) -> Ended:
         return self._checked(self.start_upgrade(values, *options).wait(seconds), status)
 
     def start_install(self, values: Values, *options: str) -> Client:
@@ -450,8 +450,8 @@ class Release:
         with self.values_file(values) as file:
             return self.start(verb, self.name, str(self.chart), "--values", file, "--timeout", "20m", *options)
 
-    def uninstall(self, *options: str, status: int | None = 0, seconds: float = 200.0) -> Ended:
-        return self._checked(self("uninstall", self.name, "--timeout", "3m", *options, seconds=seconds), status)
+    def uninstall(self) -> None:
+        self._checked(self("uninstall", self.name, "--timeout", "3m"), 0)
 
     def _checked(self, ended: Ended, status: int | None) -> Ended:
         if status is not None and ended.status != status:

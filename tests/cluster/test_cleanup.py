@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chart.manifests import ROOT, Values, merged
-from cluster.space import CLAIM, HELMS, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
+from cluster.space import CLAIM, HELMS, PATIENCE, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
 
 UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
@@ -33,9 +33,9 @@ def left_of(space: Space) -> list[str]:
     return found + [name for name in everywhere if f"/{space.name}." in name]
 
 
-def nothing_is_left(space: Space, seconds: float = 60.0) -> None:
+def nothing_is_left(space: Space) -> None:
     """Wait, because cleanup's own pod is deleted shortly after its Job, which Helm deletes last."""
-    space.wait("nothing left of the release", lambda: not left_of(space), seconds)
+    space.wait("nothing left of the release", lambda: not left_of(space))
 
 
 def stages_after(space: Space, moment: float) -> set[str]:
@@ -54,7 +54,7 @@ def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(
     space.wait_for_training("llama")
     compiled = space.volume.manifest("llama", "compile")
     began = uninstall_leaves_only_the_volume(llama)
-    assert alive.wait(60).status != 0
+    assert alive.wait().status != 0
     nothing_is_left(space)
     assert stages_after(space, began) == set(), "the client started no stage before it noticed"
 
@@ -68,8 +68,8 @@ def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(
 def uninstall_leaves_only_the_volume(llama: Release) -> float:
     """Uninstall and check; returns when it began."""
     space, began = llama.space, time.monotonic()
-    uninstalled = llama.uninstall()
-    nothing_is_left(space, 60 - uninstalled.seconds)
+    llama.uninstall()
+    nothing_is_left(space)
     assert stages_after(space, began) == set()
     claimed = space.get("pvc", CLAIM)
     assert claimed and claimed["status"]["phase"] == "Bound"
@@ -106,8 +106,9 @@ def test_the_charts_claim_is_kept_by_uninstall_and_used_again(
     client = llama.start_install(values(own, tokenize="echo kept > /workspace/mine; sleep 600"))
     space.wait("tokenize", lambda: [p for p in space.pods("llama", "tokenize") if p["status"]["phase"] == "Running"])
     began = time.monotonic()
-    nothing_is_left(space, 60 - llama.uninstall().seconds)
-    assert client.wait(60).status != 0
+    llama.uninstall()
+    nothing_is_left(space)
+    assert client.wait().status != 0
     nothing_is_left(space)
     assert stages_after(space, began) == set()
     claimed = space.get("pvc", "llama-workspace")
@@ -120,7 +121,7 @@ def test_the_charts_claim_is_kept_by_uninstall_and_used_again(
     now = space.get("pvc", "llama-workspace")
     assert now and now["metadata"]["uid"] == claimed["metadata"]["uid"]
     space.apply(files_pod("look", "llama-workspace"))
-    space.kubectl("wait", "--for=condition=Ready", "pod/look", "--timeout=60s")
+    space.kubectl("wait", "--for=condition=Ready", "pod/look", f"--timeout={PATIENCE:.0f}s")
     there = space.kubectl("exec", "look", "--", "ls", "mine", "runs/llama/merge-output/done")
     assert there.split() == ["mine", "runs/llama/merge-output/done"]
 
@@ -150,7 +151,7 @@ def test_with_an_image_that_cannot_be_pulled_uninstall_fails_and_the_documented_
 
     uninstalls = [llama.start("uninstall", "llama", "--timeout", "3m") for llama in (first, attached, detached)]
     for uninstall in uninstalls:
-        ended = uninstall.wait(150)
+        ended = uninstall.wait()
         assert ended.status != 0, ended.output
     attached.space.wait_for_training("llama")
     detached.space.wait_for_training("llama-run")

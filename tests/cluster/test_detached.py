@@ -21,7 +21,7 @@ from kubernetes import client
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import node
-from cluster.space import HELMS, Client, Space, stand_in, succeeded, uids
+from cluster.space import HELMS, PATIENCE, Client, Space, stand_in, succeeded, uids
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
 from genvalues.cluster.failures import RETRY
@@ -37,14 +37,14 @@ def detached(*more: Values, **scripts: str) -> Values:
     return merged(stand_in(**scripts), DETACHED, *more)
 
 
-def outcome(space: Space, revision: int = 1, seconds: float = 150.0) -> str:
+def outcome(space: Space, revision: int = 1) -> str:
     """How the runner's Job ended."""
 
     def ended() -> str | None:
         job = space.get("job", f"llama-runner-{revision}")
         return next((kind for kind in ("Complete", "Failed") if job and condition(job, kind)), None)
 
-    return space.wait(f"the end of runner {revision}", ended, seconds)
+    return space.wait(f"the end of runner {revision}", ended)
 
 
 def trainers(space: Space) -> set[str]:
@@ -61,7 +61,7 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
     first = uids(space.wait_for_training("llama-run"))
     [pod] = space.pods("llama", "runner")
     space.kubectl("delete", "pod", name_of(pod), "--force", "--grace-period=0")
-    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"))
     space.volume.run("touch continue")
     assert outcome(space) == "Complete"
     assert trainers(space) == first
@@ -109,11 +109,11 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_t
     fingerprint = train_fingerprint(space)
 
     llama.upgrade(values)
-    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"))
     assert trainers(space) == first
 
     llama.upgrade(merged(values, {"training": {"learningRate": 1e-3}}))
-    space.wait("a training of its own", lambda: trainers(space) - first, 150)
+    space.wait("a training of its own", lambda: trainers(space) - first)
     second = uids(space.wait_for_training("llama-run"))
     assert not second & first and train_fingerprint(space) != fingerprint
 
@@ -122,7 +122,7 @@ def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_t
     third = uids(space.wait_for_training("llama-run"))
     assert not third & (first | second)
     space.volume.run("touch continue")
-    space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}), 90)
+    space.wait("the end of training", lambda: succeeded(space.get("job", "llama-run-train-gate") or {}))
     assert name_of(*space.list("jobs", f"{COMPONENT}=runner")) == "llama-runner-1"  # created again
     assert space.volume.manifest("llama", "train")["fingerprint"] == fingerprint
     assert space.history.trainings_at_once() == 1
@@ -166,16 +166,14 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
         killed = beside.submit(run_runner)
         space.wait_for_training("llama-run", stage="compile")
         space.clients[-1].kill()
-        assert killed.result(60) == RETRY
+        assert killed.result(PATIENCE) == RETRY
         fails = beside.submit(run_runner)
-        space.wait(
-            "a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"), 150
-        )
+        space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-compile-gate"))
         space.volume.run("touch continue")
-        assert fails.result(90) == EXIT_USER_ERROR
+        assert fails.result(PATIENCE) == EXIT_USER_ERROR
         changed = yaml.safe_load((tmp_path / "values.yaml").read_text())
         (tmp_path / "values.yaml").write_text(yaml.safe_dump(merged(changed, {"lora": {"r": 2}})))
-        assert beside.submit(run_runner).result(90) == EXIT_USER_ERROR
+        assert beside.submit(run_runner).result(PATIENCE) == EXIT_USER_ERROR
     [role] = space.list("roles", f"{COMPONENT}=runner")
     moves = ("delete", "secrets")  # of an earlier version of the chart: see the next test
     unused = granted(role) - recorder.asked - {("list", "pytorchjobs.kubeflow.org"), moves}
@@ -198,7 +196,7 @@ def test_upgrade_takes_over_an_inner_release_whose_records_are_secrets(space: Sp
         space.apply({**secret, "data": {"release": content}})
         space.kubectl("delete", "configmap", name_of(record))
     llama.upgrade(values)
-    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"), 150)
+    space.wait("a gate that follows", lambda: "following PyTorchJob" in space.log("job/llama-run-train-gate"))
     assert trainers(space) == first
     assert not space.list("secrets", "owner=helm,name=llama-run")
     assert "llama-workers" in space.kubectl("get", "networkpolicies", "-o", "name")

@@ -14,7 +14,7 @@ import pytest
 
 from chart.manifests import Values, merged
 from cluster.local.operators import NAMESPACES
-from cluster.space import Client, Release, Space, asking_for_neuron, node_of, run, skipping, uids
+from cluster.space import PATIENCE, Client, Release, Space, asking_for_neuron, node_of, run, skipping, uids
 from cluster.test_kueue import Queues
 from cluster.test_training import TRAINING, UNDISTURBED, adapter, keep_adapter, put_inputs, resumed
 
@@ -42,7 +42,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
         queues.local_queue("research")
         put_inputs(space, tmp_path_factory.mktemp("volume"))
         if not UNDISTURBED.exists():
-            space.release().install(TRAINING, seconds=900)
+            space.release().install(TRAINING, seconds=3 * PATIENCE)
             keep_adapter(space)
         releases = {workload: space.release(helm, workload) for workload, helm in WORKLOADS.items()}
         clients = {name: release.start_install(values(name)) for name, release in releases.items()}
@@ -50,7 +50,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
         preempt(queues, clients)
         drain_the_node(space, clients)
         for client in clients.values():
-            ended = client.wait(600)
+            ended = client.wait(3 * PATIENCE)
             assert ended.status == 0, ended.output
         yield Disturbed(space, releases)
     finally:
@@ -65,9 +65,7 @@ def lose_workers_and_operators(space: Space, clients: dict[str, Client]) -> None
     for namespace in NAMESPACES:
         run(["kubectl", "-n", namespace, "delete", "pods", "--all", "--wait=false"])
     for name, lost in before.items():
-        space.wait(
-            f"a worker of {name} in the place of the lost one", lambda n=name, o=lost: workers(space, n) - o, 150
-        )
+        space.wait(f"a worker of {name} in the place of the lost one", lambda n=name, o=lost: workers(space, n) - o)
 
 
 def preempt(queues: Queues, clients: dict[str, Client]) -> None:
@@ -75,7 +73,7 @@ def preempt(queues: Queues, clients: dict[str, Client]) -> None:
     before = {name: wait_for_a_checkpoint(queues.space, name, 2) for name in clients}
     queues.occupy("research", 100)
     for name, evicted in before.items():
-        queues.space.wait(f"no worker of {name}", lambda n=name, o=evicted: not o & workers(queues.space, n), 150)
+        queues.space.wait(f"no worker of {name}", lambda n=name, o=evicted: not o & workers(queues.space, n))
     queues.leave()
 
 
@@ -89,7 +87,7 @@ def drain_the_node(space: Space, clients: dict[str, Client]) -> None:
     try:
         run(["kubectl", "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=15s"])
         for name, evicted in before.items():
-            space.wait(f"no worker of {name}", lambda n=name, o=evicted: not o & workers(space, n), 150)
+            space.wait(f"no worker of {name}", lambda n=name, o=evicted: not o & workers(space, n))
         assert all(client.is_alive() for client in clients.values())
     finally:
         run(["kubectl", "uncordon", node])
@@ -105,16 +103,16 @@ def workers(space: Space, release: str) -> set[str]:
 
 def wait_for_a_checkpoint(space: Space, name: str, session: int) -> set[str]:
     """Wait until the training's process of this session (the first one, one that resumed) has saved; its workers."""
-    pods = space.wait_for_training(name, seconds=300)
+    pods = space.wait_for_training(name)
     folder = f"runs/{name}/checkpoints/*"
     saved = f"[ $(ls {folder}/tensorboard 2>/dev/null | wc -l) -ge {session} ] && ls -d {folder}/step-* | tail -1"
 
     def last() -> str:
         return space.volume.run(f"{saved} || true").strip()
 
-    first = space.wait(f"a checkpoint of {name}", last, 200, 0.2)
+    first = space.wait(f"a checkpoint of {name}", last, interval=0.2)
     if session > 1:
-        space.wait(f"another checkpoint of {name}", lambda: last() not in ("", first), 200, 0.2)
+        space.wait(f"another checkpoint of {name}", lambda: last() not in ("", first), interval=0.2)
     assert not space.volume.exists(f"runs/{name}/stages/train.json"), "too fast to be disturbed: raise STEPS"
     return uids(pods)
 

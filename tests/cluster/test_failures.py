@@ -46,7 +46,7 @@ def on_worker_1(script: str) -> str:
 
 def ended(client: Client) -> tuple[Ended, float]:
     """How a client ended, and when (time.monotonic)."""
-    result = client.wait(200)
+    result = client.wait()
     return result, time.monotonic()
 
 
@@ -116,7 +116,7 @@ def test_a_job_that_fails_fails_the_release_within_15_s_and_helm_prints_why(
         rf"last 1 lines of llama-compile-1-{WORKER}[01].*:",
         "this takes too long",
     )
-    space.wait("no worker pod any more", lambda: not space.pods("llama", "compile"), 20)
+    space.wait("no worker pod any more", lambda: not space.pods("llama", "compile"))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -141,7 +141,7 @@ def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_lim
     )
     assert [end.code for end in ends_in(space, "llama-compile-1", 1) if end.code != STOPPED] == [2]
     assert len(starts_of(space, "llama-compile-1", 0)) == 1
-    space.wait("the job and its pods are gone", lambda: not left(space, "compile"), 20)
+    space.wait("the job and its pods are gone", lambda: not left(space, "compile"))
 
     settings = {"stages": {"compile": {"backoffLimit": 1}}}
     again = on_worker_1("sleep 1; echo again; exit 1")
@@ -219,7 +219,7 @@ def refusing_hub(space: Space) -> str:
         running = pod and all(each["ready"] for each in pod["status"].get("containerStatuses") or [{"ready": False}])
         return str(pod["status"]["podIP"]) if pod and running else None
 
-    return f"http://{space.wait('the Hub', address, 120)}:8000"
+    return f"http://{space.wait('the Hub', address)}:8000"
 
 
 def test_a_revoked_token_of_the_hub_fails_the_stage_at_once_and_is_not_retried(space: Space) -> None:
@@ -265,4 +265,4 @@ def test_an_unschedulable_train_pod_fails_the_stage_with_the_schedulers_reason_a
     log = lines(space.log("job/llama-train-gate"))
     assert any(re.fullmatch(reason, line) for line in log), log
     assert any(re.fullmatch(reason, line) for line in printed(result))
-    space.wait("nothing holds a node", lambda: not left(space, "train"), 20)
+    space.wait("nothing holds a node", lambda: not left(space, "train"))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from chart.manifests import CHART, Values, merged
-from cluster.space import EFA, HELMS, NEURON, Client, Ended, Space, inputs_file, stand_in
+from cluster.space import EFA, HELMS, NEURON, PATIENCE, Client, Ended, Space, inputs_file, stand_in
 from genvalues.cluster.objects import name_of
 from trainer.conftest import make_model, write_rows
 
@@ -46,13 +46,13 @@ class Genvalues:
         self.space.clients.append(client)
         return client
 
-    def __call__(self, *arguments: str, seconds: float = 120.0) -> Ended:
-        return self.start(*arguments).wait(seconds)
+    def __call__(self, *arguments: str) -> Ended:
+        return self.start(*arguments).wait()
 
     def json(self, *arguments: str) -> dict[str, Any]:
         """The JSON on stdout, whatever the exit status."""
         command = [*self.command, *arguments, "--json", "--namespace", self.space.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
         assert done.stdout, done.stderr
         document: dict[str, Any] = json.loads(done.stdout)
         return document
@@ -103,10 +103,10 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert before["notRead"] == []
 
     watching, reading = genvalues.start("status", "llama", "--watch"), genvalues.start("logs", "llama", "-f")
-    space.wait("the workers' first words", lambda: reading.output.count("the first words") == 2, 30)
+    space.wait("the workers' first words", lambda: reading.output.count("the first words") == 2)
     space.volume.run("touch continue")
-    assert client.wait(150).status == 0
-    read, watched = reading.wait(60), watching.wait(60)
+    assert client.wait().status == 0
+    read, watched = reading.wait(), watching.wait()
     assert read.status == 0 and read.output.count("the last words") == 2
     assert f"[{train['pods'][0]}] the first words" in read.output
     assert watched.status == 0, watched.output
@@ -122,24 +122,22 @@ def test_status_and_logs_follow_an_attached_run_to_its_end_and_an_upgrade_skips_
     assert (after["outcome"], after["revision"], after["exitStatus"]) == ("done", 2, 0)
 
 
-def test_the_status_of_a_detached_run_before_during_and_after_it(
-    space: Space, genvalues: Genvalues, helm: int, workload: str
-) -> None:
-    settings: Values = {"workload": workload, "pipeline": {"mode": "detached"}}
-    space.release(helm).install(values(settings, train=UNTIL_CONTINUE))
-    early = genvalues.json("status", "llama")
+def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, with_helm_4: Genvalues) -> None:
+    settings: Values = {"workload": "trainjob", "pipeline": {"mode": "detached"}}
+    space.release(4).install(values(settings, train=UNTIL_CONTINUE))
+    early = with_helm_4.json("status", "llama")
     assert (early["mode"], early["outcome"], early["runner"]["state"]) == ("detached", "running", "running")
-    watching = genvalues.start("status", "llama", "--watch")
+    watching = with_helm_4.start("status", "llama", "--watch")
     space.wait_for_training("llama-run")
-    during = genvalues.json("status", "llama")
+    during = with_helm_4.json("status", "llama")
     assert states(during)["train"] == "running" and states(during)["merge"] == "waiting"
-    assert [line for line in genvalues("logs", "llama", "train-gate").output.splitlines() if "released" in line]
+    assert [line for line in with_helm_4("logs", "llama", "train-gate").output.splitlines() if "released" in line]
     space.volume.run("touch continue")
-    watched = watching.wait(150)
+    watched = watching.wait()
     assert watched.status == 0, watched.output
-    after = genvalues.json("status", "llama")
+    after = with_helm_4.json("status", "llama")
     assert set(states(after).values()) == {"done"} and after["runner"]["state"] == "done"
-    refused = genvalues("uninstall", "llama-run", "--yes")
+    refused = with_helm_4("uninstall", "llama-run", "--yes")
     assert refused.status == 2 and "genvalues uninstall llama --namespace" in refused.output
 
 
@@ -179,7 +177,7 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     space: Space, with_helm_4: Genvalues, tmp_path: Path
 ) -> None:
     following = with_helm_4.start("install", str(inputs(tmp_path, train=UNTIL_CONTINUE)), "--chart", str(CHART))
-    space.wait("the training in the output", lambda: "train: running" in following.output, 120)
+    space.wait("the training in the output", lambda: "train: running" in following.output)
     assert "claim work: Bound" in following.output, "what preflight has found"
     following.kill(signal.SIGINT)
     again = f"genvalues status llama --watch --namespace {space.name}"
@@ -187,7 +185,7 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
 
     watching = with_helm_4.start("status", "llama", "--watch")
     space.volume.run("touch continue")
-    assert watching.wait(120).status == 0
+    assert watching.wait().status == 0
 
     broken = inputs(tmp_path, {"dataset": {"evalFraction": 0.1}}, tokenize="echo no column q; exit 2")
     ended = with_helm_4("install", str(broken), "--chart", str(CHART), "--skip-preflight")
@@ -195,8 +193,8 @@ def test_install_follows_a_detached_run_and_ctrl_c_stops_only_the_following(
     assert last_lines(ended.output, "tokenize")[-1].strip() == "no column q"
 
 
-def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, genvalues: Genvalues) -> None:
-    ended = genvalues("status", "llama")
+def test_an_unknown_release_is_one_line_that_names_the_existing_ones(space: Space, with_helm_4: Genvalues) -> None:
+    ended = with_helm_4("status", "llama")
     assert ended.status == 2 and "It has no releases" in ended.output
     assert len(ended.output.splitlines()) == 1
 
@@ -205,13 +203,13 @@ def test_uninstall_stops_the_training_and_reports_what_is_kept(space: Space, wit
     llama = space.release(4)
     client = llama.start_install(values(train=UNTIL_CONTINUE))
     space.wait_for_training("llama")
-    ended = with_helm_4("uninstall", "llama", seconds=200)
+    ended = with_helm_4("uninstall", "llama")
     assert ended.status == 0, ended.output
     assert "Will be stopped: train" in ended.output and "claim work, 1Gi" in ended.output
     assert f"kubectl -n {space.name} delete pvc work" in ended.output
     assert llama.state == "none" and not space.pods("llama", "train")
     assert space.get("pvc", "work")
-    client.wait(60)
+    client.wait()
 
 
 def test_a_bundle_contains_no_token_and_can_be_replayed_locally(
@@ -239,6 +237,6 @@ def test_a_bundle_contains_no_token_and_can_be_replayed_locally(
     genvalues = Path(sys.executable).with_name("genvalues")
     command = [str(genvalues), "local", str(packed), "--workspace", str(workspace), "--cpu"]
     began = time.monotonic()
-    replayed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    replayed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * PATIENCE)
     assert replayed.returncode == 0, f"{time.monotonic() - began:.0f} s\n{replayed.stdout}\n{replayed.stderr}"
     assert (workspace / "runs/llama/merged/model.safetensors").exists()

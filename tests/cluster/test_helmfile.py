@@ -68,12 +68,15 @@ def test_template_renders_each_environment_with_its_values_and_no_network(
         assert list(yaml.safe_load_all(ended.output)) == list(yaml.safe_load_all(rendered))
 
 
-def test_a_second_sync_resumes_after_a_failed_stage_and_destroy_keeps_the_volume(
+def test_apply_needs_the_plugin_a_second_sync_resumes_after_a_failed_stage_and_destroy_keeps_the_volume(
     new_space: Callable[..., Space], helmfile: Callable[[str], Helmfile], helm: int, tmp_path: Path
 ) -> None:
     space = new_space()
     release = space.release(helm, RELEASE)
     program = helmfile(space.name)
+    without_the_plugin = program("cpu", "apply")
+    assert without_the_plugin.status != 0 and 'unknown command "diff"' in without_the_plugin.output
+    assert release.state == "none"
 
     def sync(name: str, values: Values) -> Ended:
         file = tmp_path / f"{name}.yaml"
@@ -102,12 +105,3 @@ def test_a_second_sync_resumes_after_a_failed_stage_and_destroy_keeps_the_volume
     assert release.state == "none" and space.pods(RELEASE) == []
     space.apply(files_pod(space.volume.POD, f"{RELEASE}-workspace"))
     assert space.volume.exists(f"runs/{RELEASE}/stages/merge.json")
-
-
-def test_apply_without_the_plugin_fails_and_installs_nothing(
-    new_space: Callable[..., Space], helmfile: Callable[[str], Helmfile], helm: int
-) -> None:
-    space = new_space()
-    ended = helmfile(space.name)("cpu", "apply")
-    assert ended.status != 0 and 'unknown command "diff"' in ended.output, ended.output
-    assert space.release(helm, RELEASE).state == "none"

@@ -35,7 +35,6 @@ QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 API = "kueue.x-k8s.io/v1beta2"
 UNTIL_CONTINUE = "until [ -e /workspace/continue ]; do sleep 0.2; done"
 BRIEF: Values = {"evaluation": {"enabled": False}}
-BOUND = 60.0  # seconds in which the gate finds out that no Workload is made
 
 
 def values(workload: str, *more: Values, **scripts: str) -> Values:
@@ -77,7 +76,7 @@ class Queues:
     def create(self, *objects: Object) -> None:
         """Its webhooks may not answer for some seconds after a start of Kueue."""
         for item in objects:
-            self.space.wait(f"{item['kind']} accepted by Kueue", lambda: self.is_accepted(item), 90)  # noqa: B023
+            self.space.wait(f"{item['kind']} accepted by Kueue", lambda: self.is_accepted(item))  # noqa: B023
 
     def is_accepted(self, item: Object) -> bool:
         return run([*self.space.base, "apply", "-f", "-"], text=json.dumps(item)).status == 0
@@ -88,7 +87,7 @@ class Queues:
     def occupy(self, queue: str, priority: int) -> None:
         """Take the whole quota: a Job of two pods that hold the devices, and wait until it runs."""
         self.create(holder(queue, self.priority(priority), self.of_a_worker))
-        self.space.wait("the Job that takes the quota", self.is_occupied, 150)
+        self.space.wait("the Job that takes the quota", self.is_occupied)
 
     def is_occupied(self) -> bool:
         job = self.space.get("job", "holder")
@@ -96,7 +95,7 @@ class Queues:
 
     def leave(self) -> None:
         self.space.kubectl("delete", "job", "holder", "--cascade=foreground", "--wait=false")
-        self.space.wait("the end of its pods", lambda: not self.space.get("job", "holder"), 60)
+        self.space.wait("the end of its pods", lambda: not self.space.get("job", "holder"))
 
     def remove(self) -> None:
         """ClusterQueue and flavor stay until the namespace's Workloads are gone."""
@@ -170,20 +169,20 @@ def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_ag
         job = job_of_stage(space, stage, workload)
         return bool(job and labels_of(job).get(QUEUE) == "research" and is_suspended(job))
 
-    space.wait("compile is queued", lambda: queued("compile"), 120)
+    space.wait("compile is queued", lambda: queued("compile"))
     hold(space, client, "compile")
     queues.leave()
-    first = uids(space.wait_for_training("llama", seconds=240))
+    first = uids(space.wait_for_training("llama"))
 
     queues.occupy("research", 100)
     # A worker told to end before Python has started ignores it, and is killed after its 120 s to save.
-    space.wait("no worker", lambda: not first & uids(space.pods("llama", "train")), 150)
+    space.wait("no worker", lambda: not first & uids(space.pods("llama", "train")))
     assert queued("train")
     hold(space, client, "train")
     queues.leave()
-    assert not first & uids(space.wait_for_training("llama", seconds=240))
+    assert not first & uids(space.wait_for_training("llama"))
     space.volume.run("touch continue")
-    result = client.wait(150)
+    result = client.wait()
     assert result.status == 0 and llama.state == "deployed", result.output
 
     for stage in ("compile", "train"):
@@ -265,7 +264,7 @@ def test_without_the_integration_the_stage_fails_in_bounded_time_and_names_it(
         release.start_install(values(workload, {"kueue": {"queueName": "research"}})) for release, workload in releases
     ]
     for (release, workload), client in zip(releases, clients, strict=True):
-        ended = client.wait(150 + BOUND)
+        ended = client.wait()
         assert ended.status != 0 and release.state == "failed"
         assert workload_for(workload).integration in ended.output, ended.output
         assert "integrations" in ended.output

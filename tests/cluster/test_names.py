@@ -41,7 +41,7 @@ def test_releases_side_by_side_and_with_one_name_in_two_namespaces_do_not_affect
     clients = [neighbour.start_install(goes_through) for neighbour in neighbours]
     workers = here.wait_for_training("one")
     for neighbour, its_client in zip(neighbours, clients, strict=True):
-        assert its_client.wait(240).status == 0, its_client.output
+        assert its_client.wait().status == 0, its_client.output
         assert neighbour.state == "deployed"
 
     before = objects_of(here, "one")
@@ -55,7 +55,7 @@ def test_releases_side_by_side_and_with_one_name_in_two_namespaces_do_not_affect
     assert uids(here.wait_for_training("one")) == uids(workers)
 
     here.kubectl("exec", "one-train-1-worker-0", "--", "touch", "/workspace/go-on")
-    assert client.wait(120).status == 0, client.output
+    assert client.wait().status == 0, client.output
     assert one.state == "deployed"
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
-from chart.manifests import CHART, Values, merged
+from chart.manifests import Values, merged
 from cluster.space import CLAIM, EFA, NEURON, Ended, Space, run
-from cluster.test_preflight import PROMISED_SECONDS, STOPS, TOKEN, problems
+from cluster.test_preflight import PROMISED_SECONDS, STOPS, TOKEN, lines, look
 from genvalues.cluster.preflight import DRIVER
 from genvalues.common.findings import Finding
-from genvalues.ops.preflight.cluster_checks import check_cluster
 
 OK_DEVICES = [
     f"ok {NEURON}: 1 on each of 1 nodes of type ml.trn1.32xlarge",
@@ -35,34 +34,6 @@ MANAGED: Values = {
         "accessModes": ["ReadWriteMany"],
     }
 }
-
-
-def look(namespace: str, values: Values, context: str | None = None, release: str = "llama") -> list[Finding]:
-    """Findings within the stage's time limit, and nothing left in the cluster."""
-    began = time.monotonic()
-    findings = check_cluster(CHART, values, release, namespace, context)
-    assert time.monotonic() - began < PROMISED_SECONDS
-    return findings
-
-
-def lines(findings: list[Finding]) -> list[str]:
-    return [" ".join(str(finding).replace("\n", " ").replace(" fix: ", " FIX: ").split()) for finding in findings]
-
-
-def test_it_reports_the_stages_findings_before_anything_is_installed(space: Space) -> None:
-    """All problems at once, word for word; the stage reports them afterwards."""
-    wrong: Values = {
-        "devices": {NEURON: 16, "example.com/few": 2, "example.com/none": 1},
-        "storage": {"existingClaim": "nowhere", "prepare": {"enabled": True}},
-    }
-    values = merged(STOPS, TOKEN, wrong)
-    outside = {line for line in lines(look(space.name, values)) if not line.startswith("ok ")}
-    assert space.list("pytorchjobs") == [], "the probe is deleted"
-    assert len(outside) == 6
-    release = space.release()
-    release.install(values, status=1)
-    inside = {line for line in problems(release) if "findings stop this release" not in line}
-    assert outside == inside
 
 
 def test_before_the_first_install_a_claim_that_install_creates_is_ok(new_space: Callable[..., Space]) -> None:

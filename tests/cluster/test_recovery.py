@@ -44,7 +44,7 @@ def manifests(space: Space, stages: list[str]) -> list[Object]:
 
 def wait_for_trainers(space: Space, job: str) -> set[str]:
     """Wait until both pods of a PyTorchJob run; their uids."""
-    space.wait(f"{job} has begun", lambda: [pod for pod in space.pods("llama", "train") if job_of(pod) == job], 120)
+    space.wait(f"{job} has begun", lambda: [pod for pod in space.pods("llama", "train") if job_of(pod) == job])
     pods = space.wait_for_training("llama")
     assert {job_of(pod) for pod in pods} == {job}
     return uids(pods)
@@ -134,9 +134,9 @@ def documented(llama: Release) -> str:
 def goes_on_with(space: Space, trainers: set[str], client: Client) -> None:
     """The next client's gate follows the running training, and the pipeline ends."""
     follows = re.compile("train: following (PyTorchJob|TrainJob) llama-train-1")
-    space.wait("a gate that follows", lambda: follows.search(space.log("job/llama-train-gate")), 120)
+    space.wait("a gate that follows", lambda: follows.search(space.log("job/llama-train-gate")))
     space.volume.run("touch continue")
-    ended = client.wait(120)
+    ended = client.wait()
     assert ended.status == 0, ended.output
     assert uids(space.history.pods(**{COMPONENT: "train"})) == trainers
     assert manifests(space, FROM_TRAINING_ON)
@@ -162,15 +162,15 @@ def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, 
     llama = space.release(helm)
     training = values({"workload": workload}, train=UNTIL_CONTINUE)
     clients = [llama.start_install(training) for _ in range(2)]
-    space.wait("the end of one of two installs", lambda: any(not client.is_alive() for client in clients), 120)
+    space.wait("the end of one of two installs", lambda: any(not client.is_alive() for client in clients))
     [refused] = [client for client in clients if not client.is_alive()]
     [other] = [client for client in clients if client is not refused]
-    ended = refused.wait(10)
+    ended = refused.wait()
     assert ended.status != 0
     assert re.search("exists|re-use|in use|another operation", ended.output), ended.output
     wait_for_trainers(space, "llama-train-1")
     space.volume.run("touch continue")
-    ended = other.wait(120)
+    ended = other.wait()
     assert ended.status == 0, ended.output
     assert llama.state == "deployed" and manifests(space, FROM_TRAINING_ON)
     assert space.history.trainings_at_once() == 1

@@ -76,7 +76,7 @@ def test_scheduling_environment_volumes_labels_and_annotations_reach_every_pod(
             },
         )
     )
-    space.wait("the runner's end", lambda: condition(space.get("job", "llama-runner-1") or {}, "Complete"), 200)
+    space.wait("the runner's end", lambda: condition(space.get("job", "llama-runner-1") or {}, "Complete"))
     assert release("test", "llama").status == 0
     release.uninstall()
 

@@ -15,10 +15,12 @@ from cluster.local import node
 from cluster.space import (
     EFA,
     NEURON,
+    PATIENCE,
     SMALL,
     TRAINER_IMAGE,
     Release,
     Space,
+    Volume,
     holds,
     image,
     is_stage,
@@ -96,7 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     try:
         put_inputs(space, folder)
         release = space.release(helm=3)
-        installed = release.install(TRAINING, seconds=900)
+        installed = release.install(TRAINING, seconds=3 * PATIENCE)
         keep_adapter(space)
         yield Trained(space, release, installed.output)
     finally:
@@ -106,20 +108,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
 def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
     trained: Trained, tmp_path: Path
 ) -> None:
+    check_training(trained.space.volume, STEPS, tmp_path)
+
+
+def check_training(volume: Volume, steps: int, folder: Path) -> None:
+    """The loss of the run llama decreased in this many steps, and its merged model, copied into ``folder``, works."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    volume = trained.space.volume
     lines = [json.loads(line) for line in volume.run("cat runs/llama/checkpoints/*/metrics.jsonl").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == STEPS
+    assert len(losses) == steps
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    assert [step for step, _ in held_out] == [0, STEPS // 3, 2 * (STEPS // 3), STEPS]
+    assert [step for step, _ in held_out] == [0, steps // 3, 2 * (steps // 3), steps]
     assert held_out[-1][1] < held_out[0][1]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "the loss decreases"
 
-    merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", tmp_path))
-    base_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("model", tmp_path))
+    merged_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("runs/llama/merged", folder))
+    base_model = AutoModelForCausalLM.from_pretrained(volume.copy_out("model", folder))
     changed = {
         name.split(".")[-2]
         for (name, after), (_, before) in zip(
@@ -128,7 +134,7 @@ def test_helm_install_trains_a_small_llama_and_the_result_loads_in_transformers(
         if not torch.equal(after, before)
     }
     assert changed == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("What is 2 + 2?", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder / "merged")("What is 2 + 2?", return_tensors="pt")
     assert merged_model.generate(**tokens, max_new_tokens=2).shape[1] > tokens["input_ids"].shape[1]
 
 
@@ -192,4 +198,4 @@ def test_genvalues_report_fetches_the_page_and_leaves_nothing_in_the_cluster(tra
     def nothing_left() -> bool:
         return all({name_of(item) for item in space.list(kind)} <= names for kind, names in before.items())
 
-    space.wait("no job and no pod of the report", nothing_left, 60)
+    space.wait("no job and no pod of the report", nothing_left)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -86,23 +86,31 @@ def manager(name: str) -> str:
     return f"localhost/{program(name).name}:{program(name).parent.name}"
 
 
-def load_all() -> None:
-    """Build the images that the node does not have, and delete those of other sources."""
-    there = set(ctr("images", "ls", "-q").stdout.split())
+def load_trainers() -> None:
+    """Build the trainer's images that the node does not have, and delete those of other sources."""
+    wanted = {stand_in(): make_stand_in, trainer(): make_trainer}
+    forget_images_but(wanted)
+    make_missing(wanted)
+    forget_all_but(base("debian"), base("libraries"))
+
+
+def load_managers() -> None:
+    """Build the pause container and the managers that the node does not have."""
     wanted: dict[str, Callable[[str], None]] = {
-        "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep"),
-        stand_in(): make_stand_in,
-        trainer(): make_trainer,
+        "localhost/pause:1": lambda name: around(BUSYBOX, name, ["/bin/sleep", "2147483647"], as_="bin/sleep")
     }
     for each in MANAGERS:
         binary = program(each)
         wanted[manager(each)] = lambda name, binary=binary: around(binary, name, ["/manager"], as_="manager")
-    forget_images_but(wanted)
+    make_missing(wanted)
+
+
+def make_missing(wanted: Mapping[str, Callable[[str], None]]) -> None:
+    there = set(ctr("images", "ls", "-q").stdout.split())
     for name, make in wanted.items():
         if name not in there:
             print(f"making the image {name}", flush=True)
             make(name)
-    forget_all_but(base("debian"), base("libraries"))
 
 
 def forget_images_but(wanted: Container[str]) -> None:

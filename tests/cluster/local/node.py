@@ -182,7 +182,7 @@ def start_program(name: str, *command: str | Path) -> None:
     (FOLDER / f"{name}.pid").write_text(str(process.pid))
 
 
-def wait_for(what: str, log: str, happens: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(what: str, log: str, happens: Callable[[], bool], seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
     while not happens():
         if time.monotonic() > ends:
@@ -219,14 +219,15 @@ def processes() -> Iterable[Path]:
 
 
 def processes_that_name(folder: Path) -> list[int]:
-    """Programs of a node that have ``folder`` in their command line (not, for example, a shell in that folder), and
-    other programs from the cache, such as the Helm of a killed test."""
+    """Programs of a node that have ``folder`` in their command line (not, for example, a shell in that folder), other
+    programs from the cache, and the Helm of a killed test."""
     found = []
     for path in processes():
         command = read(path / "cmdline").split("\0")
         is_program = Path(command[0]).name in {*PROGRAMS_OF_A_NODE, Path(sys.executable).name}
         is_from_cache = command[0].startswith(f"{CACHE}/programs/")
-        if is_from_cache or (is_program and any(str(folder) in part for part in command)):
+        is_helm = Path(command[0]).name == "helm" and f"KUBECONFIG={folder}/kubeconfig" in read(path / "environ")
+        if is_from_cache or is_helm or (is_program and any(str(folder) in part for part in command)):
             found.append(int(path.name))
     return found
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from helm_binaries import helm_binary
+
 from . import images
 from .binaries import (
     JOBSET_MODULE,
@@ -27,7 +29,6 @@ from .binaries import (
     TRAINER_MODULE,
     TRAINERS,
     module_folder,
-    program,
 )
 from .node import kubectl
 
@@ -157,7 +158,7 @@ def wait_for(*namespaces: str) -> None:
 
 
 def rendered(chart: Path, name: str, namespace: str, *options: str) -> Objects:
-    command = [program("helm4"), "template", name, chart, "--namespace", namespace, "--include-crds", *options]
+    command = [helm_binary(4), "template", name, chart, "--namespace", namespace, "--include-crds", *options]
     return loaded(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

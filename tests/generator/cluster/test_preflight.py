@@ -117,7 +117,7 @@ def test_everything_missing_is_found_at_once_with_fixes_within_seconds(
         "vpc.amazonaws.com/efa",
     ]
     assert all(finding.fix for finding in errors)
-    assert "device plugin is not running" in errors[4].found
+    assert "device plugin is not running" in errors[4].found and "neuron-helm-chart" in errors[4].fix
 
 
 def test_an_operator_that_is_not_running_is_an_error_although_its_crd_exists(
