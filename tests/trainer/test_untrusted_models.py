@@ -81,6 +81,7 @@ def test_a_base_model_with_an_adapter_is_refused_by_name(base: Path, tmp_path: P
 def test_an_adapter_that_was_put_into_a_snapshot_later_is_refused_by_every_stage(finished_run: Run) -> None:
     model = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
+    shutil.rmtree(finished_run.paths.base_scores)  # with them evaluate does not read the base model
     for stage in ("evaluate", "merge", "consolidate"):
         finished_run.paths.manifest(stage).unlink()
         assert "adapter_config.json" in finished_run(stage, status=2)

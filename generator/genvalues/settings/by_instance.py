@@ -11,7 +11,7 @@ from typing import Any
 from genvalues.accelerators.architectures import known
 from genvalues.accelerators.instances import CPU_ROW, NEURON, TRN1, default_backend, row, trainium
 from genvalues.accelerators.memory import BF16
-from genvalues.common.dicts import get, merge, without_null
+from genvalues.common.dicts import get
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import FSX_TYPES, STORAGE_BY_KIND
 
@@ -27,9 +27,9 @@ def completed(values: Values) -> Values:
     values = {**values, "backend": values.get("backend") or default_backend(get(values, "instance", str) or "")}
     own = row_of(values)
     values = {**values, "devices": values.get("devices") or own["devices"]}
-    values = merge({key: own[key] for key in ("neuron", "sharedMemory")}, without_null(values))
-    values = merge({"parallelism": layout(values, own)}, values)
-    return merge({"storage": storage(values)}, values) if get(values, "storage", dict) else values
+    values = filled(values, {key: own[key] for key in ("neuron", "sharedMemory")})
+    values = filled(values, {"parallelism": layout(values, own)})
+    return filled(values, {"storage": storage(values)}) if get(values, "storage", dict) else values
 
 
 def on_neuron(values: Values) -> bool:
@@ -42,6 +42,18 @@ def row_of(values: Values) -> Values:
     """The row of the instance type; that of cpu where compile and train have no Neuron device."""
     instance = trainium(get(values, "instance", str) or "")
     return row(instance) if instance and on_neuron(values) else CPU_ROW
+
+
+def filled(values: Values, missing: Values) -> Values:
+    """The values with those of ``missing`` where they are null or left out."""
+    result = dict(values)
+    for key, value in missing.items():
+        here = result.get(key)
+        if here is None:
+            result[key] = value
+        elif isinstance(here, dict) and isinstance(value, dict):
+            result[key] = filled(here, value)
+    return result
 
 
 def layout(values: Values, own: Values) -> Values:

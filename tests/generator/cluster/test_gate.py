@@ -692,7 +692,7 @@ def test_progress_conditions_and_pods_are_logged_once_for_each_change(
     running, operator = released_and_running(fake, api, config)
     fresh = stale | {"step": 120, "totalSteps": 1000, "loss": 1.25, "updated": "2025-01-01T01:00:00Z"}
     trainer.progress.write_text(json.dumps(fresh))
-    line = until(lambda: next((line for line in running.logged if "step 120 of 1000" in line), ""))
+    line = until(lambda: next((line for line in running.logged if "step 120 of 1,000" in line), ""))
     assert "loss 1.25" in line
     operator.fail()
     running.fails()

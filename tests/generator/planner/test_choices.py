@@ -410,7 +410,7 @@ def test_the_fewest_nodes_that_finish_in_time_are_chosen() -> None:
     assert made.estimate is not None
     assert made.estimate.training_hours is not None
     assert made.estimate.training_hours[1] + made.estimate.compile_hours[1] <= 3
-    assert "takes 1.7 to 4.2 h" in rejected(made, "nodes", 1)
+    assert "takes 1.5 to 4.2 h" in rejected(made, "nodes", 1)
     assert rejected(made, "nodes", 2).endswith("more than parallelism.maxHours 3")
     assert planned(parallelism={"maxHours": 100}, training=STEPS).layout.nodes == 1
     assert planned(nodes=4, parallelism={"maxHours": 100}, training=STEPS).layout.nodes == 4
