@@ -118,8 +118,7 @@ def run_tests(selection: list[str], arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return run_pytest([*pytest, *selection, *arguments])
-    in_groups = ["--dist", "loadgroup", "--no-loadscope-reorder"]
-    parts = [[*pytest, "-m", marks, "-n", str(at_once), *in_groups] for marks, at_once in PARTS.items()]
+    parts = [[*pytest, "-m", marks, "-n", str(at_once), "--no-loadscope-reorder"] for marks, at_once in PARTS.items()]
     statuses = [run_pytest(part) for part in parts]
     return 1 if any(statuses) else 0
 
