@@ -31,7 +31,7 @@ from helm_binaries import helm_binary
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-AT_MOST = 1800  # seconds for each part of the tests
+AT_MOST = 2400  # seconds for each part of the tests
 # Marker expressions of the parts, which run one after another, and the number of tests of each that run at once: tests
 # of the chart; one test for each operator that is replaced; tests that drain the node or stop its API server.
 IN_PARALLEL = "not node and not operator"

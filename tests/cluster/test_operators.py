@@ -68,7 +68,7 @@ def test_hyperpods_operator_trains_a_small_llama(
     put_inputs(space, tmp_path)
     steps = 60
     fewer: Values = {"training": {"maxSteps": steps, "saveSteps": steps, "evalSteps": steps // 3}}
-    space.release().install(merged(TRAINING, BRIEF, fewer), seconds=3 * PATIENCE)
+    space.release().install(merged(TRAINING, BRIEF, fewer), seconds=2 * PATIENCE)
     check_training(space.volume, steps, tmp_path)
 
 
