@@ -31,7 +31,7 @@ from helm_binaries import helm_binary
 
 HERE = Path(__file__).parent
 STOPPED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-AT_MOST = 1800  # seconds for each part of the tests
+AT_MOST = 2400  # seconds for each part of the tests
 # Marker expressions of the parts, which run one after another, and the number of tests of each that run at once: tests
 # of the chart; one test for each operator that is replaced; tests that drain the node or stop its API server.
 IN_PARALLEL = "not node and not operator"
@@ -118,8 +118,7 @@ def run_tests(selection: list[str], arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
     if arguments or selection:
         return run_pytest([*pytest, *selection, *arguments])
-    in_groups = ["--dist", "loadgroup", "--no-loadscope-reorder"]
-    parts = [[*pytest, "-m", marks, "-n", str(at_once), *in_groups] for marks, at_once in PARTS.items()]
+    parts = [[*pytest, "-m", marks, "-n", str(at_once), "--no-loadscope-reorder"] for marks, at_once in PARTS.items()]
     statuses = [run_pytest(part) for part in parts]
     return 1 if any(statuses) else 0
 

@@ -43,7 +43,7 @@ from helm_binaries import helm_binary
 Found = TypeVar("Found")
 
 # Seconds for whatever is not promised to take less: several times what a busy machine needs. Only a failure takes them.
-PATIENCE = 300.0
+PATIENCE = 600.0
 NEURON, EFA = "aws.amazon.com/neuron", "vpc.amazonaws.com/efa"
 STAGE = "llama-lora/stage"
 CLAIM = "work"

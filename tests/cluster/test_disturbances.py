@@ -42,7 +42,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
         queues.local_queue("research")
         put_inputs(space, tmp_path_factory.mktemp("volume"))
         if not UNDISTURBED.exists():
-            space.release().install(TRAINING, seconds=3 * PATIENCE)
+            space.release().install(TRAINING, seconds=2 * PATIENCE)
             keep_adapter(space)
         releases = {workload: space.release(helm, workload) for workload, helm in WORKLOADS.items()}
         clients = {name: release.start_install(values(name)) for name, release in releases.items()}
@@ -50,7 +50,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
         preempt(queues, clients)
         drain_the_node(space, clients)
         for client in clients.values():
-            ended = client.wait(3 * PATIENCE)
+            ended = client.wait(2 * PATIENCE)
             assert ended.status == 0, ended.output
         yield Disturbed(space, releases)
     finally:

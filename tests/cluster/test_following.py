@@ -237,6 +237,6 @@ def test_a_bundle_contains_no_token_and_can_be_replayed_locally(
     genvalues = Path(sys.executable).with_name("genvalues")
     command = [str(genvalues), "local", str(packed), "--workspace", str(workspace), "--cpu"]
     began = time.monotonic()
-    replayed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * PATIENCE)
+    replayed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * PATIENCE)
     assert replayed.returncode == 0, f"{time.monotonic() - began:.0f} s\n{replayed.stdout}\n{replayed.stderr}"
     assert (workspace / "runs/llama/merged/model.safetensors").exists()

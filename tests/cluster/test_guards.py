@@ -22,7 +22,7 @@ from trainer.conftest import make_model, write_rows
 
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}
 PRICE = 3600.0  # dollars an hour: a dollar for each second of a pod
-RESERVE = 2 * 120.0  # reserved by the gate for two pods to save and exit
+SAVING = 120  # seconds that the gate reserves for each pod to save and exit: its grace period
 UNLIMITED = {"maxCost": 1e6, "pricePerNodeHour": PRICE}
 
 
@@ -61,12 +61,11 @@ def spent(space: Space) -> float:
     return sum(pod["until"] - pod["since"] for pod in costs(space))
 
 
-def reach_the_limit(release: Release, client: Client, values: Callable[..., Values]) -> float:
-    """End the client during training, and upgrade to a limit that is reached while the training goes on. The limit."""
+def reach_the_limit(release: Release, client: Client, values: Callable[..., Values], saving: int = SAVING) -> int:
+    """End the client during training, and upgrade to a limit that it has reached, with what saving may cost."""
     client.kill(signal.SIGINT)
-    limit = math.floor(spent(release.space) + RESERVE)
+    limit = math.floor(spent(release.space)) + 2 * saving
     fails(release, release.upgrade(values(maxCost=limit, pricePerNodeHour=PRICE), status=None))
-    assert spent(release.space) < limit, "the limit includes the cost of saving"
     return limit
 
 
@@ -75,16 +74,19 @@ def test_a_run_at_its_cost_limit_saves_and_an_upgrade_requests_no_node_until_the
 ) -> None:
     """A TrainJob; the real training is a PyTorchJob."""
     llama = space.release(4)
-    at_stop = {"stages": {"train": {"extraEnv": {"STAND_IN_AT_STOP": "sleep 3; echo > /workspace/saved-$HOSTNAME"}}}}
+    saving = 5 * SAVING  # so that a slow upgrade ends before the limit itself is reached
+    at_stop = {"STAND_IN_AT_STOP": "sleep 3; echo > /workspace/saved-$HOSTNAME"}
+    train: Values = {"stages": {"train": {"terminationGracePeriodSeconds": saving, "extraEnv": at_stop}}}
 
     def values(**guards: Any) -> Values:
-        return guarded(merged(stand_in(train="echo training; sleep 600"), at_stop, {"workload": "trainjob"}), **guards)
+        return guarded(merged(stand_in(train="echo training; sleep 600"), train, {"workload": "trainjob"}), **guards)
 
     client = llama.start_install(values(**UNLIMITED))
     space.wait_for_training("llama")
     cost = space.wait("the cost, as an annotation of the job", lambda: annotation(space, "cost"))
     assert (cost["maxCost"], cost["pricePerNodeHour"]) == (1e6, PRICE) and cost["cost"] > 0
-    limit = reach_the_limit(llama, client, values)
+    limit = reach_the_limit(llama, client, values, saving)
+    assert spent(space) < limit, "the limit includes the cost of saving"
     reason = reason_of(space)
     reached = rf"guards\.maxCost of \${limit:,} is reached"
     assert re.match(rf"train failed: stopped: {reached} \(cost so far \$[0-9.,]+: ", reason)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import pytest
+from collections.abc import Callable
 
 from chart.manifests import CHART, Values, merged
-from cluster.space import CLAIM, EFA, NEURON, PATIENCE, Release, Space, run, stand_in
+from cluster.space import CLAIM, EFA, NEURON, Release, Space, run, stand_in
 from genvalues.cluster.objects import COMPONENT, component_of, moment
 from genvalues.common.findings import Finding
 from genvalues.ops.preflight.cluster_checks import check_cluster
@@ -125,61 +121,12 @@ def test_without_cluster_scoped_reads_nodes_are_not_checked_and_the_install_cont
     assert f"/{space.name}." not in kubectl("get", "clusterroles,clusterrolebindings", "-o", "name")
 
 
-@pytest.mark.operator("pytorchjob")
-def test_a_missing_training_operator_stops_the_install_with_a_fix(new_space: Callable[..., Space]) -> None:
-    """Once not running, once not installed."""
-    not_running = (
-        "PyTorchJob is served, but no operator reconciled a test job within 10 s FIX: kubectl -n kubeflow rollout"
-    )
-    not_installed = "not installed: the API server does not serve PyTorchJob"
-    for without_operator, found in [(operator_stopped, not_running), (kind_not_served, not_installed)]:
-        space = new_space()
-        space.volume.create()
-        release = space.release()
-        with without_operator(space):
-            release.install(STOPS, status=1)
-        check_preflight_stopped(release)
-        [operator] = problems(release) - {"1 of 5 findings stop this release; the fixes are above"}
-        assert operator.startswith(f"error training operator: {found}")
-
-
 def test_a_cluster_without_a_node_of_the_type_continues_as_an_autoscaler_may_add_one(space: Space) -> None:
     release = space.release()
     release.install(merged(STOPS, {"instance": "ml.trn2.48xlarge"}), status=1)
     [finding] = problems(release)
     assert finding.startswith("warning nodes ml.trn2.48xlarge: none at the moment;") and "autoscaler" in finding
     assert "tokenize" in components(space)
-
-
-@contextmanager
-def operator_stopped(space: Space) -> Iterator[None]:
-    operator = ["deployment/training-operator", "--namespace", "kubeflow"]
-    kubectl("scale", *operator, "--replicas=0")
-    kubectl("wait", "--for=delete", "pod", "--selector=control-plane=kubeflow-training-operator", *operator[1:])
-    try:
-        yield
-    finally:
-        kubectl("scale", *operator, "--replicas=1")
-        kubectl("rollout", "status", *operator, f"--timeout={PATIENCE:.0f}s")
-
-
-@contextmanager
-def kind_not_served(space: Space) -> Iterator[None]:
-    """As in a cluster without the CRD. Deleting the CRD would delete the jobs of all tests."""
-
-    def serve(wish: bool) -> None:
-        change = [{"op": "replace", "path": "/spec/versions/0/served", "value": wish}]
-        kubectl("patch", "crd", "pytorchjobs.kubeflow.org", "--type=json", "--patch", json.dumps(change))
-        space.wait(f"PyTorchJobs served: {wish}", lambda: ("pytorchjobs" in served()) is wish)
-
-    def served() -> set[str]:
-        return {kind["name"] for kind in json.loads(kubectl("get", "--raw", "/apis/kubeflow.org/v1"))["resources"]}
-
-    serve(False)
-    try:
-        yield
-    finally:
-        serve(True)
 
 
 def kubectl(*arguments: str) -> str:

@@ -98,7 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     try:
         put_inputs(space, folder)
         release = space.release(helm=3)
-        installed = release.install(TRAINING, seconds=3 * PATIENCE)
+        installed = release.install(TRAINING, seconds=2 * PATIENCE)
         keep_adapter(space)
         yield Trained(space, release, installed.output)
     finally:
