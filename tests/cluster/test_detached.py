@@ -57,7 +57,7 @@ def test_install_returns_in_seconds_and_the_pipeline_continues_without_the_clien
 ) -> None:
     llama = space.release(3)
     installed = llama.install(detached(train=UNTIL_CONTINUE))
-    assert installed.seconds < 15
+    assert installed.seconds < 60
     first = uids(space.wait_for_training("llama-run"))
     [pod] = space.pods("llama", "runner")
     space.kubectl("delete", "pod", name_of(pod), "--force", "--grace-period=0")
