@@ -37,7 +37,7 @@ AT_MOST = 2400  # seconds for each part of the tests
 # Marker expressions of the parts, which run one after another, and the number of tests of each that run at once: tests
 # of the chart; one test for each operator that is replaced; tests that drain the node or stop its API server.
 IN_PARALLEL = "not node and not operator"
-PARTS = {IN_PARALLEL: 6, "operator": 2, "node": 0}
+PARTS = {IN_PARALLEL: 5, "operator": 2, "node": 0}
 
 
 @user_errors_end_with_status_2
