@@ -61,10 +61,9 @@ def train_with_trl(model: str, dtype: str, steps: int, output: str) -> dict[str,
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from llama_lora.backends.lora import initialize_lora, lora_config
-    from trainer.conftest import byte_tokenizer
 
     seconds: list[float] = []
     losses: list[float] = []
@@ -90,11 +89,9 @@ def train_with_trl(model: str, dtype: str, steps: int, output: str) -> dict[str,
         AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)), lora_config(job.lora)
     )
     initialize_lora(tuned.named_parameters(), job.training.seed)
-    settings = SFTConfig(
+    settings = sft_settings(
         output,
         max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         max_grad_norm=job.training.max_grad_norm,
@@ -102,16 +99,31 @@ def train_with_trl(model: str, dtype: str, steps: int, output: str) -> dict[str,
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
+    )
+    dataset = Dataset.from_list(rows_of(steps))
+    Trainer(tuned, train_dataset=dataset, callbacks=[Watch()], **settings).train()
+    return told(seconds, losses)
+
+
+def sft_settings(output: str, **settings: Any) -> dict[str, Any]:
+    """SFTTrainer's arguments for one row of tokens a step, of which nothing is written or reported."""
+    from trl import SFTConfig
+
+    from trainer.conftest import byte_tokenizer
+
+    tokenizer = byte_tokenizer()  # SFTTrainer needs one, although the rows are tokens
+    tokenizer.pad_token = tokenizer.eos_token
+    config = SFTConfig(
+        output,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
+        **settings,
     )
-    tokenizer = byte_tokenizer()  # SFTTrainer needs one, although the rows are tokens
-    tokenizer.pad_token = tokenizer.eos_token
-    dataset = Dataset.from_list(rows_of(steps))
-    Trainer(tuned, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()]).train()
-    return told(seconds, losses)
+    return {"args": config, "processing_class": tokenizer}
 
 
 def measure(work: Path) -> dict[str, Result]:

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
 import torch
 
+from bench.training import sft_settings
 from gpu.conftest import has_gpu
 from gpu.random_model import LEARNING_RATE, LLAMA_8B, STEPS, TINY, measure, random_job, row
 from llama_lora.backends.base import TrainingJob
 from llama_lora.backends.lora import lora_config
 from llama_lora.config import ActivationCheckpointing, DeviceType
-from trainer.conftest import byte_tokenizer
 from trainer.native.workers import in_workers
 
 RECOMPUTED: tuple[ActivationCheckpointing, ...] = ("none", "full")
@@ -35,7 +35,7 @@ def measure_trl(job: TrainingJob, shape: dict[str, Any], folder: Path) -> float:
     """Tokens per second of TRL's median step."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         del os.environ[name]  # the Trainer would wrap the model for several processes
@@ -54,32 +54,17 @@ def measure_trl(job: TrainingJob, shape: dict[str, Any], folder: Path) -> float:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model), dtype=torch.bfloat16)
     example = row(job, shape)
     dataset = Dataset.from_list([{key: example[key] for key in ("input_ids", "labels")}] * STEPS)
-    settings = SFTConfig(
-        output_dir=str(folder / "trl"),
+    settings = sft_settings(
+        str(folder / "trl"),
         max_steps=STEPS,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
         learning_rate=LEARNING_RATE,
         max_length=job.training.max_sequence_length,
         gradient_checkpointing=job.training.activation_checkpointing == "full",
         bf16=True,
         use_cpu=job.device == "cpu",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
-    tokenizer = byte_tokenizer()  # SFTTrainer needs one, although the rows are tokens
-    tokenizer.pad_token = tokenizer.eos_token
-    trainer = SFTTrainer(
-        model=model,
-        args=settings,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=lora_config(job.lora),
-        callbacks=[Timer()],
-    )
-    trainer.train()
+    peft_config = lora_config(job.lora)
+    SFTTrainer(model, train_dataset=dataset, peft_config=peft_config, callbacks=[Timer()], **settings).train()
     return job.training.max_sequence_length / statistics.median(seconds[1:])
 
 

@@ -89,7 +89,7 @@ def test_a_signal_stops_the_running_stage_and_leaves_no_process(server: Server, 
 
 
 def test_a_signal_during_the_imports_ends_the_server(server: Server) -> None:
-    """has_work opens the config, here a pipe that nobody writes to: the server takes as long as an import."""
+    """The config is a pipe without a writer: reading it takes as long as the imports would."""
     config = server.folder / "run.yaml"
     os.mkfifo(config)
     before = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))

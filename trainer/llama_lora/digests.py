@@ -160,10 +160,14 @@ def record_of(file: Path) -> FileRecord:
     return FileRecord(file.stat().st_size, files.sha256(file))
 
 
+def json_digest(value: Any) -> str:
+    """The hex SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def own_digest(content: Mapping[str, Any]) -> str:
     """The hex SHA-256 of a JSON record without its digest."""
-    others = {key: value for key, value in content.items() if key != DIGEST}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    return json_digest({key: value for key, value in content.items() if key != DIGEST})
 
 
 def check_own_digest(content: Mapping[str, Any]) -> None:

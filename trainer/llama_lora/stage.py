@@ -9,10 +9,8 @@ This module does not import torch: `llama-lora fingerprint` answers in about a s
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
-import json
 import logging
 import pkgutil
 import time
@@ -32,7 +30,7 @@ from genvalues.common.text import one_line
 from llama_lora import neuron_node, stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
-from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, other_size, record_of, unlisted
+from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, json_digest, other_size, record_of, unlisted
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -139,7 +137,7 @@ class Stage:
             "sources": self.sources.identity() if self._declaration.reads_sources and self.sources else None,
             "after": upstream,
         }
-        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+        return json_digest(read)
 
     @property
     def manifest(self) -> Manifest | None:

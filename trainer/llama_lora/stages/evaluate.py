@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import platform
@@ -18,6 +16,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.text import one_line
 from llama_lora import base_scores, evaluation
 from llama_lora.base_scores import BaseScores, Measured
+from llama_lora.digests import json_digest
 from llama_lora.evaluation import Prompt, Score
 from llama_lora.probe import trained_tokens
 from llama_lora.stage import LIBRARIES, Declaration, Stage, installed_versions
@@ -156,7 +155,7 @@ def key_of(stage: Stage, base: Path, rows: list[dict[str, Any]], samples: int) -
         "libraries": installed_versions([*LIBRARIES, "tokenizers"]),
         "instructions": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return json_digest(what)
 
 
 def is_over(end: float | None) -> bool:

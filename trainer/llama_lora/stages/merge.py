@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,25 +39,29 @@ def merge(stage: Stage) -> None:
     base = stage.upstream_path("tokenize", "model")
     stage.verify_read("consolidate", stage.paths.adapter)
     deltas = read_deltas(stage.paths.adapter)
-    try:
+    with damage_reported_first(stage, base):
         tensors = stored_tensors(base)
         check_fits(deltas, tensors, stage.paths.adapter, base)
-    except UserError:
-        stage.verify_read("tokenize", base)  # the message for a damaged file says more
-        raise
     recorded = recorded_probe(stage)
     verify_probed(stage, recorded)
     digests = stage.upstream_files("tokenize", base) if stage.config.verify != "off" else {}
     with stage.output(stage.paths.merged) as folder:
-        try:
+        with damage_reported_first(stage, base):
             records = write_merged(base, tensors, deltas, folder, digests)
-        except UserError:
-            stage.verify_read("tokenize", base)  # as above
-            raise
         stage.digested = {stage.paths.merged / name: record for name, record in records.items()}
         files.write_text(folder / CARD, card(facts_of(stage, "merged")))
         verify_weights(stage, recorded, folder, stage.paths.merged)
     log.info(f"merged {len(deltas)} of {len(tensors)} tensors into {stage.paths.merged}")
+
+
+@contextmanager
+def damage_reported_first(stage: Stage, base: Path) -> Iterator[None]:
+    """Report a damaged file of the base model rather than an error that may follow from it: the message says more."""
+    try:
+        yield
+    except UserError:
+        stage.verify_read("tokenize", base)
+        raise
 
 
 def recorded_probe(stage: Stage) -> ProbeRecord | None:
