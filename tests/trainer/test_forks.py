@@ -16,7 +16,7 @@ from genvalues.common.process import Command, Interrupted, descendants, run_toge
 from genvalues.ops.local.forks import Forks
 from llama_lora import forks
 from trainer.conftest import LLAMA_LORA, Run
-from trainer.warm import WarmPopen
+from trainer.warm import WarmPopen, warm_up
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each stage is a process of its own")
 
@@ -40,6 +40,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     started: list[str] = []
+    warm_up()  # otherwise a test's signal may interrupt it
 
     class Popen(WarmPopen):
         def __init__(self, command: list[str], **options: object) -> None:
