@@ -18,9 +18,9 @@ def shared_renderings(tmp_path_factory: pytest.TempPathFactory) -> None:
         manifests.SHARED.mkdir(exist_ok=True)
 
 
-@pytest.fixture(params=[4, pytest.param(3, marks=pytest.mark.slow)], ids=lambda major: f"helm{major}")
+@pytest.fixture(params=[4, pytest.param(3, marks=pytest.mark.repeat)], ids=lambda major: f"helm{major}")
 def helm(request: pytest.FixtureRequest) -> int:
-    """Helm 4 in `make test`, and Helm 3 in `make test-slow`.
+    """Helm 4 in `make test`, and Helm 3 in `make test-all`.
 
     What `make test` shows of Helm 3: it renders every values file as Helm 4 does (test_packaging.py), and refuses
     values with the same words (test_refusals.py).

@@ -646,7 +646,7 @@ def test_values_that_violate_the_schema_are_rejected_with_their_key(values: Valu
     assert any(key in line.replace("/", ".") or key in line for line in findings(message)), message
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 @pytest.mark.parametrize(("values", "key"), MISFITS.values(), ids=MISFITS)
 def test_helm_3_rejects_values_that_violate_the_schema_with_their_key(values: Values, key: str) -> None:
     lines = findings(refusal(values, 3))

@@ -1,7 +1,7 @@
 """`make test-cluster`: test the chart on a real Kubernetes.
 
 Starts a node on this machine (needs root, Debian's packages and Go), runs tests/cluster on it and stops it, also after
-a failure. Arguments are passed to pytest.
+a failure. Arguments are passed to pytest. With --all alone, most tests run with both versions of Helm and both APIs.
 
 CLUSTER=current    use the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can pull the
                    images $TRAINER_IMAGE and $STAND_IN_IMAGE
@@ -118,8 +118,9 @@ def run_tests(selection: list[str], arguments: list[str]) -> int:
     """Run the parts; with a selection or pytest's arguments, the selected tests one after another."""
     helm_binary(4)  # before several processes unpack it at once
     pytest = [sys.executable, "-m", "pytest", str(HERE), "-v", "--durations=0", "--durations-min=1"]
-    if arguments or selection:
+    if selection or arguments not in ([], ["--all"]):
         return run_pytest([*pytest, *selection, *arguments])
+    pytest += arguments
     parts = [[*pytest, "-m", marks, "-n", str(at_once), "--no-loadscope-reorder"] for marks, at_once in PARTS.items()]
     parts[0] += ["--cache-clear"]
     statuses = [run_pytest(part) for part in parts]

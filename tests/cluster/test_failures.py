@@ -119,7 +119,7 @@ def test_a_job_that_fails_fails_the_release_within_15_s_and_helm_prints_why(
     space.wait("no worker pod any more", lambda: not space.pods("llama", "compile"))
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", ["trainjob", pytest.param("pytorchjob", marks=pytest.mark.repeat)])
 def test_status_2_of_one_worker_fails_at_once_and_another_is_retried_backoff_limit_times(
     space: Space, workload: str
 ) -> None:

@@ -74,7 +74,7 @@ def test_a_run_at_its_cost_limit_saves_and_an_upgrade_requests_no_node_until_the
 ) -> None:
     """A TrainJob; the real training is a PyTorchJob."""
     llama = space.release(4)
-    saving = 5 * SAVING  # so that a slow upgrade ends before the limit itself is reached
+    saving = 300  # the most that a stage may have, so that a slow upgrade ends before the limit itself is reached
     at_stop = {"STAND_IN_AT_STOP": "sleep 3; echo > /workspace/saved-$HOSTNAME"}
     train: Values = {"stages": {"train": {"terminationGracePeriodSeconds": saving, "extraEnv": at_stop}}}
 

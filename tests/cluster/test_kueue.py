@@ -197,7 +197,7 @@ def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_ag
         assert set(released) == {False, True}
 
 
-@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("workload", ["pytorchjob", pytest.param("trainjob", marks=pytest.mark.repeat)])
 def test_a_default_queue_admits_nothing_that_its_gate_has_not_released(queues: Queues, workload: str) -> None:
     """Kueue puts new jobs without a queue into the namespace's LocalQueue `default`: for a release without a queue, for
     one that has nothing to do, and for one with queues of its own for both kinds of stages."""

@@ -14,7 +14,7 @@ VERBOSITY = "LLAMA_LORA_VERBOSITY"  # how -v (1) and -q (-1) reach the workers
 
 
 def verbosity() -> int:
-    """The verbosity for genvalues.common.log, from the environment; 0 if it is no number."""
+    """The verbosity for genvalues.common.log, from the environment; 0 if it is not a number."""
     try:
         return int(os.environ.get(VERBOSITY, "0"))
     except ValueError:

@@ -440,7 +440,17 @@ def keys_of(block: dict[str, Any], schema: dict[str, Any], above: str = "") -> I
             yield from keys_of(inner, schema, f"{above}{name}.")
 
 
-@pytest.mark.parametrize("wrong", ["[[]]", "[]", '"?\\n"', '"x\\n"', "-1", "{}", '""', "true", "null"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "[[]]",
+        '"x\\n"',
+        "-1",
+        "{}",
+        "null",
+        *(pytest.param(each, marks=pytest.mark.repeat) for each in ("[]", '"?\\n"', '""', "true")),
+    ],
+)
 def test_whatever_is_wrong_with_a_key_its_line_ends_with_what_to_write(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Spoilt inputs files, 500 or (make test-all) 10,000: never a traceback or half an output, and status 2 for a mistake.
+"""Spoilt inputs files, 200 or (make test-all) 10,000: never a traceback or half an output, and status 2 for a mistake.
 
 Each case is made of its number alone: ``spoilt(4711)`` is the same file on every machine.
 """

@@ -456,7 +456,7 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(wanted=right_inputs())
 def test_what_genvalues_accepts_the_chart_accepts(wanted: dict[str, Any], tmp_path: Path) -> None:

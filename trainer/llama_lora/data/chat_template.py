@@ -111,7 +111,7 @@ def check_alone(template: Any) -> None:
     for node in template.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         statement = "import" if isinstance(node, nodes.FromImport) else type(node).__name__.lower()
         raise UserError(
-            f"the chat template reads another one ({statement}, line {node.lineno})", where="model", fix=FIX
+            f"the chat template includes another template ({statement}, line {node.lineno})", where="model", fix=FIX
         )
 
 

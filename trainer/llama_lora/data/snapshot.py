@@ -86,7 +86,7 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
 
 @contextmanager
 def _resumable_folder(target: Path) -> Iterator[Path]:
-    """Like files.whole_folder, but keep the files of a download that was killed: 16 GB take long."""
+    """Like files.whole_folder, but keep the files of a download that was killed: they may be gigabytes."""
     folder = target.with_name(f".{target.name}.download")
     folder.mkdir(parents=True, exist_ok=True)
     yield folder

@@ -305,7 +305,7 @@ def check_each_finding(run: RunRequirements) -> None:
             assert "hf_abcdefgh" not in "".join(map(str, found))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     code=st.sampled_from(CODES) | st.text(max_size=30),
     status=st.sampled_from([400, 401, 403, 404, 409, 429, 500, 503]),

@@ -1,8 +1,8 @@
 """In every Python that has this folder on PYTHONPATH, a backend xla that traces and trains nothing.
 
-Its workers are real ones, under torchrun. In a trial run each tells of the graphs it would trace, as libneuronxla does,
-which depend on the job as graphs do. With STANDIN_USER_ERROR all end so, STANDIN_CRASH names the rank that
-crashes, and with STANDIN_SLEEP they do nothing for a minute.
+Its workers are real ones, under torchrun. In a trial run each reports the graphs it would trace, as libneuronxla does;
+they depend on the job as real graphs do. STANDIN_USER_ERROR ends all workers with a user error, STANDIN_CRASH names the
+rank that crashes, and with STANDIN_SLEEP they wait a minute.
 """
 
 from __future__ import annotations
