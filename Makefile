@@ -61,7 +61,7 @@ test test-all: $(READY)
 	.venv/bin/ruff format --check
 	$(PYTEST) --ignore=tests/trainer/xla
 
-# What make test leaves out because it is slow: real sizes, more compiled layouts. CI runs it.
+# What make test leaves out because it is slow: real sizes, more compiled layouts. Run it before a release.
 test-slow: $(READY)
 	.venv/bin/pytest --all -m "slow and not repeat" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 

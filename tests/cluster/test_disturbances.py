@@ -134,6 +134,4 @@ def test_an_unchanged_upgrade_skips_every_stage_in_seconds_and_requests_no_neuro
     took = skipping(disturbed.space, lambda: disturbed.releases[workload].upgrade(values(workload)))
     assert asking_for_neuron(disturbed.space, began) == set()
     assert len(took) == 7
-    assert {
-        stage: seconds for stage, seconds in took.items() if seconds > 10
-    } == {}  # 2 to 6 measured; training takes minutes
+    assert {stage: seconds for stage, seconds in took.items() if seconds > 10} == {}  # 2 to 6 measured

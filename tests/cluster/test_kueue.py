@@ -154,7 +154,7 @@ def hold(space: Space, client: Client, stage: str) -> None:
     space.never(f"{stage} did not wait for its queue", lambda: not client.is_alive() or space.pods("llama", stage), 8)
 
 
-@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("workload", ["pytorchjob", pytest.param("trainjob", marks=pytest.mark.repeat)])
 def test_a_job_waits_for_its_quota_is_preempted_by_a_higher_priority_and_runs_again(
     queues: Queues, workload: str
 ) -> None:

@@ -31,6 +31,7 @@ def operator_of_hyperpod() -> Iterator[None]:
         operators.install("1.9")
 
 
+@pytest.mark.repeat
 def test_hyperpods_operator_runs_the_pipeline_and_failures_are_reported(
     space: Space, operator_of_hyperpod: None
 ) -> None:
@@ -61,6 +62,7 @@ def statuses(space: Space, stage: str) -> list[int]:
     return [end.code for pod in latest(space, "Pod", stage) for end in ends_of(pod)]
 
 
+@pytest.mark.repeat
 def test_hyperpods_operator_trains_a_small_llama(
     new_space: Callable[..., Space], operator_of_hyperpod: None, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from cluster.local import operators
 from cluster.space import Space
 from cluster.test_operators import runs_the_pipeline_and_reports_failures
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.repeat]
 
 
 @pytest.fixture
