@@ -28,7 +28,6 @@ from genvalues.cluster.objects import (
 )
 from genvalues.cluster.workloads import workload_for
 
-WORKLOADS = ["pytorchjob", "trainjob"]
 WITHIN = 15.0  # seconds from a job's end to the release's
 WORKER = "(?:worker|node-0)-"  # in the names of pods of a PyTorchJob and of a TrainJob, before the worker's number
 BRIEF: Values = {"cleanup": {"enabled": False}, "evaluation": {"enabled": False}}

@@ -65,11 +65,10 @@ class Adapter:
 class Backend(Protocol):
     """An accelerator: its limits, compiling and training for it, and its checkpoint format."""
 
+    dry_run_steps: int  # that the compile stage takes
+
     def check(self, config: config.RunConfig, model: Path) -> None:
         """Raise UserErrors for settings that the model cannot be trained with. Called before any worker starts."""
-
-    def dry_run_steps(self, config: config.RunConfig) -> int:
-        """The number of steps that the compile stage takes."""
 
     def compile(self, stage: Stage) -> None:
         """Do the compile stage on this node: run the workers of train for a few steps."""

@@ -27,7 +27,7 @@ def compile(stage: Stage) -> None:
 
 def compile_worker(stage: Stage, backend: Backend) -> None:
     """Run the first training steps, in every worker. Only the job's ``dry_run`` differs from train."""
-    job = training_job(stage, dry_run=backend.dry_run_steps(stage.config))
+    job = training_job(stage, dry_run=backend.dry_run_steps)
     backend.train(job, lambda result: backend.finish_dry_run(stage, result))
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class NativeBackend:
     """See ``base.Backend``."""
 
+    dry_run_steps = 3  # every graph, and a median time that does not depend on the first step
+
     def __init__(self) -> None:
         self._cached_before: dict[Path, int] = {}
 
@@ -34,9 +36,6 @@ class NativeBackend:
         """Check the settings against the rules of native, and the model against what the engine calls."""
         if mistakes := rules.check(config, model):
             raise UserErrors(mistakes)
-
-    def dry_run_steps(self, config: RunConfig) -> int:
-        return 3  # every graph, and a median time that does not depend on the first step
 
     def compile(self, stage: Stage) -> None:
         if stage.config.device == "cpu":

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 class XlaBackend:
     """See ``base.Backend``. Only ``train`` needs the Neuron libraries."""
 
+    dry_run_steps = 10  # AWS recommends "about 10": they cover every graph of a run
+
     def check(self, config: RunConfig, model: Path) -> None:
         """Check the settings against the rules of optimum-neuron and of tensor parallelism."""
         model_config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -29,9 +31,6 @@ class XlaBackend:
             raise UserErrors(mistakes)
         for warning in rules.warnings(config):
             log.warning(warning)
-
-    def dry_run_steps(self, config: RunConfig) -> int:
-        return 10  # AWS recommends "about 10": they cover every graph of a run
 
     def compile(self, stage: Stage) -> None:
         compiling.compile_graphs(stage)
