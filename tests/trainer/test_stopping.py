@@ -280,6 +280,20 @@ def test_any_stage_ends_when_it_is_told_to(new_run: Callable[..., Run], stage: s
     assert not re.search("Traceback", ended.stderr)
 
 
+def test_a_stop_is_a_stop_also_if_torchrun_does_not_find_a_worker_that_it_ended() -> None:
+    """torchrun asks for a worker's process group, and the worker, which had nothing to save yet, is gone."""
+    code = (
+        "import os, signal, time\nfrom types import SimpleNamespace\n"
+        "from torch.distributed.launcher import api\nfrom llama_lora.backends import launch\n"
+        "def ends(*workers):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(1); raise ProcessLookupError(3, 'No such process')\n"
+        "api.elastic_launch = lambda *arguments: ends\n"
+        "launch.run_workers(['true'], SimpleNamespace(parallelism=SimpleNamespace(processes_per_node=2)))\n"
+    )
+    ended = run_forked([sys.executable, "-c", code])
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr, ended.stderr
+
+
 def test_a_folder_of_stack_traces_that_another_worker_deletes_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,9 +82,9 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
         status = wait_or_stop(torchrun)
         recorded = failures.read(messages)
         failures.raise_user_and_volume_errors(recorded)
+        if status:  # whatever error torchrun ended with: it may not find a worker that the signal ended
+            sys.exit(status)
         if isinstance(torchrun.error, ChildFailedError):
-            if status:
-                sys.exit(status)
             statuses = {rank: failed.exitcode for rank, failed in torchrun.error.failures.items()}
             if set(statuses.values()) == {stopping.EXIT_STOPPED}:
                 sys.exit(stopping.EXIT_STOPPED)
@@ -93,8 +93,6 @@ def run_workers(command: Sequence[str], config: RunConfig) -> None:
             raise failures.WorkersFailed(f"the nodes did not meet: {one_line(str(torchrun.error), 200)}")
         if torchrun.error:
             raise torchrun.error
-        if status:
-            sys.exit(status)
 
 
 class Torchrun(threading.Thread):
