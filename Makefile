@@ -54,12 +54,15 @@ demo: $(READY)
 # The tests of a module run in one process, so that they share its fixtures. At most 4 processes of about 1.5 GB.
 PYTEST_OPTIONS := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 PYTEST := .venv/bin/pytest $(PYTEST_OPTIONS)
+# CI sets RETRY: what failed (pytest's status 1) runs once more, each test alone, and the run goes on if it passes then.
+again = $(if $(RETRY),|| { [ $$? = 1 ] && echo "What failed runs once more. What passes now is unstable." && \
+  $(1) --last-failed --last-failed-no-failures=none; })
 
 test-all: PYTEST += --all   # every fuzz case, round trip and trace: docs/testing.md
 test test-all: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	$(PYTEST) --ignore=tests/trainer/xla
+	$(PYTEST) --ignore=tests/trainer/xla $(call again,.venv/bin/pytest)
 
 # What make test leaves out because it is slow: real sizes, more compiled layouts. Run it before a release.
 test-slow: $(READY)
@@ -75,7 +78,7 @@ LEFT_OUT_OF_XLA := acceptance failures forks full_volume held_out hostile_record
   neuron_node one_stage_at_a_time plan progress publish rehearse report selection stopping trackers verdict
 test-xla: $(READY_XLA)
 	.venv-xla/bin/pytest $(PYTEST_OPTIONS) tests/trainer --ignore=tests/trainer/native \
-	  $(LEFT_OUT_OF_XLA:%=--ignore=tests/trainer/test_%.py)
+	  $(LEFT_OUT_OF_XLA:%=--ignore=tests/trainer/test_%.py) $(call again,.venv-xla/bin/pytest)
 
 # The native engine on a GPU: results, memory and tokens per second, also those of TRL if it is installed.
 test-gpu: $(READY)

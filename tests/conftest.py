@@ -60,7 +60,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Of a whole run, say what ran and what did not, in the line before pytest's own last line."""
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("lf"):
         return
     reports = terminalreporter.stats
     said = [f"{len(reports[kind]):,} {kind}" for kind in ("passed", "failed", "error") if reports.get(kind)]

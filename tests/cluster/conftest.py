@@ -19,6 +19,7 @@ TOGETHER = {"test_kueue", "test_training", "test_operators"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "node: wants the node for itself (drains it, restarts its API server ...)")
+    config.addinivalue_line("markers", "with_helm(*majors): with these versions of Helm without --all, else with 4")
     config.addinivalue_line("markers", "operator: replaces or stops the operator of PyTorchJobs or of TrainJobs")
 
 
@@ -81,16 +82,11 @@ def space(new_space: Callable[..., Space]) -> Space:
     return made
 
 
-# With both versions of Helm, and so with both APIs. The others show with one what these show of the other.
-WITH_BOTH = {"test_uninstall_during_training", "test_a_job_that_fails", "test_the_documented_commands_resume"}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "helm" in metafunc.fixturenames:
-        both = any(metafunc.function.__name__.startswith(name) for name in WITH_BOTH)
-        first, other = HELMS if len(metafunc.function.__name__) % 2 else reversed(HELMS)
-        marks = () if both else pytest.mark.repeat
-        params = [first, pytest.param(other, marks=marks)]
+        mark = metafunc.definition.get_closest_marker("with_helm")
+        chosen = mark.args if mark else (4,)
+        params = [pytest.param(major, marks=() if major in chosen else pytest.mark.repeat) for major in HELMS]
         metafunc.parametrize("helm", params, ids=lambda major: f"helm{major}", indirect=True)
 
 

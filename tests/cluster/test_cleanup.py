@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from chart.manifests import ROOT, Values, merged
 from cluster.space import CLAIM, HELMS, PATIENCE, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
@@ -44,6 +46,7 @@ def stages_after(space: Space, moment: float) -> set[str]:
     return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
 
 
+@pytest.mark.with_helm(3, 4)
 def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(
     space: Space, helm: int, workload: str
 ) -> None:

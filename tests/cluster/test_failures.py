@@ -96,6 +96,7 @@ def assert_reported(release: Release, result: Ended, *patterns: str) -> None:
     assert [line for line in printed(result) if line in log] == log, f"not the gate's log:\n{result.output}"
 
 
+@pytest.mark.with_helm(3, 4)
 def test_a_job_that_fails_fails_the_release_within_15_s_and_helm_prints_why(
     space: Space, helm: int, workload: str
 ) -> None:

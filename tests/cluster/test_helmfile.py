@@ -50,6 +50,7 @@ def helmfile(tmp_path: Path, helm: int) -> Callable[[str], Helmfile]:
     return lambda namespace: Helmfile(tmp_path, helm, namespace)
 
 
+@pytest.mark.with_helm(3)
 def test_template_renders_each_environment_with_its_values_and_no_network(
     helmfile: Callable[[str], Helmfile], helm: int
 ) -> None:
@@ -68,6 +69,7 @@ def test_template_renders_each_environment_with_its_values_and_no_network(
         assert list(yaml.safe_load_all(ended.output)) == list(yaml.safe_load_all(rendered))
 
 
+@pytest.mark.with_helm(3)
 def test_apply_needs_the_plugin_a_second_sync_resumes_after_a_failed_stage_and_destroy_keeps_the_volume(
     new_space: Callable[..., Space], helmfile: Callable[[str], Helmfile], helm: int, tmp_path: Path
 ) -> None:

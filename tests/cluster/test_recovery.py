@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from chart.manifests import ROOT, Object, Values, merged
@@ -98,6 +99,7 @@ def learning_rate(space: Space) -> float:
     return float(yaml.safe_load(config["data"]["run.yaml"])["training"]["learningRate"])
 
 
+@pytest.mark.with_helm(3, 4)
 def test_the_documented_commands_resume_after_a_killed_client_and_the_training_continues(
     space: Space, helm: int, workload: str, tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_genvalues_install_resumes_after_it_was_killed_and_the_training_continue
     assert llama.state == "deployed"
 
 
+@pytest.mark.with_helm(3)
 def test_two_installs_at_once_run_one_training_and_one_is_refused(space: Space, helm: int, workload: str) -> None:
     llama = space.release(helm)
     training = values({"workload": workload}, train=UNTIL_CONTINUE)
