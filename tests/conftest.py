@@ -10,6 +10,7 @@ from collections import Counter
 import botocore.session
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 # One thread per process, and none that spins while it waits: several workers share the cores. Set before torch is
 # imported, which reads it once; the processes that tests start inherit it.
@@ -27,12 +28,24 @@ os.environ.pop("KUBERNETES_SERVICE_HOST", None)  # where CI runs in a pod: comma
 
 FUZZ_CASES, ALL_FUZZ_CASES = 200, 10_000
 ROUND_TRIPS, ALL_ROUND_TRIPS = 10, 500
+EXAMPLES, ALL_EXAMPLES = 50, 200  # of each of hypothesis' tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all", action="store_true", help="also tests marked slow or repeat, and every fuzz case (make test-all)"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before hypothesis' tests are imported, whose settings start from this profile."""
+    settings.register_profile(
+        "llama-lora",
+        max_examples=ALL_EXAMPLES if config.getoption("all") else EXAMPLES,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # slow: on a busy machine
+    )
+    settings.load_profile("llama-lora")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

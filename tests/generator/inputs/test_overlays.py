@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from forked import genvalues
@@ -250,7 +250,6 @@ def keys_in(value: Any, key: tuple[str | int, ...] = ()) -> set[tuple[str | int,
     return {key} | {deeper for name, below in inner for deeper in keys_in(below, (*key, name))}
 
 
-@settings(max_examples=50, deadline=None)
 @given(layers=LAYERS)
 def test_laying_over_is_the_merge_of_the_values_and_every_key_has_its_place(layers: list[dict[str, Any]]) -> None:
     """Below chartValues, where null is a value."""

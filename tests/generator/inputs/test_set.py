@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from genvalues.common.helm import find_helm
@@ -191,7 +191,6 @@ ASSIGNMENTS = st.lists(st.tuples(st.lists(WORD, max_size=2), INDEX, VALUE), min_
 )
 
 
-@settings(max_examples=25, deadline=None)
 @given(text=ASSIGNMENTS)
 def test_helm_reads_an_assignment_alike(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("shows")

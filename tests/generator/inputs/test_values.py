@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from genvalues import __version__
@@ -455,9 +455,6 @@ def right_inputs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 @given(wanted=right_inputs())
 def test_what_genvalues_accepts_the_chart_accepts(wanted: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"

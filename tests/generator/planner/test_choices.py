@@ -257,7 +257,7 @@ def nested(written: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@settings(derandomize=True, database=None, phases=[Phase.generate])
 @given(st.fixed_dictionaries({key: st.sampled_from(values) for key, values in RUNS.items()}))
 def test_following_a_fix_ends_that_mistake(written: dict[str, Any]) -> None:
     """Each "Use X" of an error makes the run work or leads to an error at another key.
@@ -303,7 +303,7 @@ BATCHES = {
 }
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@settings(derandomize=True, database=None, phases=[Phase.generate])
 @given(st.fixed_dictionaries({key: st.sampled_from(values) for key, values in {**RUNS, **BATCHES}.items()}))
 def test_following_the_fixes_leads_to_a_plan(written: dict[str, Any]) -> None:
     """Or to another instance or model, whatever rules batch and micro-batches violate together."""

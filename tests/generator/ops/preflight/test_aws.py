@@ -17,7 +17,7 @@ import boto3
 import pytest
 from botocore import exceptions
 from botocore.awsrequest import AWSResponse
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from moto import mock_aws
 
@@ -305,7 +305,6 @@ def check_each_finding(run: RunRequirements) -> None:
             assert "hf_abcdefgh" not in "".join(map(str, found))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     code=st.sampled_from(CODES) | st.text(max_size=30),
     status=st.sampled_from([400, 401, 403, 404, 409, 429, 500, 503]),
