@@ -545,7 +545,7 @@ stages.{{ $stage }}: seccompProfile.localhostProfile is the path of a profile of
 stages.{{ $stage }}.terminationGracePeriodSeconds is {{ $grace }}, too short to save a checkpoint. Set it to at least 30.
 {{- else if gt $grace 300 }}
 stages.{{ $stage }}.terminationGracePeriodSeconds is {{ $grace }}, and gates wait 10 minutes for the pods of a stopped job, 5 of them for a lost node. Set it to at most 300.
-{{- else if gt (add $grace 20) (int $.Values.cleanup.timeoutSeconds) }}
+{{- else if and $.Values.cleanup.enabled (gt (add $grace 20) (int $.Values.cleanup.timeoutSeconds)) }}
 cleanup.timeoutSeconds is {{ $.Values.cleanup.timeoutSeconds }}, which is too short for stages.{{ $stage }}.terminationGracePeriodSeconds {{ $grace }}. Set it to at least {{ add $grace 20 }}.
 {{- end }}
 {{- end }}

@@ -782,3 +782,8 @@ def test_sources_that_pods_can_read_are_accepted(helm: int) -> None:
     ]
     additional = {f"s{number}": {"source": source} for number, source in enumerate(sources)}
     assert render(merged(MINIMAL, {"dataset": {"source": sources[0], "additional": additional}}), helm=helm)
+
+
+def test_a_cleanup_that_is_off_limits_no_grace_period(helm: int) -> None:
+    values: Values = {"cleanup": {"enabled": False}, "stages": {"train": {"terminationGracePeriodSeconds": 300}}}
+    assert render(merged(MINIMAL, values), helm=helm)

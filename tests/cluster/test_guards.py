@@ -161,7 +161,7 @@ def test_a_real_training_saves_at_its_limit_resumes_when_it_is_raised_and_writes
     assert real.volume.run("ls -d runs/llama/checkpoints/*/step-*").split()[-1].endswith(f"step-{step:06d}")
     assert not real.volume.exists("runs/llama/stages/train.json")
 
-    client = llama.start_upgrade(training(**UNLIMITED, stallTimeout="40s"))
+    client = llama.start_upgrade(training(**UNLIMITED, stallTimeout="90s"))  # longer than its start
     workers = real.wait_for_training("llama")
     real.wait("a step after those saved", lambda: step_of(real) > step, interval=2.0)
     assert f"step-{step:06d}" in real.log(name_of(workers[0]))
@@ -175,7 +175,7 @@ def test_a_real_training_saves_at_its_limit_resumes_when_it_is_raised_and_writes
     )
     real.kubectl("exec", name, "--", "sh", "-c", stop)
     fails(llama, client.wait())
-    assert "no step for 4" in reason_of(real)
+    assert re.search(r"no step for (9\d|1\d\d) s", reason_of(real))
     waiting = real.volume.read("runs/llama/stacks/train-rank-0.txt")
     assert "all_reduce" in waiting and "loop.py" in waiting
     assert all(is_over(pod) for pod in real.list("pods", f"{COMPONENT}=train"))
