@@ -46,7 +46,6 @@ def stages_after(space: Space, moment: float) -> set[str]:
     return {labels[COMPONENT] for labels in made if COMPONENT in labels} - {"cleanup"}
 
 
-@pytest.mark.with_helm(3, 4)
 def test_uninstall_during_training_stops_everything_and_a_new_install_resumes(
     space: Space, helm: int, workload: str
 ) -> None:
@@ -129,6 +128,7 @@ def test_the_charts_claim_is_kept_by_uninstall_and_used_again(
     assert there.split() == ["mine", "runs/llama/merge-output/done"]
 
 
+@pytest.mark.slow
 def test_with_an_image_that_cannot_be_pulled_uninstall_fails_and_the_documented_commands_remove_everything(
     new_space: Callable[..., Space], tmp_path: Path
 ) -> None:

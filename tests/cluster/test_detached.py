@@ -99,6 +99,7 @@ def test_a_failed_stage_fails_the_runners_job_at_once_without_a_retry(space: Spa
         assert "no such column" in log and "pipeline: llama-run-tokenize failed: " in log, log
 
 
+@pytest.mark.slow
 def test_upgrade_follows_or_replaces_the_training_and_rollback_replaces_it_but_two_never_run_at_once(
     space: Space,
 ) -> None:
@@ -133,6 +134,7 @@ def train_fingerprint(space: Space) -> str:
     return annotations_of(job)[FINGERPRINT]
 
 
+@pytest.mark.slow
 def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: Path) -> None:
     """The runner works here, with its account's token, through a proxy that notes what the API server is asked for.
 
@@ -180,6 +182,7 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
     assert not unused, " ".join(map(str, sorted(unused)))
 
 
+@pytest.mark.slow
 def test_upgrade_takes_over_an_inner_release_whose_records_are_secrets(space: Space) -> None:
     """As an earlier version of the chart kept them. The training goes on, and uninstall leaves nothing.
 

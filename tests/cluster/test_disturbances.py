@@ -125,7 +125,7 @@ def test_lost_workers_restarted_operators_a_preemption_and_a_drained_node_change
     assert adapter(disturbed.space, workload) == UNDISTURBED.read_text()
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", [pytest.param("pytorchjob", marks=pytest.mark.repeat), "trainjob"])
 def test_an_unchanged_upgrade_skips_every_stage_in_seconds_and_requests_no_neuron(
     disturbed: Disturbed, workload: str
 ) -> None:

@@ -141,7 +141,7 @@ def test_the_status_of_a_detached_run_before_during_and_after_it(space: Space, w
     assert refused.status == 2 and "genvalues uninstall llama --namespace" in refused.output
 
 
-@pytest.mark.parametrize("mode", ["attached", "detached"])
+@pytest.mark.parametrize("mode", [pytest.param("attached", marks=pytest.mark.repeat), "detached"])
 def test_a_failed_stage_is_reported_with_its_reason_and_the_end_of_its_log(
     space: Space, with_helm_4: Genvalues, mode: str
 ) -> None:
@@ -212,6 +212,7 @@ def test_uninstall_stops_the_training_and_reports_what_is_kept(space: Space, wit
     client.wait()
 
 
+@pytest.mark.slow
 def test_a_bundle_contains_no_token_and_can_be_replayed_locally(
     space: Space, with_helm_4: Genvalues, tmp_path: Path
 ) -> None:

@@ -99,7 +99,6 @@ def learning_rate(space: Space) -> float:
     return float(yaml.safe_load(config["data"]["run.yaml"])["training"]["learningRate"])
 
 
-@pytest.mark.with_helm(3, 4)
 def test_the_documented_commands_resume_after_a_killed_client_and_the_training_continues(
     space: Space, helm: int, workload: str, tmp_path: Path
 ) -> None:
