@@ -73,12 +73,15 @@ def load_model(path: Path) -> Any:
     """
     from transformers.utils import logging as transformers_logging
 
+    from llama_lora.bf16 import speed_up_linear_layers
+
     transformers_logging.disable_progress_bar()
     check_folder(path)
     stored_tensors(path)
     model, random = library_versions.load_model(path, dtype="auto", attn_implementation="sdpa")
     if random:
         raise UserError(f"lacks the weights of {random[0]} in its shape", where=str(path), fix=COMPLETE)
+    speed_up_linear_layers(model)
     return model.eval()
 
 

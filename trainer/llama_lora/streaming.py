@@ -22,6 +22,7 @@ from genvalues.accelerators.cpu_memory import HIDDEN_STATES, LOGITS
 from genvalues.common.errors import UserError
 from llama_lora import library_versions
 from llama_lora.adapter import PREFIX, WEIGHTS, read_adapter_config
+from llama_lora.bf16 import speed_up_linear_layers
 from llama_lora.data.batches import Batch
 from llama_lora.data.tokens import IGNORED
 from llama_lora.model_files import COMPLETE, check_folder, regular_file
@@ -58,6 +59,7 @@ class StreamedModel:
         dtype = weights_dtype(config, stored)
         self.seconds_reading = 0.0
         self._lm = meta_model(config, dtype, adapter).eval()
+        speed_up_linear_layers(self._lm)
         self._layers = list(self._lm.model.layers)
         self._returns_tuple = False
         shards = {shard: regular_file(folder, shard) for shard in {each.shard for each in stored.values()}}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llama_lora.bf16 import is_fast, product
+
 
 def compute_on_host(lm: nn.Module) -> None:
     """Have the linear layers of a model, whose base weights are frozen, computed by ``FrozenLinear``."""
@@ -130,17 +132,3 @@ def example_lengths(mask: torch.Tensor) -> list[list[int]]:
     begins = ~mask[:, 0].diagonal(-1, -2, -1)
     cuts = [[0, *(row.nonzero().squeeze(1) + 1).tolist(), mask.shape[-1]] for row in begins]
     return [[end - start for start, end in pairwise(row)] for row in cuts]
-
-
-def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The product of two matrices in their type. PyTorch's own sum of products of bf16 is in fp32 too."""
-    return one @ other if is_fast(one.dtype) else (one.float() @ other.float()).to(one.dtype)
-
-
-def is_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of the type as fast as fp32 copies of them.
-
-    Without instructions for bf16, PyTorch's product of 256 x 576 and 576 x 1536 takes 4 times as long, and that of a
-    gradient with the weight 30 times (AVX2, PyTorch 2.15).
-    """
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
