@@ -20,7 +20,7 @@ from genvalues.common import files
 # Importing these opens a browser, prints a poem, or requires a display.
 NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3", "test", "__main__"}
 SHORTEST_ANSWER = 20  # characters; shorter docstrings say nothing
-LONGEST_ANSWER = 1200  # a longer one would not fit into the demo's rows of 512 tokens
+LONGEST_ANSWER = 600  # a longer one would not fit into the demo's rows of 256 tokens
 
 
 def question_rows() -> list[dict[str, str]]:
