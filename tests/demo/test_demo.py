@@ -68,7 +68,7 @@ def adapter_digest(folder: Path) -> str:
     return files.sha256(folder / "workspace" / "runs" / "demo" / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_docstrings_of_this_python_give_about_4500_rows_with_unique_answers() -> None:
+def test_the_docstrings_of_this_python_give_thousands_of_rows_with_unique_answers() -> None:
     rows = docstrings.question_rows()
     assert 3500 < len(rows) < 6500
     assert len({row["answer"] for row in rows}) == len(rows)
