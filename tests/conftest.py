@@ -28,7 +28,7 @@ os.environ.pop("KUBERNETES_SERVICE_HOST", None)  # where CI runs in a pod: comma
 
 FUZZ_CASES, ALL_FUZZ_CASES = 200, 10_000
 ROUND_TRIPS, ALL_ROUND_TRIPS = 10, 500
-EXAMPLES, ALL_EXAMPLES = 50, 200  # of each of hypothesis' tests
+EXAMPLES, ALL_EXAMPLES = 30, 200  # of each of hypothesis' tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

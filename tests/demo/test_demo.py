@@ -31,6 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "model.path": make_model(folder / "tiny", dtype="bfloat16"),
         "dataset.source": folder / "rows.jsonl",
         "dataset.evalFraction": 0.1,
+        "training.maxSequenceLength": 512,  # a token for each byte
         "training.maxSteps": 12,
         "training.saveSteps": 3,
         "evaluation.maxNewTokens": 4,

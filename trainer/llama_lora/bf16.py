@@ -32,7 +32,7 @@ def speed_up_linear_layers(model: nn.Module) -> None:
     """Have the linear layers of a model compute their forward pass by ``linear``."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = functools.partial(linear, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(linear, module)
 
 
 @torch.no_grad()
