@@ -21,7 +21,7 @@ from genvalues.ops.local.screen import next_steps
 
 HERE = Path(__file__).parent
 HELD_OUT_ROWS = 64
-LEAST_FALL = 0.1  # of the held-out loss, which falls by 0.2 in 45 steps; less means that something is broken
+LEAST_FALL = 0.1  # of the held-out loss, which falls by 0.2; less means that something is broken
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def local_command(inputs: Path, settings: dict[str, object], workspace: Path) ->
 def warnings_in(workspace: Path) -> list[str]:
     """Lines of the stages' logs that make a reader ask what is wrong."""
     lines = [line for log in sorted(workspace.rglob("*.log")) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if re.search(r"(?i)warning|gloo|c10d", line)]
+    return [line for line in lines if re.search(r"(?i)warning|gloo|c10d|leaked", line)]
 
 
 def smollm2() -> Path:

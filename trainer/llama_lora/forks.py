@@ -6,6 +6,7 @@ started. Sends the requests: genvalues/ops/local/forks.py.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -78,6 +79,7 @@ def import_libraries() -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     gc.freeze()  # a collection in a fork would write to, and so copy, the pages of all objects
+    atexit.register(gc.unfreeze)  # else libraries report what is left at the end of a stage as leaked
 
 
 def fork_orphan() -> bool:
