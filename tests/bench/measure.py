@@ -79,7 +79,8 @@ def command(*arguments: str | Path, libraries: Libraries = NEWEST) -> Measured:
         if status:
             raise SystemExit(f"{' '.join(given)} ended with {process.returncode}:\n{err.read()[-4000:]}")
         said = out.read().strip()
-    told = said if said.startswith("{") else said.rpartition("\n")[2]
+    last = said.rpartition("\n")[2]
+    told = last if last.startswith("{") else said  # JSON in one line after what libraries print, or nothing else
     return {**measured, **(json.loads(told) if told.startswith("{") else {})}
 
 
