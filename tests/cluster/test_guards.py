@@ -175,7 +175,7 @@ def test_a_real_training_saves_at_its_limit_resumes_when_it_is_raised_and_writes
     )
     real.kubectl("exec", name, "--", "sh", "-c", stop)
     fails(llama, client.wait())
-    assert re.search(r"no step for (9\d|1\d\d) s", reason_of(real))
+    assert re.search(r"no step for [12] min \d+ s", reason_of(real))
     waiting = real.volume.read("runs/llama/stacks/train-rank-0.txt")
     assert "all_reduce" in waiting and "loop.py" in waiting
     assert all(is_over(pod) for pod in real.list("pods", f"{COMPONENT}=train"))
