@@ -20,7 +20,7 @@ COMMANDS = {
     "start-write": ["genvalues.cli", "write", INPUTS, "-o", "-"],
     "start-llama-lora": ["llama_lora.cli", "--help"],
 }
-STAGES = ("tokenize", "rehearse", "compile", "train", "consolidate", "merge", "evaluate")
+STAGES = ("tokenize", "compile", "train", "consolidate", "merge", "evaluate")
 
 
 def make_inputs(folder: str) -> None:

@@ -27,7 +27,7 @@ from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
 from cluster.local.node import INSTANCE_TYPE
 from genvalues.cluster import api
-from genvalues.cluster.api import CLAIMS, JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
+from genvalues.cluster.kinds import CLAIMS, JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
 from genvalues.cluster.objects import (
     INSTANCE,
     annotations_of,

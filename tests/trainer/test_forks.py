@@ -109,3 +109,29 @@ def test_a_stage_of_a_server_with_threads_is_executed_not_forked(
     monkeypatch.setattr(forks, "execute", lambda arguments: os.execv("/bin/echo", ["echo", "executed", *arguments[1:]]))
     assert server.run("--version") == 0
     assert server.lines == ["executed --version"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("print('done')", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('wrong')", 1, "wrong"),
+        ("1 / 0", 1, "division by zero"),
+    ],
+)
+def test_a_fork_ends_as_python_does_but_frees_nothing(command: str, status: int, said: str) -> None:
+    code = (
+        "import atexit, sys\n"
+        "from llama_lora.forks import run_to_exit\n"
+        "class Kept:\n"
+        "    def __del__(self): print('freed')\n"
+        "kept = Kept()\n"
+        "atexit.register(print, 'at exit')\n"
+        f"run_to_exit(lambda: {command})\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == status
+    assert ended.stdout.endswith("at exit\n"), "and not freed"
+    assert ended.stderr.strip().endswith(said)
+    assert bool(ended.stderr) == bool(said)

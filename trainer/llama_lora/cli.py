@@ -194,7 +194,8 @@ def preview_command(config_file: Path | None, rows: int) -> None:
 @main.command(name="fork-server", hidden=True)
 def fork_server() -> None:
     """Run stages as forks of this process: llama_lora/forks.py."""
-    main(forks.serve(has_work), prog_name="llama-lora")
+    arguments = forks.serve(has_work)
+    forks.run_to_exit(lambda: main(arguments, prog_name="llama-lora"))
 
 
 def has_work(arguments: Sequence[str]) -> bool:

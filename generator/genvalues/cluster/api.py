@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import urllib3
 import yaml
@@ -21,11 +21,11 @@ from kubernetes import client, config, dynamic
 from kubernetes.utils.quantity import parse_quantity
 from urllib3.util.ssl_ import create_urllib3_context
 
+from genvalues.cluster.kinds import PODS, ApiError, Kind, NotAllowed, Object, ServerAway
 from genvalues.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Object = dict[str, Any]
 Query = list[tuple[str, Any]]
 
 # An API server that restarts was unavailable for 40 to 77 s (measured on a single-node control plane).
@@ -38,49 +38,6 @@ POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_SECONDS, READ_SECONDS = 5.0, 20.0
 WATCH_SECONDS = 50  # the server ends a watch after this time, so a dead connection is noticed soon after
 QUIET_LOG_SECONDS = 300.0  # a container may log nothing for minutes, e.g. while neuronx-cc compiles
-
-
-class Kind(NamedTuple):
-    api: str
-    plural: str
-    namespaced: bool = True
-
-    def __str__(self) -> str:
-        """The name used in RBAC rules and by kubectl: pods, jobs.batch."""
-        group = self.api.split("/")[1] if self.api.startswith("apis/") else ""
-        return f"{self.plural}.{group}" if group else self.plural
-
-
-PODS = Kind("api/v1", "pods")
-EVENTS = Kind("api/v1", "events")
-SECRETS = Kind("api/v1", "secrets")
-CONFIG_MAPS = Kind("api/v1", "configmaps")
-CLAIMS = Kind("api/v1", "persistentvolumeclaims")
-QUOTAS = Kind("api/v1", "resourcequotas")
-NODES = Kind("api/v1", "nodes", namespaced=False)
-NAMESPACES = Kind("api/v1", "namespaces", namespaced=False)
-JOBS = Kind("apis/batch/v1", "jobs")
-STORAGE_CLASSES = Kind("apis/storage.k8s.io/v1", "storageclasses", namespaced=False)
-PYTORCH_JOBS = Kind("apis/kubeflow.org/v1", "pytorchjobs")
-TRAIN_JOBS = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainjobs")
-TRAINING_RUNTIMES = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainingruntimes")
-
-
-class ApiError(Exception):
-    """The API server rejected a request. ``status`` is the HTTP status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        self.status = status
-        self.message = message
-        super().__init__(message)
-
-
-class NotAllowed(ApiError):
-    """The request is not authenticated (401) or not allowed by RBAC (403)."""
-
-
-class ServerAway(ApiError):
-    """The API server stayed unavailable for the whole retry time."""
 
 
 class Api:

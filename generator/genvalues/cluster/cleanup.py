@@ -12,9 +12,10 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, NotAllowed, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.helm_records import INNER_ENVIRONMENT, delete_from_secrets
+from genvalues.cluster.kinds import NotAllowed, Object
 from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from genvalues.cluster.api import Object
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.guards import CostLimit, Ledger, reserve_hours
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import name_of
 from genvalues.cluster.workloads import is_worker
 from genvalues.common import files

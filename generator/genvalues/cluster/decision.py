@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from genvalues.cluster.api import Object
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import (
     FINGERPRINT,
     INSTANCE,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.failures import StageFailed
+from genvalues.cluster.kinds import ApiError, Object
 from genvalues.cluster.objects import (
     INSTANCE,
     annotations_of,

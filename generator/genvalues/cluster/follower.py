@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.cost_tracker import RAISE_MAX_COST, CostTracker
 from genvalues.cluster.failures import STAGE_FAILED, STOPPED, StageFailed, StoppedByGuard
 from genvalues.cluster.guards import StallTimer, describe_stall, reserve_hours
+from genvalues.cluster.kinds import ApiError, Object
 from genvalues.cluster.objects import (
     COST,
     PROGRESS,

@@ -18,13 +18,14 @@ import logging
 import time
 from collections.abc import Callable
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, NotAllowed, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.cost_tracker import Clock, CostTracker
 from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
+from genvalues.cluster.kinds import NotAllowed, Object
 from genvalues.cluster.objects import RUN, component_of, is_over, name_of
 from genvalues.cluster.queueing import release
 from genvalues.cluster.succession import followed_to_its_end

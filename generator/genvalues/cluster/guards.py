@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from genvalues.cluster.api import Object
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import (
     COMPONENT,
     container_statuses,

@@ -15,8 +15,9 @@ import logging
 import zlib
 from collections.abc import Iterator
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Kind, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import Kind, Object
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of
 from genvalues.common.errors import UserError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from genvalues.cluster.api import Object
+from genvalues.cluster.kinds import Object
 
 STAGE = "llama-lora/stage"  # annotation of every stage's objects
 FINGERPRINT = "llama-lora/fingerprint"  # annotation that a gate sets on the job it releases

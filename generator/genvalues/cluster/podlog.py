@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, NotAllowed
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError, NotAllowed
 
 
 class PodLog(threading.Thread):

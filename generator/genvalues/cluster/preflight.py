@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from genvalues.accelerators.instances import HYPERPOD, NEURON
 from genvalues.accelerators.neuron_software import driver_of_node, mismatch
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig, SecretReference
+from genvalues.cluster.kinds import ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.objects import condition, labels_of, last_seen, name_of, phase_of
 from genvalues.cluster.queueing import kueue_api, workload_of_kueue
 from genvalues.cluster.workloads.probe import PROBES, Probe, metadata, probe_of

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genvalues.cluster.api import Api, ApiError, Kind, NotAllowed, Object
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError, Kind, NotAllowed, Object
 from genvalues.cluster.objects import FINGERPRINT, QUEUE_NAME, labels_of, name_of
 from genvalues.cluster.workloads import Workload
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import time
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Kind, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import QUIET_LOOKS, fail_job
 from genvalues.cluster.helm_records import marked_failed
+from genvalues.cluster.kinds import Kind, Object
 from genvalues.cluster.objects import (
     GATE_SUFFIX,
     INSTANCE,

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import is_stage, runners_of, stop_runners
 from genvalues.cluster.config import ClusterConfig, read_yaml
 from genvalues.cluster.events import events_of_release
 from genvalues.cluster.failures import RETRY, STAGE_FAILED
 from genvalues.cluster.helm_records import INNER_ENVIRONMENT, OF_INNER_RELEASE, move_to_config_maps
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import (
     COMPONENT,
     INSTANCE,

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, NotAllowed, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.failures import StageFailed
+from genvalues.cluster.kinds import ApiError, NotAllowed, Object
 from genvalues.cluster.objects import STOPPED_BY_US, is_being_deleted, is_finished
 from genvalues.cluster.workloads import Workload, is_active, is_released
 from genvalues.common.errors import UserError

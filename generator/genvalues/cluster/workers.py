@@ -9,8 +9,9 @@ import threading
 import time
 from collections import deque
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, Object
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError, Object
 from genvalues.cluster.objects import ContainerExit, ends_of, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
 from genvalues.common.errors import EXIT_USER_ERROR, EXIT_VOLUME

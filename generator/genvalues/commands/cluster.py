@@ -58,8 +58,8 @@ def command(work: Callable[..., int]) -> Callable[..., None]:
     @functools.wraps(work)
     @user_errors_end_with_status_2
     def wrapper(**options: Any) -> None:
-        from genvalues.cluster.api import ApiError, NotAllowed
         from genvalues.cluster.failures import RETRY
+        from genvalues.cluster.kinds import ApiError, NotAllowed
         from genvalues.cluster.trainer_client import TrainerCommandFailed
 
         # Without a handler, a container's first process ignores SIGTERM, and its pod takes 30 s longer to stop.
@@ -189,11 +189,12 @@ def cleanup_command(
         genvalues cluster cleanup --release llama-lora --namespace default
     """
     from genvalues.cluster import api, cleanup
+    from genvalues.cluster.kinds import JOBS
     from genvalues.cluster.workloads import workload_for
 
     server = api.connect(namespace, patience=timeout_seconds)
     if own_job:
-        server.patch(api.JOBS, own_job[0], {"spec": {"activeDeadlineSeconds": own_job[1]}})
+        server.patch(JOBS, own_job[0], {"spec": {"activeDeadlineSeconds": own_job[1]}})
     try:
         cleanup.cleanup(server, release, timeout_seconds, workload=workload_for(workload), run=run)
     except cleanup.StillRunning as problem:

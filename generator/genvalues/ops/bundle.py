@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from genvalues import __version__
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError
-from genvalues.cluster.api import Kind as ApiKind
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError
+from genvalues.cluster.kinds import Kind as ApiKind
 from genvalues.cluster.objects import container_statuses, inner_release_of, last_seen, name_of
 from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get

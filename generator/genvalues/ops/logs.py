@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from genvalues.cluster import api as kinds
+from genvalues.cluster import kinds
 from genvalues.cluster.objects import COMPONENT, GATE_SUFFIX, RUNNER, created, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
 from genvalues.cluster.workloads import is_worker

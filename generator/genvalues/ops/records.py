@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from genvalues.cluster.api import Object
 from genvalues.cluster.helm_records import INNER_ENVIRONMENT
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import COMPONENT, INNER_SUFFIX, RUNNER, STAGE, annotations_of, labels_of, name_of
 from genvalues.cluster.workloads import NAMES
 from genvalues.common import helm

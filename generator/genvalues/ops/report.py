@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError
 from genvalues.cluster.objects import COMPONENT, STAGE, annotations_of, ends_of, is_over, latest_warning, name_of
 from genvalues.cluster.podlog import text_of_line
 from genvalues.common.dicts import get

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from genvalues.cluster.api import Object
 from genvalues.cluster.failures import STOPPED, parse_failure
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import (
     COST,
     GATE_SUFFIX,

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError, NotAllowed, ServerAway
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
 from genvalues.cluster.failures import STAGE_FAILED
+from genvalues.cluster.kinds import ApiError, NotAllowed, ServerAway
 from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
 from genvalues.cluster.podlog import text_of_line
 from genvalues.cluster.workloads import WORKLOADS

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from genvalues.cluster import api as kinds
-from genvalues.cluster.api import Api, ApiError
-from genvalues.cluster.api import Kind as ApiKind
+from genvalues.cluster import kinds
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError
+from genvalues.cluster.kinds import Kind as ApiKind
 from genvalues.cluster.objects import family_of
 from genvalues.common.dicts import get
 from genvalues.common.errors import UserError

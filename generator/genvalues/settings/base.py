@@ -50,7 +50,9 @@ class Block(BaseModel):
 
     FIRST: ClassVar[tuple[str, ...]] = ()  # fields of subclasses that files show before the block's own
 
-    model_config = ConfigDict(alias_generator=camel_case, extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        alias_generator=camel_case, extra="forbid", frozen=True, populate_by_name=True, defer_build=True
+    )
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A block that only adds keys to another has its description."""

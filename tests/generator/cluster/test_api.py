@@ -7,7 +7,8 @@ import pytest
 from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
-from genvalues.cluster.api import PODS, PYTORCH_JOBS, Api, NotAllowed, ServerAway, connect
+from genvalues.cluster.api import Api, connect
+from genvalues.cluster.kinds import PODS, PYTORCH_JOBS, NotAllowed, ServerAway
 from genvalues.common.errors import UserError
 
 

@@ -14,11 +14,12 @@ from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi, now
 from generator.cluster.objects import Operator, pod, pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
-from genvalues.cluster.api import PYTORCH_JOBS, Api, connect
+from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.failures import StageFailed, describe_failure, parse_failure
 from genvalues.cluster.follower import GateTimings
 from genvalues.cluster.gate import gate
+from genvalues.cluster.kinds import PYTORCH_JOBS
 from genvalues.cluster.progress import describe_progress
 from genvalues.cluster.trainer_client import TrainerCommandFailed, read_stage_state
 from genvalues.common.errors import UserError
@@ -676,7 +677,7 @@ def test_the_gate_survives_an_outage_of_the_api_server(
 def test_a_lasting_outage_of_the_api_server_is_retried_and_is_not_a_failed_stage(
     fake: FakeApi, config: ClusterConfig, trainer: Trainer
 ) -> None:
-    from genvalues.cluster.api import ServerAway
+    from genvalues.cluster.kinds import ServerAway
 
     impatient = connect(config.namespace, patience=0.2, interval=0.02)
     running, _ = released_and_running(fake, impatient, config)

@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 
 from generator.cluster.waiting import PATIENCE, until
-from genvalues.cluster.api import Api, ApiError, NotAllowed
+from genvalues.cluster.api import Api
+from genvalues.cluster.kinds import ApiError, NotAllowed
 from genvalues.cluster.podlog import PodLog, text_of_line
 
 A, B, C, D = (f"2026-01-01T00:00:0{second}.000000000Z {word}" for second, word in enumerate(("a", "b", "c", "d")))

@@ -12,9 +12,10 @@ from generator.cluster.fake_api import FakeApi, now
 from generator.cluster.objects import Operator, pytorch_job
 from generator.cluster.test_gate import OWN, QUICK, is_going
 from genvalues.cluster import gate as gates
-from genvalues.cluster.api import Api, NotAllowed
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.follower import JobFollower
+from genvalues.cluster.kinds import NotAllowed
 from genvalues.cluster.succession import OwnJob, starts_again
 from genvalues.cluster.trainer_client import TrainerCommandFailed, read_stage_state
 from genvalues.common.errors import UserError

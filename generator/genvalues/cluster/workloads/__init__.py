@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genvalues.cluster.api import Object
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import FINGERPRINT, annotations_of, is_being_deleted, labels_of
 from genvalues.cluster.workloads.pytorchjob import PyTorchJob
 from genvalues.cluster.workloads.trainjob import TrainJob

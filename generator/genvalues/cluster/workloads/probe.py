@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from genvalues.cluster.api import PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Api, Kind, Object
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.kinds import PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind, Object
 from genvalues.cluster.objects import COMPONENT, INSTANCE, QUEUE_NAME, STAGE
 from genvalues.cluster.workloads.pytorchjob import PyTorchJob
 from genvalues.cluster.workloads.trainjob import TrainJob

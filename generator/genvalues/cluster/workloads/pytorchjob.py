@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from genvalues.cluster.api import PYTORCH_JOBS, Api, Object
+from genvalues.cluster.kinds import PYTORCH_JOBS, Object
 from genvalues.cluster.objects import moment, name_of
 from genvalues.cluster.workloads.workload import DEFAULT_GRACE_PERIOD, Workload
+
+if TYPE_CHECKING:  # genvalues local needs no Kubernetes client
+    from genvalues.cluster.api import Api
 
 OVERDUE = "llama-lora/seconds-overdue"  # annotation that makes the operator reconcile a job past its deadline
 

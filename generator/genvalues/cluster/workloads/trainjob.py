@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from genvalues.cluster.api import TRAIN_JOBS, TRAINING_RUNTIMES, Api, ApiError, Object
+from genvalues.cluster.kinds import TRAIN_JOBS, TRAINING_RUNTIMES, ApiError, Object
 from genvalues.cluster.objects import annotations_of, moment, name_of
 from genvalues.cluster.workloads.workload import DEFAULT_GRACE_PERIOD, Workload
+
+if TYPE_CHECKING:  # genvalues local needs no Kubernetes client
+    from genvalues.cluster.api import Api
 
 WEBHOOK_SECONDS = 10.0
 # Annotations of the chart: a TrainJob has no fields for them.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from genvalues.cluster.api import Api, Kind, Object
+from genvalues.cluster.kinds import Kind, Object
 from genvalues.cluster.objects import condition
+
+if TYPE_CHECKING:  # genvalues local needs no Kubernetes client
+    from genvalues.cluster.api import Api
 
 DEFAULT_GRACE_PERIOD = 30.0  # seconds, the Kubernetes default
 

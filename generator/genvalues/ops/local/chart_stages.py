@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from genvalues.cluster.workloads import NAMES
+from genvalues.inputs.chart import load
 
 STAGE = "llama-lora/stage"  # annotation: the stage's name
 NEEDS_CLUSTER = "llama-lora/needs-cluster"  # annotation of stages that do nothing outside a cluster
@@ -53,6 +52,6 @@ def run_name(objects: Sequence[Object]) -> str:
     """The name of the run, which names its folder, from the run config; empty where there is none."""
     for files in config_maps(objects).values():
         if "run.yaml" in files:
-            config = yaml.safe_load(files["run.yaml"])
+            config = load(files["run.yaml"])
             return str(config.get("name", "")) if isinstance(config, dict) else ""
     return ""

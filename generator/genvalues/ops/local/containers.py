@@ -20,6 +20,7 @@ from genvalues.common.errors import POD, UserError
 from genvalues.common.files import write_text
 from genvalues.common.process import GRACE, Command
 from genvalues.common.progress_bar import RELAY
+from genvalues.inputs.chart import load
 from genvalues.inputs.yaml_text import dump
 from genvalues.ops.local.chart_stages import STAGE, Object, annotation_of, config_maps
 
@@ -50,6 +51,7 @@ class Machine:
         self.relay_progress = relay_progress
         self.objects = objects
         self.config_maps = config_maps(objects)
+        self._written: set[str] = set()  # files of ConfigMaps: most stages mount the same
 
     def stage(self, item: Object) -> LocalStage:
         """The commands of a stage's job. Raises UserError where one cannot run on this computer."""
@@ -117,7 +119,9 @@ class Machine:
             if "configMap" in volume:
                 # All stages share the ConfigMaps, so only paths on the shared volume are replaced in them.
                 for file, text in self.config_map(volume["configMap"]["name"]).items():
-                    write_text(self.hidden / "config" / file, file_with_local_paths(file, text, shared))
+                    if file not in self._written:
+                        write_text(self.hidden / "config" / file, file_with_local_paths(file, text, shared))
+                        self._written.add(file)
         return folders
 
     def config_map(self, name: str) -> dict[str, str]:
@@ -149,7 +153,7 @@ def file_with_local_paths(name: str, text: str, folders: dict[str, Path]) -> str
         return with_local_paths(value, folders) if isinstance(value, str) else value
 
     try:
-        return dump(replaced(yaml.safe_load(text)))
+        return dump(replaced(load(text)))
     except yaml.YAMLError as error:
         raise UserError(f"the chart's {name} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -6,13 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from genvalues.accelerators.instances import trainium
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.text import dotted, one_line
-from genvalues.inputs.chart import on_top_of_defaults, part, refusals
+from genvalues.inputs.chart import load, on_top_of_defaults, part, refusals
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.yaml_text import UnreadableYAML, decode, load_as_helm
 from genvalues.settings.run import with_own_words
@@ -104,7 +102,7 @@ def values_of_bundle(path: Path, chart: Path) -> dict[str, Any]:
 
     about, text = read_bundle(path)
     values = parsed_values(text, f"{path}: {VALUES}")
-    version = part(chart, "Chart.yaml", yaml.safe_load).get("version")
+    version = part(chart, "Chart.yaml", load).get("version")
     if (packed := about.get("chart")) != version:
         of = f"was made with chart version {one_line(str(packed))}" if packed else "does not name its chart version"
         log.warning("%s %s; it runs with %s, version %s", path, of, chart, version)

@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from genvalues.accelerators.neuron_software import release_of_sdk
-from genvalues.cluster import api as kinds
+from genvalues.cluster import kinds
 from genvalues.cluster import preflight as stage
-from genvalues.cluster.api import Api, ApiError, NotAllowed, Object, ServerAway, connect
+from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.kinds import ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.preflight import PreflightTimings
 from genvalues.cluster.workloads.probe import probe_of
 from genvalues.common.dicts import get

@@ -11,10 +11,11 @@ from functools import partial
 
 from genvalues.accelerators.instances import HYPERPOD
 from genvalues.accelerators.neuron_software import driver_of_ami, mismatch
-from genvalues.cluster import api as kinds
+from genvalues.cluster import kinds
 from genvalues.cluster import preflight as stage
-from genvalues.cluster.api import Api, Object
+from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
+from genvalues.cluster.kinds import Object
 from genvalues.cluster.objects import labels_of
 from genvalues.common.findings import Finding
 from genvalues.ops.aws import AwsClients, answer_or_none, default_region

@@ -309,7 +309,8 @@ def test_no_kubeconfig_and_no_such_context_are_one_finding(
 
 
 def test_a_user_who_is_not_logged_in_gets_one_finding(ready: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genvalues.cluster.api import Api, NotAllowed
+    from genvalues.cluster.api import Api
+    from genvalues.cluster.kinds import NotAllowed
 
     def refuse(self: Api, *_: Any, **__: Any) -> None:
         raise NotAllowed(401, "Unauthorized")
