@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from typing import TypeVar
 
 from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import TRANSPORT_ERRORS, Api
 from genvalues.cluster.failures import StageFailed
 from genvalues.cluster.kinds import ApiError, Object
 from genvalues.cluster.objects import (
@@ -62,7 +62,7 @@ class EventWriter:
         """Write an event about a Job. Never raises."""
         try:
             self._api.create(kinds.EVENTS, event(self._api.namespace, self._command, reason, job, uid, message))
-        except (ApiError, *kinds.TRANSPORT_ERRORS) as error:
+        except (ApiError, *TRANSPORT_ERRORS) as error:
             if not self._failure_logged:
                 self._failure_logged = True
                 log.info("no events: %s", one_line(str(error), 200))
@@ -175,7 +175,7 @@ def ignoring_errors(work: Callable[[], Result]) -> Result | None:
     """Call ``work``; None if the API server does not answer or refuses."""
     try:
         return work()
-    except (ApiError, *kinds.TRANSPORT_ERRORS):
+    except (ApiError, *TRANSPORT_ERRORS):
         return None
 
 

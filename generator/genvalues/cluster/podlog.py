@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import TRANSPORT_ERRORS, Api
 from genvalues.cluster.kinds import ApiError, NotAllowed
 
 
@@ -55,7 +54,7 @@ class PodLog(threading.Thread):
             except ApiError as error:
                 if error.status == 404:
                     return
-            except kinds.TRANSPORT_ERRORS:
+            except TRANSPORT_ERRORS:
                 pass  # the lines are still available when the API server is back
             if is_last:
                 return

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from genvalues.accelerators.instances import HYPERPOD, NEURON
 from genvalues.accelerators.neuron_software import driver_of_node, mismatch
 from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import Api, whole_number
 from genvalues.cluster.config import ClusterConfig, SecretReference
 from genvalues.cluster.kinds import ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.objects import condition, labels_of, last_seen, name_of, phase_of
@@ -357,7 +357,7 @@ def workers_that_fit(node: Object, devices: dict[str, int]) -> int:
 
 
 def allocatable(node: Object, resource: str) -> int:
-    return kinds.whole_number((node.get("status", {}).get("allocatable") or {}).get(resource, 0))
+    return whole_number((node.get("status", {}).get("allocatable") or {}).get(resource, 0))
 
 
 def judge_device(resource: str, count: int, nodes: list[Object], config: ClusterConfig) -> Finding:
@@ -436,8 +436,8 @@ def check_quota(api: Api, config: ClusterConfig, timings: PreflightTimings) -> l
             key = f"requests.{resource}"
             if key not in (status.get("hard") or {}):
                 continue
-            hard = kinds.whole_number(status["hard"][key])
-            used = kinds.whole_number((status.get("used") or {}).get(key, 0))
+            hard = whole_number(status["hard"][key])
+            used = whole_number((status.get("used") or {}).get(key, 0))
             findings.append(
                 judge_resource_quota(name_of(quota), resource, hard, used, count * config.job.nodes, api.namespace)
             )

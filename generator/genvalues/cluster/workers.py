@@ -10,7 +10,7 @@ import time
 from collections import deque
 
 from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import TRANSPORT_ERRORS, Api
 from genvalues.cluster.kinds import ApiError, Object
 from genvalues.cluster.objects import ContainerExit, ends_of, is_over, name_of, started_container
 from genvalues.cluster.podlog import PodLog
@@ -97,6 +97,6 @@ class Workers:
             try:
                 for pod in self._api.watch(kinds.PODS, labels=self._selector):
                     self.observe(pod)
-            except (ApiError, *kinds.TRANSPORT_ERRORS):
+            except (ApiError, *TRANSPORT_ERRORS):
                 pass  # a lasting problem is reported by the gate's own requests
             self._closed.wait(self._interval)

@@ -22,7 +22,7 @@ from typing import Any
 
 from genvalues import __version__
 from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import TRANSPORT_ERRORS, Api, connect
 from genvalues.cluster.kinds import ApiError
 from genvalues.cluster.kinds import Kind as ApiKind
 from genvalues.cluster.objects import container_statuses, inner_release_of, last_seen, name_of
@@ -101,7 +101,7 @@ class Archive:
         """Record what cannot be read, and go on."""
         try:
             yield
-        except (ApiError, UserError, Unavailable, *kinds.TRANSPORT_ERRORS) as problem:
+        except (ApiError, UserError, Unavailable, *TRANSPORT_ERRORS) as problem:
             self.not_read.append(redact_text(f"{what}: {' '.join(str(problem).split())}"))
 
     def packed(self) -> bytes:
@@ -270,7 +270,7 @@ def about(archive: Archive, watcher: ReleaseWatcher, record: HelmRecord) -> dict
 
 def operator_image(context: str | None) -> str | None:
     """The image of the operator in the namespace that Kubeflow's manifests use; None if it is not there."""
-    server = kinds.connect("kubeflow", context=context, patience=5.0)
+    server = connect("kubeflow", context=context, patience=5.0)
     deployments = [item for item in server.list(DEPLOYMENTS) if OPERATOR in name_of(item)]
     images = [one["image"] for item in deployments for one in item["spec"]["template"]["spec"]["containers"]]
     return images[0] if images else None

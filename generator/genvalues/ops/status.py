@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from genvalues.cluster import kinds
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import TRANSPORT_ERRORS, Api, connect
 from genvalues.cluster.failures import STAGE_FAILED
 from genvalues.cluster.kinds import ApiError, NotAllowed, ServerAway
 from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
@@ -275,7 +275,7 @@ class ReleaseWatcher:
                 self._logs[key] = [text_of_line(line) for line in lines]
             except NotAllowed:
                 raise
-            except (ApiError, *kinds.TRANSPORT_ERRORS):  # deleted meanwhile, or a kubelet that does not answer
+            except (ApiError, *TRANSPORT_ERRORS):  # deleted meanwhile, or a kubelet that does not answer
                 return []
         return self._logs[key]
 
@@ -311,5 +311,5 @@ def watch_release(release: str, namespace: str | None, context: str | None) -> R
     if len(release) > LONGEST_NAME or not re.fullmatch(DNS_NAME, release):
         fix = f"Use at most {LONGEST_NAME} characters of a-z, 0-9, hyphens and dots; `helm list` shows the names."
         raise UserError(f'"{one_line(release)}" is not a valid release name', fix=fix)
-    server = kinds.connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS, interval=1.0)
+    server = connect(namespace, context=context, patience=FIRST_ANSWER_SECONDS, interval=1.0)
     return ReleaseWatcher(server, release, context)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora.adapter import CONFIG, Delta, read_adapter_config, read_deltas
-from llama_lora.data.row_checks import record_stop_tokens
+from llama_lora.data.row_checks import end_tokens, record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
 from llama_lora.model_files import GENERATION_CONFIG, base_files
@@ -164,28 +165,39 @@ def write_merged(
     def add_delta(name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
         return deltas[name].added_to(rows, first)
 
-    records = {}
-    with StageProgress("MiB", sum(file.stat().st_size for file in copied.values()) >> 20) as progress:
-        copied_bytes = 0
-        for name, file in copied.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            targets = {target: tensors[target] for target in deltas if tensors[target].shard == name}
-            read = written = hashlib.sha256()  # one digest until the first change
-            for before, after in copy_changed(file, folder / name, targets, add_delta):
-                if recorded is not None:
-                    if after is not before and written is read:
-                        written = read.copy()
-                    read.update(before)
-                    if written is not read:
-                        written.update(after)
-                copied_bytes += len(after)
-                progress.update(copied_bytes >> 20)
-            if recorded and read.hexdigest() != recorded[file].sha256:
-                refuse_damaged({file: OTHER_CONTENT}, "tokenize")
+    records: dict[str, FileRecord] = {}
+    copied_bytes = 0
+
+    def copy(name: str) -> None:
+        nonlocal copied_bytes
+        file = copied[name]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        targets = {target: tensors[target] for target in deltas if tensors[target].shard == name}
+        read = written = hashlib.sha256()  # one digest until the first change
+        for before, after in copy_changed(file, folder / name, targets, add_delta):
             if recorded is not None:
-                records[name] = FileRecord((folder / name).stat().st_size, written.hexdigest())
+                if after is not before and written is read:
+                    written = read.copy()
+                read.update(before)
+                if written is not read:
+                    written.update(after)
+            copied_bytes += len(after)
+            progress.update(copied_bytes >> 20)
+        if recorded and read.hexdigest() != recorded[file].sha256:
+            refuse_damaged({file: OTHER_CONTENT}, "tokenize")
+        if recorded is not None:
+            records[name] = FileRecord((folder / name).stat().st_size, written.hexdigest())
+
+    shards = {tensor.shard for tensor in tensors.values()}
+    total = sum(file.stat().st_size for file in copied.values())
+    with StageProgress("MiB", total >> 20) as progress, ThreadPoolExecutor(1) as beside:
+        for name in (name for name in copied if name not in shards):
+            copy(name)
+        ends = beside.submit(end_tokens, folder)  # imports transformers, while the weights are copied
+        for name in sorted(shards):
+            copy(name)
     check_merged(tensors, folder)
-    record_stop_tokens(folder, base)
+    record_stop_tokens(folder, base, ends.result())
     records.pop(GENERATION_CONFIG, None)  # may have changed
     return records
 
