@@ -12,6 +12,7 @@ import pytest
 
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.objects import RUN
+from generator.cluster.waiting import STARTED
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
 
@@ -24,6 +25,14 @@ def logger() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """It would log into the output of a later test."""
+    yield
+    left, STARTED[:] = [future for future in STARTED if not future.done()], []
+    assert not left
 
 
 @pytest.fixture

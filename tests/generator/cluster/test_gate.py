@@ -263,6 +263,8 @@ def test_a_worker_that_is_evicted_has_not_failed(
     operator.end_worker(1, 143)  # its pod is Failed; the operator makes another
     let_the_gate_look(fake)
     assert not is_going(fake, OWN) and not running.future.done()
+    operator.fail("the end of the test")
+    running.fails()
 
 
 def test_a_job_past_its_deadline_is_patched_so_that_the_operator_reconciles_it(

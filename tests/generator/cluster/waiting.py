@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 PATIENCE = 8.0
+STARTED: list[Future[Any]] = []  # by the running test, which must have ended them: conftest.py
 
 
 def until(happens: Callable[[], Any], what: str = "") -> Any:
@@ -25,6 +26,7 @@ def beside(work: Callable[..., Any], *arguments: Any, **options: Any) -> Future[
     pool = ThreadPoolExecutor(1)
     future = pool.submit(work, *arguments, **options)
     pool.shutdown(wait=False)
+    STARTED.append(future)
     return future
 
 

@@ -56,7 +56,7 @@ def run_of_everything(given: Any, folder: Path) -> tuple[list[tuple[int, int]], 
 @pytest.mark.parametrize(
     ("world", "settings"),
     [
-        (1, {"activation_checkpointing": "full", "dropout": 0.1}),
+        (1, {"activation_checkpointing": "full", "dropout": 0.1, **FEW}),
         pytest.param(1, {"activation_checkpointing": "selective", "dropout": 0.1}, marks=pytest.mark.slow),
         pytest.param(2, {**SHARD, "attention": "causal", **FEW}, marks=pytest.mark.slow),
     ],
@@ -103,7 +103,7 @@ def with_free_shapes(given: Any) -> tuple[int, int]:
 
 
 def test_a_new_shape_would_be_noticed(model: Path, tmp_path: Path) -> None:
-    before, after = in_workers(1, with_free_shapes, job(tmp_path, model))
+    before, after = in_workers(1, with_free_shapes, job(tmp_path, model, **FEW))
     assert after > before
 
 
