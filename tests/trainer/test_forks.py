@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -65,6 +66,17 @@ def test_stages_that_follow_one_another_are_forks_of_one_server_with_their_own_s
     assert "tokenize: nothing changed, skipped" in text and "merged " in text and "no workspace" in text
     assert len(descendants()) == 1, "the server"
     assert finished_run.manifest("merge")["stage"] == "merge"
+
+
+def test_a_stage_does_not_end_what_the_server_began(server: Server) -> None:
+    """Such as its temporary folders: this test is the server's parent, with one more function for its exit."""
+    mark = server.folder / "ended"
+    atexit.register(mark.touch)
+    try:
+        assert server.run("--version") == 0
+    finally:
+        atexit.unregister(mark.touch)
+    assert not mark.exists()
 
 
 def test_a_variable_that_a_library_may_read_when_it_is_imported_starts_another_server(server: Server) -> None:

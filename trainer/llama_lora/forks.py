@@ -54,6 +54,7 @@ def serve(has_work: Callable[[Sequence[str]], bool]) -> list[str]:
         safe = not has_threads()
         if fork_orphan():
             requests.close()
+            atexit._clear()  # what is registered is the server's, such as the end of its temporary folders
             os.setsid()
             os.chdir(request["folder"])
             os.write(answer, str(os.getpid()).encode())
@@ -84,7 +85,7 @@ def import_libraries() -> None:
 
 
 def run_to_exit(command: Callable[[], object]) -> NoReturn:
-    """Run a command in a fork, and exit as Python does: the status of its SystemExit, and the functions of atexit.
+    """Run a command in a fork, and exit as Python does: the status of its SystemExit, its own functions of atexit.
 
     The interpreter does not free its objects first: in a fork that copies nearly every page of the server, which takes
     3 s of CPU time once the libraries are imported.
