@@ -1,8 +1,8 @@
 """`make test-cluster`: test the chart on a real Kubernetes.
 
 Starts a node on this machine (needs root, Debian's packages and Go), runs tests/cluster on it and stops it, also after
-a failure. Arguments are passed to pytest. With --all alone, tests marked slow run too, most tests
-with both versions of Helm and both APIs, and some with older operators.
+a failure. Arguments are passed to pytest. With --all alone, tests marked slow run too, most tests with both versions of
+Helm and both APIs, and some with older operators.
 
 CLUSTER=current    use the cluster of $KUBECONFIG instead: one with the training operator, whose nodes can pull the
                    images $TRAINER_IMAGE and $STAND_IN_IMAGE

@@ -42,7 +42,6 @@ def many_right_inputs(count: int) -> list[dict[str, Any]]:
         phases=[Phase.generate],
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=[*HealthCheck],
     )
     @given(wanted=right_inputs())
