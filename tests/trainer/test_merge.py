@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import safetensors_files
 from llama_lora.adapter import Delta, read_deltas
+from llama_lora.data import chat_template
 from llama_lora.digests import record_of
 from llama_lora.safetensors_files import StoredTensor, spans, stored_tensors
 from llama_lora.stages.merge import write_merged
@@ -269,5 +271,20 @@ def test_the_merged_model_stops_at_the_chat_templates_end_of_a_turn(
 def test_a_generation_config_that_has_the_end_of_a_turn_is_copied_as_it_is(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     write_merged(base, stored_tensors(base), {}, tmp_path / "merged")
+    copied, original = (tmp_path / name / "generation_config.json" for name in ("merged", "base"))
+    assert copied.read_bytes() == original.read_bytes()
+
+
+def test_a_chat_template_that_does_not_end_costs_merge_its_limit_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is a signal, which only the main thread gets."""
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    base = qwen_base(tmp_path / "base", with_generation_config=True)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (base / "chat_template.jinja").write_text(loops)
+    began = time.process_time()
+    write_merged(base, stored_tensors(base), {}, tmp_path / "merged")
+    assert time.process_time() - began < 10
     copied, original = (tmp_path / name / "generation_config.json" for name in ("merged", "base"))
     assert copied.read_bytes() == original.read_bytes()

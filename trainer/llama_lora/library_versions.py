@@ -80,6 +80,11 @@ def load_model(folder: Path, **options: Any) -> tuple[Any, list[str]]:
     return model, sorted({*found["missing_keys"], *mismatched})
 
 
+def import_tokenizers() -> None:
+    """Import what ``load_tokenizer`` does; it may run in a thread."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder as its tokenizer.json describes it.
 

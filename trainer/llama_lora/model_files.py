@@ -61,6 +61,11 @@ def _depth(name: str) -> int:
     return 1 if name.partition("/")[0] in FOLDERS else 0
 
 
+def has_tokenizer(model: Path) -> bool:
+    """Whether a model folder has a file that a tokenizer is loaded from."""
+    return any((model / name).is_file() for name in TOKENIZERS)
+
+
 def weight_index(names: Collection[str]) -> str | None:
     """The index that names the shards; None if the model is one file.
 

@@ -12,7 +12,7 @@ from genvalues.common.errors import UserError
 from llama_lora import library_versions
 from llama_lora.data.rendering import end_of_turn
 from llama_lora.data.tokens import IGNORED
-from llama_lora.model_files import CONFIG, GENERATION_CONFIG, TOKENIZERS, read_model_json
+from llama_lora.model_files import CONFIG, GENERATION_CONFIG, has_tokenizer, read_model_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,29 +66,23 @@ def answer_ends(row: Row, max_length: int) -> Iterator[int]:
 
 
 def stop_tokens(model: Path, tokenizer: Any) -> set[int]:
-    """The token ids at which generation with the merged model stops: ``record_stop_tokens`` adds the tokenizer's."""
+    """The token ids at which generation with the merged model stops; see ``record_stop_tokens``."""
     return set(_configured_stops(model)) | _own_stops(tokenizer)
 
 
-def end_tokens(model: Path) -> set[int]:
-    """The tokens that the training ends answers with, by the tokenizer of a model; none if it has none.
-
-    They are its end-of-sequence token and the chat template's end of a turn.
-    """
-    if not any((model / name).exists() for name in TOKENIZERS):
-        return set()  # before transformers is imported: seconds
-    try:
-        return _own_stops(library_versions.load_tokenizer(model))
-    except Exception:  # which merge takes, too
-        return set()
-
-
-def record_stop_tokens(model: Path, base: Path, own: set[int]) -> None:
+def record_stop_tokens(model: Path, base: Path) -> None:
     """Add the tokens that the training ends answers with to the model's generation config, if it lacks any.
 
-    A base model lacks the end of a turn: Qwen2.5 stops at <|endoftext|>, and its template ends a turn with <|im_end|>.
-    ``model`` is a copy of ``base`` that does not outlive an error, so errors name the files of ``base``.
+    They are the tokenizer's end-of-sequence token and the chat template's end of a turn. A base model lacks the latter:
+    Qwen2.5 stops at <|endoftext|>, and its template ends a turn with <|im_end|>. ``model`` is a copy of ``base`` that
+    does not outlive an error, so errors name the files of ``base``.
     """
+    if not has_tokenizer(model):
+        return  # merge takes it, too
+    try:
+        own = _own_stops(library_versions.load_tokenizer(model))
+    except Exception:
+        return
     try:
         stops = _configured_stops(model)
     except UserError as error:

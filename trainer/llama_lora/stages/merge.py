@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
+from llama_lora import library_versions
 from llama_lora.adapter import CONFIG, Delta, read_adapter_config, read_deltas
-from llama_lora.data.row_checks import end_tokens, record_stop_tokens
+from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
-from llama_lora.model_files import GENERATION_CONFIG, base_files
+from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress
 from llama_lora.safetensors_files import DTYPES, StoredTensor, copy_changed, stored_tensors
@@ -193,11 +194,12 @@ def write_merged(
     with StageProgress("MiB", total >> 20) as progress, ThreadPoolExecutor(1) as beside:
         for name in (name for name in copied if name not in shards):
             copy(name)
-        ends = beside.submit(end_tokens, folder)  # imports transformers, while the weights are copied
+        if has_tokenizer(folder):
+            beside.submit(library_versions.import_tokenizers)  # for seconds, while the weights are copied
         for name in sorted(shards):
             copy(name)
     check_merged(tensors, folder)
-    record_stop_tokens(folder, base, ends.result())
+    record_stop_tokens(folder, base)
     records.pop(GENERATION_CONFIG, None)  # may have changed
     return records
 
