@@ -21,8 +21,9 @@ from kubernetes import client, config, dynamic
 from kubernetes.utils.quantity import parse_quantity
 from urllib3.util.ssl_ import create_urllib3_context
 
-from genvalues.cluster.kinds import PODS, ApiError, Kind, NotAllowed, Object, ServerAway
-from genvalues.common.errors import UserError
+from genvalues.cluster.kinds import CHECK_ADDRESS, PODS, ApiError, Kind, NotAllowed, Object, ServerAway
+from genvalues.common.errors import MOST_CHARACTERS, UserError
+from genvalues.common.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,16 @@ Query = list[tuple[str, Any]]
 
 # An API server that restarts was unavailable for 40 to 77 s (measured on a single-node control plane).
 PATIENCE_SECONDS = 300.0
-TRANSPORT_ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)  # ValueError: a truncated JSON response
+# ValueError: a truncated response, or one of something that is not an API server
+TRANSPORT_ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)
 UNAVAILABLE = {0, 408, 429, 500, 502, 503, 504}  # 0: the client's status for a TLS failure
 # What the client raises for a missing or malformed kubeconfig.
 INVALID_KUBECONFIG = (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError)
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_SECONDS, READ_SECONDS = 5.0, 20.0
+BODY_SECONDS = 60.0  # for a whole response: READ_SECONDS starts again with every byte
 WATCH_SECONDS = 50  # the server ends a watch after this time, so a dead connection is noticed soon after
+CHANGES = ("ADDED", "MODIFIED", "DELETED")  # what a watch says of an object; it also sends BOOKMARK and ERROR
 QUIET_LOG_SECONDS = 300.0  # a container may log nothing for minutes, e.g. while neuronx-cc compiles
 
 
@@ -75,8 +79,10 @@ class Api:
     def list(self, kind: Kind, *, labels: str = "", fields: str = "") -> list[Object]:
         """Return the objects that match the selectors; an empty list if the API does not serve the kind (no CRD)."""
         query = selectors(labels, fields)
-        listed = self._none_if_missing(lambda: self._request("GET", self._path(kind), kind, query=query))
-        return listed["items"] if listed else []
+        listed = self._none_if_missing(
+            lambda: self._request("GET", self._path(kind), kind, query=query, expect=is_list)
+        )
+        return listed["items"] or [] if listed else []
 
     def create(self, kind: Kind, body: Object) -> None:
         """Create ``body``. An existing object of the same name is left unchanged."""
@@ -103,21 +109,22 @@ class Api:
     def delete(self, kind: Kind, name: str, *, propagation: str = "Background") -> None:
         """Request deletion of the object. An object that does not exist is not an error."""
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
-        self._none_if_missing(lambda: self._request("DELETE", self._path(kind, name), kind, body=options))
+        path = self._path(kind, name)
+        self._none_if_missing(lambda: self._request("DELETE", path, kind, body=options, expect=is_document))
 
     def discover(self, path: str) -> Object | None:
         """Return a discovery document, e.g. ``apis/kubeflow.org/v1``, or None if the group is not served."""
-        return self._none_if_missing(lambda: self._request("GET", f"/{path}"))
+        return self._none_if_missing(lambda: self._request("GET", f"/{path}", expect=is_document))
 
     def watch(self, kind: Kind, *, labels: str) -> Iterator[Object]:
         """Yield each matching object, then each one that changes or is deleted, until the server ends the watch."""
-        listed = self._request("GET", self._path(kind), kind, query=selectors(labels))
-        yield from listed["items"]
+        listed = self._request("GET", self._path(kind), kind, query=selectors(labels), expect=is_list)
+        yield from listed["items"] or []
         since = listed.get("metadata", {}).get("resourceVersion", "")
         query = [*selectors(labels), ("watch", "true"), ("resourceVersion", since), ("timeoutSeconds", WATCH_SECONDS)]
         for line in self._stream(self._path(kind), query, WATCH_SECONDS + 15.0):
-            change = json.loads(line)
-            if change.get("type") in {"ADDED", "MODIFIED", "DELETED"}:
+            change = parsed(line, is_change)
+            if change.get("type") in CHANGES:
                 yield change["object"]
 
     def log(
@@ -154,8 +161,11 @@ class Api:
         *,
         query: Query | None = None,
         body: Object | None = None,
+        expect: Callable[[Any], bool] | None = None,
     ) -> Object:
         """Send a request and return its JSON response; retry while the server is unavailable.
+
+        A response that is not what the request asks for (``expect``; default: an object) is not the API server's.
 
         Raises NotAllowed or ApiError for a response that a retry would not change, ServerAway when the time is up.
         """
@@ -166,7 +176,7 @@ class Api:
             try:
                 left = max(0.5, until - time.monotonic())
                 response = self._send(method, path, query, body, (min(CONNECT_SECONDS, left), min(READ_SECONDS, left)))
-                answer: Object = json.loads(response.data)
+                answer = parsed(body_of(response), expect or is_object)
                 self._allowed_before.add((method, str(kind)))
                 self._outage_logged = False
                 return answer
@@ -177,7 +187,7 @@ class Api:
                     raise
                 problem = error
             except TRANSPORT_ERRORS as error:
-                problem = ApiError(0, f"{type(error).__name__}: {error}")
+                problem = ApiError(0, one_line(f"{type(error).__name__}: {error}", MOST_CHARACTERS))
             if time.monotonic() + self._interval >= until:
                 if isinstance(problem, NotAllowed):
                     raise problem
@@ -236,12 +246,69 @@ def selectors(labels: str = "", fields: str = "") -> Query:
     return [(key, value) for key, value in (("labelSelector", labels), ("fieldSelector", fields)) if value]
 
 
-def server_message(error: Any) -> str:
-    """The ``message`` of the API server's Status object, without headers and JSON."""
+def body_of(response: Any) -> bytes:
+    """The body of a response. Raises TimeoutError if it takes longer than BODY_SECONDS."""
+    if not hasattr(response, "read1"):  # urllib3 1, in the image for XLA: no read returns before all has arrived
+        return bytes(response.data)
+    until = time.monotonic() + BODY_SECONDS
+    pieces = []
     try:
-        return str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        return f"{error.status} {error.reason}"
+        while piece := response.read1(65536, decode_content=True):  # what has arrived
+            pieces.append(piece)
+            if time.monotonic() >= until:
+                response.close()
+                raise TimeoutError(f"the response is not complete after {BODY_SECONDS:g} s")
+    finally:
+        response.release_conn()
+    return b"".join(pieces)
+
+
+def parsed(text: str | bytes, expect: Callable[[Any], bool]) -> Object:
+    """The JSON in a response. Raises ValueError, with a fix, if it is not what is expected."""
+    try:
+        answer: Object = json.loads(text)
+        if expect(answer):
+            return answer
+        problem = f"not {expect.__doc__}"
+    except ValueError as error:
+        problem = f"not JSON: {error}"
+    except RecursionError:
+        problem = "JSON that is nested too deeply"
+    raise ValueError(f"the response is {problem}. {CHECK_ADDRESS}")
+
+
+def is_document(answer: Any) -> bool:
+    """a JSON object"""
+    return isinstance(answer, dict)
+
+
+def is_object(answer: Any) -> bool:
+    """an object with metadata"""
+    return (
+        is_document(answer) and is_document(answer.get("metadata")) and isinstance(answer["metadata"].get("name"), str)
+    )
+
+
+def is_list(answer: Any) -> bool:
+    """a list of objects"""
+    if not (is_document(answer) and "items" in answer and is_document(answer.get("metadata", {}))):
+        return False
+    items = answer["items"]
+    return items is None or (isinstance(items, list) and all(map(is_object, items)))
+
+
+def is_change(answer: Any) -> bool:
+    """a change of an object"""
+    return is_document(answer) and (answer.get("type") not in CHANGES or is_object(answer.get("object")))
+
+
+def server_message(error: Any) -> str:
+    """The ``message`` of the API server's Status object in one line, without headers and JSON."""
+    try:
+        message = str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError, RecursionError):
+        message = f"{error.status} {error.reason}"
+    return one_line(" ".join(message.split()), MOST_CHARACTERS)
 
 
 def connect(namespace: str | None, *, context: str | None = None, **options: Any) -> Api:

@@ -36,6 +36,9 @@ TRAIN_JOBS = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainjobs")
 TRAINING_RUNTIMES = Kind("apis/trainer.kubeflow.org/v1alpha1", "trainingruntimes")
 
 
+CHECK_ADDRESS = "Check the server's address in the kubeconfig: a proxy or a login page may answer"
+
+
 class ApiError(Exception):
     """The API server rejected a request. ``status`` is the HTTP status."""
 

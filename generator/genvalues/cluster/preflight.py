@@ -70,7 +70,8 @@ def run_check(subject: str, check: Check, api: Api, config: ClusterConfig, timin
     try:
         return check(api, config, timings)
     except NotAllowed as error:
-        return [Finding("not checked", subject, error.message, f"kubectl -n {api.namespace} get rolebindings -o wide")]
+        look = "auth whoami" if error.status == 401 else f"-n {api.namespace} get rolebindings -o wide"
+        return [Finding("not checked", subject, error.message, f"kubectl {look}")]
     except ServerAway as error:
         return [Finding("not checked", subject, error.message, "kubectl get --raw /readyz", unanswered=True)]
     except ApiError as error:

@@ -13,6 +13,7 @@ from genvalues.cluster.api import Api
 from genvalues.cluster.kinds import ApiError, Kind, NotAllowed, Object
 from genvalues.cluster.objects import FINGERPRINT, QUEUE_NAME, labels_of, name_of
 from genvalues.cluster.workloads import Workload
+from genvalues.common.dicts import get
 
 NOT_RELEASED = "llama-lora-not-released"  # what does not exist; chart/templates/_stage-workload.tpl
 PREBUILT = "kueue.x-k8s.io/prebuilt-workload-name"
@@ -24,7 +25,8 @@ WEBHOOK_SECONDS = 60.0  # Kueue's webhook does not answer for seconds while it r
 def kueue_api(api: Api) -> str | None:
     """The path of Kueue's API, such as apis/kueue.x-k8s.io/v1beta1; None if Kueue is not installed."""
     group = api.discover("apis/kueue.x-k8s.io")
-    return f"apis/{group['preferredVersion']['groupVersion']}" if group else None
+    version = get(group, "preferredVersion.groupVersion", str)
+    return f"apis/{version}" if version else None
 
 
 def workload_of_kueue(api: Api, kueue: str, job_uid: str) -> Object | None:

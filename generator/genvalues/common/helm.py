@@ -9,20 +9,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from genvalues.common.errors import Unavailable, UserError
+from genvalues.common.errors import MOST_CHARACTERS, Unavailable, UserError
 from genvalues.common.text import one_line
 
 Answer = TypeVar("Answer")
 
+OLDEST = (3, 14)
 GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/docs/intro/install/"
-
+# What pyhelm3 raises for output of Helm that it does not expect. ValueError: not JSON, not UTF-8, or a missing field.
+INVALID_OUTPUT = (AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
 
 STDERR = 2  # file descriptor, for Helm's output when stdout is for a document
 
@@ -99,9 +101,14 @@ def client_of(helm: str, context: str | None) -> Any:
     read_answers_with_libyaml()
     logging.getLogger("pyhelm3").setLevel(logging.ERROR)  # what it logs is raised as an error, too
     try:
-        return pyhelm3.Client(executable=helm, kubecontext=context)
+        found = pyhelm3.Client(executable=helm, kubecontext=context)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:  # a version that is not SemVer, or none
-        raise UserError(f"cannot read the version of {helm}: {error}", fix=GET_HELM) from None
+        what = f"cannot read the version of {helm}: {one_line(str(error), MOST_CHARACTERS)}"
+        raise UserError(what, fix=GET_HELM) from None
+    version = getattr(found, "version", None)  # pyhelm3 0.4 does not read it
+    if version and (version.major, version.minor) < OLDEST:
+        raise UserError(f"{helm} is Helm {version}", fix=GET_HELM)
+    return found
 
 
 def read_answers_with_libyaml() -> None:
@@ -126,7 +133,7 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
     """Return Helm's answer about a cluster; None if the release does not exist.
 
     ``what``: what is asked about, for error messages. Raises Unavailable if the cluster does not answer, and UserError
-    for other errors of Helm, such as a missing right.
+    for other errors of Helm, such as a missing right, and for output that is not Helm's.
     """
     import pyhelm3
 
@@ -140,9 +147,26 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
     except pyhelm3.Error as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         message = " ".join(line.strip() for line in lines if "WARNING" not in line).removeprefix("Error: ")
+        message = one_line(message, MOST_CHARACTERS)
         if any(word in message.lower() for word in AWAY) and "does not exist" not in message:
             raise Unavailable(f"{what}: {message}. Try: kubectl cluster-info") from None
         raise UserError(message, where=what) from None
+    except INVALID_OUTPUT as error:
+        raise invalid_output(error, what) from None
+
+
+def invalid_output(error: Exception, where: str) -> UserError:
+    problem = one_line(f"{type(error).__name__}: {error}", 200)
+    return UserError(f"the output of {find_helm()} is not valid ({problem})", where=where, fix=GET_HELM)
+
+
+def kubernetes_objects(documents: Iterable[Any]) -> list[dict[str, Any]]:
+    """The documents that are not empty. Raises TypeError if they are not Kubernetes objects."""
+    objects = [one for one in documents if one]
+    for one in objects:
+        if not (isinstance(one, dict) and isinstance(one.get("kind"), str) and isinstance(one.get("metadata"), dict)):
+            raise TypeError("not a Kubernetes object")
+    return objects
 
 
 # Words in the errors of Helm 3 and 4 when the API server does not answer.
@@ -175,7 +199,9 @@ def revision(
 
     async def ask() -> tuple[Any, list[Any], list[Any]]:
         found = await of.get_current_revision(release, namespace=namespace)
-        return found, list(await found.hooks()), list(await found.resources())
+        hooks = list(await found.hooks())
+        kubernetes_objects(hook.resource for hook in hooks)
+        return found, hooks, kubernetes_objects(await found.resources())
 
     with with_variables(environment or {}):
         return asked(ask, f"release {release}")
@@ -213,13 +239,16 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     async def template() -> list[dict[str, Any]]:
         # An absolute path: Helm could take a relative one for the name of a repository.
         found = await of.get_chart(chart.resolve())
-        objects = await of.template_resources(found, release, values, namespace=namespace)
-        return [item for item in objects if item]
+        return kubernetes_objects(await of.template_resources(found, release, values, namespace=namespace))
 
     try:
         return asyncio.run(template())
     except pyhelm3.Error as error:
         message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
-    except ValueError as error:  # a Chart.yaml that only pyhelm3 refuses, or recursive values
-        raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart)) from None
+    except INVALID_OUTPUT as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            # a Chart.yaml that only pyhelm3 refuses, or recursive values
+            fix = f"Check Chart.yaml, and that {find_helm()} is Helm 3.14 or newer."
+            raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart), fix=fix) from None
+        raise invalid_output(error, str(chart)) from None

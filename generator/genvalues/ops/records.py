@@ -120,7 +120,7 @@ def find_record(release: str, namespace: str, context: str | None) -> HelmRecord
         hooks=tuple(
             HelmHook(hook.resource, tuple(event.value for event in hook.events), hook.phase.value) for hook in hooks
         ),
-        resources=tuple(item for item in resources if item),
+        resources=tuple(resources),
     )
 
 

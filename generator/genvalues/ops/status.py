@@ -13,7 +13,7 @@ from typing import Any, Literal
 from genvalues.cluster import kinds
 from genvalues.cluster.api import TRANSPORT_ERRORS, Api, connect
 from genvalues.cluster.failures import STAGE_FAILED
-from genvalues.cluster.kinds import ApiError, NotAllowed, ServerAway
+from genvalues.cluster.kinds import CHECK_ADDRESS, ApiError, NotAllowed, ServerAway
 from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
 from genvalues.cluster.podlog import text_of_line
 from genvalues.cluster.workloads import WORKLOADS
@@ -302,8 +302,15 @@ def api_errors_as_user_errors(namespace: str) -> Iterator[None]:
     except ServerAway as error:
         raise Unavailable(f"{error.message}. Try: kubectl cluster-info") from None
     except ApiError as error:
-        fix = "Ask the cluster's administrator for the right, or choose another cluster with --kube-context."
+        fix = FIXES.get(error.status, f"{CHECK_ADDRESS}.")
         raise UserError(error.message, where=f"namespace {namespace}", fix=fix) from None
+
+
+# By the HTTP status of a refused request.
+FIXES = {
+    401: "Log in to the cluster again (on EKS: check the AWS credentials), or choose another one with --kube-context.",
+    403: "Ask the cluster's administrator for the right, or choose another cluster with --kube-context.",
+}
 
 
 def watch_release(release: str, namespace: str | None, context: str | None) -> ReleaseWatcher:

@@ -59,6 +59,8 @@ class FakeApi:
         self.version: Object | None = None  # of the server
         self.default_queue = False  # Kueue and a LocalQueue named default: no job loses its queue
         self.failing_creations = ""  # message of a webhook that does not respond
+        self.nonsense: tuple[int, str] | None = None  # status and body of every response: not an API server
+        self.drips = False  # every response is headers and then one space after another
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
         fake = self
@@ -139,6 +141,10 @@ class FakeApi:
         url = urlsplit(handler.path)
         query = dict(parse_qsl(url.query))
         self.paths.append(url.path)
+        if self.nonsense:
+            return reply(handler, *self.nonsense)
+        if self.drips:
+            return self._drip(handler)
         if document := self._discovery(url.path):
             return reply(handler, 200, document)
         found = PATH.fullmatch(url.path)
@@ -260,6 +266,16 @@ class FakeApi:
                     if kind == plural and int(item["metadata"]["resourceVersion"]) > since and matches(item, query):
                         send(json.dumps({"type": change, "object": item}))
                 time.sleep(0.005)
+
+    def _drip(self, handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        with suppress(OSError):
+            while not self.away:
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.01)
 
     def _log(self, handler: BaseHTTPRequestHandler, pod: str, query: dict[str, str]) -> None:
         """Send the lines so far, then new ones until the container ends or the pod is deleted, as a kubelet does."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
 from genvalues.cluster.api import Api, connect
-from genvalues.cluster.kinds import PODS, PYTORCH_JOBS, NotAllowed, ServerAway
+from genvalues.cluster.kinds import PODS, PYTORCH_JOBS, ApiError, NotAllowed, ServerAway
+from genvalues.cluster.queueing import kueue_api
+from genvalues.cluster.workloads.probe import PROBES
 from genvalues.common.errors import UserError
 
 
@@ -81,3 +86,61 @@ def test_a_missing_kubeconfig_is_a_user_error(tmp_path: object, monkeypatch: pyt
     monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/none")
     with pytest.raises(UserError, match="kubectl config current-context"):
         connect(NAMESPACE)
+
+
+NONSENSE = [
+    {"kind": "List", "apiVersion": "v1", "items": None, "metadata": []},
+    {"kind": "SecretList", "apiVersion": "v1", "items": [None, 1, {"metadata": None}]},
+    {"items": {}},
+    {"kind": "Status", "metadata": {}},
+    None,
+    "[" * 200_000,
+    "<html>Log in</html>",
+]
+
+
+@pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: str(answer)[:40])
+def test_an_answer_of_something_else_than_an_api_server_is_an_outage_with_a_fix(fake: FakeApi, answer: Any) -> None:
+    fake.nonsense = (200, answer if isinstance(answer, str) else json.dumps(answer))
+    api = connect(NAMESPACE, patience=0.05, interval=0.05)
+    for request in (lambda: api.list(PODS), lambda: api.get(PODS, "x"), lambda: list(api.watch(PODS, labels=""))):
+        with pytest.raises(ServerAway, match=r"the response is .* Check the server's address in the kubeconfig"):
+            request()
+
+
+def test_a_list_without_items_is_empty(fake: FakeApi, api: Api) -> None:
+    fake.nonsense = (200, '{"kind": "PodList", "items": null, "metadata": {}}')
+    assert api.list(PODS) == []
+
+
+def test_a_discovery_document_without_what_is_looked_for_has_no_such_kind(fake: FakeApi, api: Api) -> None:
+    for answer in ({}, {"resources": None, "preferredVersion": None}, {"resources": [None, {}]}):
+        fake.nonsense = (200, json.dumps(answer))
+        assert not any(probe.is_served(api) for probe in PROBES) and kueue_api(api) is None
+
+
+def test_a_change_that_is_not_one_ends_the_watch_as_an_outage_does(
+    fake: FakeApi, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in ("[]", "[" * 200_000, '{"type": "ADDED"}', '{"type": "ADDED", "object": {"metadata": null}}'):
+        monkeypatch.setattr(Api, "_stream", lambda *_, line=line: iter([line]))
+        with pytest.raises(ValueError, match="the response is "):
+            list(api.watch(PODS, labels=""))
+
+
+def test_a_response_that_never_ends_is_given_up(fake: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("urllib3", minversion="2.1")
+    monkeypatch.setattr("genvalues.cluster.api.BODY_SECONDS", 0.1)
+    fake.drips = True
+    with pytest.raises(ServerAway, match=r"the response is not complete after 0\.1 s"):
+        connect(NAMESPACE, patience=0.05, interval=0.05).list(PODS)
+
+
+def test_a_servers_message_is_one_line_of_printable_characters(fake: FakeApi, api: Api) -> None:
+    fake.nonsense = (401, json.dumps({"message": "token\n  expired \x1b[31m"}))
+    with pytest.raises(NotAllowed) as raised:
+        api.list(PODS)
+    assert raised.value.message == "token expired ?[31m"
+    fake.nonsense = (302, "[" * 200_000)
+    with pytest.raises(ApiError, match=r"^302 Found$"):
+        api.list(PODS)

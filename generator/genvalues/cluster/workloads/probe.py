@@ -17,6 +17,7 @@ from genvalues.cluster.objects import COMPONENT, INSTANCE, QUEUE_NAME, STAGE
 from genvalues.cluster.workloads.pytorchjob import PyTorchJob
 from genvalues.cluster.workloads.trainjob import TrainJob
 from genvalues.cluster.workloads.workload import Workload
+from genvalues.common.dicts import get
 
 NO_QUEUE = "llama-lora-preflight-no-queue"
 CONTAINER = {"image": "suspended.invalid/never-pulled"}
@@ -36,8 +37,8 @@ class Probe:
 
     def is_served(self, api: Api) -> bool:
         kind = self.workload.kind
-        served = api.discover(kind.api) or {"resources": []}
-        return any(resource["name"] == kind.plural for resource in served["resources"])
+        resources = get(api.discover(kind.api), "resources", list) or []
+        return any(get(resource, "name", str) == kind.plural for resource in resources)
 
     def create(self, api: Api, config: ClusterConfig, purpose: str) -> str:
         """Create the job, and what it needs. Returns its name."""

@@ -18,7 +18,7 @@ from genvalues.cluster import kinds
 from genvalues.cluster import preflight as stage
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
-from genvalues.cluster.kinds import ApiError, NotAllowed, Object, ServerAway
+from genvalues.cluster.kinds import CHECK_ADDRESS, ApiError, NotAllowed, Object, ServerAway
 from genvalues.cluster.preflight import PreflightTimings
 from genvalues.cluster.workloads.probe import probe_of
 from genvalues.common.dicts import get
@@ -69,6 +69,9 @@ def check_cluster(
         if error.status == 401:
             log_in = "kubectl auth whoami   # on EKS: aws eks update-kubeconfig --name CLUSTER, and AWS credentials"
             return [in_context(Finding("not checked", "cluster", "you are not logged in (401)", log_in), context)]
+        if error.status < 400:  # a redirect, e.g. to a login page
+            found = f"{error.message}. {CHECK_ADDRESS}"
+            return [in_context(Finding("not checked", "cluster", found, "kubectl cluster-info"), context)]
         namespace_exists = True  # not allowed to read it: the checks find out
     objects = render(chart, release, values, api.namespace)
     runtime = expected_runtime(values)

@@ -320,6 +320,12 @@ def test_a_user_who_is_not_logged_in_gets_one_finding(ready: FakeApi, monkeypatc
     assert found.level == "not checked" and "401" in found.found and "aws eks update-kubeconfig" in found.fix
 
 
+def test_a_redirect_is_one_finding_about_the_servers_address(ready: FakeApi) -> None:
+    ready.nonsense = (302, "")
+    [found] = check()
+    assert found.level == "not checked" and "Check the server's address in the kubeconfig" in found.found
+
+
 def test_offline_is_a_finding_for_every_check() -> None:
     found = check_cluster(CHART, TRN1, RELEASE, offline=True)
     assert len(found) == len(CHECKS) and {finding.found for finding in found} == {"--offline"}

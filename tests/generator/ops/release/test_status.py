@@ -391,6 +391,42 @@ def test_an_unavailable_api_server_is_one_line_and_status_1(
     assert line.startswith("the API server does not answer") and line.endswith("Try: kubectl cluster-info")
 
 
+@pytest.mark.parametrize("command", ["status", "logs"])
+@pytest.mark.parametrize(
+    ("status", "body", "ours", "told"),
+    [
+        (200, '{"kind": "List", "items": null, "metadata": []}', 1, "Check the server's address in the kubeconfig"),
+        (200, "<html>Log in</html>", 1, "Check the server's address in the kubeconfig"),
+        (302, "", 2, "302 Found. Check the server's address in the kubeconfig"),
+        (401, '{"message": "Unauthorized\\n\\u001b[31m"}', 2, "Unauthorized ?[31m. Log in to the cluster again"),
+    ],
+)
+def test_what_is_not_an_api_server_or_wants_a_login_is_one_line_with_the_fix(
+    run: Run,
+    fake: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    status: int,
+    body: str,
+    ours: int,
+    told: str,
+) -> None:
+    fake.nonsense = (status, body)
+    assert genvalues(command, "demo", "-n", "team-a") == ours
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and "right" not in line
+
+
+@pytest.mark.parametrize("output", ["null", "[null, 5, {}]", "no JSON", "\\377"], ids=ascii)
+def test_a_helm_whose_output_is_not_helms_is_one_line_that_names_it(
+    run: Run, helm: FakeHelm, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    (helm.folder / "helm").write_text(f"#!/bin/sh\n[ $1 = version ] && printf v3.22.0 || printf '{output}'\n")
+    assert genvalues("status", "demo", "-n", "team-a") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"release demo: the output of {helm.folder}/helm is not valid (")
+
+
 @pytest.mark.parametrize("command", ["install", "status", "logs", "bundle", "uninstall"])
 def test_an_api_server_that_accepts_connections_and_never_answers_is_one_line_and_status_1(
     command: str, helm: FakeHelm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
