@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from genvalues.common.errors import Unavailable, UserError
-from genvalues.common.text import one_line
+from genvalues.common.text import one_line, redacted
 
 Answer = TypeVar("Answer")
 
@@ -139,7 +139,7 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
         return None
     except pyhelm3.Error as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        message = " ".join(line.strip() for line in lines if "WARNING" not in line).removeprefix("Error: ")
+        message = redacted(" ".join(line.strip() for line in lines if "WARNING" not in line)).removeprefix("Error: ")
         if any(word in message.lower() for word in AWAY) and "does not exist" not in message:
             raise Unavailable(f"{what}: {message}. Try: kubectl cluster-info") from None
         raise UserError(message, where=what) from None
@@ -219,7 +219,7 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     try:
         return asyncio.run(template())
     except pyhelm3.Error as error:
-        message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
+        message = redacted(error.stderr.decode(errors="replace")).strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
     except ValueError as error:  # a Chart.yaml that only pyhelm3 refuses, or recursive values
-        raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart)) from None
+        raise UserError(f"cannot be rendered: {redacted(' '.join(str(error).split()))}", where=str(chart)) from None

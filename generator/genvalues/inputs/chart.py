@@ -13,7 +13,7 @@ import yaml
 
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
-from genvalues.common.text import KeyPath, dotted, one_line
+from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
 from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
@@ -98,7 +98,9 @@ def shortened(description: str, width: int = 100) -> str:
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that the chart's schema does not accept, with the reason. ``values`` include the chart's defaults."""
+    """Keys that the chart's schema does not accept, with the reason, which shows no token. ``values`` include the chart's
+    defaults.
+    """
     schema = values_schema(chart)
 
     try:
@@ -122,7 +124,8 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                     yield (*key, name), "is required"
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
-            yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)
+            shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)
+            yield key, one_line(redacted(cause.message.replace(value, shown, 1)), 200)
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
@@ -140,6 +143,5 @@ def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
 
 
 def refusal_error(key: KeyPath, reason: str, chart: Path) -> UserError:
-    return UserError(
-        reason, where=f"{chart}: {dotted(key) or 'values'}", fix="Use a chart and genvalues of the same version."
-    )
+    where = f"{chart}: {redacted(dotted(key)) or 'values'}"
+    return UserError(reason, where=where, fix="Use a chart and genvalues of the same version.")

@@ -25,6 +25,7 @@ from genvalues.common.progress_bar import MARK, RELAY
 from genvalues.ops.local.containers import with_local_paths
 
 ROOT = Path(__file__).parents[3]
+TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm123456"
 POD_VOLUMES = [
     {"name": "workspace", "persistentVolumeClaim": {"claimName": "w"}},
     {"name": "config", "configMap": {"name": "config"}},
@@ -509,6 +510,26 @@ def test_what_the_charts_schema_refuses_is_reported_line_by_line_with_the_files_
     first, second = errors_with_our_chart(tmp_path, wrong)
     assert first.startswith("my file.yaml: pipeline.mode: ") and "sideways" in first and "attached" in first
     assert second.startswith("my file.yaml: guards.maxKost: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ("huggingFace: {tokenSecret: PASTED}", "huggingFace.tokenSecret: the value does not match"),
+        ("lora: {r: PASTED}", "lora.r: 'hf_...' is not "),
+        ("stages: {train: {extraEnv: {HF_TOKEN: [PASTED]}}}", "stages.train.extraEnv.HF_TOKEN: the value "),
+        ("PASTED: 1", "hf_...: unknown key"),
+    ],
+)
+def test_a_token_in_a_values_file_is_not_repeated(tmp_path: Path, values: str, where: str) -> None:
+    (line,) = errors_with_our_chart(tmp_path, f"backend: native\n{values.replace('PASTED', TOKEN)}\n")
+    assert line.startswith(f"my file.yaml: {where}") and "qwerty" not in line.lower()
+
+
+def test_a_token_in_an_error_of_helm_is_not_repeated(laptop: Laptop) -> None:
+    laptop.chart(raw=f'{{{{ fail "{TOKEN} is not the name of a Secret" }}}}')
+    status, _, err = laptop.run()
+    assert status == 2 and "hf_... is not the name of a Secret" in err and "qwerty" not in err.lower()
 
 
 def test_a_workspace_that_is_a_file_is_reported(laptop: Laptop) -> None:
