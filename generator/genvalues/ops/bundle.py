@@ -34,7 +34,7 @@ from genvalues.common.helm import client, user_values
 from genvalues.common.json_files import InvalidJson, parse_json
 from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
-from genvalues.inputs.yaml_text import dump
+from genvalues.inputs.yaml_text import MAX_BYTES, dump
 from genvalues.ops.records import HelmRecord, Object, find_record
 from genvalues.ops.redact import redact_object, redact_text, selected
 from genvalues.ops.status import ReleaseWatcher
@@ -291,6 +291,8 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
         with gzip.open(path) as packed, tarfile.open(fileobj=io.BytesIO(packed.read(READ_AT_MOST)), mode="r:") as tar:
             for member in itertools.islice(tar, OPENED_AT_MOST):
                 name = str(PurePosixPath(member.name))
+                if name == VALUES and member.size > MAX_BYTES:
+                    raise UserError(f"is not a bundle: {VALUES} is larger than {MAX_BYTES >> 10} KiB", where=where, fix=fix)
                 if name in (ABOUT, VALUES) and member.isreg() and (content := tar.extractfile(member)):
                     found[name] = content.read().decode("utf-8")
                 if len(found) == 2:

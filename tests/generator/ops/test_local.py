@@ -459,6 +459,33 @@ def test_values_that_cannot_be_read_are_reported_in_one_line(laptop: Laptop, con
     assert not laptop.workspace.exists()
 
 
+BOMB = "\n".join(["l0: &l0 {x: 1}", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 11))])
+DEEP = "\n".join(["l0: &l0 {x: 1}", *(f"l{n}: &l{n} [*l{n - 1}]" for n in range(1, 2000))])
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "what"),
+    [
+        (BOMB, "6:5", "more than 100,000 keys and values, with aliases expanded. Use "),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}"), "6:14", "more than 100,000 keys and values"),
+        (DEEP, "50:6", "more than 50 levels deep, with aliases expanded. Use "),
+        ("global: &g\n  a: *g\n", "2:6", "an alias inside its own anchor. Write "),
+        ("a: &g {<<: [*g]}\n", "1:13", "an alias inside its own anchor. Write "),
+    ],
+)
+def test_aliases_without_end_are_refused_in_one_line(tmp_path: Path, content: str, where: str, what: str) -> None:
+    (line,) = errors_with_our_chart(tmp_path, content)
+    assert line.startswith(f"my file.yaml:{where}: {what}")
+
+
+def test_values_may_have_aliases_as_helm_allows_them() -> None:
+    from genvalues.ops.local.local_values import parsed_values
+
+    text = "a: &a {x: 1}\nb: *a\nc: {<<: *a, z: on}\nd: [*a, *a]\n"
+    block = {"x": 1}
+    assert parsed_values(text, "f.yaml") == {"a": block, "b": block, "c": {"x": 1, "z": True}, "d": [block, block]}
+
+
 def errors_with_our_chart(folder: Path, text: str, *more: str) -> list[str]:
     """The error lines for a file that cannot run with the chart of this repository."""
     (folder / "my file.yaml").write_text(text)
