@@ -14,6 +14,7 @@ import yaml
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
+from genvalues.inputs.exact_ends import with_exact_ends
 from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
@@ -98,13 +99,14 @@ def shortened(description: str, width: int = 100) -> str:
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that the chart's schema does not accept, with the reason, which shows no token. ``values`` include the chart's
-    defaults.
+    """Keys that the chart's schema does not accept, with the reason. ``values`` include the chart's defaults.
+
+    A reason shows no token.
     """
     schema = values_schema(chart)
 
     try:
-        errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
+        errors = list(with_exact_ends(jsonschema.Draft7Validator)(schema).iter_errors(values))
     except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:

@@ -292,7 +292,9 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
             for member in itertools.islice(tar, OPENED_AT_MOST):
                 name = str(PurePosixPath(member.name))
                 if name == VALUES and member.size > MAX_BYTES:
-                    raise UserError(f"is not a bundle: {VALUES} is larger than {MAX_BYTES >> 10} KiB", where=where, fix=fix)
+                    raise UserError(
+                        f"is not a bundle: {VALUES} is larger than {MAX_BYTES >> 10} KiB", where=where, fix=fix
+                    )
                 if name in (ABOUT, VALUES) and member.isreg() and (content := tar.extractfile(member)):
                     found[name] = content.read().decode("utf-8")
                 if len(found) == 2:

@@ -744,6 +744,7 @@ def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.Capture
         ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),
         ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
         ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
+        ({"chartValues": "{image: {tag: 'v1\n\n'}}"}, "chartValues.image.tag: 'v1\\n' does not match "),
         ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
         ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device; Neuron supports jobs of several"),
     ],

@@ -559,6 +559,16 @@ def test_a_token_in_an_error_of_helm_is_not_repeated(laptop: Laptop) -> None:
     assert status == 2 and "hf_... is not the name of a Secret" in err and "qwerty" not in err.lower()
 
 
+def test_a_final_line_break_is_refused_in_a_key_and_a_value_as_helm_refuses_it(tmp_path: Path) -> None:
+    values = 'backend: native\nimage: {tag: "v1\\n"}\ncommonLabels: {"a\\n": b, c: d}\n'
+    tag, label = sorted(errors_with_our_chart(tmp_path, values), reverse=True)
+    assert tag.startswith(r"my file.yaml: image.tag: 'v1\n' does not match '^([A-Z") and ")?$'" in tag
+    assert (
+        label.startswith(r"my file.yaml: commonLabels: 'a\n' does not match any of the regexes: ")
+        and "\\Z" not in label
+    )
+
+
 def test_a_workspace_that_is_a_file_is_reported(laptop: Laptop) -> None:
     laptop.chart(job("one", 1, "true"))
     laptop.workspace.write_text("")
