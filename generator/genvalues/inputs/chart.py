@@ -13,6 +13,7 @@ import yaml
 
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
+from genvalues.common.files import refuse_fifo
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
 from genvalues.inputs.exact_ends import with_exact_ends
 from genvalues.settings.by_instance import completed
@@ -49,10 +50,15 @@ def load(text: str) -> Any:
 
 def chart_name(chart: Path) -> str:
     try:
-        metadata = load((chart / "Chart.yaml").read_text(encoding="utf-8"))
+        metadata = load(text_of(chart / "Chart.yaml"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return ""
     return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
+
+
+def text_of(file: Path) -> str:
+    refuse_fifo(file)
+    return file.read_text(encoding="utf-8")
 
 
 def values_schema(chart: Path) -> dict[str, Any]:
@@ -62,13 +68,13 @@ def values_schema(chart: Path) -> dict[str, Any]:
 def values_schema_text(chart: Path) -> str:
     """The text of the chart's values.schema.json."""
     values_schema(chart)  # raises UserError if it is not valid
-    return (chart / "values.schema.json").read_text(encoding="utf-8")
+    return text_of(chart / "values.schema.json")
 
 
 def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Read a file of the chart that must contain keys and values."""
     try:
-        found = parse((chart / name).read_text(encoding="utf-8"))
+        found = parse(text_of(chart / name))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise UserError(f"cannot be read: {reason}", where=str(chart / name), fix=NAME_OURS) from None

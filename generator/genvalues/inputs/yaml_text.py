@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from genvalues.common.errors import UserError
+from genvalues.common.files import refuse_fifo
 from genvalues.common.text import one_line, redacted
 
 MAX_BYTES = 1 << 18  # inputs files have about 2 KB; PyYAML takes seconds for more than this
@@ -160,6 +161,7 @@ def decode(path: Path, name: str) -> str:
     try:
         if path.is_dir():
             raise UserError("is a directory", where=name, fix="Name a file in it.")
+        refuse_fifo(path)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

@@ -29,7 +29,7 @@ from genvalues.cluster.objects import container_statuses, inner_release_of, last
 from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
-from genvalues.common.files import place_of, write_named
+from genvalues.common.files import place_of, refuse_fifo, write_named
 from genvalues.common.helm import client, user_values
 from genvalues.common.json_files import InvalidJson, parse_json
 from genvalues.common.manifests import manifests_in
@@ -288,6 +288,7 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
     where, fix = str(path), "Use an archive that `genvalues bundle` has written."
     found: dict[str, str] = {}
     try:
+        refuse_fifo(path)
         with gzip.open(path) as packed, tarfile.open(fileobj=io.BytesIO(packed.read(READ_AT_MOST)), mode="r:") as tar:
             for member in itertools.islice(tar, OPENED_AT_MOST):
                 name = str(PurePosixPath(member.name))

@@ -106,6 +106,43 @@ def test_a_closed_stdout_is_not_an_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("fifo", "arguments", "said"),
+    [
+        ("f.yaml", ["check", "f.yaml"], "f.yaml: cannot be read: not a regular file. Name "),
+        ("b.tgz", ["local", "b.tgz", "--workspace", "w"], "b.tgz: cannot be read: not a regular file. Use "),
+        (
+            "c/values.yaml",
+            ["check", "f.yaml", "--chart", "c"],
+            "c/values.yaml: cannot be read: not a regular file. Name ",
+        ),
+        ("chart/Chart.yaml", ["check", "f.yaml"], "No problems found in f.yaml."),
+        ("m/config.json", ["check", "f.yaml", "--set", "model.path=m"], "warning: --set model.path=m: cannot read /"),
+    ],
+)
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(
+    fifo: str, arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for folder in ("c", "chart", "m"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "c/Chart.yaml").write_text("name: llama-lora\n")
+    (tmp_path / fifo).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / fifo)
+    command = [sys.executable, "-m", "genvalues.cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.startswith(said) and done.returncode == (2 if "cannot be read" in said else 0), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs the files that a process has open")
+def test_an_inputs_file_may_be_what_a_shell_has_opened(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for command in ("genvalues.cli check <(cat f.yaml)", "genvalues.cli check /dev/stdin < <(cat f.yaml)"):
+        bash = ["bash", "-c", f'"{sys.executable}" -m {command}']
+        done = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0 and done.stderr.startswith("No problems found in /dev/"), done.stderr
+
+
 def test_an_invalid_command_line_ends_with_status_2() -> None:
     assert [genvalues(*wrong).returncode for wrong in (["write"], ["nothing"], ["local", "x"])] == [2, 2, 2]
 
