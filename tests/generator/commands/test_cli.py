@@ -100,10 +100,31 @@ def test_an_error_of_the_operating_system_is_one_line_and_not_an_internal_error(
         assert line.startswith("/tmp/x: ") and os.strerror(number) in line and "internal" not in line
 
 
-def test_a_closed_stdout_is_not_an_error() -> None:
-    command = f'"{sys.executable}" -m genvalues.cli --version >&-'
-    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ("--version >&-", 0),
+        ("plan f.yaml --offline >&-", 0),
+        ("write f.yaml -o - >&-", 0),
+        ("check absent.yaml 2>&-", 2),
+        ("check absent.yaml >&- 2>&-", 2),
+    ],
+)
+def test_a_closed_stdout_or_stderr_is_not_an_error(arguments: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    command = ["sh", "-c", f'"{sys.executable}" -m genvalues.cli {arguments}']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_a_working_directory_that_was_deleted_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for arguments in ("write ../f.yaml", f"write {tmp_path}/f.yaml"):
+        (tmp_path / "gone").mkdir()
+        command = ["sh", "-c", f'rmdir "$PWD"; exec "{sys.executable}" -m genvalues.cli {arguments}']
+        done = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert done.stderr == "the working directory no longer exists. cd to another folder.\n"
 
 
 @pytest.mark.parametrize(
