@@ -82,7 +82,7 @@ def explained(place: Path, needs: Callable[[], str] = lambda: "") -> Iterator[No
 
 def has_working_directory() -> bool:
     try:
-        os.getcwd()
+        Path.cwd()
     except FileNotFoundError:
         return False
     return True

@@ -322,6 +322,16 @@ def test_a_files_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
+def test_an_outputs_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(RIGHT)
+    Path("a\nb").mkdir()
+    assert [genvalues("write", "f.yaml", "-o", name) for name in ("no\nfolder/x", "a\nb", "a\nb.yaml")] == [2, 2, 0]
+    folder, directory, written = capsys.readouterr().err.splitlines()
+    assert folder.startswith("-o no?folder/x: cannot be written: no such folder")
+    assert directory == "-o a?b: is a directory. Write -o a?b/values.yaml."
+    assert written.endswith("Wrote a?b.yaml.")
+
+
 def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert (genvalues("check", "."), genvalues("check", "absent.yaml")) == (2, 2)
     assert_told(capsys.readouterr().err, ".: is a directory. ... file\nabsent.yaml: no such file. ... file")
