@@ -49,12 +49,14 @@ def genvalues(verbose: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point: every outcome ends in an exit status and, except for a closed stdout, a message."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller: >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - until the process ends
     try:
         try:
             sys.exit(run_command())
         finally:
-            if sys.stdout:  # None where stdout is closed
-                sys.stdout.flush()  # before Python exits, while an error can still be reported
+            sys.stdout.flush()  # before Python exits, while an error can still be reported
     except BrokenPipeError:  # from our own prints; click handles its own
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
         sys.exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from genvalues.common.text import one_line
 from genvalues.inputs.input_options import Sources
 
 Command = Callable[..., Any]
@@ -80,6 +81,6 @@ def decorated(command: Command, *decorators: Callable[[Command], Command]) -> Co
 
 def no_problems_in(sources: Sources) -> str:
     """``No problems found in base.yaml and trn2.yaml.``"""
-    *others, last = map(str, sources.files)
+    *others, last = (one_line(str(file), 200) for file in sources.files)
     names = f"{', '.join(others)} and {last}" if others else last
     return f"No problems found in {names}."

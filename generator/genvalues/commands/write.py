@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from genvalues.commands.options import inputs, no_problems_in
+from genvalues.common.text import one_line
 from genvalues.inputs.input_options import Sources
 
 log = logging.getLogger(__name__)
@@ -33,4 +34,4 @@ def write(sources: Sources, output: str, force: bool) -> None:
         click.echo(text.encode("utf-8"), nl=False)
         return
     write_values(Path(output), text, sources.files, force=force)
-    log.info("%s Wrote %s.", no_problems_in(sources), output)
+    log.info("%s Wrote %s.", no_problems_in(sources), one_line(output, 200))

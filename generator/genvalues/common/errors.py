@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from genvalues.common.text import one_line, redacted
+
 MOST_CHARACTERS = 1000  # of a line of a message
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -32,7 +34,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what = _short(what).rstrip(".")
-        self.where = _short(where)
+        self.where = one_line(where, MOST_CHARACTERS)  # the name of a file may have line breaks
         self.fix = fix
         super().__init__(str(self))
 
@@ -70,7 +72,7 @@ def write_errors_as_user_errors(
         yield
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot be written: {reason}", where=where, fix=fix) from None
+        raise UserError(f"cannot be written: {one_line(str(reason), MOST_CHARACTERS)}", where=where, fix=fix) from None
 
 
 class Unavailable(Exception):
@@ -108,8 +110,6 @@ def internal_error(error: BaseException, program: str, *, with_traceback: bool) 
     ``with_traceback`` puts the traceback before it. Tokens are redacted.
     """
     import traceback
-
-    from genvalues.common.text import one_line, redacted
 
     frames = traceback.extract_tb(error.__traceback__)
     own_frames = [frame for frame in frames if set(PACKAGES) & set(Path(frame.filename).parts)] or list(frames)

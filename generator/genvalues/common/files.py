@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PIECE = 1 << 18  # bytes read at once
+OPENED = re.compile(r"/dev/stdin|(/dev/fd|/proc/self/fd)/[0-9]+")  # files that this process was started with
 PARTIAL = ".partial-"  # part of the temporary name of an incomplete file or folder
 
 
@@ -173,6 +175,12 @@ def current_umask() -> int:
 
 class NotARegularFile(OSError):
     """A folder, FIFO, socket or device in the place of a file."""
+
+
+def refuse_fifo(path: Path) -> None:
+    """Raise NotARegularFile for a FIFO, which waits for a writer when opened, but not for a shell's <(command)."""
+    if stat.S_ISFIFO(path.stat().st_mode) and not OPENED.fullmatch(str(path)):
+        raise NotARegularFile(errno.EINVAL, "not a regular file")
 
 
 def open_regular(path: Path) -> BufferedReader:

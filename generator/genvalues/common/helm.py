@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from genvalues.common.errors import MOST_CHARACTERS, Unavailable, UserError
-from genvalues.common.text import one_line
+from genvalues.common.text import one_line, redacted
 
 Answer = TypeVar("Answer")
 
@@ -147,7 +147,7 @@ def asked(question: Callable[[], Awaitable[Answer]], what: str) -> Answer | None
     except pyhelm3.Error as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         message = " ".join(line.strip() for line in lines if "WARNING" not in line).removeprefix("Error: ")
-        message = one_line(message, MOST_CHARACTERS)
+        message = one_line(redacted(message), MOST_CHARACTERS)
         if any(word in message.lower() for word in AWAY) and "does not exist" not in message:
             raise Unavailable(f"{what}: {message}. Try: kubectl cluster-info") from None
         raise UserError(message, where=what) from None
@@ -244,11 +244,13 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     try:
         return asyncio.run(template())
     except pyhelm3.Error as error:
-        message = error.stderr.decode(errors="replace").strip().removeprefix("Error: ")
+        message = redacted(error.stderr.decode(errors="replace")).strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
     except INVALID_OUTPUT as error:
         if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
             # a Chart.yaml that only pyhelm3 refuses, or recursive values
             fix = f"Check Chart.yaml, and that {find_helm()} is Helm 3.14 or newer."
-            raise UserError(f"cannot be rendered: {' '.join(str(error).split())}", where=str(chart), fix=fix) from None
+            raise UserError(
+                f"cannot be rendered: {redacted(' '.join(str(error).split()))}", where=str(chart), fix=fix
+            ) from None
         raise invalid_output(error, str(chart)) from None

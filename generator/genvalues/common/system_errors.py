@@ -59,6 +59,8 @@ def explain(
                 return found
     if any(isinstance(each, MemoryError) or NO_MEMORY.search(str(each)) for each in causes(error)):
         return Unavailable("out of memory. Raise resources.limits.memory of the stage, or free memory.")
+    if isinstance(error, FileNotFoundError) and error.filename is None and not has_working_directory():
+        return UserError("the working directory no longer exists", fix="cd to another folder.")
     if isinstance(error, OSError) and error.strerror:
         return Unavailable(f"{path_of(error) or place or 'a system call'}: {error.strerror}")
     return None
@@ -76,6 +78,14 @@ def explained(place: Path, needs: Callable[[], str] = lambda: "") -> Iterator[No
         if found is None:
             raise
         raise found from error
+
+
+def has_working_directory() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def is_of_volume(error: OSError) -> bool:

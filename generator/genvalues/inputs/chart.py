@@ -13,7 +13,9 @@ import yaml
 
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
-from genvalues.common.text import KeyPath, dotted, one_line
+from genvalues.common.files import refuse_fifo
+from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
+from genvalues.inputs.exact_ends import with_exact_ends
 from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
@@ -48,10 +50,15 @@ def load(text: str) -> Any:
 
 def chart_name(chart: Path) -> str:
     try:
-        metadata = load((chart / "Chart.yaml").read_text(encoding="utf-8"))
+        metadata = load(text_of(chart / "Chart.yaml"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return ""
     return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
+
+
+def text_of(file: Path) -> str:
+    refuse_fifo(file)
+    return file.read_text(encoding="utf-8")
 
 
 def values_schema(chart: Path) -> dict[str, Any]:
@@ -61,13 +68,13 @@ def values_schema(chart: Path) -> dict[str, Any]:
 def values_schema_text(chart: Path) -> str:
     """The text of the chart's values.schema.json."""
     values_schema(chart)  # raises UserError if it is not valid
-    return (chart / "values.schema.json").read_text(encoding="utf-8")
+    return text_of(chart / "values.schema.json")
 
 
 def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Read a file of the chart that must contain keys and values."""
     try:
-        found = parse((chart / name).read_text(encoding="utf-8"))
+        found = parse(text_of(chart / name))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise UserError(f"cannot be read: {reason}", where=str(chart / name), fix=NAME_OURS) from None
@@ -98,11 +105,14 @@ def shortened(description: str, width: int = 100) -> str:
 
 
 def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that the chart's schema does not accept, with the reason. ``values`` include the chart's defaults."""
+    """Keys that the chart's schema does not accept, with the reason. ``values`` include the chart's defaults.
+
+    A reason shows no token.
+    """
     schema = values_schema(chart)
 
     try:
-        errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
+        errors = list(with_exact_ends(jsonschema.Draft7Validator)(schema).iter_errors(values))
     except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:
@@ -122,7 +132,8 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                     yield (*key, name), "is required"
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
-            yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)
+            shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)
+            yield key, one_line(redacted(cause.message.replace(value, shown, 1)), 200)
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
@@ -140,6 +151,5 @@ def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:
 
 
 def refusal_error(key: KeyPath, reason: str, chart: Path) -> UserError:
-    return UserError(
-        reason, where=f"{chart}: {dotted(key) or 'values'}", fix="Use a chart and genvalues of the same version."
-    )
+    where = f"{chart}: {redacted(dotted(key)) or 'values'}"
+    return UserError(reason, where=where, fix="Use a chart and genvalues of the same version.")

@@ -15,6 +15,7 @@ from jsonschema.exceptions import ValidationError
 from genvalues.accelerators.instances import HYPERPOD, of_same_service, unsupported
 from genvalues.common.text import SECRET_KEYS, KeyPath, dotted, one_line
 from genvalues.inputs.document import MOST_MISTAKES, Mistake
+from genvalues.inputs.exact_ends import with_exact_ends
 from genvalues.inputs.schema_lookup import inputs_schema, inside, kinds, resolve
 from genvalues.settings.base import BOUNDS
 from genvalues.settings.datasets import BUCKET_RULES, hub_id_of, invalid_bucket, is_url, on_s3
@@ -50,15 +51,9 @@ ALSO_CALLED = {  # names that other tools have for our keys
 
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
-    inputs_validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": matches})
+    inputs_validator = with_exact_ends(jsonschema.Draft202012Validator)
     for error in telling(islice(inputs_validator(schema).iter_errors(value), MOST_MISTAKES)):
         yield from islice(explain(error, schema), MOST_MISTAKES)
-
-
-def matches(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
-    """The keyword pattern as in ECMA 262, where $ matches only at the end; in Python also before a final line break."""
-    if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
-        yield ValidationError(f"{value!r} does not match {pattern!r}")
 
 
 def telling(errors: Iterable[ValidationError]) -> list[ValidationError]:

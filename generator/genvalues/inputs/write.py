@@ -148,7 +148,9 @@ def write_values(output: Path, text: str, inputs: Sequence[Path], *, force: bool
     where = f"-o {output}"
     with write_errors_as_user_errors(where):
         if output.is_dir():
-            raise UserError("is a directory", where=where, fix=f"Write -o {output / 'values.yaml'}.")
+            raise UserError(
+                "is a directory", where=where, fix=f"Write -o {one_line(str(output / 'values.yaml'), 200)}."
+            )
         if output.exists():
             if not output.is_file():
                 raise UserError("not a regular file", where=where, fix="Write -o values.yaml, or -o - for stdout.")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from genvalues.common.errors import UserError
+from genvalues.common.files import refuse_fifo
 from genvalues.common.text import one_line, redacted
 
 MAX_BYTES = 1 << 18  # inputs files have about 2 KB; PyYAML takes seconds for more than this
@@ -19,6 +20,7 @@ SYNTAX_FIX = (
     "Write lines of the form key: value, indent a block evenly, and put text with : # [ { or % in single quotes."
 )
 DEPTH = 50  # levels of nesting; real files have at most 7
+MOST_NODES = 100_000  # keys and values of a values file with its aliases expanded; real ones have about 1,000
 PREFIX = "tag:yaml.org,2002:"
 ALIAS = "alias"  # the tag of the node that replaces an alias; its value is the alias's name
 
@@ -98,9 +100,41 @@ def anchor_of(node: yaml.Node) -> str:
 
 
 class HelmLoader(ShallowLoader):
-    """Types as Helm reads them."""
+    """Types as Helm reads them. Follows aliases, and limits what they expand to: whoever walks the values walks all."""
 
     bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, tuple[int, int]] = {}  # nodes and levels of each node, itself included
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark: Any = self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if node is None or node in self.sizes:
+            return node
+        if node.end_mark is None:
+            raise UnreadableYAML("an alias inside its own anchor", "Write the value in its place.", *place(mark))
+        nodes, levels = 1, 0
+        for inner in inner_nodes(node):
+            nodes += self.sizes[inner][0]
+            levels = max(levels, self.sizes[inner][1])
+        if nodes > MOST_NODES:
+            what = f"more than {MOST_NODES:,} keys and values, with aliases expanded"
+            raise UnreadableYAML(what, "Use fewer aliases of aliases.", *place(mark))
+        if levels == DEPTH:
+            what = f"more than {DEPTH} levels deep, with aliases expanded"
+            raise UnreadableYAML(what, "Use fewer levels.", *place(mark))
+        self.sizes[node] = nodes, levels + 1
+        return node
+
+
+def inner_nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from (key, value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
 
 
 class UnambiguousDumper(yaml.SafeDumper):
@@ -127,6 +161,7 @@ def decode(path: Path, name: str) -> str:
     try:
         if path.is_dir():
             raise UserError("is a directory", where=name, fix="Name a file in it.")
+        refuse_fifo(path)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -154,7 +189,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def load_as_helm(text: str) -> Any:
-    """Load a YAML document as Helm reads it, with aliases and merge keys."""
+    """Load a YAML document as Helm reads it, with aliases and merge keys. They expand to at most MOST_NODES."""
     with errors_placed(text):
         return yaml.load(text, Loader=HelmLoader)
 

@@ -29,12 +29,12 @@ from genvalues.cluster.objects import container_statuses, inner_release_of, last
 from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get
 from genvalues.common.errors import Unavailable, UserError, write_errors_as_user_errors
-from genvalues.common.files import place_of, write_named
+from genvalues.common.files import place_of, refuse_fifo, write_named
 from genvalues.common.helm import client, user_values
 from genvalues.common.json_files import InvalidJson, parse_json
 from genvalues.common.manifests import manifests_in
 from genvalues.common.text import one_line
-from genvalues.inputs.yaml_text import dump
+from genvalues.inputs.yaml_text import MAX_BYTES, dump
 from genvalues.ops.records import HelmRecord, Object, find_record
 from genvalues.ops.redact import redact_object, redact_text, selected
 from genvalues.ops.status import ReleaseWatcher
@@ -288,9 +288,14 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], str]:
     where, fix = str(path), "Use an archive that `genvalues bundle` has written."
     found: dict[str, str] = {}
     try:
+        refuse_fifo(path)
         with gzip.open(path) as packed, tarfile.open(fileobj=io.BytesIO(packed.read(READ_AT_MOST)), mode="r:") as tar:
             for member in itertools.islice(tar, OPENED_AT_MOST):
                 name = str(PurePosixPath(member.name))
+                if name == VALUES and member.size > MAX_BYTES:
+                    raise UserError(
+                        f"is not a bundle: {VALUES} is larger than {MAX_BYTES >> 10} KiB", where=where, fix=fix
+                    )
                 if name in (ABOUT, VALUES) and member.isreg() and (content := tar.extractfile(member)):
                     found[name] = content.read().decode("utf-8")
                 if len(found) == 2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -26,15 +27,18 @@ from genvalues.common.errors import Unavailable, UserError, write_errors_as_user
 from genvalues.common.files import place_of, write_named
 from genvalues.common.json_files import InvalidJson, read_bytes, read_object
 from genvalues.common.log_file import MOST_BYTES, InvalidLog, content_of
+from genvalues.common.text import one_line
 from genvalues.ops.records import HelmRecord, Object
 from genvalues.ops.stages import why_pending
 from genvalues.ops.status import ReleaseWatcher, api_errors_as_user_errors
+from genvalues.settings.base import RUN_NAME
 
 log = logging.getLogger(__name__)
 
 COMMAND = ["llama-lora", "report", "--config", "/etc/llama-lora/run.yaml"]
 WAIT_SECONDS = 180.0  # for the pod to start, read and end
 INTERVAL = 1.0
+LONGEST_NAME = 63  # of a run, as the values' schema has it
 KEPT_SECONDS = 300  # the Job, if this command is killed before it deletes it
 
 
@@ -66,6 +70,9 @@ def local_report(workspace: Path, run: str, output: Path | None) -> dict[str, An
 
     Raises UserError if there is no report, or if it is not what evaluate's manifest lists.
     """
+    if len(run) > LONGEST_NAME or not re.fullmatch(RUN_NAME, run):
+        what = f'"{one_line(run)}" is not a valid run name'
+        raise UserError(what, fix=f"Name a folder in {workspace / 'runs'}.")
     file = workspace / "runs" / run / "report.html"
     try:
         manifest = read_object(file.parent / "stages" / "evaluate.json")

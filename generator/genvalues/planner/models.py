@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genvalues.accelerators.architectures import Architecture, UnknownArchitecture, from_config, known_config
+from genvalues.common.files import refuse_fifo
 
 MOST_BYTES = 1 << 20  # of a config.json; the largest have a few kilobytes
 
@@ -33,6 +34,7 @@ def at_path(path: str, here: bool) -> ModelFacts:
     if path.endswith(".gguf") and Path(path).is_file():  # tokenize converts it
         return ModelFacts(path, None, unknown="the sizes in a GGUF file are not read")
     try:
+        refuse_fifo(config)
         return _model(path, json.loads(config.read_text(encoding="utf-8")), str(config))
     except (OSError, ValueError, RecursionError) as error:
         return ModelFacts(path, None, unknown=f"cannot read {config} ({type(error).__name__})")

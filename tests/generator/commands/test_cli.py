@@ -100,10 +100,68 @@ def test_an_error_of_the_operating_system_is_one_line_and_not_an_internal_error(
         assert line.startswith("/tmp/x: ") and os.strerror(number) in line and "internal" not in line
 
 
-def test_a_closed_stdout_is_not_an_error() -> None:
-    command = f'"{sys.executable}" -m genvalues.cli --version >&-'
-    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ("--version >&-", 0),
+        ("plan f.yaml --offline >&-", 0),
+        ("write f.yaml -o - >&-", 0),
+        ("check absent.yaml 2>&-", 2),
+        ("check absent.yaml >&- 2>&-", 2),
+    ],
+)
+def test_a_closed_stdout_or_stderr_is_not_an_error(arguments: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    command = ["sh", "-c", f'"{sys.executable}" -m genvalues.cli {arguments}']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_a_working_directory_that_was_deleted_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for arguments in ("write ../f.yaml", f"write {tmp_path}/f.yaml"):
+        (tmp_path / "gone").mkdir()
+        command = ["sh", "-c", f'rmdir "$PWD"; exec "{sys.executable}" -m genvalues.cli {arguments}']
+        done = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert done.stderr == "the working directory no longer exists. cd to another folder.\n"
+
+
+@pytest.mark.parametrize(
+    ("fifo", "arguments", "said"),
+    [
+        ("f.yaml", ["check", "f.yaml"], "f.yaml: cannot be read: not a regular file. Name "),
+        ("b.tgz", ["local", "b.tgz", "--workspace", "w"], "b.tgz: cannot be read: not a regular file. Use "),
+        (
+            "c/values.yaml",
+            ["check", "f.yaml", "--chart", "c"],
+            "c/values.yaml: cannot be read: not a regular file. Name ",
+        ),
+        ("chart/Chart.yaml", ["check", "f.yaml"], "No problems found in f.yaml."),
+        ("m/config.json", ["check", "f.yaml", "--set", "model.path=m"], "warning: --set model.path=m: cannot read /"),
+    ],
+)
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(
+    fifo: str, arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for folder in ("c", "chart", "m"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "c/Chart.yaml").write_text("name: llama-lora\n")
+    (tmp_path / fifo).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / fifo)
+    command = [sys.executable, "-m", "genvalues.cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.startswith(said) and done.returncode == (2 if "cannot be read" in said else 0), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs the files that a process has open")
+def test_an_inputs_file_may_be_what_a_shell_has_opened(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(INPUTS)
+    for command in ("genvalues.cli check <(cat f.yaml)", "genvalues.cli check /dev/stdin < <(cat f.yaml)"):
+        bash = ["bash", "-c", f'"{sys.executable}" -m {command}']
+        done = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0 and done.stderr.startswith("No problems found in /dev/"), done.stderr
 
 
 def test_an_invalid_command_line_ends_with_status_2() -> None:

@@ -322,6 +322,16 @@ def test_a_files_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
+def test_an_outputs_name_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("f.yaml").write_text(RIGHT)
+    Path("a\nb").mkdir()
+    assert [genvalues("write", "f.yaml", "-o", name) for name in ("no\nfolder/x", "a\nb", "a\nb.yaml")] == [2, 2, 0]
+    folder, directory, written = capsys.readouterr().err.splitlines()
+    assert folder.startswith("-o no?folder/x: cannot be written: no such folder")
+    assert directory == "-o a?b: is a directory. Write -o a?b/values.yaml."
+    assert written.endswith("Wrote a?b.yaml.")
+
+
 def test_a_folder_or_no_file_gets_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert (genvalues("check", "."), genvalues("check", "absent.yaml")) == (2, 2)
     assert_told(capsys.readouterr().err, ".: is a directory. ... file\nabsent.yaml: no such file. ... file")
@@ -744,6 +754,7 @@ def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.Capture
         ({"storage": '{kind: fsx, storageClass: ""}'}, "storage.storageClass: "),
         ({"chartValues": "{stages: {train: {extraEnv: {WANDB_API_KEY: abc}}}}"}, "looks like a secret"),
         ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
+        ({"chartValues": "{image: {tag: 'v1\n\n'}}"}, "chartValues.image.tag: 'v1\\n' does not match "),
         ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
         ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device; Neuron supports jobs of several"),
     ],

@@ -25,6 +25,7 @@ from genvalues.common.progress_bar import MARK, RELAY
 from genvalues.ops.local.containers import with_local_paths
 
 ROOT = Path(__file__).parents[3]
+TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm123456"
 POD_VOLUMES = [
     {"name": "workspace", "persistentVolumeClaim": {"claimName": "w"}},
     {"name": "config", "configMap": {"name": "config"}},
@@ -458,6 +459,33 @@ def test_values_that_cannot_be_read_are_reported_in_one_line(laptop: Laptop, con
     assert not laptop.workspace.exists()
 
 
+BOMB = "\n".join(["l0: &l0 {x: 1}", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 11))])
+DEEP = "\n".join(["l0: &l0 {x: 1}", *(f"l{n}: &l{n} [*l{n - 1}]" for n in range(1, 2000))])
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "what"),
+    [
+        (BOMB, "6:5", "more than 100,000 keys and values, with aliases expanded. Use "),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}"), "6:14", "more than 100,000 keys and values"),
+        (DEEP, "50:6", "more than 50 levels deep, with aliases expanded. Use "),
+        ("global: &g\n  a: *g\n", "2:6", "an alias inside its own anchor. Write "),
+        ("a: &g {<<: [*g]}\n", "1:13", "an alias inside its own anchor. Write "),
+    ],
+)
+def test_aliases_without_end_are_refused_in_one_line(tmp_path: Path, content: str, where: str, what: str) -> None:
+    (line,) = errors_with_our_chart(tmp_path, content)
+    assert line.startswith(f"my file.yaml:{where}: {what}")
+
+
+def test_values_may_have_aliases_as_helm_allows_them() -> None:
+    from genvalues.ops.local.local_values import parsed_values
+
+    text = "a: &a {x: 1}\nb: *a\nc: {<<: *a, z: on}\nd: [*a, *a]\n"
+    block = {"x": 1}
+    assert parsed_values(text, "f.yaml") == {"a": block, "b": block, "c": {"x": 1, "z": True}, "d": [block, block]}
+
+
 def errors_with_our_chart(folder: Path, text: str, *more: str) -> list[str]:
     """The error lines for a file that cannot run with the chart of this repository."""
     (folder / "my file.yaml").write_text(text)
@@ -509,6 +537,36 @@ def test_what_the_charts_schema_refuses_is_reported_line_by_line_with_the_files_
     first, second = errors_with_our_chart(tmp_path, wrong)
     assert first.startswith("my file.yaml: pipeline.mode: ") and "sideways" in first and "attached" in first
     assert second.startswith("my file.yaml: guards.maxKost: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ("huggingFace: {tokenSecret: PASTED}", "huggingFace.tokenSecret: the value does not match"),
+        ("lora: {r: PASTED}", "lora.r: 'hf_...' is not "),
+        ("stages: {train: {extraEnv: {HF_TOKEN: [PASTED]}}}", "stages.train.extraEnv.HF_TOKEN: the value "),
+        ("PASTED: 1", "hf_...: unknown key"),
+    ],
+)
+def test_a_token_in_a_values_file_is_not_repeated(tmp_path: Path, values: str, where: str) -> None:
+    (line,) = errors_with_our_chart(tmp_path, f"backend: native\n{values.replace('PASTED', TOKEN)}\n")
+    assert line.startswith(f"my file.yaml: {where}") and "qwerty" not in line.lower()
+
+
+def test_a_token_in_an_error_of_helm_is_not_repeated(laptop: Laptop) -> None:
+    laptop.chart(raw=f'{{{{ fail "{TOKEN} is not the name of a Secret" }}}}')
+    status, _, err = laptop.run()
+    assert status == 2 and "hf_... is not the name of a Secret" in err and "qwerty" not in err.lower()
+
+
+def test_a_final_line_break_is_refused_in_a_key_and_a_value_as_helm_refuses_it(tmp_path: Path) -> None:
+    values = 'backend: native\nimage: {tag: "v1\\n"}\ncommonLabels: {"a\\n": b, c: d}\n'
+    tag, label = sorted(errors_with_our_chart(tmp_path, values), reverse=True)
+    assert tag.startswith(r"my file.yaml: image.tag: 'v1\n' does not match '^([A-Z") and ")?$'" in tag
+    assert (
+        label.startswith(r"my file.yaml: commonLabels: 'a\n' does not match any of the regexes: ")
+        and "\\Z" not in label
+    )
 
 
 def test_a_workspace_that_is_a_file_is_reported(laptop: Laptop) -> None:

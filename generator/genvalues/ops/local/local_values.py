@@ -9,7 +9,7 @@ from typing import Any
 from genvalues.accelerators.instances import trainium
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.common.text import dotted, one_line
+from genvalues.common.text import dotted, one_line, redacted
 from genvalues.inputs.chart import load, on_top_of_defaults, part, refusals
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.yaml_text import UnreadableYAML, decode, load_as_helm
@@ -90,7 +90,7 @@ def schema_errors(chart: Path, values: dict[str, Any], file: Path) -> list[UserE
         return []
     where, fix = one_line(str(file), 200), f"The chart is {chart}; `genvalues write` writes valid values."
     return [
-        UserError(reason, where=f"{where}: {dotted(key) or 'values'}", fix=fix)
+        UserError(reason, where=f"{where}: {redacted(dotted(key)) or 'values'}", fix=fix)
         for key, reason in refusals(chart, on_top_of_defaults(chart, values))
     ]
 

@@ -17,9 +17,9 @@ DEEP = ["[" * 1_000_000, '{"format":' * 5000 + "1" + "}" * 5000]
 FORMATS: list[Any] = [None, True, 1.5, "1", [], {}, 10**400, "\x1b[31m\nx"]
 
 
-def bundle(path: Path, about: str) -> Path:
+def bundle(path: Path, about: str, values: str = "a: 1\n") -> Path:
     with tarfile.open(path, "w:gz") as tar:
-        for name, text in {ABOUT: about, VALUES: "a: 1\n"}.items():
+        for name, text in {ABOUT: about, VALUES: values}.items():
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
@@ -36,6 +36,12 @@ def test_about_of_any_content_is_refused_in_a_line(tmp_path: Path, about: str) -
         read_bundle(bundle(tmp_path / "b.tar.gz", about))
     assert "bundle" in refused.value.what
     assert len(str(refused.value).splitlines()) == 1 and "\x1b" not in str(refused.value)
+
+
+def test_values_that_would_take_minutes_to_parse_are_refused_in_a_line(tmp_path: Path) -> None:
+    values = "".join(f"k{number}: 1\n" for number in range(400_000))
+    with pytest.raises(UserError, match=r"bundle/values\.yaml is larger than 256 KiB\. Use"):
+        read_bundle(bundle(tmp_path / "b.tar.gz", json.dumps({"format": FORMAT}), values))
 
 
 def test_a_bundle_of_this_format_is_read(tmp_path: Path) -> None:

@@ -176,6 +176,16 @@ def test_the_report_of_a_local_run_is_found_or_copied(tmp_path: Path, capsys: py
     assert Path("page.html").read_bytes() == PAGE
 
 
+@pytest.mark.parametrize("name", ["../demo", "..", "demo/", "/etc", "", "a\n", "x" * 64])
+def test_the_name_of_a_local_run_is_the_name_of_a_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = workspace(tmp_path / "workspace")
+    assert genvalues("report", name, "--workspace", str(folder / "runs")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not a valid run name. Name a folder in " in line
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -371,6 +371,7 @@ def test_an_unknown_release_is_one_line_that_names_the_existing_ones(
     [
         ('secrets is forbidden: User "u" cannot list resource "secrets"', 2, "release demo: secrets is forbidden"),
         ("Kubernetes cluster unreachable: connection refused", 1, "release demo: Kubernetes cluster unreachable"),
+        ("invalid header hf_QwErTyUiOp given", 2, "release demo: invalid header hf_... given"),
     ],
 )
 def test_an_error_of_helm_is_one_line(
