@@ -407,6 +407,17 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- /* Values are stored in the release, where others can read them. The messages do not show them. */}}
 {{- define "llama-lora.validations.secrets" -}}
 {{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
+{{- $hub := .Values.publish.hub }}
+{{- range $key, $name := dict "huggingFace.tokenSecret" .Values.huggingFace.tokenSecret "publish.hub.tokenSecret" $hub.tokenSecret "monitoring.secretName" .Values.monitoring.secretName }}
+{{- if not (regexMatch "^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$" $name) }}
+{{ $key }} is not a valid name of a Secret. Set it to the name of a Secret, never to the token itself.
+{{- end }}
+{{- end }}
+{{- range $key, $name := dict "huggingFace.tokenKey" .Values.huggingFace.tokenKey "publish.hub.tokenKey" $hub.tokenKey }}
+{{- if not (regexMatch "^[-._a-zA-Z0-9]+$" $name) }}
+{{ $key }} is not a valid key in a Secret. Set it to the key of the token, never to the token itself.
+{{- end }}
+{{- end }}
 {{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
 {{- range $name, $value := $settings.extraEnv }}
 {{- $switch := regexMatch "(?i)^(0|1|true|false|yes|no|on|off)?$" (toString $value) }}      {{- /* HF_HUB_DISABLE_IMPLICIT_TOKEN */}}

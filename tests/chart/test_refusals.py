@@ -89,7 +89,6 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "a port above all": ({"networkPolicy": {"apiServerPorts": [70000]}}, "apiServerPorts"),
     "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
-    "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
     "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
     "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
     "half a device": ({"devices": {"aws.amazon.com/neuron": 0.5}}, "devices"),
@@ -480,6 +479,14 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"publish": {"hub": {"merged": "a/b"}}},
         "publish.hub.tokenSecret is required to write to the Hub",
     ),
+    "a token instead of a Secret's name": (
+        {"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}},
+        "huggingFace.tokenSecret is not a valid name of a Secret. Set it to the name of a Secret, never to the token",
+    ),
+    "a token instead of its key": (
+        {"publish": {"hub": {"tokenKey": "QwErTy/UiOp="}}},
+        "publish.hub.tokenKey is not a valid key in a Secret. Set it to the key of the token, never to the token",
+    ),
     "a token without a repository": (
         {"publish": {"hub": {"tokenSecret": "x"}}},
         "publish.hub.tokenSecret has no effect without publish.hub.adapter",
@@ -716,13 +723,18 @@ def test_a_token_is_rejected_anywhere_in_the_values_and_never_shown(token: str, 
         "model": {"id": "", "path": f"/workspace/{token}"},
         "dataset": {"source": f"s3://bucket/{token}/rows.jsonl", "config": token, "columns": {"text": token}},
         "storage": {"mountOptions": ["flock", token]},
+        "huggingFace": {"tokenSecret": token, "tokenKey": token},
+        "publish": {"hub": {"tokenSecret": token, "tokenKey": token}},
+        "monitoring": {"secretName": token},
         "stageDefaults": {"extraEnv": {"WHO": token}},
         "stages": stages,
     }
     message = refusal(values, helm)
     for key in [
         *("model.path", "dataset.source", "dataset.config", "dataset.columns.text", "storage.mountOptions"),
-        *("stageDefaults.extraEnv.WHO", "stages.train.extraEnv.OPTIONS", "stages.merge.podAnnotations.note"),
+        *("huggingFace.tokenSecret", "huggingFace.tokenKey", "publish.hub.tokenSecret", "publish.hub.tokenKey"),
+        *("monitoring.secretName", "stageDefaults.extraEnv.WHO"),
+        *("stages.train.extraEnv.OPTIONS", "stages.merge.podAnnotations.note"),
     ]:
         assert f"  {key} contains a token or a key" in message
     assert token.splitlines()[0] not in message

@@ -130,6 +130,9 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "publish.hub.adapter",
     ),
     "a repository without a token": ({"publish": {"hub": {"merged": "a/b"}}}, "publish.hub.tokenSecret"),
+    "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "QwErTyUiOp"}}, "huggingFace.tokenSecret"),
+    "a token instead of its key": ({"publish": {"hub": {"tokenKey": "QwErTy/UiOp="}}}, "publish.hub.tokenKey"),
+    "a token for metrics": ({"monitoring": {"secretName": "QwErTy_UiOp", "wandb": True}}, "monitoring.secretName"),
     "a token without a repository": ({"publish": {"hub": {"tokenSecret": "x"}}}, "publish.hub.tokenSecret"),
     "a report that is not made": (
         {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},

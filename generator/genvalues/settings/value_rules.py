@@ -33,7 +33,8 @@ from genvalues.accelerators.neuron_rules import (
 )
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
-from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.common.text import SECRET_KEYS, SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.settings.base import DNS_NAME
 from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
 from genvalues.settings.run import TRAIN_GRACE_SECONDS, with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
@@ -79,6 +80,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         environment,
         publish,
         monitoring,
+        secret_names,
         secrets,
         kueue,
     )
@@ -683,6 +685,15 @@ def kueue(values: Values) -> Iterator[Problem]:
             "kueue.priorityClass has no effect without kueue.queueName",
             "Set kueue.queueName to a LocalQueue, or remove kueue.priorityClass.",
         )
+
+
+def secret_names(values: Values) -> Iterator[Problem]:
+    """A token where the name of its Secret belongs; the chart's schema lacks these patterns (schemas.HIDDEN)."""
+    for key in sorted(SECRET_KEYS):
+        name = get(values, ".".join(key), str)
+        pattern, what = (r"[-._a-zA-Z0-9]+", "key in a") if key[-1] == "tokenKey" else (rf"({DNS_NAME})?", "name of a")
+        if name is not None and not re.fullmatch(pattern, name):
+            yield Problem((key,), f"is not a valid {what} Secret", "Never write the token itself here.")
 
 
 def secrets(values: Values) -> Iterator[Problem]:
