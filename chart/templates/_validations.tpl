@@ -600,13 +600,25 @@ stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate re
 {{- end }}
 
 {{- define "llama-lora.validations.extraObjects" -}}
+{{- $own := include "llama-lora.ownNames" . | fromJson }}
+{{- $taken := dict }}
 {{- range $name, $object := .Values.extraObjects }}
 {{- $rendered := include "llama-lora.extraObject" (dict "root" $ "name" $name) | fromYaml }}
+{{- $kind := toString $rendered.kind }}
+{{- $namespace := $rendered.metadata.namespace | default $.Release.Namespace }}
+{{- $same := printf "%s%s %s/%s" (regexFind "^.*/" (toString $rendered.apiVersion)) $kind $namespace $rendered.metadata.name }}
 {{- if not (and $rendered.apiVersion $rendered.kind) }}
 extraObjects.{{ $name }} has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.
-{{- else if eq $rendered.kind "Secret" }}
+{{- else if eq $kind "Secret" }}
 extraObjects.{{ $name }} is a Secret, whose content anyone could read who can read the release. Use kubectl create secret, or an operator such as External Secrets.
+{{- else if hasSuffix "List" $kind }}
+extraObjects.{{ $name }} is a {{ $kind }}, whose items the chart does not check. Set each item as an object of its own, without Secrets.
+{{- else if and (has $rendered.metadata.name (get $own $kind | default list)) (eq $namespace $.Release.Namespace) }}
+extraObjects.{{ $name }} is {{ $kind }} {{ $rendered.metadata.name }}, which is an object of the chart. Set metadata.name to another name.
+{{- else if hasKey $taken $same }}
+extraObjects.{{ $name }} is {{ $kind }} {{ $rendered.metadata.name }}, as is extraObjects.{{ get $taken $same }}. Remove one of them, or set metadata.name to another name.
 {{- end }}
+{{- $_ := set $taken $same $name }}
 {{- end }}
 {{- end }}
 

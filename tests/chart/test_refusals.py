@@ -88,6 +88,15 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "invalid reservation": ({"capacityReservation": {"id": "fs-0123456789"}}, "capacityReservation.id"),
     "a port above all": ({"networkPolicy": {"apiServerPorts": [70000]}}, "apiServerPorts"),
     "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
+    "a kind that is no text": ({"extraObjects": {"a": {"apiVersion": "v1", "kind": 2}}}, "extraObjects.a.kind"),
+    "metadata that is text": ({"extraObjects": {"b": {"metadata": "x"}}}, "extraObjects.b.metadata"),
+    "labels that are text": ({"extraObjects": {"c": {"metadata": {"labels": "x"}}}}, "extraObjects.c.metadata.labels"),
+    "a label that is no text": (
+        {"extraObjects": {"d": {"metadata": {"labels": {"a": 1}}}}},
+        "extraObjects.d.metadata.labels.a",
+    ),
+    "a port that is no number": ({"monitoring": {"pushgateway": "http://h:abc"}}, "monitoring.pushgateway"),
+    "a port above all others": ({"monitoring": {"otlpEndpoint": "http://h:65536/v1"}}, "monitoring.otlpEndpoint"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
     "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
     "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
@@ -614,6 +623,31 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"extraObjects": {"a": {"apiVersion": "v1", "kind": '{{ "Secret" }}', "stringData": {"a": "b"}}}},
         "extraObjects.a is a Secret, whose content anyone could read who can read the release. Use kubectl create",
     ),
+    "a list of objects": (
+        {
+            "extraObjects": {
+                "c": {"apiVersion": "v1", "kind": "List", "items": [{"apiVersion": "v1", "kind": "Secret"}]}
+            }
+        },
+        "extraObjects.c is a List, whose items the chart does not check. Set each item as an object of its own",
+    ),
+    "an object of the chart": (
+        {
+            "extraObjects": {
+                "d": {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-config"}}
+            }
+        },
+        "extraObjects.d is ConfigMap llama-config, which is an object of the chart. Set metadata.name to another name.",
+    ),
+    "an object twice": (
+        {
+            "extraObjects": {
+                "e": {"apiVersion": "v1", "kind": "Service"},
+                "f": {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "e"}},
+            }
+        },
+        "extraObjects.f is Service e, as is extraObjects.e. Remove one of them, or set metadata.name to another name.",
+    ),
     "a workspace over the programs": (
         {"workspace": {"mountPath": "/usr"}},
         "workspace.mountPath /usr would hide a directory of the image. Use another path, e.g. /workspace.",
@@ -692,6 +726,34 @@ def test_a_release_name_too_long_for_the_runner_is_rejected(helm: int) -> None:
     message = refusal({"pipeline": {"mode": "detached"}}, helm, release="r" * 50)
     assert LONG_NAME in message
     assert render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}), helm=helm, release="r" * 49)
+
+
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_no_further_object_has_the_name_of_one_of_the_charts(workload: str, mode: str) -> None:
+    values: Values = {
+        "workload": workload,
+        "pipeline": {"mode": mode},
+        "rehearse": {"enabled": True},
+        "publish": {"s3": {"uri": "s3://bucket/run"}},
+        "monitoring": {"pushgateway": "http://[::1]:9091/x", "wandb": True},
+        "networkPolicy": {"enabled": True},
+        "rbac": {"clusterScopedReads": True},
+    }
+    fsx: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
+    values["storage"] = {"kind": "fsx", "size": "1200Gi", "fsx": fsx}
+    objects = render(merged(MINIMAL, values))
+    same = {
+        f"n{number}": {
+            "apiVersion": each["apiVersion"],
+            "kind": each["kind"],
+            "metadata": {"name": each["metadata"]["name"]},
+        }
+        for number, each in enumerate(objects)
+    }
+    message = refusal(merged(values, {"extraObjects": same}))
+    for name, each in same.items():
+        assert f"extraObjects.{name} is {each['kind']} {each['metadata']['name']}, which is an object" in message
 
 
 def test_every_message_has_a_fix_and_a_test() -> None:

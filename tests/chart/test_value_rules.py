@@ -145,6 +145,18 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"stages": {"train": {"extraEnv": {"LLAMA_LORA_GRACE_SECONDS": 300}}}},
         f"{ENVIRONMENT}.LLAMA_LORA_GRACE_SECONDS",
     ),
+    "an object of no kind": ({"extraObjects": {"a": {"apiVersion": "v1"}}}, "extraObjects.a"),
+    "a Secret": ({"extraObjects": {"b": {"apiVersion": "v1", "kind": "Secret"}}}, "extraObjects.b"),
+    "a list of objects": ({"extraObjects": {"c": {"apiVersion": "v1", "kind": "List"}}}, "extraObjects.c"),
+    "an object twice": (
+        {
+            "extraObjects": {
+                "d": {"apiVersion": "apps/v1", "kind": "Deployment"},
+                "e": {"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "d"}},
+            }
+        },
+        "extraObjects.e",
+    ),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
     "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),

@@ -123,7 +123,9 @@ S3_PREFIX = rf"s3://{BUCKET}(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)+/?"
 HubRepository = Annotated[
     str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=96)
 ]
-Url = Annotated[str, Field(pattern=r"^(https?://[^\s@?#]+)?$", max_length=1024)]  # no @: credentials are in Secrets
+HOST = r"([^\s@?#/:\[\]]+|\[[0-9A-Fa-f:.]+\])"  # no @: credentials are in Secrets
+PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+Url = Annotated[str, Field(pattern=optional(rf"https?://{HOST}(:{PORT})?(/[^\s@?#]*)?"), max_length=1024)]
 
 
 class Model(Block):

@@ -83,6 +83,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         secret_names,
         secrets,
         kueue,
+        extra_objects,
     )
     for rule in rules:
         yield from rule(values)
@@ -706,3 +707,25 @@ def secrets(values: Values) -> Iterator[Problem]:
                 yield Problem(
                     ((*key, "extraEnv", name),), "looks like a secret, which must not be in values", SECRETS_FIX
                 )
+
+
+def extra_objects(values: Values) -> Iterator[Problem]:
+    """Objects that the chart refuses, as far as they are no templates; the chart also knows the names of its own."""
+    taken: dict[tuple[str, ...], str] = {}
+    for name, extra in sorted((get(values, "extraObjects", dict) or {}).items()):
+        version, kind = get(extra, "apiVersion", str) or "", get(extra, "kind", str) or ""
+        namespace, called = (get(extra, f"metadata.{key}", str) or "" for key in ("namespace", "name"))
+        same = (version.rpartition("/")[0], kind, namespace, called or name)
+        key = (("extraObjects", name),)
+        if not (version and kind):
+            yield Problem(key, "has no apiVersion or kind", "Write both, e.g. {apiVersion: v1, kind: ConfigMap}.")
+        elif kind == "Secret":
+            what = "is a Secret, whose content anyone could read who can read the release"
+            yield Problem(key, what, "Use kubectl create secret, or an operator such as External Secrets.")
+        elif kind.endswith("List"):
+            what = f"is a {one_line(kind)}, whose items the chart does not check"
+            yield Problem(key, what, "Write each item as an object of its own, without Secrets.")
+        elif same in taken:
+            what = f"is {one_line(kind)} {one_line(same[-1])}, as is extraObjects.{one_line(taken[same])}"
+            yield Problem(key, what, "Remove one of them, or write another metadata.name.")
+        taken[same] = name

@@ -693,6 +693,27 @@ class Stages(Block):
     )
 
 
+class ObjectMetadata(Block):
+    """Metadata of an object."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = Field(None, description="Its name. Left out: NAME.")
+    namespace: str | None = Field(None, description="Its namespace. Left out: the release's.")
+    labels: dict[str, str] | None = Field(None, description="Its labels, besides the chart's.")
+    annotations: dict[str, str] | None = Field(None, description="Its annotations.")
+
+
+class ExtraObject(Block):
+    """A further object of the release."""
+
+    model_config = ConfigDict(extra="allow")
+
+    api_version: str | None = Field(None, description="Such as v1, or apps/v1.")
+    kind: str | None = Field(None, description="Its kind; not Secret, and no List.")
+    metadata: ObjectMetadata | None = Field(None, description="Its metadata.")
+
+
 class Values(Block):
     """Values of the chart llama-lora.
 
@@ -775,7 +796,7 @@ class Values(Block):
     common_labels: Labels = Field(
         {}, description="Labels of every object and pod, such as cost-center: ml. Those of the chart take precedence."
     )
-    extra_objects: dict[str, KubernetesObject] = Field(
+    extra_objects: dict[str, ExtraObject] = Field(
         {},
         description="Further objects of the release, NAME: {apiVersion: ..., kind: ..., ...}, as templates: "
         '{{ .Release.Name }} and {{ include "llama-lora.fullname" . }} are replaced. NAME is the default of '
