@@ -35,6 +35,8 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "half a split": ({"dataset": {"split": "train[:10%"}}, "split"),
     "a source without a name": ({"dataset": {"additional": {"x": {"source": ""}}}}, "additional.x.source"),
     "a weight of nothing": ({"dataset": {"additional": {"x": {"source": "a/b", "weight": 0}}}}, "weight"),
+    "a source named like a path": ({"dataset": {"additional": {"../x": {"source": "a/b"}}}}, "dataset.additional"),
+    "a source named in two lines": ({"dataset": {"additional": {"x\ny": {"source": "a/b"}}}}, "dataset.additional"),
     "unknown policy": ({"dataset": {"onBadRow": "ignore"}}, "onBadRow"),
     "unknown column": ({"dataset": {"columns": {"question": "q"}}}, "question"),
     "unknown backend": ({"backend": "cuda"}, "backend"),

@@ -298,3 +298,6 @@ def test_numbers_that_helm_set_passes_as_text_are_numbers(helm: int) -> None:
         render(merged(MINIMAL, {"lora": {"dropout": "1.5"}}), helm=helm)
     with pytest.raises(Refused, match=r"training.epochs 0.0 is too small. Set it to more than 0"):
         render(merged(MINIMAL, {"training": {"epochs": "0.0"}}), helm=helm)
+    with pytest.raises(Refused, match=r"dataset.additional.my.x.weight -1 is too small. Set it to more than 0"):
+        additional = {"my.x": {"source": "a/b", "weight": "-1"}, "y": {"source": "a/b", "weight": "0.5"}}
+        render(merged(MINIMAL, {"dataset": {"additional": additional}}), helm=helm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from genvalues.common.dicts import merge, without_null
 from genvalues.common.errors import UserError
 from genvalues.common.text import KeyPath, dotted, one_line
+from genvalues.settings.base import BOUNDS, NUMBER
 from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
@@ -102,7 +104,8 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
     schema = values_schema(chart)
 
     try:
-        errors = list(jsonschema.Draft7Validator(schema).iter_errors(values))
+        validator = jsonschema.validators.extend(jsonschema.Draft7Validator, {word: limit(word) for word in BOUNDS})
+        errors = list(validator(schema).iter_errors(values))
     except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:
@@ -123,6 +126,18 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
             yield key, one_line(cause.message.replace(value, one_line(value, 60), 1), 200)
+
+
+def limit(word: str) -> Callable[..., Iterator[jsonschema.ValidationError]]:
+    """A keyword such as minimum, also for a number as text, which the chart's templates compare."""
+    of_numbers = jsonschema.Draft7Validator.VALIDATORS[word]
+
+    def check(validator: Any, bound: Any, value: Any, rules: Any) -> Iterator[jsonschema.ValidationError]:
+        if isinstance(value, str) and rules.get("pattern") == NUMBER and re.search(NUMBER, value):
+            value = float(value)
+        yield from of_numbers(validator, bound, value, rules) or ()
+
+    return check
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:

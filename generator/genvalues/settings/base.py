@@ -37,6 +37,7 @@ REPOSITORY = rf"{REPOSITORY_PART}(:[0-9]+/{REPOSITORY_PART})?(/{REPOSITORY_PART}
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 DIGEST = r"sha256:[0-9a-f]{64}"
 LARGE = 1_000_000_000  # an upper bound where nothing else limits a number
+NUMBER = r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"  # a number as `helm --set` passes it: as text
 BOUNDS = {  # JSON Schema's words for limits, and ours
     "minimum": "at least",
     "exclusiveMinimum": "more than",

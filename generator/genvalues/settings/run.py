@@ -40,6 +40,8 @@ DeviceType = Literal["cpu", "neuron", "cuda"]
 
 TRAIN_GRACE_SECONDS = 120  # to save a checkpoint; the gate reserves its cost, cleanup waits for it
 
+SOURCE_NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"  # shown in messages and reports
+
 # --- keys that genvalues chooses when the inputs leave them out
 
 Source = Annotated[
@@ -226,7 +228,10 @@ class DatasetOptions(DatasetPart):
     """What to train on."""
 
     additional: dict[str, AdditionalSource] = Field(
-        {}, description="Further sources of rows by name, such as replay: {source: ..., weight: 0.5}."
+        {},
+        json_schema_extra={"propertyNames": {"pattern": SOURCE_NAME}},
+        description="Further sources of rows, such as replay: {source: ..., weight: 0.5}, each by a name without / and "
+        "without a dot at its beginning.",
     )
     eval_fraction: Fraction = Field(
         0.02, description="Share of the rows held out for evaluation. Without effect if dataset.eval is set."

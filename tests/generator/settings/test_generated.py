@@ -10,9 +10,10 @@ import jsonschema
 import pytest
 import yaml
 
+from genvalues.settings.base import NUMBER
 from genvalues.settings.generate import ROOT, generated_files
 from genvalues.settings.run import RunConfig
-from genvalues.settings.schemas import NUMBER, inputs_schema, values_schema
+from genvalues.settings.schemas import inputs_schema, values_schema
 from genvalues.settings.values import Values
 
 SINCE_DRAFT_07 = {
