@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" "deadlines" "accounts" "environment" "capabilities" "grace" "kueue" "reservation" "labels" "extraObjects" }}
+{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" "deadlines" "accounts" "environment" "capabilities" "grace" "kueue" "reservation" "labels" "jobsLabels" "extraObjects" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -470,6 +470,13 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}
+{{- range $resource := list "hugepages-2Mi" "hugepages-1Gi" }}
+{{- $request := get $settings.resources.requests $resource }}
+{{- $limit := get $settings.resources.limits $resource }}
+{{- if and $request (ne (include "llama-lora.quantity" $request) (include "llama-lora.quantity" ($limit | default 0))) }}
+stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires the same limit. Set resources.limits.{{ $resource }} to {{ $request }}.
+{{- end }}
+{{- end }}
 {{- $memory := $settings.resources.limits.memory }}
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
@@ -536,9 +543,15 @@ stages.{{ $stage }}: extraEnvFrom.{{ $name }} requires exactly one of secretRef 
 {{- define "llama-lora.validations.capabilities" -}}
 {{- range $stage, $own := .Values.stages }}
 {{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
-{{- range $name := list "ALL" "SYS_ADMIN" }}
+{{- $refused := list "ALL" "SYS_ADMIN" "CAP_SYS_ADMIN" }}
+{{- range $name := $refused }}
 {{- if get $settings.capabilities $name }}
-stages.{{ $stage }}: capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
+stages.{{ $stage }}.capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
+{{- end }}
+{{- end }}
+{{- range $name, $added := $settings.capabilities }}
+{{- if and $added (hasPrefix "CAP_" $name) (not (has $name $refused)) }}
+stages.{{ $stage }}.capabilities.{{ $name }} has the prefix CAP_, which Kubernetes adds itself. Use {{ trimPrefix "CAP_" $name }}.
 {{- end }}
 {{- end }}
 {{- with $settings.seccompProfile }}
@@ -594,6 +607,21 @@ commonLabels.{{ $label }} would be on every object. Use kueue.queueName, kueue.c
 {{- range $stage, $own := $.Values.stages }}
 {{- if hasKey (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).jobLabels $label }}
 stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate releases it. Use kueue.queueName, kueue.cpuQueueName or kueue.priorityClass.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Labels by which a Job finds its pods: the API server refuses a Job with other values of them. */}}
+{{- define "llama-lora.validations.jobsLabels" -}}
+{{- $blocks := dict "commonLabels" .Values.commonLabels }}
+{{- range $stage, $own := .Values.stages }}
+{{- $_ := set $blocks (printf "stages.%s.podLabels" $stage) (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).podLabels }}
+{{- end }}
+{{- range $key, $labels := $blocks }}
+{{- range $label, $value := $labels }}
+{{- if or (has $label (list "controller-uid" "job-name")) (hasPrefix "batch.kubernetes.io/" $label) }}
+{{ $key }}.{{ $label }} is a label that Jobs give their pods themselves. Remove it.
 {{- end }}
 {{- end }}
 {{- end }}

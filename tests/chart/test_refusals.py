@@ -14,6 +14,9 @@ from chart.manifests import CHART, MINIMAL, Values, merged, pods, refusal, refus
 SCHEMA = jsonschema.Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 
+NODES = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
 # Rejected by the schema: values, and the key that the message must name.
 MISFITS: dict[str, tuple[Values, str]] = {
     "unknown section": ({"trainning": {}}, "trainning"),
@@ -99,6 +102,50 @@ MISFITS: dict[str, tuple[Values, str]] = {
     ),
     "a port that is no number": ({"monitoring": {"pushgateway": "http://h:abc"}}, "monitoring.pushgateway"),
     "a port above all others": ({"monitoring": {"otlpEndpoint": "http://h:65536/v1"}}, "monitoring.otlpEndpoint"),
+    "two points in the repository": ({"image": {"repository": "a/b..c"}}, "image.repository"),
+    "a taint of any value with a value": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
+        "tolerations.0.value",
+    ),
+    "a taint without a key": (
+        {"stages": {"merge": {"tolerations": [{"operator": "Equal", "value": "b"}]}}},
+        "stages.merge.tolerations.0",
+    ),
+    "an empty toleration": ({"stages": {"neff": {"tolerations": [{}]}}}, "stages.neff.tolerations.0"),
+    "seconds of a taint that evicts nothing": (
+        {"stages": {"train": {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 5}]}}},
+        "stages.train.tolerations.0.effect",
+    ),
+    "an absolute subPath": (
+        {"stages": {"merge": {"extraVolumeMounts": {"b": {"mountPath": "/b", "subPath": "/x"}}}}},
+        "extraVolumeMounts.b.subPath",
+    ),
+    "a subPath that leads out": (
+        {"stages": {"merge": {"extraVolumeMounts": {"c": {"mountPath": "/c", "subPath": "x/../.."}}}}},
+        "extraVolumeMounts.c.subPath",
+    ),
+    "an absolute path of a profile": (
+        {"stages": {"merge": {"seccompProfile": {"type": "Localhost", "localhostProfile": "/x.json"}}}},
+        "seccompProfile.localhostProfile",
+    ),
+    "no terms of nodes": (
+        {"stages": {"gate": {"affinity": {"nodeAffinity": {NODES: {"nodeSelectorTerms": []}}}}}},
+        "stages.gate.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms",
+    ),
+    "a preference without a weight": (
+        {"stages": {"gate": {"affinity": {"nodeAffinity": {PREFERRED: [{"preference": {}}]}}}}},
+        "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution.0",
+    ),
+    "a preference of pods without a term": (
+        {"stages": {"gate": {"affinity": {"podAffinity": {PREFERRED: [{"weight": 1}]}}}}},
+        "podAffinity.preferredDuringSchedulingIgnoredDuringExecution.0",
+    ),
+    "one pod beside many nodes": (
+        {"storage": {"accessModes": ["ReadWriteMany", "ReadWriteOncePod"]}},
+        "storage.accessModes",
+    ),
+    "no shared memory": ({"sharedMemory": "0Gi"}, "sharedMemory"),
+    "more than all of a split": ({"dataset": {"split": "train[:200%]"}}, "dataset.split"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
     "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
     "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
@@ -567,11 +614,23 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "all capabilities": (
         {"stages": {"train": {"capabilities": {"SYS_ADMIN": True}}}},
-        "stages.train: capabilities.SYS_ADMIN is refused by Kubernetes, because the pods forbid privilege escalation.",
+        "stages.train.capabilities.SYS_ADMIN is refused by Kubernetes, because the pods forbid privilege escalation.",
     ),
     "a profile without a path": (
         {"stages": {"train": {"seccompProfile": {"type": "Localhost"}}}},
         "stages.train: seccompProfile.localhostProfile is the path of a profile of type Localhost. Set both",
+    ),
+    "a capability with its prefix": (
+        {"stages": {"train": {"capabilities": {"CAP_IPC_LOCK": True}}}},
+        "stages.train.capabilities.CAP_IPC_LOCK has the prefix CAP_, which Kubernetes adds itself. Use IPC_LOCK.",
+    ),
+    "huge pages without a limit": (
+        {"stages": {"merge": {"resources": {"requests": {"hugepages-2Mi": "4Mi"}}}}},
+        "stages.merge: resources.requests.hugepages-2Mi 4Mi requires the same limit. Set resources.limits.huge",
+    ),
+    "a label of a Job's pods": (
+        {"stages": {"merge": {"podLabels": {"batch.kubernetes.io/job-name": "x"}}}},
+        "stages.merge.podLabels.batch.kubernetes.io/job-name is a label that Jobs give their pods themselves. Remove",
     ),
     "no time to save": (
         {"stages": {"train": {"terminationGracePeriodSeconds": 10}}},

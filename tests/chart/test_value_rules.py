@@ -157,6 +157,19 @@ REFUSED: dict[str, tuple[Values, str]] = {
         },
         "extraObjects.e",
     ),
+    "a label of a Job's pods": (
+        {"stages": {"merge": {"podLabels": {"job-name": "x"}}}},
+        "stages.merge.podLabels.job-name",
+    ),
+    "a label of all Jobs' pods": ({"commonLabels": {"controller-uid": "x"}}, "commonLabels.controller-uid"),
+    "an administrator": (
+        {"stages": {"merge": {"capabilities": {"CAP_SYS_ADMIN": True}}}},
+        "stages.merge.capabilities.CAP_SYS_ADMIN",
+    ),
+    "a capability with its prefix": (
+        {"stages": {"train": {"capabilities": {"CAP_IPC_LOCK": True}}}},
+        "stages.train.capabilities.CAP_IPC_LOCK",
+    ),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
     "FSx without a class": ({"storage": {"kind": "fsx", "size": "1200Gi", "storageClass": ""}}, "storage.storageClass"),

@@ -78,6 +78,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         storage,
         access_modes,
         environment,
+        pod_settings,
         publish,
         monitoring,
         secret_names,
@@ -623,6 +624,29 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+JOBS_LABELS = r"controller-uid|job-name|batch\.kubernetes\.io/.*"  # by which a Job finds its pods
+
+
+def pod_settings(values: Values) -> Iterator[Problem]:
+    """Labels that the API server refuses, and capabilities that the runtime refuses."""
+    blocks: list[tuple[KeyPath, Any]] = [(("stageDefaults",), values.get("stageDefaults"))]
+    blocks += [(("stages", stage), block) for stage, block in (get(values, "stages", dict) or {}).items()]
+    labels: list[tuple[KeyPath, Any]] = [(("commonLabels",), get(values, "commonLabels", dict))]
+    labels += [((*key, "podLabels"), get(block, "podLabels", dict)) for key, block in blocks]
+    for above, written in labels:
+        for name in written or {}:
+            if re.fullmatch(JOBS_LABELS, name):
+                yield Problem(((*above, name),), "is a label that Jobs give their pods themselves", "Remove it.")
+    for key, block in blocks:
+        for name, added in (get(block, "capabilities", dict) or {}).items():
+            if added is True and name in ("ALL", "SYS_ADMIN", "CAP_SYS_ADMIN"):
+                what = "is refused by Kubernetes, because the pods forbid privilege escalation"
+                yield Problem(((*key, "capabilities", name),), what, "Remove it.")
+            elif added is True and name.startswith("CAP_"):
+                what = "has the prefix CAP_, which Kubernetes adds itself"
+                yield Problem(((*key, "capabilities", name),), what, f"Write {name.removeprefix('CAP_')}.")
 
 
 def publish(values: Values) -> Iterator[Problem]:

@@ -695,6 +695,12 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
         ("source: a/b, additional: {x: {source: a/c, weight: 0}}", "dataset.additional.x.weight: must be more than 0"),
         ("source: a/b, additional: {../x: {source: a/c}}", 'dataset.additional: "../x" is invalid. (Further sources'),
         ("source: a/b, additional: {x: {split: test}}", "dataset.additional.x.source: missing. (Hub id, or path"),
+        ("source: a/b, split: 'train[90%:10%]'", 'dataset.split: "train[90%:10%]" has a part without rows'),
+        (
+            "source: a/b, eval: {split: 'test+train[:0]'}",
+            'dataset.eval.split: "test+train[:0]" has a part without rows',
+        ),
+        ("source: a/b, split: 'train[-:5]'", 'dataset.split: "train[-:5]" is invalid'),
         ("source: a/b, split: 'train[:10'", 'dataset.split: "train[:10" is invalid'),
         (
             "source: a/b, groupColumn: user, eval: {split: test}",
