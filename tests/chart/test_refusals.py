@@ -105,7 +105,7 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "two points in the repository": ({"image": {"repository": "a/b..c"}}, "image.repository"),
     "a taint of any value with a value": (
         {"stageDefaults": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
-        "tolerations.0.value",
+        "tolerations.0",
     ),
     "a taint without a key": (
         {"stages": {"merge": {"tolerations": [{"operator": "Equal", "value": "b"}]}}},
@@ -114,7 +114,7 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "an empty toleration": ({"stages": {"neff": {"tolerations": [{}]}}}, "stages.neff.tolerations.0"),
     "seconds of a taint that evicts nothing": (
         {"stages": {"train": {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 5}]}}},
-        "stages.train.tolerations.0.effect",
+        "stages.train.tolerations.0",
     ),
     "an absolute subPath": (
         {"stages": {"merge": {"extraVolumeMounts": {"b": {"mountPath": "/b", "subPath": "/x"}}}}},
