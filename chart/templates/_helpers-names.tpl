@@ -84,3 +84,38 @@
 {{- define "llama-lora.preflight.clusterRole" -}}
 {{ .Release.Namespace }}.{{ include "llama-lora.account" (dict "root" . "name" "preflight") }}
 {{- end }}
+
+{{- /* The names of the chart's objects by kind, which no object of extraObjects may have. */}}
+{{- define "llama-lora.ownNames" -}}
+{{- $jobs := list }}
+{{- range list "preflight" "storage-prepare" "tokenize" "rehearse" "compile-gate" "neff" "train-gate" "consolidate" "merge" "evaluate" "publish" "runner" "cleanup" "cleanup-before-install" }}
+{{- $jobs = append $jobs (include "llama-lora.stage.name" (dict "root" $ "stage" .)) }}
+{{- end }}
+{{- $nodes := list }}
+{{- range list "compile" "train" }}
+{{- $nodes = append $nodes (include "llama-lora.stage.name" (dict "root" $ "stage" .)) }}
+{{- end }}
+{{- $policies := list }}
+{{- range list "run" "workers" "outside" "api-server" "monitoring" "trackers" }}
+{{- $policies = append $policies (include "llama-lora.networkPolicy.name" (dict "root" $ "name" .)) }}
+{{- end }}
+{{- $names := dict
+      "ConfigMap" (list (include "llama-lora.config.name" .))
+      "Job" $jobs
+      "NetworkPolicy" (ternary $policies list .Values.networkPolicy.enabled)
+      "Pod" (list (include "llama-lora.stage.name" (dict "root" . "stage" "verify")))
+      "PyTorchJob" $nodes "TrainJob" $nodes "TrainingRuntime" $nodes }}
+{{- if .Values.rbac.create }}
+{{- $accounts := list }}
+{{- range list "stage" "gate" "preflight" "tokenize" "publish" "cleanup" "runner" }}
+{{- $accounts = append $accounts (include "llama-lora.account" (dict "root" $ "name" .)) }}
+{{- end }}
+{{- $reads := list (include "llama-lora.preflight.clusterRole" .) }}
+{{- $names = merge $names (dict "ServiceAccount" $accounts "Role" $accounts "RoleBinding" $accounts "ClusterRole" $reads "ClusterRoleBinding" $reads) }}
+{{- end }}
+{{- if and .Values.storage.enabled (not .Values.storage.existingClaim) }}      {{- /* else the subchart is not there */}}
+{{- $scoped := list (include "storage.clusterScopedName" .) }}
+{{- $names = merge $names (dict "PersistentVolumeClaim" (list (include "storage.claimName" .)) "PersistentVolume" $scoped "StorageClass" $scoped) }}
+{{- end }}
+{{- toJson $names }}
+{{- end }}

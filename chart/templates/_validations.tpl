@@ -5,7 +5,7 @@
 */}}
 {{- define "llama-lora.validations" -}}
 {{- $problems := list }}
-{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" "deadlines" "accounts" "environment" "capabilities" "grace" "kueue" "reservation" "labels" "extraObjects" }}
+{{- range $check := list "model" "dataset" "training" "instance" "parallelism" "backend" "devices" "neuron" "guards" "storage" "workspace" "names" "publish" "monitoring" "secrets" "stages" "workload" "deadlines" "accounts" "environment" "capabilities" "grace" "kueue" "reservation" "labels" "jobsLabels" "extraObjects" }}
 {{- $found := include (printf "llama-lora.validations.%s" $check) $ | trim }}
 {{- if $found }}
 {{- $problems = concat $problems (splitList "\n" $found) }}
@@ -407,6 +407,17 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- /* Values are stored in the release, where others can read them. The messages do not show them. */}}
 {{- define "llama-lora.validations.secrets" -}}
 {{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
+{{- $hub := .Values.publish.hub }}
+{{- range $key, $name := dict "huggingFace.tokenSecret" .Values.huggingFace.tokenSecret "publish.hub.tokenSecret" $hub.tokenSecret "monitoring.secretName" .Values.monitoring.secretName }}
+{{- if not (regexMatch "^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$" $name) }}
+{{ $key }} is not a valid name of a Secret. Set it to the name of a Secret, never to the token itself.
+{{- end }}
+{{- end }}
+{{- range $key, $name := dict "huggingFace.tokenKey" .Values.huggingFace.tokenKey "publish.hub.tokenKey" $hub.tokenKey }}
+{{- if not (regexMatch "^[-._a-zA-Z0-9]+$" $name) }}
+{{ $key }} is not a valid key in a Secret. Set it to the key of the token, never to the token itself.
+{{- end }}
+{{- end }}
 {{- range $stage, $settings := mergeOverwrite (dict "stageDefaults" .Values.stageDefaults) .Values.stages }}
 {{- range $name, $value := $settings.extraEnv }}
 {{- $switch := regexMatch "(?i)^(0|1|true|false|yes|no|on|off)?$" (toString $value) }}      {{- /* HF_HUB_DISABLE_IMPLICIT_TOKEN */}}
@@ -457,6 +468,13 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's
 {{- $limit := get $settings.resources.limits $resource }}
 {{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
+{{- end }}
+{{- end }}
+{{- range $resource := list "hugepages-2Mi" "hugepages-1Gi" }}
+{{- $request := get $settings.resources.requests $resource }}
+{{- $limit := get $settings.resources.limits $resource }}
+{{- if and $request (ne (include "llama-lora.quantity" $request) (include "llama-lora.quantity" ($limit | default 0))) }}
+stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires the same limit. Set resources.limits.{{ $resource }} to {{ $request }}.
 {{- end }}
 {{- end }}
 {{- $memory := $settings.resources.limits.memory }}
@@ -525,9 +543,15 @@ stages.{{ $stage }}: extraEnvFrom.{{ $name }} requires exactly one of secretRef 
 {{- define "llama-lora.validations.capabilities" -}}
 {{- range $stage, $own := .Values.stages }}
 {{- $settings := include "stage.settings" (dict "root" $ "settings" $stage) | fromJson }}
-{{- range $name := list "ALL" "SYS_ADMIN" }}
+{{- $refused := list "ALL" "SYS_ADMIN" "CAP_SYS_ADMIN" }}
+{{- range $name := $refused }}
 {{- if get $settings.capabilities $name }}
-stages.{{ $stage }}: capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
+stages.{{ $stage }}.capabilities.{{ $name }} is refused by Kubernetes, because the pods forbid privilege escalation. Remove it.
+{{- end }}
+{{- end }}
+{{- range $name, $added := $settings.capabilities }}
+{{- if and $added (hasPrefix "CAP_" $name) (not (has $name $refused)) }}
+stages.{{ $stage }}.capabilities.{{ $name }} has the prefix CAP_, which Kubernetes adds itself. Use {{ trimPrefix "CAP_" $name }}.
 {{- end }}
 {{- end }}
 {{- with $settings.seccompProfile }}
@@ -588,14 +612,41 @@ stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate re
 {{- end }}
 {{- end }}
 
+{{- /* Labels by which a Job finds its pods: the API server refuses a Job with other values of them. */}}
+{{- define "llama-lora.validations.jobsLabels" -}}
+{{- $blocks := dict "commonLabels" .Values.commonLabels }}
+{{- range $stage, $own := .Values.stages }}
+{{- $_ := set $blocks (printf "stages.%s.podLabels" $stage) (include "stage.settings" (dict "root" $ "settings" $stage) | fromJson).podLabels }}
+{{- end }}
+{{- range $key, $labels := $blocks }}
+{{- range $label, $value := $labels }}
+{{- if or (has $label (list "controller-uid" "job-name")) (hasPrefix "batch.kubernetes.io/" $label) }}
+{{ $key }}.{{ $label }} is a label that Jobs give their pods themselves. Remove it.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "llama-lora.validations.extraObjects" -}}
+{{- $own := include "llama-lora.ownNames" . | fromJson }}
+{{- $taken := dict }}
 {{- range $name, $object := .Values.extraObjects }}
 {{- $rendered := include "llama-lora.extraObject" (dict "root" $ "name" $name) | fromYaml }}
+{{- $kind := toString $rendered.kind }}
+{{- $namespace := $rendered.metadata.namespace | default $.Release.Namespace }}
+{{- $same := printf "%s%s %s/%s" (regexFind "^.*/" (toString $rendered.apiVersion)) $kind $namespace $rendered.metadata.name }}
 {{- if not (and $rendered.apiVersion $rendered.kind) }}
 extraObjects.{{ $name }} has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.
-{{- else if eq $rendered.kind "Secret" }}
+{{- else if eq $kind "Secret" }}
 extraObjects.{{ $name }} is a Secret, whose content anyone could read who can read the release. Use kubectl create secret, or an operator such as External Secrets.
+{{- else if hasSuffix "List" $kind }}
+extraObjects.{{ $name }} is a {{ $kind }}, whose items the chart does not check. Set each item as an object of its own, without Secrets.
+{{- else if and (has $rendered.metadata.name (get $own $kind | default list)) (eq $namespace $.Release.Namespace) }}
+extraObjects.{{ $name }} is {{ $kind }} {{ $rendered.metadata.name }}, which is an object of the chart. Set metadata.name to another name.
+{{- else if hasKey $taken $same }}
+extraObjects.{{ $name }} is {{ $kind }} {{ $rendered.metadata.name }}, as is extraObjects.{{ get $taken $same }}. Remove one of them, or set metadata.name to another name.
 {{- end }}
+{{- $_ := set $taken $same $name }}
 {{- end }}
 {{- end }}
 

@@ -127,7 +127,7 @@ def test_the_schema_is_strict_and_uses_only_keywords_of_draft_07() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
     jsonschema.Draft7Validator.check_schema(schema)
-    free = {"global", "items"}
+    free = {"global", "items", "preference", "podAffinityTerm"}
     objects = ("extraVolumes.additional", "extraVolumes.^", "extraObjects.additional")
 
     def check(part: object, where: str) -> None:

@@ -14,6 +14,9 @@ from chart.manifests import CHART, MINIMAL, Values, merged, pods, refusal, refus
 SCHEMA = jsonschema.Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 
+NODES = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
 # Rejected by the schema: values, and the key that the message must name.
 MISFITS: dict[str, tuple[Values, str]] = {
     "unknown section": ({"trainning": {}}, "trainning"),
@@ -35,6 +38,8 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "half a split": ({"dataset": {"split": "train[:10%"}}, "split"),
     "a source without a name": ({"dataset": {"additional": {"x": {"source": ""}}}}, "additional.x.source"),
     "a weight of nothing": ({"dataset": {"additional": {"x": {"source": "a/b", "weight": 0}}}}, "weight"),
+    "a source named like a path": ({"dataset": {"additional": {"../x": {"source": "a/b"}}}}, "dataset.additional"),
+    "a source named in two lines": ({"dataset": {"additional": {"x\ny": {"source": "a/b"}}}}, "dataset.additional"),
     "unknown policy": ({"dataset": {"onBadRow": "ignore"}}, "onBadRow"),
     "unknown column": ({"dataset": {"columns": {"question": "q"}}}, "question"),
     "unknown backend": ({"backend": "cuda"}, "backend"),
@@ -88,8 +93,60 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "invalid reservation": ({"capacityReservation": {"id": "fs-0123456789"}}, "capacityReservation.id"),
     "a port above all": ({"networkPolicy": {"apiServerPorts": [70000]}}, "apiServerPorts"),
     "short digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
+    "a kind that is no text": ({"extraObjects": {"a": {"apiVersion": "v1", "kind": 2}}}, "extraObjects.a.kind"),
+    "metadata that is text": ({"extraObjects": {"b": {"metadata": "x"}}}, "extraObjects.b.metadata"),
+    "labels that are text": ({"extraObjects": {"c": {"metadata": {"labels": "x"}}}}, "extraObjects.c.metadata.labels"),
+    "a label that is no text": (
+        {"extraObjects": {"d": {"metadata": {"labels": {"a": 1}}}}},
+        "extraObjects.d.metadata.labels.a",
+    ),
+    "a port that is no number": ({"monitoring": {"pushgateway": "http://h:abc"}}, "monitoring.pushgateway"),
+    "a port above all others": ({"monitoring": {"otlpEndpoint": "http://h:65536/v1"}}, "monitoring.otlpEndpoint"),
+    "two points in the repository": ({"image": {"repository": "a/b..c"}}, "image.repository"),
+    "a taint of any value with a value": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
+        "tolerations.0",
+    ),
+    "a taint without a key": (
+        {"stages": {"merge": {"tolerations": [{"operator": "Equal", "value": "b"}]}}},
+        "stages.merge.tolerations.0",
+    ),
+    "an empty toleration": ({"stages": {"neff": {"tolerations": [{}]}}}, "stages.neff.tolerations.0"),
+    "seconds of a taint that evicts nothing": (
+        {"stages": {"train": {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 5}]}}},
+        "stages.train.tolerations.0",
+    ),
+    "an absolute subPath": (
+        {"stages": {"merge": {"extraVolumeMounts": {"b": {"mountPath": "/b", "subPath": "/x"}}}}},
+        "extraVolumeMounts.b.subPath",
+    ),
+    "a subPath that leads out": (
+        {"stages": {"merge": {"extraVolumeMounts": {"c": {"mountPath": "/c", "subPath": "x/../.."}}}}},
+        "extraVolumeMounts.c.subPath",
+    ),
+    "an absolute path of a profile": (
+        {"stages": {"merge": {"seccompProfile": {"type": "Localhost", "localhostProfile": "/x.json"}}}},
+        "seccompProfile.localhostProfile",
+    ),
+    "no terms of nodes": (
+        {"stages": {"gate": {"affinity": {"nodeAffinity": {NODES: {"nodeSelectorTerms": []}}}}}},
+        "stages.gate.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms",
+    ),
+    "a preference without a weight": (
+        {"stages": {"gate": {"affinity": {"nodeAffinity": {PREFERRED: [{"preference": {}}]}}}}},
+        "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution.0",
+    ),
+    "a preference of pods without a term": (
+        {"stages": {"gate": {"affinity": {"podAffinity": {PREFERRED: [{"weight": 1}]}}}}},
+        "podAffinity.preferredDuringSchedulingIgnoredDuringExecution.0",
+    ),
+    "one pod beside many nodes": (
+        {"storage": {"accessModes": ["ReadWriteMany", "ReadWriteOncePod"]}},
+        "storage.accessModes",
+    ),
+    "no shared memory": ({"sharedMemory": "0Gi"}, "sharedMemory"),
+    "more than all of a split": ({"dataset": {"split": "train[:200%]"}}, "dataset.split"),
     "relative model path": ({"model": {"id": "", "path": "models/llama"}}, "path"),
-    "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}}, "tokenSecret"),
     "no processes": ({"parallelism": {"processesPerNode": 0}}, "processesPerNode"),
     "device without a domain": ({"devices": {"neuron": 1}}, "neuron"),
     "half a device": ({"devices": {"aws.amazon.com/neuron": 0.5}}, "devices"),
@@ -480,6 +537,14 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"publish": {"hub": {"merged": "a/b"}}},
         "publish.hub.tokenSecret is required to write to the Hub",
     ),
+    "a token instead of a Secret's name": (
+        {"huggingFace": {"tokenSecret": "hf_AbCdEfGhIj"}},
+        "huggingFace.tokenSecret is not a valid name of a Secret. Set it to the name of a Secret, never to the token",
+    ),
+    "a token instead of its key": (
+        {"publish": {"hub": {"tokenKey": "QwErTy/UiOp="}}},
+        "publish.hub.tokenKey is not a valid key in a Secret. Set it to the key of the token, never to the token",
+    ),
     "a token without a repository": (
         {"publish": {"hub": {"tokenSecret": "x"}}},
         "publish.hub.tokenSecret has no effect without publish.hub.adapter",
@@ -549,11 +614,23 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     ),
     "all capabilities": (
         {"stages": {"train": {"capabilities": {"SYS_ADMIN": True}}}},
-        "stages.train: capabilities.SYS_ADMIN is refused by Kubernetes, because the pods forbid privilege escalation.",
+        "stages.train.capabilities.SYS_ADMIN is refused by Kubernetes, because the pods forbid privilege escalation.",
     ),
     "a profile without a path": (
         {"stages": {"train": {"seccompProfile": {"type": "Localhost"}}}},
         "stages.train: seccompProfile.localhostProfile is the path of a profile of type Localhost. Set both",
+    ),
+    "a capability with its prefix": (
+        {"stages": {"train": {"capabilities": {"CAP_IPC_LOCK": True}}}},
+        "stages.train.capabilities.CAP_IPC_LOCK has the prefix CAP_, which Kubernetes adds itself. Use IPC_LOCK.",
+    ),
+    "huge pages without a limit": (
+        {"stages": {"merge": {"resources": {"requests": {"hugepages-2Mi": "4Mi"}}}}},
+        "stages.merge: resources.requests.hugepages-2Mi 4Mi requires the same limit. Set resources.limits.huge",
+    ),
+    "a label of a Job's pods": (
+        {"stages": {"merge": {"podLabels": {"batch.kubernetes.io/job-name": "x"}}}},
+        "stages.merge.podLabels.batch.kubernetes.io/job-name is a label that Jobs give their pods themselves. Remove",
     ),
     "no time to save": (
         {"stages": {"train": {"terminationGracePeriodSeconds": 10}}},
@@ -606,6 +683,31 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "a Secret in the values": (
         {"extraObjects": {"a": {"apiVersion": "v1", "kind": '{{ "Secret" }}', "stringData": {"a": "b"}}}},
         "extraObjects.a is a Secret, whose content anyone could read who can read the release. Use kubectl create",
+    ),
+    "a list of objects": (
+        {
+            "extraObjects": {
+                "c": {"apiVersion": "v1", "kind": "List", "items": [{"apiVersion": "v1", "kind": "Secret"}]}
+            }
+        },
+        "extraObjects.c is a List, whose items the chart does not check. Set each item as an object of its own",
+    ),
+    "an object of the chart": (
+        {
+            "extraObjects": {
+                "d": {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-config"}}
+            }
+        },
+        "extraObjects.d is ConfigMap llama-config, which is an object of the chart. Set metadata.name to another name.",
+    ),
+    "an object twice": (
+        {
+            "extraObjects": {
+                "e": {"apiVersion": "v1", "kind": "Service"},
+                "f": {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "e"}},
+            }
+        },
+        "extraObjects.f is Service e, as is extraObjects.e. Remove one of them, or set metadata.name to another name.",
     ),
     "a workspace over the programs": (
         {"workspace": {"mountPath": "/usr"}},
@@ -687,6 +789,34 @@ def test_a_release_name_too_long_for_the_runner_is_rejected(helm: int) -> None:
     assert render(merged(MINIMAL, {"pipeline": {"mode": "detached"}}), helm=helm, release="r" * 49)
 
 
+@pytest.mark.parametrize("workload", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_no_further_object_has_the_name_of_one_of_the_charts(workload: str, mode: str) -> None:
+    values: Values = {
+        "workload": workload,
+        "pipeline": {"mode": mode},
+        "rehearse": {"enabled": True},
+        "publish": {"s3": {"uri": "s3://bucket/run"}},
+        "monitoring": {"pushgateway": "http://[::1]:9091/x", "wandb": True},
+        "networkPolicy": {"enabled": True},
+        "rbac": {"clusterScopedReads": True},
+    }
+    fsx: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
+    values["storage"] = {"kind": "fsx", "size": "1200Gi", "fsx": fsx}
+    objects = render(merged(MINIMAL, values))
+    same = {
+        f"n{number}": {
+            "apiVersion": each["apiVersion"],
+            "kind": each["kind"],
+            "metadata": {"name": each["metadata"]["name"]},
+        }
+        for number, each in enumerate(objects)
+    }
+    message = refusal(merged(values, {"extraObjects": same}))
+    for name, each in same.items():
+        assert f"extraObjects.{name} is {each['kind']} {each['metadata']['name']}, which is an object" in message
+
+
 def test_every_message_has_a_fix_and_a_test() -> None:
     text = (CHART / "templates/_validations.tpl").read_text()
     text = re.sub(r"\{\{- /\*.*?\*/\}\}", "", text, flags=re.DOTALL)
@@ -716,13 +846,18 @@ def test_a_token_is_rejected_anywhere_in_the_values_and_never_shown(token: str, 
         "model": {"id": "", "path": f"/workspace/{token}"},
         "dataset": {"source": f"s3://bucket/{token}/rows.jsonl", "config": token, "columns": {"text": token}},
         "storage": {"mountOptions": ["flock", token]},
+        "huggingFace": {"tokenSecret": token, "tokenKey": token},
+        "publish": {"hub": {"tokenSecret": token, "tokenKey": token}},
+        "monitoring": {"secretName": token},
         "stageDefaults": {"extraEnv": {"WHO": token}},
         "stages": stages,
     }
     message = refusal(values, helm)
     for key in [
         *("model.path", "dataset.source", "dataset.config", "dataset.columns.text", "storage.mountOptions"),
-        *("stageDefaults.extraEnv.WHO", "stages.train.extraEnv.OPTIONS", "stages.merge.podAnnotations.note"),
+        *("huggingFace.tokenSecret", "huggingFace.tokenKey", "publish.hub.tokenSecret", "publish.hub.tokenKey"),
+        *("monitoring.secretName", "stageDefaults.extraEnv.WHO"),
+        *("stages.train.extraEnv.OPTIONS", "stages.merge.podAnnotations.note"),
     ]:
         assert f"  {key} contains a token or a key" in message
     assert token.splitlines()[0] not in message

@@ -130,6 +130,9 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "publish.hub.adapter",
     ),
     "a repository without a token": ({"publish": {"hub": {"merged": "a/b"}}}, "publish.hub.tokenSecret"),
+    "a token instead of a Secret's name": ({"huggingFace": {"tokenSecret": "QwErTyUiOp"}}, "huggingFace.tokenSecret"),
+    "a token instead of its key": ({"publish": {"hub": {"tokenKey": "QwErTy/UiOp="}}}, "publish.hub.tokenKey"),
+    "a token for metrics": ({"monitoring": {"secretName": "QwErTy_UiOp", "wandb": True}}, "monitoring.secretName"),
     "a token without a repository": ({"publish": {"hub": {"tokenSecret": "x"}}}, "publish.hub.tokenSecret"),
     "a report that is not made": (
         {"publish": {"s3": {"uri": "s3://bucket/a", "artifacts": ["report"]}}, "evaluation": {"enabled": False}},
@@ -141,6 +144,31 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "the launcher's time": (
         {"stages": {"train": {"extraEnv": {"LLAMA_LORA_GRACE_SECONDS": 300}}}},
         f"{ENVIRONMENT}.LLAMA_LORA_GRACE_SECONDS",
+    ),
+    "an object of no kind": ({"extraObjects": {"a": {"apiVersion": "v1"}}}, "extraObjects.a"),
+    "a Secret": ({"extraObjects": {"b": {"apiVersion": "v1", "kind": "Secret"}}}, "extraObjects.b"),
+    "a list of objects": ({"extraObjects": {"c": {"apiVersion": "v1", "kind": "List"}}}, "extraObjects.c"),
+    "an object twice": (
+        {
+            "extraObjects": {
+                "d": {"apiVersion": "apps/v1", "kind": "Deployment"},
+                "e": {"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "d"}},
+            }
+        },
+        "extraObjects.e",
+    ),
+    "a label of a Job's pods": (
+        {"stages": {"merge": {"podLabels": {"job-name": "x"}}}},
+        "stages.merge.podLabels.job-name",
+    ),
+    "a label of all Jobs' pods": ({"commonLabels": {"controller-uid": "x"}}, "commonLabels.controller-uid"),
+    "an administrator": (
+        {"stages": {"merge": {"capabilities": {"CAP_SYS_ADMIN": True}}}},
+        "stages.merge.capabilities.CAP_SYS_ADMIN",
+    ),
+    "a capability with its prefix": (
+        {"stages": {"train": {"capabilities": {"CAP_IPC_LOCK": True}}}},
+        "stages.train.capabilities.CAP_IPC_LOCK",
     ),
     "no volume": ({"storage": {"enabled": False}}, "storage.enabled"),
     "no size of FSx": ({"storage": {"kind": "fsx", "size": "1300Gi", "storageClass": "fsx-sc"}}, "storage.size"),
@@ -283,3 +311,6 @@ def test_numbers_that_helm_set_passes_as_text_are_numbers(helm: int) -> None:
         render(merged(MINIMAL, {"lora": {"dropout": "1.5"}}), helm=helm)
     with pytest.raises(Refused, match=r"training.epochs 0.0 is too small. Set it to more than 0"):
         render(merged(MINIMAL, {"training": {"epochs": "0.0"}}), helm=helm)
+    with pytest.raises(Refused, match=r"dataset.additional.my.x.weight -1 is too small. Set it to more than 0"):
+        additional = {"my.x": {"source": "a/b", "weight": "-1"}, "y": {"source": "a/b", "weight": "0.5"}}
+        render(merged(MINIMAL, {"dataset": {"additional": additional}}), helm=helm)

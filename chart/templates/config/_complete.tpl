@@ -24,24 +24,35 @@
 {{- range initial $path }}
 {{- $block = get $block . }}
 {{- end }}
-{{- $written := get $block (last $path) }}
-{{- if and $written (kindIs "string" $written) }}
-{{- $number := float64 $written }}
-{{- range $word, $limit := $limits }}
-{{- if or (and (eq $word "minimum") (lt $number (float64 $limit))) (and (eq $word "exclusiveMinimum") (le $number (float64 $limit))) }}
-{{- $mistakes = append $mistakes (printf "%s %s is too small. Set it to %s %v." $key $written (ternary "at least" "more than" (eq $word "minimum")) $limit) }}
-{{- else if or (and (eq $word "maximum") (gt $number (float64 $limit))) (and (eq $word "exclusiveMaximum") (ge $number (float64 $limit))) }}
-{{- $mistakes = append $mistakes (printf "%s %s is too large. Set it to %s %v." $key $written (ternary "at most" "less than" (eq $word "maximum")) $limit) }}
+{{- $mistakes = append $mistakes (include "llama-lora.settings.number" (dict "key" $key "block" $block "name" (last $path) "limits" $limits)) }}
 {{- end }}
+{{- $limits := get (include "llama-lora.settings.numbers" . | fromJson) "dataset.weight" }}
+{{- range $name, $source := .Values.dataset.additional }}
+{{- $key := printf "dataset.additional.%s.weight" $name }}
+{{- $mistakes = append $mistakes (include "llama-lora.settings.number" (dict "key" $key "block" $source "name" "weight" "limits" $limits)) }}
 {{- end }}
-{{- $_ := set $block (last $path) $number }}
-{{- end }}
-{{- end }}
+{{- $mistakes = compact $mistakes }}
 {{- if $mistakes }}
 {{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $mistakes)) }}
 {{- end }}
 {{- include "llama-lora.instance.complete" . }}
 {{- include "llama-lora.storage.complete" . }}
+{{- end }}
+
+{{- /* Turns a number that is text into a number, and says what is wrong with it. Arguments: key, block, name, limits. */}}
+{{- define "llama-lora.settings.number" -}}
+{{- $written := get .block .name }}
+{{- if and $written (kindIs "string" $written) }}
+{{- $number := float64 $written }}
+{{- range $word, $limit := .limits }}
+{{- if or (and (eq $word "minimum") (lt $number (float64 $limit))) (and (eq $word "exclusiveMinimum") (le $number (float64 $limit))) }}
+{{- printf "%s %s is too small. Set it to %s %v." $.key $written (ternary "at least" "more than" (eq $word "minimum")) $limit }}
+{{- else if or (and (eq $word "maximum") (gt $number (float64 $limit))) (and (eq $word "exclusiveMaximum") (ge $number (float64 $limit))) }}
+{{- printf "%s %s is too large. Set it to %s %v." $.key $written (ternary "at most" "less than" (eq $word "maximum")) $limit }}
+{{- end }}
+{{- end }}
+{{- $_ := set .block .name $number }}
+{{- end }}
 {{- end }}
 
 {{- /* Fills storage keys that are null or missing: an upgrade keeps what the claim and the storage class have, because they cannot

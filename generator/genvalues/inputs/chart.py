@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.files import refuse_fifo
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
 from genvalues.inputs.exact_ends import with_exact_ends
+from genvalues.settings.base import BOUNDS, NUMBER
 from genvalues.settings.by_instance import completed
 
 NAME = "llama-lora"
@@ -112,7 +114,9 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
     schema = values_schema(chart)
 
     try:
-        errors = list(with_exact_ends(jsonschema.Draft7Validator)(schema).iter_errors(values))
+        exact = with_exact_ends(jsonschema.Draft7Validator)
+        validator = jsonschema.validators.extend(exact, {word: limit(word) for word in BOUNDS})
+        errors = list(validator(schema).iter_errors(values))
     except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:
@@ -134,6 +138,18 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
             shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)
             yield key, one_line(redacted(cause.message.replace(value, shown, 1)), 200)
+
+
+def limit(word: str) -> Callable[..., Iterator[jsonschema.ValidationError]]:
+    """A keyword such as minimum, also for a number as text, which the chart's templates compare."""
+    of_numbers = jsonschema.Draft7Validator.VALIDATORS[word]
+
+    def check(validator: Any, bound: Any, value: Any, rules: Any) -> Iterator[jsonschema.ValidationError]:
+        if isinstance(value, str) and rules.get("pattern") == NUMBER and re.search(NUMBER, value):
+            value = float(value)
+        yield from of_numbers(validator, bound, value, rules) or ()
+
+    return check
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:

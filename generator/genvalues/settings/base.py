@@ -31,12 +31,13 @@ RUN_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"  # the name of a folder, 
 DNS_NAME = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]*"
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
-REPOSITORY_PART = r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+REPOSITORY_PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"  # as the distribution reference has it
 # A port is followed by a path: x:1 is the repository x with the tag 1.
 REPOSITORY = rf"{REPOSITORY_PART}(:[0-9]+/{REPOSITORY_PART})?(/{REPOSITORY_PART})*"
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 DIGEST = r"sha256:[0-9a-f]{64}"
 LARGE = 1_000_000_000  # an upper bound where nothing else limits a number
+NUMBER = r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"  # a number as `helm --set` passes it: as text
 BOUNDS = {  # JSON Schema's words for limits, and ours
     "minimum": "at least",
     "exclusiveMinimum": "more than",

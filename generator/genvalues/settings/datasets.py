@@ -47,7 +47,8 @@ COLUMN_ALIASES = {
 COLUMNS = {name for columns in (REQUIRED_COLUMNS, OPTIONAL_COLUMNS) for names in columns.values() for name in names}
 
 WILDCARD = re.compile(r"[*?\[]")
-SPLIT_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[-?[0-9]*%?:-?[0-9]*%?\])?"
+BOUND = r"(-?((100|[0-9]{1,2})%|[0-9]{1,15}))?"
+SPLIT_PART = rf"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[{BOUND}:{BOUND}\])?"
 SPLIT = rf"{SPLIT_PART}( *\+ *{SPLIT_PART})*"  # as `datasets` reads it
 
 
@@ -131,6 +132,11 @@ class SplitPart(NamedTuple):
         )
         first, end = (max(0, bound + rows) if bound < 0 else min(bound, rows) for bound in (first, end))
         return first, max(first, end)
+
+    def is_empty(self) -> bool:
+        """Whether it has no row, however many the split has."""
+        least = max((abs(int(bound.rstrip("%"))) for bound in (self.first, self.end) if bound), default=1)
+        return all(first == end for first, end in map(self.bounds, (least, 10**16)))
 
 
 def split_parts(split: str) -> list[SplitPart]:

@@ -61,6 +61,8 @@ def section(name: str, part: Part, default: Any) -> str:
     else:
         usually = f"; default: {shown(default) or '`null`'}" if default is not NO_DEFAULT else ""
         body = f"{kind(part).capitalize()}{usually}.\n"
+        if lines := [[code(row.key), *row[1:]] for row in rows_of_names(name, part)]:
+            body += f"\n{table(HEAD, lines)}"
     return f"## {name}\n\n{part['description']}\n\n{body}"
 
 
@@ -77,10 +79,15 @@ def rows(prefix: str, part: Part, defaults: Any) -> Iterator[KeyRow]:
         spelled_out_below = "properties" in inner and default != {}
         yield KeyRow(key, kind(inner), "" if spelled_out_below else shown(default), inner["description"])
         yield from rows(key, inner, default)
-        for named in [inner.get("additionalProperties"), *inner.get("patternProperties", {}).values()]:
-            if isinstance(named, dict):
-                yield from rows(f"{key}.NAME", named, NO_DEFAULT)
+        yield from rows_of_names(key, inner)
         yield from rows(f"{key}[]", inner.get("items", {}), NO_DEFAULT)
+
+
+def rows_of_names(key: str, part: Part) -> Iterator[KeyRow]:
+    """Every key below the names that a user chooses."""
+    for named in [part.get("additionalProperties"), *part.get("patternProperties", {}).values()]:
+        if isinstance(named, dict):
+            yield from rows(f"{key}.NAME", named, NO_DEFAULT)
 
 
 def inputs_tables(schema: Part) -> str:

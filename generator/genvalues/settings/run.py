@@ -40,6 +40,8 @@ DeviceType = Literal["cpu", "neuron", "cuda"]
 
 TRAIN_GRACE_SECONDS = 120  # to save a checkpoint; the gate reserves its cost, cleanup waits for it
 
+SOURCE_NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"  # shown in messages and reports
+
 # --- keys that genvalues chooses when the inputs leave them out
 
 Source = Annotated[
@@ -123,7 +125,9 @@ S3_PREFIX = rf"s3://{BUCKET}(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)+/?"
 HubRepository = Annotated[
     str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=96)
 ]
-Url = Annotated[str, Field(pattern=r"^(https?://[^\s@?#]+)?$", max_length=1024)]  # no @: credentials are in Secrets
+HOST = r"([^\s@?#/:\[\]]+|\[[0-9A-Fa-f:.]+\])"  # no @: credentials are in Secrets
+PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+Url = Annotated[str, Field(pattern=optional(rf"https?://{HOST}(:{PORT})?(/[^\s@?#]*)?"), max_length=1024)]
 
 
 class Model(Block):
@@ -224,7 +228,10 @@ class DatasetOptions(DatasetPart):
     """What to train on."""
 
     additional: dict[str, AdditionalSource] = Field(
-        {}, description="Further sources of rows by name, such as replay: {source: ..., weight: 0.5}."
+        {},
+        json_schema_extra={"propertyNames": {"pattern": SOURCE_NAME}},
+        description="Further sources of rows, such as replay: {source: ..., weight: 0.5}, each by a name without / and "
+        "without a dot at its beginning.",
     )
     eval_fraction: Fraction = Field(
         0.02, description="Share of the rows held out for evaluation. Without effect if dataset.eval is set."

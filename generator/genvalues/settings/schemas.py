@@ -6,12 +6,15 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from genvalues.common.text import SECRET_KEYS
+from genvalues.settings.base import NUMBER
 from genvalues.settings.inputs import Inputs
 from genvalues.settings.values import StageSettings, Values
 
 Schema = dict[str, Any]
 
-NUMBER = r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"  # a number as `helm --set` passes it: as text
+# Helm shows a value that does not match its pattern, and here users paste tokens: the templates check these instead.
+HIDDEN = {key[-1] for key in SECRET_KEYS if len(key) > 1}
 DEFINITIONS = {StageSettings.__name__: "stage"}  # blocks that the values' schema does not repeat, and their names there
 
 
@@ -85,9 +88,13 @@ def draft_07(rules: Schema, blocks: dict[str, Schema]) -> Schema:
     if "properties" in rules:
         rules.pop("title", None)
         rules["properties"] = {key: draft_07(inner, blocks) for key, inner in rules["properties"].items()}
+        for key in HIDDEN & rules["properties"].keys():
+            rules["properties"][key].pop("pattern")
     for word in ("items", "additionalProperties"):
         if isinstance(rules.get(word), dict):
             rules[word] = draft_07(rules[word], blocks)
+    if names := rules.pop("propertyNames", None):  # for which Helm 4 names another key
+        rules["patternProperties"] = {names["pattern"]: rules["additionalProperties"]}
     if "patternProperties" in rules:
         rules["patternProperties"] = {key: draft_07(inner, blocks) for key, inner in rules["patternProperties"].items()}
         rules["additionalProperties"] = False

@@ -33,7 +33,8 @@ from genvalues.accelerators.neuron_rules import (
 )
 from genvalues.common.dicts import get
 from genvalues.common.problems import Problem, key_paths
-from genvalues.common.text import SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.common.text import SECRET_KEYS, SECRET_NAME, KeyPath, number_of, one_line
+from genvalues.settings.base import DNS_NAME
 from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
 from genvalues.settings.run import TRAIN_GRACE_SECONDS, with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
@@ -77,10 +78,13 @@ def contradictions(values: Values) -> Iterator[Problem]:
         storage,
         access_modes,
         environment,
+        pod_settings,
         publish,
         monitoring,
+        secret_names,
         secrets,
         kueue,
+        extra_objects,
     )
     for rule in rules:
         yield from rule(values)
@@ -622,6 +626,29 @@ def as_text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+JOBS_LABELS = r"controller-uid|job-name|batch\.kubernetes\.io/.*"  # by which a Job finds its pods
+
+
+def pod_settings(values: Values) -> Iterator[Problem]:
+    """Labels that the API server refuses, and capabilities that the runtime refuses."""
+    blocks: list[tuple[KeyPath, Any]] = [(("stageDefaults",), values.get("stageDefaults"))]
+    blocks += [(("stages", stage), block) for stage, block in (get(values, "stages", dict) or {}).items()]
+    labels: list[tuple[KeyPath, Any]] = [(("commonLabels",), get(values, "commonLabels", dict))]
+    labels += [((*key, "podLabels"), get(block, "podLabels", dict)) for key, block in blocks]
+    for above, written in labels:
+        for name in written or {}:
+            if re.fullmatch(JOBS_LABELS, name):
+                yield Problem(((*above, name),), "is a label that Jobs give their pods themselves", "Remove it.")
+    for key, block in blocks:
+        for name, added in (get(block, "capabilities", dict) or {}).items():
+            if added is True and name in ("ALL", "SYS_ADMIN", "CAP_SYS_ADMIN"):
+                what = "is refused by Kubernetes, because the pods forbid privilege escalation"
+                yield Problem(((*key, "capabilities", name),), what, "Remove it.")
+            elif added is True and name.startswith("CAP_"):
+                what = "has the prefix CAP_, which Kubernetes adds itself"
+                yield Problem(((*key, "capabilities", name),), what, f"Write {name.removeprefix('CAP_')}.")
+
+
 def publish(values: Values) -> Iterator[Problem]:
     """Where results are uploaded, and with which token."""
     adapter, merged = (get(values, f"publish.hub.{name}", str) or "" for name in ("adapter", "merged"))
@@ -685,6 +712,15 @@ def kueue(values: Values) -> Iterator[Problem]:
         )
 
 
+def secret_names(values: Values) -> Iterator[Problem]:
+    """A token where the name of its Secret belongs; the chart's schema lacks these patterns (schemas.HIDDEN)."""
+    for key in sorted(SECRET_KEYS):
+        name = get(values, ".".join(key), str)
+        pattern, what = (r"[-._a-zA-Z0-9]+", "key in a") if key[-1] == "tokenKey" else (rf"({DNS_NAME})?", "name of a")
+        if name is not None and not re.fullmatch(pattern, name):
+            yield Problem((key,), f"is not a valid {what} Secret", "Never write the token itself here.")
+
+
 def secrets(values: Values) -> Iterator[Problem]:
     """Secrets in environment variables: anyone who can read the release can read its values."""
     stages = get(values, "stages", dict) or {}
@@ -695,3 +731,25 @@ def secrets(values: Values) -> Iterator[Problem]:
                 yield Problem(
                     ((*key, "extraEnv", name),), "looks like a secret, which must not be in values", SECRETS_FIX
                 )
+
+
+def extra_objects(values: Values) -> Iterator[Problem]:
+    """Objects that the chart refuses, as far as they are no templates; the chart also knows the names of its own."""
+    taken: dict[tuple[str, ...], str] = {}
+    for name, extra in sorted((get(values, "extraObjects", dict) or {}).items()):
+        version, kind = get(extra, "apiVersion", str) or "", get(extra, "kind", str) or ""
+        namespace, called = (get(extra, f"metadata.{key}", str) or "" for key in ("namespace", "name"))
+        same = (version.rpartition("/")[0], kind, namespace, called or name)
+        key = (("extraObjects", name),)
+        if not (version and kind):
+            yield Problem(key, "has no apiVersion or kind", "Write both, e.g. {apiVersion: v1, kind: ConfigMap}.")
+        elif kind == "Secret":
+            what = "is a Secret, whose content anyone could read who can read the release"
+            yield Problem(key, what, "Use kubectl create secret, or an operator such as External Secrets.")
+        elif kind.endswith("List"):
+            what = f"is a {one_line(kind)}, whose items the chart does not check"
+            yield Problem(key, what, "Write each item as an object of its own, without Secrets.")
+        elif same in taken:
+            what = f"is {one_line(kind)} {one_line(same[-1])}, as is extraObjects.{one_line(taken[same])}"
+            yield Problem(key, what, "Remove one of them, or write another metadata.name.")
+        taken[same] = name

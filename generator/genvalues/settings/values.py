@@ -51,6 +51,20 @@ Quantity = Annotated[
     str | float,
     WithJsonSchema({"title": "Quantity", "type": ["string", "number"], "minimum": 0, "pattern": QUANTITY}),
 ]
+PositiveQuantity = Annotated[  # a quantity above 0
+    Quantity,
+    WithJsonSchema(
+        {
+            "title": "Quantity",
+            "type": ["string", "number"],
+            "exclusiveMinimum": 0,
+            "pattern": r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)(m|k|M|G|T|Ki|Mi|Gi|Ti)?$",
+        }
+    ),
+]
+# A relative path without the part .. ; RE2 cannot exclude a word.
+PATH_PART = r"([^/.][^/]*|\.([^/.][^/]*)?|\.\.[^/]+)"
+RELATIVE_PATH = optional(rf"{PATH_PART}(/+{PATH_PART})*/?")
 ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 DEVICE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 QUALIFIED_NAME = rf"^({DNS_NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
@@ -113,17 +127,39 @@ class VolumeMount(Block):
         pattern=r"^/[^:]*[^/.:][^:]*$", description="Absolute path, not / and not used by another volume."
     )
     read_only: bool | None = Field(None, description="Mount read-only.")
-    sub_path: str | None = Field(None, description="A directory of the volume to mount instead of its root.")
+    sub_path: str | None = Field(
+        None,
+        pattern=RELATIVE_PATH,
+        description="A directory of the volume to mount instead of its root: a relative path without ..",
+    )
 
 
 class Toleration(Block):
     """A taint to tolerate."""
 
-    key: str | None = Field(None, pattern=QUALIFIED_NAME, description="Key of the taint. Not set: every taint.")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                {
+                    "if": {"required": ["operator"], "properties": {"operator": {"enum": ["Exists"]}}},
+                    "then": {"properties": {"value": {"maxLength": 0}}},
+                    "else": {"required": ["key"], "properties": {"key": {"type": "string"}}},
+                },
+                {
+                    "if": {"required": ["tolerationSeconds"], "properties": {"tolerationSeconds": {"type": "integer"}}},
+                    "then": {"required": ["effect"], "properties": {"effect": {"enum": ["NoExecute"]}}},
+                },
+            ]
+        }
+    )
+
+    key: str | None = Field(
+        None, pattern=QUALIFIED_NAME, description="Key of the taint. Not set, with operator Exists: every taint."
+    )
     operator: Literal["Exists", "Equal", "Lt", "Gt"] | None = Field(
         None, description="Exists: any value. Equal (the default): this value."
     )
-    value: str | None = Field(None, description="Value of the taint.")
+    value: str | None = Field(None, description="Value of the taint. Not with operator Exists.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         None, description="Effect of the taint. Not set: every effect."
     )
@@ -133,7 +169,24 @@ class Toleration(Block):
 class NodeSelectorTerms(Block):
     """Nodes that match one of these terms."""
 
-    node_selector_terms: list[KubernetesObject] = Field(description="Terms, of which one must match.")
+    node_selector_terms: list[KubernetesObject] = Field(min_length=1, description="Terms, of which one must match.")
+
+
+Weight = Annotated[int, Field(ge=1, le=100, description="How much it counts among the preferred terms.")]
+
+
+class PreferredNodes(Block):
+    """Nodes to prefer."""
+
+    weight: Weight
+    preference: KubernetesObject = Field(description="A term that they match.")
+
+
+class PreferredPods(Block):
+    """Pods to prefer to be close to, or apart from."""
+
+    weight: Weight
+    pod_affinity_term: KubernetesObject = Field(description="A pod affinity term that they match.")
 
 
 class NodeAffinity(Block):
@@ -142,7 +195,7 @@ class NodeAffinity(Block):
     required: NodeSelectorTerms | None = Field(
         None, alias="requiredDuringSchedulingIgnoredDuringExecution", description="Required: nodeSelectorTerms."
     )
-    preferred: list[KubernetesObject] | None = Field(
+    preferred: list[PreferredNodes] | None = Field(
         None, alias="preferredDuringSchedulingIgnoredDuringExecution", description="Preferred, each with a weight."
     )
 
@@ -153,8 +206,10 @@ class PodAffinity(Block):
     required: list[KubernetesObject] | None = Field(
         None, alias="requiredDuringSchedulingIgnoredDuringExecution", description="Required: pod affinity terms."
     )
-    preferred: list[KubernetesObject] | None = Field(
-        None, alias="preferredDuringSchedulingIgnoredDuringExecution", description="Preferred, each with a weight."
+    preferred: list[PreferredPods] | None = Field(
+        None,
+        alias="preferredDuringSchedulingIgnoredDuringExecution",
+        description="Preferred, each with a weight.",
     )
 
 
@@ -206,7 +261,11 @@ class SeccompProfile(Block):
     """Seccomp profile of the pods. Unconfined is refused, as by Pod Security `restricted`."""
 
     type: Literal["RuntimeDefault", "Localhost"] = Field(description="The runtime's profile, or a file of the node.")
-    localhost_profile: str | None = Field(None, description="With Localhost: the profile's path on the node.")
+    localhost_profile: str | None = Field(
+        None,
+        pattern=RELATIVE_PATH,
+        description="With Localhost: the profile's path below the kubelet's seccomp directory, relative and without ..",
+    )
 
 
 class StageSettings(Block):
@@ -602,15 +661,22 @@ class Storage(Block):
     access_modes: (
         Annotated[
             list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]],
-            Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+            Field(
+                min_length=1,
+                json_schema_extra={
+                    "uniqueItems": True,
+                    "if": {"contains": {"enum": ["ReadWriteOncePod"]}},
+                    "then": {"maxItems": 1},
+                },
+            ),
         ]
         | None
     ) = Field(
         None,
         description="Access modes of the claim. More than one node, or Trainium nodes beside CPU nodes, require "
-        "ReadWriteMany. Null: [ReadWriteOnce] for kind generic with one CPU node, else [ReadWriteMany]; on an upgrade "
-        "what the claim has. Without ReadWriteMany, pods that mount the volume have an affinity to each other's node, "
-        "unless an affinity is set.",
+        "ReadWriteMany. ReadWriteOncePod stands alone. Null: [ReadWriteOnce] for kind generic with one CPU node, else "
+        "[ReadWriteMany]; on an upgrade what the claim has. Without ReadWriteMany, pods that mount the volume have an "
+        "affinity to each other's node, unless an affinity is set.",
     )
     mount_options: list[str] = Field(
         ["flock"], description="Mount options of kind fsx (with createStorageClass) and fsx-static."
@@ -693,6 +759,27 @@ class Stages(Block):
     )
 
 
+class ObjectMetadata(Block):
+    """Metadata of an object."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = Field(None, description="Its name. Left out: NAME.")
+    namespace: str | None = Field(None, description="Its namespace. Left out: the release's.")
+    labels: dict[str, str] | None = Field(None, description="Its labels, besides the chart's.")
+    annotations: dict[str, str] | None = Field(None, description="Its annotations.")
+
+
+class ExtraObject(Block):
+    """A further object of the release."""
+
+    model_config = ConfigDict(extra="allow")
+
+    api_version: str | None = Field(None, description="Such as v1, or apps/v1.")
+    kind: str | None = Field(None, description="Its kind; not Secret, and no List.")
+    metadata: ObjectMetadata | None = Field(None, description="Its metadata.")
+
+
 class Values(Block):
     """Values of the chart llama-lora.
 
@@ -756,7 +843,7 @@ class Values(Block):
         "vpc.amazonaws.com/efa: 8}.",
     )
     neuron: NeuronSettings = NeuronSettings()
-    shared_memory: Quantity | None = Field(
+    shared_memory: PositiveQuantity | None = Field(
         None,
         description="Size of /dev/shm in the pods of compile and train: about 1Gi per process. It counts against the "
         "pod's memory limit. Null: by instance (trn1.32xlarge 32Gi, cpu 2Gi).",
@@ -775,7 +862,7 @@ class Values(Block):
     common_labels: Labels = Field(
         {}, description="Labels of every object and pod, such as cost-center: ml. Those of the chart take precedence."
     )
-    extra_objects: dict[str, KubernetesObject] = Field(
+    extra_objects: dict[str, ExtraObject] = Field(
         {},
         description="Further objects of the release, NAME: {apiVersion: ..., kind: ..., ...}, as templates: "
         '{{ .Release.Name }} and {{ include "llama-lora.fullname" . }} are replaced. NAME is the default of '

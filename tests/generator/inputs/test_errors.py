@@ -552,6 +552,10 @@ def test_a_pasted_token_is_refused_and_never_printed(line: str, capsys: pytest.C
         ({"storage": '{storageClass: ""}'}, "storage.storageClass: FSx for Lustre has no default storage class"),
         ({"model": "llama.gguf"}, 'model: "llama.gguf" looks like a file. Write {path:'),
         ({"chartValues": "{stages: {trian: {}}}"}, "chartValues.stages"),
+        (
+            {"chartValues": '{dataset: {additional: {x: {source: a/b, weight: "-1"}}}}'},
+            "chartValues.dataset.additional.x.weight: -1.0 is less than or equal to the minimum of 0",
+        ),
         ({"chartValues": "{model: null}"}, "f.yaml:21:15 chartValues.model.id: no model is set"),
     ],
 )
@@ -699,7 +703,14 @@ def test_what_exists_is_a_path_and_never_a_hub_id(capsys: pytest.CaptureFixture[
             "dataset.additional.x.wieght: unknown key. Did you mean",
         ),
         ("source: a/b, additional: {x: {source: a/c, weight: 0}}", "dataset.additional.x.weight: must be more than 0"),
+        ("source: a/b, additional: {../x: {source: a/c}}", 'dataset.additional: "../x" is invalid. (Further sources'),
         ("source: a/b, additional: {x: {split: test}}", "dataset.additional.x.source: missing. (Hub id, or path"),
+        ("source: a/b, split: 'train[90%:10%]'", 'dataset.split: "train[90%:10%]" has a part without rows'),
+        (
+            "source: a/b, eval: {split: 'test+train[:0]'}",
+            'dataset.eval.split: "test+train[:0]" has a part without rows',
+        ),
+        ("source: a/b, split: 'train[-:5]'", 'dataset.split: "train[-:5]" is invalid'),
         ("source: a/b, split: 'train[:10'", 'dataset.split: "train[:10" is invalid'),
         (
             "source: a/b, groupColumn: user, eval: {split: test}",
