@@ -76,7 +76,8 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
          ["RecursionError"]),
     ],
     ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "round",
-         "round-floor", "quotient", "remainder", "divisibleby", "repeat", "center", "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
+         "round-floor", "quotient", "remainder", "divisibleby", "repeat", "center",
+         "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
     monkeypatch: pytest.MonkeyPatch, template: str, words: list[str]
