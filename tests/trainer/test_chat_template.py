@@ -62,6 +62,7 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
         (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) // x }}}}", ["OverflowError"]),
         (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) % x }}}}", ["OverflowError"]),
         (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) is divisibleby(x) }}}}", ["OverflowError"]),
+        ("{% set many = range(1000) | list %}{% set x = ([many] * 10000) | sum(start=[]) %}", ["seconds"]),
         ("{% set x = 'ab' * (99999999999 + messages | length) %}", ["memory"]),
         ("{{ 'x' | center(99999999999) }}", ["memory"]),
         ("{{ messages | map('nothing') | list }}", ["chat template"]),
@@ -76,7 +77,7 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
          ["RecursionError"]),
     ],
     ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "round",
-         "round-floor", "quotient", "remainder", "divisibleby", "repeat", "center",
+         "round-floor", "quotient", "remainder", "divisibleby", "sum", "repeat", "center",
          "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(

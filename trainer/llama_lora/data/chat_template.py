@@ -16,6 +16,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from types import FrameType
@@ -334,7 +335,7 @@ def _environment(date: datetime) -> Any:
     limited = {"*": _times, "**": _power, "//": _floor_divided, "%": _remainder}
     environment.intercepted_binops = frozenset(limited)  # which also keeps Jinja from computing them to compile
     environment.binop_table = {**environment.binop_table, **limited}
-    environment.filters = {**environment.filters, "round": _rounded}
+    environment.filters = {**environment.filters, "round": _rounded, "sum": partial(_summed, environment)}
     environment.tests = {**environment.tests, "divisibleby": lambda value, num: _remainder(value, num) == 0}
     return environment
 
@@ -369,6 +370,16 @@ def _rounded(value: Any, precision: int = 0, method: Any = "common") -> Any:
     if abs(precision) * 4 > INTEGER_BITS:
         raise OverflowError("a rounding has too many digits")
     return do_round(value, precision, method)
+
+
+def _summed(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+    """Jinja's filter sum in a loop that the time limit interrupts: sums of lists take quadratic time."""
+    from jinja2.filters import make_attrgetter
+
+    value = make_attrgetter(environment, attribute)
+    for each in iterable:
+        start = start + (each if attribute is None else value(each))
+    return start
 
 
 def _check_length(value: Any, what: str) -> None:
