@@ -22,6 +22,7 @@ from trainer.conftest import CHAT_TEMPLATE, Run, byte_tokenizer, make_model
 from trainer.test_masks import CONVERSATIONS, SYSTEM, THOUGHTS, TOOL, assistant, user
 
 QUESTION = {"instruction": "Hi", "output": "Yes?"}
+HUGE = "{% set x = ('e' * 1000000) | int(base=16) %}"  # an integer of four million bits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -56,6 +57,12 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
         ("{{ (messages | length + 7) ** 9999999999 }}", ["OverflowError"]),
         ("{% set ns = namespace(n=9) %}{% for a in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
          ["OverflowError"]),
+        ("{{ 1 | round(-3000000000) }}", ["OverflowError"]),
+        ("{{ 1.5 | round(3000000000, 'floor') }}", ["OverflowError"]),
+        (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) // x }}}}", ["OverflowError"]),
+        (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) % x }}}}", ["OverflowError"]),
+        (f"{HUGE}{{{{ ('f' * 2000000) | int(base=16) is divisibleby(x) }}}}", ["OverflowError"]),
+        ("{% set many = range(1000) | list %}{% set x = ([many] * 10000) | sum(start=[]) %}", ["seconds"]),
         ("{% set x = 'ab' * (99999999999 + messages | length) %}", ["memory"]),
         ("{{ 'x' | center(99999999999) }}", ["memory"]),
         ("{{ messages | map('nothing') | list }}", ["chat template"]),
@@ -69,8 +76,9 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
         ("{% set ns = namespace(l=[1]) %}{% for i in range(9999) %}{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l }}",
          ["RecursionError"]),
     ],
-    ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "repeat",
-         "center", "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
+    ids=["endless", "endless-output", "division", "recursion", "doubling", "power", "product", "round",
+         "round-floor", "quotient", "remainder", "divisibleby", "sum", "repeat", "center",
+         "filter", "include", "import", "from-import", "extends", "type", "undefined", "long", "nesting"],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
     monkeypatch: pytest.MonkeyPatch, template: str, words: list[str]

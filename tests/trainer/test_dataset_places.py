@@ -314,11 +314,11 @@ def test_what_exists_is_never_called_a_hub_id(
     with pytest.raises(UserError, match="rows has an unsupported file format") as error:
         resolved(run)
     assert error.value.where == "dataset.source"
-    for gone in (f"{tmp_path}/none/", f"{tmp_path}/none", "./none", f"{tmp_path}/*.jsonl"):
+    for gone in (f"{tmp_path}/none/", f"{tmp_path}/none", "./none", f"{tmp_path}/*.jsonl", "./a\nb\0.jsonl"):
         run.config["dataset"]["source"] = gone
         with pytest.raises(UserError, match="not found") as error:
             resolved(run)
-        assert error.value.where == "dataset.source"
+        assert error.value.where == "dataset.source" and str(error.value).isprintable()
 
 
 # --- S3

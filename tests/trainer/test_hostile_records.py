@@ -401,8 +401,12 @@ def test_the_report_of_a_run_leaves_out_a_data_report_of_another_content(finishe
         (b"name: 2024-99-99\n", "not valid YAML: month"),
         (b"name: \xff\n", "not valid YAML: 'utf-8'"),
         (b"- a\n", "must contain keys"),
+        (b"name: !!bool zz\n", "not valid YAML: 'zz'"),
+        (b"name: !!int ''\n", "not valid YAML"),
+        (b"name: !!timestamp x\n", "not valid YAML"),
+        (b"#" * (2 << 20), "the most is"),
     ],
-    ids=["syntax", "deep", "date", "not UTF-8", "list"],
+    ids=["syntax", "deep", "date", "not UTF-8", "list", "bool", "int", "timestamp", "large"],
 )
 def test_a_run_config_of_any_content_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "run.yaml"
@@ -410,3 +414,17 @@ def test_a_run_config_of_any_content_is_refused_in_one_line(tmp_path: Path, cont
     with pytest.raises(UserError) as caught:
         run_config.load(file)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_config_is_a_regular_file_or_a_link_to_one(finished_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "link.yaml").symlink_to(finished_run.write_config())  # as in a mounted ConfigMap
+    assert run_config.load(tmp_path / "link.yaml") == finished_run.load()
+    os.mkfifo(tmp_path / "fifo")
+    for path, words in {
+        tmp_path / "fifo": "not a regular",
+        Path("/dev/zero"): "not a regular",
+        tmp_path / "no": "not found",
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            run_config.load(path)
+        assert caught.value.where == str(path) and caught.value.fix

@@ -155,6 +155,9 @@ def test_the_license_of_a_local_base_model_is_taken_from_its_card(tmp_path: Path
         b"---\n" + b"[" * 5000 + b"\n---\n",
         b"---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
         b"license: mit\n",
+        b'---\nlicense: !!bool "zz"\n---\n',
+        b'---\nlicense: !!int ""\n---\n',
+        b"---\nlicense: !!timestamp x\n---\n",
     ],
 )
 def test_a_card_of_any_content_gives_no_license(tmp_path: Path, content: bytes) -> None:

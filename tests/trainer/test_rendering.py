@@ -6,13 +6,14 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers
 
 from genvalues.common.errors import UserError
 from llama_lora.data.chat_template import ChatTemplates
 from llama_lora.data.rendering import TEMPLATE_DATE, Dropped, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
-from trainer.conftest import byte_tokenizer
+from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 
 def shown(tokenizer: Any, format: str, values: dict[str, Any], max_length: int = 1000, **columns: str) -> str:
@@ -211,6 +212,28 @@ def test_llama_3_1s_template_gives_a_fixed_date_one_begin_token_and_the_right_lo
 def test_a_template_that_rejects_a_single_question_has_no_date() -> None:
     strict = byte_tokenizer("{% if messages | length < 2 %}{{ raise_exception('two at least') }}{% endif %}")
     assert Renderer(strict, "chat", {}).date() is None
+
+
+@pytest.mark.parametrize("instead", ["", "<|end|>", "{% if not add_generation_prompt %}I see.<|end|>\n{% endif %}"])
+def test_an_answer_that_the_template_leaves_out_is_not_trained_as_its_end_token_alone(instead: str) -> None:
+    questions = "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(Dropped, match="renders an assistant turn without its content"):
+        shown(byte_tokenizer(questions + instead), "instruction", {"instruction": "Hi", "output": "The end."})
+
+
+@pytest.mark.parametrize("answer", [" Yes? \n", "...", "<think>Reasons</think>Yes", "<think>Reasons</think>"])
+def test_an_answer_that_the_template_trims_or_takes_apart_is_trained(answer: str) -> None:
+    """As Qwen3's template does with a thought."""
+    apart = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('think>')[-1].strip() or 'Reasons'")
+    assert "<|end|>]" in shown(byte_tokenizer(apart), "instruction", {"instruction": "Hi", "output": answer})
+
+
+def test_a_tokenizer_without_tokens_is_an_error() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("."), "")
+    with pytest.raises(UserError, match="gives no tokens") as error:
+        ExampleTokenizer(tokenizer)
+    assert error.value.where == "model" and error.value.fix
 
 
 def test_a_tokenizer_that_marks_the_beginning_of_every_text_is_an_error() -> None:

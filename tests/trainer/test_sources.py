@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_a_csv_row_has_the_line_where_it_begins(tmp_path: Path) -> None:
         ("a.jsonl", '{"q": 1}'.encode("utf-16"), "a.jsonl: is UTF-16, not UTF-8. Save it as UTF-8."),
         ("a.json", b'{"q": 1}', "a.json: not a JSON list. Write [{...}"),
         ("a.json", b'{"data": {"q": 1}}', "a.json: not a JSON list. Write [{...}"),
+        ("a.json", b'{"data": [],\n "x": 1, "data": []}', 'a.json:2:17: has a second key "data"'),
         ("a.json", b"", "a.json:1:1: invalid JSON: Expecting value"),
         ("a.json", b'[{"q": 1},\n 2]', "a.json row 2: not a JSON object"),
         ("a.json", b'[{"q": 1},\n {"q": }]', "a.json:2:8: invalid JSON: Expecting value"),
@@ -139,6 +141,7 @@ def test_a_csv_row_has_the_line_where_it_begins(tmp_path: Path) -> None:
         ("a.csv", b"q,a\n1,2,3\n", "a.csv:2: has more fields than the header. Quote fields"),
         ("a.csv", b'q,a\n1,"2" x\n', "a.csv:2: has wrong quotes: "),
         ("a.csv", b"q,a,q\n1,2,3\n", "a.csv:1: has two columns 'q'"),
+        ("a.csv", b"q,a\r1,2\r", "a.csv:1: has a carriage return (\\r) outside of quotes"),
         ("a.tsv", b"q\ta\n1\t2\t3\n", "a.tsv:2: has more fields than the header. Quote fields that contain tabs"),
         ("a.txt", b"caf\xe9\n", "a.txt:1: not valid UTF-8 (byte 3)"),
         ("a.parquet", b"not parquet", "a.parquet: not a valid Parquet file"),
@@ -205,6 +208,47 @@ def test_bytes_are_decoded_as_utf_8_or_refused_with_the_column(tmp_path: Path) -
     assert [row.values["text"] for row in read(path, columns=("text",))] == ["é", "b"]
     assert [row.values["kind"] for row in read(path)] == ["x", "y"]
     assert f"{path} row 1: column image contains bytes that are not UTF-8" in refusal(path, columns=("text", "image"))
+
+
+def test_a_value_that_python_cannot_represent_is_refused_only_in_a_column_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    days = pyarrow.array([2932897, 1], pyarrow.int32()).cast(pyarrow.date32())  # the first is in the year 10000
+    not_utf_8 = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.array([0, 1, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xffb")]
+    )
+    for column, reason in [
+        (days, "date value out of range"),
+        (pyarrow.array([1 << 62, 1]).cast(pyarrow.timestamp("us")), "date value out of range"),
+        (pyarrow.StructArray.from_arrays([days], ["day"]), "date value out of range"),
+        (pyarrow.array([1, 1]).cast(pyarrow.timestamp("us", tz="Mars/Olympus")), "unknown time zone Mars/Olympus"),
+        (not_utf_8, "not valid UTF-8 (byte 0)"),
+    ]:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "other": column}), path)
+        rows = read(path, columns=("text",))
+        assert [row.values["text"] for row in rows] == ["a", "b"] and rows[0].values["other"] is None
+        assert f"{path} row 1: column other cannot be read: {reason}" in refusal(path, columns=("text", "other"))
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet: has two columns 'text'" in refusal(tmp_path / "a.parquet")
+
+
+def test_an_empty_row_group_has_no_rows(tmp_path: Path) -> None:
+    path, filled = tmp_path / "a.parquet", pyarrow.table({"text": ["a"]})
+    with pyarrow.parquet.ParquetWriter(path, filled.schema) as writer:
+        writer.write_table(filled.slice(0, 0))
+        writer.write_table(filled)
+    assert [row.values for row in read(path)] == [{"text": "a"}]
+
+
+def test_a_csv_header_takes_linear_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(f"column_{number}" for number in range(30_000)) + "\n1\n")
+    began = time.process_time()
+    assert len(read(path)) == 1
+    assert time.process_time() - began < 2
 
 
 def test_up_to_20_bad_rows_are_told_at_once_or_all_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
 from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.json_files import InvalidJson, read_bytes
 from genvalues.common.text import one_line
 from genvalues.settings.run import (
     EVALUATES,
@@ -50,6 +52,7 @@ __all__ = [
 
 # xla runs keep the words of release 0.1 in fingerprints and records, so that an upgrade repeats none of their stages.
 XLA_BACKEND = {new: old for old, new in OLDER_BACKENDS.items()}["xla"]
+MOST_BYTES = 1 << 20  # what a ConfigMap can hold
 XLA_ATTENTION = {new: old for old, new in OLDER_ATTENTION.items()}
 
 
@@ -70,13 +73,23 @@ def load(path: Path) -> RunConfig:
     Raises UserErrors with one line per mistake, or UserError where the file cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=str(path), fix="Pass --config FILE.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, no UTF-8
+        file = Path(os.path.realpath(path))  # the files of a mounted ConfigMap are links
+        content = yaml.safe_load(read_bytes(file, MOST_BYTES).decode("utf-8"))
+    except InvalidJson as error:
+        raise UserError(str(error), where=str(path), fix="Pass --config FILE.") from None
+    # PyYAML raises errors of any kind for values that do not fit their tag. ValueError: also text that is not UTF-8
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = one_line(getattr(error, "problem", None) or str(error), 200)
+        problem = one_line(getattr(error, "problem", None) or str(error) or type(error).__name__, 200)
         raise UserError(f"not valid YAML: {problem}", where=where) from None
     if not isinstance(content, dict):
         raise UserError("must contain keys and values", where=str(path), fix="The chart renders one as a ConfigMap.")

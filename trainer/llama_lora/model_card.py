@@ -297,6 +297,16 @@ def license_in(readme: Path) -> str:
         text = read_bytes(readme, MOST_CARD_BYTES).decode("utf-8")
         matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
         found = yaml.safe_load(matter[1]).get("license") if matter else ""
-    except (InvalidJson, UnicodeDecodeError, yaml.YAMLError, AttributeError, RecursionError, ValueError):
+    # PyYAML raises errors of any kind for values that do not fit their tag
+    except (
+        InvalidJson,
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return ""
     return found if isinstance(found, str) else ""

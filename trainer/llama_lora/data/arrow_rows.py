@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genvalues.common.errors import UserError
 from genvalues.common.text import one_line
@@ -27,8 +28,12 @@ def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[s
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            if twice := [column for column, count in Counter(file.schema_arrow.names).items() if count > 1]:
+                raise UserError(f"has two columns {one_line(twice[0])!r}", where=name, fix="Rename one.")
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
+                if group.num_rows == 0:  # its size is that of the file's own data
+                    continue
                 if group.total_byte_size > group.num_rows * MAX_ROW_BYTES:
                     if group.num_rows > 1:
                         raise UserError(
@@ -59,19 +64,31 @@ def rows_of(batch: Any, name: str, before: int, bad_rows: BadRows, columns: Coll
     """Yield the rows of a record batch whose first row has the number ``before + 1``.
 
     NaN becomes None, and bytes are decoded as UTF-8. Bytes in ``columns`` that are not UTF-8 make a bad row; others are
-    kept as bytes.
+    kept as bytes. So does a value in ``columns`` that Python cannot represent, such as a date after the year 9999;
+    others are None.
     """
     cleaners = {field.name: clean for field in batch.schema if (clean := _cleaner(field.type))}
     large = batch.nbytes > MAX_ROW_BYTES
     number = before
     for part in (_row_of(batch, index) for index in range(batch.num_rows)) if large else [batch]:
         too_long = large and part.nbytes > MAX_ROW_BYTES
-        for values in [{}] if too_long else part.to_pylist():
+        for values in [{}] if too_long else _values(part):
             number += 1
             place = f"{name} row {number}"
             if too_long:
                 bad_rows.add(too_long_row(place))
                 continue
+            unreadable = {column: value for column, value in values.items() if isinstance(value, _Unreadable)}
+            if wanted := [column for column in unreadable if column in columns]:
+                bad_rows.add(
+                    RowError(
+                        f"column {wanted[0]} cannot be read: {unreadable[wanted[0]].reason}",
+                        where=place,
+                        fix="Name another column in dataset.columns, or store text.",
+                    )
+                )
+                continue
+            values.update(dict.fromkeys(unreadable))
             for column, clean in cleaners.items():
                 values[column] = clean(values[column])
             undecoded = [column for column in cleaners.keys() & set(columns) if _has_bytes(values[column])]
@@ -85,6 +102,33 @@ def rows_of(batch: Any, name: str, before: int, bad_rows: BadRows, columns: Coll
                 )
             else:
                 yield Row(place, values)
+
+
+class _Unreadable(NamedTuple):
+    """A value that Python cannot represent, and why."""
+
+    reason: str
+
+
+def _values(part: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch as Python values."""
+    try:
+        rows: list[dict[str, Any]] = part.to_pylist()
+        return rows
+    except (ArithmeticError, LookupError, ValueError):  # of one value; by value, this takes several times as long
+        columns = [[_value(scalar) for scalar in column] for column in part.columns]
+        return [dict(zip(part.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"not valid UTF-8 (byte {error.start})")
+    except (ArithmeticError, LookupError, ValueError) as error:  # a time out of Python's range, an unknown time zone
+        if "zoneinfo" in str(error):  # pyarrow tells to install it, whatever the time zone
+            return _Unreadable(f"unknown time zone {one_line(str(scalar.type.tz))}")
+        return _Unreadable(one_line(str(error) or type(error).__name__, 200))
 
 
 def _row_of(batch: Any, index: int) -> Any:

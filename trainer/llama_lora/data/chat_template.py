@@ -16,6 +16,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from types import FrameType
@@ -33,7 +34,9 @@ SECONDS = 30.0  # CPU time of this process that one row may take
 MEMORY = 2 * 2**30  # bytes that the rows of one batch may take, beyond what the process has
 MOST_SOURCE = 1 << 18  # characters; the longest in use have some ten thousand. Compiling cannot be interrupted.
 PIECES = 10_000_000  # strings that one rendering may consist of
-INTEGER_BITS = 4096  # length of a product or a power of integers; a longer one could take hours in a single operation
+# Length of an integer that is multiplied, divided or rounded. More could take hours in a single operation, which no
+# signal interrupts.
+INTEGER_BITS = 4096
 
 FIX = "Use another model, or correct its chat template (chat_template.jinja, or tokenizer_config.json)."
 
@@ -329,8 +332,11 @@ def _environment(date: datetime) -> Any:
 
     environment = library_versions.chat_template_environment()
     environment.globals["strftime_now"] = date.strftime
-    environment.intercepted_binops = frozenset(("*", "**"))  # which also keeps Jinja from computing them to compile
-    environment.binop_table = {**environment.binop_table, "*": _times, "**": _power}
+    limited = {"*": _times, "**": _power, "//": _floor_divided, "%": _remainder}
+    environment.intercepted_binops = frozenset(limited)  # which also keeps Jinja from computing them to compile
+    environment.binop_table = {**environment.binop_table, **limited}
+    environment.filters = {**environment.filters, "round": _rounded, "sum": partial(_summed, environment)}
+    environment.tests = {**environment.tests, "divisibleby": lambda value, num: _remainder(value, num) == 0}
     return environment
 
 
@@ -344,6 +350,41 @@ def _power(base: Any, exponent: Any) -> Any:
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > INTEGER_BITS:
         raise OverflowError("a power of integers is too large")
     return operator.pow(base, exponent)
+
+
+def _floor_divided(left: Any, right: Any) -> Any:
+    _check_length(left, "a quotient")
+    return operator.floordiv(left, right)
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    _check_length(left, "a remainder")
+    return operator.mod(left, right)
+
+
+def _rounded(value: Any, precision: int = 0, method: Any = "common") -> Any:
+    """Jinja's filter round, which computes 10**precision."""
+    from jinja2.filters import do_round
+
+    _check_length(value, "a rounding")
+    if abs(precision) * 4 > INTEGER_BITS:
+        raise OverflowError("a rounding has too many digits")
+    return do_round(value, precision, method)
+
+
+def _summed(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+    """Jinja's filter sum in a loop that the time limit interrupts: sums of lists take quadratic time."""
+    from jinja2.filters import make_attrgetter
+
+    value = make_attrgetter(environment, attribute)
+    for each in iterable:
+        start = start + (each if attribute is None else value(each))
+    return start
+
+
+def _check_length(value: Any, what: str) -> None:
+    if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
+        raise OverflowError(f"{what} of integers is too large")
 
 
 def _with_kind(error: Exception) -> str:

@@ -6,12 +6,14 @@ Files are read here rather than with `datasets`, so that errors have the file an
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Collection, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from genvalues.settings.datasets import file_format
 from llama_lora.data.arrow_rows import read_parquet
 from llama_lora.data.compression import open_decompressed
@@ -141,11 +143,12 @@ def _read_csv(file: BufferedReader, name: str, bad_rows: BadRows, delimiter: str
         except csv.Error as error:
             spans = lines.number > first  # the lines between may be rows that an unclosed quote has swallowed
             quote = f"a quote that opens here is not closed correctly up to line {lines.number}: " if spans else ""
-            mistake = RowError(
-                f"{quote or 'has wrong quotes: '}{error}",
-                where=f"{name}:{first}",
-                fix='Write "..." around a field with quotes or line breaks, and "" for a quote in it.',
-            )
+            what = f"{quote or 'has wrong quotes: '}{error}"
+            fix = 'Write "..." around a field with quotes or line breaks, and "" for a quote in it.'
+            if not spans and "new-line character" in str(error):
+                what = "has a carriage return (\\r) outside of quotes, without a line feed (\\n) after it"
+                fix = f"End lines with \\n or \\r\\n. {fix}"
+            mistake = RowError(what, where=f"{name}:{first}", fix=fix)
             if spans or header is None:
                 raise mistake from None
             bad_rows.add(mistake)
@@ -159,8 +162,8 @@ def _read_csv(file: BufferedReader, name: str, bad_rows: BadRows, delimiter: str
             continue
         if header is None:
             header = cells
-            if twice := sorted({column for column in header if header.count(column) > 1}):
-                raise UserError(f"has two columns {twice[0]!r}", where=f"{name}:{first}", fix="Rename one.")
+            if twice := sorted(column for column, count in Counter(header).items() if count > 1):
+                raise UserError(f"has two columns {one_line(twice[0])!r}", where=f"{name}:{first}", fix="Rename one.")
             continue
         if len(cells) > len(header):
             bad_rows.add(

@@ -24,6 +24,7 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
 
     from llama_lora.library_versions import hub_connection_errors
 
+    name = one_line(name, 255)
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
     limit_waits()
     try:

@@ -136,7 +136,10 @@ class JsonRows:
     def _rest_of_object(self) -> None:
         while self._peek() == ",":
             self._expect(",")
-            self._key()
+            if self._key() == ROWS_KEY:
+                raise UserError(
+                    f'has a second key "{ROWS_KEY}"', where=self._place(self._at), fix="Write all rows in one list."
+                )
             self._value("")
         self._expect("}", "Expecting ',' delimiter")
 

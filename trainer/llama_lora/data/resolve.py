@@ -177,7 +177,9 @@ def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, 
         content = {file.name or _suffix(file.path): file.path for file in found}
         return _known(Path(part.source), content, entry, settings)
     except UserError as error:
-        raise UserError(f"{error.where or part.source} {error.what}", where=where, fix=error.fix) from None
+        raise UserError(
+            f"{one_line(error.where or part.source, 255)} {error.what}", where=where, fix=error.fix
+        ) from None
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
@@ -225,7 +227,7 @@ def _model_files(path: Path) -> dict[str, Path]:
 def _look_up_model(model: Model) -> dict[str, Any]:
     if model.path:
         raise UserError(
-            f"{model.path} not found",
+            f"{one_line(model.path, 255)} not found",
             where="model.path",
             fix="Write the path of a folder in the Hugging Face format, or of a GGUF file.",
         )
@@ -247,7 +249,7 @@ def _look_up_dataset(part: Part) -> dict[str, Any]:
         return {**entry, **_look_up_s3(part.source, where)}
     if exists_here(part.source):
         raise UserError(
-            f"{part.source} not found",
+            f"{one_line(part.source, 255)} not found",
             where=where,
             fix="Write the path of a file, folder or glob that the tokenize stage can read, a Hub id or an s3:// URI.",
         )

@@ -141,4 +141,10 @@ def beginning(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a text: the beginning-of-sequence token, or none."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     ids: list[int] = tokenizer("a").input_ids
+    if not bare or bare[0] not in ids:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} gives no tokens for the text 'a'",
+            where="model",
+            fix="Use another model, or correct its tokenizer.json.",
+        )
     return ids[: ids.index(bare[0])]

@@ -20,6 +20,8 @@ from llama_lora.data.messages import Message
 
 LONG = 24  # messages from which a conversation is rendered in windows: rendering all before each turn is quadratic
 MOST_CHARACTERS = 2**28  # of the prompts of one conversation, rendered in full for each turn
+CLOSED_THOUGHT = re.compile(r"</[^<>\s]*think[^<>\s]*>")
+WORD = re.compile(r"\w+")
 OPENED_THOUGHT = re.compile(r"<([^<>\s]*think[^<>\s]*)>\s*$")  # at the end of a generation prompt
 
 
@@ -101,10 +103,18 @@ class TurnRenderer:
         """The last message of ``messages`` as the assistant's turn after those before it."""
         prompt = render(messages[:-1], prompt=True)
         text = _continuation(prompt, render(messages), messages[-1])
+        if not _has_answer(self._without_end(text), messages[-1]):
+            raise Dropped("the chat template renders an assistant turn without its content")
         if not self.is_ended(text):
             return Turn(prompt, text, "", ends=True)
         answer = text.rstrip()
         return Turn(prompt, answer, text[len(answer) :], ends=False)
+
+    def _without_end(self, text: str) -> str:
+        """A text without the end token at its end."""
+        text = text.rstrip()
+        ends = [token for token in self._end_tokens if text.endswith(token)]
+        return text.removesuffix(max(ends, key=len)) if ends else text
 
     def _in_windows(self, render: Render, messages: list[Message], trained: list[int]) -> list[list[Segment]] | None:
         """Render a long conversation in linear time. None if this does not give what a rendering in full gives.
@@ -187,6 +197,18 @@ def _continuation(prompt: str, text: str, message: Message) -> str:
     thought = message.get("reasoning_content", content.removeprefix(begin).partition(end)[0] if end in content else "")
     answer = turn.lstrip("\n")
     return f"{thought.strip()}\n{end}\n\n{answer}"
+
+
+def _has_answer(text: str, message: Message) -> bool:
+    """Whether the text of a turn has the message's content, as far as that can be told.
+
+    Templates trim it, render thoughts elsewhere, or only the tool calls. So the longest word after a thought is enough.
+    """
+    content = message["content"] or ""
+    answer = CLOSED_THOUGHT.split(content)[-1].strip() or content.strip()
+    if not answer or "tool_calls" in message:
+        return True
+    return max(WORD.findall(answer), key=len, default=answer) in text
 
 
 def _segments(turns: Sequence[Turn]) -> list[Segment]:
