@@ -45,7 +45,8 @@ def test_a_missing_file_is_refused_by_name_and_nothing_is_written(finished_run: 
     output = finished_run.folder / "new"
     if alone:
         said = llama_lora_here("consolidate", "--checkpoint", str(checkpoint), "--output", str(output), status=2)
-        assert f"{checkpoint / name}: shard not found" in said
+        kind = "file" if name.endswith(".json") else "shard"
+        assert f"{checkpoint / name}: {kind} not found" in said
     else:
         before = files.sha256(finished_run.paths.adapter / "adapter_model.safetensors")
         finished_run.paths.manifest("consolidate").unlink()
@@ -102,4 +103,6 @@ def test_nothing_is_overwritten_and_options_go_together(whole_run: Run, tmp_path
     checkpoint = str(checkpoint_of(whole_run))
     said = llama_lora_here("consolidate", "--checkpoint", checkpoint, "--output", str(tmp_path), status=2)
     assert f"--output: {tmp_path} already exists" in said
+    said = llama_lora_here("consolidate", "--checkpoint", checkpoint, "--output", "/proc/x", status=2)
+    assert "--output: /proc/x cannot be created: No such file or directory. Pass another folder." in said
     assert "Pass --config run.yaml, or --checkpoint" in llama_lora_here("consolidate", "--output", "x", status=2)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from genvalues.common.json_files import InvalidJson, as_record
 from llama_lora import config as run_config
 from llama_lora.backends import checkpoints
 from llama_lora.data import resolve, shared_folders
+from llama_lora.digests import files_in, record_of
 from llama_lora.probe import ProbeRecord
 from llama_lora.stage import Stage, verify_outputs
+from llama_lora.stages.train import verify_base_and_rows
 from trainer.conftest import Run
 
 DEEP = "[" * 1_000_000
@@ -237,6 +240,48 @@ def test_a_manifest_names_paths_in_the_workspace_only(finished_run: Run, value: 
         assert f"Delete the file and run `helm upgrade`, or `llama-lora {made_by}" in said and len(said) < 500
         file.write_text(json.dumps(manifest))
         own.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "made_by, fact, stage",
+    [("tokenize", "dataset", "evaluate"), ("tokenize", "dataset", "train"), ("train", "checkpoint", "consolidate")],
+)
+def test_a_folder_without_what_a_stage_reads_is_refused(finished_run: Run, made_by: str, fact: str, stage: str) -> None:
+    """Of the workspace, and with files that the same or another stage wrote."""
+    facts = finished_run.manifest("tokenize")["facts"]
+    manifest = finished_run.manifest(made_by)
+    checkpoint = Path(finished_run.manifest("train")["facts"]["checkpoint"])
+    unlisted = [str(checkpoint.with_name("step-000004")), f"{facts['dataset']}/eval", facts["model"]]
+    finished_run.paths.manifest(stage).unlink()
+    before = files_in(finished_run.workspace)
+    for value in ("models", "runs/run", "runs/run/adapter", *unlisted):
+        changed = {**manifest, "facts": {**manifest["facts"], fact: value}}
+        finished_run.paths.manifest(made_by).write_text(json.dumps(changed))
+        said = finished_run(stage, status=2) if stage != "train" else refusal_of_train(finished_run)
+        assert f"facts.{fact} is {value!r}, but {made_by} wrote no " in said
+        assert f"Delete the file and run `helm upgrade`, or `llama-lora {made_by}" in said
+    assert files_in(finished_run.workspace) == before
+
+
+def refusal_of_train(run: Run) -> str:
+    with pytest.raises(UserError) as refused:
+        verify_base_and_rows(Stage("train", run.load(), run.paths))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("folder", ["runs/precious", "runs/run/checkpoints/0123456789abcdef/step-000002"])
+def test_consolidate_renames_nothing_but_a_checkpoint_of_that_training(finished_run: Run, folder: str) -> None:
+    checkpoint = finished_run.workspace / folder
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("precious")
+    manifest = finished_run.manifest("train")
+    manifest["facts"]["checkpoint"] = folder
+    manifest["outputs"][f"{folder}/checkpoint.json"] = asdict(record_of(checkpoint / "checkpoint.json"))
+    finished_run.paths.manifest("train").write_text(json.dumps(manifest))
+    finished_run.paths.manifest("consolidate").unlink()
+    said = finished_run("consolidate", status=2)
+    assert f"facts.checkpoint is {folder!r}, which is not a checkpoint {finished_run.paths.run}/checkpoints/" in said
+    assert (checkpoint / "checkpoint.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "a/../../b", "", "a\0b"])

@@ -201,6 +201,7 @@ MISTAKES = {
     ),
     "torn shard": (cut_short, "the file is truncated. Copy"),
     "missing shard": (lose_shard, "not found, but the index lists it"),
+    "a base without its config": (lambda base, adapter: (base / "config.json").unlink(), "has no config.json. Pass"),
     "no adapter": (lambda base, adapter: shutil.rmtree(adapter), "--adapter: "),
 }
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora.adapter import adapts
 from llama_lora.backends.native import regions, shards
 from llama_lora.safetensors_files import read_header, stored_tensors
 from llama_lora.stages import merge as merge_stage
@@ -77,6 +78,22 @@ def test_a_rank_or_alpha_that_is_no_sensible_number_is_refused(base: Path, adapt
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, ["no factor of k_proj"]),
         ({"target_modules": ["q_proj"]}, ["v_proj", "does not list"]),
         ({"target_modules": [1]}, ["target_modules"]),
+        ({"target_modules": 5}, ["target_modules is not a list of names"]),
+        ({"target_modules": {"q_proj": 1}}, ["target_modules is not a list of names"]),
+        ({"target_modules": None}, ["target_modules is not a list of names"]),
+        ({"target_modules": r".*layers\.0\..*"}, ["layers.1.self_attn.q_proj", "does not list"]),
+        ({"target_modules": "q_proj"}, ["does not list"]),  # a pattern of the whole name
+        ({"target_modules": "(q_proj"}, ["'(q_proj' is not a valid pattern"]),
+        ({"target_modules": ".*_proj", "layers_to_transform": [0, 1]}, ["cannot be combined"]),
+        ({"exclude_modules": ["q_proj"]}, ["q_proj", "exclude_modules"]),
+        ({"exclude_modules": r"model\.layers\.1\..*"}, ["layers.1.self_attn.q_proj", "exclude_modules"]),
+        ({"exclude_modules": 5}, ["exclude_modules is not"]),
+        ({"layers_to_transform": [0]}, ["layers.1.self_attn.q_proj", "layers_to_transform"]),
+        ({"layers_to_transform": 1}, ["layers.0.self_attn.q_proj", "layers_to_transform"]),
+        ({"layers_to_transform": "x"}, ["layers_to_transform is not a list of numbers"]),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "blocks"}, ["layers.0.self_attn.q_proj", "layers_pattern"]),
+        ({"layers_to_transform": [0, 1], "layers_pattern": ["("]}, ["is not a valid pattern"]),
+        ({"layers_pattern": "layers"}, ["layers_to_transform is not"]),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, ["megatron_config is set"]),
         ({"corda_config": {"cache_file": "/x"}}, ["corda_config is set"]),
         ({"a_key_of_a_later_peft": "on"}, ["a_key_of_a_later_peft is set"]),
@@ -151,6 +168,47 @@ def test_an_adapter_of_chosen_layers_is_merged(base: Path, tmp_path: Path) -> No
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qv"}
+
+
+CHOICES: list[dict[str, Any]] = [
+    *(
+        {"target_modules": targets}
+        for targets in (["q_proj"], ["model.layers.0.self_attn.q_proj"], ["proj"], "ALL-linear")
+    ),
+    *({"target_modules": targets} for targets in (r".*\.0\..*(q|v)_proj", r".*layers\.1", "q_proj")),
+    *({"exclude_modules": excluded} for excluded in (["q_proj"], [], "", r".*layers\.1\..*", ["layers.1"], None)),
+    *({"layers_to_transform": layers} for layers in (0, [0], [1, 7], [], None)),
+    *({"layers_to_transform": [1], "layers_pattern": pattern} for pattern in ("layers", ["h", "layers"], "h", [], "")),
+    {"layers_to_transform": [1], "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"]},
+]
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=map(str, CHOICES))
+def test_the_modules_that_a_config_chooses_are_those_that_peft_adapts(base: Path, changes: dict[str, Any]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+    from transformers import AutoModelForCausalLM
+
+    settings = {"target_modules": ["q_proj", "v_proj"], **changes}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    ours = {name for name in linear if adapts(settings, name)}
+    try:
+        theirs = LoraModel(model, LoraConfig(**settings), "default").targeted_module_names
+    except ValueError:  # it adapts none
+        theirs = []
+    assert ours == set(theirs)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": r".*layers\.1\..*q_proj"}, {"exclude_modules": r".*\.0\..*"}])
+def test_an_adapter_of_modules_that_a_pattern_chooses_is_merged(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    llama_lora_here("merge", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("layers.1.self_attn" in name for name in changed)
 
 
 def test_a_merged_model_with_other_tensors_than_the_base_is_refused(

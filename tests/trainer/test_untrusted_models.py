@@ -222,6 +222,7 @@ def test_of_an_index_and_a_single_file_the_snapshot_has_what_transformers_loads(
     [
         ({"hidden_size": 64}, ["has shape", "config.json needs"]),
         ({"num_hidden_layers": 3}, ["lacks weights", "model.layers.2"]),
+        ({"num_hidden_layers": 1}, ["model.layers.1.", "of a layer that its config.json does not have"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "only 21 weights"]),
         ({"num_attention_heads": 0}, ["transformers does not support"]),
         ({"hidden_size": "wide"}, ["transformers does not support"]),
@@ -275,6 +276,15 @@ def test_a_model_with_tied_embeddings_is_complete(tmp_path: Path) -> None:
     folder = snapshot(make_model(tmp_path / "base", tie_word_embeddings=True), tmp_path / "models")
     model = evaluation.load_model(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_unused_tensors_that_are_of_no_further_layer_are_allowed(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    frequencies = {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": torch.ones(4) for number in (0, 1)}
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | frequencies | head, base / "model.safetensors", metadata={"format": "pt"})
+    snapshot(base, tmp_path / "models")
 
 
 def test_a_file_that_was_put_into_a_snapshot_later_does_not_get_into_the_merged_model(finished_run: Run) -> None:

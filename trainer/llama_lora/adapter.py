@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
+from genvalues.common.text import one_line
 from llama_lora.safetensors_files import DTYPES, is_finite, read_header
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ PLAIN = frozenset(PLAIN_KEYS.split())
 # The others (pissa, olora, corda, loftq, lora_ga) also change the base weights:
 # https://huggingface.co/docs/peft/package_reference/lora
 INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+CHOICES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # of modules
+ALL_LINEAR = "all-linear"  # all but the output layer
 CONSOLIDATE = "Pass the output folder of consolidate."
+OWN_CONFIG = f"Use the {CONFIG} that was saved with the factors."
 TRAIN_LOWER = "Train again with a lower learning rate."
 
 
@@ -124,22 +128,57 @@ def other_factor(name: str) -> str:
 
 
 def check_targets(names: Iterable[str], config: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError unless the factors are those of the layers that target_modules lists. It may also be a pattern.
-
-    PEFT adapts a module if its name is one of the list or ends with "." and one of it.
-    """
-    targets = config.get("target_modules")
+    """Raise UserError unless the factors are those of modules that PEFT adapts: it ignores the others."""
+    targets = config["target_modules"] if isinstance(config["target_modules"], list) else []
     modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
-    if not isinstance(targets, list) or not modules:
+    if not modules:
         return
-    unused = {
-        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in modules)
-    }
+    unused = {each for each in targets if not any(is_one_of(module, [each]) for module in modules)}
     if unused:
-        raise UserError(f"has no factor of {min(unused)}, which {CONFIG} lists in target_modules", where=str(file))
-    unlisted = {name for name in modules if not any(name == each or name.endswith(f".{each}") for each in targets)}
-    if unlisted:
-        raise UserError(f"has factors of {min(unlisted)}, which {CONFIG} does not list", where=str(file))
+        what = f"has no factor of {min(unused)}, which {CONFIG} lists in target_modules"
+        raise UserError(what, where=str(file), fix=OWN_CONFIG)
+    if ignored := {module for module in modules if not adapts(config, module)}:
+        keys = [key for key in CHOICES if config.get(key)]
+        what = f"has factors of {min(ignored)}, which {CONFIG} does not list or excludes ({', '.join(keys)})"
+        raise UserError(what, where=str(file), fix=OWN_CONFIG)
+
+
+def adapts(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT adapts the module of this full name.
+
+    The rules are those of peft.tuners.tuners_utils.check_target_module_exists (0.17 to 0.21).
+    """
+    targets, excluded = config["target_modules"], config.get("exclude_modules")
+    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else is_one_of(module, excluded)):
+        return False
+    if not isinstance(targets, str):
+        return module in targets or (is_one_of(module, targets) and is_in_chosen_layer(config, module))
+    if targets.lower() == ALL_LINEAR:
+        return module != "lm_head"
+    return re.fullmatch(targets, module) is not None
+
+
+def is_one_of(module: str, names: Iterable[str]) -> bool:
+    """Whether a module's full name is one of ``names``, or ends with "." and one of them."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def is_in_chosen_layer(config: Mapping[str, Any], module: str) -> bool:
+    """Whether layers_to_transform has the first number in a module's name, or there is no such choice."""
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    numbers = {str(number) for number in ([chosen] if isinstance(chosen, int) else chosen)}
+    matches = (re.match(pattern, module) for pattern in layer_patterns(config))
+    first = next((match for match in matches if match), None)
+    return first is not None and first["idx"] in numbers
+
+
+def layer_patterns(config: Mapping[str, Any]) -> list[str]:
+    """The patterns of a layer's number in a module's name, as PEFT makes them of layers_pattern."""
+    names = config.get("layers_pattern") or []
+    patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in ([names] if isinstance(names, str) else names)]
+    return patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
 
 
 def check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -158,9 +197,7 @@ def check_kind(config: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"lora_alpha is {alpha!r}", where=where, fix="Set the value used in training.")
     if not isinstance(config.get("use_rslora", False), bool):
         raise UserError(f"use_rslora is {config['use_rslora']!r}", where=where, fix="Allowed values: true, false.")
-    targets = config.get("target_modules")
-    if isinstance(targets, list) and not all(isinstance(name, str) and name for name in targets):
-        raise UserError("target_modules is not a list of names", where=where, fix="Set the value used in training.")
+    check_choices(config, where)
     for key in sorted(config.keys() - PLAIN):
         if config[key]:
             raise UserError(f"{key} is set", where=where, fix="Only plain LoRA can be merged.")
@@ -170,3 +207,32 @@ def check_kind(config: Mapping[str, Any], folder: Path) -> None:
             where=where,
             fix="Convert it to plain LoRA first (PEFT: path_initial_model_for_weight_conversion).",
         )
+
+
+def check_choices(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless the settings that choose modules have values that PEFT accepts."""
+    fix = "Set the value used in training."
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if value is None and key != "target_modules":
+            continue
+        if not isinstance(value, str) and not (
+            isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+        ):
+            raise UserError(f"{key} is not a list of names, nor a pattern", where=where, fix=fix)
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
+        raise UserError("layers_to_transform is not a list of numbers", where=where, fix=fix)
+    patterned, pattern = isinstance(config["target_modules"], str), config.get("layers_pattern")
+    if patterned and (layers is not None or pattern is not None):
+        what = "layers_to_transform and layers_pattern cannot be combined with a pattern in target_modules"
+        raise UserError(what, where=where, fix=fix)
+    if pattern and layers is None:
+        raise UserError("layers_pattern is set, and layers_to_transform is not", where=where, fix=fix)
+    patterns = [each for key in ("target_modules", "exclude_modules") if isinstance(each := config.get(key), str)]
+    for each in [*patterns, *layer_patterns(config)]:
+        try:
+            re.compile(each)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{one_line(each)!r} is not a valid pattern: {error}", where=where, fix=fix) from None

@@ -23,10 +23,13 @@ class Paths:
 
         The workspaces of rehearse and acceptance are in a run's folder, and read the model of that run.
         """
+        return [self.workspace, self.workspace.parents[2]] if self.in_a_run else [self.workspace]
+
+    @property
+    def in_a_run(self) -> bool:
+        """Whether the workspace is that of rehearse or acceptance, in a run's folder."""
         own = (self.workspace.name, self.workspace.parent.parent.name)
-        if own in [(SMALL_RUN, RUNS), (ACCEPTANCE, RUNS)]:
-            return [self.workspace, self.workspace.parents[2]]
-        return [self.workspace]
+        return own in [(SMALL_RUN, RUNS), (ACCEPTANCE, RUNS)]
 
     def links(self) -> list[Path]:
         """Those folders of the run that are symbolic links. What is written to them would go elsewhere."""

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 TOLD_AFTER = 2.0  # seconds: shorter verifications are logged with -v only
 MOST_WAIT = 600.0  # seconds for another stage of the run; Lustre frees the locks of a lost node within minutes
+# What is in each folder that a fact names.
+HOLDS = {"model": "config.json", "dataset": "train", "checkpoint": "checkpoint.json"}
 LIBRARIES = ("llama-lora", "torch", "transformers", "peft", "accelerate", "datasets", "optimum-neuron")
 
 
@@ -201,17 +203,26 @@ class Stage:
         return fingerprint
 
     def upstream_path(self, name: str, fact: str) -> Path:
-        """Return a file or folder that a fact of an earlier stage's manifest names.
+        """Return a folder that a fact of an earlier stage's manifest names.
 
-        Raises UserError if that stage is not done, or if the fact is not a path in the workspace.
+        Raises UserError if that stage is not done, or if the fact is not a path in the workspace with what that stage
+        wrote.
         """
         value = self.upstream(name).facts.get(fact)
+        problem = "which is not a path in the workspace"
         if isinstance(value, str) and value and "\0" not in value and ".." not in Path(value).parts:
             path = self.paths.workspace / value
             if any(root in path.parents for root in self.paths.roots):
-                return path
-        raise UserError(
-            f"facts.{fact} is {one_line(repr(value))}, which is not a path in the workspace",
+                # The tokenize of a small run has written nothing: its facts name what another run or step has made.
+                if self.paths.in_a_run or self.upstream_files(name, path / HOLDS[fact]):
+                    return path
+                problem = f"but {name} wrote no {HOLDS[fact]} there"
+        raise self.wrong_fact(name, fact, problem)
+
+    def wrong_fact(self, name: str, fact: str, problem: str) -> UserError:
+        """The error about a fact of an earlier stage's manifest."""
+        return UserError(
+            f"facts.{fact} is {one_line(repr(self.upstream(name).facts.get(fact)))}, {problem}",
             where=str(self.paths.manifest(name)),
             fix=f"Delete the file and run {rerun(name)}.",
         )

@@ -96,15 +96,15 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointRecord:
     """Compare every file with the record. Raises DamagedCheckpoint for the first that is missing or differs."""
     record = read_checkpoint_record(checkpoint)
     for name, expected in record.files.items():
-        shard = checkpoint / name
+        shard, kind = checkpoint / name, "file" if name.endswith(".json") else "shard"
         if difference := other_size(shard, expected.bytes):
-            raise DamagedCheckpoint(f"shard {difference}", where=str(shard), fix=OTHER_CHECKPOINT)
+            raise DamagedCheckpoint(f"{kind} {difference}", where=str(shard), fix=OTHER_CHECKPOINT)
         try:
             digest = files.sha256(shard)
         except OSError as error:
             raise _unreadable(shard, error.errno or 0, f"cannot be read: {error.strerror}") from None
         if digest != expected.sha256:
-            what = f"the shard's digest differs from the one recorded at step {record.step}"
+            what = f"the {kind}'s digest differs from the one recorded at step {record.step}"
             raise DamagedCheckpoint(what, where=str(shard), fix=OTHER_CHECKPOINT)
     return record
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from llama_lora.model_files import (
     CONFIG,
     INDEX,
     KEPT,
-    TOKENIZERS,
     WEIGHTS,
     base_files,
     check_folder,
     check_names,
+    has_tokenizer,
     kept,
     read_config,
     shards_in,
@@ -35,6 +36,8 @@ from llama_lora.model_files import (
 from llama_lora.safetensors_files import DTYPES, stored_tensors
 
 log = logging.getLogger(__name__)
+
+LAYER = re.compile(r"(.*?\.)(\d+)\.")  # how a tensor's name begins, if it is of a layer
 
 
 def take_snapshot(model: Model, source: Source, models: Path, verify: Verify = "cached") -> Path:
@@ -207,12 +210,15 @@ def _check(folder: Path, origin: str) -> None:
             where="model",
             fix="Convert it: AutoModelForCausalLM...save_pretrained(FOLDER).",
         )
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not has_tokenizer(folder):
         raise UserError(f"{origin} has no tokenizer", where="model", fix="Add the tokenizer's files to the folder.")
     stored = stored_tensors(folder)
     needed = _parameters(folder, origin, len(stored))
     if missing := sorted(needed.keys() - stored.keys()):  # transformers would initialize them at random
         raise UserError(f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix=COMPLETE)
+    if unused := of_other_layers(stored.keys() - needed.keys(), needed):
+        what = f"{origin} has the weights {', '.join(unused[:3])} of a layer that its {CONFIG} does not have"
+        raise UserError(what, where="model", fix=f"Use the {CONFIG} that belongs to the weights.")
     for name, shape in needed.items():
         if stored[name].shape != shape:
             what = f"{name} of {origin} has shape {stored[name].shape}, but its {CONFIG} needs {shape}"
@@ -220,6 +226,17 @@ def _check(folder: Path, origin: str) -> None:
         if stored[name].dtype not in DTYPES:
             what = f"{name} of {origin} has dtype {stored[name].dtype}"
             raise UserError(what, where="model", fix=f"Use a model in {', '.join(DTYPES)}.")
+
+
+def of_other_layers(unused: Iterable[str], needed: Iterable[str]) -> list[str]:
+    """The unused tensors of further layers: named as the needed ones, with a number that none of these has.
+
+    Other unused tensors are usual, such as rotary_emb.inv_freq and the lm_head of tied embeddings.
+    """
+    layers = {match.groups() for match in map(LAYER.match, needed) if match}
+    lists = {name for name, _ in layers}
+    found = ((name, match.groups()) for name in unused if (match := LAYER.match(name)))
+    return sorted(name for name, layer in found if layer not in layers and layer[0] in lists)
 
 
 def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from genvalues.common import files
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def consolidate(stage: Stage) -> None:
     """Convert the checkpoint that train's manifest names to adapter/."""
-    checkpoint = stage.upstream_path("train", "checkpoint")
+    checkpoint = trained_checkpoint(stage)
     base = stage.upstream_path("tokenize", "model")
     adapter = read_trained_adapter(stage, checkpoint, base)
     recorded = backends.probe_of(checkpoint)
@@ -34,6 +35,18 @@ def consolidate(stage: Stage) -> None:
         verify_weights(stage, recorded, base, stage.paths.adapter, adapter=folder)
         stage.facts = {"probe": recorded.as_record() if recorded else None}
     log.info(f"wrote {len(adapter.tensors)} tensors of {checkpoint.name} to {stage.paths.adapter}")
+
+
+def trained_checkpoint(stage: Stage) -> Path:
+    """The checkpoint that train's manifest names. Raises UserError if it is not one of that training.
+
+    A damaged one is renamed, which no other folder may be.
+    """
+    checkpoint = stage.upstream_path("train", "checkpoint")
+    folder = stage.paths.checkpoints(stage.upstream_fingerprint("train"))
+    if checkpoint.parent != folder or not re.fullmatch(r"step-\d+", checkpoint.name):
+        raise stage.wrong_fact("train", "checkpoint", f"which is not a checkpoint {folder}/step-N")
+    return checkpoint
 
 
 def read_trained_adapter(stage: Stage, checkpoint: Path, base: Path) -> Adapter:
@@ -123,7 +136,11 @@ def consolidate_checkpoint(checkpoint: Path, output: Path) -> None:
 def locked_output(output: Path, command: str) -> Iterator[None]:
     """Hold the lock of a tool's output folder. Raises UserError if the folder exists, or another tool writes it."""
     refuse_to_overwrite(output)
-    with locked(lock_beside(output.absolute()), command, MOST_WAIT, remove=True):
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock_beside(output.absolute()), command, MOST_WAIT, remove=True))
+        except OSError as error:  # as in /proc, where folders exist and no file can be created
+            raise cannot_create(output, error) from None
         refuse_to_overwrite(output)  # another tool may have written it
         yield
 
@@ -134,11 +151,13 @@ def refuse_to_overwrite(output: Path) -> None:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         exists = output.exists() and (not output.is_dir() or any(output.iterdir()))
     except OSError as error:
-        raise UserError(
-            f"{output} cannot be created: {error.strerror}", where="--output", fix="Pass another folder."
-        ) from None
+        raise cannot_create(output, error) from None
     if exists:
         raise UserError(f"{output} already exists", where="--output", fix="Pass a new folder, or delete this one.")
+
+
+def cannot_create(output: Path, error: OSError) -> UserError:
+    return UserError(f"{output} cannot be created: {error.strerror}", where="--output", fix="Pass another folder.")
 
 
 STAGE = Declaration(

@@ -19,10 +19,11 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora import library_versions
-from llama_lora.adapter import CONFIG, Delta, read_adapter_config, read_deltas
+from llama_lora.adapter import CONFIG, Delta, adapts, read_adapter_config, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
+from llama_lora.model_files import CONFIG as MODEL_CONFIG
 from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress
@@ -82,6 +83,9 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     for option, folder in {"--base": base, "--adapter": adapter}.items():
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder", where=option, fix="Pass an existing folder.")
+    if not (base / MODEL_CONFIG).is_file():
+        fix = "Pass a folder with a whole model in the Hugging Face format."
+        raise UserError(f"{base} has no {MODEL_CONFIG}", where="--base", fix=fix)
     with locked_output(output, "llama-lora merge"):
         deltas = read_deltas(adapter)
         tensors = stored_tensors(base)
@@ -115,11 +119,9 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             raise UserError(
                 f"{name} has dtype {tensor.dtype}", where=str(base), fix=f"Use a base model in {', '.join(DTYPES)}."
             )
-    chosen_layers = read_adapter_config(adapter)
-    if chosen_layers.get("layers_to_transform") is not None or chosen_layers.get("exclude_modules"):
-        return
-    kinds = {without_numbers(name) for name in deltas}
-    if absent := sorted(name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds):
+    config, kinds = read_adapter_config(adapter), {without_numbers(name) for name in deltas}
+    others = [name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds]
+    if absent := sorted(name for name in others if adapts(config, name.removesuffix(".weight"))):
         raise UserError(
             f"has no factors of {absent[0]}, but of the same layer elsewhere ({len(deltas)} of "
             f"{len(deltas) + len(absent)} layers)",
