@@ -125,7 +125,8 @@ def test_pods_that_share_a_volume_of_one_node_run_on_one_node(helm: int) -> None
             assert term["labelSelector"]["matchLabels"].items() <= each.template["metadata"]["labels"].items()
     shared = merged(generic, {"storage": {"accessModes": ["ReadWriteMany"]}})
     assert not [each for each in pods(render(merged(MINIMAL, shared), helm=helm)) if "affinity" in each.spec]
-    mine = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
+    term = {"matchExpressions": [{"key": "zone", "operator": "Exists"}]}
+    mine = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
     own = merged(generic, {"stageDefaults": {"affinity": mine}})
     assert all(each.spec["affinity"] == mine for each in pods(render(merged(MINIMAL, own), helm=helm)))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import run_demo
+from huggingface_hub import file_download
 
 from genvalues.common import files
 from genvalues.common.process import processes
@@ -339,6 +340,9 @@ HUB_FAULTS = {"429": FAILED, "500": FAILED, "503": FAILED, "hang": FAILED, "401"
 
 def faulty_hub(fault: str, world: World, chance: random.Random) -> None:
     """The status says whether a retry helps. When the Hub answers again, the result is the usual one."""
+    file_download._ETAG_RETRY_TIMEOUT = (
+        2  # for six tries in the commands, which are forks: 60 s, and no variable sets it
+    )
     run = make_run(world.new_folder(), world.folder, training=TRAINING)
     hub = FaultyHub(Path(world.undisturbed.config["model"]["path"]), fault, chance.choice([0, 1, 3, 6]))
     run.config["model"] = {"id": "org/thing", "revision": "main"}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,14 +102,16 @@ def test_a_signal_stops_the_running_stage_and_leaves_no_process(server: Server, 
     assert len(descendants()) == 1, "the server"
 
 
-def test_a_signal_during_the_imports_ends_the_server(server: Server) -> None:
-    """The config is a pipe without a writer: reading it takes as long as the imports would."""
-    config = server.folder / "run.yaml"
-    os.mkfifo(config)
+def test_a_signal_during_the_imports_ends_the_server(
+    server: Server, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    options = ["--config", str(run.write_config()), "--workspace", str(run.workspace)]
+    monkeypatch.setattr(forks, "import_libraries", lambda: time.sleep(60))  # in the server too, a fork of this process
     before = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 1)
     with pytest.raises(Interrupted, match="SIGINT"):
-        server.run("merge", "--config", str(config), "--workspace", "w")
+        server.run("merge", *options)
     signal.signal(signal.SIGALRM, before)
     assert not descendants()
     assert server.run("--version") == 0 and len(server.started) == 2

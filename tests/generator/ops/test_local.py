@@ -542,7 +542,6 @@ def test_what_the_charts_schema_refuses_is_reported_line_by_line_with_the_files_
 @pytest.mark.parametrize(
     ("values", "where"),
     [
-        ("huggingFace: {tokenSecret: PASTED}", "huggingFace.tokenSecret: the value does not match"),
         ("lora: {r: PASTED}", "lora.r: 'hf_...' is not "),
         ("stages: {train: {extraEnv: {HF_TOKEN: [PASTED]}}}", "stages.train.extraEnv.HF_TOKEN: the value "),
         ("PASTED: 1", "hf_...: unknown key"),
