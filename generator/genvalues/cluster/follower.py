@@ -113,7 +113,7 @@ class JobFollower:
             raise
         finally:
             self.costs.write()
-        self.workers.close(0.0)
+            self.workers.close(0.0)
 
     def check(self, state: StageState) -> bool:
         """Look at the job and its pods once. Return True when the stage is done; raises StageFailed if it failed."""

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from generator.cluster.fake_api import NAMESPACE, FakeApi, serving
 from generator.cluster.objects import RUN
-from generator.cluster.waiting import STARTED
+from generator.cluster.waiting import STARTED, until
 from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig
 
@@ -28,11 +29,13 @@ def logger() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    """It would log into the output of a later test."""
+def _no_thread_is_left(logger: None) -> Iterator[None]:
+    """It would log into the output of a later test, or take its time: one that asks a server which is gone, all of it."""
+    before = set(threading.enumerate())
     yield
     left, STARTED[:] = [future for future in STARTED if not future.done()], []
     assert not left
+    until(lambda: set(threading.enumerate()) <= before, f"the threads of the test to end: {threading.enumerate()}")
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ class FakeApi:
         self.failing_creations = ""  # message of a webhook that does not respond
         self.nonsense: tuple[int, str] | None = None  # status and body of every response: not an API server
         self.drips = False  # every response is headers and then one space after another
+        self.connections: set[socket.socket] = set()  # open ones
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
         fake = self
@@ -68,6 +69,14 @@ class FakeApi:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             wbufsize = 65536  # one packet per response; two would wait 40 ms for an acknowledgement
+
+            def setup(self) -> None:
+                super().setup()
+                fake.connections.add(self.connection)
+
+            def finish(self) -> None:
+                fake.connections.discard(self.connection)
+                super().finish()
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -383,3 +392,6 @@ def serving(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
         fake.away = True
         fake.server.shutdown()
         fake.server.server_close()
+        for connection in list(fake.connections):  # kept alive by clients
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
