@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from genvalues.cli import genvalues
 from llama_lora import preview
 from trainer.conftest import Run, llama_lora_here
+from trainer.warm import WarmPopen
 
-GENVALUES = str(Path(sys.executable).with_name("genvalues"))
 PIECES = [
     {"trained": False, "special": True, "text": "<|start|>"},
     {"trained": False, "special": False, "text": "user\nHi\x1b[2J\u202e"},
@@ -95,7 +97,10 @@ def test_colors_are_for_terminals_and_no_color_turns_them_off(
     assert preview.wants_color() is wanted
 
 
-def test_genvalues_preview_shows_the_dataset_of_an_inputs_file(tiny_model: Path, tmp_path: Path) -> None:
+def test_genvalues_preview_shows_the_dataset_of_an_inputs_file(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Hi?", "output": "Yes."}\n')
     inputs: dict[str, Any] = {
         "model": {"path": str(tiny_model)},
@@ -104,9 +109,9 @@ def test_genvalues_preview_shows_the_dataset_of_an_inputs_file(tiny_model: Path,
     }
     file = tmp_path / "finetune.yaml"
     file.write_text(yaml.safe_dump(inputs))
-    done = subprocess.run([GENVALUES, "preview", str(file)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "user\nHi?<|end|>\n<|start|>assistant\n{+Yes.<|end|>+}\n" in done.stdout
+    assert CliRunner().invoke(genvalues, ["preview", str(file)]).exit_code == 0
+    assert "user\nHi?<|end|>\n<|start|>assistant\n{+Yes.<|end|>+}\n" in capfd.readouterr().out
     (tmp_path / "rows.jsonl").write_text("{\n")
-    done = subprocess.run([GENVALUES, "preview", str(file)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "rows.jsonl:1" in done.stderr and "Traceback" not in done.stderr
+    assert CliRunner().invoke(genvalues, ["preview", str(file)]).exit_code == 2
+    said = capfd.readouterr().err
+    assert "rows.jsonl:1" in said and "Traceback" not in said

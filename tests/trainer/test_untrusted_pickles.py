@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -19,6 +18,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+from forked import run_forked
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.inputs import chart, yaml_text
@@ -27,6 +27,7 @@ from llama_lora.cli import main
 from trainer.conftest import Run, make_model, write_checkpoint_record
 from trainer.test_merge import make_adapter
 from trainer.untrusted import Mark, evil_files
+from trainer.warm import warm_up
 
 ROOT = Path(__file__).parents[2]
 XLA_CHECKPOINT = Path(__file__).parent / "fixtures/neuron/llama-tp2-qv.tar.xz"
@@ -459,6 +460,7 @@ def test_python_of_a_base_folder_is_not_imported(tmp_path: Path, mark: Mark) -> 
         (base / name).write_text(json.dumps({**content, "auto_map": mapping}))
     script = (
         "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, '')\n"  # as in a process that is not a fork
         "from llama_lora import evaluation, library_versions\n"
         "from llama_lora.config import Model\n"
         "from llama_lora.data import resolve, snapshot\n"
@@ -471,10 +473,8 @@ def test_python_of_a_base_folder_is_not_imported(tmp_path: Path, mark: Mark) -> 
         "try: snapshot.take_snapshot(Model(path=str(base)), resolve.Source('n', '1'), models)\n"
         "except UserError as error: print(error)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", script, str(base), str(tmp_path / "models")],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd=base,
-    )  # fmt: skip
+    warm_up()
+    ended = run_forked([sys.executable, "-c", script, str(base), str(tmp_path / "models")], cwd=base)
     assert ended.returncode == 0, ended.stderr
     assert "auto_map" in ended.stdout and not mark.left
     assert not list((tmp_path / "models").rglob("*.py"))

@@ -30,7 +30,7 @@ def logger() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left(logger: None) -> Iterator[None]:
-    """It would log into the output of a later test, or take its time: one that asks a server which is gone, all of it."""
+    """It would log into the output of a later test, or ask a server that is gone until the end of the run."""
     before = set(threading.enumerate())
     yield
     left, STARTED[:] = [future for future in STARTED if not future.done()], []
