@@ -67,6 +67,19 @@ def recorded_attention(config: RunConfig) -> str:
     return XLA_ATTENTION[attention] if config.backend == "xla" else attention
 
 
+# What PyYAML raises for text that it cannot read: also errors of any kind for values that do not fit their tag.
+# ValueError is that of text that is not UTF-8, too.
+INVALID_YAML = (
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 def load(path: Path) -> RunConfig:
     """Read and check a run config file.
 
@@ -77,16 +90,7 @@ def load(path: Path) -> RunConfig:
         content = yaml.safe_load(read_bytes(file, MOST_BYTES).decode("utf-8"))
     except InvalidJson as error:
         raise UserError(str(error), where=str(path), fix="Pass --config FILE.") from None
-    # PyYAML raises errors of any kind for values that do not fit their tag. ValueError: also text that is not UTF-8
-    except (
-        yaml.YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except INVALID_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = one_line(getattr(error, "problem", None) or str(error) or type(error).__name__, 200)

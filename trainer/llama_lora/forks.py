@@ -103,7 +103,7 @@ def run_to_exit(command: Callable[[], object]) -> NoReturn:
     with contextlib.suppress(Exception):  # of a library; what the stage wrote is complete
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # the reader has exited, or the stream is closed
             stream.flush()
     os._exit(status)
 

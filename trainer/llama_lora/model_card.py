@@ -20,6 +20,7 @@ from genvalues.common.text import one_line
 from genvalues.settings.base import HUB_ID
 from genvalues.settings.dataset_files import exists_here
 from genvalues.settings.datasets import on_s3
+from llama_lora.config import INVALID_YAML
 from llama_lora.data.parts import Part, training_parts
 from llama_lora.data.resolve import ResolvedSources
 from llama_lora.paths import Paths
@@ -297,16 +298,6 @@ def license_in(readme: Path) -> str:
         text = read_bytes(readme, MOST_CARD_BYTES).decode("utf-8")
         matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
         found = yaml.safe_load(matter[1]).get("license") if matter else ""
-    # PyYAML raises errors of any kind for values that do not fit their tag
-    except (
-        InvalidJson,
-        yaml.YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ):
+    except (InvalidJson, *INVALID_YAML):
         return ""
     return found if isinstance(found, str) else ""

@@ -246,11 +246,11 @@ def render(chart: Path, release: str, values: dict[str, Any], namespace: str = "
     except pyhelm3.Error as error:
         message = redacted(error.stderr.decode(errors="replace")).strip().removeprefix("Error: ")
         raise UserError(f"Helm cannot render the chart:\n{message}", where=str(chart)) from None
+    except UnicodeError as error:  # a ValueError, too
+        raise invalid_output(error, str(chart)) from None
+    except ValueError as error:  # a Chart.yaml that only pyhelm3 refuses, or recursive values
+        fix = f"Check Chart.yaml, and that {find_helm()} is Helm 3.14 or newer."
+        problem = redacted(" ".join(str(error).split()))
+        raise UserError(f"cannot be rendered: {problem}", where=str(chart), fix=fix) from None
     except INVALID_OUTPUT as error:
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            # a Chart.yaml that only pyhelm3 refuses, or recursive values
-            fix = f"Check Chart.yaml, and that {find_helm()} is Helm 3.14 or newer."
-            raise UserError(
-                f"cannot be rendered: {redacted(' '.join(str(error).split()))}", where=str(chart), fix=fix
-            ) from None
         raise invalid_output(error, str(chart)) from None

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
@@ -84,13 +85,14 @@ def ask(endpoint: str, path: str, token: str, method: str = "GET") -> Answer:
     return Answer(0, problem="too many redirects")
 
 
-def trusted_certificates() -> ssl.SSLContext:
-    """The system's certificates and those of $REQUESTS_CA_BUNDLE, which huggingface_hub uses behind a proxy; those of
-    certifi if the system has none (Python from python.org on a Mac)."""
+@cache
+def trusted_certificates(bundle: str | None) -> ssl.SSLContext:
+    """The system's certificates and those of ``bundle``, or those of certifi if the system has none (Python from
+    python.org on a Mac). They take a tenth of a second to read."""
     import ssl
 
     context = ssl.create_default_context()
-    if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+    if bundle:
         context.load_verify_locations(bundle)
     elif not context.cert_store_stats()["x509_ca"]:
         import certifi  # a dependency of the Kubernetes client
@@ -113,9 +115,8 @@ def request_once(url: str, token: str, method: str) -> Answer:
         if token:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
-            opener = urllib.request.build_opener(
-                NoRedirects, urllib.request.HTTPSHandler(context=trusted_certificates())
-            )
+            trusted = trusted_certificates(os.environ.get("REQUESTS_CA_BUNDLE"))  # huggingface_hub reads it, too
+            opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=trusted))
             with opener.open(request, timeout=SECONDS) as response:
                 return Answer(response.status, lower_case(response.headers), response.read(LARGEST_ANSWER))
         except urllib.error.HTTPError as error:

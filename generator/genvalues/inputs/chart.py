@@ -114,9 +114,7 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
     schema = values_schema(chart)
 
     try:
-        exact = with_exact_ends(jsonschema.Draft7Validator)
-        validator = jsonschema.validators.extend(exact, {word: limit(word) for word in BOUNDS})
-        errors = list(validator(schema).iter_errors(values))
+        errors = list(ValuesValidator(schema).iter_errors(values))
     except Exception as failure:  # an invalid schema can fail in many ways
         wrong = next(jsonschema.Draft7Validator(jsonschema.Draft7Validator.META_SCHEMA).iter_errors(schema), None)
         if wrong is None:
@@ -150,6 +148,11 @@ def limit(word: str) -> Callable[..., Iterator[jsonschema.ValidationError]]:
         yield from of_numbers(validator, bound, value, rules) or ()
 
     return check
+
+
+ValuesValidator = jsonschema.validators.extend(
+    with_exact_ends(jsonschema.Draft7Validator), {word: limit(word) for word in BOUNDS}
+)
 
 
 def written_in_chart_values(key: KeyPath, chart_values: Any) -> bool:

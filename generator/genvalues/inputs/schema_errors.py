@@ -49,10 +49,12 @@ ALSO_CALLED = {  # names that other tools have for our keys
 }
 
 
+InputsValidator = with_exact_ends(jsonschema.Draft202012Validator)
+
+
 def schema_mistakes(value: Any) -> Iterator[Mistake]:
     schema = inputs_schema()
-    inputs_validator = with_exact_ends(jsonschema.Draft202012Validator)
-    for error in telling(islice(inputs_validator(schema).iter_errors(value), MOST_MISTAKES)):
+    for error in telling(islice(InputsValidator(schema).iter_errors(value), MOST_MISTAKES)):
         yield from islice(explain(error, schema), MOST_MISTAKES)
 
 
