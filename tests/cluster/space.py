@@ -27,7 +27,7 @@ from chart.manifests import CHART, Object, Values, merged
 from cluster.local import binaries, images
 from cluster.local.node import INSTANCE_TYPE
 from genvalues.cluster import api
-from genvalues.cluster.kinds import CLAIMS, JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
+from genvalues.cluster.kinds import CLAIMS, JOBS, NAMESPACES, PODS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, Kind
 from genvalues.cluster.objects import (
     INSTANCE,
     annotations_of,
@@ -66,6 +66,10 @@ KINDS = {
     "rolebinding": Kind("apis/rbac.authorization.k8s.io/v1", "rolebindings"),
 }
 KINDS |= {f"{name}s": kind for name, kind in KINDS.items()}
+CLUSTER_WIDE = [
+    Kind("apis/rbac.authorization.k8s.io/v1", plural, namespaced=False)
+    for plural in ("clusterroles", "clusterrolebindings")
+]
 
 RESOURCES = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"cpu": 2, "memory": "4Gi"}}
 # Two workers. Several tests share the node: each takes few of its devices.
@@ -252,17 +256,17 @@ class Volume:
         self.space = space
 
     def create(self, storage_class: str = STORAGE_CLASS, modes: tuple[str, ...] = ("ReadWriteMany",)) -> None:
-        self.space.apply(claim(CLAIM, storage_class, modes))
+        self.space.api.create(CLAIMS, claim(CLAIM, storage_class, modes))
 
     def pod(self) -> str:
         """The pod; created again after a drain has evicted it."""
         found = self.space.get("pod", self.POD)
-        if found is None or is_over(found) or "deletionTimestamp" in found["metadata"]:
+        if found is not None and (is_over(found) or "deletionTimestamp" in found["metadata"]):
             self.space.kubectl("delete", "pod", self.POD, "--ignore-not-found", "--grace-period=1")
-            self.space.apply(files_pod(self.POD))
             found = None
-        if found is None or not condition(found, "Ready"):
-            self.space.kubectl("wait", "--for=condition=Ready", f"pod/{self.POD}", f"--timeout={PATIENCE:.0f}s")
+        if found is None:
+            self.space.api.create(PODS, files_pod(self.POD))
+        self.space.wait(f"the pod {self.POD}", lambda: condition(self.space.get("pod", self.POD) or {}, "Ready"))
         return self.POD
 
     def run(self, script: str, check: bool = True) -> str:
@@ -296,7 +300,8 @@ class Volume:
 
 
 class Space:
-    """A namespace for one test that enforces Pod Security `restricted`."""
+    """A namespace for one test that enforces Pod Security `restricted`. Its API is asked from this process: a kubectl
+    for each question takes a sixth of a second of a core."""
 
     living: ClassVar[list[Space]] = []  # shown when a test fails
 
@@ -304,13 +309,8 @@ class Space:
         self.name = name
         self.base = ["kubectl", "--namespace", name]
         self.api = api.connect(name, patience=5)
-        self.apply(
-            {
-                "apiVersion": "v1",
-                "kind": "Namespace",
-                "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": enforce}},
-            }
-        )
+        labels = {"pod-security.kubernetes.io/enforce": enforce}
+        self.api.create(NAMESPACES, {"metadata": {"name": name, "labels": labels}})
         self.wait("the default service account", lambda: self.get("serviceaccount", "default"))
         self.history = History(name)
         self.volume = Volume(self)
@@ -323,14 +323,13 @@ class Space:
         for one in self.clients:
             one.kill()
         self.history.close()
-        for kind in ("clusterrole", "clusterrolebinding"):
-            listed = run(["kubectl", "get", kind, "-o", "name"]).output.split()
-            ours = [name for name in listed if name.partition("/")[2].startswith(f"{self.name}.")]
-            if ours:
-                run(["kubectl", "delete", *ours])
+        for kind in CLUSTER_WIDE:
+            for name in map(name_of, self.api.list(kind)):
+                if name.startswith(f"{self.name}."):
+                    self.api.delete(kind, name)
         at_once = ["--wait=false", "--grace-period=0", "--force"]
         self.kubectl("delete", "pytorchjobs,trainjobs,jobs,pods", "--all", *at_once, check=False)
-        run(["kubectl", "delete", "namespace", self.name, "--wait=false"])
+        self.api.delete(NAMESPACES, self.name)
 
     # --- objects
 
@@ -343,7 +342,7 @@ class Space:
         self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all(objects))
 
     def get(self, kind: str, name: str) -> Object | None:
-        """An object. Tests wait by asking for objects, and a kubectl for each question would take half a core."""
+        """An object, or None."""
         return self.api.get(KINDS[kind], name)
 
     def list(self, kind: str, selector: str = "") -> list[Object]:

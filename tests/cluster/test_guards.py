@@ -144,6 +144,7 @@ def step_of(space: Space) -> int:
     return int(json.loads(space.volume.run("cat runs/llama/progress.json || echo {}")).get("step") or 0)
 
 
+@pytest.mark.slow
 def test_a_real_training_saves_at_its_limit_resumes_when_it_is_raised_and_writes_its_stack_traces_when_it_hangs(
     real: Space,
 ) -> None:

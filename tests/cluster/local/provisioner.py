@@ -5,6 +5,7 @@ Runs as a process: provisioner.py KUBECONFIG FOLDER
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -64,6 +65,9 @@ def provision(core: client.CoreV1Api, folder: Path) -> None:
             place.mkdir(parents=True)
             os.chown(place, owner, owner)
             core.create_persistent_volume(volume(claim, place))
+
+
+def remove_released(core: client.CoreV1Api, folder: Path) -> None:
     for made in core.list_persistent_volume().items:
         if made.status.phase == "Released" and made.spec.storage_class_name in CLASSES:
             core.delete_persistent_volume(made.metadata.name)
@@ -75,9 +79,11 @@ def main(kubeconfig: str, folder: str) -> None:
     core, storage = client.CoreV1Api(), client.StorageV1Api()
     for name in CLASSES:
         storage.create_storage_class(storage_class(name))
-    while True:
+    for turn in itertools.count():
         try:
             provision(core, Path(folder))
+            if turn % 20 == 0:  # nothing waits for it
+                remove_released(core, Path(folder))
         except Exception as error:  # a test stops the API server for a moment
             print(type(error).__name__, str(error)[:200], flush=True)
         time.sleep(0.5)
