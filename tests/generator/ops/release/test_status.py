@@ -344,7 +344,8 @@ def test_a_required_request_that_is_refused_is_one_line_and_status_2(
 ) -> None:
     fake.forbidden.add(("list", resource))
     assert genvalues("status", "demo", "-n", "team-a") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.rstrip("\n")
+    assert "\n" not in line
     assert line.startswith("namespace team-a: ") and resource in line
 
 
