@@ -266,7 +266,8 @@ class Volume:
             found = None
         if found is None:
             self.space.api.create(PODS, files_pod(self.POD))
-        self.space.wait(f"the pod {self.POD}", lambda: condition(self.space.get("pod", self.POD) or {}, "Ready"))
+        if found is None or not condition(found, "Ready"):
+            self.space.wait(f"the pod {self.POD}", lambda: condition(self.space.get("pod", self.POD) or {}, "Ready"))
         return self.POD
 
     def run(self, script: str, check: bool = True) -> str:

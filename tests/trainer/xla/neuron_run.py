@@ -110,10 +110,3 @@ def recorded(run: NeuronRun, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = run.run.manifest("compile")
     change(manifest["facts"]["provenance"])
     run.run.paths.manifest("compile").write_text(json.dumps(manifest))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)

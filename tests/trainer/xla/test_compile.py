@@ -14,7 +14,8 @@ import pytest
 
 from llama_lora.backends.xla import cache
 from trainer.conftest import Run
-from trainer.xla.neuron_run import NeuronRun, wait_for
+from trainer.test_training import wait_for
+from trainer.xla.neuron_run import NeuronRun
 
 
 def test_compile_runs_the_train_stages_own_workers_in_the_program_and_records_graphs_alone(

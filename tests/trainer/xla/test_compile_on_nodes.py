@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -13,20 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from genvalues.common.process import processes
 from llama_lora.backends.xla import compiling
-from trainer.xla.neuron_run import NeuronRun, recorded, wait_for
+from trainer.test_training import free_port, wait_for
+from trainer.xla.neuron_run import NeuronRun, recorded
 
 
 def start_nodes(run: NeuronRun, of_second: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
     """Two nodes, whose graphs take a second each, so that neither is done when the other begins."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
     joined = {
         "PET_NNODES": "2",
         "PET_NPROC_PER_NODE": "1",
         "PET_RDZV_BACKEND": "c10d",
-        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
         "PET_RDZV_ID": "test",
         "PET_LOCAL_ADDR": "localhost",
     }
@@ -35,16 +33,12 @@ def start_nodes(run: NeuronRun, of_second: dict[str, str] | None = None) -> list
 
 def commands_below(pid: int) -> list[str]:
     """The command lines of a process's children and theirs."""
-    found, parents = [], {pid}
-    processes = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            processes[int(entry.name)] = (parent, (entry / "cmdline").read_text().replace("\0", " "))
-    while parents:
-        children = {child for child, (parent, _) in processes.items() if parent in parents}
-        found += [processes[child][1] for child in children]
-        parents = children
+    found, below, parents = [], {pid}, dict(processes())
+    while below:
+        below = {child for child, parent in parents.items() if parent in below}
+        for child in below:
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{child}/cmdline").read_text().replace("\0", " "))
     return found
 
 
