@@ -49,8 +49,15 @@ PRE_TOKENIZERS = {
 }
 
 
+NORMALIZERS = {
+    "none": lambda: None,
+    "NFC": normalizers.NFC,
+    "an empty sequence and NFC": lambda: normalizers.Sequence([normalizers.Sequence([]), normalizers.NFC()]),
+}
+
+
 @functools.cache
-def tokenizer(name: str, nfc: bool = False) -> Any:
+def tokenizer(name: str, normalizer: str = "none") -> Any:
     parts = {
         "split": lambda expression: pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(expression), "isolated"), BYTES_ONLY]
@@ -59,9 +66,7 @@ def tokenizer(name: str, nfc: bool = False) -> Any:
         "digits": lambda _: pre_tokenizers.Digits(individual_digits=True),
     }
     made = [parts[kind](expression) for kind, expression in PRE_TOKENIZERS[name]]
-    return tokenizer_of(
-        made[0] if len(made) == 1 else pre_tokenizers.Sequence(made), normalizers.NFC() if nfc else None
-    )
+    return tokenizer_of(made[0] if len(made) == 1 else pre_tokenizers.Sequence(made), NORMALIZERS[normalizer]())
 
 
 # What matters to the expressions: kinds of characters, all kinds of whitespace, contractions, special tokens.
@@ -88,11 +93,11 @@ SPACES = [" ", "  ", "\n", "\r\n", " \n ", "\t", "\u00a0", "\u2003", "\x1c", "\x
 texts = st.lists(st.sampled_from([*PIECES, *SPACES, *[" "] * 8]), max_size=14).map("".join)
 
 
-@pytest.mark.parametrize("nfc", [False, True])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 @given(batch=st.lists(texts, max_size=4))
-def test_words_give_the_tokens_of_the_whole_text(name: str, nfc: bool, batch: list[str]) -> None:
-    whole = tokenizer(name, nfc)
+def test_words_give_the_tokens_of_the_whole_text(name: str, normalizer: str, batch: list[str]) -> None:
+    whole = tokenizer(name, normalizer)
     cache = WordCache(whole)
     expected = [array("i", whole(text, add_special_tokens=False).input_ids) for text in batch]
     assert cache(batch) == expected and cache(batch) == expected
@@ -102,7 +107,7 @@ def test_words_give_the_tokens_of_the_whole_text(name: str, nfc: bool, batch: li
 def test_a_word_is_tokenized_once_and_long_and_many_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenizer("byte level")
     cache, calls = WordCache(whole), []
-    monkeypatch.setattr(cache, "_tokenize_words", lambda words: calls.append(words) or [b"1234"] * len(words))
+    monkeypatch.setattr(cache, "_tokenize", lambda words: calls.append(words) or [array("i", [1])] * len(words))
     cache(["a b b a", "b c"])
     cache(["a b c " + "x" * 100])
     cache(["a"])
@@ -142,6 +147,9 @@ UNFIT = {
     ),
     "SentencePiece": lambda: tokenizer_of(pre_tokenizers.Metaspace()),
     "another normalizer": lambda: tokenizer_of(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Strip()),
+    "another one in a sequence": lambda: tokenizer_of(
+        pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    ),
     "a token that takes spaces": lambda: changed(lstrip=True),
     "a token of whole words": lambda: changed(single_word=True),
 }
