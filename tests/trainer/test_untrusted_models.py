@@ -244,6 +244,27 @@ def test_a_config_of_another_architecture_than_the_weights_is_refused(
     assert not [word for word in words if word not in said], said
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor 0,"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1.5}}, "rope_parameters.factor -1.5,"),
+        ({"rope_parameters": {"sliding": {"rope_theta": 0}}}, "rope_parameters.sliding.rope_theta 0,"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "rope_scaling.factor 1e-300,"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 0]}}, "rope_scaling.short_factor 0,"),
+        ({"rope_theta": "10000"}, "rope_theta '10000',"),
+        ({"rms_norm_eps": True}, "rms_norm_eps True,"),
+        ({"initializer_range": -1}, "initializer_range -1,"),
+    ],
+)  # fmt: skip
+def test_a_number_of_a_config_that_makes_nan_is_refused_by_its_key(
+    base: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    change_json(base / "config.json", **changes)
+    said = refusal(base, tmp_path / "models")
+    assert f"config.json of {base} has {words} which must be a positive number" in said
+
+
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{" * 100_000, "{", "", '{"a": NaN}'])
 def test_a_config_or_index_of_any_content_is_one_line(tmp_path: Path, content: str) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
