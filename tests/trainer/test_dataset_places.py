@@ -147,6 +147,10 @@ def test_a_source_whose_files_have_no_end_or_disappear_is_told_at_its_key(
 
 def test_a_file_whose_name_is_not_utf_8_is_read(new_run: Callable[..., Run], tmp_path: Path) -> None:
     write(tmp_path / "data" / os.fsdecode(b"a\xff.jsonl"), *"123")
+    table = pyarrow.table({"text": ["4"]})
+    with (tmp_path / "data" / os.fsdecode(b"b\xff.parquet")).open("wb") as file:
+        pyarrow.parquet.write_table(table, file)
+    assert texts(tmp_path / "data") == ["1", "2", "3", "4"]
     run = new_run(dataset={"source": str(tmp_path / "data"), "format": "text", "columns": {}})
     run.config["evaluation"]["enabled"] = False
     run("tokenize")

@@ -69,6 +69,7 @@ def test_a_snapshot_has_the_files_that_are_named_and_no_others(base: Path, tmp_p
         *("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "training_args.bin"),
         *("modeling_x.py", "custom_generate/generate.py", "trainer_state.json", "nested/tokenizer.json", ".git/HEAD"),
     ]
+    extra.append(os.fsdecode(b"LICENSE\xff"))
     own = ["LICENSE", "LICENSE.txt", "special_tokens_map.json", "additional_chat_templates/tools.jinja"]
     for name in [*extra, *own]:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
@@ -409,6 +410,20 @@ def test_the_name_of_a_run_is_the_name_of_a_folder(new_run: Callable[..., Run], 
     command = ["tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
     assert "name" in llama_lora_here(*command, status=2)
     assert {path for path in tmp_path.rglob("*") if path.name != "run.yaml"} == before
+
+
+@pytest.mark.parametrize("option", ["workspace", "base", "adapter", "output"])
+def test_a_folder_whose_path_is_not_utf_8_is_refused_before_anything_is_written(
+    new_run: Callable[..., Run], tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    if option == "workspace":
+        command = ["tokenize", "--config", str(new_run().write_config()), "--workspace", str(folder)]
+    else:
+        given = {each: str(folder if each == option else tmp_path) for each in ("base", "adapter", "output")}
+        command = ["merge", *(word for each in given.items() for word in (f"--{each[0]}", each[1]))]
+    assert f"--{option}: {tmp_path}/a" in (said := llama_lora_here(*command, status=2)) and "not UTF-8" in said
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

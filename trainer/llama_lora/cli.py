@@ -72,10 +72,19 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
     if workspace is None:
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
+    check_utf_8("workspace", workspace)
     paths = Paths(workspace.absolute(), config.name)
     if links := paths.links():
         raise UserError("is a symbolic link", where=str(links[0]), fix="Delete it: a run writes only to its workspace.")
     return config, paths
+
+
+def check_utf_8(option: str, folder: Path) -> None:
+    """Raise UserError for a folder whose path is not UTF-8, which the libraries cannot open."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{folder.absolute()} is not UTF-8", where=f"--{option}", fix="Rename the folder.") from None
 
 
 def make_run_folder(paths: Paths) -> None:
@@ -245,6 +254,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
                 fix=f"Pass --config run.yaml, or {together}.",
             )
         assert declared.tool is not None
+        for name, folder in folders.items():
+            check_utf_8(name, folder or Path())
         with explained(folders["output"] or Path()):
             declared.tool(**folders)
 

@@ -59,9 +59,14 @@ def check_names(names: Iterable[str], origin: str) -> None:
 
 
 def kept(names: Collection[str]) -> list[str]:
-    """The files besides the weights that are read, of all ``names`` in a folder or repository."""
+    """The files besides the weights that are read, of all ``names`` in a folder or repository.
+
+    LICENSE* also matches names that are not UTF-8, which a stage cannot print.
+    """
     return sorted(
-        name for name in names if any(fnmatchcase(name, each) for each in KEPT) and name.count("/") == _depth(name)
+        name
+        for name in names
+        if any(fnmatchcase(name, each) for each in KEPT) and name.count("/") == _depth(name) and name.isprintable()
     )
 
 
