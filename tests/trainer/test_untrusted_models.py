@@ -346,6 +346,7 @@ def growing(kind: str) -> dict[str, Any]:
     post = {"type": "TemplateProcessing", "single": around, "pair": [], "special_tokens": {"</s>": special}}
     return {
         "long": {"normalizer": replaced("a" * 1_000_000)},
+        "without a type": {"normalizer": {"pattern": {"String": "a"}, "content": "a" * 1000}},
         "chained": {"normalizer": {"type": "Sequence", "normalizers": [replaced("aa")] * 40}},
         "between": {"normalizer": {"type": "Sequence", "normalizers": [replaced("x", "Regex")] * 40}},
         "prepend": {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}},
@@ -364,7 +365,8 @@ def growing(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["long", "chained", "between", "prepend", "charsmap", "pre-tokenizers", "decoder", "tokens"]
+    "kind",
+    ["long", "without a type", "chained", "between", "prepend", "charsmap", "pre-tokenizers", "decoder", "tokens"],
 )
 def test_a_tokenizer_that_makes_texts_much_longer_is_refused(tmp_path: Path, kind: str) -> None:
     byte_tokenizer().save_pretrained(tmp_path)

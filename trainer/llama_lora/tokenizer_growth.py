@@ -37,16 +37,17 @@ def _growth(part: Any) -> float:
         return math.prod(map(_growth, part), start=1.0)
     if not isinstance(part, dict):
         return 1.0
-    kind = str(part.get("type"))
-    own = GROWTH.get(kind, 1)
-    if kind == "Replace":
+    own = GROWTH.get(str(part.get("type")), 1)
+    if "content" in part:  # Replace. By their keys, because the library also accepts parts without a type
         pattern = part.get("pattern")
         between = not (isinstance(pattern, dict) and pattern.get("String"))  # it may match the empty text
-        own = max(1, len(str(part.get("content"))) + between)
-    elif kind == "Prepend":
-        own = 1 + len(str(part.get("prepend")))
-    elif kind == "Precompiled":
-        own = _longest(str(part.get("precompiled_charsmap")))
+        own = max(1, len(str(part["content"])) + between)
+    elif "prepend" in part:
+        own = 1 + len(str(part["prepend"]))
+    elif "precompiled_charsmap" in part:
+        own = _longest(str(part["precompiled_charsmap"]))
+    elif "trim_offsets" in part:
+        own = GROWTH["ByteLevel"]
     return own * _growth(list(part.values()))
 
 
