@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from genvalues.common.errors import UserError
+from llama_lora import limits
+from llama_lora.cli import main
 from llama_lora.data import chat_template, preparation, tokenized_dataset
-from llama_lora.data.chat_template import ChatTemplates, limits
+from llama_lora.data.chat_template import ChatTemplates
 from llama_lora.data.rendering import Dropped, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import ExampleTokenizer
@@ -83,9 +86,9 @@ def test_a_template_renders_as_in_transformers(name: str, prompt: bool) -> None:
 def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
     monkeypatch: pytest.MonkeyPatch, template: str, words: list[str]
 ) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     monkeypatch.setattr(chat_template, "PIECES", 100_000)
-    monkeypatch.setattr(chat_template, "MEMORY", 2**28)
+    monkeypatch.setattr(limits, "MEMORY", 2**28)
     before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="chat template") as error:
         Renderer(byte_tokenizer(template), "instruction", {}).render(Row("rows.jsonl:7", QUESTION))
@@ -102,7 +105,7 @@ def test_a_hostile_template_is_an_error_with_the_row_in_bounded_time_and_memory(
 def test_an_invalid_template_is_an_error_of_the_model_before_the_first_row(
     monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    monkeypatch.setattr(chat_template, "MEMORY", 2**28)
+    monkeypatch.setattr(limits, "MEMORY", 2**28)
     with pytest.raises(UserError, match="chat template") as error:
         Renderer(byte_tokenizer(template), "chat", {})
     assert error.value.where == "model"
@@ -125,7 +128,7 @@ def test_tokenize_ends_with_status_2_and_the_row_that_a_template_is_hostile_to(
     hostile: str,
     needs: str,
 ) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
     monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
     monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: processes)
@@ -138,9 +141,44 @@ def test_tokenize_ends_with_status_2_and_the_row_that_a_template_is_hostile_to(
     assert f"rows.jsonl:31: the chat template takes more than {needs}" in said
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_operation_that_cannot_be_interrupted_ends_tokenize_with_status_2_and_the_row(
+    new_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    processes: int,
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
+    monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
+    monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: processes)
+    equal = (
+        "{% set ns = namespace(a=[1], b=[1]) %}{% for n in range(50) %}"
+        "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}"
+    )
+    byte_tokenizer("{% if '30 + 30' in messages[0].content %}" + equal + "{% endif %}" + CHAT_TEMPLATE).save_pretrained(
+        make_model(tmp_path / "model")
+    )
+    run = new_run()
+    run.config["model"]["path"] = str(tmp_path / "model")
+    command = ["tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
+    fork = os.fork()
+    if not fork:  # which ends in the middle of an operation
+        try:
+            main(command)
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 2
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith("/") and said.count("takes more than") == 1
+    assert "rows.jsonl:31: the chat template takes more than 0.5 seconds" in said
+
+
 def test_limits_within_limits_leave_the_time_of_the_row() -> None:
-    with limits("rows.jsonl:1"):
-        with limits("model"):  # a second template, which the row needs, is compiled
+    with chat_template.limits("rows.jsonl:1"):
+        with chat_template.limits("model"):  # a second template, which the row needs, is compiled
             pass
         assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0
     assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0

@@ -19,6 +19,8 @@ from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
 from genvalues.common.errors import Unavailable, UserError, UserErrors
+from genvalues.settings.dataset_files import DataFile
+from llama_lora import limits
 from llama_lora.config import Dataset, RunConfig
 from llama_lora.data import dataset_readers, resolve, s3
 from llama_lora.data.dataset_readers import read_held_out, read_rows
@@ -126,8 +128,29 @@ def test_a_source_that_cannot_be_read_is_told_at_its_key(
     assert error.value.where == "dataset.source" and rows.name in error.value.what and error.value.fix
 
 
+def test_a_source_whose_files_have_no_end_or_disappear_is_told_at_its_key(
+    new_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    for name in "ab":  # a glob follows links, so there are 2^40 paths
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(".")
+    run = new_run(dataset={"source": f"{tmp_path}/data/**/*.jsonl"})
+    said = run("tokenize", status=2)
+    assert said.startswith(f"dataset.source: {tmp_path}/data/**/*.jsonl listing its files takes more than 0.5 seconds")
+    monkeypatch.setattr(resolve, "files_of", lambda _: [DataFile("a", tmp_path / "gone.jsonl")])  # as in /proc
+    said = run("tokenize", status=2)
+    assert (
+        said.startswith(f"dataset.source: {tmp_path}/gone.jsonl cannot be read: No such file") and said.count("\n") == 1
+    )
+
+
 def test_a_file_whose_name_is_not_utf_8_is_read(new_run: Callable[..., Run], tmp_path: Path) -> None:
     write(tmp_path / "data" / os.fsdecode(b"a\xff.jsonl"), *"123")
+    table = pyarrow.table({"text": ["4"]})
+    with (tmp_path / "data" / os.fsdecode(b"b\xff.parquet")).open("wb") as file:
+        pyarrow.parquet.write_table(table, file)
+    assert texts(tmp_path / "data") == ["1", "2", "3", "4"]
     run = new_run(dataset={"source": str(tmp_path / "data"), "format": "text", "columns": {}})
     run.config["evaluation"]["enabled"] = False
     run("tokenize")

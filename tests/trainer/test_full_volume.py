@@ -254,3 +254,14 @@ def test_a_limit_of_the_size_of_a_file_is_one_line(whole: Run, tmp_path: Path, s
     assert "File too large" in lines[-1], lines
     run(stage)
     assert results(run, stage) == results(whole, stage)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["fingerprint", "tokenize"]], ids=" ".join)
+def test_a_full_volume_to_which_stdout_is_redirected_is_one_line(whole: Run, command: list[str]) -> None:
+    options = ["--config", str(whole.write_config()), "--workspace", str(whole.workspace)]
+    arguments = [sys.executable, "-m", "llama_lora.cli", *command, *([] if "--help" in command else options)]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 75 and line.startswith("stdout: cannot be written: No space left on device. Redirect it")

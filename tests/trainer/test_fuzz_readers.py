@@ -330,9 +330,9 @@ def in_fork(work: Callable[[Callable[[str], None]], None], count: int) -> list[s
 def run_cases(name: str, run: Run, original: Path, tmp_path: Path, count: int, told: Callable[[str], None]) -> None:
     import warnings
 
-    from llama_lora.data import chat_template
+    from llama_lora import limits
 
-    chat_template.SECONDS = 1.0
+    limits.SECONDS = 1.0
     warnings.simplefilter("ignore")
     limit_memory()
     reader = READERS[name]

@@ -461,6 +461,22 @@ def test_a_run_config_of_any_content_is_refused_in_one_line(tmp_path: Path, cont
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name: a\nbackend: cpu\nname: b\n", "run.yaml:3:1: not valid YAML: duplicate key name, first in line 1"),
+        ("lora:\n  r: 8\n  alpha: 1\n  r: 9\n", "run.yaml:4:3: not valid YAML: duplicate key r, first in line 2"),
+        ("lora: {r: 8, r: 9}\n", "run.yaml:1:14: not valid YAML: duplicate key r, first in line 1"),
+    ],
+)
+def test_a_duplicate_key_in_a_run_config_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        run_config.load(file)
+    assert f"{words}. Keep one of the two" in str(caught.value)
+
+
 def test_a_run_config_is_a_regular_file_or_a_link_to_one(finished_run: Run, tmp_path: Path) -> None:
     (tmp_path / "link.yaml").symlink_to(finished_run.write_config())  # as in a mounted ConfigMap
     assert run_config.load(tmp_path / "link.yaml") == finished_run.load()

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from llama_lora import safetensors_files
+from llama_lora import limits, safetensors_files
 from llama_lora.adapter import Delta, read_deltas
-from llama_lora.data import chat_template
 from llama_lora.digests import record_of
 from llama_lora.safetensors_files import StoredTensor, spans, stored_tensors
 from llama_lora.stages.merge import write_merged
@@ -280,7 +279,7 @@ def test_a_chat_template_that_does_not_end_costs_merge_its_limit_of_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is a signal, which only the main thread gets."""
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     base = qwen_base(tmp_path / "base", with_generation_config=True)
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     (base / "chat_template.jinja").write_text(loops)

@@ -17,7 +17,7 @@ import pytest
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.settings.dataset_files import SPLIT_WORDS
 from genvalues.settings.datasets import FORMATS
-from llama_lora.data import arrow_rows, compression, json_stream
+from llama_lora.data import arrow_rows, compression, file_formats, json_stream
 from llama_lora.data.file_formats import EMPTY_CELLS, read_file
 from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row
 from llama_lora.data.s3 import s3_parts
@@ -337,6 +337,21 @@ def test_a_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch:
             with pytest.raises(UserError, match="decompresses to more than 500 times its size") as error:
                 read(path, BadRows(skip=skip))
             assert error.value.where == str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".txt"])
+def test_a_file_of_nothing_but_empty_lines_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(file_formats, "MOST_EMPTY_LINES", 100)
+    path = tmp_path / f"lines{suffix}.gz"
+    path.write_bytes(gzip.compress(b"text\n" * (suffix != ".jsonl") + b" \r\n\n" * 10_000))
+    for skip in (False, True):
+        with pytest.raises(UserError, match=r"has 1\d1 empty lines in its first 1\d\d\.") as error:
+            read(path, BadRows(skip=skip))
+        assert error.value.where == str(path) and error.value.fix
+    path.write_bytes(gzip.compress((b'{"text": 1}\n' + b"\n" * 10) * 1000))
+    read(path, BadRows(skip=True))
 
 
 def test_a_small_parquet_file_does_not_expand_in_memory(tmp_path: Path) -> None:

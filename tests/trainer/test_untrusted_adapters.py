@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from llama_lora import limits
 from llama_lora.adapter import adapts
 from llama_lora.backends.native import regions, shards
 from llama_lora.safetensors_files import read_header, stored_tensors
@@ -106,6 +108,28 @@ def test_a_config_that_does_not_fit_its_factors_or_means_more_than_lora_is_refus
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     said = merge_is_refused(base, adapter)
     assert not [word for word in words if word not in said], said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"(([a-z0-9_]+\.?)+)+\d"},
+        {"exclude_modules": r"(([a-z0-9_]+\.?)+)+\d"},
+        {"layers_to_transform": [0, 1], "layers_pattern": [r"((([a-z0-9_]+\.?)+)+)+!"]},
+        {"target_modules": "(?:a|b)" * 1_000_000},
+    ],
+    ids=["target", "exclude", "layers", "long"],
+)
+def test_a_pattern_that_takes_too_long_is_refused(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    began = time.process_time()
+    assert "adapter_config.json (target_modules, " in (said := merge_is_refused(base, adapter)), said
+    assert "takes more than 0.5 seconds" in said
+    assert time.process_time() - began < 5
 
 
 # --- the adapter's factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -13,16 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import evaluation, library_versions, model_files
 from llama_lora.config import Model
 from llama_lora.data import resolve
+from llama_lora.data.rendering import RenderedExample, Segment
 from llama_lora.data.snapshot import take_snapshot
+from llama_lora.data.tokens import ExampleTokenizer
+from llama_lora.stages.tokenize import load_tokenizer
 from llama_lora.streaming import StreamedModel
-from trainer.conftest import Run, llama_lora_here, make_model
+from trainer.conftest import Run, byte_tokenizer, llama_lora_here, make_model
 from trainer.test_merge import make_adapter, weights_of
 from trainer.test_snapshot import write_gguf
 
@@ -63,6 +69,7 @@ def test_a_snapshot_has_the_files_that_are_named_and_no_others(base: Path, tmp_p
         *("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "training_args.bin"),
         *("modeling_x.py", "custom_generate/generate.py", "trainer_state.json", "nested/tokenizer.json", ".git/HEAD"),
     ]
+    extra.append(os.fsdecode(b"LICENSE\xff"))
     own = ["LICENSE", "LICENSE.txt", "special_tokens_map.json", "additional_chat_templates/tools.jinja"]
     for name in [*extra, *own]:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +245,27 @@ def test_a_config_of_another_architecture_than_the_weights_is_refused(
     assert not [word for word in words if word not in said], said
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor 0,"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1.5}}, "rope_parameters.factor -1.5,"),
+        ({"rope_parameters": {"sliding": {"rope_theta": 0}}}, "rope_parameters.sliding.rope_theta 0,"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "rope_scaling.factor 1e-300,"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 0]}}, "rope_scaling.short_factor 0,"),
+        ({"rope_theta": "10000"}, "rope_theta '10000',"),
+        ({"rms_norm_eps": True}, "rms_norm_eps True,"),
+        ({"initializer_range": -1}, "initializer_range -1,"),
+    ],
+)  # fmt: skip
+def test_a_number_of_a_config_that_makes_nan_is_refused_by_its_key(
+    base: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    change_json(base / "config.json", **changes)
+    said = refusal(base, tmp_path / "models")
+    assert f"config.json of {base} has {words} which must be a positive number" in said
+
+
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{" * 100_000, "{", "", '{"a": NaN}'])
 def test_a_config_or_index_of_any_content_is_one_line(tmp_path: Path, content: str) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
@@ -303,6 +331,76 @@ def test_a_model_without_all_its_weights_is_not_loaded_with_random_ones(base: Pa
             load(base)
 
 
+# --- the tokenizer
+
+
+def growing(kind: str) -> dict[str, Any]:
+    """Changes of a tokenizer.json that have it make millions of characters or tokens of one text."""
+
+    def replaced(by: str, pattern: str = "String") -> dict[str, Any]:
+        return {"type": "Replace", "pattern": {pattern: "a" if pattern == "String" else ""}, "content": by}
+
+    charsmap = (4).to_bytes(4, "little") + bytes(4) + b"x" * 1000 + b"\0"
+    special = {"id": "</s>", "ids": [1] * 10_000, "tokens": ["</s>"] * 10_000}
+    around = [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 100 + [{"Sequence": {"id": "A", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": around, "pair": [], "special_tokens": {"</s>": special}}
+    return {
+        "long": {"normalizer": replaced("a" * 1_000_000)},
+        "without a type": {"normalizer": {"pattern": {"String": "a"}, "content": "a" * 1000}},
+        "chained": {"normalizer": {"type": "Sequence", "normalizers": [replaced("aa")] * 40}},
+        "between": {"normalizer": {"type": "Sequence", "normalizers": [replaced("x", "Regex")] * 40}},
+        "prepend": {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}},
+        "charsmap": {
+            "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        },
+        "pre-tokenizers": {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] * 40,
+            }
+        },
+        "decoder": {"decoder": {"type": "Sequence", "decoders": [replaced("aa")] * 40}},
+        "tokens": {"post_processor": post},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["long", "without a type", "chained", "between", "prepend", "charsmap", "pre-tokenizers", "decoder", "tokens"],
+)
+def test_a_tokenizer_that_makes_texts_much_longer_is_refused(tmp_path: Path, kind: str) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    load_tokenizer(tmp_path)
+    change_json(tmp_path / "tokenizer.json", **growing(kind))
+    with pytest.raises(UserError, match="the most is") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where == str(tmp_path / "tokenizer.json") and error.value.fix
+
+
+def test_a_tokenizer_of_sentencepiece_is_refused_for_its_map_of_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes a tokenizer.json of a tokenizer.model, which has the same map."""
+    tokenizer = byte_tokenizer()
+    described = json.loads(tokenizer.backend_tokenizer.to_str()) | growing("long")
+    monkeypatch.setattr(type(tokenizer), "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    tokenizer.backend_tokenizer.normalizer = Tokenizer.from_str(json.dumps(described)).normalizer
+    with pytest.raises(UserError, match="the most is"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_regular_expression_of_a_tokenizer_that_gives_up_is_an_error_of_the_model(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    change_json(tmp_path / "tokenizer.json", pre_tokenizer=split)
+    example = RenderedExample((Segment("x" * 30, trained=True),), begins=False)
+    with pytest.raises(UserError, match=r"the tokenizer fails: .*retry-limit") as error:
+        ExampleTokenizer(load_tokenizer(tmp_path)).tokenize([example])
+    assert error.value.where == "model" and error.value.fix
+
+
 # --- paths
 
 
@@ -314,6 +412,20 @@ def test_the_name_of_a_run_is_the_name_of_a_folder(new_run: Callable[..., Run], 
     command = ["tokenize", "--config", str(run.write_config()), "--workspace", str(run.workspace)]
     assert "name" in llama_lora_here(*command, status=2)
     assert {path for path in tmp_path.rglob("*") if path.name != "run.yaml"} == before
+
+
+@pytest.mark.parametrize("option", ["workspace", "base", "adapter", "output"])
+def test_a_folder_whose_path_is_not_utf_8_is_refused_before_anything_is_written(
+    new_run: Callable[..., Run], tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    if option == "workspace":
+        command = ["tokenize", "--config", str(new_run().write_config()), "--workspace", str(folder)]
+    else:
+        given = {each: str(folder if each == option else tmp_path) for each in ("base", "adapter", "output")}
+        command = ["merge", *(word for each in given.items() for word in (f"--{each[0]}", each[1]))]
+    assert f"--{option}: {tmp_path}/a" in (said := llama_lora_here(*command, status=2)) and "not UTF-8" in said
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

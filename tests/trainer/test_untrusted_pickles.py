@@ -24,6 +24,7 @@ from genvalues.common.errors import UserError
 from genvalues.inputs import chart, yaml_text
 from llama_lora.backends.xla import torch_files
 from llama_lora.cli import main
+from llama_lora.config import UniqueKeys
 from trainer.conftest import Run, make_model, write_checkpoint_record
 from trainer.test_merge import make_adapter
 from trainer.untrusted import Mark, evil_files
@@ -337,7 +338,7 @@ CALLS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "dill.loads": None,
     "joblib.load": None,
     "torch.load": ("weights_only", ("True",)),
-    "yaml.load": ("Loader", ("HelmLoader", "LOADER")),  # see below
+    "yaml.load": ("Loader", ("HelmLoader", "LOADER", "UniqueKeys")),  # see below
     "yaml.load_all": None,
     "yaml.unsafe_load": None,
     "yaml.full_load": None,
@@ -401,7 +402,7 @@ def test_no_code_of_ours_unpickles_evaluates_or_trusts_a_repositorys_code() -> N
 
 def test_the_yaml_loaders_that_are_named_are_safe() -> None:
     safe = {yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)}
-    assert all(safe & set(loader.__mro__) for loader in (chart.LOADER, yaml_text.HelmLoader))
+    assert all(safe & set(loader.__mro__) for loader in (chart.LOADER, yaml_text.HelmLoader, UniqueKeys))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
 from genvalues.common.text import one_line
+from llama_lora.limits import limited
 from llama_lora.safetensors_files import DTYPES, is_finite, read_header
 
 if TYPE_CHECKING:
@@ -133,20 +135,28 @@ def check_targets(names: Iterable[str], config: Mapping[str, Any], file: Path) -
     modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
     if not modules:
         return
-    unused = {each for each in targets if not any(is_one_of(module, [each]) for module in modules)}
+    with limited_patterns(file):
+        unused = {each for each in targets if not any(is_one_of(module, [each]) for module in modules)}
+        ignored = {module for module in modules if not adapts(config, module)}
     if unused:
         what = f"has no factor of {min(unused)}, which {CONFIG} lists in target_modules"
         raise UserError(what, where=str(file), fix=OWN_CONFIG)
-    if ignored := {module for module in modules if not adapts(config, module)}:
+    if ignored:
         keys = [key for key in CHOICES if config.get(key)]
         what = f"has factors of {min(ignored)}, which {CONFIG} does not list or excludes ({', '.join(keys)})"
         raise UserError(what, where=str(file), fix=OWN_CONFIG)
 
 
+def limited_patterns(where: Path) -> AbstractContextManager[None]:
+    """Limit the time of a block that calls ``adapts``: a regular expression can take years."""
+    return limited(f"choosing modules by {CONFIG} ({', '.join(CHOICES)})", str(where), OWN_CONFIG)
+
+
 def adapts(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT adapts the module of this full name.
 
-    The rules are those of peft.tuners.tuners_utils.check_target_module_exists (0.17 to 0.21).
+    The rules are those of peft.tuners.tuners_utils.check_target_module_exists (0.17 to 0.21). Call it within
+    ``limited_patterns``.
     """
     targets, excluded = config["target_modules"], config.get("exclude_modules")
     if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else is_one_of(module, excluded)):
@@ -233,6 +243,7 @@ def check_choices(config: Mapping[str, Any], where: str) -> None:
     patterns = [each for key in ("target_modules", "exclude_modules") if isinstance(each := config.get(key), str)]
     for each in [*patterns, *layer_patterns(config)]:
         try:
-            re.compile(each)
+            with limited_patterns(Path(where)):
+                re.compile(each)
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{one_line(each)!r} is not a valid pattern: {error}", where=where, fix=fix) from None

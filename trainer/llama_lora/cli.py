@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,15 @@ import click
 
 from genvalues.common import log, manifests
 from genvalues.common.boundary import report
-from genvalues.common.errors import EXIT_INTERRUPTED, EXIT_VOLUME, UserError, in_pod, write_errors_as_user_errors
-from genvalues.common.system_errors import explain, explained, is_of_volume
+from genvalues.common.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_VOLUME,
+    UserError,
+    VolumeError,
+    in_pod,
+    write_errors_as_user_errors,
+)
+from genvalues.common.system_errors import AGAIN, FULL, explain, explained, is_of_volume
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
 from llama_lora import forks, room, stage
@@ -56,13 +64,29 @@ def errors_end_in_one_line(command: Command) -> Command:
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            status = report(error, "llama-lora")
+            status = report(full_stdout(error) or error, "llama-lora")
             if status == EXIT_VOLUME and in_pod():
                 logging.getLogger(__name__).info(f"ending in {PAUSE_IN_POD:.0f} s, so that a retry comes after a pause")
                 time.sleep(PAUSE_IN_POD)
             sys.exit(status)
 
     return wrapper  # type: ignore[return-value]
+
+
+def full_stdout(error: Exception) -> VolumeError | None:
+    """The error to report for one of printing to a file on a full volume: it has no path."""
+    if not isinstance(error, OSError) or error.errno not in FULL or error.filename is not None:
+        return None
+    if traceback.extract_tb(error.__traceback__)[-1].name != click.echo.__name__:
+        return None
+    return VolumeError(f"stdout: cannot be written: {error.strerror}. Redirect it to a volume with room, {AGAIN}.")
+
+
+class Commands(click.Group):
+    """The commands. Errors of click itself, in printing a help, end in one line too."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return errors_end_in_one_line(super().main)(*arguments, **options)
 
 
 def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_config.RunConfig, Paths]:
@@ -72,10 +96,19 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
     if workspace is None:
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
+    check_utf_8("workspace", workspace)
     paths = Paths(workspace.absolute(), config.name)
     if links := paths.links():
         raise UserError("is a symbolic link", where=str(links[0]), fix="Delete it: a run writes only to its workspace.")
     return config, paths
+
+
+def check_utf_8(option: str, folder: Path) -> None:
+    """Raise UserError for a folder whose path is not UTF-8, which the libraries cannot open."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{folder.absolute()} is not UTF-8", where=f"--{option}", fix="Rename the folder.") from None
 
 
 def make_run_folder(paths: Paths) -> None:
@@ -89,7 +122,7 @@ def make_run_folder(paths: Paths) -> None:
             raise
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llama-lora")
 @click.option("-v", "--verbose", is_flag=True, help="Log details too.")
 @click.option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
@@ -245,6 +278,8 @@ def stage_command(declared: stage.Declaration) -> click.Command:
                 fix=f"Pass --config run.yaml, or {together}.",
             )
         assert declared.tool is not None
+        for name, folder in folders.items():
+            check_utf_8(name, folder or Path())
         with explained(folders["output"] or Path()):
             declared.tool(**folders)
 

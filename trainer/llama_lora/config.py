@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -80,6 +81,18 @@ INVALID_YAML = (
 )
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """PyYAML's loader, which refuses a second value of a key instead of taking it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (first := keys.setdefault((key.tag, key.value), key)) is not key:
+                problem = f"duplicate key {key.value}, first in line {first.start_mark.line + 1}. Keep one of the two"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path) -> RunConfig:
     """Read and check a run config file.
 
@@ -87,7 +100,7 @@ def load(path: Path) -> RunConfig:
     """
     try:
         file = Path(os.path.realpath(path))  # the files of a mounted ConfigMap are links
-        content = yaml.safe_load(read_bytes(file, MOST_BYTES).decode("utf-8"))
+        content = yaml.load(read_bytes(file, MOST_BYTES).decode("utf-8"), Loader=UniqueKeys)
     except InvalidJson as error:
         raise UserError(str(error), where=str(path), fix="Pass --config FILE.") from None
     except INVALID_YAML as error:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
+
+from llama_lora.model_files import read_model_json
+from llama_lora.tokenizer_growth import check_growth
 
 
 def _transformers() -> int:
@@ -90,20 +94,24 @@ def load_tokenizer(folder: Path) -> Any:
 
     AutoTokenizer of transformers 5 rebuilds some tokenizers (GPT2Tokenizer, Qwen2Tokenizer) with the pre-tokenizer of
     their class instead of the file's, so that numbers become other tokens. That of 4.57 uses the file for every class.
-    Raises OSError or ValueError.
+    Raises OSError or ValueError; UserError if it makes texts much longer.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = folder / "tokenizer.json"
+    check_growth(read_model_json(file), str(file))
     # Named, because tokenizer_config.json can name another one, outside the folder, for 4.57.
     options = {**LOCAL, "tokenizer_file": str(file)} if file.is_file() else LOCAL
     own_class = PreTrainedTokenizerFast if _transformers() >= 5 and file.is_file() else AutoTokenizer
     try:
-        return own_class.from_pretrained(folder, **options)
+        tokenizer = own_class.from_pretrained(folder, **options)
     except (OSError, ValueError):
         raise
     except Exception as error:  # tokenizers raises Exception itself, and a file of any content makes any line fail
         raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not file.is_file() and tokenizer.is_fast:  # transformers has made it of another file
+        check_growth(json.loads(tokenizer.backend_tokenizer.to_str()), str(folder))
+    return tokenizer
 
 
 def chat_template_environment() -> Any:

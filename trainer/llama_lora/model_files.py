@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
+from genvalues.common.text import one_line
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,6 +37,13 @@ ADAPTER = re.compile(r"adapter_(config\.json|model(-.*)?\.(safetensors|bin)(\.in
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")  # of a shard: no folder, no option, no wildcard
 NO_LINKS = "Use a folder with files, such as a copy (cp -rL)."
 COMPLETE = "Use a complete copy."
+# Numbers of config.json that are divisors, or under a root or a logarithm. Others than positive ones, and those that
+# fp32 has not, make NaN.
+POSITIVE_KEYS = """
+rope_theta rope_local_base_freq factor short_factor long_factor low_freq_factor high_freq_factor attention_factor
+partial_rotary_factor original_max_position_embeddings rms_norm_eps layer_norm_eps initializer_range
+"""
+POSITIVE = frozenset(POSITIVE_KEYS.split())
 COPY_AGAIN = "Copy the file again from its source."
 
 
@@ -51,9 +59,14 @@ def check_names(names: Iterable[str], origin: str) -> None:
 
 
 def kept(names: Collection[str]) -> list[str]:
-    """The files besides the weights that are read, of all ``names`` in a folder or repository."""
+    """The files besides the weights that are read, of all ``names`` in a folder or repository.
+
+    LICENSE* also matches names that are not UTF-8, which a stage cannot print.
+    """
     return sorted(
-        name for name in names if any(fnmatchcase(name, each) for each in KEPT) and name.count("/") == _depth(name)
+        name
+        for name in names
+        if any(fnmatchcase(name, each) for each in KEPT) and name.count("/") == _depth(name) and name.isprintable()
     )
 
 
@@ -145,7 +158,11 @@ def _in_hub_cache(folder: Path, link: Path) -> Path:
 
 
 def read_config(folder: Path, origin: str) -> dict[str, Any]:
-    """Read config.json. Raises UserError if it cannot be read, or names other weights, which transformers 5 loads."""
+    """Read config.json.
+
+    Raises UserError if it cannot be read, names other weights, which transformers 5 loads, or has a number that makes
+    NaN.
+    """
     try:
         config = read_object(folder / CONFIG)
     except InvalidJson as problem:
@@ -156,7 +173,23 @@ def read_config(folder: Path, origin: str) -> dict[str, Any]:
             where="model",
             fix=f"Use a model with {WEIGHTS} or {INDEX}.",
         )
+    for key, value in not_positive(config):
+        what = (
+            f"{CONFIG} of {origin} has {key} {one_line(repr(value))}, which must be a positive number (1e-30 to 1e30)"
+        )
+        raise UserError(what, where="model", fix=f"Use the {CONFIG} of the original model.")
     return config
+
+
+def not_positive(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a config, and of the objects in it, that must have positive numbers and have something else."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from not_positive(value, f"{above}{one_line(key)}.")
+        elif key in POSITIVE and value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                if not isinstance(each, (int, float)) or isinstance(each, bool) or not 1e-30 < each < 1e30:
+                    yield f"{above}{key}", each
 
 
 def check_folder(folder: Path) -> None:

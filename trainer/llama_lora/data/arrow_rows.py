@@ -27,7 +27,8 @@ def read_parquet(path: Path, name: str, bad_rows: BadRows, columns: Collection[s
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Opened here, because pyarrow takes no path that is not UTF-8.
+        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
             if twice := [column for column, count in Counter(file.schema_arrow.names).items() if count > 1]:
                 raise UserError(f"has two columns {one_line(twice[0])!r}", where=name, fix="Rename one.")
             for index in range(file.metadata.num_row_groups):

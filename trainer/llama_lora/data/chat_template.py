@@ -6,32 +6,25 @@ but not from running forever or from filling the memory.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import operator
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from itertools import islice, product
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from genvalues.common.errors import UserError
 from llama_lora.data.columns import Dropped
 from llama_lora.data.messages import Message
 from llama_lora.data.rows import RowError
+from llama_lora.limits import TimeUp, limited
 
 # Llama 3.1's default date. Templates insert today's date otherwise, and the prompt would change every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
-SECONDS = 30.0  # CPU time of this process that one row may take
-MEMORY = 2 * 2**30  # bytes that the rows of one batch may take, beyond what the process has
 MOST_SOURCE = 1 << 18  # characters; the longest in use have some ten thousand. Compiling cannot be interrupted.
 PIECES = 10_000_000  # strings that one rendering may consist of
 # Length of an integer that is multiplied, divided or rounded. More could take hours in a single operation, which no
@@ -239,92 +232,9 @@ def _in_style(message: Message, style: CallStyle) -> Message:
     return {**message, "content": content, "tool_calls": [styled(call) for call in message["tool_calls"]]}
 
 
-class TimeUp(Exception):
-    """Raised in a template that takes longer than it may."""
-
-
-class _Thread(threading.local):
-    limited = False  # whether it is in a block of limited_process
-
-
-_thread = _Thread()
-
-
-@contextlib.contextmanager
-def limits(place: str) -> Iterator[None]:
-    """Limit the CPU time and the memory of the block, and raise UserError if it needs more.
-
-    The time limit needs the main thread, because only that one handles signals; the memory limit needs Linux.
-    """
-    try:
-        with contextlib.nullcontext() if _thread.limited else limited_process(), _limited_time():
-            yield
-    except TimeUp:
-        raise UserError(f"the chat template takes more than {SECONDS:g} seconds", where=place, fix=FIX) from None
-    except MemoryError:
-        raise UserError(
-            f"the chat template takes more than {MEMORY / 2**30:g} GiB of memory", where=place, fix=FIX
-        ) from None
-
-
-@contextlib.contextmanager
-def limited_process() -> Iterator[None]:
-    """Limit the memory of the block, so that ``limits`` in it has only to start the time again.
-
-    For a batch of rows: setting the memory limit and the signal handler takes as long as a rendering.
-    """
-    with _limited_memory(), _handled_signal():
-        _thread.limited = True
-        try:
-            yield
-        finally:
-            _thread.limited = False
-
-
-@contextlib.contextmanager
-def _handled_signal() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeUp
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@contextlib.contextmanager
-def _limited_time() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Again each second, in case an exception handler swallows it.
-    before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, *before)
-
-
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + MEMORY
-    others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(most, *others) if others else most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def limits(place: str) -> AbstractContextManager[None]:
+    """Limit the CPU time and the memory of a block that compiles or renders a template, and raise UserError at them."""
+    return limited("the chat template", place, FIX)
 
 
 def _environment(date: datetime) -> Any:

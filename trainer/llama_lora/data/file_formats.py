@@ -24,6 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # What Python, NumPy and pandas write to a CSV file for a missing value; pandas reads the words as such.
 EMPTY_CELLS = {"nan", "NaN", "NaT", "None"}
+MOST_EMPTY_LINES = 1_000_000  # and ten for each line with content. A small compressed file can have billions.
 
 
 def read_file(path: Path, bad_rows: BadRows, *, name: str = "", columns: Collection[str] = ()) -> Iterator[Row]:
@@ -61,10 +62,12 @@ class _Lines:
     """The lines of a file with their line breaks; ``number`` is that of the last one.
 
     Raises RowError for a line that is longer than MAX_ROW_BYTES or not UTF-8; the next call returns the line after it.
+    Raises UserError if nearly all of many lines are empty.
     """
 
     def __init__(self, file: BufferedReader, name: str) -> None:
         self.number = 0
+        self._empty = 0
         self._file = file
         self._name = name
 
@@ -82,6 +85,11 @@ class _Lines:
             while not line.endswith(b"\n") and (line := self._file.readline(MAX_ROW_BYTES)):
                 pass
             raise too_long_row(self.place)
+        if line.isspace():
+            self._empty += 1
+            if self._empty > MOST_EMPTY_LINES + 10 * (self.number - self._empty):
+                what = f"has {self._empty:,} empty lines in its first {self.number:,}"
+                raise UserError(what, where=self._name, fix="Remove them.")
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from genvalues.common.errors import Unavailable, UserError
+from genvalues.common.errors import EXIT_USER_ERROR, Unavailable, UserError
 from genvalues.common.process import PR_SET_PDEATHSIG, prctl
 from llama_lora.config import Dataset, Training
-from llama_lora.data.chat_template import limited_process
 from llama_lora.data.columns import Columns, listed
 from llama_lora.data.parts import training_parts
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
@@ -32,6 +31,7 @@ from llama_lora.data.rows import BadRows, MissingColumn, Row, RowError
 from llama_lora.data.selection import Kept, hash64
 from llama_lora.data.token_store import TokenStore
 from llama_lora.data.tokens import ExampleTokenizer, Overlong, fit
+from llama_lora.limits import limited_process
 from llama_lora.progress import StageProgress
 
 BATCH_ROWS, BATCH_CHARACTERS = 128, 1 << 18  # of a batch: whichever is reached first
@@ -322,19 +322,24 @@ def mapped(work: Callable[[Item], Result], items: Iterable[Item], processes: int
         yield from map(work, rest)
         return
     context = multiprocessing.get_context("fork")  # work, with its tokenizer, is inherited, not copied
-    with ProcessPoolExecutor(processes, context, _start, (work, os.getpid())) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in rest:
-                waiting.append(pool.submit(_run, item))
-                if len(waiting) > 2 * processes:
+    children: list[multiprocessing.process.BaseProcess] = []
+    try:
+        with ProcessPoolExecutor(processes, context, _start, (work, os.getpid())) as pool:
+            waiting: deque[Future[Result]] = deque()
+            try:
+                for item in rest:
+                    waiting.append(pool.submit(_run, item))
+                    children = children if len(children) == processes else multiprocessing.active_children()
+                    if len(waiting) > 2 * processes:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise Unavailable("a process that tokenizes rows was killed; has the pod enough memory?") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool:
+        if any(child.exitcode == EXIT_USER_ERROR for child in children):  # llama_lora.limits: it has printed the error
+            raise SystemExit(EXIT_USER_ERROR) from None
+        raise Unavailable("a process that tokenizes rows was killed; has the pod enough memory?") from None
 
 
 class _Process:

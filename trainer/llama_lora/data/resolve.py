@@ -28,10 +28,20 @@ from llama_lora.config import Model, RunConfig
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.s3 import list_keys, s3_client, s3_parts, translate_s3_errors
+from llama_lora.limits import limited
 from llama_lora.model_files import base_files
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)
+
+
+# What to do about errors in listing and reading the files of a dataset.
+LISTING_FIXES = {
+    errno.EACCES: "Check its permissions.",
+    errno.EPERM: "Check its permissions.",
+    errno.ENAMETOOLONG: "Write the path of a file or folder.",
+    errno.ENOENT: "Name a folder in which no files disappear.",
+}
 
 
 # In the name of a folder of the workspace.
@@ -173,7 +183,8 @@ def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, 
     entry = next((each for each in recorded if each["asked"] == settings), None)
     where = f"{part.key}.source"
     try:
-        found = files_of(part.source) if exists_here(part.source) else []
+        with limited("listing its files", part.source, "Name a folder with the data files alone."):
+            found = files_of(part.source) if exists_here(part.source) else []
         content = {file.name or _suffix(file.path): file.path for file in found}
         return _known(Path(part.source), content, entry, settings)
     except UserError as error:
@@ -181,10 +192,10 @@ def _known_dataset(part: Part, recorded: Iterable[dict[str, Any]]) -> dict[str, 
             f"{one_line(error.where or part.source, 255)} {error.what}", where=where, fix=error.fix
         ) from None
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        fix = LISTING_FIXES.get(error.errno or 0)
+        if fix is None:
             raise
         name = error.filename or part.source
-        fix = "Check its permissions." if error.errno != errno.ENAMETOOLONG else "Write the path of a file or folder."
         shown = one_line(str(name), width=255)
         raise UserError(f"{shown} cannot be read: {error.strerror}", where=where, fix=fix) from None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from llama_lora.data.rendering import Dropped, RenderedExample
 from llama_lora.data.word_cache import WordCache
 
@@ -62,7 +63,16 @@ class ExampleTokenizer:
         Equal segments are tokenized once: those of a conversation whose history is in many examples, for instance.
         """
         texts = list(dict.fromkeys(segment.text for example in rendered for segment in example.segments))
-        ids = dict(zip(texts, self._ids(texts), strict=True))
+        try:
+            ids = dict(zip(texts, self._ids(texts), strict=True))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust: a regular expression that needs too many attempts
+                raise
+            raise UserError(
+                f"the tokenizer fails: {one_line(str(error), 200)}",
+                where="model",
+                fix="Use another model, or its original tokenizer.json.",
+            ) from None
         return [self._joined(example, ids) for example in rendered]
 
     def example(self, rendered: RenderedExample, max_length: int) -> tuple[Example, bool]:

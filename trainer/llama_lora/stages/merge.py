@@ -19,7 +19,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora import library_versions
-from llama_lora.adapter import CONFIG, Delta, adapts, read_adapter_config, read_deltas
+from llama_lora.adapter import CONFIG, Delta, adapts, limited_patterns, read_adapter_config, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
@@ -121,7 +121,9 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             )
     config, kinds = read_adapter_config(adapter), {without_numbers(name) for name in deltas}
     others = [name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds]
-    if absent := sorted(name for name in others if adapts(config, name.removesuffix(".weight"))):
+    with limited_patterns(adapter / CONFIG):
+        absent = sorted(name for name in others if adapts(config, name.removesuffix(".weight")))
+    if absent:
         raise UserError(
             f"has no factors of {absent[0]}, but of the same layer elsewhere ({len(deltas)} of "
             f"{len(deltas) + len(absent)} layers)",

@@ -98,6 +98,8 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = library_versions.load_tokenizer(model)
         return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # of any kind, for a damaged tokenizer.json or tokenizer_config.json
         what = one_line(f"{type(error).__name__}: {error}", 300)
         raise UserError(
