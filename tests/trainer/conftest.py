@@ -166,7 +166,7 @@ class Run:
 
 def write_checkpoint_record(file: Path, record: dict[str, Any]) -> None:
     """Write a changed checkpoint.json with its new digest, as if the trainer had written it."""
-    from llama_lora.digests import DIGEST, own_digest
+    from genvalues.common.json_files import DIGEST, own_digest
 
     file.write_text(json.dumps({**record, DIGEST: own_digest(record)}), encoding="utf-8")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from genvalues.common.json_files import DIGEST, own_digest
 from llama_lora import base_scores, environment, evaluation
 from llama_lora.base_scores import BaseScores
-from llama_lora.digests import DIGEST, own_digest
 from llama_lora.evaluation import Score
 from llama_lora.stage import Stage
 from llama_lora.stages import evaluate

@@ -163,6 +163,7 @@ def test_a_chart_has_its_lines_inside_and_tells_of_each_held_out_point() -> None
         ("[]", (None, None)),
         ('{"pods": {"a": {"since": 0, "until": 3600}, "b": {"since": 0, "until": 1800}}}', (1.5, None)),
         ('{"pods": {"a": {"since": 0, "until": 3600}}, "pricePerNodeHour": 20}', (1.0, 20)),
+        ('{"pods": {"a": {"since": 0, "until": 3600}}, "sha256": "of other content"}', (None, None)),
         ('{"pods": {"a": {"since": "x"}}}', (None, None)),
         ('{"pods": ' + "[" * 5000, (None, None)),
     ],

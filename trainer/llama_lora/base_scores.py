@@ -11,8 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genvalues.common import files
-from genvalues.common.json_files import InvalidJson, JsonNotFound, Sha256, as_record, read_object
-from llama_lora.digests import DIGEST, check_own_digest, own_digest
+from genvalues.common.json_files import (
+    DIGEST,
+    InvalidJson,
+    JsonNotFound,
+    Sha256,
+    as_record,
+    check_own_digest,
+    own_digest,
+    read_object,
+)
 from llama_lora.evaluation import Score
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ only if no other user can write to it. A byte that changes on the disk itself ch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from genvalues.common import files
 from genvalues.common.json_files import FileRecord, InvalidJson, Sha256, as_record, parse_json
@@ -29,7 +27,6 @@ log = logging.getLogger(__name__)
 
 NOT_FOUND = "not found"
 OTHER_CONTENT = "has the expected size but another SHA-256"
-DIGEST = "sha256"  # the key in a JSON record of the digest of its other keys
 FORMAT = 1
 MOST_ENTRIES = 10_000
 MOST_BYTES = 4 << 20
@@ -158,22 +155,6 @@ def differences(recorded: Mapping[Path, FileRecord], digests: Digests) -> dict[P
 def record_of(file: Path) -> FileRecord:
     """The size and digest of a file. Raises OSError if it cannot be read."""
     return FileRecord(file.stat().st_size, files.sha256(file))
-
-
-def json_digest(value: Any) -> str:
-    """The hex SHA-256 of a value as JSON, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def own_digest(content: Mapping[str, Any]) -> str:
-    """The hex SHA-256 of a JSON record without its digest."""
-    return json_digest({key: value for key, value in content.items() if key != DIGEST})
-
-
-def check_own_digest(content: Mapping[str, Any]) -> None:
-    """Raise InvalidJson unless a JSON record has its own digest."""
-    if content.get(DIGEST) != own_digest(content):
-        raise InvalidJson("has another SHA-256 than it records of itself")
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -24,13 +24,22 @@ import yaml
 
 from genvalues.common import files
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.common.json_files import FileRecord, InvalidJson, JsonNotFound, PathInside, Sha256, Time, read_record
+from genvalues.common.json_files import (
+    FileRecord,
+    InvalidJson,
+    JsonNotFound,
+    PathInside,
+    Sha256,
+    Time,
+    json_digest,
+    read_record,
+)
 from genvalues.common.locks import locked
 from genvalues.common.text import one_line
 from llama_lora import neuron_node, stages
 from llama_lora.config import RunConfig
 from llama_lora.data import resolve
-from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, json_digest, other_size, record_of, unlisted
+from llama_lora.digests import NOT_FOUND, Digests, differences, files_in, other_size, record_of, unlisted
 from llama_lora.paths import Paths
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from genvalues.cluster.objects import name_of
 from genvalues.cluster.workloads import is_worker
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import InvalidJson, JsonNotFound, read_object
+from genvalues.common.json_files import DIGEST, InvalidJson, JsonNotFound, check_own_digest, own_digest, read_object
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class CostTracker:
         """Write costs.json. A failure is logged once and does not stop the job: counting continues in memory."""
         self._written = (self.clock(), self.ledger.pods.keys())
         try:
-            files.write_json(self.file, {**self.ledger.as_json(), "pricePerNodeHour": self.limit.price})
+            content = {**self.ledger.as_json(), "pricePerNodeHour": self.limit.price}
+            files.write_json(self.file, {**content, DIGEST: own_digest(content)})
         except OSError as error:
             if not self._failure_logged:
                 log.warning(
@@ -74,7 +75,9 @@ class CostTracker:
 
     def _read(self) -> Ledger:
         try:
-            return Ledger.from_json(read_object(self.file))
+            content = read_object(self.file)
+            check_own_digest(content, required=False)  # release 0.1 wrote none
+            return Ledger.from_json(content)
         except JsonNotFound:
             return Ledger()
         except InvalidJson as error:

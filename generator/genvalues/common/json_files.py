@@ -9,9 +9,11 @@ What a file contains is declared as a dataclass; ``read_record`` returns one who
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,7 @@ MOST_BYTES = 64 << 20
 MOST_DEPTH = 100
 MOST_DIGITS = 100
 SHOWN = 80  # characters of a value in a message
+DIGEST = "sha256"  # the key in a JSON record of the digest of its other keys
 Record = TypeVar("Record")
 _adapter: Any = functools.cache(TypeAdapter)
 
@@ -114,6 +117,22 @@ def as_record(content: Any, kind: type[Record]) -> Record:
         place = ".".join(str(part) for part in first["loc"])[:SHOWN]
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidJson(f"has no valid {place!r}: {message[:1].lower()}{message[1:]}") from None
+
+
+def json_digest(value: Any) -> str:
+    """The hex SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def own_digest(content: Mapping[str, Any]) -> str:
+    """The hex SHA-256 of a JSON record without its digest."""
+    return json_digest({key: value for key, value in content.items() if key != DIGEST})
+
+
+def check_own_digest(content: Mapping[str, Any], *, required: bool = True) -> None:
+    """Raise InvalidJson unless a JSON record has its own digest, or none if that is not ``required``."""
+    if (required or DIGEST in content) and content.get(DIGEST) != own_digest(content):
+        raise InvalidJson("has another SHA-256 than it records of itself")
 
 
 def _path_inside(name: str) -> str:

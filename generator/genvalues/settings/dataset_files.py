@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from glob import glob
+from glob import iglob
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -21,6 +22,9 @@ SPLIT_WORDS = {
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no rows
 SAVED = ("dataset_dict.json", "state.json")  # a folder that save_to_disk of `datasets` wrote has one of these
+
+MOST_FILES = 200_000  # in a source, and its folders
+Name = TypeVar("Name", str, Path)
 
 
 class DataFile(NamedTuple):
@@ -52,7 +56,7 @@ def files_of(source: str) -> list[DataFile]:
         return [DataFile("", path)]
     if path.is_dir():
         saved = is_saved(path)
-        names = sorted(path.rglob("*"))
+        names = sorted(_at_most(path.rglob("*"), source))
         _check_links(file for file in names if _is_data(file, path))
         found = [file for file in names if file.is_file() and (saved or _is_data(file, path))]
         files = [DataFile(file.relative_to(path).as_posix(), file) for file in found]
@@ -61,7 +65,8 @@ def files_of(source: str) -> list[DataFile]:
         return files
     if not is_glob(source):
         return []
-    matches = [Path(each) for each in sorted(glob(str(path), recursive=True))]  # noqa: PTH207 - Path.glob reads no absolute pattern
+    paths = _at_most(iglob(str(path), recursive=True), source)  # noqa: PTH207 - Path.glob reads no absolute pattern
+    matches = sorted(map(Path, paths))
     _check_links(file for file in matches if file_format(file.name))
     above = Path(*path.parts[: next(index for index, part in enumerate(path.parts) if is_glob(part))])
     files = [
@@ -72,6 +77,16 @@ def files_of(source: str) -> list[DataFile]:
     if matches and not files:
         raise UserError("matches no data file", where=source, fix=FILES)
     return files
+
+
+def _at_most(names: Iterable[Name], source: str) -> list[Name]:
+    """Raise UserError for a source with very many files, such as /, instead of listing them."""
+    found = list(islice(names, MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise UserError(
+            f"has more than {MOST_FILES:,} files", where=source, fix="Name a folder with the data files alone."
+        )
+    return found
 
 
 def _check_links(files: Iterable[Path]) -> None:

@@ -21,18 +21,21 @@ from pathlib import Path
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import (
+    DIGEST,
     Count,
     FileRecord,
     InvalidJson,
     JsonUnreadable,
     PathInside,
     as_record,
+    check_own_digest,
+    own_digest,
     read_object,
 )
 from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
 from llama_lora.backends.worker_group import WorkerGroup
-from llama_lora.digests import DIGEST, check_own_digest, files_in, other_size, own_digest, record_of
+from llama_lora.digests import files_in, other_size, record_of
 from llama_lora.probe import ProbeRecord
 
 log = logging.getLogger(__name__)
@@ -230,6 +233,5 @@ def _read(file: Path) -> CheckpointRecord:
     """Read checkpoint.json. Raises InvalidJson, also if its content is not that of its digest."""
     content = read_object(file)
     record = as_record(content, CheckpointRecord)
-    if DIGEST in content:  # release 0.1 wrote none
-        check_own_digest(content)
+    check_own_digest(content, required=False)  # release 0.1 wrote none
     return record

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.dicts import flatten, get
-from genvalues.common.json_files import InvalidJson, read_object
+from genvalues.common.json_files import InvalidJson, check_own_digest, read_object
 from llama_lora.paths import Paths
 from llama_lora.runlog import read_of_manifest
 from llama_lora.small_run import other_stage
@@ -121,6 +121,7 @@ def node_hours(paths: Paths) -> tuple[float | None, float | None]:
     """The node hours that costs.json counts, and the price of one; None where it does not exist or is not valid."""
     try:
         costs = read_object(paths.run / "costs.json")
+        check_own_digest(costs, required=False)  # release 0.1 wrote none
     except InvalidJson:
         return None, None
     spans = []

@@ -13,10 +13,10 @@ from typing import Any
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import json_digest
 from genvalues.common.text import one_line
 from llama_lora import base_scores, evaluation
 from llama_lora.base_scores import BaseScores, Measured
-from llama_lora.digests import json_digest
 from llama_lora.evaluation import Prompt, Score
 from llama_lora.probe import trained_tokens
 from llama_lora.stage import LIBRARIES, Declaration, Stage, installed_versions
