@@ -635,7 +635,9 @@ stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate re
 {{- $kind := toString $rendered.kind }}
 {{- $namespace := $rendered.metadata.namespace | default $.Release.Namespace }}
 {{- $same := printf "%s%s %s/%s" (regexFind "^.*/" (toString $rendered.apiVersion)) $kind $namespace $rendered.metadata.name }}
-{{- if not (and $rendered.apiVersion $rendered.kind) }}
+{{- if and $rendered.Error (not $rendered.kind) }}
+extraObjects.{{ $name }} is not valid YAML once its templates are replaced ({{ $rendered.Error | replace "\n" " " }}). Use the function quote in the template whose output breaks it.
+{{- else if not (and $rendered.apiVersion $rendered.kind) }}
 extraObjects.{{ $name }} has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.
 {{- else if eq $kind "Secret" }}
 extraObjects.{{ $name }} is a Secret, whose content anyone could read who can read the release. Use kubectl create secret, or an operator such as External Secrets.

@@ -680,6 +680,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"extraObjects": {"a": {"apiVersion": "v1"}}},
         "extraObjects.a has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.",
     ),
+    "an object whose templates write something else": (
+        {"extraObjects": {"g": {"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": 'b{{ "\\n- [" }}'}}}},
+        "extraObjects.g is not valid YAML once its templates are replaced (error converting YAML to JSON: yaml: line",
+    ),
     "a Secret in the values": (
         {"extraObjects": {"a": {"apiVersion": "v1", "kind": '{{ "Secret" }}', "stringData": {"a": "b"}}}},
         "extraObjects.a is a Secret, whose content anyone could read who can read the release. Use kubectl create",
@@ -774,6 +778,13 @@ def test_helm_3_refuses_what_helm_4_does_with_the_same_words() -> None:
         assert "the schema" in message and (key in message.replace("/", ".") or key in message), message
     for values, words in list(CONTRADICTIONS.values())[::10]:
         assert words in refusal(values, 3)
+
+
+@pytest.mark.parametrize("text", ["{{ .Values.nothing.here }}", "{{ nosuch }}", "{{ .Release.Name"])
+def test_helms_message_of_a_template_that_fails_names_its_object(text: str, helm: int) -> None:
+    data = {"data": {"a": text}}
+    objects = {name: {"apiVersion": "v1", "kind": "ConfigMap"} for name in ("good", "bad {{ x")}
+    assert "# extraObjects.bad x" in refusal({"extraObjects": merged(objects, {"bad {{ x": data})}, helm)
 
 
 def test_all_contradictions_are_reported_at_once(helm: int) -> None:
