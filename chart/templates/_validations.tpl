@@ -11,8 +11,13 @@
 {{- $problems = concat $problems (splitList "\n" $found) }}
 {{- end }}
 {{- end }}
-{{- if $problems }}
-{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $problems)) }}
+{{- include "llama-lora.refuse" $problems }}
+{{- end }}
+
+{{- /* Ends with these problems, if any. */}}
+{{- define "llama-lora.refuse" -}}
+{{- with compact . }}
+{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " .)) }}
 {{- end }}
 {{- end }}
 
@@ -406,7 +411,6 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 
 {{- /* Values are stored in the release, where others can read them. The messages do not show them. */}}
 {{- define "llama-lora.validations.secrets" -}}
-{{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
 {{- $hub := .Values.publish.hub }}
 {{- range $key, $name := dict "huggingFace.tokenSecret" .Values.huggingFace.tokenSecret "publish.hub.tokenSecret" $hub.tokenSecret "monitoring.secretName" .Values.monitoring.secretName }}
 {{- if not (regexMatch "^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$" $name) }}
@@ -428,7 +432,8 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- end }}
 {{- end }}
 
-{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. */}}
+{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. Checked before all else, because
+       other messages show values. */}}
 {{- define "llama-lora.validations.tokens" -}}
 {{- if kindIs "map" .value }}
 {{- range $name, $value := .value }}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
 import pytest
@@ -872,6 +874,38 @@ def test_a_token_is_rejected_anywhere_in_the_values_and_never_shown(token: str, 
     ]:
         assert f"  {key} contains a token or a key" in message
     assert token.splitlines()[0] not in message
+
+
+def patterned(rules: dict[str, Any], key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a schema that have a pattern; a is a name that the user chooses, and - an item of a list."""
+    rules = SCHEMA.schema["definitions"]["stage"] if "$ref" in rules else rules
+    if "pattern" in rules.get("then", {}):
+        yield key
+    inner = {**rules.get("properties", {}), "a": rules.get("additionalProperties"), "-": rules.get("items")}
+    inner |= {"a": named for named in rules.get("patternProperties", {}).values()}
+    for name, below in inner.items():
+        if isinstance(below, dict):
+            yield from patterned(below, (*key, name))
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_a_token_in_a_key_that_has_a_pattern_is_not_shown_by_the_schema(token: str, helm: int) -> None:
+    token = token[:23]  # shorter than the limits of length
+    keys = [key for key in patterned(SCHEMA.schema) if key[0] != "stages" or key[1] == "merge"]
+    assert len(keys) > 100
+    values: Values = {"dataset": {"additional": {"a": {"source": "a/b"}}}}
+    for key in keys:
+        written: Any = token
+        for name in reversed(key):
+            written = [written] if name == "-" else {name: written}
+        values = merged(values, written)
+    for settings in (values["stageDefaults"], values["stages"]["merge"]):
+        settings["topologySpreadConstraints"][0] |= {"maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+        settings["seccompProfile"]["type"] = "Localhost"
+    message = refusal(values, helm)
+    for key in keys:
+        assert f"  {'.'.join(name for name in key if name != '-')} contains a token or a key" in message
+    assert token not in message
 
 
 def test_an_environment_variable_named_like_a_secret_is_rejected(helm: int) -> None:
