@@ -881,9 +881,8 @@ def patterned(rules: dict[str, Any], key: tuple[str, ...] = ()) -> Iterator[tupl
     rules = SCHEMA.schema["definitions"]["stage"] if "$ref" in rules else rules
     if "pattern" in rules.get("then", {}):
         yield key
-    inner = {**rules.get("properties", {}), "a": rules.get("additionalProperties"), "-": rules.get("items")}
-    inner |= {"a": named for named in rules.get("patternProperties", {}).values()}
-    for name, below in inner.items():
+    inner = [*rules.get("properties", {}).items(), ("a", rules.get("additionalProperties")), ("-", rules.get("items"))]
+    for name, below in [*inner, *(("a", named) for named in rules.get("patternProperties", {}).values())]:
         if isinstance(below, dict):
             yield from patterned(below, (*key, name))
 
