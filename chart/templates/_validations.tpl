@@ -475,11 +475,15 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}
-{{- range $resource := list "hugepages-2Mi" "hugepages-1Gi" }}
+{{- range $resource, $page := dict "hugepages-2Mi" "2Mi" "hugepages-1Gi" "1Gi" }}
 {{- $request := get $settings.resources.requests $resource }}
 {{- $limit := get $settings.resources.limits $resource }}
 {{- if and $request (ne (include "llama-lora.quantity" $request) (include "llama-lora.quantity" ($limit | default 0))) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires the same limit. Set resources.limits.{{ $resource }} to {{ $request }}.
+{{- end }}
+{{- $pages := divf (include "llama-lora.quantity" ($limit | default 0)) (include "llama-lora.quantity" $page) }}
+{{- if ne $pages (floor $pages) }}
+stages.{{ $stage }}: resources.limits.{{ $resource }} {{ $limit }} is not a multiple of {{ $page }}, the size of a page. Set it, and the request, to whole pages.
 {{- end }}
 {{- end }}
 {{- $memory := $settings.resources.limits.memory }}

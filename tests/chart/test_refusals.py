@@ -630,6 +630,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"stages": {"merge": {"resources": {"requests": {"hugepages-2Mi": "4Mi"}}}}},
         "stages.merge: resources.requests.hugepages-2Mi 4Mi requires the same limit. Set resources.limits.huge",
     ),
+    "parts of huge pages": (
+        {"stages": {"evaluate": {"resources": {"limits": {"hugepages-2Mi": "5Mi"}}}}},
+        "stages.evaluate: resources.limits.hugepages-2Mi 5Mi is not a multiple of 2Mi, the size of a page. Set it",
+    ),
     "a label of a Job's pods": (
         {"stages": {"merge": {"podLabels": {"batch.kubernetes.io/job-name": "x"}}}},
         "stages.merge.podLabels.batch.kubernetes.io/job-name is a label that Jobs give their pods themselves. Remove",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from chart.manifests import CHART, MINIMAL, Refused, Values, config, merged, refused_with, render, together
@@ -162,6 +164,22 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "stages.merge.podLabels.job-name",
     ),
     "a label of all Jobs' pods": ({"commonLabels": {"controller-uid": "x"}}, "commonLabels.controller-uid"),
+    "more than the limit": (
+        {"stages": {"merge": {"resources": {"requests": {"cpu": 2}, "limits": {"cpu": "1500m"}}}}},
+        "stages.merge.resources.requests.cpu",
+    ),
+    "more than the default limit": (
+        {"stages": {"gate": {"resources": {"requests": {"memory": "2Gi"}}}}},
+        "stages.gate.resources.requests.memory",
+    ),
+    "huge pages without a limit": (
+        {"stages": {"merge": {"resources": {"requests": {"hugepages-1Gi": "1Gi"}}}}},
+        "stages.merge.resources.requests.hugepages-1Gi",
+    ),
+    "parts of huge pages": (
+        {"stages": {"evaluate": {"resources": {"limits": {"hugepages-2Mi": "5Mi"}}}}},
+        "stages.evaluate.resources.limits.hugepages-2Mi",
+    ),
     "an administrator": (
         {"stages": {"merge": {"capabilities": {"CAP_SYS_ADMIN": True}}}},
         "stages.merge.capabilities.CAP_SYS_ADMIN",
@@ -242,7 +260,7 @@ def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: 
     wrong = merged(MINIMAL, values)
     keys = {".".join(each) for problem in contradictions(on_top_of_defaults(CHART, wrong)) for each in problem.keys}
     assert key in keys
-    for part in filter(None, key.rpartition(".extraEnv.")[0::2]):
+    for part in re.split(r"\.(?:extraEnv\.|(?=resources\.))", key):
         assert refused_with(part, values, REFUSED_TOGETHER)
 
 

@@ -31,7 +31,7 @@ from genvalues.accelerators.neuron_rules import (
     process_problems,
     shard_problems,
 )
-from genvalues.common.dicts import get
+from genvalues.common.dicts import get, merge
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_KEYS, SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.base import DNS_NAME
@@ -79,6 +79,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         access_modes,
         environment,
         pod_settings,
+        resources,
         publish,
         monitoring,
         secret_names,
@@ -647,6 +648,39 @@ def pod_settings(values: Values) -> Iterator[Problem]:
             elif added is True and name.startswith("CAP_"):
                 what = "has the prefix CAP_, which Kubernetes adds itself"
                 yield Problem(((*key, "capabilities", name),), what, f"Write {name.removeprefix('CAP_')}.")
+
+
+UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+HUGE_PAGES = {"hugepages-2Mi": UNITS["Mi"] * 2, "hugepages-1Gi": UNITS["Gi"]}
+
+
+def quantity(amount: Any) -> float:
+    """A Kubernetes quantity as a number; 0 for anything else."""
+    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(UNITS)})?", str(amount))
+    return float(found[1]) * UNITS.get(found[2], 1) if found else 0
+
+
+def resources(values: Values) -> Iterator[Problem]:
+    """Requests beyond their limits, and huge pages, of which Kubernetes reserves whole pages, as many as the limit."""
+    defaults = get(values, "stageDefaults", dict) or {}
+    for stage, block in (get(values, "stages", dict) or {}).items():
+        usual = {} if stage in ("compile", "train") else defaults  # theirs follow the instance type and what is written
+        of_stage = merge(usual, block) if isinstance(block, dict) else {}
+        requests, limits = (get(of_stage, f"resources.{bound}", dict) or {} for bound in ("requests", "limits"))
+        for name in [name for name in {**requests, **limits} if isinstance(name, str)]:
+            keys = tuple(
+                (*above, "resources", bound, name)
+                for above in (("stages", stage), ("stageDefaults",))
+                for bound in ("requests", "limits")
+            )
+            request, limit, page = quantity(requests.get(name)), quantity(limits.get(name)), HUGE_PAGES.get(name)
+            if page and request and request != limit:
+                yield Problem(keys, "requires the same request and limit", "Write the same amount for both.")
+            elif page and (request or limit) % page:
+                what = f"is not a multiple of {name.removeprefix('hugepages-')}, the size of a page"
+                yield Problem(keys, what, "Write a number of whole pages.")
+            elif limit and request > limit:
+                yield Problem(keys, "the request is more than the limit", "Raise the limit or lower the request.")
 
 
 def publish(values: Values) -> Iterator[Problem]:
