@@ -39,14 +39,21 @@ model.revision cannot be combined with model.path. Remove model.revision.
 dataset.source is required. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
 {{- end }}
 {{- $sources := dict "dataset.source" $dataset.source "dataset.eval.source" $dataset.eval.source }}
+{{- $splits := dict "dataset.split" $dataset.split "dataset.eval.split" $dataset.eval.split }}
 {{- $formats := list $dataset.format }}
 {{- range $name, $other := $dataset.additional }}
 {{- $_ := set $sources (printf "dataset.additional.%s.source" $name) $other.source }}
+{{- $_ := set $splits (printf "dataset.additional.%s.split" $name) $other.split }}
 {{- $formats = append $formats ($other.format | default $dataset.format) }}
 {{- end }}
 {{- range $key, $source := $sources }}
 {{- if and $source (regexMatch "(?i)\\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\\.(gz|zst))?$|[*?\\[]|/$|^[.~]" $source) (not (regexMatch "^(/|s3://)" $source)) }}
 {{ $key }} {{ $source }} is a relative path, which pods cannot read. Copy the file to the volume and set its absolute path there, e.g. {{ $.Values.workspace.mountPath }}/{{ base $source }}.
+{{- end }}
+{{- end }}
+{{- range $key, $split := $splits }}
+{{- if include "llama-lora.hasEmptyPart" ($split | default "") }}
+{{ $key }} {{ $split }} has a part without rows. Set the first row before the end, such as train[:10%].
 {{- end }}
 {{- end }}
 {{- if not $dataset.format }}
@@ -76,6 +83,23 @@ dataset.overlong split applies to format text only. Set it to truncate or drop.
 {{- end }}
 {{- if and (eq $dataset.trainOn "last-answer") (eq $dataset.format "text") (eq (len (uniq $formats)) 1) }}
 dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.
+{{- end }}
+{{- end }}
+
+{{- /* "true" if a part of a split has no row, however many rows there are. What depends on their number, such as [5:-5] and
+       [50%:10], may have one. */}}
+{{- define "llama-lora.hasEmptyPart" -}}
+{{- range $part := regexFindAll "\\[.*?:.*?\\]" . -1 }}
+{{- $bounds := splitList ":" (trimAll "[]" $part) }}
+{{- $first := first $bounds | default (ternary "0%" "0" (hasSuffix "%" (last $bounds))) }}
+{{- $end := last $bounds | default (ternary "100%" "1e16" (hasSuffix "%" $first)) }}
+{{- $numbers := list }}
+{{- range $bound := list $first $end }}
+{{- $number := trimSuffix "%" $bound | float64 }}
+{{- $numbers = append $numbers (ternary (addf $number 100) $number (and (hasSuffix "%" $bound) (lt $number 0.0))) }}
+{{- end }}
+{{- $comparable := and (eq (hasSuffix "%" $first) (hasSuffix "%" $end)) (eq (lt (first $numbers) 0.0) (lt (last $numbers) 0.0)) }}
+{{- if or (and $comparable (ge (first $numbers) (last $numbers))) (regexMatch "^-?0+%?$|^-100%$" $end) }}true{{ end }}
 {{- end }}
 {{- end }}
 

@@ -226,6 +226,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"dataset": {"format": "text", "trainOn": "last-answer"}},
         "dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.",
     ),
+    "a part without rows": (
+        {"dataset": {"eval": {"split": "train[90%:10%]"}}},
+        "dataset.eval.split train[90%:10%] has a part without rows. Set the first row before the end, such as",
+    ),
     "a relative folder": (
         {"dataset": {"additional": {"more": {"source": "data/"}}}},
         "dataset.additional.more.source data/ is a relative path, which pods cannot read. Copy the file",

@@ -48,6 +48,12 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"dataset": {"format": "text", "overlong": "split", "additional": {"x": {"source": "a/b", "format": "chat"}}}},
         "dataset.overlong",
     ),
+    "a part without rows": ({"dataset": {"split": "test+train[:0]"}}, "dataset.split"),
+    "a part without rows held out": ({"dataset": {"eval": {"split": "train[90%:10%]"}}}, "dataset.eval.split"),
+    "a part of another source without rows": (
+        {"dataset": {"additional": {"my.x": {"source": "a/b", "split": "train[-10%:90%]"}}}},
+        "dataset.additional.my.x.split",
+    ),
     "answers of text": ({"dataset": {"format": "text", "trainOn": "last-answer"}}, "dataset.trainOn"),
     "rows that native cannot pad on Trainium": (
         merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
@@ -262,6 +268,31 @@ def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: 
     assert key in keys
     for part in re.split(r"\.(?:extraEnv\.|(?=resources\.))", key):
         assert refused_with(part, values, REFUSED_TOGETHER)
+
+
+SPLITS = ["", ":", ":10%", "0:", ":-0", ":0%", "-5:", "5:5", "5:-5", "-5:5", "-5:-6", "-6:-5", "100%:", ":-100%"]
+SPLITS += [
+    "90%:-20%",
+    "-20%:90%",
+    "10%:-90%",
+    "5:9",
+    "999999999999999:",
+    "08:9",
+    "-1:0",
+    "1:1%",
+    "-0:1",
+    "010:9",
+]
+
+
+def test_both_refuse_the_same_parts_without_rows() -> None:
+    sources = {f"n{number}": {"source": "a/b", "split": f"x[{part}]"} for number, part in enumerate(SPLITS) if part}
+    wrong = merged(MINIMAL, {"dataset": {"additional": sources}})
+    found = {problem.keys[0][2] for problem in contradictions(on_top_of_defaults(CHART, wrong))}
+    with pytest.raises(Refused) as refused:
+        render(wrong)
+    assert found == set(re.findall(r"additional\.(n\d+)\.split .* has a part without rows", str(refused.value)))
+    assert len(found) > 5
 
 
 def test_neither_refuses_values_that_are_right() -> None:

@@ -29,7 +29,6 @@ from genvalues.settings.datasets import (
     OPTIONAL_COLUMNS,
     OTHER_SUFFIXES,
     REQUIRED_COLUMNS,
-    SPLIT,
     file_format,
     hub_id_of,
     invalid_bucket,
@@ -128,11 +127,6 @@ def dataset_rules(document: Document) -> Iterator[Mistake]:
     dataset = get(document.value, "dataset", dict) or {}
     for key, part in dataset_parts(dataset):
         yield from source_rules(key, part, document)
-        if re.fullmatch(SPLIT, split := get(part, "split", str) or "") and any(
-            each.is_empty() for each in split_parts(split)
-        ):
-            what = f"{shown(split, ())} has a part without rows"
-            yield Mistake((*key, "split"), what, "Write the first row before the end, such as train[:10%].")
         format_ = get(part, "format", str) or ""
         columns = get(part, "columns", dict) or {}
         allowed = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]

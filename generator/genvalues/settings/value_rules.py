@@ -36,6 +36,7 @@ from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_KEYS, SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.base import DNS_NAME
 from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
+from genvalues.settings.datasets import SPLIT, split_parts
 from genvalues.settings.run import TRAIN_GRACE_SECONDS, with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
 
@@ -187,6 +188,7 @@ def dataset(values: Values) -> Iterator[Problem]:
             "Raise dataset.evalFraction above 0, or set dataset.eval.",
         )
     yield from held_out_source(values, apart)
+    yield from splits(values)
     if get(values, "dataset.groupColumn", str) and (apart or not split_off):
         yield Problem(
             key_paths("dataset.groupColumn", "dataset.eval" if apart else "dataset.evalFraction"),
@@ -204,6 +206,19 @@ def dataset(values: Values) -> Iterator[Problem]:
         )
     if get(values, "dataset.trainOn", str) == "last-answer" and formats == {"text"}:
         yield Problem(key_paths("dataset.trainOn", "dataset.format"), "format text has no answers", "Remove it.")
+
+
+def splits(values: Values) -> Iterator[Problem]:
+    """Splits with a part that has no rows, however many the source has."""
+    dataset = get(values, "dataset", dict) or {}
+    sources: list[tuple[KeyPath, Any]] = [((), dataset), (("eval",), dataset.get("eval"))]
+    sources += [(("additional", name), other) for name, other in (get(dataset, "additional", dict) or {}).items()]
+    for key, source in sources:
+        split = get(source, "split", str) or ""
+        if re.fullmatch(SPLIT, split) and any(part.is_empty() for part in split_parts(split)):
+            what = f'"{one_line(split, 60)}" has a part without rows'
+            fix = "Write the first row before the end, such as train[:10%]."
+            yield Problem((("dataset", *key, "split"),), what, fix)
 
 
 def held_out_source(values: Values, apart: bool) -> Iterator[Problem]:
