@@ -271,6 +271,8 @@ spec:
 {{- range $key, $value := .over }}
 {{- if and (kindIs "map" $value) (kindIs "map" (get $result $key)) }}
 {{- $value = include "stage.merge" (dict "base" (get $result $key) "over" $value) | fromJson }}
+{{- else if and (kindIs "invalid" $value) (kindIs "map" (get $result $key)) }}
+{{- $value = dict }}      {{- /* null takes away what stageDefaults has */}}
 {{- end }}
 {{- $_ := set $result $key $value }}
 {{- end }}

@@ -493,15 +493,17 @@ stages.{{ $stage }}: extraVolumeMounts.{{ $name }} refers to an unknown volume. 
 stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's volumes. Choose another.
 {{- end }}
 {{- end }}
-{{- range $resource, $request := $settings.resources.requests }}
-{{- $limit := get $settings.resources.limits $resource }}
+{{- $requests := $settings.resources.requests | default dict }}
+{{- $limits := $settings.resources.limits | default dict }}
+{{- range $resource, $request := $requests }}
+{{- $limit := get $limits $resource }}
 {{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}
 {{- range $resource, $page := dict "hugepages-2Mi" "2Mi" "hugepages-1Gi" "1Gi" }}
-{{- $request := get $settings.resources.requests $resource }}
-{{- $limit := get $settings.resources.limits $resource }}
+{{- $request := get $requests $resource }}
+{{- $limit := get $limits $resource }}
 {{- if and $request (ne (include "llama-lora.quantity" $request) (include "llama-lora.quantity" ($limit | default 0))) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires the same limit. Set resources.limits.{{ $resource }} to {{ $request }}.
 {{- end }}
@@ -510,7 +512,7 @@ stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires 
 stages.{{ $stage }}: resources.limits.{{ $resource }} {{ $limit }} is not a multiple of {{ $page }}, the size of a page. Set it, and the request, to whole pages.
 {{- end }}
 {{- end }}
-{{- $memory := $settings.resources.limits.memory }}
+{{- $memory := $limits.memory }}
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
 {{- end }}
