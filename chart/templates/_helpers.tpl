@@ -35,9 +35,11 @@
 {{- end }}
 {{- end }}
 
-{{- /* An object of extraObjects, rendered, with the chart's labels. Arguments: root, name. */}}
+{{- /* An object of extraObjects, rendered, with the chart's labels. If its templates fail, Helm's message quotes the text
+       from its comment on, which names the key. Arguments: root, name. */}}
 {{- define "llama-lora.extraObject" -}}
-{{- $object := tpl (get .root.Values.extraObjects .name | toYaml) .root | fromYaml }}
+{{- $comment := printf "# extraObjects.%s" (regexReplaceAll "[{\\s]+" .name " ") }}
+{{- $object := tpl (printf "%s\n%s" $comment (get .root.Values.extraObjects .name | toYaml)) .root | fromYaml }}
 {{- $metadata := $object.metadata | default dict }}
 {{- $labels := include "llama-lora.labels" (dict "root" .root "component" "extra") | fromYaml }}
 {{- $_ := set $metadata "labels" (merge ($metadata.labels | default dict) $labels) }}

@@ -271,6 +271,10 @@ spec:
 {{- range $key, $value := .over }}
 {{- if and (kindIs "map" $value) (kindIs "map" (get $result $key)) }}
 {{- $value = include "stage.merge" (dict "base" (get $result $key) "over" $value) | fromJson }}
+{{- else if and (kindIs "invalid" $value) (kindIs "map" (get $result $key)) }}      {{- /* null takes away what stageDefaults has */}}
+{{- $value = dict }}
+{{- else if and (kindIs "invalid" $value) (kindIs "slice" (get $result $key)) }}
+{{- $value = list }}
 {{- end }}
 {{- $_ := set $result $key $value }}
 {{- end }}

@@ -11,8 +11,13 @@
 {{- $problems = concat $problems (splitList "\n" $found) }}
 {{- end }}
 {{- end }}
-{{- if $problems }}
-{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $problems)) }}
+{{- include "llama-lora.refuse" $problems }}
+{{- end }}
+
+{{- /* Ends with these problems, if any. */}}
+{{- define "llama-lora.refuse" -}}
+{{- with compact . }}
+{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " .)) }}
 {{- end }}
 {{- end }}
 
@@ -34,14 +39,21 @@ model.revision cannot be combined with model.path. Remove model.revision.
 dataset.source is required. Set it, e.g. --set dataset.source=databricks/databricks-dolly-15k.
 {{- end }}
 {{- $sources := dict "dataset.source" $dataset.source "dataset.eval.source" $dataset.eval.source }}
+{{- $splits := dict "dataset.split" $dataset.split "dataset.eval.split" $dataset.eval.split }}
 {{- $formats := list $dataset.format }}
 {{- range $name, $other := $dataset.additional }}
 {{- $_ := set $sources (printf "dataset.additional.%s.source" $name) $other.source }}
+{{- $_ := set $splits (printf "dataset.additional.%s.split" $name) $other.split }}
 {{- $formats = append $formats ($other.format | default $dataset.format) }}
 {{- end }}
 {{- range $key, $source := $sources }}
 {{- if and $source (regexMatch "(?i)\\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\\.(gz|zst))?$|[*?\\[]|/$|^[.~]" $source) (not (regexMatch "^(/|s3://)" $source)) }}
 {{ $key }} {{ $source }} is a relative path, which pods cannot read. Copy the file to the volume and set its absolute path there, e.g. {{ $.Values.workspace.mountPath }}/{{ base $source }}.
+{{- end }}
+{{- end }}
+{{- range $key, $split := $splits }}
+{{- if include "llama-lora.hasEmptyPart" ($split | default "") }}
+{{ $key }} {{ $split }} has a part without rows. Set the first row before the end, such as train[:10%].
 {{- end }}
 {{- end }}
 {{- if not $dataset.format }}
@@ -71,6 +83,23 @@ dataset.overlong split applies to format text only. Set it to truncate or drop.
 {{- end }}
 {{- if and (eq $dataset.trainOn "last-answer") (eq $dataset.format "text") (eq (len (uniq $formats)) 1) }}
 dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.
+{{- end }}
+{{- end }}
+
+{{- /* "true" if a part of a split has no row, however many rows there are. What depends on their number, such as [5:-5] and
+       [50%:10], may have one. */}}
+{{- define "llama-lora.hasEmptyPart" -}}
+{{- range $part := regexFindAll "\\[.*?:.*?\\]" . -1 }}
+{{- $bounds := splitList ":" (trimAll "[]" $part) }}
+{{- $first := first $bounds | default (ternary "0%" "0" (hasSuffix "%" (last $bounds))) }}
+{{- $end := last $bounds | default (ternary "100%" "1e16" (hasSuffix "%" $first)) }}
+{{- $numbers := list }}
+{{- range $bound := list $first $end }}
+{{- $number := trimSuffix "%" $bound | float64 }}
+{{- $numbers = append $numbers (ternary (addf $number 100) $number (and (hasSuffix "%" $bound) (lt $number 0.0))) }}
+{{- end }}
+{{- $comparable := and (eq (hasSuffix "%" $first) (hasSuffix "%" $end)) (eq (lt (first $numbers) 0.0) (lt (last $numbers) 0.0)) }}
+{{- if or (and $comparable (ge (first $numbers) (last $numbers))) (regexMatch "^-?0+%?$|^-100%$" $end) }}true{{ end }}
 {{- end }}
 {{- end }}
 
@@ -406,7 +435,6 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 
 {{- /* Values are stored in the release, where others can read them. The messages do not show them. */}}
 {{- define "llama-lora.validations.secrets" -}}
-{{- include "llama-lora.validations.tokens" (dict "key" "" "value" (omit .Values "global")) }}
 {{- $hub := .Values.publish.hub }}
 {{- range $key, $name := dict "huggingFace.tokenSecret" .Values.huggingFace.tokenSecret "publish.hub.tokenSecret" $hub.tokenSecret "monitoring.secretName" .Values.monitoring.secretName }}
 {{- if not (regexMatch "^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$" $name) }}
@@ -428,7 +456,8 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- end }}
 {{- end }}
 
-{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. */}}
+{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. Checked before all else, because
+       other messages show values. */}}
 {{- define "llama-lora.validations.tokens" -}}
 {{- if kindIs "map" .value }}
 {{- range $name, $value := .value }}
@@ -464,20 +493,26 @@ stages.{{ $stage }}: extraVolumeMounts.{{ $name }} refers to an unknown volume. 
 stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's volumes. Choose another.
 {{- end }}
 {{- end }}
-{{- range $resource, $request := $settings.resources.requests }}
-{{- $limit := get $settings.resources.limits $resource }}
+{{- $requests := $settings.resources.requests | default dict }}
+{{- $limits := $settings.resources.limits | default dict }}
+{{- range $resource, $request := $requests }}
+{{- $limit := get $limits $resource }}
 {{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}
-{{- range $resource := list "hugepages-2Mi" "hugepages-1Gi" }}
-{{- $request := get $settings.resources.requests $resource }}
-{{- $limit := get $settings.resources.limits $resource }}
+{{- range $resource, $page := dict "hugepages-2Mi" "2Mi" "hugepages-1Gi" "1Gi" }}
+{{- $request := get $requests $resource }}
+{{- $limit := get $limits $resource }}
 {{- if and $request (ne (include "llama-lora.quantity" $request) (include "llama-lora.quantity" ($limit | default 0))) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} requires the same limit. Set resources.limits.{{ $resource }} to {{ $request }}.
 {{- end }}
+{{- $pages := divf (include "llama-lora.quantity" ($limit | default 0)) (include "llama-lora.quantity" $page) }}
+{{- if ne $pages (floor $pages) }}
+stages.{{ $stage }}: resources.limits.{{ $resource }} {{ $limit }} is not a multiple of {{ $page }}, the size of a page. Set it, and the request, to whole pages.
 {{- end }}
-{{- $memory := $settings.resources.limits.memory }}
+{{- end }}
+{{- $memory := $limits.memory }}
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
 {{- end }}
@@ -635,7 +670,9 @@ stages.{{ $stage }}: jobLabels.{{ $label }} could start a job before its gate re
 {{- $kind := toString $rendered.kind }}
 {{- $namespace := $rendered.metadata.namespace | default $.Release.Namespace }}
 {{- $same := printf "%s%s %s/%s" (regexFind "^.*/" (toString $rendered.apiVersion)) $kind $namespace $rendered.metadata.name }}
-{{- if not (and $rendered.apiVersion $rendered.kind) }}
+{{- if and $rendered.Error (not $rendered.kind) }}
+extraObjects.{{ $name }} is not valid YAML once its templates are replaced ({{ $rendered.Error | replace "\n" " " }}). Use the function quote in the template whose output breaks it.
+{{- else if not (and $rendered.apiVersion $rendered.kind) }}
 extraObjects.{{ $name }} has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.
 {{- else if eq $kind "Secret" }}
 extraObjects.{{ $name }} is a Secret, whose content anyone could read who can read the release. Use kubectl create secret, or an operator such as External Secrets.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
 import pytest
@@ -223,6 +225,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "answers of text": (
         {"dataset": {"format": "text", "trainOn": "last-answer"}},
         "dataset.trainOn last-answer: format text has no answers. Remove dataset.trainOn.",
+    ),
+    "a part without rows": (
+        {"dataset": {"eval": {"split": "train[90%:10%]"}}},
+        "dataset.eval.split train[90%:10%] has a part without rows. Set the first row before the end, such as",
     ),
     "a relative folder": (
         {"dataset": {"additional": {"more": {"source": "data/"}}}},
@@ -628,6 +634,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         {"stages": {"merge": {"resources": {"requests": {"hugepages-2Mi": "4Mi"}}}}},
         "stages.merge: resources.requests.hugepages-2Mi 4Mi requires the same limit. Set resources.limits.huge",
     ),
+    "parts of huge pages": (
+        {"stages": {"evaluate": {"resources": {"limits": {"hugepages-2Mi": "5Mi"}}}}},
+        "stages.evaluate: resources.limits.hugepages-2Mi 5Mi is not a multiple of 2Mi, the size of a page. Set it",
+    ),
     "a label of a Job's pods": (
         {"stages": {"merge": {"podLabels": {"batch.kubernetes.io/job-name": "x"}}}},
         "stages.merge.podLabels.batch.kubernetes.io/job-name is a label that Jobs give their pods themselves. Remove",
@@ -679,6 +689,10 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
     "an object of no kind": (
         {"extraObjects": {"a": {"apiVersion": "v1"}}},
         "extraObjects.a has no apiVersion or kind. Set both, e.g. {apiVersion: v1, kind: ConfigMap, data: {}}.",
+    ),
+    "an object whose templates write something else": (
+        {"extraObjects": {"g": {"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": 'b{{ "\\n- [" }}'}}}},
+        "extraObjects.g is not valid YAML once its templates are replaced (error converting YAML to JSON: yaml: line",
     ),
     "a Secret in the values": (
         {"extraObjects": {"a": {"apiVersion": "v1", "kind": '{{ "Secret" }}', "stringData": {"a": "b"}}}},
@@ -776,6 +790,13 @@ def test_helm_3_refuses_what_helm_4_does_with_the_same_words() -> None:
         assert words in refusal(values, 3)
 
 
+@pytest.mark.parametrize("text", ["{{ .Values.nothing.here }}", "{{ nosuch }}", "{{ .Release.Name"])
+def test_helms_message_of_a_template_that_fails_names_its_object(text: str, helm: int) -> None:
+    data = {"data": {"a": text}}
+    objects = {name: {"apiVersion": "v1", "kind": "ConfigMap"} for name in ("good", "bad {{ x")}
+    assert "# extraObjects.bad x" in refusal({"extraObjects": merged(objects, {"bad {{ x": data})}, helm)
+
+
 def test_all_contradictions_are_reported_at_once(helm: int) -> None:
     values: Values = {"model": {"id": ""}, "dataset": {"format": ""}, "storage": {"enabled": False}}
     message = refusal(values, helm)
@@ -861,6 +882,37 @@ def test_a_token_is_rejected_anywhere_in_the_values_and_never_shown(token: str, 
     ]:
         assert f"  {key} contains a token or a key" in message
     assert token.splitlines()[0] not in message
+
+
+def patterned(rules: dict[str, Any], key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a schema that have a pattern; a is a name that the user chooses, and - an item of a list."""
+    rules = SCHEMA.schema["definitions"]["stage"] if "$ref" in rules else rules
+    if "pattern" in rules.get("then", {}):
+        yield key
+    inner = [*rules.get("properties", {}).items(), ("a", rules.get("additionalProperties")), ("-", rules.get("items"))]
+    for name, below in [*inner, *(("a", named) for named in rules.get("patternProperties", {}).values())]:
+        if isinstance(below, dict):
+            yield from patterned(below, (*key, name))
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_a_token_in_a_key_that_has_a_pattern_is_not_shown_by_the_schema(token: str, helm: int) -> None:
+    token = token[:23]  # shorter than the limits of length
+    keys = [key for key in patterned(SCHEMA.schema) if key[0] != "stages" or key[1] == "merge"]
+    assert len(keys) > 100
+    values: Values = {"dataset": {"additional": {"a": {"source": "a/b"}}}}
+    for key in keys:
+        written: Any = token
+        for name in reversed(key):
+            written = [written] if name == "-" else {name: written}
+        values = merged(values, written)
+    for settings in (values["stageDefaults"], values["stages"]["merge"]):
+        settings["topologySpreadConstraints"][0] |= {"maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+        settings["seccompProfile"]["type"] = "Localhost"
+    message = refusal(values, helm)
+    for key in keys:
+        assert f"  {'.'.join(name for name in key if name != '-')} contains a token or a key" in message
+    assert token not in message
 
 
 def test_an_environment_variable_named_like_a_secret_is_rejected(helm: int) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from chart.manifests import MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
+from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
 from chart.test_pipeline import TRAINER, TRAINIUM
 from genvalues.cluster.follower import TIMINGS
 
+DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SECRETS: Values = {
     "extraEnvSecrets": {"WANDB_API_KEY": {"name": "wandb", "key": "api-key"}},
     "extraEnvFrom": {
@@ -43,6 +44,20 @@ def test_variables_of_secrets_reach_the_stages_of_the_trainer_and_no_pod_with_pe
     if mode == "detached":
         inner = config(objects, "values.yaml")
         assert inner["stageDefaults"]["extraEnvSecrets"] == SECRETS["extraEnvSecrets"], "names only, for the stages"
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+@pytest.mark.parametrize("nothing", [None, {"requests": None}, {"limits": None}], ids=str)
+def test_a_key_of_a_stage_that_is_null_takes_away_what_all_stages_have(mode: str, nothing: object, helm: int) -> None:
+    keys = dict.fromkeys(DEFAULTS["stageDefaults"]) | {"terminationGracePeriodSeconds": 60, "resources": nothing}
+    stages = dict.fromkeys(("gate", "runner", "preflight", "merge", "train", "cleanup"), keys)
+    usual: Values = {"extraEnv": {"A": "b"}, "podLabels": {"a": "b"}, "nodeSelector": {"a": "b"}}
+    objects = render(merged(MINIMAL, {"stageDefaults": usual, "stages": stages, "pipeline": {"mode": mode}}), helm=helm)
+    found = {each.stage: each for each in pods(objects)}
+    for stage in stages.keys() & found.keys():
+        assert "A" not in found[stage].environment and "nodeSelector" not in found[stage].spec
+        assert "a" not in found[stage].template["metadata"]["labels"]
+    assert mode == "detached" or found["tokenize"].environment["A"] == "b"
 
 
 def test_a_variable_of_a_secret_replaces_the_charts_own_of_the_same_name() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from chart.manifests import CHART, MINIMAL, Refused, Values, config, merged, refused_with, render, together
@@ -45,6 +47,12 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "pieces of one source's conversations": (
         {"dataset": {"format": "text", "overlong": "split", "additional": {"x": {"source": "a/b", "format": "chat"}}}},
         "dataset.overlong",
+    ),
+    "a part without rows": ({"dataset": {"split": "test+train[:0]"}}, "dataset.split"),
+    "a part without rows held out": ({"dataset": {"eval": {"split": "train[90%:10%]"}}}, "dataset.eval.split"),
+    "a part of another source without rows": (
+        {"dataset": {"additional": {"my.x": {"source": "a/b", "split": "train[-10%:90%]"}}}},
+        "dataset.additional.my.x.split",
     ),
     "answers of text": ({"dataset": {"format": "text", "trainOn": "last-answer"}}, "dataset.trainOn"),
     "rows that native cannot pad on Trainium": (
@@ -162,6 +170,22 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "stages.merge.podLabels.job-name",
     ),
     "a label of all Jobs' pods": ({"commonLabels": {"controller-uid": "x"}}, "commonLabels.controller-uid"),
+    "more than the limit": (
+        {"stages": {"merge": {"resources": {"requests": {"cpu": 2}, "limits": {"cpu": "1500m"}}}}},
+        "stages.merge.resources.requests.cpu",
+    ),
+    "more than the default limit": (
+        {"stages": {"gate": {"resources": {"requests": {"memory": "2Gi"}}}}},
+        "stages.gate.resources.requests.memory",
+    ),
+    "huge pages without a limit": (
+        {"stages": {"merge": {"resources": {"requests": {"hugepages-1Gi": "1Gi"}}}}},
+        "stages.merge.resources.requests.hugepages-1Gi",
+    ),
+    "parts of huge pages": (
+        {"stages": {"evaluate": {"resources": {"limits": {"hugepages-2Mi": "5Mi"}}}}},
+        "stages.evaluate.resources.limits.hugepages-2Mi",
+    ),
     "an administrator": (
         {"stages": {"merge": {"capabilities": {"CAP_SYS_ADMIN": True}}}},
         "stages.merge.capabilities.CAP_SYS_ADMIN",
@@ -242,8 +266,33 @@ def test_genvalues_and_the_chart_refuse_the_same_values_by_the_same_key(values: 
     wrong = merged(MINIMAL, values)
     keys = {".".join(each) for problem in contradictions(on_top_of_defaults(CHART, wrong)) for each in problem.keys}
     assert key in keys
-    for part in filter(None, key.rpartition(".extraEnv.")[0::2]):
+    for part in re.split(r"\.(?:extraEnv\.|(?=resources\.))", key):
         assert refused_with(part, values, REFUSED_TOGETHER)
+
+
+SPLITS = ["", ":", ":10%", "0:", ":-0", ":0%", "-5:", "5:5", "5:-5", "-5:5", "-5:-6", "-6:-5", "100%:", ":-100%"]
+SPLITS += [
+    "90%:-20%",
+    "-20%:90%",
+    "10%:-90%",
+    "5:9",
+    "999999999999999:",
+    "08:9",
+    "-1:0",
+    "1:1%",
+    "-0:1",
+    "010:9",
+]
+
+
+def test_both_refuse_the_same_parts_without_rows() -> None:
+    sources = {f"n{number}": {"source": "a/b", "split": f"x[{part}]"} for number, part in enumerate(SPLITS) if part}
+    wrong = merged(MINIMAL, {"dataset": {"additional": sources}})
+    found = {problem.keys[0][2] for problem in contradictions(on_top_of_defaults(CHART, wrong))}
+    with pytest.raises(Refused) as refused:
+        render(wrong)
+    assert found == set(re.findall(r"additional\.(n\d+)\.split .* has a part without rows", str(refused.value)))
+    assert len(found) > 5
 
 
 def test_neither_refuses_values_that_are_right() -> None:

@@ -31,10 +31,7 @@
 {{- $key := printf "dataset.additional.%s.weight" $name }}
 {{- $mistakes = append $mistakes (include "llama-lora.settings.number" (dict "key" $key "block" $source "name" "weight" "limits" $limits)) }}
 {{- end }}
-{{- $mistakes = compact $mistakes }}
-{{- if $mistakes }}
-{{- fail (printf "invalid values:\n\n  %s\n" (join "\n  " $mistakes)) }}
-{{- end }}
+{{- include "llama-lora.refuse" $mistakes }}
 {{- include "llama-lora.instance.complete" . }}
 {{- include "llama-lora.storage.complete" . }}
 {{- end }}

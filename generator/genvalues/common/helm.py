@@ -6,13 +6,15 @@ import asyncio
 import functools
 import logging
 import os
+import select
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import yaml
 
@@ -27,6 +29,8 @@ GET_HELM = "Run `make setup`, or install Helm 3.14 or newer: https://helm.sh/doc
 INVALID_OUTPUT = (AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
 
 STDERR = 2  # file descriptor, for Helm's output when stdout is for a document
+LEFTOVER_SECONDS = 2.0  # to wait for the end of Helm's stderr, which a program that it started may hold open
+SILENCE = 0.5  # seconds after which an unfinished line is shown: it may be a question
 
 
 class NoSuchRelease(UserError):
@@ -51,6 +55,7 @@ def find_helm() -> str:
 def run_helm(
     arguments: list[str],
     *,
+    hide: Callable[[str], str] = redacted,
     meanwhile: Callable[[], None] | None = None,
     interval: float = 2.0,
     output: int | None = None,
@@ -58,17 +63,22 @@ def run_helm(
 ) -> int:
     """Run Helm and return its exit status. It is stopped when this process is.
 
-    ``output``: file descriptor for its stdout (default: our own). ``environment``: variables besides our own.
-    ``meanwhile`` is called every ``interval`` seconds while Helm runs. Does not use pyhelm3, which holds the output
-    back until Helm ends, hours later, and stops only the shell around Helm. Raises UserError if helm is not found or
-    cannot be started.
+    ``hide`` removes secrets from its stderr, which is shown as it comes. ``output``: file descriptor for its stdout
+    (default: our own). ``environment``: variables besides our own. ``meanwhile`` is called every ``interval`` seconds
+    while Helm runs. Does not use pyhelm3, which holds the output back until Helm ends, hours later, and stops only the
+    shell around Helm. Raises UserError if helm is not found or cannot be started.
     """
     helm = find_helm()
     try:
-        started = subprocess.Popen([helm, *arguments], stdout=output, env={**os.environ, **(environment or {})})
+        started = subprocess.Popen(
+            [helm, *arguments], stdout=output, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})}
+        )
     except OSError as error:
         raise UserError(f"{helm} cannot be run: {error.strerror}", fix=GET_HELM) from None
     with started as process:
+        assert process.stderr is not None
+        shows = threading.Thread(target=show, args=(process.stderr, hide), daemon=True)
+        shows.start()
         try:
             while True:
                 try:
@@ -81,7 +91,22 @@ def run_helm(
             if process.poll() is None:
                 process.terminate()  # Helm marks the release as failed and does not stop the stage's Job
                 process.wait()
+            shows.join(LEFTOVER_SECONDS)
     return process.returncode
+
+
+def show(stream: IO[bytes], hide: Callable[[str], str]) -> None:
+    """Copy a program's stderr to ours without its secrets, whole lines at a time."""
+    unfinished, ended = b"", False
+    while not ended:
+        silent = bool(unfinished) and not select.select([stream], [], [], SILENCE)[0]
+        if not silent:
+            output = os.read(stream.fileno(), 1 << 16)
+            unfinished, ended = unfinished + output, not output
+        lines, newline, rest = (unfinished, b"", b"") if silent or ended else unfinished.rpartition(b"\n")
+        unfinished = rest
+        with suppress(OSError, ValueError):  # nobody reads ours: Helm's must be read, so that Helm does not wait
+            print(hide((lines + newline).decode(errors="replace")), end="", file=sys.stderr, flush=True)
 
 
 def place_arguments(namespace: str, context: str | None) -> list[str]:

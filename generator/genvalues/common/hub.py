@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from genvalues.common.text import one_line, redacted
@@ -19,8 +19,10 @@ from genvalues.common.text import one_line, redacted
 if TYPE_CHECKING:
     import ssl
 
-SECONDS = 10.0
+SECONDS = 10.0  # for each read
+SECONDS_IN_ALL = 60.0
 REDIRECTS = 5
+Found = TypeVar("Found")
 LARGEST_ANSWER = 32 << 20  # bytes; a dataset with many files has a long list of them
 
 
@@ -101,6 +103,26 @@ def trusted_certificates(bundle: str | None) -> ssl.SSLContext:
     return context
 
 
+def within_time(ask: Callable[[], Found]) -> Found:
+    """What ``ask`` returns. Raises TimeoutError after SECONDS_IN_ALL, also if the server sends a byte now and then."""
+    import threading
+    from concurrent import futures
+
+    answer: futures.Future[Found] = futures.Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # which ends with its request, or with the command
+    try:
+        return answer.result(SECONDS_IN_ALL)
+    except futures.TimeoutError:  # not the same as TimeoutError in Python 3.10
+        raise TimeoutError(f"the answer takes longer than {SECONDS_IN_ALL:.0f} s") from None
+
+
 def request_once(url: str, token: str, method: str) -> Answer:
     import http.client
     import urllib.error
@@ -117,8 +139,12 @@ def request_once(url: str, token: str, method: str) -> Answer:
         try:
             trusted = trusted_certificates(os.environ.get("REQUESTS_CA_BUNDLE"))  # huggingface_hub reads it, too
             opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=trusted))
-            with opener.open(request, timeout=SECONDS) as response:
-                return Answer(response.status, lower_case(response.headers), response.read(LARGEST_ANSWER))
+
+            def get() -> Answer:
+                with opener.open(request, timeout=SECONDS) as response:
+                    return Answer(response.status, lower_case(response.headers), response.read(LARGEST_ANSWER))
+
+            return within_time(get)
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error.code, lower_case(error.headers))

@@ -143,7 +143,7 @@ def limit(word: str) -> Callable[..., Iterator[jsonschema.ValidationError]]:
     of_numbers = jsonschema.Draft7Validator.VALIDATORS[word]
 
     def check(validator: Any, bound: Any, value: Any, rules: Any) -> Iterator[jsonschema.ValidationError]:
-        if isinstance(value, str) and rules.get("pattern") == NUMBER and re.search(NUMBER, value):
+        if isinstance(value, str) and rules.get("then") == {"pattern": NUMBER} and re.search(NUMBER, value):
             value = float(value)
         yield from of_numbers(validator, bound, value, rules) or ()
 

@@ -16,7 +16,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem
 from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
 from genvalues.inputs.chart import written_in_chart_values
-from genvalues.inputs.document import Document, Mistake
+from genvalues.inputs.document import Document, Mistake, has_surrogate
 from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, shown
 from genvalues.settings.base import HUB_ID
 from genvalues.settings.dataset_files import files_of
@@ -29,7 +29,6 @@ from genvalues.settings.datasets import (
     OPTIONAL_COLUMNS,
     OTHER_SUFFIXES,
     REQUIRED_COLUMNS,
-    SPLIT,
     file_format,
     hub_id_of,
     invalid_bucket,
@@ -128,11 +127,6 @@ def dataset_rules(document: Document) -> Iterator[Mistake]:
     dataset = get(document.value, "dataset", dict) or {}
     for key, part in dataset_parts(dataset):
         yield from source_rules(key, part, document)
-        if re.fullmatch(SPLIT, split := get(part, "split", str) or "") and any(
-            each.is_empty() for each in split_parts(split)
-        ):
-            what = f"{shown(split, ())} has a part without rows"
-            yield Mistake((*key, "split"), what, "Write the first row before the end, such as train[:10%].")
         format_ = get(part, "format", str) or ""
         columns = get(part, "columns", dict) or {}
         allowed = [*REQUIRED_COLUMNS.get(format_, []), *OPTIONAL_COLUMNS.get(format_, [])]
@@ -219,7 +213,11 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
             continue
         there = PurePosixPath(posixpath.normpath(path))
         on_volume = PurePosixPath(mount) in there.parents
-        if not on_cpu and not on_volume:
+        here = absolute(path, document.position(key).folder)
+        if on_cpu and has_surrogate(str(here)):
+            what = f"{one_line(str(here), 200)} is in a folder whose name is not UTF-8"
+            yield Mistake(key, what, "Rename the folder, or move the file.")
+        elif not on_cpu and not on_volume:
             yield Mistake(
                 key,
                 f"{one_line(path)} is a path on this machine, and the pods on {value['instance']} cannot read it",
@@ -228,7 +226,6 @@ def path_rules(document: Document, on_cpu: bool) -> Iterator[Mistake]:
         elif on_cpu and not on_volume and key[0] == "dataset" and (lacks := lacking(path, document, key)):
             yield lacks
         elif on_cpu and not there.is_absolute():
-            here = absolute(path, document.position(key).folder)
             if not os.path.exists(here) and not is_glob(path):  # noqa: PTH110 - which never raises
                 yield Mistake(
                     key,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from genvalues.common.errors import Unavailable, UserError
+from genvalues.common.hub import within_time
 from genvalues.common.text import one_line, redacted
 
 AwsAnswer = Mapping[str, Any]  # what boto3 returns for a call, or a part of it
@@ -112,7 +113,7 @@ class AwsClients:
 
     def ask(self, service: str, operation: str, **parameters: Any) -> dict[str, Any]:
         with self.calling(service, operation) as client:
-            answer: dict[str, Any] = getattr(client, operation)(**parameters)
+            answer: dict[str, Any] = within_time(lambda: getattr(client, operation)(**parameters))
         return answer
 
     def find(self, service: str, operation: str, **parameters: Any) -> dict[str, Any]:
@@ -125,7 +126,8 @@ class AwsClients:
     def list(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         """The items under ``key`` of all pages. A page is requested when its first item is needed."""
         with self.calling(service, operation) as client:
-            for page in client.get_paginator(operation).paginate(**parameters):
+            pages = iter(client.get_paginator(operation).paginate(**parameters))
+            while (page := within_time(lambda: next(pages, None))) is not None:
                 yield from page.get(key) or []
 
     def once(self, question: str, ask: Callable[[], Found]) -> Found:
@@ -196,7 +198,7 @@ def translate_aws_errors(where: str, action: str = "", fix: str = LOG_IN) -> Ite
         raise NotLoggedIn(one_line(redacted(str(error)), 200), where=where, fix=LOG_IN_AGAIN) from None
     except exceptions.ParamValidationError as error:
         raise UserError(f"invalid request: {one_line(str(error), 200)}", where=where, fix=fix) from None
-    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError, TimeoutError) as error:
         raise Unavailable(f"{where}: AWS does not answer: {one_line(str(error), 200)}. Check the network.") from None
     except exceptions.BotoCoreError as error:
         raise UserError(one_line(redacted(str(error)), 200), where=where, fix=LOG_IN) from None

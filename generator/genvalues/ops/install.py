@@ -24,6 +24,7 @@ from genvalues.inputs.chart import need_chart
 from genvalues.inputs.check import placed, unseen_by_pods
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import Checked, checked, text_of
+from genvalues.ops.redact import hide_secrets
 from genvalues.settings.base import DNS_NAME
 
 log = logging.getLogger(__name__)
@@ -173,11 +174,12 @@ class ReleaseInstall:
         --hide-notes, and those that have it print more than notes.)
         """
         with tempfile.TemporaryFile() as output:
-            status = run_helm(arguments, meanwhile=self.look if report_stages else None, output=output.fileno())
+            meanwhile = self.look if report_stages else None
+            status = run_helm(arguments, hide=hide_secrets, meanwhile=meanwhile, output=output.fileno())
             if status:
                 output.seek(0)
-                for line in output.read().decode(errors="replace").splitlines():
-                    log.info(line)
+                for line in hide_secrets(output.read().decode(errors="replace")).splitlines():
+                    log.info("%s", line)
         return status
 
     def look(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
@@ -241,21 +241,36 @@ def redact_text(text: str) -> str:
 
     A word that hides a secret in percent-encoding is returned decoded, without the secret.
     """
-    text = redact_plain(text)
-    return WORD.sub(lambda word: redact_encoded(word[0]), text) if ENCODED.search(text) else text
+    return without(redact_plain, text)
 
 
-def redact_encoded(word: str) -> str:
+def hide_secrets(text: str) -> str:
+    """The same for a message to the user, who needs their account numbers to understand it."""
+    return without(hide_plain, text)
+
+
+def without(redact: Callable[[str], str], text: str) -> str:
+    text = redact(text)
+    return WORD.sub(lambda word: redact_encoded(redact, word[0]), text) if ENCODED.search(text) else text
+
+
+def redact_encoded(redact: Callable[[str], str], word: str) -> str:
     decoded = word
     for _ in range(MOST_ENCODINGS):
         if not ENCODED.search(decoded):
             break
         decoded = unquote(decoded)
-    told = redact_plain(decoded)
+    told = redact(decoded)
     return word if told == decoded else told
 
 
 def redact_plain(text: str) -> str:
+    return ACCOUNT.sub(
+        lambda found: ANY_ACCOUNT if found["account"] not in (None, *PUBLIC_ACCOUNTS) else found[0], hide_plain(text)
+    )
+
+
+def hide_plain(text: str) -> str:
     text = AWS_KEY_ID.sub(lambda key: f"{key[0][:3]}{HIDDEN}", text)
     text = LINE.sub(lambda line: WANDB_KEY.sub(HIDDEN, line[0]) if WANDB_LINE.search(line[0]) else line[0], text)
     text = TOKEN.sub(lambda token: f"{token[0][:3]}{HIDDEN}", text)
@@ -266,11 +281,8 @@ def redact_plain(text: str) -> str:
     text = AWS_SECRET.sub(HIDDEN, text)
     text = YAML_KEY.sub(rf"\1{HIDDEN}", text)
     text = NAMED.sub(lambda found: f"{found[1]}{found[2] or found[3] or found[4] or ''}{HIDDEN}", text)
-    text = SPACED.sub(
+    return SPACED.sub(
         lambda found: f"{found[1]}{found[2]}{HIDDEN}" if is_value(found[1], found[2], found[3]) else found[0], text
-    )
-    return ACCOUNT.sub(
-        lambda found: ANY_ACCOUNT if found["account"] not in (None, *PUBLIC_ACCOUNTS) else found[0], text
     )
 
 

@@ -17,6 +17,7 @@ from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.helm import STDERR, place_arguments, run_helm, user_values
 from genvalues.ops.records import HelmRecord, find_record
+from genvalues.ops.redact import hide_secrets
 from genvalues.ops.status import ReleaseStatus, ReleaseWatcher, api_errors_as_user_errors
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def uninstall(watcher: ReleaseWatcher, confirm: Callable[[str], bool]) -> Uninst
     seconds = int(get(values, "cleanup.timeoutSeconds", int) or CLEANUP_SECONDS) + BEYOND_CLEANUP
     arguments = ["uninstall", release, *place_arguments(namespace, context), "--timeout", f"{seconds}s"]
     log.info("Running: helm %s", shlex.join(arguments))
-    if run_helm(arguments, output=STDERR):
+    if run_helm(arguments, hide=hide_secrets, output=STDERR):
         look = f"genvalues status {release} --namespace {namespace}"
         by_hand = 'docs/operations.md, "uninstall by hand"'
         log.error(

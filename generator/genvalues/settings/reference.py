@@ -127,7 +127,7 @@ def kind(part: Part, blocks: Part | None = None) -> str:
         null = {"type": "null"}
         return " or ".join(kind(each, blocks) for each in part["anyOf"] if each != null)
     types = [part["type"]] if isinstance(part["type"], str) else part["type"]
-    number_as_text = "number" in types and "pattern" in part
+    number_as_text = "number" in types and "then" in part
     types = [each for each in types if each != "null" and not (each == "string" and number_as_text)]
     if types == ["array"]:
         return f"list of {kind(part['items'], blocks)}" if part["items"] != {"type": "object"} else "list"

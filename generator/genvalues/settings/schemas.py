@@ -15,6 +15,9 @@ Schema = dict[str, Any]
 
 # Helm shows a value that does not match its pattern, and here users paste tokens: the templates check these instead.
 HIDDEN = {key[-1] for key in SECRET_KEYS if len(key) > 1}
+# What the templates refuse anywhere (chart/templates/_validations.tpl has the same): a pattern lets it pass to them.
+TOKEN = r"\bhf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|-----BEGIN "
+NO_TOKEN = "noToken"
 DEFINITIONS = {StageSettings.__name__: "stage"}  # blocks that the values' schema does not repeat, and their names there
 
 
@@ -69,12 +72,27 @@ def values_schema() -> Schema:
     schema = Values.model_json_schema(schema_generator=InOrder)
     blocks = schema.pop("$defs")
     written = draft_07(schema, blocks)
+    definitions = {DEFINITIONS[name]: draft_07(blocks[name], blocks) for name in DEFINITIONS}
+    for rules in (written, definitions):
+        hide_tokens(rules)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "llama-lora",
-        "definitions": {DEFINITIONS[name]: draft_07(blocks[name], blocks) for name in DEFINITIONS},
+        "definitions": {**definitions, NO_TOKEN: {"not": {"type": "string", "pattern": TOKEN}}},
         **written,
     }
+
+
+def hide_tokens(rules: Any) -> None:
+    """Have patterns apply to text without a token: Helm's message of a pattern shows the text."""
+    if isinstance(rules, list):
+        for one in rules:
+            hide_tokens(one)
+    elif isinstance(rules, dict):
+        for one in list(rules.values()):
+            hide_tokens(one)
+        if isinstance(rules.get("pattern"), str):
+            rules |= {"if": {"$ref": f"#/definitions/{NO_TOKEN}"}, "then": {"pattern": rules.pop("pattern")}}
 
 
 def draft_07(rules: Schema, blocks: dict[str, Schema]) -> Schema:

@@ -31,11 +31,12 @@ from genvalues.accelerators.neuron_rules import (
     process_problems,
     shard_problems,
 )
-from genvalues.common.dicts import get
+from genvalues.common.dicts import get, merge
 from genvalues.common.problems import Problem, key_paths
 from genvalues.common.text import SECRET_KEYS, SECRET_NAME, KeyPath, number_of, one_line
 from genvalues.settings.base import DNS_NAME
 from genvalues.settings.by_instance import logical_cores, on_neuron, weights_gib
+from genvalues.settings.datasets import SPLIT, split_parts
 from genvalues.settings.run import TRAIN_GRACE_SECONDS, with_own_words
 from genvalues.settings.shared import DURATION, FSX_TYPES
 
@@ -79,6 +80,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         access_modes,
         environment,
         pod_settings,
+        resources,
         publish,
         monitoring,
         secret_names,
@@ -186,6 +188,7 @@ def dataset(values: Values) -> Iterator[Problem]:
             "Raise dataset.evalFraction above 0, or set dataset.eval.",
         )
     yield from held_out_source(values, apart)
+    yield from splits(values)
     if get(values, "dataset.groupColumn", str) and (apart or not split_off):
         yield Problem(
             key_paths("dataset.groupColumn", "dataset.eval" if apart else "dataset.evalFraction"),
@@ -203,6 +206,19 @@ def dataset(values: Values) -> Iterator[Problem]:
         )
     if get(values, "dataset.trainOn", str) == "last-answer" and formats == {"text"}:
         yield Problem(key_paths("dataset.trainOn", "dataset.format"), "format text has no answers", "Remove it.")
+
+
+def splits(values: Values) -> Iterator[Problem]:
+    """Splits with a part that has no rows, however many the source has."""
+    dataset = get(values, "dataset", dict) or {}
+    sources: list[tuple[KeyPath, Any]] = [((), dataset), (("eval",), dataset.get("eval"))]
+    sources += [(("additional", name), other) for name, other in (get(dataset, "additional", dict) or {}).items()]
+    for key, source in sources:
+        split = get(source, "split", str) or ""
+        if re.fullmatch(SPLIT, split) and any(part.is_empty() for part in split_parts(split)):
+            what = f'"{one_line(split, 60)}" has a part without rows'
+            fix = "Write the first row before the end, such as train[:10%]."
+            yield Problem((("dataset", *key, "split"),), what, fix)
 
 
 def held_out_source(values: Values, apart: bool) -> Iterator[Problem]:
@@ -647,6 +663,39 @@ def pod_settings(values: Values) -> Iterator[Problem]:
             elif added is True and name.startswith("CAP_"):
                 what = "has the prefix CAP_, which Kubernetes adds itself"
                 yield Problem(((*key, "capabilities", name),), what, f"Write {name.removeprefix('CAP_')}.")
+
+
+UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+HUGE_PAGES = {"hugepages-2Mi": UNITS["Mi"] * 2, "hugepages-1Gi": UNITS["Gi"]}
+
+
+def quantity(amount: Any) -> float:
+    """A Kubernetes quantity as a number; 0 for anything else."""
+    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(UNITS)})?", str(amount))
+    return float(found[1]) * UNITS.get(found[2], 1) if found else 0
+
+
+def resources(values: Values) -> Iterator[Problem]:
+    """Requests beyond their limits, and huge pages, of which Kubernetes reserves whole pages, as many as the limit."""
+    defaults = get(values, "stageDefaults", dict) or {}
+    for stage, block in (get(values, "stages", dict) or {}).items():
+        usual = {} if stage in ("compile", "train") else defaults  # theirs follow the instance type and what is written
+        of_stage = merge(usual, block) if isinstance(block, dict) else {}
+        requests, limits = (get(of_stage, f"resources.{bound}", dict) or {} for bound in ("requests", "limits"))
+        for name in [name for name in {**requests, **limits} if isinstance(name, str)]:
+            keys = tuple(
+                (*above, "resources", bound, name)
+                for above in (("stages", stage), ("stageDefaults",))
+                for bound in ("requests", "limits")
+            )
+            request, limit, page = quantity(requests.get(name)), quantity(limits.get(name)), HUGE_PAGES.get(name)
+            if page and request and request != limit:
+                yield Problem(keys, "requires the same request and limit", "Write the same amount for both.")
+            elif page and (request or limit) % page:
+                what = f"is not a multiple of {name.removeprefix('hugepages-')}, the size of a page"
+                yield Problem(keys, what, "Write a number of whole pages.")
+            elif limit and request > limit:
+                yield Problem(keys, "the request is more than the limit", "Raise the limit or lower the request.")
 
 
 def publish(values: Values) -> Iterator[Problem]:

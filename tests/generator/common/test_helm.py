@@ -52,6 +52,27 @@ def test_an_error_of_helm_that_is_not_utf_8_is_an_error_that_names_the_program(p
         helm.releases("team-a", None)
 
 
+def test_what_helm_asks_is_shown_while_it_waits(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Such as an MFA code, for which a credential plugin asks without a line break."""
+    waits = program.with_name("waits")
+    waits.touch()
+    program.write_text(
+        "#!/bin/sh\nprintf 'token hf_abcdef, code? ' >&2\n"
+        f"for n in $(seq 500)\ndo test -e {waits} && sleep 0.02\ndone\n"
+    )
+    program.chmod(0o755)
+    shown = ""
+
+    def look() -> None:
+        nonlocal shown
+        shown += capfd.readouterr().err
+        if shown == "token hf_..., code? ":
+            waits.unlink()
+
+    helm.run_helm(["list"], meanwhile=look, interval=0.05)
+    assert not waits.exists()
+
+
 @pytest.mark.parametrize("version", ["v2.9.0", "v3.13.9"])
 def test_a_helm_that_is_too_old_is_refused(program: Path, version: str) -> None:
     says(program, "[]", version)

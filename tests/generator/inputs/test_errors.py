@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -579,6 +580,19 @@ def test_a_text_file_has_no_columns_and_a_file_no_revision(capsys: pytest.Captur
         "f.yaml:4:14 evaluation.enabled: evaluation is enabled, but no rows are held out. "
         "Raise dataset.evalFraction above 0, or set dataset.eval.",
     ]
+
+
+def test_a_path_in_a_folder_whose_name_is_not_utf_8_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(b"caf\xe9"))
+    (folder / "m").mkdir(parents=True)
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    (folder / "f.yaml").write_text("model: {path: m}\ninstance: cpu\ndataset: {source: rows.jsonl, format: text}\n")
+    assert genvalues("check", str(folder / "f.yaml")) == 2
+    assert_told(
+        capsys.readouterr().err,
+        "caf?/f.yaml:1:9 model.path: ... caf?/m is in a folder whose name is not UTF-8. Rename the folder, or move\n"
+        "caf?/f.yaml:3:11 dataset.source: ... caf?/rows.jsonl is in a folder whose name is not UTF-8",
+    )
 
 
 def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:

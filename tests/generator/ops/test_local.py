@@ -576,6 +576,14 @@ def test_a_workspace_that_is_a_file_is_reported(laptop: Laptop) -> None:
     assert err.startswith("--workspace workspace: cannot be used: Not a directory. ")
 
 
+def test_a_workspace_whose_path_is_not_utf_8_is_reported(laptop: Laptop) -> None:
+    laptop.chart(job("one", 1, "true"))
+    laptop.workspace = laptop.folder / os.fsdecode(b"caf\xe9")
+    status, out, err = laptop.run()
+    assert (status, out) == (2, "") and not laptop.workspace.exists()
+    assert err == "--workspace caf?: its path is not UTF-8. Use a folder with another name.\n"
+
+
 def test_progress_bars_and_broken_bytes_become_lines(tmp_path: Path) -> None:
     lines: list[str] = []
     script = r"printf ' 10%%\r 50%%\r100%%\nbroken \377 byte\r\nno newline'"

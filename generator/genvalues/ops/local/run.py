@@ -11,6 +11,7 @@ from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError
 from genvalues.common.process import Command, Interrupted, Process, run_together
 from genvalues.inputs.chart import NAME, need_chart
+from genvalues.inputs.document import has_surrogate
 from genvalues.inputs.input_options import Sources
 from genvalues.ops.local.chart_stages import Object, run_name, skipped_stages, stages_to_run
 from genvalues.ops.local.containers import LocalStage, Machine, python_folder
@@ -27,6 +28,9 @@ def run_locally(sources: Sources, workspace: Path, *, on_cpu: bool = False) -> i
 
     ``on_cpu`` runs values for Trainium on the CPU, as one process.
     """
+    if has_surrogate(str(workspace.resolve())):  # such as a byte of Latin-1: no YAML and JSON could name it
+        fix = "Use a folder with another name."
+        raise UserError("its path is not UTF-8", where=f"--workspace {workspace}", fix=fix)
     try:
         objects = rendered_objects(sources, on_cpu)
         with locked(workspace) as lock:

@@ -10,6 +10,7 @@ from typing import Any
 from genvalues import __version__
 from genvalues.common.errors import Unavailable
 from genvalues.common.findings import Finding
+from genvalues.common.hub import within_time
 from genvalues.common.text import one_line
 from genvalues.ops.aws import AwsClients, Missing
 from genvalues.ops.preflight.run_requirements import RunRequirements
@@ -77,9 +78,14 @@ def manifest_of(registry: AwsClients, image: ImageReference, which: dict[str, st
 
 def download(url: str) -> dict[str, Any]:
     """The JSON at a signed address of S3, which is in no message: it gives access."""
-    try:
+
+    def get() -> bytes:
         with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-            document: dict[str, Any] = json.loads(answer.read(MOST_BYTES))
+            content: bytes = answer.read(MOST_BYTES)
+        return content
+
+    try:
+        document: dict[str, Any] = json.loads(within_time(get))
     except (OSError, ValueError) as error:
         raise Unavailable(f"ECR does not return the image's configuration: {type(error).__name__}") from None
     return document

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +14,12 @@ from typing import Any
 import pytest
 
 from generator.ops.preflight.conftest import requirements
+from genvalues.common import hub as common_hub
+from genvalues.common.errors import Unavailable
 from genvalues.common.findings import Finding
+from genvalues.ops.aws import AwsClients
 from genvalues.ops.preflight import hub_checks as hub
+from genvalues.ops.preflight import image_checks
 from genvalues.ops.preflight.hub_checks import check_hub
 
 MODEL = "/api/models/meta-llama/Meta-Llama-3.1-8B/revision/main"
@@ -182,6 +188,41 @@ def test_a_hub_that_does_not_answer_is_unanswered(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         findings = check_hub(requirements())
         assert [(one.level, one.unanswered) for one in findings] == [("not checked", True)] * 2
+
+
+STARTS = [b"HTTP/1.1 503 No\r\nX-A: ", b"HTTP/1.1 503 No\r\nContent-Length: 999\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=["header", "error", "body"])
+def test_no_answer_that_comes_byte_by_byte_is_waited_for(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    """Of the Hub, of the address of an image's configuration, and of AWS."""
+    monkeypatch.setattr(common_hub, "SECONDS_IN_ALL", 0.2)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    waited = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        with contextlib.suppress(OSError), server.accept()[0] as connection:
+            threading.Thread(target=drip, args=(server,), daemon=True).start()
+            connection.sendall(start)
+            while not waited.wait(0.05):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as ends:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        in_time = threading.Timer(20, waited.set)
+        in_time.start()
+        ends.callback(in_time.cancel)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        answer = common_hub.ask(url, "/", "")
+        assert "longer than" in answer.problem or (answer.status, start) == (503, STARTS[1]), "whose body is not read"
+        with pytest.raises(Unavailable):
+            image_checks.download(url)
+        with pytest.raises(Unavailable, match="longer than"):
+            AwsClients("us-west-2").ask("sts", "get_caller_identity")
+        assert not waited.is_set()
+        waited.set()
 
 
 def test_redirects_are_followed_with_the_token_within_the_hub_only(hub_server: Hub) -> None:

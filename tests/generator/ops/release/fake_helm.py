@@ -46,7 +46,7 @@ if verb in ("upgrade", "uninstall"):
     if verb == "upgrade":
         (folder / "values.yaml").write_text(Path(arguments[5]).read_text())
     print("NOTES", flush=True)
-    print("Error:", file=sys.stderr, flush=True)
+    print("Error:" + (folder / "error").read_text(), end="", file=sys.stderr, flush=True)
     (folder / "asked.part").write_text(json.dumps(arguments))
     (folder / "asked.part").rename(folder / "asked")
     while (folder / "sleep").exists():
@@ -81,9 +81,14 @@ class FakeHelm:
         command.write_text(SCRIPT.format(python=PYTHON, folder=str(folder)))
         command.chmod(0o755)
         self.ends_with(0)
+        self.says("\n")
 
     def ends_with(self, status: int) -> None:
         (self.folder / "status").write_text(str(status))
+
+    def says(self, error: str) -> None:
+        """Have this on stderr of an upgrade or uninstall, after "Error:"."""
+        (self.folder / "error").write_text(error)
 
     def refuses(self, message: str) -> None:
         """Fail every question about a release with this message of Helm."""

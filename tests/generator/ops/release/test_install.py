@@ -105,6 +105,17 @@ def test_helms_output_is_shown_if_it_fails_and_its_failure_is_status_1(
     assert of_stderr_and_stdout == ["Error:", "NOTES"]
 
 
+def test_helms_errors_are_shown_without_the_secrets_in_them(
+    fake: FakeApi, helm: FakeHelm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    helm.ends_with(1)
+    helm.says(' cannot pull https://me:pass-w0rd@h/x of arn:aws:iam::123456789012:role/r\npassword: "s3cr3t"\nends')
+    assert install("-n", "x") == 1
+    err = capfd.readouterr().err
+    assert "Error: cannot pull https://(redacted)@h/x of arn:aws:iam::123456789012:role/r\n" in err
+    assert "pass-w0rd" not in err and "s3cr3t" not in err and "\nends" in err
+
+
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
@@ -233,6 +244,7 @@ def test_a_pending_release_is_taken_over_before_helm_runs(
         "waiting",
         "demo",  # is pending-install
         "No",
+        "Error:",  # of the stand-in, which always says so
         "demo:",  # done
     ]
 
