@@ -150,6 +150,7 @@ def test_an_operation_that_cannot_be_interrupted_ends_tokenize_with_status_2_and
     processes: int,
 ) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "END_SECONDS", 1.0)  # in a fork: it would end the tests
     monkeypatch.setattr(preparation, "BATCH_ROWS", 4)
     monkeypatch.setattr(preparation, "BATCHES_IN_PROCESS", 1)
     monkeypatch.setattr(tokenized_dataset, "available_cores", lambda: processes)

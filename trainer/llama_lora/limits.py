@@ -19,6 +19,7 @@ from types import FrameType
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
 
 SECONDS = 30.0  # CPU time of this process that a block, such as the rendering of a row, may take
+END_SECONDS = 60.0  # the same of one that cannot be interrupted, with the time in the kernel; it ends the process
 MEMORY = 2 * 2**30  # bytes that the blocks of one limited_process may take, beyond what the process has
 
 _libc = ctypes.CDLL(None)
@@ -112,7 +113,7 @@ def _limited_time(what: str, where: str, fix: str) -> Iterator[None]:
     outer, _Process.block = _Process.block, (what, where, fix)
     # Again each second, in case an exception handler swallows it.
     before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
-    before_end = signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS, 1)
+    before_end = signal.setitimer(signal.ITIMER_PROF, END_SECONDS, 1)
     try:
         yield
     finally:
