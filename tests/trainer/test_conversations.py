@@ -87,6 +87,22 @@ def test_a_greeting_of_the_assistant_is_kept_without_a_loss() -> None:
         render({"messages": [greeting, USER]})
 
 
+@pytest.mark.parametrize("role", ["column", "system", "developer"])
+def test_a_greeting_after_a_system_prompt_has_no_loss(role: str) -> None:
+    messages = [{"role": "assistant", "content": "Welcome."}, USER, ANSWER]
+    column = {"system": "Be."} if role == "column" else {}
+    first = [] if column else [{"role": role, "content": "Be."}]
+    rest = turn("assistant", "Welcome.") + PAIR
+    assert shown({"messages": [*first, *messages], **column}) == turn("system", "Be.") + rest
+
+
+def test_an_answer_that_only_a_system_prompt_asks_for_is_trained() -> None:
+    whole = turn("system", "Be.") + turn("assistant", "Yes?", answer=True)
+    system = {"role": "system", "content": "Be."}
+    assert shown({"messages": [system, ANSWER]}) == whole
+    assert shown({"prompt": [system], "completion": [ANSWER]}, "prompt-completion") == whole
+
+
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"train": False}, {"train": "false"}, {"masked": True}]
 )

@@ -23,6 +23,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
     "system": "system",
 }
+NO_QUESTION = ("assistant", "system", "developer")
 FUNCTION_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant calls a tool; value is JSON
 SHAPE_KEYS = {"role", "from", "content", "value", "weight", "train", "masked"}  # read here, not by the chat template
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -42,6 +43,12 @@ class Conversation:
         if prompt.strip() and not (self.messages and self.messages[0]["role"] == "system"):
             self.messages.insert(0, {"role": "system", "content": prompt})
             self.loss.insert(0, False)
+
+    def mask_greeting(self) -> None:
+        """Take the loss from what the assistant says before anybody has asked; a system prompt may ask on its own."""
+        asks = (index for index, each in enumerate(self.messages) if each["role"] not in NO_QUESTION)
+        for index in range(next(asks, 0)):
+            self.loss[index] = False
 
     def extend(self, other: Conversation) -> None:
         self.messages += other.messages

@@ -183,6 +183,7 @@ class Renderer:
         value = self.columns.value(row, "messages")
         name = f"column {self.columns.name(row, 'messages')}"
         conversation = shapes.read_messages(value, name, row.place)
+        conversation.mask_greeting()
         conversation.add_system(self.columns.text(row, "system", required=False))
         conversation.tools = self._tools(row, value)
         return self._conversation(row, conversation)
@@ -200,7 +201,7 @@ class Renderer:
         if template is None or not template.reads("developer"):  # OpenAI's newer name of the system prompt
             messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
         self._check_messages(messages, tools, template)
-        # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
+        # Nothing asks for a first message, so it has no loss.
         trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]
         if not trained:
             raise Dropped("no assistant turn has a loss")
