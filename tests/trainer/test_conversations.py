@@ -288,6 +288,14 @@ def test_instructions_of_every_shape(values: dict[str, Any], question: str) -> N
     assert shown(values, "instruction") == turn("user", question) + turn("assistant", "Yes?", answer=True)
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+@pytest.mark.parametrize("answer", [None, "", " \n"])
+def test_a_history_with_an_empty_answer_is_dropped(template: str | None, answer: str | None) -> None:
+    values = {"instruction": "Hi", "output": "Yes?", "history": [["Hi", "Yes?"], ["Hi", answer]]}
+    with pytest.raises(Dropped, match="has an empty assistant turn"):
+        Renderer(byte_tokenizer(template), "instruction", {}).render(Row(PLACE, values))
+
+
 @pytest.mark.parametrize("history", [[["Hi", "Yes?"]], [("Hi", "Yes?")], '[["Hi", "Yes?"]]'])
 def test_alpacas_system_and_history_are_turns_before_the_instruction(history: Any) -> None:
     values = {"instruction": "Hi", "output": "Yes?", "system": "Be.", "history": history}

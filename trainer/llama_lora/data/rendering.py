@@ -161,11 +161,12 @@ class Renderer:
         answer = self.columns.text(row, "output")
         system = self.columns.text(row, "system", required=False)
         history = shapes.read_history(self.columns.value(row, "history", required=False), "history", row.place)
+        question = "\n\n".join(text for text in (instruction, context) if text.strip())
+        conversation = shapes.conversation([*history, ("user", question), ("assistant", answer)])
         if self.uses_chat_template:
-            question = "\n\n".join(text for text in (instruction, context) if text.strip())
-            conversation = shapes.conversation([*history, ("user", question), ("assistant", answer)])
             conversation.add_system(system)
             return self._conversation(row, conversation)
+        self._check_messages(conversation.messages, [], None)
         segments = [Segment(PROMPT_TEMPLATE_SYSTEM.format(system=system), trained=False)] if system.strip() else []
         for role, text in history:
             asks = role == "user"
