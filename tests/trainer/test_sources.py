@@ -154,6 +154,27 @@ def test_an_unreadable_file_is_an_error_with_its_place(tmp_path: Path, name: str
     assert message in refusal(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("suffix", [*TEXTS, ".txt", ".csv.gz"])
+def test_utf_16_is_refused_with_and_without_a_byte_order_mark(tmp_path: Path, suffix: str, encoding: str) -> None:
+    content = TEXTS.get(suffix, "q,a\nWhy?,Because.\n").encode(encoding)
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    for skip in (False, True):
+        with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
+            read(tmp_path / f"a{suffix}", BadRows(skip=skip))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_a_line_with_a_nul_byte_is_a_bad_row(tmp_path: Path, suffix: str) -> None:
+    """UTF-16 in another script is valid UTF-8, apart from its spaces and line breaks."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("नमस्ते\nनमस्ते दुनिया\n".encode("utf-16-le"))
+    assert f"{path}:2: contains a NUL byte: UTF-16, or no text. Save it as UTF-8 text." in refusal(path)
+    path.write_bytes(b'{"text": "a"}\n{"text": "\0"}\n{"text": "b"}\n')
+    if suffix != ".csv":
+        assert [row.place for row in read(path, BadRows(skip=True))] == [f"{path}:1", f"{path}:3"]
+
+
 def test_a_syntax_error_is_told_where_it_is_in_a_large_json_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
