@@ -12,7 +12,7 @@ import pytest
 from genvalues.common.errors import UserError
 from llama_lora.data.chat_template import ChatTemplate
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
-from llama_lora.data.rows import Row
+from llama_lora.data.rows import Row, RowError
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.chat_templates import family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
@@ -111,6 +111,36 @@ def test_a_marked_answer_has_no_loss(mark: dict[str, Any]) -> None:
     assert shown({"messages": marked}) == turn("user", "Hi") + turn("assistant", "Yes?") + PAIR
     with pytest.raises(Dropped, match="no assistant turn has a loss"):
         render({"messages": marked[:2]})
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [
+        ({"weight": "0.00"}, False),
+        ({"weight": "-0"}, False),
+        ({"weight": "1.0"}, True),
+        ({"weight": 0.5}, True),
+        ({"weight": Decimal("0.0")}, False),
+        ({"train": " No "}, False),
+        ({"train": "yes"}, True),
+        ({"masked": "0"}, True),
+        ({"masked": "TRUE"}, False),
+        ({"weight": "", "train": None, "masked": math.nan}, True),
+    ],
+)
+def test_a_mark_may_be_a_number_or_a_word_as_text(mark: dict[str, Any], trained: bool) -> None:
+    marked = turn("assistant", "Yes?", answer=trained)
+    assert shown({"messages": [USER, {**ANSWER, **mark}, USER, ANSWER]}) == turn("user", "Hi") + marked + PAIR
+
+
+@pytest.mark.parametrize("mark", [{"train": "off"}, {"train": "none"}, {"masked": "null"}, {"weight": [0]}])
+def test_a_mark_of_another_word_is_a_bad_row_with_its_key(mark: dict[str, Any]) -> None:
+    [(key, value)] = mark.items()
+    with pytest.raises(RowError) as error:
+        render({"messages": [USER, {**ANSWER, **mark}]})
+    assert str(error.value) == (
+        f"{PLACE}: column messages has a message with {key}: {str(value)!r}. Write true, false or a number; 0 is false."
+    )
 
 
 def test_train_on_last_answer_trains_the_last_answer_only() -> None:
