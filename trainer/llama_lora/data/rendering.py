@@ -120,7 +120,7 @@ class Renderer:
 
     def _text(self, row: Row) -> list[RenderedExample]:
         text = self.columns.text(row, "text")
-        return [self._as_written([Segment(text, trained=True, ends=not self._turns.is_ended(text))])]
+        return [self._as_written([Segment(text, trained=True, ends=not self._is_ended(text))])]
 
     def _prompt_completion(self, row: Row) -> list[RenderedExample]:
         values = {key: shapes.parsed_messages(self.columns.value(row, key)) for key in ("prompt", "completion")}
@@ -142,10 +142,18 @@ class Renderer:
             self._as_written(
                 [
                     Segment(self.columns.text(row, "prompt"), trained=False),
-                    Segment(completed, trained=True, ends=not self._turns.is_ended(completed)),
+                    Segment(completed, trained=True, ends=not self._is_ended(completed)),
                 ]
             )
         ]
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether generation stops at the end of a text, apart from white space: other special tokens end nothing."""
+        return text.rstrip().endswith(self._ends)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(end_tokens(self.tokenizer))))
 
     def _as_written(self, segments: list[Segment]) -> RenderedExample:
         """An example of text that the row has: it may be rendered already, with its own first tokens."""
@@ -255,6 +263,11 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """
     flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(text for text in flagged | set(tokenizer.all_special_tokens) if text.strip()))
+
+
+def end_tokens(tokenizer: Any) -> set[int]:
+    """The ids of the tokens that end a text: the end-of-sequence token, and that of the chat template's turns."""
+    return {token for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None}
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
