@@ -356,6 +356,7 @@ def test_what_is_empty_is_not_the_word_nan(empty: Any) -> None:
         ("instruction", {"instruction": "Hi", "output": b"\xff"}, "column output"),
         ("chat", {"messages": [USER, {"role": "assistant", "content": b"\xff"}]}, "column messages"),
         ("chat", {"messages": "[{"}, "column messages"),
+        ("chat", {"messages": '[{"role": "user", "role": "assistant", "content": "a"}]'}, "has the key 'role' twice"),
         ("chat", {"messages": [USER, {**ANSWER, "role": ""}]}, "has no role"),
         ("chat", {"messages": [USER, ANSWER], "tools": "{"}, "column tools"),
         ("chat", {"messages": [USER, ANSWER], "tools": 5}, "column tools"),

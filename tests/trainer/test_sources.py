@@ -85,6 +85,13 @@ def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str, comp
         assert [row.values for row in read(path)] == ROWS
 
 
+@pytest.mark.parametrize("magic", [b"\x50\x2a\x4d\x18", b"\x5f\x2a\x4d\x18"])
+def test_a_zstandard_file_may_begin_with_a_frame_to_skip(tmp_path: Path, magic: bytes) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(magic + (3).to_bytes(4, "little") + b"abc" + zstandard(TEXTS[".jsonl"].encode()))
+    assert [row.values for row in read(path)] == ROWS
+
+
 def test_a_parquet_file_gives_the_same_rows(tmp_path: Path) -> None:
     parquet(tmp_path / "rows.PARQUET")
     assert [row.values for row in read(tmp_path / "rows.PARQUET")] == ROWS
@@ -173,6 +180,15 @@ def test_a_line_with_a_nul_byte_is_a_bad_row(tmp_path: Path, suffix: str) -> Non
     path.write_bytes(b'{"text": "a"}\n{"text": "\0"}\n{"text": "b"}\n')
     if suffix != ".csv":
         assert [row.place for row in read(path, BadRows(skip=True))] == [f"{path}:1", f"{path}:3"]
+
+
+@pytest.mark.parametrize("row", ['{"q": "first", "a": "x", "q": "second"}', '{"a": [{"q": 1, "q": 1}]}'])
+def test_an_object_with_a_key_twice_is_a_bad_row(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"q": 1}}\n{row}\n{{"q": 3}}\n')
+    assert f"{tmp_path / 'a.jsonl'}:2: has the key 'q' twice. Remove or rename one." in refusal(tmp_path / "a.jsonl")
+    assert [row.values for row in read(tmp_path / "a.jsonl", BadRows(skip=True))] == [{"q": 1}, {"q": 3}]
+    (tmp_path / "a.json").write_text(f'[{{"q": 1}},\n{row}]')
+    assert f"{tmp_path / 'a.json'} row 2: has the key 'q' twice" in refusal(tmp_path / "a.json")
 
 
 def test_a_syntax_error_is_told_where_it_is_in_a_large_json_file(
