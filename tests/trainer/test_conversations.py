@@ -12,7 +12,7 @@ import pytest
 from genvalues.common.errors import UserError
 from llama_lora.data.chat_template import ChatTemplate
 from llama_lora.data.rendering import Dropped, RenderedExample, Renderer
-from llama_lora.data.rows import Row
+from llama_lora.data.rows import Row, RowError
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
 from trainer.chat_templates import family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
@@ -87,6 +87,22 @@ def test_a_greeting_of_the_assistant_is_kept_without_a_loss() -> None:
         render({"messages": [greeting, USER]})
 
 
+@pytest.mark.parametrize("role", ["column", "system", "developer"])
+def test_a_greeting_after_a_system_prompt_has_no_loss(role: str) -> None:
+    messages = [{"role": "assistant", "content": "Welcome."}, USER, ANSWER]
+    column = {"system": "Be."} if role == "column" else {}
+    first = [] if column else [{"role": role, "content": "Be."}]
+    rest = turn("assistant", "Welcome.") + PAIR
+    assert shown({"messages": [*first, *messages], **column}) == turn("system", "Be.") + rest
+
+
+def test_an_answer_that_only_a_system_prompt_asks_for_is_trained() -> None:
+    whole = turn("system", "Be.") + turn("assistant", "Yes?", answer=True)
+    system = {"role": "system", "content": "Be."}
+    assert shown({"messages": [system, ANSWER]}) == whole
+    assert shown({"prompt": [system], "completion": [ANSWER]}, "prompt-completion") == whole
+
+
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"train": False}, {"train": "false"}, {"masked": True}]
 )
@@ -95,6 +111,36 @@ def test_a_marked_answer_has_no_loss(mark: dict[str, Any]) -> None:
     assert shown({"messages": marked}) == turn("user", "Hi") + turn("assistant", "Yes?") + PAIR
     with pytest.raises(Dropped, match="no assistant turn has a loss"):
         render({"messages": marked[:2]})
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [
+        ({"weight": "0.00"}, False),
+        ({"weight": "-0"}, False),
+        ({"weight": "1.0"}, True),
+        ({"weight": 0.5}, True),
+        ({"weight": Decimal("0.0")}, False),
+        ({"train": " No "}, False),
+        ({"train": "yes"}, True),
+        ({"masked": "0"}, True),
+        ({"masked": "TRUE"}, False),
+        ({"weight": "", "train": None, "masked": math.nan}, True),
+    ],
+)
+def test_a_mark_may_be_a_number_or_a_word_as_text(mark: dict[str, Any], trained: bool) -> None:
+    marked = turn("assistant", "Yes?", answer=trained)
+    assert shown({"messages": [USER, {**ANSWER, **mark}, USER, ANSWER]}) == turn("user", "Hi") + marked + PAIR
+
+
+@pytest.mark.parametrize("mark", [{"train": "off"}, {"train": "none"}, {"masked": "null"}, {"weight": [0]}])
+def test_a_mark_of_another_word_is_a_bad_row_with_its_key(mark: dict[str, Any]) -> None:
+    [(key, value)] = mark.items()
+    with pytest.raises(RowError) as error:
+        render({"messages": [USER, {**ANSWER, **mark}]})
+    assert str(error.value) == (
+        f"{PLACE}: column messages has a message with {key}: {str(value)!r}. Write true, false or a number; 0 is false."
+    )
 
 
 def test_train_on_last_answer_trains_the_last_answer_only() -> None:
@@ -272,6 +318,14 @@ def test_instructions_of_every_shape(values: dict[str, Any], question: str) -> N
     assert shown(values, "instruction") == turn("user", question) + turn("assistant", "Yes?", answer=True)
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+@pytest.mark.parametrize("answer", [None, "", " \n"])
+def test_a_history_with_an_empty_answer_is_dropped(template: str | None, answer: str | None) -> None:
+    values = {"instruction": "Hi", "output": "Yes?", "history": [["Hi", "Yes?"], ["Hi", answer]]}
+    with pytest.raises(Dropped, match="has an empty assistant turn"):
+        Renderer(byte_tokenizer(template), "instruction", {}).render(Row(PLACE, values))
+
+
 @pytest.mark.parametrize("history", [[["Hi", "Yes?"]], [("Hi", "Yes?")], '[["Hi", "Yes?"]]'])
 def test_alpacas_system_and_history_are_turns_before_the_instruction(history: Any) -> None:
     values = {"instruction": "Hi", "output": "Yes?", "system": "Be.", "history": history}
@@ -302,6 +356,7 @@ def test_what_is_empty_is_not_the_word_nan(empty: Any) -> None:
         ("instruction", {"instruction": "Hi", "output": b"\xff"}, "column output"),
         ("chat", {"messages": [USER, {"role": "assistant", "content": b"\xff"}]}, "column messages"),
         ("chat", {"messages": "[{"}, "column messages"),
+        ("chat", {"messages": '[{"role": "user", "role": "assistant", "content": "a"}]'}, "has the key 'role' twice"),
         ("chat", {"messages": [USER, {**ANSWER, "role": ""}]}, "has no role"),
         ("chat", {"messages": [USER, ANSWER], "tools": "{"}, "column tools"),
         ("chat", {"messages": [USER, ANSWER], "tools": 5}, "column tools"),

@@ -210,6 +210,25 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         texts(tmp_path / "one")
 
 
+@pytest.mark.parametrize("name", ["good::v2", "file:good::v2"])
+def test_a_saved_dataset_is_never_read_from_the_folder_before_two_colons(tmp_path: Path, name: str) -> None:
+    for folder, text in (("good", "other"), (name, "right")):
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved").rename(tmp_path / folder)
+    with pytest.raises(UserError, match="its path contains ::") as error:
+        texts(tmp_path / name)
+    assert error.value.where == "dataset.source"
+
+
+@pytest.mark.parametrize("name", ["file:rows", "data:rows", "local:rows"])
+def test_a_saved_dataset_may_have_the_name_of_a_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_dict({"text": ["right"]}).save_to_disk(str(tmp_path / name))
+    assert texts(Path(name)) == ["right"]
+
+
 # --- bad rows
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genvalues.common.errors import Unavailable
+from llama_lora.config import Dataset, Training
 from llama_lora.data import preparation, tokenized_dataset
+from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, Example, fit, split_text
-from trainer.conftest import Run
+from trainer.conftest import Run, byte_tokenizer
 
 BOS = 256
 
@@ -182,6 +185,29 @@ def test_rows_with_the_same_group_are_held_out_together(new_run: Callable[..., R
     assert len(answers[1]) == 1 and len(answers[0]) == 9 and not answers[0] & answers[1]
     run.config["dataset"]["groupColumn"] = "author"
     assert "rows.jsonl:1: has no column author" in run("tokenize", status=2)
+
+
+@pytest.mark.parametrize(
+    "values", [(7, 7.0), (0.0, -0.0), (10**22, 1e22), (Decimal("7.50"), 7.5), (Decimal("7.00"), 7)]
+)
+def test_equal_numbers_are_one_group(values: tuple[Any, ...]) -> None:
+    assert len({group_of(value) for value in values}) == 1
+
+
+def test_different_values_are_groups_of_their_own() -> None:
+    values = [7, "7", "7.0", 7.5, True, 1, float("inf"), [7], {"a": 7}]
+    assert len({group_of(value) for value in values}) == len(values)
+
+
+def group_of(value: Any) -> int:
+    """The group of a row with the value in its group column."""
+    dataset = Dataset.model_validate({"source": "rows.jsonl", "format": "text", "groupColumn": "user"})
+    tokenizer = byte_tokenizer()
+    tokenize = preparation.RowTokenizer(
+        preparation.renderers_of(dataset, tokenizer), tokenizer, dataset, Training.model_validate({})
+    )
+    [group] = tokenize([Row("rows.jsonl:1", {"text": "One", "user": value})]).kept.groups
+    return group
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from llama_lora.data.chat_template import ChatTemplates
 from llama_lora.data.rendering import TEMPLATE_DATE, Dropped, Renderer
 from llama_lora.data.rows import Row
 from llama_lora.data.tokens import IGNORED, ExampleTokenizer
+from trainer.chat_templates import family_tokenizer
 from trainer.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 
@@ -66,6 +67,24 @@ def test_text_has_a_loss_on_all_tokens_but_the_first(tokenizer: Any) -> None:
 
 def test_prompt_and_completion_are_joined_as_written(tokenizer: Any) -> None:
     assert shown(tokenizer, "prompt-completion", {"prompt": "1+1=", "completion": "2"}) == "<|bos|>1+1=[2<|end|>]"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+@pytest.mark.parametrize("last", ["<|start|>", "<|bos|>", "<|end|>", "<|end|>\n"])
+def test_only_a_token_that_ends_a_text_is_its_end(template: str | None, last: str) -> None:
+    end = "" if "<|end|>" in last else "<|end|>"
+    tokenizer = byte_tokenizer(template)
+    assert shown(tokenizer, "prompt-completion", {"prompt": "1+1=", "completion": f"2{last}"}) == (
+        f"<|bos|>1+1=[2{last}{end}]"
+    )
+    assert shown(tokenizer, "text", {"text": f"2{last}"}) == f"<|bos|>[2{last}{end}]"
+
+
+def test_the_token_with_which_the_chat_template_ends_a_turn_ends_a_text() -> None:
+    llama = family_tokenizer("llama-3")
+    assert llama.eos_token == "<|end_of_text|>"
+    for end in ("<|eot_id|>", "<|end_of_text|>"):
+        assert shown(llama, "prompt-completion", {"prompt": "?", "completion": f"Yes.{end}"}).endswith(f"[Yes.{end}]")
 
 
 def test_without_a_chat_template_the_documented_prompt_template_is_used() -> None:

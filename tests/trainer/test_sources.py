@@ -85,6 +85,13 @@ def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str, comp
         assert [row.values for row in read(path)] == ROWS
 
 
+@pytest.mark.parametrize("magic", [b"\x50\x2a\x4d\x18", b"\x5f\x2a\x4d\x18"])
+def test_a_zstandard_file_may_begin_with_a_frame_to_skip(tmp_path: Path, magic: bytes) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(magic + (3).to_bytes(4, "little") + b"abc" + zstandard(TEXTS[".jsonl"].encode()))
+    assert [row.values for row in read(path)] == ROWS
+
+
 def test_a_parquet_file_gives_the_same_rows(tmp_path: Path) -> None:
     parquet(tmp_path / "rows.PARQUET")
     assert [row.values for row in read(tmp_path / "rows.PARQUET")] == ROWS
@@ -152,6 +159,36 @@ def test_a_csv_row_has_the_line_where_it_begins(tmp_path: Path) -> None:
 def test_an_unreadable_file_is_an_error_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert message in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("suffix", [*TEXTS, ".txt", ".csv.gz"])
+def test_utf_16_is_refused_with_and_without_a_byte_order_mark(tmp_path: Path, suffix: str, encoding: str) -> None:
+    content = TEXTS.get(suffix, "q,a\nWhy?,Because.\n").encode(encoding)
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    for skip in (False, True):
+        with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
+            read(tmp_path / f"a{suffix}", BadRows(skip=skip))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_a_line_with_a_nul_byte_is_a_bad_row(tmp_path: Path, suffix: str) -> None:
+    """UTF-16 in another script is valid UTF-8, apart from its spaces and line breaks."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("नमस्ते\nनमस्ते दुनिया\n".encode("utf-16-le"))
+    assert f"{path}:2: contains a NUL byte: UTF-16, or no text. Save it as UTF-8 text." in refusal(path)
+    path.write_bytes(b'{"text": "a"}\n{"text": "\0"}\n{"text": "b"}\n')
+    if suffix != ".csv":
+        assert [row.place for row in read(path, BadRows(skip=True))] == [f"{path}:1", f"{path}:3"]
+
+
+@pytest.mark.parametrize("row", ['{"q": "first", "a": "x", "q": "second"}', '{"a": [{"q": 1, "q": 1}]}'])
+def test_an_object_with_a_key_twice_is_a_bad_row(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"q": 1}}\n{row}\n{{"q": 3}}\n')
+    assert f"{tmp_path / 'a.jsonl'}:2: has the key 'q' twice. Remove or rename one." in refusal(tmp_path / "a.jsonl")
+    assert [row.values for row in read(tmp_path / "a.jsonl", BadRows(skip=True))] == [{"q": 1}, {"q": 3}]
+    (tmp_path / "a.json").write_text(f'[{{"q": 1}},\n{row}]')
+    assert f"{tmp_path / 'a.json'} row 2: has the key 'q' twice" in refusal(tmp_path / "a.json")
 
 
 def test_a_syntax_error_is_told_where_it_is_in_a_large_json_file(

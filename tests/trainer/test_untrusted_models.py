@@ -428,6 +428,17 @@ def test_a_folder_whose_path_is_not_utf_8_is_refused_before_anything_is_written(
     assert not folder.exists()
 
 
+def test_a_workspace_whose_path_contains_two_colons_is_refused_before_anything_is_written(
+    new_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a::b"
+    command = ["tokenize", "--config", str(new_run().write_config()), "--workspace", str(folder)]
+    assert f"--workspace: its path contains ::, which the library datasets cannot open: {folder}. Rename" in (
+        llama_lora_here(*command, status=2)
+    )
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     "folder", ["runs", "models", "datasets", "base-scores", "runs/run", "runs/run/stages", "runs/run/merged"]
 )

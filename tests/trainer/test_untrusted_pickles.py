@@ -149,25 +149,25 @@ def test_tokenize_loads_no_pickle_from_a_dataset_folder(
             ends_without_loading(mark, "preview", "--config", str(run.write_config()))
 
 
-@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("split", ["", "../theirs", "own::theirs"])
 def test_a_saved_dataset_reads_no_file_outside_its_folder(
-    new_run: Callable[..., Run], tmp_path: Path, splits: bool
+    new_run: Callable[..., Run], tmp_path: Path, split: str
 ) -> None:
     from datasets import Dataset, DatasetDict
 
     others = Dataset.from_list([{"q": "a secret?", "a": "of another team"}] * 20)
     others.save_to_disk(tmp_path / "theirs")
     own = Dataset.from_list([{"q": f"What is {n}?", "a": f"It is {n}."} for n in range(20)])
-    (DatasetDict({"train": own}) if splits else own).save_to_disk(tmp_path / "own")
-    if splits:
-        (tmp_path / "own" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "../theirs"]}))
+    (DatasetDict({"train": own}) if split else own).save_to_disk(tmp_path / "own")
+    if split:
+        (tmp_path / "own" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", split]}))
     else:
         state = json.loads((tmp_path / "own" / "state.json").read_text())
         [data] = (tmp_path / "theirs").glob("data-*")
         state["_data_files"] = [{"filename": f"../theirs/{data.name}"}]
         (tmp_path / "own" / "state.json").write_text(json.dumps(state))
     said = new_run(dataset={"source": str(tmp_path / "own")})("tokenize", status=2)
-    assert "dataset.source" in said and "../theirs" in said
+    assert "dataset.source" in said and (split or "../theirs") in said
 
 
 @pytest.mark.parametrize("type_name", ["os", "Path", "Features", "pa", "eval", "ClassLabel", "../x"])

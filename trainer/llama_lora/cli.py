@@ -28,6 +28,7 @@ from genvalues.common.errors import (
     write_errors_as_user_errors,
 )
 from genvalues.common.system_errors import AGAIN, FULL, explain, explained, is_of_volume
+from genvalues.settings.dataset_files import CHAINED, is_chained
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
 from llama_lora import forks, room, stage
@@ -97,6 +98,8 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
         raise UserError("no workspace", where="--workspace", fix="Pass --workspace DIR or set LLAMA_LORA_WORKSPACE.")
     config = run_config.load(config_file)
     check_utf_8("workspace", workspace)
+    if is_chained(workspace):
+        raise UserError(f"{CHAINED}: {workspace.absolute()}", where="--workspace", fix="Rename the folder.")
     paths = Paths(workspace.absolute(), config.name)
     if links := paths.links():
         raise UserError("is a symbolic link", where=str(links[0]), fix="Delete it: a run writes only to its workspace.")

@@ -19,7 +19,7 @@ from genvalues.inputs.chart import written_in_chart_values
 from genvalues.inputs.document import Document, Mistake, has_surrogate
 from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, shown
 from genvalues.settings.base import HUB_ID
-from genvalues.settings.dataset_files import files_of
+from genvalues.settings.dataset_files import CHAINED, files_of, is_chained, is_saved
 from genvalues.settings.datasets import (
     BUCKET,
     BUCKET_RULES,
@@ -263,6 +263,8 @@ def lacking(path: str, document: Document, key: KeyPath) -> Mistake | None:
     if any(mounts):
         return None
     try:
+        if is_chained(here) and is_saved(here):
+            return Mistake(key, f"{CHAINED}: {one_line(str(here), 200)}", "Rename the folder.")
         found = files_of(str(here))
     except UserError as error:
         return Mistake(key, f"{one_line(error.where, 200)}: {error.what}", error.fix)

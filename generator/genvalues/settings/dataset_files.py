@@ -22,6 +22,7 @@ SPLIT_WORDS = {
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no rows
 SAVED = ("dataset_dict.json", "state.json")  # a folder that save_to_disk of `datasets` wrote has one of these
+CHAINED = "its path contains ::, which the library datasets cannot open"  # see is_chained
 
 MOST_FILES = 200_000  # in a source, and its folders
 Name = TypeVar("Name", str, Path)
@@ -42,6 +43,11 @@ def exists_here(source: str) -> bool:
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` wrote this folder with save_to_disk."""
     return any((folder / name).is_file() for name in SAVED)
+
+
+def is_chained(folder: Path) -> bool:
+    """Whether `datasets` opens another folder than this one: fsspec cuts a path at ::, as a chain of URLs."""
+    return "::" in str(folder.absolute())
 
 
 def files_of(source: str) -> list[DataFile]:

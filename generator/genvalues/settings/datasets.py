@@ -15,7 +15,9 @@ FORMATS = {  # of files, by suffix
     ".txt": "text",
 }
 COMPRESSIONS = (".gz", ".zst")  # a second suffix; Parquet files are compressed inside
-GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # their first bytes (RFC 1952, RFC 8878)
+# First bytes (RFC 1952, RFC 8878). A Zstandard file may begin with a frame to skip, as those of pzstd do.
+GZIP = b"\x1f\x8b"
+ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
 FILE_SUFFIXES = (*FORMATS, *(f"{suffix}{end}" for suffix in FORMATS if suffix != ".parquet" for end in COMPRESSIONS))
 FILES = f"(supported files: {' '.join(FORMATS)}; all but .parquet also with .gz or .zst)"
 # Suffixes of files that the stages cannot read. A Hub id could end with one, but hardly any does.

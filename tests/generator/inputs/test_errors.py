@@ -595,6 +595,14 @@ def test_a_path_in_a_folder_whose_name_is_not_utf_8_is_told(capsys: pytest.Captu
     )
 
 
+def test_a_saved_dataset_that_the_stages_cannot_open_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a::b").mkdir()
+    Path("a::b/state.json").write_text("{}")
+    Path("f.yaml").write_text("model: gpt2\ninstance: cpu\ndataset: {source: a::b/}\n")
+    assert genvalues("check", "f.yaml") == 2
+    assert_told(capsys.readouterr().err, "f.yaml:3:11 dataset.source: its path contains ::, which the library datasets")
+
+
 def test_a_relative_path_that_is_not_there_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     Path("f.yaml").write_text("model: gpt2\ninstance: cpu\ndataset: {source: rows.jsonl}\n")
     assert genvalues("check", "f.yaml") == 2

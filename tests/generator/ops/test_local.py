@@ -576,12 +576,19 @@ def test_a_workspace_that_is_a_file_is_reported(laptop: Laptop) -> None:
     assert err.startswith("--workspace workspace: cannot be used: Not a directory. ")
 
 
-def test_a_workspace_whose_path_is_not_utf_8_is_reported(laptop: Laptop) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (b"caf\xe9", "caf?: its path is not UTF-8."),
+        (b"a::b", "a::b: its path contains ::, which the library datasets cannot open."),
+    ],
+)
+def test_a_workspace_whose_path_the_stages_cannot_open_is_reported(laptop: Laptop, name: bytes, said: str) -> None:
     laptop.chart(job("one", 1, "true"))
-    laptop.workspace = laptop.folder / os.fsdecode(b"caf\xe9")
+    laptop.workspace = laptop.folder / os.fsdecode(name)
     status, out, err = laptop.run()
     assert (status, out) == (2, "") and not laptop.workspace.exists()
-    assert err == "--workspace caf?: its path is not UTF-8. Use a folder with another name.\n"
+    assert err == f"--workspace {said} Use a folder with another name.\n"
 
 
 def test_progress_bars_and_broken_bytes_become_lines(tmp_path: Path) -> None:

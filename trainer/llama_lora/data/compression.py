@@ -27,11 +27,11 @@ def open_decompressed(path: Path, name: str) -> Iterator[io.BufferedReader]:
     Reading raises UserError for ``name`` if the file is damaged, or expands to an implausible size.
     """
     with path.open("rb") as file:
-        first = file.read(len(ZSTANDARD))
+        first = file.read(4)
         file.seek(0)
         if first.startswith(GZIP):
             yield io.BufferedReader(_Decompressed(gzip.GzipFile(fileobj=file), path, name), 1 << 20)
-        elif first == ZSTANDARD:
+        elif first.startswith(ZSTANDARD):
             import pyarrow
 
             yield io.BufferedReader(_Decompressed(pyarrow.CompressedInputStream(file, "zstd"), path, name), 1 << 20)

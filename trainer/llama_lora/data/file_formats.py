@@ -21,7 +21,8 @@ from llama_lora.data.json_stream import JsonRows, parse_line
 from llama_lora.data.rows import MAX_ROW_BYTES, BadRows, Row, RowError, too_long_row
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
+NUL = b"\0"
 # What Python, NumPy and pandas write to a CSV file for a missing value; pandas reads the words as such.
 EMPTY_CELLS = {"nan", "NaN", "NaT", "None"}
 MOST_EMPTY_LINES = 1_000_000  # and ten for each line with content. A small compressed file can have billions.
@@ -40,7 +41,8 @@ def read_file(path: Path, bad_rows: BadRows, *, name: str = "", columns: Collect
             yield from read_parquet(path, name, bad_rows, columns)
             return
         with open_decompressed(path, name) as file:
-            if file.peek(2).startswith(UTF_16):
+            first = file.peek(2)[:2]
+            if first in UTF_16 or NUL in first:  # without a byte order mark, one of two bytes of a Latin letter is NUL
                 raise UserError("is UTF-16, not UTF-8", where=name, fix="Save it as UTF-8.")
             if kind == "jsonl":
                 yield from _read_jsonl(file, name, bad_rows)
@@ -61,7 +63,8 @@ def read_file(path: Path, bad_rows: BadRows, *, name: str = "", columns: Collect
 class _Lines:
     """The lines of a file with their line breaks; ``number`` is that of the last one.
 
-    Raises RowError for a line that is longer than MAX_ROW_BYTES or not UTF-8; the next call returns the line after it.
+    Raises RowError for a line that is longer than MAX_ROW_BYTES, not UTF-8, or contains a NUL byte; the next call
+    returns the line after it.
     Raises UserError if nearly all of many lines are empty.
     """
 
@@ -90,6 +93,8 @@ class _Lines:
             if self._empty > MOST_EMPTY_LINES + 10 * (self.number - self._empty):
                 what = f"has {self._empty:,} empty lines in its first {self.number:,}"
                 raise UserError(what, where=self._name, fix="Remove them.")
+        if NUL in line:  # UTF-16 of another script is valid UTF-8 up to its first space
+            raise RowError("contains a NUL byte: UTF-16, or no text", where=self.place, fix="Save it as UTF-8 text.")
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import InvalidJson, read_object
 from genvalues.common.text import one_line
+from genvalues.settings.dataset_files import CHAINED, is_chained
 from genvalues.settings.datasets import SplitPart, split_parts
 from llama_lora.data.arrow_rows import BATCH_BYTES, MOST_ROWS, read_parquet, rows_of
 from llama_lora.data.hub_errors import translate_dataset_errors
@@ -68,8 +69,10 @@ def saved_splits(part: Part, folder: Path) -> dict[str, Split]:
     from datasets import DatasetDict, load_from_disk
 
     with translate_dataset_errors(part.key, part.source):
+        if is_chained(folder):
+            raise UserError(f"{CHAINED}: {folder.absolute()}", where=f"{part.key}.source", fix="Rename the folder.")
         check_inside(folder, f"{part.key}.source")
-        loaded = load_from_disk(str(folder))
+        loaded = load_from_disk(str(folder.absolute()))  # a relative path could begin with a protocol, such as file:
     splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
 
     def read(name: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -87,9 +90,13 @@ def check_inside(folder: Path, where: str) -> None:
             continue
         listed = [*as_list(content.get("splits")), *as_list(content.get("_data_files"))]
         names = [each.get("filename") if isinstance(each, dict) else each for each in listed]
-        if outside := [name for name in names if isinstance(name, str) and ("/" in name or name in ("", ".", ".."))]:
-            what = f"{file} names {one_line(outside[0])!r}, which is not in the folder"
+        if outside := [name for name in names if isinstance(name, str) and leaves_folder(name)]:
+            what = f"{file} names {one_line(outside[0])!r}, which leads out of the folder"
             raise UserError(what, where=where, fix="Write the dataset again with save_to_disk.")
+
+
+def leaves_folder(name: str) -> bool:
+    return "/" in name or "::" in name or name in ("", ".", "..")  # for ::, see is_chained
 
 
 def as_list(value: Any) -> list[Any]:

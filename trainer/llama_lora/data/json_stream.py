@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import one_line
 from llama_lora.data.rows import MAX_ROW_BYTES, RowError
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -24,7 +26,20 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-_DECODER = json.JSONDecoder(parse_constant=_constant)
+class DuplicateKey(ValueError):
+    """An object has a key twice."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for json. Raises DuplicateKey where json would take the last value."""
+    read = dict(pairs)
+    if len(read) != len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DuplicateKey(f"has the key {one_line(key)!r} twice")
+    return read
+
+
+_DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=object_of)
 
 
 def parse_line(text: str, place: str) -> Any:
@@ -57,6 +72,8 @@ def _explained(parse: Callable[[], Any], position: Callable[[int], str], place: 
         raise RowError(f"invalid JSON: {error.msg}", where=position(error.pos), fix=fix) from None
     except RecursionError:
         raise _too_deep(place) from None
+    except DuplicateKey as error:
+        raise RowError(str(error), where=place, fix="Remove or rename one.") from None
     except ValueError as error:  # an integer of more than sys.get_int_max_str_digits() digits
         raise RowError(
             f"has a number that is too long: {str(error).partition(';')[0]}",

@@ -10,8 +10,10 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
+from genvalues.common.text import one_line
 from llama_lora.data.columns import Dropped, as_json, as_text, is_null, without_nulls
 from llama_lora.data.rows import RowError
 
@@ -23,9 +25,11 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
     "system": "system",
 }
+NO_QUESTION = ("assistant", "system", "developer")
 FUNCTION_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant calls a tool; value is JSON
 SHAPE_KEYS = {"role", "from", "content", "value", "weight", "train", "masked"}  # read here, not by the chat template
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+MARKS = {"true": True, "yes": True, "false": False, "no": False, "": None}  # as text, besides numbers
 FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
@@ -42,6 +46,12 @@ class Conversation:
         if prompt.strip() and not (self.messages and self.messages[0]["role"] == "system"):
             self.messages.insert(0, {"role": "system", "content": prompt})
             self.loss.insert(0, False)
+
+    def mask_greeting(self) -> None:
+        """Take the loss from what the assistant says before anybody has asked; a system prompt may ask on its own."""
+        asks = (index for index, each in enumerate(self.messages) if each["role"] not in NO_QUESTION)
+        for index in range(next(asks, 0)):
+            self.loss[index] = False
 
     def extend(self, other: Conversation) -> None:
         self.messages += other.messages
@@ -68,7 +78,11 @@ def read_messages(value: Any, what: str, place: str) -> Conversation:
         raise RowError(f"{what} is not a list of messages", where=place, fix=FIX)
     value = [each for each in value if not (_is_role(each, "system") and _is_empty(_raw_content(each)))]
     messages = [_message(message, what, place) for message in value]
-    return Conversation(messages, [_has_loss(each, read) for each, read in zip(value, messages, strict=True)])
+    loss = [
+        read["role"] == "assistant" and _may_have_loss(raw, what, place)
+        for raw, read in zip(value, messages, strict=True)
+    ]
+    return Conversation(messages, loss)
 
 
 def parsed_messages(value: Any) -> Any:
@@ -193,20 +207,28 @@ def _tool_call(call: Any, what: str, place: str) -> dict[str, Any]:
     return {"type": "function", **outer, "function": function}
 
 
-def _has_loss(message: Mapping[str, Any], read: Message) -> bool:
-    """Whether a message may have a loss: an assistant's, unless weight, train or masked excludes it."""
-    weight, train, masked = (message.get(key) for key in ("weight", "train", "masked"))
-    return (
-        read["role"] == "assistant"
-        and (is_null(weight) or _is_true(weight))
-        and (is_null(train) or _is_true(train))
-        and (is_null(masked) or not _is_true(masked))
+def _may_have_loss(message: Mapping[str, Any], what: str, place: str) -> bool:
+    """Whether no mark of an assistant's message (weight, train or masked) takes its loss."""
+    marks = {key: _mark(message, key, what, place) for key in ("weight", "train", "masked")}
+    return marks["weight"] is not False and marks["train"] is not False and not marks["masked"]
+
+
+def _mark(message: Mapping[str, Any], key: str, what: str, place: str) -> bool | None:
+    """Whether a mark is set, None if the message does not have it. It may be text, as in CSV. Raises RowError."""
+    value = message.get(key)
+    if isinstance(value, str):
+        word = value.strip().lower()
+        with contextlib.suppress(ValueError):
+            value = MARKS[word] if word in MARKS else float(word)
+    if is_null(value):
+        return None
+    if isinstance(value, (int, float, Decimal)):
+        return bool(value)
+    raise RowError(
+        f"{what} has a message with {key}: {one_line(str(value))!r}",
+        where=place,
+        fix="Write true, false or a number; 0 is false.",
     )
-
-
-def _is_true(value: Any) -> bool:
-    """Whether a mark is set: 1, true, "1" or "true", as JSON and CSV have them."""
-    return value.strip().lower() not in ("", "0", "0.0", "false", "no") if isinstance(value, str) else bool(value)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -234,10 +236,17 @@ class RowTokenizer:
                 where=row.place,
                 fix=f"Set dataset.{GROUP} to one of: {listed(row.values)}.",
             )
-        value = self._group.value(row, GROUP)
+        value = _one_form(self._group.value(row, GROUP))
         # Rows without a value have nothing in common.
         content = row.place if value is None else json.dumps(value, sort_keys=True, default=str)
         return hash64(content.encode("utf-8", "surrogatepass"))
+
+
+def _one_form(value: Any) -> Any:
+    """A number in the one form that all numbers equal to it have: 7 for 7.0 and Decimal("7.00"). Others as they are."""
+    if not isinstance(value, (float, Decimal)) or not math.isfinite(value):
+        return value
+    return int(value) if value == int(value) else float(value)
 
 
 def prepare(

@@ -120,7 +120,7 @@ class Renderer:
 
     def _text(self, row: Row) -> list[RenderedExample]:
         text = self.columns.text(row, "text")
-        return [self._as_written([Segment(text, trained=True, ends=not self._turns.is_ended(text))])]
+        return [self._as_written([Segment(text, trained=True, ends=not self._is_ended(text))])]
 
     def _prompt_completion(self, row: Row) -> list[RenderedExample]:
         values = {key: shapes.parsed_messages(self.columns.value(row, key)) for key in ("prompt", "completion")}
@@ -142,10 +142,18 @@ class Renderer:
             self._as_written(
                 [
                     Segment(self.columns.text(row, "prompt"), trained=False),
-                    Segment(completed, trained=True, ends=not self._turns.is_ended(completed)),
+                    Segment(completed, trained=True, ends=not self._is_ended(completed)),
                 ]
             )
         ]
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether generation stops at the end of a text, apart from white space: other special tokens end nothing."""
+        return text.rstrip().endswith(self._ends)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(end_tokens(self.tokenizer))))
 
     def _as_written(self, segments: list[Segment]) -> RenderedExample:
         """An example of text that the row has: it may be rendered already, with its own first tokens."""
@@ -161,11 +169,12 @@ class Renderer:
         answer = self.columns.text(row, "output")
         system = self.columns.text(row, "system", required=False)
         history = shapes.read_history(self.columns.value(row, "history", required=False), "history", row.place)
+        question = "\n\n".join(text for text in (instruction, context) if text.strip())
+        conversation = shapes.conversation([*history, ("user", question), ("assistant", answer)])
         if self.uses_chat_template:
-            question = "\n\n".join(text for text in (instruction, context) if text.strip())
-            conversation = shapes.conversation([*history, ("user", question), ("assistant", answer)])
             conversation.add_system(system)
             return self._conversation(row, conversation)
+        self._check_messages(conversation.messages, [], None)
         segments = [Segment(PROMPT_TEMPLATE_SYSTEM.format(system=system), trained=False)] if system.strip() else []
         for role, text in history:
             asks = role == "user"
@@ -183,6 +192,7 @@ class Renderer:
         value = self.columns.value(row, "messages")
         name = f"column {self.columns.name(row, 'messages')}"
         conversation = shapes.read_messages(value, name, row.place)
+        conversation.mask_greeting()
         conversation.add_system(self.columns.text(row, "system", required=False))
         conversation.tools = self._tools(row, value)
         return self._conversation(row, conversation)
@@ -200,7 +210,7 @@ class Renderer:
         if template is None or not template.reads("developer"):  # OpenAI's newer name of the system prompt
             messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
         self._check_messages(messages, tools, template)
-        # A conversation may begin with the assistant: nothing asked for that message, so it has no loss.
+        # Nothing asks for a first message, so it has no loss.
         trained = [index for index, loss in enumerate(conversation.loss) if loss and index > 0]
         if not trained:
             raise Dropped("no assistant turn has a loss")
@@ -253,6 +263,11 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """
     flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(text for text in flagged | set(tokenizer.all_special_tokens) if text.strip()))
+
+
+def end_tokens(tokenizer: Any) -> set[int]:
+    """The ids of the tokens that end a text: the end-of-sequence token, and that of the chat template's turns."""
+    return {token for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None}
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

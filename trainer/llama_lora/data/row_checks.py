@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from llama_lora import library_versions
-from llama_lora.data.rendering import end_of_turn
+from llama_lora.data.rendering import end_tokens
 from llama_lora.data.tokens import IGNORED
 from llama_lora.model_files import CONFIG, GENERATION_CONFIG, has_tokenizer, read_model_json
 
@@ -67,7 +67,7 @@ def answer_ends(row: Row, max_length: int) -> Iterator[int]:
 
 def stop_tokens(model: Path, tokenizer: Any) -> set[int]:
     """The token ids at which generation with the merged model stops; see ``record_stop_tokens``."""
-    return set(_configured_stops(model)) | _own_stops(tokenizer)
+    return set(_configured_stops(model)) | end_tokens(tokenizer)
 
 
 def record_stop_tokens(model: Path, base: Path) -> None:
@@ -80,7 +80,7 @@ def record_stop_tokens(model: Path, base: Path) -> None:
     if not has_tokenizer(model):
         return  # merge takes it, too
     try:
-        own = _own_stops(library_versions.load_tokenizer(model))
+        own = end_tokens(library_versions.load_tokenizer(model))
     except Exception:
         return
     try:
@@ -94,10 +94,6 @@ def record_stop_tokens(model: Path, base: Path) -> None:
     settings = read_model_json(file) or {name: read_model_json(model / CONFIG).get(name) for name in names}
     settings["eos_token_id"] = [*stops, *sorted(own - set(stops))]
     files.write_json(file, {name: value for name, value in settings.items() if value is not None})
-
-
-def _own_stops(tokenizer: Any) -> set[int]:
-    return {token for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None}
 
 
 def _configured_stops(model: Path) -> list[int]:

@@ -19,6 +19,7 @@ from genvalues.ops.local.forks import Forks
 from genvalues.ops.local.local_values import values_to_run
 from genvalues.ops.local.screen import Outcome, Screen, StageOutput
 from genvalues.ops.local.workspace_lock import locked
+from genvalues.settings.dataset_files import CHAINED, is_chained
 
 RELEASE = "llama-lora"  # the chart needs a release name; values.name names the run
 
@@ -28,9 +29,13 @@ def run_locally(sources: Sources, workspace: Path, *, on_cpu: bool = False) -> i
 
     ``on_cpu`` runs values for Trainium on the CPU, as one process.
     """
+    what = ""
     if has_surrogate(str(workspace.resolve())):  # such as a byte of Latin-1: no YAML and JSON could name it
-        fix = "Use a folder with another name."
-        raise UserError("its path is not UTF-8", where=f"--workspace {workspace}", fix=fix)
+        what = "its path is not UTF-8"
+    elif is_chained(workspace.resolve()):
+        what = CHAINED
+    if what:
+        raise UserError(what, where=f"--workspace {workspace}", fix="Use a folder with another name.")
     try:
         objects = rendered_objects(sources, on_cpu)
         with locked(workspace) as lock:
