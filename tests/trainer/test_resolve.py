@@ -209,7 +209,7 @@ def test_what_s3_refuses_is_told(new_run: Callable[..., Run], s3: Stubber, code:
     run = new_run()
     of_s3(run)
     s3.add_client_error("head_object", code)
-    assert f"dataset.source: S3 returns {code} for s3://bucket/rows.jsonl. Check" in run("tokenize", status=2)
+    assert f"dataset.source: S3 returns {code} to HeadObject for s3://bucket/rows.jsonl." in run("tokenize", status=2)
 
 
 def test_a_bucket_that_cannot_be_is_told(new_run: Callable[..., Run], s3: Stubber) -> None:
