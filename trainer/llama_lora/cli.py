@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -20,6 +21,7 @@ import click
 from genvalues.common import log, manifests
 from genvalues.common.boundary import report
 from genvalues.common.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_VOLUME,
     UserError,
@@ -27,6 +29,7 @@ from genvalues.common.errors import (
     in_pod,
     write_errors_as_user_errors,
 )
+from genvalues.common.streams import open_closed_streams
 from genvalues.common.system_errors import AGAIN, FULL, explain, explained, is_of_volume
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
@@ -86,7 +89,21 @@ class Commands(click.Group):
     """The commands. Errors of click itself, in printing a help, end in one line too."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        return errors_end_in_one_line(super().main)(*arguments, **options)
+        open_closed_streams()
+        run: Callable[..., Any] = super().main if options.get("standalone_mode") is False else self.run_to_exit
+        return errors_end_in_one_line(run)(*arguments, **options)
+
+    def run_to_exit(self, *arguments: Any, **options: Any) -> None:
+        options["standalone_mode"] = False  # click's own way to exit fails where stderr cannot be written
+        try:
+            status = super().main(*arguments, **options)
+        except click.ClickException as error:
+            with contextlib.suppress(OSError):  # stderr cannot be written
+                error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(EXIT_FAILED)
+        sys.exit(status if isinstance(status, int) else 0)
 
 
 def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_config.RunConfig, Paths]:
