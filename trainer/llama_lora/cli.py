@@ -90,8 +90,9 @@ class Commands(click.Group):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         open_closed_streams()
-        run: Callable[..., Any] = super().main if options.get("standalone_mode") is False else self.run_to_exit
-        return errors_end_in_one_line(run)(*arguments, **options)
+        if options.get("standalone_mode") is False:
+            return errors_end_in_one_line(super().main)(*arguments, **options)
+        return errors_end_in_one_line(self.run_to_exit)(*arguments, **options)
 
     def run_to_exit(self, *arguments: Any, **options: Any) -> None:
         options["standalone_mode"] = False  # click's own way to exit fails where stderr cannot be written
