@@ -24,13 +24,15 @@ from genvalues.common.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_VOLUME,
+    Unavailable,
     UserError,
     VolumeError,
     in_pod,
     write_errors_as_user_errors,
 )
 from genvalues.common.streams import open_closed_streams
-from genvalues.common.system_errors import AGAIN, FULL, explain, explained, is_of_volume
+from genvalues.common.system_errors import AGAIN, FULL, causes, explain, explained, is_of_volume
+from genvalues.common.text import one_line
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
 from llama_lora import forks, room, stage
@@ -52,6 +54,8 @@ workspace_option = click.option(
 # A retry makes sense once somebody has made room. Kubernetes' own pause before the first is 10 s.
 PAUSE_IN_POD = 60.0  # seconds
 
+PACKAGE = "llama_lora"
+INSTALLED = "/site-packages/"  # in the path of a library's module
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -67,7 +71,7 @@ def errors_end_in_one_line(command: Command) -> Command:
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            status = report(full_stdout(error) or error, "llama-lora")
+            status = report(full_stdout(error) or failed_import(error) or error, "llama-lora")
             if status == EXIT_VOLUME and in_pod():
                 logging.getLogger(__name__).info(f"ending in {PAUSE_IN_POD:.0f} s, so that a retry comes after a pause")
                 time.sleep(PAUSE_IN_POD)
@@ -83,6 +87,33 @@ def full_stdout(error: Exception) -> VolumeError | None:
     if traceback.extract_tb(error.__traceback__)[-1].name != click.echo.__name__:
         return None
     return VolumeError(f"stdout: cannot be written: {error.strerror}. Redirect it to a volume with room, {AGAIN}.")
+
+
+def failed_import(error: Exception) -> UserError | None:
+    """The error to report for one in importing a library, of any type: a variable that it reads, or what it needs."""
+    if isinstance(error, (UserError, Unavailable, VolumeError)) or explain(error) is not None:
+        return None
+    library = next((name for each in causes(error) if (name := imported_library(each))), "")
+    if not library:
+        return None
+    text = str(error).strip().partition("\n")[0]
+    names = " and ".join(environment.variables_in(text, "HF_", "TORCH", "PYTORCH_", "TRANSFORMERS_", "TOKENIZERS_"))
+    if names:
+        fix = f"Check the environment variable {names}."
+    else:
+        fix = "Check the installation, the limit of memory (ulimit -v), and the environment variables HF_* and TORCH_*."
+    what = f"cannot be imported: {type(error).__name__}: {one_line(environment.without_passwords(text), 300)}"
+    return UserError(what, where=library, fix=fix)
+
+
+def imported_library(error: BaseException) -> str:
+    """The library that was being imported when the error was raised: code of a module ran; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = max((place for place, frame in enumerate(frames) if PACKAGE in Path(frame.filename).parts), default=-1)
+    modules = [frame.filename for frame in frames[own + 1 :] if frame.name == "<module>"]
+    libraries = [Path(name.rpartition(INSTALLED)[2]).parts[0] for name in modules if INSTALLED in name]
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return libraries[-1] if libraries else missing if missing != PACKAGE else ""
 
 
 class Commands(click.Group):

@@ -30,7 +30,7 @@ def variables_in(text: str, *prefixes: str) -> list[str]:
     return sorted(
         name
         for name, value in os.environ.items()
-        if name.startswith(prefixes) and value and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)
+        if name.startswith(prefixes) and len(value) > 1 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)
     )
 
 
