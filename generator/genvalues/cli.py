@@ -5,6 +5,7 @@ The exit statuses are listed in its help. Where the reader of stdout has closed 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -16,6 +17,7 @@ from genvalues.commands import Commands
 from genvalues.common import log
 from genvalues.common.boundary import report
 from genvalues.common.errors import EXIT_FAILED, EXIT_VOLUME, user_errors_end_with_status_2
+from genvalues.common.streams import open_closed_streams, say
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left, quota exceeded, file too large
 
@@ -49,9 +51,7 @@ def genvalues(verbose: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point: every outcome ends in an exit status and, except for a closed stdout, a message."""
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by the caller: >&-
-            setattr(sys, stream, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - until the process ends
+    open_closed_streams()
     try:
         try:
             sys.exit(run_command())
@@ -62,7 +62,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and is_full_stdout(error):
-            print(f"stdout: cannot be written: {error.strerror}", file=sys.stderr)
+            say(f"stdout: cannot be written: {error.strerror}")
             sys.exit(EXIT_FAILED)
         status = report(error, "genvalues")
         sys.exit(EXIT_FAILED if status == EXIT_VOLUME else status)
@@ -81,7 +81,8 @@ def run_command() -> int:
     try:
         status = genvalues(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # stderr cannot be written
+            error.show()
         return error.exit_code
     except click.Abort as aborted:  # raised for Ctrl-C, and for the end of stdin at a prompt
         return 130 if isinstance(aborted.__cause__ or aborted.__context__, KeyboardInterrupt) else 1

@@ -65,8 +65,14 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "a mount with a colon": ({"stages": {"merge": {"extraVolumeMounts": {"a": {"mountPath": "/a:b"}}}}}, "mountPath"),
     "a workspace over everything": ({"workspace": {"mountPath": "/"}}, "mountPath"),
     "misspelled toleration": ({"stageDefaults": {"tolerations": [{"key": "a", "effekt": "NoSchedule"}]}}, "effekt"),
-    "unknown effect": ({"stageDefaults": {"tolerations": [{"key": "a", "effect": "NoScheduled"}]}}, "tolerations.0.effect"),
-    "unknown operator": ({"stageDefaults": {"tolerations": [{"key": "a", "operator": "In"}]}}, "tolerations.0.operator"),
+    "unknown effect": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "effect": "NoScheduled"}]}},
+        "tolerations.0.effect",
+    ),
+    "unknown operator": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "operator": "In"}]}},
+        "tolerations.0.operator",
+    ),
     "misspelled affinity": ({"stageDefaults": {"affinity": {"nodeAffinitty": {}}}}, "nodeAffinitty"),
     "misspelled part of an affinity": (
         {"stages": {"merge": {"affinity": {"podAntiAffinity": {"requiredDuringScheduling": []}}}}},

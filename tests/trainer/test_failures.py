@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +19,11 @@ from click.testing import CliRunner
 
 from forked import run_forked
 from genvalues.common.errors import Unavailable, UserError, VolumeError
+from genvalues.common.streams import open_closed_streams
 from genvalues.common.system_errors import explain, room
-from llama_lora import cli, environment, stage
+from llama_lora import cli, environment, library_versions, stage
 from llama_lora.backends import failures
+from llama_lora.preview import wants_color
 from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_resolve import FakeHub
 from trainer.test_stopping import end, start, step_of, trainer_with
@@ -78,6 +83,59 @@ def test_every_error_is_one_line_with_its_status(
     assert code == status, lines
     assert len(lines) == (1 if words else 0), lines
     assert all(word in lines[0] for word in words), lines
+
+
+def test_a_stdout_or_stderr_that_cannot_be_written_does_not_change_the_status(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run("tokenize")  # below it is skipped, and ends in the same way
+    options = f"--config {run.write_config()} --workspace {run.workspace}"
+    for arguments, status in [
+        (f"tokenize {options} >&-", 0),
+        (f"tokenize {options} <&- >&- 2>&-", 0),
+        ("tokenize --config absent 2>&-", 2),
+        ("tokenize --config absent 2</dev/null", 2),  # as in a script that a shell has opened in place of stderr
+        ("tokenize --config absent 2>/dev/full", 2),
+        ("nonsense 2>/dev/full", 2),
+    ]:
+        command = ["sh", "-c", f'"{sys.executable}" -m llama_lora.cli {arguments}']
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (status, ""), (arguments, done.stderr)
+
+
+def test_a_preview_without_stdout_has_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    open_closed_streams()
+    assert not wants_color()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os; int(os.environ['HF_A_TIMEOUT'])", "ValueError: invalid literal for int() with base 10: 'abc'"),
+        ("raise ImportError('lib.so: failed to map segment')", "ulimit -v"),
+        ("import no_library", "No module named 'no_library'. Check the installation"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_named_with_the_variable_at_fault(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, words: str
+) -> None:
+    monkeypatch.setenv("HF_A_TIMEOUT", "abc")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    (tmp_path / "site-packages/a_library").mkdir(parents=True)
+    (tmp_path / "site-packages/a_library/__init__.py").write_text(code)
+    run = new_run()
+    for module, name in (
+        (stage, "run_stage"),
+        (library_versions, "import_tokenizers"),
+        (library_versions, "import_models"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: importlib.import_module("a_library"))
+            said = run("tokenize", status=2)
+        line = said.splitlines()[-1]
+        assert line.startswith("a_library: cannot be imported: ") and words in line
+        assert ("variable HF_A_TIMEOUT." in line) == ("'abc'" in line)
+        shutil.rmtree(run.workspace)
 
 
 @pytest.mark.parametrize("variable", ["GENVALUES_TRACEBACK", "KUBERNETES_SERVICE_HOST"])

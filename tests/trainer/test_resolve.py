@@ -17,7 +17,9 @@ from botocore.stub import Stubber
 from genvalues.common.errors import UserError
 from llama_lora.config import Model
 from llama_lora.data import resolve
+from llama_lora.data.hub_errors import check_hub_variables
 from llama_lora.data.snapshot import take_snapshot
+from llama_lora.uploads.hub import upload
 from trainer.conftest import Run, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
@@ -142,6 +144,44 @@ def test_a_hub_that_does_not_answer_is_tried_again(new_run: Callable[..., Run]) 
     assert said.count("\n") == 1 and "cannot be reached" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_ENDPOINT", "not a url"),
+        ("HF_ENDPOINT", "127.0.0.1:9"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999"),
+        ("HF_TOKEN", "hf_secret\N{LATIN SMALL LETTER E WITH ACUTE}"),
+        ("HTTPS_PROXY", "::secret::"),
+        ("HTTPS_PROXY", "foo://user:secret@host"),
+        ("HTTPS_PROXY", "http://["),
+        ("SSL_CERT_FILE", "/none"),
+    ],
+)
+def test_an_environment_variable_that_no_request_to_the_hub_can_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    import huggingface_hub.utils
+
+    if name == "SSL_CERT_FILE":
+        if not hasattr(huggingface_hub.utils, "close_session"):
+            pytest.skip("requests reads no SSL_CERT_FILE")
+        huggingface_hub.utils.close_session()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as in_reading:
+        resolve._look_up_model(Model(id="org/thing"))
+    with pytest.raises(UserError) as in_publishing:
+        upload("publish.hub.merged", "org/thing", "run", [], b"", private=True)
+    for error in (in_reading, in_publishing):
+        assert error.value.where == name and error.value.fix
+        assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("proxy", ["http://user:secret@127.0.0.1:9", "127.0.0.1:9"])
+def test_a_proxy_with_or_without_a_scheme_is_accepted(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    check_hub_variables()
+
+
 def test_a_script_based_dataset_names_the_parquet_revision_which_is_read(
     new_run: Callable[..., Run], hub: FakeHub, tmp_path: Path
 ) -> None:
@@ -209,7 +249,7 @@ def test_what_s3_refuses_is_told(new_run: Callable[..., Run], s3: Stubber, code:
     run = new_run()
     of_s3(run)
     s3.add_client_error("head_object", code)
-    assert f"dataset.source: S3 returns {code} for s3://bucket/rows.jsonl. Check" in run("tokenize", status=2)
+    assert f"dataset.source: S3 returns {code} to HeadObject for s3://bucket/rows.jsonl." in run("tokenize", status=2)
 
 
 def test_a_bucket_that_cannot_be_is_told(new_run: Callable[..., Run], s3: Stubber) -> None:

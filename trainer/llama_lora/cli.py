@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -20,14 +21,18 @@ import click
 from genvalues.common import log, manifests
 from genvalues.common.boundary import report
 from genvalues.common.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_VOLUME,
+    Unavailable,
     UserError,
     VolumeError,
     in_pod,
     write_errors_as_user_errors,
 )
-from genvalues.common.system_errors import AGAIN, FULL, explain, explained, is_of_volume
+from genvalues.common.streams import open_closed_streams
+from genvalues.common.system_errors import AGAIN, FULL, causes, explain, explained, is_of_volume
+from genvalues.common.text import one_line
 from genvalues.settings.dataset_files import CHAINED, is_chained
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
@@ -50,6 +55,8 @@ workspace_option = click.option(
 # A retry makes sense once somebody has made room. Kubernetes' own pause before the first is 10 s.
 PAUSE_IN_POD = 60.0  # seconds
 
+PACKAGE = "llama_lora"
+INSTALLED = "/site-packages/"  # in the path of a library's module
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -65,7 +72,7 @@ def errors_end_in_one_line(command: Command) -> Command:
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            status = report(full_stdout(error) or error, "llama-lora")
+            status = report(full_stdout(error) or failed_import(error) or error, "llama-lora")
             if status == EXIT_VOLUME and in_pod():
                 logging.getLogger(__name__).info(f"ending in {PAUSE_IN_POD:.0f} s, so that a retry comes after a pause")
                 time.sleep(PAUSE_IN_POD)
@@ -83,11 +90,53 @@ def full_stdout(error: Exception) -> VolumeError | None:
     return VolumeError(f"stdout: cannot be written: {error.strerror}. Redirect it to a volume with room, {AGAIN}.")
 
 
+def failed_import(error: Exception) -> UserError | None:
+    """The error to report for one in importing a library, of any type: a variable that it reads, or what it needs."""
+    if isinstance(error, (UserError, Unavailable, VolumeError)) or explain(error) is not None:
+        return None
+    library = next((name for each in causes(error) if (name := imported_library(each))), "")
+    if not library:
+        return None
+    text = str(error).strip().partition("\n")[0]
+    names = " and ".join(environment.variables_in(text, "HF_", "TORCH", "PYTORCH_", "TRANSFORMERS_", "TOKENIZERS_"))
+    if names:
+        fix = f"Check the environment variable {names}."
+    else:
+        fix = "Check the installation, the limit of memory (ulimit -v), and the environment variables HF_* and TORCH_*."
+    what = f"cannot be imported: {type(error).__name__}: {one_line(environment.without_passwords(text), 300)}"
+    return UserError(what, where=library, fix=fix)
+
+
+def imported_library(error: BaseException) -> str:
+    """The library that was being imported when the error was raised: code of a module ran; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = max((place for place, frame in enumerate(frames) if PACKAGE in Path(frame.filename).parts), default=-1)
+    modules = [frame.filename for frame in frames[own + 1 :] if frame.name == "<module>"]
+    libraries = [Path(name.rpartition(INSTALLED)[2]).parts[0] for name in modules if INSTALLED in name]
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return libraries[-1] if libraries else missing if missing != PACKAGE else ""
+
+
 class Commands(click.Group):
     """The commands. Errors of click itself, in printing a help, end in one line too."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        return errors_end_in_one_line(super().main)(*arguments, **options)
+        open_closed_streams()
+        if options.get("standalone_mode") is False:
+            return errors_end_in_one_line(super().main)(*arguments, **options)
+        return errors_end_in_one_line(self.run_to_exit)(*arguments, **options)
+
+    def run_to_exit(self, *arguments: Any, **options: Any) -> None:
+        options["standalone_mode"] = False  # click's own way to exit fails where stderr cannot be written
+        try:
+            status = super().main(*arguments, **options)
+        except click.ClickException as error:
+            with contextlib.suppress(OSError):  # stderr cannot be written
+                error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(EXIT_FAILED)
+        sys.exit(status if isinstance(status, int) else 0)
 
 
 def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_config.RunConfig, Paths]:

@@ -1,14 +1,18 @@
-"""Environment variables that libraries read at import: log levels and thread counts. Import this before torch."""
+"""Environment variables: those that libraries read at import, such as log levels and thread counts (import this before
+torch), and those that an error of a library is about."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from genvalues.common.text import redacted
 
 VERBOSITY = "LLAMA_LORA_VERBOSITY"  # how -v (1) and -q (-1) reach the workers
 
@@ -19,6 +23,26 @@ def verbosity() -> int:
         return int(os.environ.get(VERBOSITY, "0"))
     except ValueError:
         return 0
+
+
+def variables_in(text: str, *prefixes: str) -> list[str]:
+    """The environment variables with one of these prefixes whose values a library quotes in a message."""
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith(prefixes) and len(value) > 1 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)
+    )
+
+
+def proxy_variables() -> list[str]:
+    """The environment variables that are set and name a proxy."""
+    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    return [name for name in names if os.environ.get(name)]
+
+
+def without_passwords(text: str) -> str:
+    """The text without the users, passwords and tokens of URLs, and with other tokens redacted."""
+    return redacted(re.sub(r"//[^/\s]*@", "//", text))
 
 
 def available_cores(root: Path = Path("/")) -> int:

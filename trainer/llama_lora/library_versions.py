@@ -58,6 +58,12 @@ def new_model(config: Any, **options: Any) -> Any:
     )
 
 
+def import_models() -> None:
+    """Import what ``load_config`` and ``empty_model`` do, except the module of the model's architecture."""
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
+
+
 def empty_model(config: Any) -> Any:
     """Build a causal language model without memory: its parameters are on the meta device."""
     import torch

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from genvalues.common.errors import EXIT_FAILED, Unavailable, UserError, VolumeError, internal_error, traceback_wanted
+from genvalues.common.streams import say
 from genvalues.common.system_errors import explain
 
 
@@ -15,7 +14,7 @@ def report(error: BaseException, program: str) -> int:
     """
     explained = error if isinstance(error, (UserError, Unavailable, VolumeError)) else explain(error)
     if explained is not None:
-        print(explained, file=sys.stderr)
+        say(explained)
         return explained.status
-    print(internal_error(error, program, with_traceback=traceback_wanted()), file=sys.stderr)
+    say(internal_error(error, program, with_traceback=traceback_wanted()))
     return EXIT_FAILED

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from genvalues.common.streams import say
 from genvalues.common.text import one_line, redacted
 
 MOST_CHARACTERS = 1000  # of a line of a message
@@ -98,7 +99,7 @@ def user_errors_end_with_status_2(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except (UserError, Unavailable) as error:
-            print(error, file=sys.stderr)
+            say(error)
             sys.exit(error.status)
 
     return wrapper  # type: ignore[return-value]

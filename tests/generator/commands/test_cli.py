@@ -108,9 +108,15 @@ def test_an_error_of_the_operating_system_is_one_line_and_not_an_internal_error(
         ("write f.yaml -o - >&-", 0),
         ("check absent.yaml 2>&-", 2),
         ("check absent.yaml >&- 2>&-", 2),
+        ("check absent.yaml <&- >&- 2>&-", 2),
+        ("check absent.yaml 2</dev/null", 2),  # as in a script that a shell has opened in place of stderr
+        ("check absent.yaml 2>/dev/full", 2),
+        ("check --nonsense 2>/dev/full", 2),
     ],
 )
-def test_a_closed_stdout_or_stderr_is_not_an_error(arguments: str, status: int, tmp_path: Path) -> None:
+def test_a_stdout_or_stderr_that_cannot_be_written_does_not_change_the_status(
+    arguments: str, status: int, tmp_path: Path
+) -> None:
     (tmp_path / "f.yaml").write_text(INPUTS)
     command = ["sh", "-c", f'"{sys.executable}" -m genvalues.cli {arguments}']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -19,7 +19,8 @@ from llama_lora.data.hub_errors import PARQUET_REVISION
 from llama_lora.data.parts import Part, held_out_part, training_parts
 from llama_lora.data.resolve import ResolvedSources, Source
 from llama_lora.data.rows import BadRows, Row
-from llama_lora.data.s3 import s3_client, s3_parts, translate_s3_errors
+from llama_lora.data.s3 import s3_client, s3_parts
+from llama_lora.data.s3_errors import translate_s3_errors
 from llama_lora.data.splits import Split, rows_of_parts
 
 __all__ = ["BadRows", "Row", "read_held_out", "read_part", "read_rows"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import one_line
+from llama_lora.environment import proxy_variables, without_passwords
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
 PARQUET_REVISION = "refs/convert/parquet"  # the branch on which the Hub keeps Parquet files of a dataset
@@ -26,6 +30,7 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
 
     name = one_line(name, 255)
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
+    check_hub_variables()
     limit_waits()
     try:
         yield
@@ -61,6 +66,50 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
             ) from None
         what = one_line(" ".join(str(first or error).split()), 300)
         raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {what}") from None
+
+
+def check_hub_variables() -> None:
+    """Raise UserError for an environment variable that huggingface_hub or its HTTP client cannot use.
+
+    Values are not shown: a token, or the URL of a proxy with a password.
+    """
+    from huggingface_hub.utils import get_session
+
+    if not is_web_address(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        fix = "Write https://HOST, or unset it for the Hugging Face Hub."
+        raise UserError("is not the URL of a Hub", where="HF_ENDPOINT", fix=fix)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if not os.environ.get(name, "").isascii():
+            fix = "Copy the token again; in a pod it is in the Secret of the stage."
+            raise UserError("has a character that is in no token", where=name, fix=fix)
+    for name in proxy_variables():
+        value = os.environ[name]
+        if not is_web_address(value if "://" in value else f"http://{value}", ("socks5", "socks5h")):
+            raise UserError("is not the URL of a proxy", where=name, fix="Write http://HOST:PORT, or unset it.")
+    try:
+        get_session()
+    except OSError as error:
+        name = next((each for each in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(each)), "")
+        if not name:
+            raise
+        what = f"{one_line(os.environ[name], 255)} has no certificates: {error.strerror}"
+        fix = "Name a file with the certificates of authorities, in PEM, or unset it."
+        raise UserError(what, where=name, fix=fix) from None
+    except (ImportError, ValueError) as error:  # socksio is missing, which SOCKS needs
+        names = " and ".join(proxy_variables())
+        if not names:
+            raise
+        raise UserError(one_line(without_passwords(str(error)), 200), where=names, fix="Name another proxy.") from None
+
+
+def is_web_address(text: str, others: Sequence[str] = ()) -> bool:
+    """Whether a text is a URL with a host, of http, https or one of the ``others``."""
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https", *others)
+        return known and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:  # of the port, or of an IPv6 address
+        return False
 
 
 def limit_waits(most_seconds: float | None = None) -> None:

@@ -27,7 +27,8 @@ from genvalues.settings.datasets import FILES, FORMATS, is_prefix, on_s3
 from llama_lora.config import Model, RunConfig
 from llama_lora.data.hub_errors import translate_hub_errors
 from llama_lora.data.parts import Part, held_out_part, training_parts
-from llama_lora.data.s3 import list_keys, s3_client, s3_parts, translate_s3_errors
+from llama_lora.data.s3 import etag_of, list_keys, s3_client, s3_parts
+from llama_lora.data.s3_errors import translate_s3_errors
 from llama_lora.limits import limited
 from llama_lora.model_files import base_files
 from llama_lora.paths import Paths
@@ -274,7 +275,7 @@ def _look_up_s3(uri: str, where: str) -> dict[str, Any]:
     bucket, key = s3_parts(uri, where)
     with translate_s3_errors(uri, where):
         if not is_prefix(key):
-            return {"revision": s3_client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')}
+            return {"revision": etag_of(s3_client().head_object(Bucket=bucket, Key=key))}
         listed = list_keys(bucket, key)
     objects = {name: listed[name] for name in s3_keys(key, listed)}
     if not objects:

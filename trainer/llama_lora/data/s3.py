@@ -1,16 +1,16 @@
-"""Datasets in S3: parse their URIs, list prefixes, and translate S3 errors into errors that say what the user must
-change.
-"""
+"""S3: the client, the URIs of datasets, and the objects under a prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
 from genvalues.common.errors import UserError
 from genvalues.settings.datasets import FILES, before_wildcard, file_format, is_prefix
+from llama_lora.data.s3_errors import ENDPOINT, InvalidSettings
+
+ATTEMPTS = 5  # of a request, with pauses between them
 
 
 def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
@@ -29,43 +29,27 @@ def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
 def list_keys(bucket: str, key: str) -> dict[str, str]:
     """The ETag of each object under a prefix, or under the part of a glob before its first wildcard, by key."""
     pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=before_wildcard(key))
-    return {found["Key"]: found["ETag"].strip('"') for page in pages for found in page.get("Contents", [])}
+    return {found["Key"]: etag_of(found) for page in pages for found in page.get("Contents", [])}
+
+
+def etag_of(found: dict[str, Any]) -> str:
+    """The ETag of an object. Raises InvalidSettings without one: another server answers at the endpoint."""
+    try:
+        return str(found["ETag"]).strip('"')
+    except KeyError:
+        raise InvalidSettings(f"{os.environ.get(ENDPOINT, 'the endpoint')} is not S3: its answer has no ETag") from None
 
 
 def s3_client() -> Any:
-    """An S3 client with the credentials that boto3 finds: in a pod, those of the service account's role."""
+    """An S3 client with the credentials that boto3 finds: in a pod, those of the service account's role.
+
+    It retries throttling and failing connections.
+    """
     import boto3
+    from botocore.config import Config
 
-    return boto3.client("s3")
-
-
-@contextmanager
-def translate_s3_errors(uri: str, where: str = "dataset.source") -> Iterator[None]:
-    """Within the block, S3 errors that the user must fix become UserErrors. Throttling and network errors pass."""
-    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError
-
+    retries = {"mode": "standard", "max_attempts": ATTEMPTS}
     try:
-        yield
-    except NoCredentialsError:
-        raise UserError(
-            f"no AWS credentials to read {uri}",
-            where=where,
-            fix="Give tokenize's service account a role with read access to it.",
-        ) from None
-    except ParamValidationError:
-        raise UserError(f"invalid S3 URI {uri}", where=where, fix="Write s3://BUCKET/KEY.") from None
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in ("412", "PreconditionFailed"):
-            raise UserError(
-                f"{uri} has been replaced since this run first read it",
-                where=where,
-                fix="Delete the run's resolved.json to use the new object, or restore the old one.",
-            ) from None
-        if code in ("404", "NoSuchKey", "NoSuchBucket", "403", "AccessDenied"):
-            raise UserError(
-                f"S3 returns {code} for {uri}",
-                where=where,
-                fix="Check the bucket, the key and the role's s3:GetObject permission (for a prefix s3:ListBucket).",
-            ) from None
-        raise
+        return boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from None

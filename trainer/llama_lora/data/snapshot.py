@@ -161,6 +161,8 @@ def _alone(file: Path) -> Iterator[Path]:
 @contextmanager
 def _translate_gguf_errors(file: Path) -> Iterator[None]:
     """Turn any exception into a UserError: a damaged file can raise IndexError, KeyError, ..."""
+    library_versions.import_models()
+    library_versions.import_tokenizers()
     try:
         yield
     except Exception as error:
@@ -249,6 +251,7 @@ def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[i
     if isinstance(layers, (int, float)) and layers > most_layers:
         what = f"{CONFIG} of {origin} has num_hidden_layers {layers:g}, but there are only {most_layers} weights"
         raise UserError(what, where="model", fix=COMPLETE)
+    library_versions.import_models()  # an error of the installation or of a variable is not one of the model
     try:
         model = library_versions.empty_model(library_versions.load_config(folder))
     except Exception as error:  # a config can make any line of transformers fail

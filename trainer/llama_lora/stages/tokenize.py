@@ -95,6 +95,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. Raises UserError if transformers cannot."""
     from llama_lora import library_versions
 
+    library_versions.import_tokenizers()  # an error of the installation or of a variable is not one of the tokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = library_versions.load_tokenizer(model)
         return tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import Unavailable, UserError
-from llama_lora.data.hub_errors import FORBIDDEN, UNAUTHORIZED, limit_waits
+from llama_lora.data.hub_errors import FORBIDDEN, UNAUTHORIZED, check_hub_variables, limit_waits
 from llama_lora.uploads import File, check_digest, published_files
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def upload(key: str, repository: str, run: str, files: Sequence[File], manifest:
     ``key`` is the setting that names the repository. Raises UserError for what the user must change, such as a
     repository with content of someone else, and Unavailable for what a retry may resolve.
     """
+    check_hub_variables()
     limit_waits(MOST_SILENCE)
     with translate_errors(key, repository):
         return HubUpload(key, repository, run).put_all(files, manifest, private)

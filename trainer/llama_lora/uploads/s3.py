@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +20,8 @@ from urllib.parse import urlsplit
 from genvalues.common import files as atomic
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.json_files import InvalidJson, read_object
+from llama_lora.data.s3 import s3_client
+from llama_lora.data.s3_errors import Use, translate_s3_errors
 from llama_lora.progress import StageProgress
 from llama_lora.uploads import File, published_files
 
@@ -30,27 +31,17 @@ MANIFEST = "manifest.json"
 KEY = "publish.s3.uri"
 PART_BYTES = 64 << 20  # S3 takes at most 10,000 parts, so files of up to 640 GB
 THREADS = 4  # parts at once: 256 MiB of memory
-ATTEMPTS = 5  # of a request, with pauses between them
-# Codes of S3 and STS that a retry does not change, with what to do.
-FINAL = {
-    "AccessDenied": "Allow {actions} for the role of the publish stage (serviceAccount.publishAnnotations).",
-    "403": "Allow {actions} for the role of the publish stage (serviceAccount.publishAnnotations).",
-    "AllAccessDisabled": "Check the bucket.",
-    "InvalidAccessKeyId": "Check the credentials of the publish stage.",
-    "SignatureDoesNotMatch": "Check the credentials of the publish stage.",
-    "ExpiredToken": "Renew the credentials, then run the stage again: it continues.",
-    "ExpiredTokenException": "Renew the credentials, then run the stage again: it continues.",
-    "InvalidToken": "Renew the credentials, then run the stage again: it continues.",
-    "NoSuchBucket": "Check the bucket's name.",
-    "InvalidBucketName": "Check the bucket's name.",
-    "PermanentRedirect": "Set AWS_REGION to the bucket's region in stages.publish.extraEnv.",
-    "AuthorizationHeaderMalformed": "Set AWS_REGION to the bucket's region in stages.publish.extraEnv.",
-    "EntityTooLarge": "The file is too large for S3.",
-    "KMS.AccessDeniedException": "Allow kms:GenerateDataKey and kms:Decrypt with the bucket's key.",
-}
 ACTIONS = (
     "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload, s3:ListMultipartUploadParts, and "
     "s3:ListBucket on the bucket"
+)
+WRITE = Use(
+    stage="publish",
+    verb="write to",
+    form="s3://BUCKET/PREFIX",
+    role="Give the publish stage's service account a role (serviceAccount.publishAnnotations).",
+    denied=f"Allow {ACTIONS} for the role of the publish stage (serviceAccount.publishAnnotations).",
+    missing="Check the bucket's name.",
 )
 
 
@@ -60,7 +51,7 @@ def upload(uri: str, run: str, files: Sequence[File], manifest: bytes, uploads: 
     ``uploads`` records the uploads in parts that have begun, for a later call to continue. Raises UserError for what
     the user must change, Unavailable for what a retry may resolve.
     """
-    with translate_errors(uri):
+    with translate_s3_errors(uri, KEY, WRITE):
         S3Upload(uri, run, uploads).put_all(files, manifest)
 
 
@@ -256,42 +247,9 @@ class Begun:
             atomic.write_json(self.path, self._content)
 
 
-def s3_client() -> Any:
-    """An S3 client with the credentials that boto3 finds; it retries throttling and failing connections."""
-    import boto3
-    from botocore.config import Config
-
-    retries = {"mode": "standard", "max_attempts": ATTEMPTS}
-    return boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
-
-
 def in_base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
 
 
 def code_of(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
-
-
-@contextmanager
-def translate_errors(uri: str) -> Iterator[None]:
-    """Within the block, errors of S3 that the user must fix become UserErrors; the others become Unavailable."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
-
-    try:
-        yield
-    except NoCredentialsError:
-        fix = "Give the publish stage's service account a role (serviceAccount.publishAnnotations)."
-        raise UserError(f"no AWS credentials to write to {uri}", where=KEY, fix=fix) from None
-    except ParamValidationError as error:
-        raise UserError(
-            f"invalid: {' '.join(str(error).split())}", where=KEY, fix="Write s3://BUCKET/PREFIX."
-        ) from None
-    except ClientError as error:
-        code, action = code_of(error), error.operation_name
-        if code in FINAL:
-            fix = FINAL[code].format(actions=ACTIONS)
-            raise UserError(f"S3 returns {code} for {action} in {uri}", where=KEY, fix=fix) from None
-        raise Unavailable(f"{uri}: S3 returns {code} for {action}, after {ATTEMPTS} attempts.") from None
-    except BotoCoreError as error:
-        raise Unavailable(f"{uri}: {type(error).__name__}: {' '.join(str(error).split())}") from None
