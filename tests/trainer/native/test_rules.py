@@ -77,3 +77,18 @@ def test_the_rules_of_weights_are_those_of_every_model(
 ) -> None:
     for model_type in ("llama", "qwen2"):
         assert words in refusals(model_type, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
+    ],
+)
+def test_a_model_whose_attention_sdpa_cannot_compute_is_refused_by_its_class(
+    refusals: Callable[..., str], model_type: str, settings: dict[str, Any]
+) -> None:
+    """transformers raises a ValueError for it, but only where a later stage loads the model."""
+    told = refusals(model_type, sliding_window=512, **settings)
+    assert told.startswith("model: ") and "SDPA" in told and "ForCausalLM does not support" in told

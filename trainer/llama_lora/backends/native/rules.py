@@ -97,6 +97,8 @@ def misfit_of(model: Any) -> str:
     parts = all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")) and hasattr(model, "lm_head")
     if not parts or any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale")):
         return f"the engine needs a decoder with the parts of a Llama; {config.model_type} has others"
+    if not model._supports_sdpa:  # of the class in transformers: softcapped scores and attention sinks, for example
+        return f"the engine computes attention with PyTorch's SDPA, which {type(model).__name__} does not support"
     return ""
 
 
