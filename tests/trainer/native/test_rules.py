@@ -92,3 +92,9 @@ def test_a_model_whose_attention_sdpa_cannot_compute_is_refused_by_its_class(
     """transformers raises a ValueError for it, but only where a later stage loads the model."""
     told = refusals(model_type, sliding_window=512, **settings)
     assert told.startswith("model: ") and "SDPA" in told and "ForCausalLM does not support" in told
+
+
+def test_a_model_with_weights_outside_a_llamas_parts_is_refused(refusals: Callable[..., str]) -> None:
+    """Gemma 4 embeds a token for each layer: evaluate reads the weights of a Llama's parts only."""
+    told = refusals("gemma4_text", head_dim=8, sliding_window=512)
+    assert told.startswith("model: ") and "the parts of a Llama; gemma4_text has others" in told

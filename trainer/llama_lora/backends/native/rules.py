@@ -19,6 +19,7 @@ from llama_lora import library_versions
 from llama_lora.config import RunConfig
 from llama_lora.model_files import read_model_json
 
+PARTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")  # of a Llama: how its parameters are named
 # The key of config.json that limits what a token attends to in a layer of this type (layer_types).
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
@@ -95,7 +96,8 @@ def misfit_of(model: Any) -> str:
     """See ``Structure``."""
     config, decoder = model.config, getattr(model, "model", None)
     parts = all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")) and hasattr(model, "lm_head")
-    if not parts or any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale")):
+    others = any(not name.startswith(PARTS) for name, _ in model.named_parameters())
+    if not parts or others or any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale")):
         return f"the engine needs a decoder with the parts of a Llama; {config.model_type} has others"
     if not model._supports_sdpa:  # of the class in transformers: softcapped scores and attention sinks, for example
         return f"the engine computes attention with PyTorch's SDPA, which {type(model).__name__} does not support"
