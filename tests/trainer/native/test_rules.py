@@ -98,3 +98,23 @@ def test_a_model_with_weights_outside_a_llamas_parts_is_refused(refusals: Callab
     """Gemma 4 embeds a token for each layer: evaluate reads the weights of a Llama's parts only."""
     told = refusals("gemma4_text", head_dim=8, sliding_window=512)
     assert told.startswith("model: ") and "the parts of a Llama; gemma4_text has others" in told
+
+
+LINEAR_ATTENTION = {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("qwen3_5_text", LINEAR_ATTENTION),
+        ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_heads": 4, "layer_types": ["mamba", "attention"]}),
+    ],
+)
+def test_examples_are_not_packed_for_a_model_whose_layers_carry_one_into_the_next(
+    refusals: Callable[..., str], model_type: str, settings: dict[str, Any]
+) -> None:
+    """A mask isolates examples in attention only."""
+    told = refusals(model_type, **settings)
+    assert told.startswith("training.packing: linear_attention layers") and "Write packing: false" in told
+    assert not refusals(model_type, {"packing": False}, **settings)
+    assert not refusals(model_type, {"attention": "causal"}, **settings)  # which isolates nothing

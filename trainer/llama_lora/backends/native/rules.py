@@ -28,12 +28,14 @@ class Structure(NamedTuple):
     """What the engine must know of a model.
 
     ``linear_layers``: their names. ``misfit``: why the engine cannot compute the model; empty if it can.
-    ``window``: the longest row in which every token attends to all before it; None for any.
+    ``window``: the longest row in which every token attends to all before it; None for any. ``recurrent``: the types of
+    layers that are no attention, which no mask keeps from carrying one packed example into the next.
     """
 
     linear_layers: list[str]
     misfit: str
     window: int | None
+    recurrent: list[str]
 
 
 def check(config: RunConfig, model: Path) -> list[UserError]:
@@ -55,6 +57,10 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
         if structure.misfit:
             yield Problem(native_rules.MODEL, structure.misfit, "Use a Llama, Qwen3 or Granite.")
         yield from native_rules.weight_problems(architecture)
+    training = config.training
+    if structure.recurrent and training.packing and training.attention == "isolated":
+        what = f"{structure.recurrent[0]} layers carry each packed example into the next in its row"
+        yield Problem(key_paths("training.packing"), what, "Write packing: false to keep them apart.")
     targets = config.lora.target_modules
     for name in [] if targets == "all-linear" else targets:
         if name not in structure.linear_layers:
@@ -63,7 +69,6 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
     layout = config.parallelism
     sizes = [size for size in range(1, layout.processes_per_node + 1) if layout.processes_per_node % size == 0]
     yield from native_rules.size_problems(architecture, layout.tensor_parallel_size, sizes)
-    training = config.training
     yield from native_rules.length_problems(
         training.max_sequence_length,
         training.attention,
@@ -89,7 +94,9 @@ def structure_of(path: Path) -> Structure:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not output
     }
-    return Structure(sorted(linear), misfit_of(model), window_of(model.config))
+    types = getattr(model.config, "layer_types", None) or []
+    recurrent = {each for each in types if each != "full_attention" and each not in WINDOWS}
+    return Structure(sorted(linear), misfit_of(model), window_of(model.config), sorted(recurrent))
 
 
 def misfit_of(model: Any) -> str:
