@@ -217,6 +217,26 @@ def test_an_adapter_that_cannot_be_merged_is_an_error_and_nothing_is_written(tmp
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_factors_of_an_output_layer_are_merged_only_if_it_is_not_tied(tmp_path: Path, tied: bool) -> None:
+    """PEFT changes the weight that tied embeddings share, also where the base model stores it twice."""
+    base = make_model(tmp_path / "base", tie_word_embeddings=tied)
+    if tied:
+        weights = weights_of(base)
+        head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        save_file(weights | head, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    file = adapter / "adapter_model.safetensors"  # without the embeddings, which PEFT saves besides
+    save_file({name: tensor for name, tensor in load_file(file).items() if ".lora_" in name}, file)
+    arguments = ["--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    said = llama_lora_here("merge", *arguments, status=2 if tied else 0)
+    if tied:
+        assert f"{adapter}: lm_head.weight shares its weights with model.embed_tokens.weight" in said
+    else:
+        before, merged = weights_of(base)["lm_head.weight"], weights_of(tmp_path / "merged")["lm_head.weight"]
+        assert not torch.equal(before, merged)
+
+
 def test_a_run_whose_adapter_changes_nothing_fails_before_it_writes(finished_run: Run) -> None:
     weights = finished_run.paths.adapter / "adapter_model.safetensors"
     before = files.sha256(finished_run.paths.merged / "model.safetensors")

@@ -144,7 +144,7 @@ def quantized(run: Run, patch: pytest.MonkeyPatch) -> None:
 
 
 def sliding_window(run: Run, patch: pytest.MonkeyPatch) -> None:
-    change_config(own_model(run), use_sliding_window=True, sliding_window=64)
+    change_config(own_model(run), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
 
 
 def out_of_memory(run: Run, patch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Run, pytest.MonkeyPatch], None], str, l
     "learning rate": ("rehearse", overflow, "training.learningRate", ["nan", "Lower it"]),
     "row length on Trainium": ("tokenize", odd_length_on_trainium, "training.maxSequenceLength", ["512", "128"]),
     "quantized base": ("tokenize", quantized, "model", ["quantized", "bf16"]),
-    "sliding window": ("tokenize", sliding_window, "model", ["sliding_window is 64", "use_sliding_window"]),
+    "sliding window": (
+        "tokenize",
+        sliding_window,
+        "training.maxSequenceLength",
+        ["window of 64", "64 or less"],
+    ),
     "memory": ("rehearse", out_of_memory, "parallelism.shardSize", ["30.0 GiB", "24 GiB", "Raise"]),
     "traced problem": ("rehearse", data_dependent_shape, "rehearse: trace", ["aten.nonzero", "rehearse.enabled"]),
     "unwritable volume": (

@@ -315,6 +315,23 @@ def test_unused_tensors_that_are_of_no_further_layer_are_allowed(tmp_path: Path)
     snapshot(base, tmp_path / "models")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_layer_that_differs_from_the_embeddings_that_it_is_tied_to_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """transformers 5 loads both. Here it would be trained and scored as tied."""
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].to(dtype, copy=True)
+    head[-1, -1] += 1
+    save_file(weights | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+    said = refusal(base, tmp_path / "models")
+    assert "lm_head.weight of" in said and "model.embed_tokens.weight" in said
+    assert "Set tie_word_embeddings to false" in said
+    change_json(base / "config.json", tie_word_embeddings=False)
+    assert weights_of(snapshot(base, tmp_path / "models")).keys() == {*weights, "lm_head.weight"}
+
+
 def test_a_file_that_was_put_into_a_snapshot_later_does_not_get_into_the_merged_model(finished_run: Run) -> None:
     model = finished_run.workspace / finished_run.manifest("tokenize")["facts"]["model"]
     (model / "chat_template.json").write_text('{"chat_template": "planted"}')

@@ -180,6 +180,20 @@ def read_into(target: torch.Tensor, shard: Path, tensor: StoredTensor) -> None:
         target.copy_(values)
 
 
+def is_same(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of a model folder have the same dtype, shape and bytes. Memory: SPAN, twice."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with (
+        files.open_regular(regular_file(folder, one.shard)) as first,
+        files.open_regular(regular_file(folder, other.shard)) as second,
+    ):
+        first.seek(one.begin)
+        second.seek(other.begin)
+        sizes = (min(SPAN, one.end - at) for at in range(one.begin, one.end, SPAN))
+        return all(first.read(size) == second.read(size) for size in sizes)
+
+
 class Span(NamedTuple):
     """Bytes [begin, end) of a shard: rows from ``row`` on of the tensor ``name``, which changes; no name: they stay."""
 

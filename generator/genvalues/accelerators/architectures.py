@@ -179,6 +179,8 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     classes = config.get("architectures") or [""]
+    # Qwen3Config ignores a sliding_window unless use_sliding_window is set.
+    has_window = config.get("use_sliding_window") and config.get("sliding_window")
     return Architecture(
         model_type=model_type,
         hidden=hidden,
@@ -193,8 +195,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         attention_bias=bool(config.get("attention_bias")),
         mlp_bias=bool(config.get("mlp_bias")),
         quantized=bool(config.get("quantization_config")),
-        # Qwen3Config ignores a sliding_window unless use_sliding_window is set.
-        sliding_window=(config.get("sliding_window") or None) if config.get("use_sliding_window") else None,
+        sliding_window=size("sliding_window") if has_window else None,
         model_class=str(classes[0]) if isinstance(classes, list) else str(classes),
     )
 

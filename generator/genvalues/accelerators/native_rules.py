@@ -27,24 +27,24 @@ ROWS = 512
 HEAD = 128
 
 
-def model_problems(architecture: Architecture, attention: str = "causal") -> Iterator[Problem]:
+def model_problems(architecture: Architecture) -> Iterator[Problem]:
     """What the engine cannot train whatever the layout. The other rules apply to the remaining models."""
     a = architecture
     if not a.supported:
         named = a.model_class or f"model type {a.model_type}"
         yield Problem(MODEL, f"{named} is not supported by backend native", f"Use one of {supported_models()}.")
         return
+    yield from weight_problems(a)
+
+
+def weight_problems(architecture: Architecture) -> Iterator[Problem]:
+    """What the engine cannot train of any model type: on the CPU it trains others than the supported ones."""
+    a = architecture
     if a.heads % a.kv_heads:  # transformers: LlamaAttention, num_key_value_groups
         what = f"num_attention_heads {a.heads} is not divisible by num_key_value_heads {a.kv_heads}"
         yield Problem(MODEL, what, "Use another model.")
     if a.quantized:
         yield Problem(MODEL, "backend native cannot train quantized weights", "Use the model's bf16 weights.")
-    if a.sliding_window and attention == "isolated":
-        yield Problem(
-            (*MODEL, *key_paths(ATTENTION)),
-            f"sliding_window is {a.sliding_window}; the mask of attention isolated has no sliding window",
-            "Set use_sliding_window to false in config.json if the model was trained without one.",
-        )
 
 
 def size_problems(architecture: Architecture, size: int, sizes: Iterable[int] = ()) -> Iterator[Problem]:
@@ -77,6 +77,12 @@ def length_problems(
     if a and device == "neuron" and attention == "causal" and a.head > HEAD:
         what = f"causal attention supports heads of up to {HEAD} features on Trainium, the model's have {a.head}"
         yield Problem(key_paths(ATTENTION), what, "Use isolated.")
+    if a and a.sliding_window is not None and length > a.sliding_window:
+        # No attention of the engine has a window. In rows that are not longer than it, there is no difference.
+        most = a.sliding_window // unit * unit
+        what = f"{length} is more than the model's sliding window of {a.sliding_window}, which backend native ignores"
+        fix = f"Use {most} or less." if most > 0 else "Use a model without a sliding window."
+        yield Problem(key_paths(LENGTH), what, fix)
     if a and length > a.positions:
         yield from position_problems(length, a.positions, unit)
     elif length % unit:

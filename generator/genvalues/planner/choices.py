@@ -29,7 +29,7 @@ def choose(run: Run, wishes: Wishes, model: ModelFacts) -> Chosen:
         return on_cpu(run, wishes)
     if architecture := model.architecture:
         unsupported = (
-            native_rules.model_problems(architecture, run.attention)
+            native_rules.model_problems(architecture)
             if run.backend == "native"
             else neuron_rules.model_problems(architecture)
         )

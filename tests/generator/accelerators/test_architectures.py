@@ -153,6 +153,8 @@ def test_a_sliding_window_counts_only_if_it_is_used() -> None:
     with_window = CONFIGS["qwen3-0.6b"] | {"sliding_window": 4096}
     assert list(model_problems(from_config(with_window))) == []
     assert list(model_problems(from_config(with_window | {"use_sliding_window": True})))
+    with pytest.raises(UnknownArchitecture, match="has no valid sliding_window"):
+        from_config(with_window | {"use_sliding_window": True, "sliding_window": "wide"})
 
 
 LLAMA = CONFIGS["llama-3.2-1b"]

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from genvalues.common.errors import UserError
 from llama_lora.backends.lora import initialize_lora, lora_config
 from llama_lora.backends.native import engine as engines
 from llama_lora.backends.native import model as native_model
 from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
-from llama_lora.backends.native.host import example_lengths
+from llama_lora.backends.native.host import attention, example_lengths
 from llama_lora.backends.native.model import make_batch
 from llama_lora.data.tokens import IGNORED
 from trainer.conftest import make_model
@@ -120,6 +121,14 @@ def test_rows_of_a_batch_are_cut_where_their_examples_begin() -> None:
 def losses_of(given: Any, rows: list[dict[str, Any]]) -> list[float]:
     engine = NativeEngine(given, *open_device("cpu"))
     return [engine.row_loss(row) for row in rows]
+
+
+def test_a_model_that_computes_masks_of_its_own_is_refused() -> None:
+    """As a Doge does, from its values; no class of transformers says so before."""
+    tokens, scores = torch.rand(1, 2, 4, 8), torch.zeros(1, 2, 4, 4)
+    with pytest.raises(UserError, match="model: Identity computes an attention mask of its own") as error:
+        attention(torch.nn.Identity(), tokens, tokens, tokens, scores)
+    assert error.value.fix
 
 
 def test_a_packed_row_has_the_loss_of_its_examples(model: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from llama_lora.model_files import (
     shards_in,
     weight_index,
 )
-from llama_lora.safetensors_files import DTYPES, stored_tensors
+from llama_lora.safetensors_files import DTYPES, is_same, stored_tensors
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def _check(folder: Path, origin: str) -> None:
     if not has_tokenizer(folder):
         raise UserError(f"{origin} has no tokenizer", where="model", fix="Add the tokenizer's files to the folder.")
     stored = stored_tensors(folder)
-    needed = _parameters(folder, origin, len(stored))
+    needed, shared = _parameters(folder, origin, len(stored))
     if missing := sorted(needed.keys() - stored.keys()):  # transformers would initialize them at random
         raise UserError(f"{origin} lacks weights: {', '.join(missing[:3])}", where="model", fix=COMPLETE)
     if unused := of_other_layers(stored.keys() - needed.keys(), needed):
@@ -228,6 +228,11 @@ def _check(folder: Path, origin: str) -> None:
         if stored[name].dtype not in DTYPES:
             what = f"{name} of {origin} has dtype {stored[name].dtype}"
             raise UserError(what, where="model", fix=f"Use a model in {', '.join(DTYPES)}.")
+    for name, first in shared.items():  # transformers 5 unties them if both are stored and differ
+        if name in stored and not is_same(folder, stored[name], stored[first]):
+            what = f"{name} of {origin} differs from {first}, but its {CONFIG} has tie_word_embeddings true"
+            fix = f"Set tie_word_embeddings to false in the {CONFIG} of a copy, and use its path."
+            raise UserError(what, where="model", fix=fix)
 
 
 def of_other_layers(unused: Iterable[str], needed: Iterable[str]) -> list[str]:
@@ -241,8 +246,10 @@ def of_other_layers(unused: Iterable[str], needed: Iterable[str]) -> list[str]:
     return sorted(name for name, layer in found if layer not in layers and layer[0] in lists)
 
 
-def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[int]]:
-    """The shapes of the parameters of the model's architecture. A shared one (tied embeddings) has one name.
+def _parameters(folder: Path, origin: str, most_layers: int) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes of the parameters of the model's architecture, and the first name of each that has another one.
+
+    A parameter has several names if it is shared (tied embeddings).
 
     ``most_layers``: how many tensors there are. Each layer has some; a config of more layers could take hours to build.
     """
@@ -262,4 +269,7 @@ def _parameters(folder: Path, origin: str, most_layers: int) -> dict[str, list[i
             where="model",
             fix="Use a Llama, or another causal language model.",
         ) from None
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    shared = {name: names[parameter] for name, parameter in every if name != names[parameter]}
+    return {name: list(parameter.shape) for parameter, name in names.items()}, shared

@@ -24,10 +24,10 @@ from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
 from llama_lora.model_files import CONFIG as MODEL_CONFIG
-from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer
+from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer, read_model_json
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress
-from llama_lora.safetensors_files import DTYPES, StoredTensor, copy_changed, stored_tensors
+from llama_lora.safetensors_files import DTYPES, StoredTensor, copy_changed, is_same, stored_tensors
 from llama_lora.stage import Declaration, Stage, refuse_damaged, rerun
 from llama_lora.stages.consolidate import locked_output, verify_probed, verify_weights
 
@@ -119,6 +119,7 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             raise UserError(
                 f"{name} has dtype {tensor.dtype}", where=str(base), fix=f"Use a base model in {', '.join(DTYPES)}."
             )
+    check_shared(deltas, tensors, adapter, base)
     config, kinds = read_adapter_config(adapter), {without_numbers(name) for name in deltas}
     others = [name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds]
     with limited_patterns(adapter / CONFIG):
@@ -130,6 +131,21 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
             where=str(adapter),
             fix=f"Was it trained on {base}?",
         )
+
+
+def check_shared(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], adapter: Path, base: Path) -> None:
+    """Raise UserError if the adapter changes one of the tensors as which the base model stores tied embeddings.
+
+    PEFT changes the weight that both share. transformers 5 loads tensors that differ as two weights.
+    """
+    if read_model_json(base / MODEL_CONFIG).get("tie_word_embeddings") is False:
+        return
+    for name in sorted(name for name in deltas if without_numbers(name) == name):  # of no layer
+        for other, tensor in tensors.items():
+            if other != name and is_same(base, tensors[name], tensor):
+                what = f"{name} shares its weights with {other} (tied embeddings)"
+                fix = "Merge it with PEFT, or train only layers of the decoder."
+                raise UserError(what, where=str(adapter), fix=fix)
 
 
 def without_numbers(name: str) -> str:

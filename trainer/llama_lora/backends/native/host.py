@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from genvalues.common.errors import UserError
 from llama_lora.bf16 import is_fast, product
 
 
@@ -112,6 +113,9 @@ def attention(
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output
+    if attention_mask is not None and attention_mask.dtype != torch.bool:  # scores of a Doge, for example
+        what = f"{type(module).__name__} computes an attention mask of its own, which backend native does not support"
+        raise UserError(what, where="model", fix="Use a Llama, Qwen3 or Granite.")
     dtype = query.dtype
     tensors = [tensor if is_fast(dtype) else tensor.float() for tensor in (query, key, value)]
     if attention_mask is None:
