@@ -456,19 +456,29 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- end }}
 {{- end }}
 
-{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. Checked before all else, because
-       other messages show values. */}}
-{{- define "llama-lora.validations.tokens" -}}
+{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key, or a character that Helm cannot
+       render. Checked before all else, because other messages show values. */}}
+{{- define "llama-lora.validations.texts" -}}
 {{- if kindIs "map" .value }}
+{{- include "llama-lora.validations.characters" (dict "key" .key "text" (keys .value | sortAlpha | join " ")) }}
 {{- range $name, $value := .value }}
-{{- include "llama-lora.validations.tokens" (dict "key" (printf "%s.%s" $.key $name) "value" $value) }}
+{{- include "llama-lora.validations.texts" (dict "key" (printf "%s.%s" $.key $name) "value" $value) }}
 {{- end }}
 {{- else if kindIs "slice" .value }}
 {{- range $value := .value }}
-{{- include "llama-lora.validations.tokens" (dict "key" $.key "value" $value) }}
+{{- include "llama-lora.validations.texts" (dict "key" $.key "value" $value) }}
 {{- end }}
 {{- else if regexMatch "\\bhf_[A-Za-z0-9]{20,}|\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|-----BEGIN " (toString .value) }}
 {{ trimPrefix "." .key }} contains a token or a key. Values can be read by anyone who can read the release. Remove it. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret.
+{{- else }}
+{{- include "llama-lora.validations.characters" (dict "key" .key "text" (toString .value)) }}
+{{- end }}
+{{- end }}
+
+{{- /* YAML does not allow these characters, toYaml does not escape them, and it returns "" for a value with one of them. */}}
+{{- define "llama-lora.validations.characters" -}}
+{{- with regexFind "[\\x{7f}-\\x{84}\\x{86}-\\x{9f}\\x{fffe}\\x{ffff}]" .text }}
+{{ trimPrefix "." $.key }} contains the character {{ printf "%+q" . | trimAll "\"" | replace "\\x" "\\u00" | upper | replace "\\U" "U+" }}, with which Helm cannot render YAML. Remove it.
 {{- end }}
 {{- end }}
 

@@ -295,6 +295,38 @@ def test_both_refuse_the_same_parts_without_rows() -> None:
     assert len(found) > 5
 
 
+# Helm's toYaml returns "" for a value with one of these, which emptied the run config.
+WITH_CHARACTERS: Values = {
+    "dataset": {"columns": {"text": "a\x7f"}},
+    "serviceAccount": {"annotations": {"a": "\x80b"}},
+    "stageDefaults": {"podAnnotations": {"a": "\ufffe"}, "extraEnv": {"A": "\x85\xa0\ufeff\ufffd"}},
+    "stages": {"train": {"extraVolumes": {"v": {"csi": {"a\x9f": "b"}}}}},
+    "extraObjects": {"o": {"apiVersion": "v1", "kind": "Pod", "spec": {"args": ["a\uffff"]}}},
+}
+CHARACTERS = {
+    "dataset.columns.text": "U+007F",
+    "serviceAccount.annotations.a": "U+0080",
+    "stageDefaults.podAnnotations.a": "U+FFFE",
+    "stages.train.extraVolumes.v.csi": "U+009F",
+    "extraObjects.o.spec.args": "U+FFFF",
+}
+
+
+def test_both_refuse_characters_that_helm_cannot_render(helm: int) -> None:
+    wrong = merged(MINIMAL, WITH_CHARACTERS)
+    problems = list(contradictions(on_top_of_defaults(CHART, wrong)))
+    found = {
+        ".".join(part for part in each.keys[0] if part != 0): each.what.split()[3].rstrip(",") for each in problems
+    }
+    assert found == CHARACTERS
+    with pytest.raises(Refused) as refused:
+        render(wrong, helm=helm)
+    told = re.findall(
+        r"(\S+) contains the character (U\S+), with which Helm cannot render YAML. Remove", str(refused.value)
+    )
+    assert dict(told) == CHARACTERS
+
+
 def test_neither_refuses_values_that_are_right() -> None:
     assert list(contradictions(on_top_of_defaults(CHART, MINIMAL))) == []
     assert render(MINIMAL)

@@ -87,6 +87,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         secrets,
         kueue,
         extra_objects,
+        characters,
     )
     for rule in rules:
         yield from rule(values)
@@ -802,3 +803,21 @@ def extra_objects(values: Values) -> Iterator[Problem]:
             what = f"is {one_line(kind)} {one_line(same[-1])}, as is extraObjects.{one_line(taken[same])}"
             yield Problem(key, what, "Remove one of them, or write another metadata.name.")
         taken[same] = name
+
+
+# YAML does not allow them, and Helm's toYaml does not escape them: it returns "" for a value that contains one.
+NOT_IN_YAML = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff]")
+
+
+def characters(value: Any, key: KeyPath = ()) -> Iterator[Problem]:
+    """Characters that Helm cannot render, in any name or text."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from characters(name, key)
+            yield from characters(inner, (*key, name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from characters(inner, (*key, index))
+    elif isinstance(value, str) and (found := NOT_IN_YAML.search(value)):
+        what = f"contains the character U+{ord(found[0]):04X}, with which Helm cannot render YAML"
+        yield Problem((key,), what, "Remove it.")
