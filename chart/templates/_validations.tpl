@@ -475,9 +475,10 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- end }}
 {{- end }}
 
-{{- /* YAML does not allow these characters, toYaml does not escape them, and it returns "" for a value with one of them. */}}
+{{- /* YAML does not allow these characters, and toYaml does not escape them: it returns "" for a value with one of them, and
+       makes U+0085, a line break, a space. */}}
 {{- define "llama-lora.validations.characters" -}}
-{{- with regexFind "[\\x{7f}-\\x{84}\\x{86}-\\x{9f}\\x{fffe}\\x{ffff}]" .text }}
+{{- with regexFind "[\\x{7f}-\\x{9f}\\x{fffe}\\x{ffff}]" .text }}
 {{ trimPrefix "." $.key }} contains the character {{ printf "%+q" . | trimAll "\"" | replace "\\x" "\\u00" | upper | replace "\\U" "U+" }}, with which Helm cannot render YAML. Remove it.
 {{- end }}
 {{- end }}

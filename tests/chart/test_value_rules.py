@@ -295,11 +295,11 @@ def test_both_refuse_the_same_parts_without_rows() -> None:
     assert len(found) > 5
 
 
-# Helm's toYaml returns "" for a value with one of these, which emptied the run config.
+# Helm's toYaml returns "" for a value with one of these, which emptied the run config, or (U+0085) makes it a space.
 WITH_CHARACTERS: Values = {
     "dataset": {"columns": {"text": "a\x7f"}},
     "serviceAccount": {"annotations": {"a": "\x80b"}},
-    "stageDefaults": {"podAnnotations": {"a": "\ufffe"}, "extraEnv": {"A": "\x85\xa0\ufeff\ufffd"}},
+    "stageDefaults": {"podAnnotations": {"a": "\ufffe"}, "extraEnv": {"A": "\x85"}},
     "stages": {"train": {"extraVolumes": {"v": {"csi": {"a\x9f": "b"}}}}},
     "extraObjects": {"o": {"apiVersion": "v1", "kind": "Pod", "spec": {"args": ["a\uffff"]}}},
 }
@@ -307,6 +307,7 @@ CHARACTERS = {
     "dataset.columns.text": "U+007F",
     "serviceAccount.annotations.a": "U+0080",
     "stageDefaults.podAnnotations.a": "U+FFFE",
+    "stageDefaults.extraEnv.A": "U+0085",
     "stages.train.extraVolumes.v.csi": "U+009F",
     "extraObjects.o.spec.args": "U+FFFF",
 }
@@ -325,6 +326,13 @@ def test_both_refuse_characters_that_helm_cannot_render(helm: int) -> None:
         r"(\S+) contains the character (U\S+), with which Helm cannot render YAML. Remove", str(refused.value)
     )
     assert dict(told) == CHARACTERS
+
+
+def test_every_other_character_reaches_the_run_config_as_it_was_written(helm: int) -> None:
+    text = " \t\n\r\x01~\xa0\u2028a\u2029\ufeff\ufffd"
+    values = merged(MINIMAL, {"dataset": {"columns": {"text": text}}})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    assert config(render(values, helm=helm), "run.yaml")["dataset"]["columns"]["text"] == text
 
 
 def test_neither_refuses_values_that_are_right() -> None:

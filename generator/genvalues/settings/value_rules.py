@@ -805,8 +805,9 @@ def extra_objects(values: Values) -> Iterator[Problem]:
         taken[same] = name
 
 
-# YAML does not allow them, and Helm's toYaml does not escape them: it returns "" for a value that contains one.
-NOT_IN_YAML = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff]")
+# YAML does not allow them, and Helm's toYaml does not escape them: it returns "" for a value that contains one, and
+# makes U+0085, a line break, a space.
+NOT_IN_YAML = re.compile("[\x7f-\x9f\ufffe\uffff]")
 
 
 def characters(value: Any, key: KeyPath = ()) -> Iterator[Problem]:
