@@ -608,12 +608,13 @@ OF_THE_GRAPHS = ("NEURON_", "XLA_", "TORCH_NEURONX_", "NKI_")  # prefixes
 
 def environment(values: Values) -> Iterator[Problem]:
     """Variables that extraEnv must not set, or must set alike in compile and train."""
-    common = get(values, "stageDefaults.extraEnv", dict) or {}
+    common = get(values, "stageDefaults", dict) or {}
     stages = get(values, "stages", dict) or {}
     on_neuron = on_trainium(values)
     own_on_neuron = CHARTS_OWN_ON_NEURON | CHARTS_OWN_OF.get(get(values, "backend", str), {})
     compiling = {"compile", "neff", "train"} if on_neuron else set()
-    extra = {stage: {**common, **(get(stages, f"{stage}.extraEnv", dict) or {})} for stage in compiling | set(stages)}
+    settings = {stage: merge(common, get(stages, stage, dict) or {}) for stage in compiling | set(stages)}
+    extra = {stage: get(own, "extraEnv", dict) or {} for stage, own in settings.items()}  # of a stage, null is none
     for stage in sorted(extra):
         taken = CHARTS_OWN | (own_on_neuron if stage in compiling else {})
         for name in sorted(taken.keys() & extra[stage].keys()):
