@@ -508,7 +508,7 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's
 {{- $limits := $settings.resources.limits | default dict }}
 {{- range $resource, $request := $requests }}
 {{- $limit := get $limits $resource }}
-{{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
+{{- if and (hasKey $limits $resource) (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}

@@ -178,6 +178,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"stages": {"gate": {"resources": {"requests": {"memory": "2Gi"}}}}},
         "stages.gate.resources.requests.memory",
     ),
+    "more than a limit of 0": (
+        {"stages": {"publish": {"resources": {"limits": {"cpu": 0}}}}},
+        "stages.publish.resources.requests.cpu",
+    ),
     "huge pages without a limit": (
         {"stages": {"merge": {"resources": {"requests": {"hugepages-1Gi": "1Gi"}}}}},
         "stages.merge.resources.requests.hugepages-1Gi",

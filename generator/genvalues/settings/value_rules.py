@@ -696,7 +696,7 @@ def resources(values: Values) -> Iterator[Problem]:
             elif page and (request or limit) % page:
                 what = f"is not a multiple of {name.removeprefix('hugepages-')}, the size of a page"
                 yield Problem(keys, what, "Write a number of whole pages.")
-            elif limit and request > limit:
+            elif limits.get(name) is not None and request > limit:
                 yield Problem(keys, "the request is more than the limit", "Raise the limit or lower the request.")
 
 
