@@ -527,6 +527,11 @@ stages.{{ $stage }}: resources.limits.{{ $resource }} {{ $limit }} is not a mult
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
 {{- end }}
+{{- range $name, $value := $settings.extraEnv }}
+{{- if and (kindIs "float64" $value) (or (ge $value 9007199254740992.0) (le $value -9007199254740992.0)) }}      {{- /* 2^53 */}}
+stages.{{ $stage }}: extraEnv.{{ $name }} is a number of which Helm does not keep every digit. Put it in quotes (with --set: use --set-string).
+{{- end }}
+{{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_IMAGE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_IMAGE is set by the chart. Use image.
 {{- end }}

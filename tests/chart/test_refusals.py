@@ -65,8 +65,14 @@ MISFITS: dict[str, tuple[Values, str]] = {
     "a mount with a colon": ({"stages": {"merge": {"extraVolumeMounts": {"a": {"mountPath": "/a:b"}}}}}, "mountPath"),
     "a workspace over everything": ({"workspace": {"mountPath": "/"}}, "mountPath"),
     "misspelled toleration": ({"stageDefaults": {"tolerations": [{"key": "a", "effekt": "NoSchedule"}]}}, "effekt"),
-    "unknown effect": ({"stageDefaults": {"tolerations": [{"key": "a", "effect": "NoScheduled"}]}}, "tolerations.0.effect"),
-    "unknown operator": ({"stageDefaults": {"tolerations": [{"key": "a", "operator": "In"}]}}, "tolerations.0.operator"),
+    "unknown effect": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "effect": "NoScheduled"}]}},
+        "tolerations.0.effect",
+    ),
+    "unknown operator": (
+        {"stageDefaults": {"tolerations": [{"key": "a", "operator": "In"}]}},
+        "tolerations.0.operator",
+    ),
     "misspelled affinity": ({"stageDefaults": {"affinity": {"nodeAffinitty": {}}}}, "nodeAffinitty"),
     "misspelled part of an affinity": (
         {"stages": {"merge": {"affinity": {"podAntiAffinity": {"requiredDuringScheduling": []}}}}},
@@ -190,6 +196,14 @@ TRN2: Values = {
 }
 CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
+    "a number that changes": (
+        {"stages": {"merge": {"extraEnv": {"A": 9007199254740993}}}},
+        "stages.merge: extraEnv.A is a number of which Helm does not keep every digit. Put it in quotes",
+    ),
+    "a large number": (
+        {"stages": {"train": {"extraEnv": {"A": -12345678901234567890}}}},
+        "stages.train: extraEnv.A is a number of which Helm does not keep every digit. Put it in quotes",
+    ),
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
     "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
     "revision of a path": (

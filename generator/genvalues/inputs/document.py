@@ -177,7 +177,9 @@ class Document:
             what = f"a number of {len(text)} digits is too large"
         else:
             value = typed(text, kinds(key))
-            if isinstance(value, float) and not math.isfinite(value):
+            if type(value) in (int, float) and is_variable(key):
+                value = text
+            elif isinstance(value, float) and not math.isfinite(value):
                 what = f"{one_line(text)} is not a finite number"
         if what:
             self.mistakes.append(Mistake(key, what, NUMBER_FIX, position))
@@ -304,6 +306,8 @@ class Reader:
             return None
         if kind == "bool":
             return text.lower() == "true"
+        if is_variable(key):
+            return text
         if len(text) > DIGITS:
             return self.mistake(key, f"a number of {len(text)} digits is too large", NUMBER_FIX, node)
         if kind == "int":
@@ -353,6 +357,11 @@ def shown(path: Path) -> str:
 def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:
     """Whether ``key``, or a block around it, is one of ``keys``."""
     return any(key[:length] in keys for length in range(1, len(key) + 1))
+
+
+def is_variable(key: KeyPath) -> bool:
+    """Whether the value is an environment variable's: its text, because a number would lose digits (1.10, 1e3)."""
+    return key[:1] == ("chartValues",) and key[1:2] in (("stageDefaults",), ("stages",)) and key[-2:-1] == ("extraEnv",)
 
 
 def has_surrogate(text: str) -> bool:

@@ -303,6 +303,18 @@ def test_set_changes_keys_and_chart_values_come_last(tmp_path: Path) -> None:
     assert values["kueue"] == {"queueName": "five"}
 
 
+def test_a_number_of_an_environment_variable_keeps_every_digit(tmp_path: Path) -> None:
+    env = "{A: 9007199254740993, B: 1.10, C: 1e3, D: 0x10, E: true, F: 010}"
+    text = (
+        f"model: gpt2\ndataset: {{source: a/b}}\ninstance: cpu\nchartValues: {{stageDefaults: {{extraEnv: {env}}}}}\n"
+    )
+    variable = "chartValues.stages.train.extraEnv.G=12345678901234567890"
+    values = values_of(tmp_path, text, variable)
+    expected = {"A": "9007199254740993", "B": "1.10", "C": "1e3", "D": "0x10", "E": True, "F": "010"}
+    assert values["stageDefaults"]["extraEnv"] == expected
+    assert values["stages"]["train"]["extraEnv"] == {"G": "12345678901234567890"}
+
+
 def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"
     file.write_text(ISSUE)
