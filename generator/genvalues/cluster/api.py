@@ -23,7 +23,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 from genvalues.cluster.kinds import CHECK_ADDRESS, PODS, ApiError, Kind, NotAllowed, Object, ServerAway
 from genvalues.common.errors import MOST_CHARACTERS, UserError
-from genvalues.common.text import one_line
+from genvalues.common.text import one_line, redacted
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Api:
                     raise
                 problem = error
             except TRANSPORT_ERRORS as error:
-                problem = ApiError(0, one_line(f"{type(error).__name__}: {error}", MOST_CHARACTERS))
+                problem = ApiError(0, one_line(redacted(f"{type(error).__name__}: {error}"), MOST_CHARACTERS))
             if time.monotonic() + self._interval >= until:
                 if isinstance(problem, NotAllowed):
                     raise problem
@@ -266,7 +266,7 @@ def body_of(response: Any) -> bytes:
 def parsed(text: str | bytes, expect: Callable[[Any], bool]) -> Object:
     """The JSON in a response. Raises ValueError, with a fix, if it is not what is expected."""
     try:
-        answer: Object = json.loads(text)
+        answer: Object = json.loads(text, object_pairs_hook=without_nulls)
         if expect(answer):
             return answer
         problem = f"not {expect.__doc__}"
@@ -275,6 +275,11 @@ def parsed(text: str | bytes, expect: Callable[[Any], bool]) -> Object:
     except RecursionError:
         problem = "JSON that is nested too deeply"
     raise ValueError(f"the response is {problem}. {CHECK_ADDRESS}")
+
+
+def without_nulls(pairs: list[tuple[str, Any]]) -> Object:
+    """An object of JSON. A null means the same as no key, and a reader need not know both; a list's ``items`` stay."""
+    return {key: value for key, value in pairs if value is not None or key == "items"}
 
 
 def is_document(answer: Any) -> bool:
@@ -308,7 +313,7 @@ def server_message(error: Any) -> str:
         message = str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError, RecursionError):
         message = f"{error.status} {error.reason}"
-    return one_line(" ".join(message.split()), MOST_CHARACTERS)
+    return one_line(redacted(" ".join(message.split())), MOST_CHARACTERS)
 
 
 def connect(namespace: str | None, *, context: str | None = None, **options: Any) -> Api:
