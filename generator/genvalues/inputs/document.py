@@ -34,6 +34,7 @@ from genvalues.inputs.yaml_text import (
 DIGITS = 300  # of a number; longer ones are mistakes
 LONGEST_PATH = 4096  # characters, the limit of Linux
 MOST_MISTAKES = 200  # reported; a file with more is probably the wrong file
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # of surrogates
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
 KEY_FIX = "Write key: value, the key a name."
 
@@ -294,6 +295,8 @@ class Reader:
             return self.mistake(key, f"the alias *{one_line(text)} is not supported", "Write the value instead.", node)
         kind = node.tag.removeprefix(PREFIX)
         if kind == "str":
+            # JSON escapes a character beyond U+FFFF as two.
+            text = PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
             if has_surrogate(text):
                 return self.mistake(key, "contains a lone surrogate", "Remove the escape.", node)
             return text

@@ -315,6 +315,11 @@ def test_a_number_of_an_environment_variable_keeps_every_digit(tmp_path: Path) -
     assert values["stages"]["train"]["extraEnv"] == {"G": "12345678901234567890"}
 
 
+def test_a_character_that_json_escapes_as_two_is_one(tmp_path: Path) -> None:
+    text = 'model: gpt2\ndataset: {source: a/b, columns: {output: "\\ud83d\\ude00"}}\ninstance: cpu\n'
+    assert values_of(tmp_path, text)["dataset"]["columns"] == {"output": "\U0001f600"}
+
+
 def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"
     file.write_text(ISSUE)
