@@ -456,19 +456,30 @@ monitoring.secretName has no effect: nothing is monitored. Set monitoring.wandb,
 {{- end }}
 {{- end }}
 
-{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key. Checked before all else, because
-       other messages show values. */}}
-{{- define "llama-lora.validations.tokens" -}}
+{{- /* Any value that contains a Hugging Face token, an AWS access key or a private key, or a character that Helm cannot
+       render. Checked before all else, because other messages show values. */}}
+{{- define "llama-lora.validations.texts" -}}
 {{- if kindIs "map" .value }}
+{{- include "llama-lora.validations.characters" (dict "key" .key "text" (keys .value | sortAlpha | join " ")) }}
 {{- range $name, $value := .value }}
-{{- include "llama-lora.validations.tokens" (dict "key" (printf "%s.%s" $.key $name) "value" $value) }}
+{{- include "llama-lora.validations.texts" (dict "key" (printf "%s.%s" $.key $name) "value" $value) }}
 {{- end }}
 {{- else if kindIs "slice" .value }}
 {{- range $value := .value }}
-{{- include "llama-lora.validations.tokens" (dict "key" $.key "value" $value) }}
+{{- include "llama-lora.validations.texts" (dict "key" $.key "value" $value) }}
 {{- end }}
 {{- else if regexMatch "\\bhf_[A-Za-z0-9]{20,}|\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|-----BEGIN " (toString .value) }}
 {{ trimPrefix "." .key }} contains a token or a key. Values can be read by anyone who can read the release. Remove it. Put a Hugging Face token in a Secret and name it in huggingFace.tokenSecret.
+{{- else }}
+{{- include "llama-lora.validations.characters" (dict "key" .key "text" (toString .value)) }}
+{{- end }}
+{{- end }}
+
+{{- /* YAML does not allow these characters, and toYaml does not escape them: it returns "" for a value with one of them, and
+       makes U+0085, a line break, a space. */}}
+{{- define "llama-lora.validations.characters" -}}
+{{- with regexFind "[\\x{7f}-\\x{9f}\\x{fffe}\\x{ffff}]" .text }}
+{{ trimPrefix "." $.key }} contains the character {{ printf "%+q" . | trimAll "\"" | replace "\\x" "\\u00" | upper | replace "\\U" "U+" }}, with which Helm cannot render YAML. Remove it.
 {{- end }}
 {{- end }}
 
@@ -497,7 +508,7 @@ stages.{{ $stage }}: extraVolumes.{{ $name }} has the name of one of the chart's
 {{- $limits := $settings.resources.limits | default dict }}
 {{- range $resource, $request := $requests }}
 {{- $limit := get $limits $resource }}
-{{- if and $limit (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
+{{- if and (hasKey $limits $resource) (gt (include "llama-lora.quantity" $request | float64) (include "llama-lora.quantity" $limit | float64)) }}
 stages.{{ $stage }}: resources.requests.{{ $resource }} {{ $request }} is more than resources.limits.{{ $resource }} {{ $limit }}. Raise the limit or lower the request.
 {{- end }}
 {{- end }}
@@ -515,6 +526,11 @@ stages.{{ $stage }}: resources.limits.{{ $resource }} {{ $limit }} is not a mult
 {{- $memory := $limits.memory }}
 {{- if and (has $stage (list "compile" "train")) $memory (gt (include "llama-lora.quantity" $.Values.sharedMemory | float64) (include "llama-lora.quantity" $memory | float64)) }}
 sharedMemory {{ $.Values.sharedMemory }} is more than stages.{{ $stage }}: resources.limits.memory {{ $memory }}, which includes it. Set it to less.
+{{- end }}
+{{- range $name, $value := $settings.extraEnv }}
+{{- if and (kindIs "float64" $value) (or (ge $value 9007199254740992.0) (le $value -9007199254740992.0)) }}      {{- /* 2^53 */}}
+stages.{{ $stage }}: extraEnv.{{ $name }} is a number of which Helm does not keep every digit. Put it in quotes (with --set: use --set-string).
+{{- end }}
 {{- end }}
 {{- if hasKey $settings.extraEnv "LLAMA_LORA_IMAGE" }}
 stages.{{ $stage }}: extraEnv.LLAMA_LORA_IMAGE is set by the chart. Use image.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -21,11 +23,14 @@ from chart.manifests import (
     pod,
     pods,
     render,
+    run_helm,
     stages,
     workloads,
 )
 from genvalues.cluster.config import load as load_cluster_config
 from genvalues.cluster.workloads import workload_of
+from genvalues.common.helm import read_answers_with_libyaml
+from genvalues.common.rendered_yaml import load_rendered
 from genvalues.settings.by_instance import completed
 from genvalues.settings.run import RunConfig
 
@@ -131,6 +136,26 @@ def test_the_run_config_is_what_the_trainer_reads(objects: list[Object], tmp_pat
     file = tmp_path / "run.yaml"
     file.write_text(one(objects, "ConfigMap")["data"]["run.yaml"])
     assert trainer.load(file).name
+
+
+def test_text_that_helm_does_not_quote_is_text_for_every_reader_of_a_release(tmp_path: Path, helm: int) -> None:
+    """``=`` and ``<<``, which have meanings in YAML 1.1."""
+    trainer = pytest.importorskip("llama_lora.config", reason="a plain `pip install .` has no trainer")
+    strange: Values = {
+        "dataset": {"format": "instruction", "columns": {"output": "=", "instruction": "<<"}},
+        "stageDefaults": {"podAnnotations": {"a": "=", "b": "<<"}},
+    }
+    values = tmp_path / "values.yaml"
+    values.write_text(json.dumps(merged(MINIMAL, strange)))
+    read_answers_with_libyaml()
+    loader = importlib.import_module("pyhelm3.models").SafeLoader
+    objects = [*yaml.load_all(run_helm(helm, "template", "llama", CHART, "-f", values).stdout, Loader=loader)]
+    assert pod(objects, "merge").template["metadata"]["annotations"] == {"a": "=", "b": "<<"}
+    run = tmp_path / "run.yaml"
+    run.write_text(one(objects, "ConfigMap")["data"]["run.yaml"])
+    columns = trainer.load(run).dataset.columns
+    assert (columns.output, columns.instruction) == ("=", "<<")
+    assert load_rendered("a: =\nb: <<\n<<: 1\n") == {"a": "=", "b": "<<", "<<": 1}
 
 
 def test_the_run_config_is_the_values_own_sections(values_file: Path, helm: int) -> None:

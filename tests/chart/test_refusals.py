@@ -196,6 +196,14 @@ TRN2: Values = {
 }
 CLASS: Values = {"createStorageClass": True, "subnetId": "subnet-01234567", "securityGroupIds": ["sg-01234567"]}
 CONTRADICTIONS: dict[str, tuple[Values, str]] = {
+    "a number that changes": (
+        {"stages": {"merge": {"extraEnv": {"A": 9007199254740993}}}},
+        "stages.merge: extraEnv.A is a number of which Helm does not keep every digit. Put it in quotes",
+    ),
+    "a large number": (
+        {"stages": {"train": {"extraEnv": {"A": -12345678901234567890}}}},
+        "stages.train: extraEnv.A is a number of which Helm does not keep every digit. Put it in quotes",
+    ),
     "no model": ({"model": {"id": ""}}, "model.id is required. Set it, e.g. --set model.id="),
     "two models": ({"model": {"path": "/a"}}, "model.id and model.path are both set. Keep one"),
     "revision of a path": (

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, render
+from chart.manifests import CHART, MINIMAL, ROOT, Object, Values, config, merged, one, pod, pods, refusal, render
 from chart.test_pipeline import TRAINER, TRAINIUM
 from genvalues.cluster.follower import TIMINGS
+from genvalues.inputs.chart import on_top_of_defaults
+from genvalues.settings.value_rules import contradictions
 
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SECRETS: Values = {
@@ -58,6 +60,36 @@ def test_a_key_of_a_stage_that_is_null_takes_away_what_all_stages_have(mode: str
         assert "A" not in found[stage].environment and "nodeSelector" not in found[stage].spec
         assert "a" not in found[stage].template["metadata"]["labels"]
     assert mode == "detached" or found["tokenize"].environment["A"] == "b"
+
+
+def test_a_null_takes_a_key_away_wherever_it_is_written(helm: int) -> None:
+    amounts: Values = {"resources": {"limits": {"cpu": None, "hugepages-2Mi": None}}}
+    nothing = {stage: amounts for stage, settings in DEFAULTS["stages"].items() if "resources" not in settings}
+    usual = {"resources": {"requests": {"ephemeral-storage": None}}, "affinity": {"podAffinity": None}}
+    values = merged(MINIMAL, {"stageDefaults": usual, "stages": nothing})
+    for each in pods(render(values, helm=helm)):
+        resources = each.containers[0]["resources"]
+        assert "<nil>" not in str(resources) and None not in each.spec.get("affinity", {}).values()
+        if each.stage in ("preflight", "compile-gate", "cleanup", "verify", "storage-prepare"):
+            assert resources == {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "refused"),
+    [
+        ({"tokenize": {"resources": {"limits": None}}}, "tokenize"),  # so that it has the limits of stageDefaults
+        ({"gate": {"resources": {"limits": None, "requests": {"cpu": 9}}}}, None),
+        ({"gate": {"resources": {"limits": {"cpu": None}, "requests": {"cpu": 9}}}}, None),
+        ({"gate": {"resources": {"requests": {"cpu": 9}}}}, "gate"),
+    ],
+)
+def test_genvalues_and_the_chart_mean_the_same_by_a_null_below_stages(stages: Values, refused: str | None) -> None:
+    values = merged(MINIMAL, {"stages": stages})
+    found = {each.keys[0][1] for each in contradictions(on_top_of_defaults(CHART, values))}
+    if refused is None:
+        assert not found and render(values)
+    else:
+        assert found == {refused} and f"stages.{refused}: resources.requests" in refusal(values)
 
 
 def test_a_variable_of_a_secret_replaces_the_charts_own_of_the_same_name() -> None:

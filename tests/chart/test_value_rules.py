@@ -178,6 +178,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"stages": {"gate": {"resources": {"requests": {"memory": "2Gi"}}}}},
         "stages.gate.resources.requests.memory",
     ),
+    "more than a limit of 0": (
+        {"stages": {"publish": {"resources": {"limits": {"cpu": 0}}}}},
+        "stages.publish.resources.requests.cpu",
+    ),
     "huge pages without a limit": (
         {"stages": {"merge": {"resources": {"requests": {"hugepages-1Gi": "1Gi"}}}}},
         "stages.merge.resources.requests.hugepages-1Gi",
@@ -293,6 +297,46 @@ def test_both_refuse_the_same_parts_without_rows() -> None:
         render(wrong)
     assert found == set(re.findall(r"additional\.(n\d+)\.split .* has a part without rows", str(refused.value)))
     assert len(found) > 5
+
+
+# Helm's toYaml returns "" for a value with one of these, which emptied the run config, or (U+0085) makes it a space.
+WITH_CHARACTERS: Values = {
+    "dataset": {"columns": {"text": "a\x7f"}},
+    "serviceAccount": {"annotations": {"a": "\x80b"}},
+    "stageDefaults": {"podAnnotations": {"a": "\ufffe"}, "extraEnv": {"A": "\x85"}},
+    "stages": {"train": {"extraVolumes": {"v": {"csi": {"a\x9f": "b"}}}}},
+    "extraObjects": {"o": {"apiVersion": "v1", "kind": "Pod", "spec": {"args": ["a\uffff"]}}},
+}
+CHARACTERS = {
+    "dataset.columns.text": "U+007F",
+    "serviceAccount.annotations.a": "U+0080",
+    "stageDefaults.podAnnotations.a": "U+FFFE",
+    "stageDefaults.extraEnv.A": "U+0085",
+    "stages.train.extraVolumes.v.csi": "U+009F",
+    "extraObjects.o.spec.args": "U+FFFF",
+}
+
+
+def test_both_refuse_characters_that_helm_cannot_render(helm: int) -> None:
+    wrong = merged(MINIMAL, WITH_CHARACTERS)
+    problems = list(contradictions(on_top_of_defaults(CHART, wrong)))
+    found = {
+        ".".join(part for part in each.keys[0] if part != 0): each.what.split()[3].rstrip(",") for each in problems
+    }
+    assert found == CHARACTERS
+    with pytest.raises(Refused) as refused:
+        render(wrong, helm=helm)
+    told = re.findall(
+        r"(\S+) contains the character (U\S+), with which Helm cannot render YAML. Remove", str(refused.value)
+    )
+    assert dict(told) == CHARACTERS
+
+
+def test_every_other_character_reaches_the_run_config_as_it_was_written(helm: int) -> None:
+    text = " \t\n\r\x01~\xa0\u2028a\u2029\ufeff\ufffd"
+    values = merged(MINIMAL, {"dataset": {"columns": {"text": text}}})
+    assert list(contradictions(on_top_of_defaults(CHART, values))) == []
+    assert config(render(values, helm=helm), "run.yaml")["dataset"]["columns"]["text"] == text
 
 
 def test_neither_refuses_values_that_are_right() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.json_files import InvalidJson, read_bytes
+from genvalues.common.rendered_yaml import RenderedLoader
 from genvalues.common.text import one_line
 from genvalues.settings.run import (
     EVALUATES,
@@ -81,8 +82,8 @@ INVALID_YAML = (
 )
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """PyYAML's loader, which refuses a second value of a key instead of taking it."""
+class UniqueKeys(RenderedLoader):
+    """A loader of what Helm rendered, which refuses a second value of a key instead of taking it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: dict[tuple[str, str], yaml.ScalarNode] = {}

@@ -6,6 +6,7 @@
 {{- fail "invalid values:\n\n  storage is missing. Remove storage: null, or upgrade with --reset-then-reuse-values.\n" }}
 {{- end }}
 {{- include "llama-lora.settings.restore" (dict "values" .Values "defaults" (include "llama-lora.settings.defaults" . | fromJson)) }}
+{{- $_ := set .Values "stageDefaults" (include "stage.merge" (dict "base" dict "over" .Values.stageDefaults) | fromJson) }}
 {{- range $key, $words := include "llama-lora.settings.words" . | fromJson }}
 {{- $path := splitList "." $key }}
 {{- $block := $.Values }}

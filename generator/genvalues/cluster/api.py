@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import urllib3
 import yaml
@@ -23,7 +24,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 from genvalues.cluster.kinds import CHECK_ADDRESS, PODS, ApiError, Kind, NotAllowed, Object, ServerAway
 from genvalues.common.errors import MOST_CHARACTERS, UserError
-from genvalues.common.text import one_line
+from genvalues.common.text import one_line, redacted
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Api:
                     raise
                 problem = error
             except TRANSPORT_ERRORS as error:
-                problem = ApiError(0, one_line(f"{type(error).__name__}: {error}", MOST_CHARACTERS))
+                problem = ApiError(0, one_line(redacted(f"{type(error).__name__}: {error}"), MOST_CHARACTERS))
             if time.monotonic() + self._interval >= until:
                 if isinstance(problem, NotAllowed):
                     raise problem
@@ -266,7 +267,7 @@ def body_of(response: Any) -> bytes:
 def parsed(text: str | bytes, expect: Callable[[Any], bool]) -> Object:
     """The JSON in a response. Raises ValueError, with a fix, if it is not what is expected."""
     try:
-        answer: Object = json.loads(text)
+        answer: Object = json.loads(text, object_pairs_hook=without_nulls)
         if expect(answer):
             return answer
         problem = f"not {expect.__doc__}"
@@ -275,6 +276,11 @@ def parsed(text: str | bytes, expect: Callable[[Any], bool]) -> Object:
     except RecursionError:
         problem = "JSON that is nested too deeply"
     raise ValueError(f"the response is {problem}. {CHECK_ADDRESS}")
+
+
+def without_nulls(pairs: list[tuple[str, Any]]) -> Object:
+    """An object of JSON. A null means the same as no key, and a reader need not know both; a list's ``items`` stay."""
+    return {key: value for key, value in pairs if value is not None or key == "items"}
 
 
 def is_document(answer: Any) -> bool:
@@ -308,7 +314,7 @@ def server_message(error: Any) -> str:
         message = str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError, RecursionError):
         message = f"{error.status} {error.reason}"
-    return one_line(" ".join(message.split()), MOST_CHARACTERS)
+    return one_line(redacted(" ".join(message.split())), MOST_CHARACTERS)
 
 
 def connect(namespace: str | None, *, context: str | None = None, **options: Any) -> Api:
@@ -326,11 +332,16 @@ def connect(namespace: str | None, *, context: str | None = None, **options: Any
             namespace = namespace or POD_NAMESPACE.read_text(encoding="utf-8").strip()
         else:
             config.load_kube_config(path, context=context, client_configuration=settings)
-            namespace = namespace or namespace_of(context, path)
+            chosen = context_of(context, path)
+            refuse_server(settings.host, str(chosen["cluster"]))
+            namespace = namespace or chosen.get("namespace") or "default"
     except INVALID_KUBECONFIG as error:
         look = "get-contexts" if context else "current-context"
         fix = f"Set KUBECONFIG, or check: kubectl config {look}"
-        raise UserError(f"no usable kubeconfig: {' '.join(str(error).split())}", fix=fix) from error
+        reason = redacted(" ".join(str(error).split()))
+        if isinstance(error, (AttributeError, LookupError, TypeError)):
+            reason = f"{one_line(path, MOST_CHARACTERS)} does not have the form of one"
+        raise UserError(f"no usable kubeconfig: {reason}", fix=fix) from error
     settings.retries = False  # Api retries itself, more slowly, and logs it
     api_client = client.ApiClient(settings)
     if settings.verify_ssl:
@@ -350,8 +361,19 @@ def accept_older_certificates(api_client: Any) -> None:
     api_client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = context
 
 
-def namespace_of(context: str | None, path: str) -> str:
+def context_of(context: str | None, path: str) -> dict[str, Any]:
+    """The context of this name, or the current one: its cluster, user and namespace."""
     contexts, chosen = config.list_kube_config_contexts(path)
     if context:
         chosen = next(one for one in contexts if one["name"] == context)
-    return chosen["context"].get("namespace") or "default"
+    found: dict[str, Any] = chosen["context"]
+    return found
+
+
+def refuse_server(address: str | None, cluster: str) -> None:
+    """Raise UserError if this is not the address of a server. (The client fails only when it connects.)"""
+    parts = urlsplit(address or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in parts.netloc:
+        what = f"cluster {one_line(cluster)} of the kubeconfig has no valid server"
+        fix = "Write its server as https://HOST:PORT, or choose another context with --kube-context."
+        raise UserError(what, fix=fix)

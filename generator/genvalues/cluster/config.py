@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from genvalues.common.errors import UserError, UserErrors
+from genvalues.common.rendered_yaml import load_rendered
 
 
 class ConfigBlock(BaseModel):
@@ -86,7 +87,7 @@ def load(path: Path) -> ClusterConfig:
 def read_yaml(path: Path, fix: str = "") -> Any:
     """The parsed content of a YAML file. Raises UserError; ``fix`` is for a file that cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_rendered(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -65,6 +65,11 @@ def name_of(item: Object) -> str:
     return str(item["metadata"]["name"])
 
 
+def uid_of(item: Object) -> str:
+    """The uid; the name if what answers gives none."""
+    return str(item["metadata"].get("uid") or name_of(item))
+
+
 def labels_of(item: Object) -> dict[str, str]:
     return item["metadata"].get("labels") or {}
 

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 import yaml
 
 from genvalues.common.errors import MOST_CHARACTERS, Unavailable, UserError
+from genvalues.common.rendered_yaml import RESOLVERS
 from genvalues.common.text import one_line, redacted
 
 Answer = TypeVar("Answer")
@@ -145,12 +146,8 @@ def read_answers_with_libyaml() -> None:
         return
 
     class Loader(yaml.CSafeLoader):
-        """With ``=`` as text, as pyhelm3's own loader has it."""
+        yaml_implicit_resolvers = RESOLVERS
 
-    def as_text(loader: Any, node: Any) -> Any:
-        return loader.construct_scalar(node)
-
-    Loader.add_constructor("tag:yaml.org,2002:value", as_text)
     command.SafeLoader = models.SafeLoader = Loader
 
 

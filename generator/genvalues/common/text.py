@@ -6,14 +6,15 @@ import re
 
 KeyPath = tuple[str | int, ...]
 
-# Tokens of Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, Google, npm, PyPI and Docker, and private keys, up to
-# their end or the end of a truncated text.
+# Tokens of Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, Google, npm, PyPI, Docker and Kubernetes (JSON web tokens
+# and those of EKS), and private keys, up to their end or the end of a truncated text.
 TOKEN = re.compile(
     r"hf_[A-Za-z0-9]{4,}|api_org_[A-Za-z0-9]{4,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgl(pat|ptt|dt|rt|cbt|ft|soat|agent|oas|imt|ffct)-[A-Za-z0-9_-][A-Za-z0-9_.-]{18,}[A-Za-z0-9_-]"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bxox[a-z]-[A-Za-z0-9-]{10,}"
     r"|\bxapp-[A-Za-z0-9-]{10,}|\bAIza[A-Za-z0-9_-]{35}|\bya29\.[A-Za-z0-9_-]{20,}|\bnpm_[A-Za-z0-9]{30,}"
     r"|\bpypi-[A-Za-z0-9_-]{40,}|\bdckr_pat_[A-Za-z0-9_-]{20,}"
+    r"|\beyJ[A-Za-z0-9_-]{5,}(\.[A-Za-z0-9_-]*){1,4}|\bk8s-aws-v1\.[A-Za-z0-9_-]{20,}"
     r"|-----BEGIN (?s:.*?)(-----END [A-Z0-9 ]*-----|\Z)"
 )
 # Names of environment variables; the same rule as in chart/templates/_validations.tpl.

@@ -87,9 +87,19 @@ def part(chart: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 def on_top_of_defaults(chart: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The values that the templates see: these over the chart's defaults, completed by the instance type; a null gives
-    the default back.
+    the default back. Below ``stages`` it takes away the chart's default, else that of stageDefaults.
     """
-    return completed(merge(part(chart, "values.yaml", load), without_null(values)))
+    defaults = part(chart, "values.yaml", load)
+    complete = completed(merge(defaults, without_null(values)))
+    return {**complete, "stages": coalesced(defaults.get("stages"), values.get("stages") or {})}
+
+
+def coalesced(defaults: Any, values: Any) -> Any:
+    """The values over the defaults, as Helm lays them: a null removes a default, and stays where there is none."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    both = {**defaults, **{key: coalesced(defaults.get(key), value) for key, value in values.items()}}
+    return {key: value for key, value in both.items() if value is not None or defaults.get(key) is None}
 
 
 def top_level_purposes(chart: Path) -> dict[str, str]:

@@ -34,6 +34,7 @@ from genvalues.inputs.yaml_text import (
 DIGITS = 300  # of a number; longer ones are mistakes
 LONGEST_PATH = 4096  # characters, the limit of Linux
 MOST_MISTAKES = 200  # reported; a file with more is probably the wrong file
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # of surrogates
 NUMBER_FIX = "Write a number such as 16 or 5e-5."
 KEY_FIX = "Write key: value, the key a name."
 
@@ -177,7 +178,9 @@ class Document:
             what = f"a number of {len(text)} digits is too large"
         else:
             value = typed(text, kinds(key))
-            if isinstance(value, float) and not math.isfinite(value):
+            if type(value) in (int, float) and is_variable(key):
+                value = text
+            elif isinstance(value, float) and not math.isfinite(value):
                 what = f"{one_line(text)} is not a finite number"
         if what:
             self.mistakes.append(Mistake(key, what, NUMBER_FIX, position))
@@ -292,6 +295,8 @@ class Reader:
             return self.mistake(key, f"the alias *{one_line(text)} is not supported", "Write the value instead.", node)
         kind = node.tag.removeprefix(PREFIX)
         if kind == "str":
+            # JSON escapes a character beyond U+FFFF as two.
+            text = PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
             if has_surrogate(text):
                 return self.mistake(key, "contains a lone surrogate", "Remove the escape.", node)
             return text
@@ -304,6 +309,8 @@ class Reader:
             return None
         if kind == "bool":
             return text.lower() == "true"
+        if is_variable(key):
+            return text
         if len(text) > DIGITS:
             return self.mistake(key, f"a number of {len(text)} digits is too large", NUMBER_FIX, node)
         if kind == "int":
@@ -353,6 +360,11 @@ def shown(path: Path) -> str:
 def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:
     """Whether ``key``, or a block around it, is one of ``keys``."""
     return any(key[:length] in keys for length in range(1, len(key) + 1))
+
+
+def is_variable(key: KeyPath) -> bool:
+    """Whether the value is an environment variable's: its text, because a number would lose digits (1.10, 1e3)."""
+    return key[:1] == ("chartValues",) and key[1:2] in (("stageDefaults",), ("stages",)) and key[-2:-1] == ("extraEnv",)
 
 
 def has_surrogate(text: str) -> bool:

@@ -143,6 +143,10 @@ class UnambiguousDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """In double quotes, which escape them, if it has line breaks that readers fold into spaces (NEL, LS, PS)."""
+        return self.represent_scalar(PREFIX + "str", text, '"' if re.search("[\x85\u2028\u2029]", text) else None)
+
 
 def resolve_by(schema: dict[str, tuple[str, list[str]]], reader: Any) -> None:
     for kind, (pattern, first) in schema.items():  # in this order: every integer would also match float
@@ -152,6 +156,7 @@ def resolve_by(schema: dict[str, tuple[str, list[str]]], reader: Any) -> None:
 CoreSchemaLoader.yaml_implicit_resolvers = {}
 HelmLoader.yaml_implicit_resolvers = {}
 resolve_by(CORE_SCHEMA, CoreSchemaLoader)
+UnambiguousDumper.add_representer(str, UnambiguousDumper.represent_text)
 resolve_by(CORE_SCHEMA, UnambiguousDumper)
 resolve_by(HELM_SCHEMA, UnambiguousDumper)  # y is a string for PyYAML and true for Helm
 resolve_by(HELM_SCHEMA, HelmLoader)

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from genvalues.cluster import kinds
-from genvalues.cluster.objects import COMPONENT, GATE_SUFFIX, RUNNER, created, is_over, name_of, started_container
+from genvalues.cluster.objects import (
+    COMPONENT,
+    GATE_SUFFIX,
+    RUNNER,
+    created,
+    is_over,
+    name_of,
+    started_container,
+    uid_of,
+)
 from genvalues.cluster.podlog import PodLog
 from genvalues.cluster.workloads import is_worker
 from genvalues.common.errors import Unavailable, UserError
@@ -118,10 +127,10 @@ class LogReader:
             self.of_gate = False
         self.prefixed = self.prefixed or len(pods) > 1 or any(map(is_worker, pods))
         for pod in pods:
-            uid = pod["metadata"]["uid"]
+            uid = uid_of(pod)
             if uid not in self._logs and (container := started_container(pod)):
                 self._logs[uid] = self.start(name_of(pod), container)
-        running = {pod["metadata"]["uid"] for pod in pods if not is_over(pod)}
+        running = {uid_of(pod) for pod in pods if not is_over(pod)}
         for uid, pod_log in self._logs.items():
             if uid not in running:
                 pod_log.over.set()

@@ -19,6 +19,7 @@ from genvalues.cluster.objects import COMPONENT, INNER_SUFFIX, RUNNER, STAGE, an
 from genvalues.cluster.workloads import NAMES
 from genvalues.common import helm
 from genvalues.common.dicts import get
+from genvalues.common.rendered_yaml import load_rendered
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class HelmRecord:
         maps = [item for item in self.resources if item["kind"] == "ConfigMap"]
         text = next((item["data"][file] for item in maps if file in (item.get("data") or {})), "")
         try:
-            found = yaml.safe_load(text)
+            found = load_rendered(text)
         except yaml.YAMLError:
             return {}
         return found if isinstance(found, dict) else {}

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import yaml
 
 from genvalues.cluster.workloads import NAMES, PARTS
+from genvalues.common.rendered_yaml import load_rendered
 from genvalues.common.text import TOKEN
 from genvalues.inputs.yaml_text import dump
 
@@ -231,7 +232,7 @@ def is_secret_argument(before: Any, item: Any) -> bool:
 def redact_yaml(text: str) -> str:
     """Return the YAML document ``text`` as ``redact_object`` shows it."""
     try:
-        return dump(redact_object(yaml.safe_load(text)))
+        return dump(redact_object(load_rendered(text)))
     except yaml.YAMLError:
         return HIDDEN
 

@@ -33,6 +33,7 @@ from genvalues.cluster.objects import (
     latest_warning,
     moment,
     name_of,
+    uid_of,
     unschedulable,
     why_not_started,
 )
@@ -59,9 +60,9 @@ class ReleaseObjects:
         """The pods that belong to the Job, oldest first; not those of an earlier revision's Job of the same name."""
         if owner is None:
             return []
-        uid = owner["metadata"]["uid"]
+        uid = uid_of(owner)
         owned = [
-            pod for pod in self.pods if uid in (one["uid"] for one in pod["metadata"].get("ownerReferences") or [])
+            pod for pod in self.pods if uid in (one.get("uid") for one in pod["metadata"].get("ownerReferences") or [])
         ]
         return sorted(owned, key=created)
 
@@ -217,7 +218,7 @@ def why_no_workers(job: Object, workers: Sequence[Object], objects: ReleaseObjec
         queue = labels_of(job).get(QUEUE_NAME)
         return f"waits in queue {queue}" if queue else "suspended"
     if len(workers) < workers_of(job):
-        uid = job["metadata"].get("uid")
+        uid = uid_of(job)
         warning = latest_warning(one for one in objects.events if (one.get("involvedObject") or {}).get("uid") == uid)
         return f"{len(workers)} of {workers_of(job)} worker pods{f': {warning}' if warning else ''}"
     return ""

@@ -14,7 +14,16 @@ from genvalues.cluster import kinds
 from genvalues.cluster.api import TRANSPORT_ERRORS, Api, connect
 from genvalues.cluster.failures import STAGE_FAILED
 from genvalues.cluster.kinds import CHECK_ADDRESS, ApiError, NotAllowed, ServerAway
-from genvalues.cluster.objects import INSTANCE, component_of, created, inner_release_of, is_over, name_of
+from genvalues.cluster.objects import (
+    INSTANCE,
+    component_of,
+    created,
+    inner_release_of,
+    is_over,
+    name_of,
+    phase_of,
+    uid_of,
+)
 from genvalues.cluster.podlog import text_of_line
 from genvalues.cluster.workloads import WORKLOADS
 from genvalues.common.dicts import get
@@ -267,7 +276,7 @@ class ReleaseWatcher:
 
     def log_tail(self, pod: Object) -> list[str]:
         """The last lines of a pod that has ended."""
-        key = (pod["metadata"]["uid"], pod["status"]["phase"])
+        key = (uid_of(pod), phase_of(pod))
         if key not in self._logs:
             container = pod["spec"]["containers"][0]["name"] if pod["spec"].get("containers") else component_of(pod)
             try:
@@ -282,8 +291,7 @@ class ReleaseWatcher:
     def records(self, objects: ReleaseObjects) -> tuple[HelmRecord, HelmRecord | None]:
         """Helm's records, read again if a Job was created, ended or deleted, or after RECORD_SECONDS."""
         state = [
-            (item["metadata"]["uid"], item.get("status", {}).get("conditions"))
-            for item in [*objects.jobs, *objects.workloads]
+            (uid_of(item), item.get("status", {}).get("conditions")) for item in [*objects.jobs, *objects.workloads]
         ]
         is_old = time.monotonic() - self._records_at > RECORD_SECONDS
         if self._records is None or state != self._records_of or is_old:

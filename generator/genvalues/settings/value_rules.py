@@ -87,6 +87,7 @@ def contradictions(values: Values) -> Iterator[Problem]:
         secrets,
         kueue,
         extra_objects,
+        characters,
     )
     for rule in rules:
         yield from rule(values)
@@ -607,12 +608,13 @@ OF_THE_GRAPHS = ("NEURON_", "XLA_", "TORCH_NEURONX_", "NKI_")  # prefixes
 
 def environment(values: Values) -> Iterator[Problem]:
     """Variables that extraEnv must not set, or must set alike in compile and train."""
-    common = get(values, "stageDefaults.extraEnv", dict) or {}
+    common = get(values, "stageDefaults", dict) or {}
     stages = get(values, "stages", dict) or {}
     on_neuron = on_trainium(values)
     own_on_neuron = CHARTS_OWN_ON_NEURON | CHARTS_OWN_OF.get(get(values, "backend", str), {})
     compiling = {"compile", "neff", "train"} if on_neuron else set()
-    extra = {stage: {**common, **(get(stages, f"{stage}.extraEnv", dict) or {})} for stage in compiling | set(stages)}
+    settings = {stage: merge(common, get(stages, stage, dict) or {}) for stage in compiling | set(stages)}
+    extra = {stage: get(own, "extraEnv", dict) or {} for stage, own in settings.items()}  # of a stage, null is none
     for stage in sorted(extra):
         taken = CHARTS_OWN | (own_on_neuron if stage in compiling else {})
         for name in sorted(taken.keys() & extra[stage].keys()):
@@ -694,7 +696,7 @@ def resources(values: Values) -> Iterator[Problem]:
             elif page and (request or limit) % page:
                 what = f"is not a multiple of {name.removeprefix('hugepages-')}, the size of a page"
                 yield Problem(keys, what, "Write a number of whole pages.")
-            elif limit and request > limit:
+            elif limits.get(name) is not None and request > limit:
                 yield Problem(keys, "the request is more than the limit", "Raise the limit or lower the request.")
 
 
@@ -802,3 +804,22 @@ def extra_objects(values: Values) -> Iterator[Problem]:
             what = f"is {one_line(kind)} {one_line(same[-1])}, as is extraObjects.{one_line(taken[same])}"
             yield Problem(key, what, "Remove one of them, or write another metadata.name.")
         taken[same] = name
+
+
+# YAML does not allow them, and Helm's toYaml does not escape them: it returns "" for a value that contains one, and
+# makes U+0085, a line break, a space.
+NOT_IN_YAML = re.compile("[\x7f-\x9f\ufffe\uffff]")
+
+
+def characters(value: Any, key: KeyPath = ()) -> Iterator[Problem]:
+    """Characters that Helm cannot render, in any name or text."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from characters(name, key)
+            yield from characters(inner, (*key, name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from characters(inner, (*key, index))
+    elif isinstance(value, str) and (found := NOT_IN_YAML.search(value)):
+        what = f"contains the character U+{ord(found[0]):04X}, with which Helm cannot render YAML"
+        yield Problem((key,), what, "Remove it.")

@@ -291,7 +291,9 @@ class StageSettings(Block):
         description="An existing service account of this stage, instead of the chart's. Not in stageDefaults: stages "
         "have different permissions. preflight, gate, cleanup and runner need those of the chart's account.",
     )
-    extra_env: Environment | None = Field(None, description="Environment variables, NAME: value. No secrets.")
+    extra_env: Environment | None = Field(
+        None, description="Environment variables, NAME: value. A number such as 1.10 in quotes. No secrets."
+    )
     extra_env_secrets: dict[Annotated[str, Field(pattern=ENVIRONMENT_NAME)], SecretKey] | None = Field(
         None,
         description="Variables from keys of Secrets, such as WANDB_API_KEY: {name: wandb, key: api-key}. Only stages "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generator.cluster.fake_api import NAMESPACE, FakeApi
+from generator.cluster.fake_api import NAMESPACE, FakeApi, write_kubeconfig
 from generator.cluster.objects import pytorch_job
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
 from genvalues.cluster.api import Api, connect
@@ -106,6 +107,36 @@ def test_an_answer_of_something_else_than_an_api_server_is_an_outage_with_a_fix(
     for request in (lambda: api.list(PODS), lambda: api.get(PODS, "x"), lambda: list(api.watch(PODS, labels=""))):
         with pytest.raises(ServerAway, match=r"the response is .* Check the server's address in the kubeconfig"):
             request()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"clusters": [{"name": "lab", "cluster": {}}]},
+            "cluster lab of the kubeconfig has no valid server. Write its",
+        ),
+        (
+            {"clusters": [{"name": "lab", "cluster": {"server": "ftp://x y"}}]},
+            "cluster lab of the kubeconfig has no valid",
+        ),
+        ({"clusters": 5}, "no usable kubeconfig: {file} does not have the form of one. Set KUBECONFIG"),
+        ([], "no usable kubeconfig: {file} does not have the form of one. Set KUBECONFIG"),
+    ],
+)
+def test_a_kubeconfig_that_names_no_server_is_a_mistake_with_its_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, told: str
+) -> None:
+    file = tmp_path / "kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(file))
+    write_kubeconfig(file, "https://lab:6443")
+    content = json.loads(file.read_text()) | {
+        "contexts": [{"name": "fake", "context": {"cluster": "lab", "user": "fake"}}]
+    }
+    file.write_text(json.dumps(content | change if change else [content]))
+    with pytest.raises(UserError) as refused:
+        connect(None)
+    assert str(refused.value).startswith(told.format(file=file))
 
 
 def test_a_list_without_items_is_empty(fake: FakeApi, api: Api) -> None:

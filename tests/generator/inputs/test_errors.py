@@ -789,6 +789,14 @@ def test_the_output_is_never_the_inputs_file_nor_a_folder(capsys: pytest.Capture
         ({"chartValues": "{parallelism: {dataParallelSize: 3}}"}, "parallelism"),
         ({"chartValues": "{image: {tag: 'v1\n\n'}}"}, "chartValues.image.tag: 'v1\\n' does not match "),
         ({"chartValues": "{model: {path: /workspace/m}}"}, "model.id and model.path are both set"),
+        (
+            {"dataset": '{source: a/b, columns: {text: "a\\x7f"}}'},
+            "dataset.columns.text: contains the character U+007F, ",
+        ),
+        (
+            {"chartValues": '{serviceAccount: {annotations: {a: "\\x9f"}}}'},
+            "annotations.a: contains the character U+009F",
+        ),
         ({"instance": "trn2.3xlarge", "nodes": "2"}, "trn2.3xlarge has one device; Neuron supports jobs of several"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from genvalues import __version__
@@ -303,6 +303,23 @@ def test_set_changes_keys_and_chart_values_come_last(tmp_path: Path) -> None:
     assert values["kueue"] == {"queueName": "five"}
 
 
+def test_a_number_of_an_environment_variable_keeps_every_digit(tmp_path: Path) -> None:
+    env = "{A: 9007199254740993, B: 1.10, C: 1e3, D: 0x10, E: true, F: 010}"
+    text = (
+        f"model: gpt2\ndataset: {{source: a/b}}\ninstance: cpu\nchartValues: {{stageDefaults: {{extraEnv: {env}}}}}\n"
+    )
+    variable = "chartValues.stages.train.extraEnv.G=12345678901234567890"
+    values = values_of(tmp_path, text, variable)
+    expected = {"A": "9007199254740993", "B": "1.10", "C": "1e3", "D": "0x10", "E": True, "F": "010"}
+    assert values["stageDefaults"]["extraEnv"] == expected
+    assert values["stages"]["train"]["extraEnv"] == {"G": "12345678901234567890"}
+
+
+def test_a_character_that_json_escapes_as_two_is_one(tmp_path: Path) -> None:
+    text = 'model: gpt2\ndataset: {source: a/b, columns: {output: "\\ud83d\\ude00"}}\ninstance: cpu\n'
+    assert values_of(tmp_path, text)["dataset"]["columns"] == {"output": "\U0001f600"}
+
+
 def test_the_same_inputs_give_the_same_bytes_and_name_their_origin(tmp_path: Path) -> None:
     file = tmp_path / "finetune.yaml"
     file.write_text(ISSUE)
@@ -332,15 +349,18 @@ def test_there_are_values_for_the_verified_instances() -> None:
     | st.from_regex(r"\A[-+0-9._eExoinfaNyYsO:#~]{1,8}\Z")
     | st.sampled_from(["1e5", "0o17", "1_000", "yes", "y", "N", "on", "null", "1:30", "=", "<<", "2024-01-01"])
 )
+@example(text="a\x85b\u2028c\u2029d")
 def test_text_stays_text_in_every_reader(text: str) -> None:
     """PyYAML reads YAML 1.1 here; Helm, and editors, read 1.2's numbers."""
+    from genvalues.inputs.generated_file import with_digest
     from genvalues.inputs.yaml_text import CoreSchemaLoader, load_as_helm
 
-    if any(not (character.isprintable() or character in "\n\t") for character in text):
+    if any(not (character.isprintable() or character in "\n\t\x85\u2028\u2029") for character in text):
         return
-    assert yaml.safe_load(dump({"a": text})) == {"a": text}
-    assert yaml.load(dump({"a": text}), Loader=CoreSchemaLoader) == {"a": text}
-    assert load_as_helm(dump({"a": text})) == {"a": text}
+    file = with_digest([], dump({"a": text}))
+    assert yaml.safe_load(file) == {"a": text}
+    assert yaml.load(file, Loader=CoreSchemaLoader) == {"a": text}
+    assert load_as_helm(file) == {"a": text}
 
 
 # --- round trip: whatever is right for us is right for the chart

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from genvalues.accelerators.neuron_software import release_of_sdk
 from genvalues.cluster import kinds
 from genvalues.cluster import preflight as stage
@@ -25,6 +23,7 @@ from genvalues.common.dicts import get
 from genvalues.common.errors import UserError
 from genvalues.common.findings import Finding
 from genvalues.common.helm import render
+from genvalues.common.rendered_yaml import load_rendered
 from genvalues.ops.preflight.node_images import check_driver_from_outside
 from genvalues.ops.registries import TAG
 
@@ -121,7 +120,7 @@ def config_of(objects: list[Object]) -> ClusterConfig:
     for item in objects:
         text = (item.get("data") or {}).get("cluster.yaml") if item.get("kind") == "ConfigMap" else None
         if text:
-            return ClusterConfig.model_validate({**yaml.safe_load(text), "revision": 0})
+            return ClusterConfig.model_validate({**load_rendered(text), "revision": 0})
     fix = "Use the chart of the same version as genvalues."
     raise UserError("has no ConfigMap with cluster.yaml", where="the chart", fix=fix)
 

@@ -401,6 +401,7 @@ def test_an_unavailable_api_server_is_one_line_and_status_1(
         (200, "<html>Log in</html>", 1, "Check the server's address in the kubeconfig"),
         (302, "", 2, "302 Found. Check the server's address in the kubeconfig"),
         (401, '{"message": "Unauthorized\\n\\u001b[31m"}', 2, "Unauthorized ?[31m. Log in to the cluster again"),
+        (401, f'{{"message": "token eyJhbGciOi.{"right" * 300} hf_{"right" * 9}"}}', 2, "token eyJ... hf_. Log in"),
     ],
 )
 def test_what_is_not_an_api_server_or_wants_a_login_is_one_line_with_the_fix(
@@ -417,6 +418,14 @@ def test_what_is_not_an_api_server_or_wants_a_login_is_one_line_with_the_fix(
     assert genvalues(command, "demo", "-n", "team-a") == ours
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line and "right" not in line
+
+
+def test_objects_with_nulls_or_without_a_uid_are_read_as_far_as_they_go(run: Run, fake: FakeApi) -> None:
+    run.to_train()
+    for item in fake.objects.values():
+        item["metadata"] |= {"uid": None, "ownerReferences": [{"kind": "Job", "name": "a"}], "annotations": None}
+        item["status"] = None
+    assert states(look())["train"] == "running"
 
 
 @pytest.mark.parametrize("output", ["null", "[null, 5, {}]", "no JSON", "\\377"], ids=ascii)
