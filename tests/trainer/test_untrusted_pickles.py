@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from forked import run_forked
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.rendered_yaml import RenderedLoader
 from genvalues.inputs import chart, yaml_text
 from llama_lora.backends.xla import torch_files
 from llama_lora.cli import main
@@ -338,7 +339,7 @@ CALLS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "dill.loads": None,
     "joblib.load": None,
     "torch.load": ("weights_only", ("True",)),
-    "yaml.load": ("Loader", ("HelmLoader", "LOADER", "UniqueKeys")),  # see below
+    "yaml.load": ("Loader", ("HelmLoader", "LOADER", "RenderedLoader", "UniqueKeys")),  # see below
     "yaml.load_all": None,
     "yaml.unsafe_load": None,
     "yaml.full_load": None,
@@ -402,7 +403,9 @@ def test_no_code_of_ours_unpickles_evaluates_or_trusts_a_repositorys_code() -> N
 
 def test_the_yaml_loaders_that_are_named_are_safe() -> None:
     safe = {yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)}
-    assert all(safe & set(loader.__mro__) for loader in (chart.LOADER, yaml_text.HelmLoader, UniqueKeys))
+    assert all(
+        safe & set(loader.__mro__) for loader in (chart.LOADER, yaml_text.HelmLoader, RenderedLoader, UniqueKeys)
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
 from llama_lora.model_files import CONFIG as MODEL_CONFIG
-from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer, read_model_json
+from llama_lora.model_files import GENERATION_CONFIG, base_files, has_tokenizer, read_model_json, regular_file
 from llama_lora.probe import ProbeRecord
 from llama_lora.progress import StageProgress
 from llama_lora.safetensors_files import DTYPES, StoredTensor, copy_changed, is_same, stored_tensors
@@ -138,7 +138,7 @@ def check_shared(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor
 
     PEFT changes the weight that both share. transformers 5 loads tensors that differ as two weights.
     """
-    if read_model_json(base / MODEL_CONFIG).get("tie_word_embeddings") is False:
+    if read_model_json(regular_file(base, MODEL_CONFIG)).get("tie_word_embeddings") is False:
         return
     for name in sorted(name for name in deltas if without_numbers(name) == name):  # of no layer
         for other, tensor in tensors.items():
