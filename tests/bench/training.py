@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.consolidating import ONE_WORKER
-from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Measured, alternate, call, compared, processes
+from bench.measure import SMALL, TRL_024, TRL_NEWEST, Bench, Libraries, Measured, alternate, call, compared, processes
 from bench.models import SMOLLM2, TINY, make_model
 from bench.table import Goal, Line, Result
 
@@ -126,23 +127,21 @@ def sft_settings(output: str, **settings: Any) -> dict[str, Any]:
     return {"args": config, "processing_class": tokenizer}
 
 
-def measure(work: Path) -> dict[str, Result]:
-    found = {}
-    for name, dtype, steps, libraries in (
-        ("fp32", "float32", STEPS, TRL_024),
-        ("bf16", "bfloat16", FEW, TRL_024),
-        ("newest-fp32", "float32", FEW, TRL_NEWEST),
-    ):
+def measure(name: str, dtype: str, steps: int, libraries: Libraries) -> Callable[[Path], dict[str, Result]]:
+    """Measure line ``name``, and with enough steps the losses, too."""
+
+    def of(work: Path) -> dict[str, Result]:
         model = work / dtype
-        if not model.exists():
-            call(make_model, model, SHAPE, dtype, {}, libraries=TRL_024)
+        call(make_model, model, SHAPE, dtype, {}, libraries=libraries)
         functions = {"ours": train, "trl": train_with_trl}
         rounds = alternate(work, processes(functions, model, dtype, steps, libraries=libraries))
-        found[f"train-{name}"] = compared(rounds, "rate", "ours", "trl")
-        if name == "fp32":
+        found = {name: compared(rounds, "rate", "ours", "trl")}
+        if steps == STEPS:
             differences = list(map(difference, rounds["ours"], rounds["trl"]))
-            found["train-loss"] = Result(differences, versions=found["train-fp32"].versions)
-    return found
+            found["train-loss"] = Result(differences, versions=found[name].versions)
+        return found
+
+    return of
 
 
 def difference(one: Measured, other: Measured) -> float:
@@ -153,15 +152,12 @@ def difference(one: Measured, other: Measured) -> float:
 WORK = f"LoRA training of {'a tiny model' if SMALL else '135 M parameters'} on the CPU"
 FASTER = Goal(1.3, least=True)
 LOSS = f"largest difference of the loss in {STEPS} steps in fp32"
+FP32 = Line("train-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl")
+BF16 = Line("train-bf16", f"{WORK}, bf16", "tokens/s", FASTER, "trl")
+NEWEST_FP32 = Line("train-newest-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl")
+SAME_LOSS = Line("train-loss", LOSS, "nats", Goal(5e-5), "trl", of_ours=True)
 BENCHES = [
-    Bench(
-        [
-            Line("train-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
-            Line("train-bf16", f"{WORK}, bf16", "tokens/s", FASTER, "trl"),
-            Line("train-newest-fp32", f"{WORK}, fp32", "tokens/s", FASTER, "trl"),
-            Line("train-loss", LOSS, "nats", Goal(5e-5), "trl", of_ours=True),
-        ],
-        measure,
-        TRL_024.lacking or TRL_NEWEST.lacking,
-    )
+    Bench([FP32, SAME_LOSS], measure(FP32.name, "float32", STEPS, TRL_024), TRL_024.lacking),
+    Bench([BF16], measure(BF16.name, "bfloat16", FEW, TRL_024), TRL_024.lacking),
+    Bench([NEWEST_FP32], measure(NEWEST_FP32.name, "float32", FEW, TRL_NEWEST), TRL_NEWEST.lacking),
 ]
