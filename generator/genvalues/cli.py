@@ -6,7 +6,6 @@ The exit statuses are listed in its help. Where the reader of stdout has closed 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 
@@ -15,11 +14,9 @@ import click
 from genvalues import __version__
 from genvalues.commands import Commands
 from genvalues.common import log
-from genvalues.common.boundary import report
+from genvalues.common.boundary import is_full_stdout, report
 from genvalues.common.errors import EXIT_FAILED, EXIT_VOLUME, user_errors_end_with_status_2
 from genvalues.common.streams import open_closed_streams, say
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left, quota exceeded, file too large
 
 EXIT_STATUS = """\b
 Exit status:
@@ -61,19 +58,11 @@ def main() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
         sys.exit(1)
     except Exception as error:
-        if isinstance(error, OSError) and is_full_stdout(error):
+        if is_full_stdout(error):
             say(f"stdout: cannot be written: {error.strerror}")
             sys.exit(EXIT_FAILED)
         status = report(error, "genvalues")
         sys.exit(EXIT_FAILED if status == EXIT_VOLUME else status)
-
-
-def is_full_stdout(error: OSError) -> bool:
-    """Whether the disk to which stdout is redirected is full."""
-    import traceback
-
-    innermost = traceback.extract_tb(error.__traceback__)[-1].name
-    return error.errno in DISK_FULL and not error.filename and innermost in ("main", click.echo.__name__)
 
 
 @user_errors_end_with_status_2

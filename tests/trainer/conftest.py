@@ -166,9 +166,9 @@ class Run:
 
 def write_checkpoint_record(file: Path, record: dict[str, Any]) -> None:
     """Write a changed checkpoint.json with its new digest, as if the trainer had written it."""
-    from genvalues.common.json_files import DIGEST, own_digest
+    from genvalues.common.json_files import with_own_digest
 
-    file.write_text(json.dumps({**record, DIGEST: own_digest(record)}), encoding="utf-8")
+    file.write_text(json.dumps(with_own_digest(record)), encoding="utf-8")
 
 
 def llama_lora(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from genvalues.common.json_files import DIGEST, own_digest
+from genvalues.common.json_files import with_own_digest
 from llama_lora import base_scores, environment, evaluation
 from llama_lora.base_scores import BaseScores
 from llama_lora.evaluation import Score
@@ -284,7 +284,7 @@ def another_loss(content: dict[str, Any]) -> dict[str, Any]:
 def of_other_rows(content: dict[str, Any]) -> dict[str, Any]:
     """As written for another key, and given this one's name."""
     other = {**content, "key": "0" * 64}
-    return {**other, DIGEST: own_digest(other)}
+    return with_own_digest(other)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from llama_lora.uploads.hub import upload
 from trainer.conftest import Run, make_model
 
 COMMITS = ["a" * 40, "b" * 40]
-NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nobody answers
+NO_ENDPOINT = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
 
 class FakeHub:

@@ -20,7 +20,7 @@ from trainer.conftest import Run
 from trainer.fake_s3 import CUT, FakeS3, Stored
 
 KEY, PREFIX = "s3://bucket/rows.jsonl", "s3://bucket/data/"
-DEAD = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}  # the discard port: nobody answers
+DEAD = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}  # the discard port: nothing listens there
 ROWS = b'{"q": "1", "a": "2"}\n' * 9
 
 

@@ -135,28 +135,30 @@ def check_targets(names: Iterable[str], config: Mapping[str, Any], file: Path) -
     modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
     if not modules:
         return
-    with limited_patterns(file):
-        unused = {each for each in targets if not any(is_one_of(module, [each]) for module in modules)}
-        ignored = {module for module in modules if not adapts(config, module)}
-    if unused:
+    if unused := {each for each in targets if not any(is_one_of(module, [each]) for module in modules)}:
         what = f"has no factor of {min(unused)}, which {CONFIG} lists in target_modules"
         raise UserError(what, where=str(file), fix=OWN_CONFIG)
-    if ignored:
+    if ignored := modules - adapted(config, modules, file):
         keys = [key for key in CHOICES if config.get(key)]
         what = f"has factors of {min(ignored)}, which {CONFIG} does not list or excludes ({', '.join(keys)})"
         raise UserError(what, where=str(file), fix=OWN_CONFIG)
 
 
+def adapted(config: Mapping[str, Any], modules: Iterable[str], file: Path) -> set[str]:
+    """Those of the modules that PEFT adapts by the config of this file. Raises UserError if choosing takes too long."""
+    with limited_patterns(file):
+        return {module for module in modules if adapts(config, module)}
+
+
 def limited_patterns(where: Path) -> AbstractContextManager[None]:
-    """Limit the time of a block that calls ``adapts``: a regular expression can take years."""
+    """Limit the time of the block: a regular expression can take years."""
     return limited(f"choosing modules by {CONFIG} ({', '.join(CHOICES)})", str(where), OWN_CONFIG)
 
 
 def adapts(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT adapts the module of this full name.
 
-    The rules are those of peft.tuners.tuners_utils.check_target_module_exists (0.17 to 0.21). Call it within
-    ``limited_patterns``.
+    The rules are those of peft.tuners.tuners_utils.check_target_module_exists (0.17 to 0.21).
     """
     targets, excluded = config["target_modules"], config.get("exclude_modules")
     if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else is_one_of(module, excluded)):

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from genvalues.common import files
 from genvalues.common.json_files import (
-    DIGEST,
     InvalidJson,
     JsonNotFound,
     Sha256,
     as_record,
     check_own_digest,
-    own_digest,
     read_object,
+    with_own_digest,
 )
 from llama_lora.evaluation import Score
 
@@ -74,7 +73,7 @@ def keep(folder: Path, scores: BaseScores) -> None:
     """Write scores for other runs. Nothing depends on it: a failure is only logged."""
     content = asdict(scores)
     try:
-        files.write_json(file_of(folder, scores.key), {**content, DIGEST: own_digest(content)})
+        files.write_json(file_of(folder, scores.key), with_own_digest(content))
         found = sorted(folder.glob("*.json*"), key=lambda file: file.lstat().st_mtime)  # also of killed writes
         for old in found[:-MOST_FILES]:
             old.unlink()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from genvalues.common import log, manifests
-from genvalues.common.boundary import report
+from genvalues.common.boundary import is_full_stdout, report
 from genvalues.common.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -31,8 +31,8 @@ from genvalues.common.errors import (
     write_errors_as_user_errors,
 )
 from genvalues.common.streams import open_closed_streams
-from genvalues.common.system_errors import AGAIN, FULL, causes, explain, explained, is_of_volume
-from genvalues.common.text import one_line
+from genvalues.common.system_errors import AGAIN, causes, explain, explained, is_of_volume
+from genvalues.common.text import has_surrogate, one_line
 from genvalues.settings.dataset_files import CHAINED, is_chained
 from llama_lora import config as run_config
 from llama_lora import environment as environment  # sets the variables that torch reads at import
@@ -83,9 +83,7 @@ def errors_end_in_one_line(command: Command) -> Command:
 
 def full_stdout(error: Exception) -> VolumeError | None:
     """The error to report for one of printing to a file on a full volume: it has no path."""
-    if not isinstance(error, OSError) or error.errno not in FULL or error.filename is not None:
-        return None
-    if traceback.extract_tb(error.__traceback__)[-1].name != click.echo.__name__:
+    if not is_full_stdout(error):
         return None
     return VolumeError(f"stdout: cannot be written: {error.strerror}. Redirect it to a volume with room, {AGAIN}.")
 
@@ -157,10 +155,8 @@ def load_run(config_file: Path | None, workspace: Path | None) -> tuple[run_conf
 
 def check_utf_8(option: str, folder: Path) -> None:
     """Raise UserError for a folder whose path is not UTF-8, which the libraries cannot open."""
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{folder.absolute()} is not UTF-8", where=f"--{option}", fix="Rename the folder.") from None
+    if has_surrogate(str(folder.absolute())):
+        raise UserError(f"{folder.absolute()} is not UTF-8", where=f"--{option}", fix="Rename the folder.")
 
 
 def make_run_folder(paths: Paths) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from genvalues.common import files
 from genvalues.common.errors import UserError
+from genvalues.common.json_files import DuplicateKey, unique_keys
 from llama_lora.model_files import COPY_AGAIN, INDEX, WEIGHTS, regular_file, shards_in
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ def read_header(shard: Path, name: str = "") -> Header:
 def _header(shard: str, text: bytes, size: int) -> Header:
     begin = 8 + len(text)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+    except DuplicateKey as error:
+        raise _Invalid(f"the header has {error.key!r} twice") from None
     except (ValueError, RecursionError) as error:
         raise _Invalid(f"the header is not valid JSON ({type(error).__name__})") from None
     if not isinstance(header, dict):
@@ -148,14 +151,6 @@ def _tensor(name: str, entry: Any, shard: str, data: int) -> StoredTensor:
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(each) is int and 0 <= each < 1 << 48 for each in values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Invalid(f"the header has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 import yaml
@@ -24,7 +23,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 from genvalues.cluster.kinds import CHECK_ADDRESS, PODS, ApiError, Kind, NotAllowed, Object, ServerAway
 from genvalues.common.errors import MOST_CHARACTERS, UserError
-from genvalues.common.text import one_line, redacted
+from genvalues.common.text import is_web_address, one_line, redacted
 
 log = logging.getLogger(__name__)
 
@@ -372,8 +371,7 @@ def context_of(context: str | None, path: str) -> dict[str, Any]:
 
 def refuse_server(address: str | None, cluster: str) -> None:
     """Raise UserError if this is not the address of a server. (The client fails only when it connects.)"""
-    parts = urlsplit(address or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname or " " in parts.netloc:
+    if not is_web_address(address or ""):
         what = f"cluster {one_line(cluster)} of the kubeconfig has no valid server"
         fix = "Write its server as https://HOST:PORT, or choose another context with --kube-context."
         raise UserError(what, fix=fix)

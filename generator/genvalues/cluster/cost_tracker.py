@@ -15,7 +15,7 @@ from genvalues.cluster.objects import name_of
 from genvalues.cluster.workloads import is_worker
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import DIGEST, InvalidJson, JsonNotFound, check_own_digest, own_digest, read_object
+from genvalues.common.json_files import InvalidJson, JsonNotFound, check_own_digest, read_object, with_own_digest
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class CostTracker:
         self._written = (self.clock(), self.ledger.pods.keys())
         try:
             content = {**self.ledger.as_json(), "pricePerNodeHour": self.limit.price}
-            files.write_json(self.file, {**content, DIGEST: own_digest(content)})
+            files.write_json(self.file, with_own_digest(content))
         except OSError as error:
             if not self._failure_logged:
                 log.warning(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from genvalues.common.errors import EXIT_FAILED, Unavailable, UserError, VolumeError, internal_error, traceback_wanted
 from genvalues.common.streams import say
-from genvalues.common.system_errors import explain
+from genvalues.common.system_errors import FULL, explain
 
 
 def report(error: BaseException, program: str) -> int:
@@ -18,3 +20,13 @@ def report(error: BaseException, program: str) -> int:
         return explained.status
     say(internal_error(error, program, with_traceback=traceback_wanted()))
     return EXIT_FAILED
+
+
+def is_full_stdout(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the error is one of printing to a file on a full volume: it has no path."""
+    if not isinstance(error, OSError) or error.errno not in FULL or error.filename is not None:
+        return False
+    import traceback
+
+    innermost = traceback.extract_tb(error.__traceback__)[-1].name
+    return innermost in ("main", "echo")  # which flushes stdout, and click's

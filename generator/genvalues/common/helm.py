@@ -106,7 +106,7 @@ def show(stream: IO[bytes], hide: Callable[[str], str]) -> None:
             unfinished, ended = unfinished + output, not output
         lines, newline, rest = (unfinished, b"", b"") if silent or ended else unfinished.rpartition(b"\n")
         unfinished = rest
-        with suppress(OSError, ValueError):  # nobody reads ours: Helm's must be read, so that Helm does not wait
+        with suppress(OSError, ValueError):  # ours is closed or full: Helm's is still read, or Helm would wait
             print(hide((lines + newline).decode(errors="replace")), end="", file=sys.stderr, flush=True)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from genvalues.common.files import NotARegularFile, open_regular
+from genvalues.common.text import one_line
 
 MOST_BYTES = 64 << 20
 MOST_DEPTH = 100
@@ -75,6 +77,23 @@ def parse_json(text: str) -> Any:
         raise InvalidJson(f"is not valid JSON: {error}") from None
 
 
+class DuplicateKey(ValueError):
+    """An object has the key ``key`` twice."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"has the key {one_line(key)!r} twice")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for json. Raises DuplicateKey where json would take the last value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DuplicateKey(key)
+    return found
+
+
 def _check_depth(content: Any) -> None:
     """Raise RecursionError for content in which a function that calls itself for each level may fail."""
     level, depth = [content], 0
@@ -124,14 +143,15 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def own_digest(content: Mapping[str, Any]) -> str:
-    """The hex SHA-256 of a JSON record without its digest."""
-    return json_digest({key: value for key, value in content.items() if key != DIGEST})
+def with_own_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON record with the digest of its other keys."""
+    others = {key: value for key, value in content.items() if key != DIGEST}
+    return {**others, DIGEST: json_digest(others)}
 
 
 def check_own_digest(content: Mapping[str, Any], *, required: bool = True) -> None:
     """Raise InvalidJson unless a JSON record has its own digest, or none if that is not ``required``."""
-    if (required or DIGEST in content) and content.get(DIGEST) != own_digest(content):
+    if (required or DIGEST in content) and content.get(DIGEST) != with_own_digest(content)[DIGEST]:
         raise InvalidJson("has another SHA-256 than it records of itself")
 
 

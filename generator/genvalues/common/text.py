@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 KeyPath = tuple[str | int, ...]
 
@@ -50,6 +51,27 @@ def number_of(number: float, thing: str) -> str:
 def redacted(text: str) -> str:
     """The text with every token replaced by its first characters and dots."""
     return TOKEN.sub(lambda token: f"{token[0][:3]}...", text)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether no encoding has the text: half a character, or Python's substitute for a byte that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def is_web_address(text: str, others: Sequence[str] = ()) -> bool:
+    """Whether a text is a URL with a host, of http, https or one of the ``others``."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https", *others)
+        return known and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:  # of the port, or of an IPv6 address
+        return False
 
 
 def may_hold_a_secret(key: KeyPath) -> bool:

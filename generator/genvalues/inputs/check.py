@@ -14,9 +14,9 @@ from genvalues.accelerators.neuron_rules import target_problems
 from genvalues.common.dicts import get, merge, without_null
 from genvalues.common.errors import UserError
 from genvalues.common.problems import Problem
-from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, one_line
+from genvalues.common.text import SECRET_KEYS, TOKEN, KeyPath, has_surrogate, one_line
 from genvalues.inputs.chart import written_in_chart_values
-from genvalues.inputs.document import Document, Mistake, has_surrogate
+from genvalues.inputs.document import Document, Mistake
 from genvalues.inputs.schema_errors import MISSING, UNKNOWN, schema_mistakes, shown
 from genvalues.settings.base import HUB_ID
 from genvalues.settings.dataset_files import CHAINED, files_of, is_chained, is_saved

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from genvalues.common.errors import UserError, UserErrors
-from genvalues.common.text import KeyPath, dotted, one_line, redacted
+from genvalues.common.text import KeyPath, dotted, has_surrogate, one_line, redacted
 from genvalues.inputs.assignments import NUMBER, Assignment, NotAnAssignment, assignments, typed
 from genvalues.inputs.schema_lookup import kinds, may_be_null
 from genvalues.inputs.yaml_text import (
@@ -365,7 +365,3 @@ def is_in(key: KeyPath, keys: set[KeyPath]) -> bool:
 def is_variable(key: KeyPath) -> bool:
     """Whether the value is an environment variable's: its text, because a number would lose digits (1.10, 1e3)."""
     return key[:1] == ("chartValues",) and key[1:2] in (("stageDefaults",), ("stages",)) and key[-2:-1] == ("extraEnv",)
-
-
-def has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture
 def refusals(tmp_path: Path) -> Callable[..., str]:
-    """What a run, with rows of 128 tokens, is told of a model with this config.json."""
+    """The problems of a run with rows of 128 tokens and a model with this config.json."""
 
     def refusals(model_type: str, training: dict[str, Any] | None = None, **settings: Any) -> str:
         model = tmp_path / "model"

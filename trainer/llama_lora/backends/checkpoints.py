@@ -21,7 +21,6 @@ from pathlib import Path
 from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import (
-    DIGEST,
     Count,
     FileRecord,
     InvalidJson,
@@ -29,8 +28,8 @@ from genvalues.common.json_files import (
     PathInside,
     as_record,
     check_own_digest,
-    own_digest,
     read_object,
+    with_own_digest,
 )
 from llama_lora.backends.failures import OtherWorkerFailed
 from llama_lora.backends.held_out import HeldOutState
@@ -85,7 +84,7 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
         if workers.rank == 0:
             listed = {file.relative_to(partial).as_posix(): record_of(file) for file in files_in(partial)}
             content = asdict(replace(record, files=listed))
-            files.write_json(partial / RECORD, {**content, DIGEST: own_digest(content)})
+            files.write_json(partial / RECORD, with_own_digest(content))
     workers.barrier()
     return target
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from genvalues.common.json_files import unique_keys
 from genvalues.common.text import one_line
 from genvalues.settings.datasets import COLUMN_ALIASES
-from llama_lora.data.json_stream import object_of
 from llama_lora.data.rows import MissingColumn, Row, RowError
 
 
@@ -109,7 +109,7 @@ def as_json(value: Any, what: str, place: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value, object_pairs_hook=object_of)
+        return json.loads(value, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise RowError(
             f"{what} is text that is not valid JSON: {error}", where=place, fix="Write a list, or a list as JSON text."

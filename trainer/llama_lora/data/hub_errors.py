@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from genvalues.common.errors import Unavailable, UserError
-from genvalues.common.text import one_line
+from genvalues.common.text import is_web_address, one_line
 from llama_lora.environment import proxy_variables, without_passwords
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
@@ -100,16 +98,6 @@ def check_hub_variables() -> None:
         if not names:
             raise
         raise UserError(one_line(without_passwords(str(error)), 200), where=names, fix="Name another proxy.") from None
-
-
-def is_web_address(text: str, others: Sequence[str] = ()) -> bool:
-    """Whether a text is a URL with a host, of http, https or one of the ``others``."""
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme in ("http", "https", *others)
-        return known and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
-    except ValueError:  # of the port, or of an IPv6 address
-        return False
 
 
 def limit_waits(most_seconds: float | None = None) -> None:

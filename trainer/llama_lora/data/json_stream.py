@@ -5,13 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import Any
 
 from genvalues.common.errors import UserError
-from genvalues.common.text import one_line
+from genvalues.common.json_files import DuplicateKey, unique_keys
 from llama_lora.data.rows import MAX_ROW_BYTES, RowError
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -26,20 +25,7 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-class DuplicateKey(ValueError):
-    """An object has a key twice."""
-
-
-def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values, for json. Raises DuplicateKey where json would take the last value."""
-    read = dict(pairs)
-    if len(read) != len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise DuplicateKey(f"has the key {one_line(key)!r} twice")
-    return read
-
-
-_DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=object_of)
+_DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=unique_keys)
 
 
 def parse_line(text: str, place: str) -> Any:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from genvalues.common.errors import UserError
+from genvalues.common.text import has_surrogate
 from llama_lora.data import messages as shapes
 from llama_lora.data.chat_template import TEMPLATE_DATE, ChatTemplate, ChatTemplates, limits
 from llama_lora.data.columns import Columns, Dropped
@@ -303,7 +304,5 @@ def _plain(messages: list[Message], trained: list[int]) -> list[Segment]:
 
 def _check_unicode(text: str) -> None:
     """Raise Dropped for text with half a surrogate pair (from truncated JSON), which a tokenizer cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Dropped("is not valid Unicode") from None
+    if has_surrogate(text):
+        raise Dropped("is not valid Unicode")

@@ -19,7 +19,7 @@ from genvalues.common import files
 from genvalues.common.errors import UserError
 from genvalues.common.json_files import FileRecord, InvalidJson, as_record, read_object
 from llama_lora import library_versions
-from llama_lora.adapter import CONFIG, Delta, adapts, limited_patterns, read_adapter_config, read_deltas
+from llama_lora.adapter import CONFIG, Delta, adapted, read_adapter_config, read_deltas
 from llama_lora.data.row_checks import record_stop_tokens
 from llama_lora.digests import OTHER_CONTENT
 from llama_lora.model_card import CARD, Facts, base_in, card, facts_of, license_in
@@ -122,9 +122,8 @@ def check_fits(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor],
     check_shared(deltas, tensors, adapter, base)
     config, kinds = read_adapter_config(adapter), {without_numbers(name) for name in deltas}
     others = [name for name in tensors.keys() - deltas.keys() if without_numbers(name) in kinds]
-    with limited_patterns(adapter / CONFIG):
-        absent = sorted(name for name in others if adapts(config, name.removesuffix(".weight")))
-    if absent:
+    chosen = adapted(config, (name.removesuffix(".weight") for name in others), adapter / CONFIG)
+    if absent := sorted(name for name in others if name.removesuffix(".weight") in chosen):
         raise UserError(
             f"has no factors of {absent[0]}, but of the same layer elsewhere ({len(deltas)} of "
             f"{len(deltas) + len(absent)} layers)",

@@ -10,8 +10,8 @@ from genvalues.common import helm
 from genvalues.common.dicts import merge
 from genvalues.common.errors import UserError
 from genvalues.common.process import Command, Interrupted, Process, run_together
+from genvalues.common.text import has_surrogate
 from genvalues.inputs.chart import NAME, need_chart
-from genvalues.inputs.document import has_surrogate
 from genvalues.inputs.input_options import Sources
 from genvalues.ops.local.chart_stages import Object, run_name, skipped_stages, stages_to_run
 from genvalues.ops.local.containers import LocalStage, Machine, python_folder
