@@ -49,6 +49,9 @@ SECRETS_FIX = (
 
 MONITORS = ("wandb", "mlflow", "pushgateway", "otlpEndpoint")
 EXAMPLE_REGISTRY = "123456789012.dkr.ecr."  # the example account of AWS documentation
+# Units of Kubernetes' quantities: https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
+BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, **BINARY}
 DEFAULT_MOUNT = "/workspace"  # default of workspace.mountPath
 STALL_TIMEOUT = "30m"  # default if all graphs are compiled before train; also the chart's default
 STALL_TIMEOUT_GIB = 16  # the weights for which it is enough
@@ -553,7 +556,7 @@ def fsx_size(size: str, unit: int = 2400) -> str:
     match = re.match(r"^([1-9][0-9]{0,6})(Mi|Gi|Ti)$", size)
     if not match:
         return ""
-    mebibytes = int(match[1]) * {"Mi": 1, "Gi": 1 << 10, "Ti": 1 << 20}[match[2]]
+    mebibytes = int(match[1]) * BINARY[match[2]] // BINARY["Mi"]
     small = next((each for each in (1200, 2400) if mebibytes <= each << 10), None)
     fitting = small or -(-mebibytes // (unit << 10)) * unit
     return "" if size == f"{fitting}Gi" else f"{fitting}Gi"
@@ -667,8 +670,7 @@ def pod_settings(values: Values) -> Iterator[Problem]:
                 yield Problem(((*key, "capabilities", name),), what, f"Write {name.removeprefix('CAP_')}.")
 
 
-UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-HUGE_PAGES = {"hugepages-2Mi": UNITS["Mi"] * 2, "hugepages-1Gi": UNITS["Gi"]}
+HUGE_PAGES = {"hugepages-2Mi": 2 * BINARY["Mi"], "hugepages-1Gi": BINARY["Gi"]}
 
 
 def quantity(amount: Any) -> float:

@@ -11,7 +11,7 @@ from genvalues.common.text import one_line
 from genvalues.ops.aws import AwsAnswer, AwsClients, answer_or_none
 from genvalues.ops.preflight.run_requirements import RunRequirements
 from genvalues.settings.shared import FSX_TYPES
-from genvalues.settings.value_rules import fsx_size
+from genvalues.settings.value_rules import BINARY, fsx_size
 
 # FSx for Lustre user guide: File system access control with Amazon VPC, and Creating a file system fails.
 LUSTRE_PORTS = ((988, 988), (1018, 1023))
@@ -49,7 +49,7 @@ def check_size(requirements: RunRequirements) -> list[Finding]:
 
 def gibibytes(size: str) -> float:
     match = re.fullmatch(r"([1-9][0-9]{0,6})(Mi|Gi|Ti)", size)
-    return int(match[1]) * {"Mi": 1 / 1024, "Gi": 1.0, "Ti": 1024.0}[match[2]] if match else 0.0
+    return int(match[1]) * BINARY[match[2]] / BINARY["Gi"] if match else 0.0
 
 
 def check_subnet(clients: AwsClients, requirements: RunRequirements, subject: str) -> list[Finding]:
