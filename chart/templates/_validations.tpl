@@ -117,8 +117,11 @@ training.{{ $key }} requires training.evalSteps, which measures the held-out los
 {{- if and $training.earlyStoppingThreshold (not $training.earlyStoppingPatience) }}
 training.earlyStoppingThreshold has no effect without training.earlyStoppingPatience. Set training.earlyStoppingPatience, or remove training.earlyStoppingThreshold.
 {{- end }}
-{{- if and (eq .Values.backend "xla") (eq $training.attention "causal") (mod $training.maxSequenceLength 2048) }}
-training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention causal requires with backend xla. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to isolated.
+{{- if and (eq .Values.backend "native") (eq $training.attention "isolatedFlash") }}
+training.attention isolatedFlash requires backend xla. Set training.attention to isolated.
+{{- end }}
+{{- if and (eq .Values.backend "xla") (ne $training.attention "isolated") (mod $training.maxSequenceLength 2048) }}
+training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 2048, as training.attention {{ $training.attention }} requires with backend xla. Set it to {{ mul 2048 (add 1 (div $training.maxSequenceLength 2048)) }}, or training.attention to isolated.
 {{- else if and (eq .Values.backend "native") (eq (include "llama-lora.device" .) "neuron") (mod $training.maxSequenceLength 512) }}
 training.maxSequenceLength {{ $training.maxSequenceLength }} is not a multiple of 512, as backend native requires on Trainium. Set it to {{ mul 512 (add 1 (div $training.maxSequenceLength 512)) }}.
 {{- end }}

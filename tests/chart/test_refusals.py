@@ -422,6 +422,14 @@ CONTRADICTIONS: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"training": {"attention": "causal", "maxSequenceLength": 3000}}),
         "training.maxSequenceLength 3000 is not a multiple of 2048, as training.attention causal requires with",
     ),
+    "flash attention with a mask with an unsupported sequence length": (
+        merged(NEURON, {"training": {"attention": "isolatedFlash", "maxSequenceLength": 3000}}),
+        "training.maxSequenceLength 3000 is not a multiple of 2048, as training.attention isolatedFlash requires with",
+    ),
+    "flash attention with a mask with backend native": (
+        {"training": {"attention": "isolatedFlash"}},
+        "training.attention isolatedFlash requires backend xla. Set training.attention to isolated.",
+    ),
     "native on Trainium with an unsupported sequence length": (
         merged(TRN2, {"training": {"maxSequenceLength": 1000}}),
         "training.maxSequenceLength 1000 is not a multiple of 512, as backend native requires on Trainium. Set it",

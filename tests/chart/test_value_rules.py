@@ -64,6 +64,11 @@ REFUSED: dict[str, tuple[Values, str]] = {
         merged(NEURON, {"training": {"attention": "flash", "maxSequenceLength": 3000}}),
         "training.maxSequenceLength",
     ),
+    "flash with a mask and odd rows": (
+        merged(NEURON, {"training": {"attention": "isolatedFlash", "maxSequenceLength": 3000}}),
+        "training.maxSequenceLength",
+    ),
+    "flash with a mask on a CPU": ({"training": {"attention": "isolatedFlash"}}, "training.attention"),
     "a held-out loss without held-out rows": (
         {"training": {"evalSteps": 5}, "dataset": {"evalFraction": 0}, "evaluation": {"enabled": False}},
         "training.evalSteps",

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from llama_lora import config as run_config
+from llama_lora.backends.xla import model as neuron_model
 from llama_lora.backends.xla.training import XlaEngine
 from llama_lora.paths import Paths
 from llama_lora.stage import Stage
@@ -109,6 +110,11 @@ def spoilt_save(engine: XlaEngine, rows: Any) -> str:
 
 def main(function: str, config_file: str, workspace: str, answer: str) -> None:
     config = run_config.load(Path(config_file))
+    if config.training.attention == "isolatedFlash":  # neuronx-cc has the kernels, and is for Trainium only
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from trainer.xla.reference_flash import reference_kernels
+
+        neuron_model.nki_kernels = reference_kernels
     job = training_job(Stage("train", config, Paths(Path(workspace), config.name)))
     engine = XlaEngine(job)
     asked: Callable[[XlaEngine, Any], Any] = globals()[function]

@@ -185,18 +185,18 @@ def test_positions_far_into_a_row_equal_those_of_the_base_model(tmp_path: Path, 
     assert found["loss"] / 512 == pytest.approx(loss / 512, abs=0.03), "512 tokens, in bf16 against fp32"
 
 
-@pytest.mark.parametrize("attention", ["eager", "flash"])
-def test_only_eager_attention_isolates_packed_examples(
+@pytest.mark.parametrize("attention", ["eager", "flash", "isolatedFlash"])
+def test_only_attention_with_a_mask_isolates_packed_examples(
     bf16_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
 ) -> None:
-    """With eager, an example's loss does not depend on the other examples of its row; with flash it does."""
+    """With a mask, an example's loss does not depend on the other examples of its row; with flash it does."""
     monkeypatch.setenv("NEURON_CPU_SHIM_FLASH_ANY", "1")  # rows of 2048 tokens would take long here
     run = make_neuron_run(tmp_path / "run", bf16_model, 2, 1)
     run.config["training"]["attention"] = attention
     pairs = in_workers(run, "row_losses")
     assert len(pairs) > 1 and all(alone > 0 for alone, _ in pairs)
     changed = [alone != with_others for alone, with_others in pairs]
-    assert changed == ([False] * len(pairs) if attention == "eager" else [False] + [True] * (len(pairs) - 1))
+    assert changed == ([False] * len(pairs) if attention != "flash" else [False] + [True] * (len(pairs) - 1))
 
 
 def test_recomputing_the_attention_or_whole_layers_changes_no_gradient(bf16_model: Path, tmp_path: Path) -> None:
@@ -209,6 +209,16 @@ def test_recomputing_the_attention_or_whole_layers_changes_no_gradient(bf16_mode
     assert found["selective"] == found["none"]
     for name, (norm, _) in found["full"].items():  # recomputing whole layers changes the rounding in bf16
         assert norm == pytest.approx(found["none"][name][0], rel=0.01)
+
+
+def test_the_flash_kernel_with_a_mask_has_the_gradients_of_eager_attention(bf16_model: Path, tmp_path: Path) -> None:
+    run = make_neuron_run(tmp_path / "run", bf16_model, 2, 1)
+    found = []
+    for wanted in ("isolated", "isolatedFlash"):
+        run.config["training"]["attention"] = wanted
+        found.append({name: norm for name, (norm, _) in in_workers(run, "gradients").items()})
+    assert all(norm > 0 for norm in found[0].values())
+    assert found[1] == pytest.approx(found[0], rel=0.03), "in bf16, rounded in another order"
 
 
 MODELS: dict[str, dict[str, Any]] = {

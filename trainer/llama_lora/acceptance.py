@@ -108,7 +108,7 @@ def check_probe(trainings: Trainings) -> Check:
         write_adapter(Path(folder), adapter.tensors, adapter.config)
         model = StreamedModel(trainings.model, Path(folder))
         rows = load_from_disk(str(whole.stage.upstream_path("tokenize", "dataset") / "train"))
-        recomputed = probe.recompute(recorded, rows, model, config.training.attention == "isolated")
+        recomputed = probe.recompute(recorded, rows, model, config.training.isolates_examples)
     return checks.full_length_probe(recorded, recomputed, config.probe.tolerance)
 
 

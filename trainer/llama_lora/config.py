@@ -66,7 +66,7 @@ def recorded_backend(config: RunConfig) -> str:
 def recorded_attention(config: RunConfig) -> str:
     """training.attention as fingerprints record it."""
     attention = config.training.attention
-    return XLA_ATTENTION[attention] if config.backend == "xla" else attention
+    return XLA_ATTENTION.get(attention, attention) if config.backend == "xla" else attention
 
 
 # What PyYAML raises for text that it cannot read: also errors of any kind for values that do not fit their tag.

@@ -16,7 +16,7 @@ class Step(NamedTuple):
 
     length: int
     rows: int
-    attention: str  # isolated or causal
+    attention: str  # isolated, causal or isolatedFlash
     checkpointing: str  # none, selective or full
     r: int
     targets: tuple[str, ...]

@@ -74,6 +74,8 @@ def length_problems(
 ) -> Iterator[Problem]:
     """Row lengths that the model or the device cannot take. ``architecture`` None: the model is not known."""
     a, unit = architecture, ROWS if device == "neuron" else 1
+    if attention == "isolatedFlash":
+        yield Problem(key_paths(ATTENTION), "isolatedFlash requires backend xla", "Use isolated.")
     if a and device == "neuron" and attention == "causal" and a.head > HEAD:
         what = f"causal attention supports heads of up to {HEAD} features on Trainium, the model's have {a.head}"
         yield Problem(key_paths(ATTENTION), what, "Use isolated.")

@@ -141,15 +141,15 @@ def group_problems(
 
 def length_problems(architecture: Architecture, length: int, attention: str, size: int = 1) -> Iterator[Problem]:
     """Row lengths that the model or its attention cannot take, or that groups of ``size`` cannot split."""
-    a, flash = architecture, attention == "causal"
+    a, flash = architecture, attention != "isolated"
     unit = math.lcm(size, FLASH_ROWS if flash else 1)
     if flash and a.head > FLASH_HEAD:
-        what = f"causal attention supports heads of up to {FLASH_HEAD} features, the model's have {a.head}"
+        what = f"{attention} attention supports heads of up to {FLASH_HEAD} features, the model's have {a.head}"
         yield Problem(key_paths(ATTENTION), what, "Use isolated.")
     if length > a.positions:
         yield from position_problems(length, a.positions, unit)
     elif flash and length % FLASH_ROWS:
-        yield from flash_length_problems(length, a.positions, unit)
+        yield from flash_length_problems(length, attention, a.positions, unit)
     elif length % size:
         # NxD mappings.py, _split_along_dim: sequence parallelism, always on with tensor parallelism, splits each row.
         near = multiples(length, unit, a.positions)
@@ -167,13 +167,15 @@ def position_problems(length: int, positions: int, unit: int = 1) -> Iterator[Pr
         yield Problem(key_paths(LENGTH), f"{length} is more than the {positions} positions of the model", fix)
 
 
-def flash_length_problems(length: int, positions: int | None = None, unit: int = FLASH_ROWS) -> Iterator[Problem]:
+def flash_length_problems(
+    length: int, attention: str, positions: int | None = None, unit: int = FLASH_ROWS
+) -> Iterator[Problem]:
     """Row lengths that flash attention does not support; ``positions`` None: the model is not known."""
     if length % FLASH_ROWS:
         near = multiples(length, unit, positions)
         isolated = "set attention to isolated"
         fix = f"Set maxSequenceLength to {either(near)}, or {isolated}." if near else f"{isolated.capitalize()}."
-        what = f"causal attention needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}"
+        what = f"{attention} attention needs a maxSequenceLength that is a multiple of {FLASH_ROWS}, not {length}"
         yield Problem(key_paths(ATTENTION, LENGTH), what, fix)
 
 

@@ -152,7 +152,7 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
     if a.normalizes_heads:
         norms += FP32 * (query + key)
     attention = BF16 * query + 2 * BF16 * key  # query, key and value
-    if step.attention == "causal":
+    if step.attention != "isolated":
         attention += BF16 * query + FP32 * a.heads / size  # output, and log-sum-exp per row
     mlp = 3 * BF16 * inner
     lora = lora_input_bytes(a, step, size)
@@ -180,7 +180,7 @@ def score_bytes(architecture: Architecture, step: Step, size: int) -> float:
     The 5 a s^2 b of Korthikanti et al. (softmax, dropout and its mask, equation 2) with the fp32 softmax of
     optimum-neuron's eager_attention_forward, and without dropout.
     """
-    if step.attention == "causal":
+    if step.attention != "isolated":
         return 0
     a, tokens = architecture, step.tokens
     scores = (FP32 + BF16) * a.heads / size * step.length
@@ -202,7 +202,7 @@ def activation_bytes(architecture: Architecture, step: Step, size: int) -> int:
         per_layer = tokens * BF16 * a.hidden / size
     last_norm = tokens * FP32 * a.hidden / size
     # The additive mask, and which example each token belongs to (trainer, _loss_sum).
-    mask = (BF16 + 1) * step.rows * step.length**2 if step.attention == "isolated" else 0
+    mask = (BF16 + 1) * step.rows * step.length**2 if step.attention != "causal" else 0
     return int(a.layers * per_layer + last_norm + mask)
 
 

@@ -61,7 +61,7 @@ def flops_per_token(architecture: Architecture, run: Run, layout: Layout) -> Flo
     """
     a, step = architecture, run.step(layout.per_device, layout.checkpointing)
     linear = 2.0 * a.matrix_parameters
-    products = 4.0 * a.layers * a.query * step.length * (0.5 if step.attention == "causal" else 1)
+    products = 4.0 * a.layers * a.query * step.length * (1 if step.attention == "isolated" else 0.5)
     again = 0.0
     if step.checkpointing == "selective" and run.backend == "native":
         again = products + 2.0 * a.layers * a.attention_parameters

@@ -143,8 +143,8 @@ def checkpointing_reason(run: Run, model: ModelFacts, instance: Instance, found:
         return "recomputes whole layers; selective does not fit (see below)"
     if isinstance(none, NativeMemory) or isinstance(found.memory, NativeMemory):
         return f"recomputes the attention blocks, which saves {gib(none.total - found.memory.total)} GiB per core"
-    if run.attention == "causal":
-        return "default; same as none, because causal attention keeps no scores"
+    if run.attention != "isolated":
+        return f"default; same as none, because {run.attention} attention keeps no scores"
     saved = none.activations + none.working - found.memory.activations - found.memory.working
     return f"recomputes attention scores, which saves {gib(saved)} GiB per core"
 

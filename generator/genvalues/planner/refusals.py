@@ -99,7 +99,7 @@ class Case(NamedTuple):
         """What row lengths are a multiple of with groups of ``size``; ``otherwise`` for isolated attention."""
         if self.run.backend == "native":
             return ROWS
-        return math.lcm(size, FLASH_ROWS if self.run.attention == "causal" else otherwise)
+        return math.lcm(size, otherwise if self.run.attention == "isolated" else FLASH_ROWS)
 
 
 def refused(

@@ -62,13 +62,14 @@ Backend = Annotated[
     ),
 ]
 Attention = Annotated[
-    Literal["isolated", "causal"],
+    Literal["isolated", "causal", "isolatedFlash"],
     OtherWords(OLDER_ATTENTION),
     Field(
         description="isolated keeps packed examples apart. causal is Trainium's flash kernel: faster, less memory, "
         "but a packed example sees those before it in its row, so use it for format text. On Trainium it requires a "
-        "maxSequenceLength that is a multiple of 512 (backend native) or 2048 (xla). eager and flash are their older "
-        "names.",
+        "maxSequenceLength that is a multiple of 512 (backend native) or 2048 (xla). isolatedFlash (backend xla) is "
+        "the flash kernel with a mask that keeps packed examples apart; it has not run on Trainium yet, so genvalues "
+        "never chooses it. eager and flash are older names of the first two.",
     ),
 ]
 ActivationCheckpointing = Annotated[
@@ -371,6 +372,11 @@ class Training(TrainingOptions):
     activation_checkpointing: ActivationCheckpointing = "selective"
     per_device_batch_size: PerDeviceBatchSize = 1
     gradient_accumulation_steps: GradientAccumulationSteps = 3
+
+    @property
+    def isolates_examples(self) -> bool:
+        """Whether packed examples are kept apart; otherwise a row is one text."""
+        return self.attention != "causal"
 
     @property
     def depends_on_held_out_loss(self) -> bool:

@@ -283,10 +283,10 @@ def attention(values: Values) -> Iterator[Problem]:
     if length is None:
         return
     wanted, backend = get(values, "training.attention", str) or "isolated", get(values, "backend", str)
-    if backend == "xla" and wanted == "causal":
-        yield from flash_length_problems(length)
-    elif backend == "native" and on_trainium(values):
-        yield from native_rules.length_problems(length, wanted, "neuron")
+    if backend == "xla" and wanted != "isolated":
+        yield from flash_length_problems(length, wanted)
+    elif backend == "native":
+        yield from native_rules.length_problems(length, wanted, "neuron" if on_trainium(values) else "cpu")
 
 
 def instance_type(values: Values) -> Iterator[Problem]:

@@ -75,6 +75,12 @@ def test_the_flash_kernel_limits_heads_on_trainium_only() -> None:
     assert not list(length_problems(2048, "causal", "cpu", wide))
 
 
+@pytest.mark.parametrize("device", ["cpu", "neuron", "cuda"])
+def test_flash_attention_with_a_mask_is_one_of_backend_xla(device: str) -> None:
+    found = told(length_problems(2048, "isolatedFlash", device, LLAMA_8B))
+    assert found == "training.attention: isolatedFlash requires backend xla. Use isolated."
+
+
 @pytest.mark.parametrize("attention", ["isolated", "causal"])
 def test_no_attention_has_a_sliding_window_so_rows_are_not_longer_than_it(attention: str) -> None:
     model = replace(LLAMA_8B, sliding_window=1200)

@@ -114,7 +114,7 @@ def verify_weights(
         log.info(f"probe: skipped, the weights are not verified ({reason})")
         return
     rows = load_from_disk(str(stage.upstream_path("tokenize", "dataset") / "train"))
-    isolated = stage.config.training.attention == "isolated"
+    isolated = stage.config.training.isolates_examples
     log.info(probe.verify_loss(recorded, rows, settings, StreamedModel(model, adapter), isolated, what))
 
 

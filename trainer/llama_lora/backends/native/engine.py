@@ -120,7 +120,7 @@ class NativeEngine:
 
     def _host_batch(self, rows: Sequence[Row | None]) -> ModelBatch:
         length = self.job.training.max_sequence_length if self.static else None
-        return make_batch(rows, length, isolated=self.job.training.attention == "isolated")
+        return make_batch(rows, length, isolated=self.job.training.isolates_examples)
 
     def _summed_loss(self, rows: Sequence[Row | None]) -> torch.Tensor:
         """The summed loss without dropout. The batch has the shape of a training batch where shapes are static."""

@@ -58,7 +58,7 @@ def problems(config: RunConfig, architecture: Architecture, structure: Structure
             yield Problem(native_rules.MODEL, structure.misfit, "Use a Llama, Qwen3 or Granite.")
         yield from native_rules.weight_problems(architecture)
     training = config.training
-    if structure.recurrent and training.packing and training.attention == "isolated":
+    if structure.recurrent and training.packing and training.isolates_examples:
         what = f"{structure.recurrent[0]} layers carry each packed example into the next in its row"
         yield Problem(key_paths("training.packing"), what, "Write packing: false to keep them apart.")
     targets = config.lora.target_modules

@@ -13,12 +13,16 @@ from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.utils.model_utils import move_model_to_device
 from optimum.neuron.models.training import NeuronModelForCausalLM
 from optimum.neuron.models.training.config import TrainingNeuronConfig
+from optimum.neuron.models.training.llama.modeling_llama import repeat_kv
 from optimum.neuron.peft import NeuronPeftModelForCausalLM, get_peft_model
 from torch_xla.utils.checkpoint import checkpoint
 
 from genvalues.accelerators.architectures import MODEL_TYPES, target_names
+from genvalues.common.errors import UserError
+from genvalues.common.text import number_of
 from llama_lora import library_versions
 from llama_lora.backends.lora import initial_a, lora_config
+from llama_lora.backends.xla.flash import flash_attention, nki_kernels
 from llama_lora.backends.xla.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
 from llama_lora.model_files import base_files
@@ -54,16 +58,25 @@ def load_parallel_model(
     """
     base_files(path)
     stored_tensors(path)  # and nothing beside them
-    if training.activation_checkpointing == "selective":
+    if training.attention == "isolatedFlash":
+        use_masked_flash()
+    elif training.activation_checkpointing == "selective":
         recompute_attention()
-    model = NeuronModelForCausalLM.from_pretrained(
+    model, loading = NeuronModelForCausalLM.from_pretrained(
         str(path),
         trn_config,
         **library_versions.LOCAL,
         use_safetensors=True,
         dtype=torch.bfloat16,
         attn_implementation="flash_attention_2" if training.attention == "causal" else "eager",
+        # Else optimum-neuron 0.4.5 draws random values for all fused layers before it reads them: it compares the names
+        # of its own layers with those in the files.
+        _fast_init=False,
+        output_loading_info=True,
     )
+    if missing := loading["missing_keys"]:
+        what = f"{number_of(len(missing), 'weight')} not found: {', '.join(sorted(missing)[:3])}"
+        raise UserError(what, where=str(path), fix="Use a model folder with all of the model's weights.")
     if training.activation_checkpointing == "full":
         model.enable_input_require_grads()  # a layer is recomputed only if its input requires a gradient
         model.gradient_checkpointing_enable({})
@@ -120,6 +133,14 @@ def in_order_of_heads(factor: torch.Tensor, attention: Any, model_config: Any) -
     heads = model_config.num_attention_heads
     order = query_heads(heads, model_config.num_key_value_heads, attention.kv_size_multiplier)
     return factor.view(factor.shape[0], heads, -1)[:, order].reshape(factor.shape)
+
+
+def use_masked_flash() -> None:
+    """Compute the attention of packed examples with the flash kernel. It keeps no scores, so none are recomputed."""
+    replacement = flash_attention(nki_kernels(), repeat_kv)
+    for module in MODELS_WITH_ATTENTION:
+        if hasattr(module, ATTENTION):
+            setattr(module, ATTENTION, replacement)
 
 
 def recompute_attention() -> None:

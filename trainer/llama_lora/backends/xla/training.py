@@ -39,6 +39,7 @@ from llama_lora.backends.lora import dropout_seed
 from llama_lora.backends.worker_group import WorkerGroup
 from llama_lora.backends.xla import model as neuron_model
 from llama_lora.backends.xla import shards, torch_files
+from llama_lora.backends.xla.flash import MASKED
 from llama_lora.data.batches import PaddedRows, isolating_mask, pad_rows
 from llama_lora.data.tokens import IGNORED
 
@@ -150,13 +151,13 @@ class XlaEngine:
     def _loss_sum(self, rows: Sequence[Row | None]) -> torch.Tensor:
         """The summed cross entropy (nats, fp32) of rows padded to maxSequenceLength, so that all use one graph."""
         training = self.job.training
-        isolated = training.attention == "isolated"
+        isolated = training.isolates_examples
         on_device = PaddedRows(
             *(part.to(self.device) for part in pad_rows(rows, training.max_sequence_length, isolated))
         )
         mask = None
         if isolated:  # the library adds a mask with four dimensions to the scores
-            lowest = torch.finfo(torch.bfloat16).min
+            lowest = MASKED if training.attention == "isolatedFlash" else torch.finfo(torch.bfloat16).min
             mask = torch.where(isolating_mask(on_device.example), 0.0, lowest).to(torch.bfloat16)
         logits = self.model(
             input_ids=on_device.input_ids, attention_mask=mask, position_ids=on_device.position_ids, use_cache=False
