@@ -58,3 +58,19 @@ def test_memory_is_that_of_the_cgroups_around_the_process(tmp_path: Path) -> Non
         (tmp_path / name).write_text(f"{text}\n")
     (tmp_path / "proc/meminfo").write_text("MemAvailable: 8000 kB\n")
     assert environment.available_memory(tmp_path) == 4096000
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "policy", "spins"),
+    [
+        ({}, "passive", "10000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active", None),
+        ({"GOMP_SPINCOUNT": "5"}, "passive", "5"),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_has_decided(
+    set_by_user: dict[str, str], policy: str, spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(set_by_user))
+    environment.limit_spinning()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")) == (policy, spins)

@@ -141,6 +141,17 @@ def share_threads(workers: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // workers))
 
 
+def limit_spinning() -> None:
+    """Let threads spin for a moment before they sleep, unless the user has decided.
+
+    Threads that spin take the cores of other processes, and threads that sleep at once wake late for the next operator.
+    libgomp's default is 300,000 spins. Measured: docs/benchmarks.md, "Threads that wait".
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 @contextmanager
 def stdout_discarded() -> Iterator[None]:
     """Discard what C++ code writes to stdout: gloo reports every connection there, and no setting turns that off."""
@@ -161,7 +172,7 @@ os.environ.setdefault("RAYON_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # of 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy, which multiplies nothing here: no idle threads
 # Without it: "module name tiny@1a2b is not a valid identifier" each time a model is loaded.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take the cores of other workers
+limit_spinning()
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of host names that do not resolve
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning after every fork
