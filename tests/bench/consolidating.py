@@ -1,7 +1,7 @@
 """Consolidating a sharded checkpoint: against optimum-neuron's own command, and as the adapter grows.
 
-The checkpoint of optimum-neuron 0.4.5 (tensor parallel, two ranks) is one that the tests read, too, and one of those that
-optimum-cli can read: it ends with a KeyError if LoRA is on q and v only.
+The checkpoint of optimum-neuron 0.4.5 (tensor parallel, two ranks) is one that the tests read, too, and optimum-cli can
+read: with LoRA on q and v only it ends with a KeyError.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ same. More CPU seconds are those of threads that spin while they wait for others
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -21,13 +22,11 @@ TOKENS = 256
 
 def probe(model: str) -> dict[str, float]:
     """Compute the probe's losses of 8 rows with a model folder; seconds without imports."""
-    import torch
-
     from llama_lora import environment as environment  # sets the variables that torch reads at import
     from llama_lora.probe import ProbeRecord, recompute
     from llama_lora.streaming import StreamedModel
 
-    ids = torch.randint(0, 256, (8, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = [random.Random(row).choices(range(256), k=TOKENS) for row in range(8)]
     rows = [{"input_ids": row, "labels": row, "lengths": [TOKENS]} for row in ids]
     record = ProbeRecord(list(range(8)), TOKENS, [0.0] * 8, [TOKENS - 1] * 8)
     began, cpu_began = time.perf_counter(), time.process_time()
