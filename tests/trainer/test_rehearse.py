@@ -300,6 +300,15 @@ def test_two_workers_divide_the_small_model_as_the_run_does(
     assert layout.processes_per_node == 2
 
 
+@pytest.mark.parametrize(("attention", "small"), [("isolatedFlash", "isolated"), ("causal", "causal")])
+def test_the_small_run_isolates_examples_as_the_run_does(
+    attention: str, small: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", tiny_model, training={"attention": attention})
+    run.config["backend"] = "xla"
+    assert small_run.small_config(run.load()).training.attention == small
+
+
 @pytest.mark.parametrize("name", architectures.table())
 def test_the_small_model_keeps_what_the_code_depends_on(name: str) -> None:
     config = architectures.table()[name]["config"]

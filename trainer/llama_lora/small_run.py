@@ -59,6 +59,7 @@ def small_config(config: RunConfig) -> RunConfig:
                     "max_steps": STEPS,
                     "save_steps": SAVE_STEPS,
                     "save_total_limit": STEPS,
+                    "attention": "isolated" if training.isolates_examples else training.attention,
                     **NO_EVALUATION,
                     "per_device_batch_size": min(2, training.per_device_batch_size),
                     "gradient_accumulation_steps": min(2, training.gradient_accumulation_steps),
