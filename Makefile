@@ -11,7 +11,7 @@ READY_BENCH := .venv-bench/.ready
 CLUSTER_PACKAGES := containerd runc containernetworking-plugins buildah mmdebstrap iptables conntrack iproute2 \
   busybox-static openssl procps git
 
-.PHONY: setup demo test test-all test-slow test-faults test-xla test-gpu test-browser test-cluster cluster-packages image \
+.PHONY: setup demo test test-long test-all test-slow test-faults test-xla test-gpu test-browser test-cluster cluster-packages image \
   generate values bench clean
 
 # The model of the demo and of the tests of GGUF.
@@ -64,7 +64,11 @@ test test-all: $(READY)
 	.venv/bin/ruff format --check
 	$(PYTEST) --ignore=tests/trainer/xla $(call again,.venv/bin/pytest)
 
-# What make test leaves out because it is slow: real sizes, more compiled layouts. Run it before a release.
+# What make test leaves out so that it ends in minutes: trainings, kills, hostile files in numbers. CI runs both.
+test-long: $(READY)
+	$(PYTEST) -m long $(call again,.venv/bin/pytest)
+
+# What make test and test-long leave out because it is slow: real sizes, more compiled layouts. Run it before a release.
 test-slow: $(READY)
 	.venv/bin/pytest --all -m "slow and not repeat" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 

@@ -49,11 +49,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked slow or repeat, unless --all asks for them."""
-    if not config.getoption("all"):
-        rest = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("repeat")]
-        items[:] = [item for item in items if item not in set(rest)]
-        config.hook.pytest_deselected(items=rest)
+    """Leave out the tests marked slow or repeat, and of a whole run those marked long, unless --all asks for them."""
+    if config.getoption("all"):
+        return
+    left_out = ["slow", "repeat", *(["long"] if is_whole(config) and not config.option.markexpr else [])]
+    rest = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
+    items[:] = [item for item in items if item not in set(rest)]
+    config.hook.pytest_deselected(items=rest)
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether no file was named on the command line, and the run is not a repetition of failed tests."""
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf")
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +80,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Of a whole run, say what ran and what did not, in the line before pytest's own last line."""
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("lf"):
+    if not is_whole(config) or config.option.markexpr:
         return
     reports = terminalreporter.stats
     said = [f"{len(reports[kind]):,} {kind}" for kind in ("passed", "failed", "error") if reports.get(kind)]
@@ -83,5 +90,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not config.getoption("all"):
         left_out = f"{ALL_FUZZ_CASES - FUZZ_CASES:,} fuzz cases, {ALL_ROUND_TRIPS - ROUND_TRIPS} round trips"
         repeats = f"tests marked repeat, {left_out} (make test-all)"
-        not_run = ["tests marked slow (make test-slow)", repeats, *not_run]
+        not_run = ["tests marked long (make test-long) or slow (make test-slow)", repeats, *not_run]
     terminalreporter.write_line(f"{', '.join(said)}. Not run: {', '.join(not_run)}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chart.manifests import ROOT, Values, merged
-from cluster.space import CLAIM, HELMS, PATIENCE, STORAGE_CLASS, Release, Space, files_pod, image, run, stand_in
+from cluster.space import CLAIM, PATIENCE, STORAGE_CLASS, Release, Space, files_pod, helm_program, image, run, stand_in
 from genvalues.cluster.objects import COMPONENT, INSTANCE, labels_of, name_of, why_not_started
 
 UNTIL_CONTINUE = "while [ ! -e /workspace/continue ]; do sleep 0.5; done"
@@ -163,7 +163,7 @@ def test_with_an_image_that_cannot_be_pulled_uninstall_fails_and_the_documented_
     for llama, lines in commands.items():
         assert f"helm -n {llama.space.name} uninstall llama --no-hooks" in lines or "uninstall $R --no-hooks" in lines
         (tmp_path / "helm").unlink(missing_ok=True)
-        (tmp_path / "helm").symlink_to(HELMS[llama.helm])
+        (tmp_path / "helm").symlink_to(helm_program(llama.helm))
         done = run(["env", f"PATH={tmp_path}:{os.environ['PATH']}", "bash", "-exc", lines])
         assert done.status == 0, done.output
         nothing_is_left(llama.space)

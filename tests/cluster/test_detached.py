@@ -21,7 +21,7 @@ from kubernetes import client
 
 from chart.manifests import CHART, Object, Values, merged
 from cluster.local import node
-from cluster.space import HELMS, PATIENCE, Client, Space, stand_in, succeeded, uids
+from cluster.space import PATIENCE, Client, Space, helm_program, stand_in, succeeded, uids
 from genvalues.cluster import config, runner
 from genvalues.cluster.api import connect
 from genvalues.cluster.failures import RETRY
@@ -154,7 +154,7 @@ def test_the_runners_role_grants_nothing_that_is_unused(space: Space, tmp_path: 
         environment["HELM_MAX_HISTORY"] = "1"  # old records are deleted
 
         def run_helm(arguments: list[str]) -> int:
-            space.clients.append(Client([str(HELMS[4]), *arguments], environment))
+            space.clients.append(Client([str(helm_program(4)), *arguments], environment))
             return space.clients[-1].process.wait()
 
         def run_runner() -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from chart.manifests import CHART, Values, merged
-from cluster.space import EFA, HELMS, NEURON, PATIENCE, Client, Ended, Space, inputs_file, stand_in
+from cluster.space import EFA, NEURON, PATIENCE, Client, Ended, Space, helm_program, inputs_file, stand_in
 from genvalues.cluster.objects import name_of
 from trainer.conftest import make_model, write_rows
 
@@ -37,7 +37,7 @@ class Genvalues:
 
     def __init__(self, space: Space, helm: int, folder: Path) -> None:
         self.space = space
-        (folder / "helm").symlink_to(HELMS[helm])
+        (folder / "helm").symlink_to(helm_program(helm))
         code = f"import sys; sys.executable = {str(folder / 'python')!r}; from genvalues.cli import main; main()"
         self.command = [sys.executable, "-c", code]
 

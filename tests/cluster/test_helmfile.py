@@ -10,7 +10,7 @@ import yaml
 
 from chart.manifests import CHART, ROOT, Values, merged
 from cluster.local import binaries
-from cluster.space import HELMS, SMALL, STAND_IN_IMAGE, Ended, Space, files_pod, image, run, succeeded, uids
+from cluster.space import SMALL, STAND_IN_IMAGE, Ended, Space, files_pod, helm_program, image, run, succeeded, uids
 from genvalues.cluster.objects import COMPONENT, INSTANCE, name_of
 
 RELEASE = "llama-lora"
@@ -30,7 +30,7 @@ class Helmfile:
         self._calls = folder / "calls"
         self._variables = [f"NAMESPACE={namespace}", f"HELM_DATA_HOME={folder}", f"HELM_PLUGINS={folder}/none"]
         self._helm = folder / "helm"
-        self._helm.write_text(f'#!/bin/sh\necho "$@" >> {self._calls}\nexec {HELMS[helm]} "$@"\n')
+        self._helm.write_text(f'#!/bin/sh\necho "$@" >> {self._calls}\nexec {helm_program(helm)} "$@"\n')
         self._helm.chmod(0o755)
 
     def __call__(self, environment: str, *arguments: str, variables: tuple[str, ...] = ()) -> Ended:
@@ -65,7 +65,7 @@ def test_template_renders_each_environment_with_its_values_and_no_network(
         }  # neither repositories nor dependencies
         values = ROOT / "values" / f"{environment}.values.yaml"
         arguments = ["template", RELEASE, str(CHART), "--namespace", "somewhere", "--values", str(values)]
-        rendered = run([str(HELMS[helm]), *arguments]).output
+        rendered = run([str(helm_program(helm)), *arguments]).output
         assert list(yaml.safe_load_all(ended.output)) == list(yaml.safe_load_all(rendered))
 
 

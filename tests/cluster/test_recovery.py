@@ -14,11 +14,11 @@ import yaml
 
 from chart.manifests import ROOT, Object, Values, merged
 from cluster.space import (
-    HELMS,
     Client,
     Release,
     Space,
     asking_for_neuron,
+    helm_program,
     inputs_file,
     node_labels,
     seconds_of_jobs,
@@ -111,7 +111,7 @@ def test_the_documented_commands_resume_after_a_killed_client_and_the_training_c
     refused = llama.upgrade(training, status=1)
     assert "another operation" in refused.output
 
-    (tmp_path / "helm").symlink_to(HELMS[helm])
+    (tmp_path / "helm").symlink_to(helm_program(helm))
     (tmp_path / "chart").symlink_to(ROOT / "chart")
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(training))
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}

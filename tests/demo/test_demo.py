@@ -17,6 +17,8 @@ from genvalues.ops.local.screen import next_steps
 from trainer.conftest import make_model
 from trainer.warm import WarmPopen
 
+pytestmark = pytest.mark.long
+
 STAGES = ["tokenize", "compile", "train", "consolidate", "merge", "evaluate"]
 SKIPPED = ["preflight", "storage-prepare", "compile-gate", "train-gate"]
 

@@ -1,5 +1,5 @@
 """The faults that a run survives: each is done to real processes, from a seed, and the result is compared with that of
-an undisturbed run. ``make test-faults`` runs the whole table, ``make test`` a tenth of it.
+an undisturbed run. ``make test-faults`` runs the whole table, ``make test-long`` a tenth of it.
 """
 
 from __future__ import annotations

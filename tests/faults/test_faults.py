@@ -10,6 +10,8 @@ import pytest
 
 from faults.table import CLUSTER, FAULTS, Fault, World, cases, chance_of
 
+pytestmark = pytest.mark.long
+
 SEED = "a tenth"
 CLUSTER_TESTS = Path(__file__).parents[1] / "cluster"
 

@@ -24,6 +24,8 @@ from llama_lora.probe import ProbeRecord
 from trainer.conftest import LLAMA_LORA, TWO_PROCESSES, Run, llama_lora, llama_lora_here
 from trainer.warm import WarmPopen
 
+pytestmark = pytest.mark.long
+
 NOT_ON_THE_CPU = {"fallbacks", "compiled files", "memory"}
 TWO_NODES = {"nodes": 2, "processesPerNode": 1, "dataParallelSize": 2}
 

@@ -138,6 +138,19 @@ def test_a_library_that_cannot_be_imported_is_named_with_the_variable_at_fault(
         shutil.rmtree(run.workspace)
 
 
+@pytest.mark.parametrize(("ending", "status"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_an_end_by_a_signal_that_an_import_made_an_error_keeps_its_status(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, ending: BaseException, status: int
+) -> None:
+    """As before Python 3.12: RuntimeError: Error calling __set_name__ on 'Field' instance."""
+
+    def imported(*_: Any) -> None:
+        raise RuntimeError("Error calling __set_name__") from ending
+
+    monkeypatch.setattr(stage, "run_stage", imported)
+    assert "cannot be imported" not in new_run()("tokenize", status=status)
+
+
 @pytest.mark.parametrize("variable", ["GENVALUES_TRACEBACK", "KUBERNETES_SERVICE_HOST"])
 def test_the_traceback_is_above_the_line_on_request_and_in_a_pod(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, variable: str

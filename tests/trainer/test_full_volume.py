@@ -27,6 +27,8 @@ from trainer.conftest import LLAMA_LORA, Run
 from trainer.test_training import losses
 from trainer.warm import WarmPopen
 
+pytestmark = pytest.mark.long
+
 STAGES = ("tokenize", "rehearse", "compile", "train", "consolidate", "merge", "evaluate")
 LARGE = ("tokenize", "rehearse", "train", "merge")  # write files of more than 16 KiB
 CAPSET_VERSION, RIGHTS_OF_ROOT = 0x20080522, (1, 2, 3)  # linux/capability.h: DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER

@@ -31,6 +31,8 @@ from trainer.conftest import (
 )
 from trainer.warm import WarmPopen
 
+pytestmark = pytest.mark.long
+
 GIB = 2**30
 ON_TRAINIUM = {"maxSequenceLength": 512, "packing": True}
 

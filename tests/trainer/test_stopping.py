@@ -25,6 +25,8 @@ from trainer.conftest import TWO_PROCESSES, Run
 from trainer.test_training import adapter_digest, free_port, losses, prepared, train_command, wait_for, worker_pids
 from trainer.warm import WarmPopen
 
+pytestmark = pytest.mark.long
+
 LONG: dict[str, Any] = {"training": {"maxSteps": 5000, "saveSteps": 5000}, "parallelism": TWO_PROCESSES}
 
 

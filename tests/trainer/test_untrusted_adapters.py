@@ -122,11 +122,11 @@ def test_a_config_that_does_not_fit_its_factors_or_means_more_than_lora_is_refus
 def test_a_pattern_that_takes_too_long_is_refused(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.1)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     assert "adapter_config.json (target_modules, " in (said := merge_is_refused(base, adapter)), said
-    assert "takes more than 0.5 seconds" in said
+    assert "takes more than 0.1 seconds" in said
 
 
 # --- the adapter's factors

@@ -72,6 +72,10 @@ def errors_end_in_one_line(command: Command) -> Command:
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
+            # Before Python 3.12 an import that ends in __set_name__, by SIGTERM too, is a RuntimeError.
+            for each in causes(error):
+                if isinstance(each, (SystemExit, KeyboardInterrupt)):
+                    sys.exit(each.code if isinstance(each, SystemExit) else EXIT_INTERRUPTED)
             status = report(full_stdout(error) or failed_import(error) or error, "llama-lora")
             if status == EXIT_VOLUME and in_pod():
                 logging.getLogger(__name__).info(f"ending in {PAUSE_IN_POD:.0f} s, so that a retry comes after a pause")

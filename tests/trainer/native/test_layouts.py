@@ -16,6 +16,8 @@ from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.model import adapter_parameters
 from trainer.native.workers import Trained, in_workers, job, rows_of_step, take_steps, train, whole_adapter
 
+pytestmark = pytest.mark.long
+
 DATA, SHARD, TENSOR = {"data_parallel_size": 2}, {"data_parallel_size": 2, "shard_size": 2}, {"tensor_parallel_size": 2}
 LAYOUTS = {
     "data 2": (2, DATA),

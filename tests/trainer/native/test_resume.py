@@ -21,6 +21,8 @@ from llama_lora.backends.native.devices import open_device
 from llama_lora.backends.native.engine import NativeEngine
 from trainer.native.workers import Trained, in_workers, job, take_steps, train, whole_adapter
 
+pytestmark = pytest.mark.long
+
 SHARD = {"data_parallel_size": 2, "shard_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one process": (1, {}),

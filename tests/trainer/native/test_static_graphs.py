@@ -22,6 +22,8 @@ from llama_lora.small_run import write_rows
 from trainer.native.test_trace import run, traced_in_a_fork
 from trainer.native.workers import in_workers, job, rows_of_step, take_steps
 
+pytestmark = pytest.mark.long
+
 SHARD = {"data_parallel_size": 2, "shard_size": 2}
 FEW = {"target_modules": ["q_proj", "down_proj"]}  # traced in half the time
 

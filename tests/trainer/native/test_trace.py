@@ -27,6 +27,8 @@ from llama_lora.backends.native.trace import Trace
 from llama_lora.layout_trace import CORE_MEMORY
 from trainer.native.workers import in_workers
 
+pytestmark = pytest.mark.long
+
 SMALL = {
     **{"vocab_size": 250, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5},
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512},
