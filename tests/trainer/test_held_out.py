@@ -202,6 +202,26 @@ def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same
     assert best is not None and left[best.name]["rows_done"] == 4
 
 
+def test_a_best_checkpoint_that_was_renamed_for_other_workers_is_consolidated(
+    stopped_early: Run, tmp_path: Path
+) -> None:
+    """More workers resume before the step of its number, and save at that step."""
+    run = stopped_early.copy(tmp_path / "copy")
+    best, newest = sorted(folder_of(run).glob("step-*"))
+    digest = adapter_digest(run)
+    shutil.rmtree(newest)
+    for stage in ("train", "consolidate"):
+        run.paths.manifest(stage).unlink()
+    run.config["training"]["saveSteps"] = 1
+    run.config["parallelism"] = {**run.config["parallelism"], "processesPerNode": 4, "dataParallelSize": 4}
+    run("train")
+    used = Path(run.manifest("train")["facts"]["checkpoint"]).name
+    assert used.startswith(f"{best.name}-of-")
+    assert adapter_digest(run) == digest
+    points = read_held_out(folder_of(run) / "metrics.jsonl")
+    assert [point["rows_done"] for point in points if point["step"] == 0] == [0], "the base model is measured once"
+
+
 def test_what_the_held_out_loss_decides_is_part_of_the_fingerprint_and_measuring_alone_is_not(
     new_run: Callable[..., Run],
 ) -> None:
