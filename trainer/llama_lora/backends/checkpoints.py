@@ -83,10 +83,14 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
             raise error or OtherWorkerFailed("another worker failed to save")
         if workers.rank == 0:
             listed = {file.relative_to(partial).as_posix(): record_of(file) for file in files_in(partial)}
-            content = asdict(replace(record, files=listed))
-            files.write_json(partial / RECORD, with_own_digest(content))
+            write_record(partial, replace(record, files=listed))
     workers.barrier()
     return target
+
+
+def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
+    """Write checkpoint.json."""
+    files.write_json(checkpoint / RECORD, with_own_digest(asdict(record)))
 
 
 def name_of(record: CheckpointRecord) -> str:
