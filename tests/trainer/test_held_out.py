@@ -112,6 +112,9 @@ def test_its_weights_are_verified_by_the_probe_and_have_the_lowest_loss(stopped_
     run = stopped_early.copy(tmp_path / "copy")
     assert "probe: the loss of" in run("consolidate") and "probe: the loss of" in run("merge")
     run("evaluate")
+    _, step = best_of(run)
+    card = (run.paths.merged / "README.md").read_text()
+    assert f"`{step} of {step + 3}: the lowest held-out loss`" in card and f"over the last 1 of {step} steps" in card
     merged = json.loads((run.paths.evaluation / "eval.json").read_text())["merged"]["loss"]
     assert merged == pytest.approx(best_of(run)[0], abs=1e-3)
 
