@@ -190,6 +190,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         (folder / "part").write_text("weights")
 
+    def restore(self, checkpoint: Path, record: Any) -> None: ...
+
 
 def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same_number(
     tmp_path: Path, tiny_model: Path
@@ -203,6 +205,24 @@ def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same
     assert sorted(record["rows_done"] for record in left.values()) == [4, 12] and "step-000003" in left
     best = saved.best()
     assert best is not None and left[best.name]["rows_done"] == 4
+
+
+def test_the_checkpoint_before_a_damaged_one_can_be_resumed_when_the_damaged_one_was_the_best(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    given = job(tmp_path, tiny_model, eval_steps=1, load_best_model_at_end=True, save_total_limit=2)
+    saved = JobCheckpoints(given, tmp_path / "checkpoints", Engine(), Workers())  # type: ignore[arg-type]
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 0.5)):
+        saved.held_out = saved.held_out.after(loss, step, step, 0.0)
+        saved.save(step, step, None)
+    (saved.folder / "step-000003" / "part").write_text("weightZ")
+    assert saved.restore_newest() == 2
+    best = saved.best()
+    assert best is not None and best.name == "step-000001"
+    for step in (3, 4):
+        saved.held_out = saved.held_out.after(0.5, step, step, 0.0)
+        saved.save(step, step, None)
+    assert sorted(path.name for path in saved.folder.glob("step-*")) == ["step-000003", "step-000004"]
 
 
 def test_a_best_checkpoint_that_was_renamed_for_other_workers_is_consolidated(

@@ -376,10 +376,10 @@ class JobCheckpoints:
             self.prune()
 
     def prune(self) -> None:
-        """Delete the oldest checkpoints beyond saveTotalLimit, but the best one if the training continues with it."""
+        """Delete the oldest checkpoints beyond saveTotalLimit, but no best one that the training may continue with."""
         training = self.job.training
-        best = self.best() if training.load_best_model_at_end else None
-        checkpoints.prune(self.folder, self.job.fingerprint, training.save_total_limit, keep=best)
+        limit, keep_best = training.save_total_limit, training.load_best_model_at_end
+        checkpoints.prune(self.folder, self.job.fingerprint, limit, keep_best=keep_best)
 
     def _set_best_aside(self, record: CheckpointRecord) -> None:
         """Rename the best checkpoint if ``record`` is about to get its name.
