@@ -168,6 +168,13 @@ def test_an_answer_of_another_server_than_the_hub_is_one_line(
     assert "internal error" not in said and not run.paths.resolved.exists()
 
 
+def test_a_time_to_wait_that_no_clock_has_is_one_line(new_run: Callable[..., Run], hub: FakeHub) -> None:
+    answer = hub.answer
+    hub.answer = lambda path: answer(path) if path.startswith("/api/") else (429, {"Retry-After": "9" * 14}, b"")  # type: ignore[method-assign]
+    said = of_hub(new_run())("tokenize", status=1, **hub.environment)
+    assert said.splitlines()[-1].startswith("org/thing: ") and "internal error" not in said
+
+
 def test_waits_are_limited_in_every_session_also_after_a_connection_that_failed() -> None:
     """huggingface_hub makes a new session then, and one for each thread in 0.x."""
     import huggingface_hub.utils

@@ -13,8 +13,8 @@ from llama_lora.environment import proxy_variables, without_passwords
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
 PARQUET_REVISION = "refs/convert/parquet"  # the branch on which the Hub keeps Parquet files of a dataset
-# What huggingface_hub raises for an answer of any content, such as the page of a proxy.
-NOT_OF_THE_HUB = (AttributeError, LookupError, TypeError, ValueError)
+# What huggingface_hub raises for an answer of any content, such as the page of a proxy, or a Retry-After of 10^14.
+NOT_OF_THE_HUB = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 
 @contextmanager
