@@ -112,6 +112,9 @@ def test_its_weights_are_verified_by_the_probe_and_have_the_lowest_loss(stopped_
     run = stopped_early.copy(tmp_path / "copy")
     assert "probe: the loss of" in run("consolidate") and "probe: the loss of" in run("merge")
     run("evaluate")
+    _, step = best_of(run)
+    card = (run.paths.merged / "README.md").read_text()
+    assert f"`{step} of {step + 3}: the lowest held-out loss`" in card and f"over the last 1 of {step} steps" in card
     merged = json.loads((run.paths.evaluation / "eval.json").read_text())["merged"]["loss"]
     assert merged == pytest.approx(best_of(run)[0], abs=1e-3)
 
@@ -187,6 +190,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         (folder / "part").write_text("weights")
 
+    def restore(self, checkpoint: Path, record: Any) -> None: ...
+
 
 def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same_number(
     tmp_path: Path, tiny_model: Path
@@ -200,6 +205,44 @@ def test_the_best_checkpoint_stays_when_other_workers_save_at_a_step_of_the_same
     assert sorted(record["rows_done"] for record in left.values()) == [4, 12] and "step-000003" in left
     best = saved.best()
     assert best is not None and left[best.name]["rows_done"] == 4
+
+
+def test_the_checkpoint_before_a_damaged_one_can_be_resumed_when_the_damaged_one_was_the_best(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    given = job(tmp_path, tiny_model, eval_steps=1, load_best_model_at_end=True, save_total_limit=2)
+    saved = JobCheckpoints(given, tmp_path / "checkpoints", Engine(), Workers())  # type: ignore[arg-type]
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 0.5)):
+        saved.held_out = saved.held_out.after(loss, step, step, 0.0)
+        saved.save(step, step, None)
+    (saved.folder / "step-000003" / "part").write_text("weightZ")
+    assert saved.restore_newest() == 2
+    best = saved.best()
+    assert best is not None and best.name == "step-000001"
+    for step in (3, 4):
+        saved.held_out = saved.held_out.after(0.5, step, step, 0.0)
+        saved.save(step, step, None)
+    assert sorted(path.name for path in saved.folder.glob("step-*")) == ["step-000003", "step-000004"]
+
+
+def test_a_best_checkpoint_that_was_renamed_for_other_workers_is_consolidated(
+    stopped_early: Run, tmp_path: Path
+) -> None:
+    """More workers resume before the step of its number, and save at that step."""
+    run = stopped_early.copy(tmp_path / "copy")
+    best, newest = sorted(folder_of(run).glob("step-*"))
+    digest = adapter_digest(run)
+    shutil.rmtree(newest)
+    for stage in ("train", "consolidate"):
+        run.paths.manifest(stage).unlink()
+    run.config["training"]["saveSteps"] = 1
+    run.config["parallelism"] = {**run.config["parallelism"], "processesPerNode": 4, "dataParallelSize": 4}
+    run("train")
+    used = Path(run.manifest("train")["facts"]["checkpoint"]).name
+    assert used.startswith(f"{best.name}-of-")
+    assert adapter_digest(run) == digest
+    points = read_held_out(folder_of(run) / "metrics.jsonl")
+    assert [point["rows_done"] for point in points if point["step"] == 0] == [0], "the base model is measured once"
 
 
 def test_what_the_held_out_loss_decides_is_part_of_the_fingerprint_and_measuring_alone_is_not(

@@ -147,6 +147,7 @@ def test_a_collector_gets_otlp_with_the_headers_of_the_environment(monkeypatch: 
 
 def test_headers_of_any_text() -> None:
     assert headers_of("") == {} and headers_of("x") == {} and headers_of("a=b=c,,=") == {"a": "b=c", "": ""}
+    assert headers_of("a=Bearer%20b%0A") == {"a": "Bearer b"}, "http.client quotes a header with a line break"
 
 
 @pytest.mark.parametrize("make", [collector, lambda url: pushgateway(url, "one")])
@@ -272,15 +273,18 @@ def test_a_monitor_writes_at_most_once_a_second_and_at_the_end(new_run: Callable
     assert samples(paths.prometheus.read_bytes())["llama_lora_train_step", "run", "train"] == 2
 
 
-def test_a_file_that_cannot_be_written_is_one_warning(
+def test_a_file_that_cannot_be_written_is_one_warning_and_the_state_is_pushed_all_the_same(
     new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, paths = configured(new_run())
+    server = Server()
+    config, paths = configured(new_run(), pushgateway=server.url)
     paths.prometheus.mkdir(parents=True)
     metrics = Metrics(paths, config, "merge")
     metrics.write("running", {})
-    metrics.write("done", {})
+    metrics.write("failed", {})
+    metrics.close()
     assert len([one for one in caplog.records if "metrics.prom" in one.getMessage()]) == 1
+    assert samples(server.requests[-1][3])["llama_lora_stage_state", "run", "merge", "failed"] == 1
 
 
 def test_the_outcome_is_left_for_kubernetes(
@@ -300,7 +304,8 @@ def test_the_outcome_is_left_for_kubernetes(
 
 
 def test_a_stopped_stage_is_not_a_failed_one(new_run: Callable[..., Run]) -> None:
-    config, paths = configured(new_run())
+    server = Server()
+    config, paths = configured(new_run(), pushgateway=server.url)
     for code, state in ((143, "stopped"), (1, "failed")):
         with pytest.raises(SystemExit), observed("train", config, paths):
             raise SystemExit(code)

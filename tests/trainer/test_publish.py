@@ -279,10 +279,50 @@ def test_the_manifest_of_someone_else_is_not_replaced(
     before = dict(bucket.objects)
     with pytest.raises(UserError, match="run 'one'"):
         put(files, tmp_path, run="two")
-    bucket.objects["runs/one/manifest.json"] = before["runs/one/manifest.json"]._replace(content=content)
+    checksum = s3.in_base64(hashlib.sha256(content).digest())
+    bucket.objects["runs/one/manifest.json"] = before["runs/one/manifest.json"]._replace(
+        content=content, checksum=checksum
+    )
     with pytest.raises(UserError, match="did not write") as refused:
         put(files, tmp_path)
     assert refused.value.where == "publish.s3.uri"
+
+
+def test_a_manifest_that_is_cut_off_on_the_way_is_not_that_of_someone_else(
+    bucket: FakeS3, files: list[File], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(files, tmp_path)
+    serve = bucket.serve
+
+    def cut(method: str, *request: Any) -> tuple[int, bytes, dict[str, str]]:
+        status, body, headers = serve(method, *request)
+        return (status, body[:10], {**headers, "Connection": "close"}) if method == "GET" else (status, body, headers)
+
+    monkeypatch.setattr(bucket, "serve", cut)
+    with pytest.raises(Unavailable, match="S3 does not answer"):
+        put(files, tmp_path)
+
+
+@pytest.mark.parametrize(("method", "asked", "name"), [("POST", "uploads", "UploadId"), ("PUT", "partNumber", "ETag")])
+def test_an_answer_without_what_s3_always_sends_is_one_line(
+    bucket: FakeS3,
+    files: list[File],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    asked: str,
+    name: str,
+) -> None:
+    serve = bucket.serve
+
+    def bare(sent: str, key: str, query: dict[str, str], *others: Any) -> tuple[int, bytes, dict[str, str]]:
+        status, body, headers = serve(sent, key, query, *others)
+        return (status, b"<R></R>", {}) if (sent, asked in query) == (method, True) else (status, body, headers)
+
+    monkeypatch.setattr(bucket, "serve", bare)
+    with pytest.raises(UserError, match=f"is not S3: its answer has no {name}"):
+        put(files, tmp_path)
+    assert not bucket.objects
 
 
 # --- the Hub
@@ -380,6 +420,14 @@ def test_what_the_hub_refuses_ends_with_one_line_and_no_commit(
     assert hub_server.commits == 1
     if part == "/commit/":
         assert len(hub_server.sent("PUT", "/large/")) == 1, "what the Hub has is not sent again"
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/preupload/", "/objects/batch", "/commit/"])
+def test_an_answer_without_content_is_one_line(hub_server: FakeHub, hub_files: list[File], part: str) -> None:
+    hub_server.fault = lambda method, path: 200 if part in path else None
+    with pytest.raises(Unavailable) as away:
+        to_hub(hub_files)
+    assert "org/model" in str(away.value) and "\n" not in str(away.value)
 
 
 def test_a_hub_that_does_not_answer_ends_the_upload(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +19,9 @@ from botocore.stub import Stubber
 from genvalues.common.errors import UserError
 from llama_lora.config import Model
 from llama_lora.data import resolve
-from llama_lora.data.hub_errors import check_hub_variables
+from llama_lora.data.hub_errors import check_hub_variables, limit_waits
 from llama_lora.data.snapshot import take_snapshot
+from llama_lora.library_versions import hub_connection_errors
 from llama_lora.uploads.hub import upload
 from trainer.conftest import Run, make_model
 
@@ -142,6 +145,55 @@ def test_a_hub_that_does_not_answer_is_tried_again(new_run: Callable[..., Run]) 
     run = of_hub(new_run())
     said = run("tokenize", status=1, HF_ENDPOINT=NO_ENDPOINT)
     assert said.count("\n") == 1 and "cannot be reached" in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {}, b"<html>Sign in to the network</html>"),
+        (200, {"Content-Type": "application/json"}, b"{}"),
+        (200, {"Content-Type": "application/json"}, b"[]"),
+        (200, {"Content-Type": "application/json"}, b'{"id": "org/thing", "sha": null}'),
+        (200, {"Content-Encoding": "gzip"}, b"this is not compressed"),
+        (302, {"Location": "/api/models/org/thing"}, b""),
+    ],
+)
+def test_an_answer_of_another_server_than_the_hub_is_one_line(
+    new_run: Callable[..., Run], hub: FakeHub, answer: tuple[int, dict[str, str], bytes]
+) -> None:
+    hub.answer = lambda path: answer  # type: ignore[method-assign]
+    run = of_hub(new_run())
+    said = run("tokenize", status=1, **hub.environment)
+    assert said.splitlines()[-1].startswith("org/thing: ") and "the Hugging Face Hub" in said
+    assert "internal error" not in said and not run.paths.resolved.exists()
+
+
+def test_a_time_to_wait_that_no_clock_has_is_one_line(new_run: Callable[..., Run], hub: FakeHub) -> None:
+    answer = hub.answer
+    hub.answer = lambda path: answer(path) if path.startswith("/api/") else (429, {"Retry-After": "9" * 14}, b"")  # type: ignore[method-assign]
+    said = of_hub(new_run())("tokenize", status=1, **hub.environment)
+    assert said.splitlines()[-1].startswith("org/thing: ") and "internal error" not in said
+
+
+def test_waits_are_limited_in_every_session_also_after_a_connection_that_failed() -> None:
+    """huggingface_hub makes a new session then, and one for each thread in 0.x."""
+    import huggingface_hub.utils
+
+    renew = getattr(huggingface_hub.utils, "close_session", None) or huggingface_hub.utils.reset_sessions
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+        def ask() -> None:
+            with contextlib.suppress(hub_connection_errors()):
+                huggingface_hub.utils.get_session().get(url, timeout=None)
+
+        limit_waits(0.2)
+        renew()
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(20)
+        assert not asking.is_alive()
+    limit_waits()
 
 
 @pytest.mark.parametrize(

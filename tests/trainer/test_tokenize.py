@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from llama_lora.data import tokenized_dataset
+from llama_lora.data.tokenized_dataset import tokenize_dataset
 from llama_lora.stages.tokenize import load_tokenizer
 from trainer.conftest import Run
 
@@ -79,6 +83,26 @@ def test_without_packing_every_row_is_one_example(new_run: Callable[..., Run]) -
     run = new_run(training={"packing": False})
     run("tokenize")
     assert run.rows == report_of(run)["train"]["examples"] == 36
+
+
+def test_rows_that_change_while_they_are_read_are_not_kept_under_the_digest_of_those_before(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    source = Path(run.config["dataset"]["source"])
+    whole = source.read_bytes()
+
+    def read_while_it_is_written(*arguments: Any) -> None:
+        source.write_bytes(b"".join(whole.splitlines(keepends=True)[:20]))
+        tokenize_dataset(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenized_dataset, "tokenize_dataset", read_while_it_is_written)
+        said = run("tokenize", status=2)
+    assert "dataset.source: has changed while it was read" in said
+    source.write_bytes(whole)
+    run("tokenize")
+    assert report_of(run)["train"]["examples"] == 36
 
 
 def test_a_tokenizer_is_loaded_as_its_file_describes_it_whatever_class_the_config_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import logging
+import re
 import sys
 import threading
 import time
@@ -113,6 +114,7 @@ class FakeMlflow(types.ModuleType):
 
     def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
         assert len(params) <= 100, "MLflow refuses more"
+        assert all(re.fullmatch(r"[/\w.\- ]{1,250}", name) for name, _ in params), "and other names"
         self.runs[run]["metrics"] += metrics
         self.runs[run]["params"] |= dict(params)
 
@@ -186,6 +188,18 @@ def test_mlflow_gets_parameters_and_metrics_and_a_resumed_training_continues_its
     assert first["params"]["lora.r"] == "4" and first["status"] == "FINISHED"
     assert first["tags"]["llama-lora.id"] == run_id("run", "f1") != other["tags"]["llama-lora.id"]
     assert mlflow.uris[0] == "http://mlflow:5000"
+
+
+def test_mlflow_gets_the_settings_of_a_source_whose_name_it_would_refuse(
+    new_run: Callable[..., Run], mlflow: FakeMlflow
+) -> None:
+    run = new_run()
+    run.config["monitoring"] = {"mlflow": True}
+    run.config["dataset"]["additional"] = {"replay (50 %): old": {"source": "org/old", "weight": 0.5}}
+    train(run, range(1, 3))
+    [logged] = mlflow.runs.values()
+    assert logged["params"]["dataset.additional.replay _50 ___ old.weight"] == "0.5"
+    assert len(logged["metrics"]) == 9 and logged["status"] == "FINISHED"
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])

@@ -210,6 +210,18 @@ def test_other_workers_go_on_where_the_first_stopped_and_their_result_is_the_one
     assert done == sorted(set(done)) and killed_at in done, "the loss curve has every row once"
 
 
+def test_a_training_that_fewer_workers_find_at_its_end_is_verified_too(finished_run: Run) -> None:
+    """Two workers have consumed 16 rows in 4 of 6 steps; one worker takes 6 steps for 12 rows."""
+    newest = finished_run.workspace / finished_run.manifest("train")["facts"]["checkpoint"]
+    shutil.rmtree(newest)
+    for stage in ("train", "consolidate"):
+        finished_run.paths.manifest(stage).unlink()
+    finished_run.config["parallelism"] |= {"processesPerNode": 1, "dataParallelSize": 1}
+    finished_run("train")
+    said = finished_run("consolidate")
+    assert "probe: the loss of" in said and "skipped" not in said
+
+
 def test_two_nodes_train_as_one(new_run: Callable[..., Run], whole_run: Run) -> None:
     """Two launchers that meet by torchrun's variables: of the training operator, and of Kubeflow Trainer."""
     run = whole_run.copy(new_run().folder / "two-nodes")

@@ -6,6 +6,7 @@ Two sets are supported (pyproject.toml): [trainer], the current one, and [traine
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -31,8 +32,46 @@ def hub_connection_errors() -> tuple[type[Exception], ...]:
 
     client = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
     if client.__name__ == "requests":
-        return (errors.OfflineModeIsEnabled, client.ConnectionError, client.Timeout)
-    return (errors.OfflineModeIsEnabled, client.TransportError)
+        names = ("ConnectionError", "Timeout", "TooManyRedirects", "ChunkedEncodingError", "ContentDecodingError")
+        return (errors.OfflineModeIsEnabled, *(getattr(client.exceptions, name) for name in names))
+    return (errors.OfflineModeIsEnabled, client.RequestError)
+
+
+@functools.lru_cache(maxsize=1)  # a new factory ends the session of the one before
+def limit_hub_waits(seconds: float) -> None:
+    """Limit the wait in each request of huggingface_hub that has no time limit.
+
+    In every session that it makes: in a fork, after a connection that failed, and with 0.x in each thread.
+    """
+    hub: Any = importlib.import_module("huggingface_hub")
+    http: Any = importlib.import_module("huggingface_hub.utils._http")
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout") or {}
+        if all(value is None for value in limits.values()):
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit]}
+        return made
+
+    def session() -> Any:
+        made = http._default_backend_factory()
+        unlimited = made.request
+
+        def request(*arguments: Any, **options: Any) -> Any:
+            if options.get("timeout") is None:
+                options["timeout"] = seconds
+            return unlimited(*arguments, **options)
+
+        made.request = request
+        return made
+
+    if hasattr(hub, "set_client_factory"):  # of httpx, in 1.x and 2.x
+        hub.set_client_factory(client)
+    else:  # of requests
+        hub.configure_http_backend(session)
 
 
 # A model folder may come from a stranger: no network, and no code of its repository (auto_map in its configs).

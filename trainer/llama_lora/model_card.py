@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from genvalues.common.dicts import get
 from genvalues.common.json_files import InvalidJson, read_bytes, read_object
 from genvalues.common.text import one_line
 from genvalues.settings.base import HUB_ID
@@ -208,6 +209,11 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
     config, paths = stage.config, stage.paths
     lora, training = config.lora, config.training
     trained = Stage("train", config, paths, stage.sources).manifest
+    facts = trained.facts if trained else {}
+    steps, rows = facts.get("steps", ""), None
+    if training.load_best_model_at_end and get(facts, "held_out.best_step", int) not in (None, steps):
+        steps = f"{facts['held_out']['best_step']} of {steps}: the lowest held-out loss"
+        rows = get(facts, "held_out.best_rows_done", int)
     evaluate = Stage("evaluate", config, paths, stage.sources)
     evaluated = evaluate.manifest if final and config.evaluation.enabled and evaluate.is_done() else None
     settings = {
@@ -224,7 +230,7 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
         "rows per step": training.per_device_batch_size
         * training.gradient_accumulation_steps
         * config.parallelism.data_parallel_size,
-        "steps": trained.facts.get("steps", "") if trained else "",
+        "steps": steps,
         "seed": training.seed,
     }
     return Facts(
@@ -235,7 +241,7 @@ def facts_of(stage: Stage, kind: Kind, *, final: bool = False) -> Facts:
         license=base_license(config.model.path, paths),
         data=[data_of(part, stage.sources) for part in training_parts(config.dataset)],
         settings={key: value for key, value in settings.items() if value != ""},
-        losses=losses_of(paths, trained) if trained else None,
+        losses=losses_of(paths, trained, rows) if trained else None,
         held_out=held_out_of(evaluated),
         versions=trained.versions if trained else {},
     )
@@ -250,9 +256,10 @@ def data_of(part: Part, sources: ResolvedSources | None) -> Data:
     return Data(part.source, revision, part.split, part.format)
 
 
-def losses_of(paths: Paths, trained: Manifest) -> Losses | None:
+def losses_of(paths: Paths, trained: Manifest, rows: int | None) -> Losses | None:
+    """The losses of a training, or of its steps up to a position: where the weights are from."""
     steps, _ = read_of_manifest(paths, trained)
-    losses = [step["loss"] for step in steps]
+    losses = [step["loss"] for step in steps if rows is None or step["rows_done"] <= rows]
     if not losses:
         return None
     last = losses[-min(MOST_AVERAGED, 1 + len(losses) // 10) :]

@@ -65,13 +65,12 @@ class Metrics:
         try:
             stages = {**self._others, self.stage: StageStatus(state, moment - self._began)}
             series = series_of(self.paths.run_name, stages, progress)
+            self._pusher.push(series)  # first: a stage that fails because the volume is full is told of elsewhere
             files.write_bytes(self.paths.prometheus, as_text(series))
         except Exception as error:  # a full volume, or an image without prometheus_client
             if not self._warned:
                 log.warning(f"cannot write {self.paths.prometheus}: {one_line(str(error), 200)}")
             self._warned = True
-            return
-        self._pusher.push(series)
 
     def close(self) -> None:
         self._pusher.close()
@@ -230,7 +229,7 @@ def collector(endpoint: str) -> Target:
 def headers_of(text: str) -> dict[str, str]:
     """Parse key=value,key=value with percent-encoded values, as the OpenTelemetry specification has it."""
     pairs = (pair.partition("=") for pair in text.split(",") if "=" in pair)
-    return {unquote(key.strip()): unquote(value.strip()) for key, _, value in pairs}
+    return {unquote(key).strip(): unquote(value).strip() for key, _, value in pairs}  # of a Secret made with echo
 
 
 class Pusher:

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ QUEUED = 1000  # steps
 LAST_WORDS_SECONDS = 10.0  # how long the end of a training waits for what is queued
 REQUEST_SECONDS = 10  # of MLflow, whose default is 120 s and 7 attempts
 MOST_PARAMETER = 500  # characters of a value in MLflow
+NOT_OF_A_NAME = re.compile(r"[^\w. -]")  # of a parameter in MLflow; sources of data may be named with anything
+MOST_NAME = 250
 MOST_PARAMETERS = 100  # in one request of MLflow
 
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> package, by the key in the settings
@@ -209,8 +212,9 @@ class MlflowClient:
         import mlflow
 
         made: str = self._client.create_run(experiment_id, tags=dict(tags)).info.run_id
-        values = flatten(settings_of(config)).items()
-        params = [mlflow.entities.Param(key, str(value)[:MOST_PARAMETER]) for key, value in values]
+        settings = flatten(settings_of(config)).items()
+        values = {NOT_OF_A_NAME.sub("_", key)[:MOST_NAME]: str(value)[:MOST_PARAMETER] for key, value in settings}
+        params = [mlflow.entities.Param(key, value) for key, value in values.items()]
         for start in range(0, len(params), MOST_PARAMETERS):
             self._client.log_batch(made, params=params[start : start + MOST_PARAMETERS])
         return made

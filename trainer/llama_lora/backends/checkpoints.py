@@ -83,10 +83,14 @@ def save(folder: Path, record: CheckpointRecord, write: Callable[[Path], None], 
             raise error or OtherWorkerFailed("another worker failed to save")
         if workers.rank == 0:
             listed = {file.relative_to(partial).as_posix(): record_of(file) for file in files_in(partial)}
-            content = asdict(replace(record, files=listed))
-            files.write_json(partial / RECORD, with_own_digest(content))
+            write_record(partial, replace(record, files=listed))
     workers.barrier()
     return target
+
+
+def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
+    """Write checkpoint.json."""
+    files.write_json(checkpoint / RECORD, with_own_digest(asdict(record)))
 
 
 def name_of(record: CheckpointRecord) -> str:
@@ -207,16 +211,19 @@ def check_best(folder: Path, record: CheckpointRecord) -> None:
         )
 
 
-def prune(folder: Path, fingerprint: str, limit: int, keep: Path | None = None) -> None:
-    """Delete the oldest complete checkpoints beyond ``limit`` but ``keep``, and the remains of killed saves.
+def prune(folder: Path, fingerprint: str, limit: int, *, keep_best: bool = False) -> None:
+    """Delete the oldest complete checkpoints beyond ``limit``, and the remains of killed saves.
 
-    If there are as many as ``limit``, damaged ones are deleted too.
+    If there are as many as ``limit``, damaged ones are deleted too. ``keep_best``: each that stays keeps the one that
+    was the best at its time: a training that resumes from it may end with that.
     """
     for leftover in folder.glob(f".step-*{files.PARTIAL}*"):
         files.remove(leftover)
     kept = complete(folder, fingerprint)
+    records = filter(None, map(read_complete, kept[-limit:] if keep_best else []))
+    best = {at_rows(folder, fingerprint, each.held_out.best_rows_done) for each in records if each.held_out}
     for path in [*kept[:-limit], *(damaged(folder) if len(kept) >= limit else [])]:
-        if path != keep:
+        if path not in best:
             shutil.rmtree(path)
 
 

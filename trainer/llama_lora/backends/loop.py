@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -141,8 +141,11 @@ class Loop:
             self.run_log = RunLog(job.paths, job.fingerprint, plan.total_steps, step, rows_done)
         self._log_start(step, plan.total_steps)
         stopping.note_requests()
-        if step == 0 and self.held_out:
+        if not rows_done and self.held_out:
             self._measure_held_out(0)
+        if saved.restored and saved.restored[1].probe is None and step >= plan.total_steps:
+            # Saved before the end: with maxSteps fewer workers reach it after fewer rows.
+            saved.add_probe(self._measure_probe())
         self._step_began = time.monotonic()
         while step < plan.total_steps and not saved.held_out.ends(job.training):
             self._start_step(step)
@@ -310,6 +313,7 @@ class JobCheckpoints:
         self.engine = engine
         self.workers = workers
         self.held_out = HeldOutState()  # what is saved with the next checkpoint
+        self.restored: tuple[Path, CheckpointRecord] | None = None
 
     def newest(self) -> Path | None:
         """The complete checkpoint with the most consumed rows."""
@@ -330,6 +334,7 @@ class JobCheckpoints:
             raise found
         if found is None:
             return 0
+        self.restored = found
         newest, record = found
         if self.workers.rank == 0:
             log.info(f"resuming from {newest}")
@@ -345,6 +350,13 @@ class JobCheckpoints:
             return found
         except UserError as error:  # raised by every worker: one that ended alone would leave the others waiting
             return error
+
+    def add_probe(self, probed: ProbeRecord | None) -> None:
+        """Record the probe in the checkpoint that was restored."""
+        assert self.restored
+        checkpoint, record = self.restored
+        if self.workers.rank == 0:
+            checkpoints.write_record(checkpoint, replace(record, probe=probed))
 
     def save(self, step: int, rows_done: int, probed: ProbeRecord | None) -> None:
         """Save the state after ``step`` steps, and delete the oldest checkpoints beyond saveTotalLimit."""
@@ -364,10 +376,10 @@ class JobCheckpoints:
             self.prune()
 
     def prune(self) -> None:
-        """Delete the oldest checkpoints beyond saveTotalLimit, but the best one if the training continues with it."""
+        """Delete the oldest checkpoints beyond saveTotalLimit, but no best one that the training may continue with."""
         training = self.job.training
-        best = self.best() if training.load_best_model_at_end else None
-        checkpoints.prune(self.folder, self.job.fingerprint, training.save_total_limit, keep=best)
+        limit, keep_best = training.save_total_limit, training.load_best_model_at_end
+        checkpoints.prune(self.folder, self.job.fingerprint, limit, keep_best=keep_best)
 
     def _set_best_aside(self, record: CheckpointRecord) -> None:
         """Rename the best checkpoint if ``record`` is about to get its name.

@@ -6,7 +6,6 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.text import is_web_address, one_line
@@ -14,6 +13,8 @@ from llama_lora.environment import proxy_variables, without_passwords
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
 PARQUET_REVISION = "refs/convert/parquet"  # the branch on which the Hub keeps Parquet files of a dataset
+# What huggingface_hub raises for an answer of any content, such as the page of a proxy, or a Retry-After of 10^14.
+NOT_OF_THE_HUB = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 
 @contextmanager
@@ -64,6 +65,8 @@ def translate_hub_errors(key: str, name: str, *, dataset: bool = False) -> Itera
             ) from None
         what = one_line(" ".join(str(first or error).split()), 300)
         raise Unavailable(f"{name}: request to the Hugging Face Hub failed: {what}") from None
+    except NOT_OF_THE_HUB as error:
+        raise Unavailable(f"{name}: this is not an answer of the Hugging Face Hub: {brief(error)}") from None
 
 
 def check_hub_variables() -> None:
@@ -104,32 +107,13 @@ def limit_waits(most_seconds: float | None = None) -> None:
     """Limit the wait in each request to the Hub that has no time limit: for a connection, and for each byte.
 
     The default is HF_HUB_DOWNLOAD_TIMEOUT (10 s). huggingface_hub waits forever for an answer to a request of metadata.
-    A transfer that goes on has no limit. A fork has a session of its own.
+    A transfer that goes on has no limit.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
 
-    session: Any = get_session()
-    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT if most_seconds is None else most_seconds)
-    if hasattr(session, "event_hooks"):  # of httpx, in huggingface_hub 1.x and 2.x
+    from llama_lora.library_versions import limit_hub_waits
 
-        def limit(request: Any) -> None:
-            limits = request.extensions.get("timeout") or {}
-            if all(value is None for value in limits.values()):
-                request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
-
-        hooks = session.event_hooks
-        others = [hook for hook in hooks.get("request", []) if hook.__qualname__ != limit.__qualname__]
-        session.event_hooks = {**hooks, "request": [*others, limit]}
-    else:  # of requests
-        unlimited = getattr(session, "unlimited_request", session.request)
-
-        def request(*arguments: Any, **options: Any) -> Any:
-            if options.get("timeout") is None:
-                options["timeout"] = seconds
-            return unlimited(*arguments, **options)
-
-        session.unlimited_request, session.request = unlimited, request
+    limit_hub_waits(float(constants.HF_HUB_DOWNLOAD_TIMEOUT if most_seconds is None else most_seconds))
 
 
 @contextmanager
@@ -190,3 +174,9 @@ def _causes(error: BaseException | None) -> Iterator[Exception]:
     while isinstance(error, Exception):
         yield error
         error = error.__cause__ or error.__context__
+
+
+def brief(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    line, *_ = str(error).strip().splitlines() or [""]
+    return one_line(f"{type(error).__name__}: {line}", 300)

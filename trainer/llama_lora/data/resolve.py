@@ -247,8 +247,9 @@ def _look_up_model(model: Model) -> dict[str, Any]:
 
     with translate_hub_errors("model.id", model.id):
         info = HfApi().model_info(model.id, revision=model.revision or None)
+        commit = _commit(info)
     name = model.id.replace("/", "--")
-    entry = {"asked": _model_settings(model), "name": name, "revision": info.sha, "state": {}}
+    entry = {"asked": _model_settings(model), "name": name, "revision": commit, "state": {}}
     license_id = info.card_data.get("license") if info.card_data else None  # for the model card
     return entry | ({"license": license_id} if isinstance(license_id, str) else {})
 
@@ -268,7 +269,7 @@ def _look_up_dataset(part: Part) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
     with translate_hub_errors(where, part.source, dataset=True):
-        return {**entry, "revision": HfApi().dataset_info(part.source, revision=part.revision or None).sha}
+        return {**entry, "revision": _commit(HfApi().dataset_info(part.source, revision=part.revision or None))}
 
 
 def _look_up_s3(uri: str, where: str) -> dict[str, Any]:
@@ -284,3 +285,10 @@ def _look_up_s3(uri: str, where: str) -> dict[str, Any]:
         )
     digest = hashlib.sha256("".join(f"{name} {etag}\n" for name, etag in objects.items()).encode())
     return {"revision": digest.hexdigest(), "objects": objects}
+
+
+def _commit(info: Any) -> str:
+    """The commit of a repository. Raises ValueError if the Hub names none."""
+    if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]+", info.sha):
+        raise ValueError(f"{one_line(str(info.sha))} is not a commit")
+    return info.sha

@@ -29,15 +29,21 @@ def s3_parts(uri: str, where: str = "dataset.source") -> tuple[str, str]:
 def list_keys(bucket: str, key: str) -> dict[str, str]:
     """The ETag of each object under a prefix, or under the part of a glob before its first wildcard, by key."""
     pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=before_wildcard(key))
-    return {found["Key"]: etag_of(found) for page in pages for found in page.get("Contents", [])}
+    return {field(found, "Key"): etag_of(found) for page in pages for found in page.get("Contents", [])}
 
 
 def etag_of(found: dict[str, Any]) -> str:
-    """The ETag of an object. Raises InvalidSettings without one: another server answers at the endpoint."""
+    """The ETag of an object."""
+    return str(field(found, "ETag")).strip('"')
+
+
+def field(answer: dict[str, Any], name: str) -> Any:
+    """A field of an answer. Raises InvalidSettings without it: another server answers at the endpoint."""
     try:
-        return str(found["ETag"]).strip('"')
+        return answer[name]
     except KeyError:
-        raise InvalidSettings(f"{os.environ.get(ENDPOINT, 'the endpoint')} is not S3: its answer has no ETag") from None
+        where = os.environ.get(ENDPOINT, "the endpoint")
+        raise InvalidSettings(f"{where} is not S3: its answer has no {name}") from None
 
 
 def s3_client() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,9 +41,11 @@ def trained_checkpoint(stage: Stage) -> Path:
 
     A damaged one is renamed, which no other folder may be.
     """
+    from llama_lora.backends import checkpoints
+
     checkpoint = stage.upstream_path("train", "checkpoint")
     folder = stage.paths.checkpoints(stage.upstream_fingerprint("train"))
-    if checkpoint.parent != folder or not re.fullmatch(r"step-\d+", checkpoint.name):
+    if checkpoint not in checkpoints.saved(folder):
         raise stage.wrong_fact("train", "checkpoint", f"which is not a checkpoint {folder}/step-N")
     return checkpoint
 

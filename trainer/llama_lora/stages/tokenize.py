@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genvalues.common import files
-from genvalues.common.errors import UserError
+from genvalues.common.errors import UserError, UserErrors
 from genvalues.common.json_files import InvalidJson, read_object
 from genvalues.common.text import one_line
 from llama_lora import backends
 from llama_lora.config import Dataset
+from llama_lora.data import resolve
 from llama_lora.data.shared_folders import make_once, recorded
 from llama_lora.data.snapshot import take_snapshot
 from llama_lora.stage import Declaration, Stage, rerun
@@ -35,6 +36,7 @@ def tokenize(stage: Stage) -> None:
         if missing:
             with files.whole_folder(dataset) as folder:
                 tokenize_dataset(stage.config, stage.sources, load_tokenizer(model), folder)
+                check_unchanged(stage)
     report = read_report(dataset)
     stage.facts = {
         "model": str(model.relative_to(stage.paths.workspace)),
@@ -43,6 +45,16 @@ def tokenize(stage: Stage) -> None:
     stage.digested = recorded(model) | recorded(dataset)
     stage.finish([model, dataset])
     _log_report(report, dataset)
+
+
+def check_unchanged(stage: Stage) -> None:
+    """Raise UserErrors for files of rows that have changed since their digest was taken: it names the dataset."""
+    assert stage.sources is not None
+    known = resolve.known_sources(stage.config, stage.paths)
+    now, pinned = known.identity() if known else {}, stage.sources.identity()
+    if changed := [key for key in pinned if key != "model" and now.get(key) != pinned[key]]:
+        what, fix = "has changed while it was read", "Run tokenize again when nothing writes to it."
+        raise UserErrors([UserError(what, where=f"{key}.source", fix=fix) for key in changed])
 
 
 def read_report(dataset: Path) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from genvalues.common.errors import Unavailable, UserError
-from llama_lora.data.hub_errors import FORBIDDEN, UNAUTHORIZED, check_hub_variables, limit_waits
+from llama_lora.data.hub_errors import (
+    FORBIDDEN,
+    NOT_OF_THE_HUB,
+    UNAUTHORIZED,
+    brief,
+    check_hub_variables,
+    limit_waits,
+)
 from llama_lora.uploads import File, check_digest, published_files
 
 log = logging.getLogger(__name__)
@@ -154,12 +161,8 @@ def translate_errors(key: str, repository: str) -> Iterator[None]:
                 where=TOKEN_KEY,
                 fix="Use a token with the right to write to this repository, or one of this account's own.",
             ) from None
-        raise Unavailable(f"{repository}: request to the Hugging Face Hub failed: {one(error)}") from None
+        raise Unavailable(f"{repository}: request to the Hugging Face Hub failed: {brief(error)}") from None
     except hub_connection_errors():
         raise Unavailable(f"{repository}: the Hugging Face Hub cannot be reached.") from None
-    except (OSError, RuntimeError, ValueError) as error:  # hf_xet raises RuntimeError, LFS errors are ValueErrors
-        raise Unavailable(f"{repository}: upload failed: {one(error)}") from None
-
-
-def one(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    except (OSError, RuntimeError, *NOT_OF_THE_HUB) as error:  # hf_xet raises RuntimeError, LFS errors are ValueErrors
+        raise Unavailable(f"{repository}: upload failed: {brief(error)}") from None

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from genvalues.common import files as atomic
 from genvalues.common.errors import Unavailable, UserError
 from genvalues.common.json_files import InvalidJson, read_object
-from llama_lora.data.s3 import s3_client
+from llama_lora.data.s3 import field, s3_client
 from llama_lora.data.s3_errors import Use, translate_s3_errors
 from llama_lora.progress import StageProgress
 from llama_lora.uploads import File, published_files
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 KEY = "publish.s3.uri"
 PART_BYTES = 64 << 20  # S3 takes at most 10,000 parts, so files of up to 640 GB
+MOST_MANIFEST = 64 << 20
 THREADS = 4  # parts at once: 256 MiB of memory
+PART_KEYS = {"PartNumber", "ETag", "ChecksumSHA256"}
 ACTIONS = (
     "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload, s3:ListMultipartUploadParts, and "
     "s3:ListBucket on the bucket"
@@ -92,7 +94,8 @@ class S3Upload:
             if code_of(error) in ("NoSuchKey", "404"):
                 return None
             raise
-        content: bytes = found["Body"].read(64 << 20)
+        body = found["Body"]
+        content: bytes = body.read(MOST_MANIFEST) + body.read(1)  # the second read fails if the first was cut off
         published_files(content, self.run, KEY, self.uri)
         return content
 
@@ -104,7 +107,7 @@ class S3Upload:
             if code_of(error) in ("404", "NoSuchKey", "NotFound"):
                 return False
             raise
-        same = found["ContentLength"] == file.bytes and found.get("Metadata", {}).get("sha256") == file.sha256
+        same = field(found, "ContentLength") == file.bytes and found.get("Metadata", {}).get("sha256") == file.sha256
         whole = found.get("ChecksumSHA256", "")
         return same and (("-" in whole) or whole == in_base64(bytes.fromhex(file.sha256)))
 
@@ -180,7 +183,7 @@ class S3Upload:
         answer = self.client.upload_part(
             Bucket=self.bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=piece, ChecksumSHA256=checksum
         )
-        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+        return {"PartNumber": number, "ETag": field(answer, "ETag"), "ChecksumSHA256": checksum}
 
     def resume(self, file: File) -> tuple[str, dict[int, dict[str, Any]]]:
         """The upload of this file that has begun, with its parts by number, or a new one. One of other bytes ends."""
@@ -198,18 +201,17 @@ class S3Upload:
         made = self.client.create_multipart_upload(
             Bucket=self.bucket, Key=key, ChecksumAlgorithm="SHA256", Metadata={"sha256": file.sha256}
         )
-        self.begun.record(key, file.sha256, PART_BYTES, made["UploadId"])
-        return made["UploadId"], {}
+        upload_id = field(made, "UploadId")
+        self.begun.record(key, file.sha256, PART_BYTES, upload_id)
+        return upload_id, {}
 
     def parts(self, key: str, upload_id: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The parts that S3 has, by number, as complete_multipart_upload takes them."""
         pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=upload_id)
         for page in pages:
             for part in page.get("Parts", []):
-                checksum = part.get("ChecksumSHA256", "")
-                yield (
-                    part["PartNumber"],
-                    {"PartNumber": part["PartNumber"], "ETag": part["ETag"], "ChecksumSHA256": checksum},
-                )
+                if part.keys() >= PART_KEYS:
+                    yield part["PartNumber"], {name: part[name] for name in PART_KEYS}
 
     def abort(self, name: str, upload_id: str) -> None:
         try:
