@@ -28,6 +28,7 @@ from genvalues.cluster.objects import (
     failures_of,
     is_over,
     labels_of,
+    latest_of_each_worker,
     latest_warning,
     moment,
     name_of,
@@ -140,13 +141,13 @@ class JobFollower:
         return False
 
     def list_pods(self) -> list[Object]:
-        """The job's pods as they are now. Costs include the pods of the run's other jobs."""
+        """The job's workers as they are now. Costs include the pods of the run's other jobs."""
         of_run = self.api.list(kinds.PODS, labels=f"{RUN}={self.config.run}")
         self.costs.update(of_run)
         pods = [pod for pod in of_run if job_of(pod) == self.job]
         for pod in pods:
             self.workers.observe(pod)
-        return pods
+        return latest_of_each_worker(pods)
 
     # --- reporting
 
