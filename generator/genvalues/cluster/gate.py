@@ -77,7 +77,7 @@ def gate(
         log.info("%s: %s", stage, manifests.SKIPPED)
         return manifests.SKIPPED
     if not decision.follow:
-        if costs.ledger.stopped_job == own:  # the gate that stopped it was lost before it could report the reason
+        if costs.ledger.stopped_job:  # the gate that stopped it was lost before it could report the reason
             raise StoppedByGuard(costs.ledger.stopped_why)
         upgrade = f"helm upgrade {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
         raise UserError(

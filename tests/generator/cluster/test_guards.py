@@ -535,6 +535,16 @@ def test_a_gate_that_restarts_after_a_stop_reports_its_reason(
     assert "guards.maxCost of $200 is reached" in running.fails(StoppedByGuard).reason
 
 
+def test_a_gate_that_restarts_after_it_stopped_a_job_of_an_earlier_revision_reports_its_reason(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running = Guarded(fake, api, config, maxCost=200, pricePerNodeHour=21.5)
+    ledger = Ledger(stopped_job=EARLIER, stopped_why="stopped: no step for 30 min 00 s")
+    trainer.progress.with_name("costs.json").write_text(json.dumps(ledger.as_json()))
+    running.start_gate()  # it has deleted its own job, because it followed the earlier one
+    assert running.fails(StoppedByGuard).reason == ledger.stopped_why
+
+
 def test_the_guards_do_not_wait_for_annotations_that_a_webhook_holds_up(
     fake: FakeApi, config: ClusterConfig, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
