@@ -3,9 +3,9 @@ stage.
 
 Helm waits for Jobs only. So the chart creates the job of the stage suspended, and the gate runs as a Job after it:
 
- 1. The stage is up to date: the suspended job is deleted, and no Trainium node is requested.
+ 1. The stage is up to date and no worker of it runs: the suspended job is deleted, and no Trainium node is requested.
  2. A job with the same fingerprint still runs, of an earlier revision or another release: the gate follows it and
-    deletes the new one.
+    deletes the new one. Also if the stage is up to date: a worker may hang after another has written the manifest.
  3. Otherwise the gate waits until no other job writes to the run's folder or holds its nodes, releases the new job and
     follows it.
 
@@ -59,7 +59,9 @@ def gate(
         raise UserError(f"stage {stage} cannot run: a stage that it depends on is not done", fix=fix)
     workload = workload_for(config.workload)
     jobs = api.list(workload.kind, labels=f"{RUN}={config.run}")  # of any release
-    decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state)
+    pods = api.list(kinds.PODS, labels=f"{RUN}={config.run}")
+    busy = {job_of(pod) for pod in pods if not is_over(pod)}
+    decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state, busy)
     stop = list(decision.stop)
     if decision.release:
         refuse_jobs_of_other_workloads(api, config, workload)
@@ -69,7 +71,8 @@ def gate(
         workload.stop(api, name)
     for name in decision.delete:
         workload.delete(api, name)
-    costs = None if state.up_to_date else CostTracker(state.progress, config, timings.progress, clock)
+    is_skipped = state.up_to_date and not decision.follow
+    costs = None if is_skipped else CostTracker(state.progress, config, timings.progress, clock)
     if stop or decision.release:
         wait_for_pods(api, config.run, stage, stop, decision.follow, timings, costs)
     if costs is None:
