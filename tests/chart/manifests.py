@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -210,6 +211,13 @@ def workloads(objects: list[Object]) -> list[Object]:
     return [item for item in objects if item["kind"] in {"PyTorchJob", "TrainJob"}]
 
 
+class HelmLoader(yaml.CSafeLoader):
+    """Read 5e-05 as a number, as Helm does, which reads the values of a runner."""
+
+
+HelmLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"-?\d+e[-+]\d+$"), list("-0123456789"))
+
+
 def config(objects: list[Object], key: str) -> Any:
     [found] = [item for item in objects if item["kind"] == "ConfigMap"]
-    return yaml.load(found["data"][key], Loader=yaml.CSafeLoader)
+    return yaml.load(found["data"][key], Loader=HelmLoader if key == "values.yaml" else yaml.CSafeLoader)

@@ -166,6 +166,14 @@ def test_the_inner_release_has_the_common_labels_but_not_the_further_objects_and
     assert all(item["metadata"]["labels"]["a"] == "b" for item in inner)
 
 
+def test_text_of_several_lines_reaches_the_stages_of_a_detached_release_as_it_was_written(helm: int) -> None:
+    text = "rates:\n  first: 5e-05\n\n  second: -1e-06"
+    settings: Values = {"stages": {"tokenize": {"extraEnv": {"RATES": text}}}}
+    outer = render(merged(MINIMAL, settings, {"pipeline": {"mode": "detached"}}), helm=helm)
+    inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
+    assert pod(inner, "tokenize").environment["RATES"] == text
+
+
 @pytest.mark.parametrize("stage", ["compile", "train"])
 def test_a_longer_grace_period_is_waited_for_by_the_gate_and_by_cleanup(stage: str) -> None:
     values: Values = {"stages": {stage: {"terminationGracePeriodSeconds": 300}}, "cleanup": {"timeoutSeconds": 320}}

@@ -116,13 +116,22 @@ def test_generic_asks_for_what_a_usual_class_has(instance: str, nodes: int, mode
 def test_pods_that_share_a_volume_of_one_node_run_on_one_node(helm: int) -> None:
     """The gate, which counts the cost on the volume, and the workers run at the same time."""
     generic: Values = {"storage": {"kind": "generic"}}
-    for each in pods(render(merged(MINIMAL, generic), helm=helm)):
+    outer = render(merged(MINIMAL, generic, {"pipeline": {"mode": "detached"}}), helm=helm)
+    inner = render(config(outer, "values.yaml"), helm=helm, release="llama-run")
+    of_release = list(pods([*outer, *inner, *render(merged(MINIMAL, generic), helm=helm)]))
+    affinities = [each.spec["affinity"]["podAffinity"] for each in of_release if "affinity" in each.spec]
+    [term] = affinities[0]["requiredDuringSchedulingIgnoredDuringExecution"]
+    [others] = term["labelSelector"]["matchExpressions"]
+    assert term["topologyKey"] == "kubernetes.io/hostname" and others["operator"] == "NotIn"
+    assert all(affinity == affinities[0] for affinity in affinities)
+    for each in of_release:
+        labels = each.template["metadata"]["labels"]
         mounts = any(volume["name"] == "workspace" for volume in each.spec["volumes"])
         assert ("affinity" in each.spec) == mounts, each.stage
-        if mounts:
-            [term] = each.spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-            assert term["topologyKey"] == "kubernetes.io/hostname"
-            assert term["labelSelector"]["matchLabels"].items() <= each.template["metadata"]["labels"].items()
+        assert term["labelSelector"]["matchLabels"].items() <= labels.items()
+        assert (labels[others["key"]] not in others["values"]) == mounts, (
+            "a runner attracts no stage: its node may be in another zone than the volume"
+        )
     shared = merged(generic, {"storage": {"accessModes": ["ReadWriteMany"]}})
     assert not [each for each in pods(render(merged(MINIMAL, shared), helm=helm)) if "affinity" in each.spec]
     term = {"matchExpressions": [{"key": "zone", "operator": "Exists"}]}

@@ -89,10 +89,12 @@
 {{- end }}
 {{- /* A gate and its workers mount the volume at the same time. The scheduler does not know that only one node can. */}}
 {{- if and $storage.enabled (not $storage.existingClaim) (not (has "ReadWriteMany" $storage.accessModes)) (not .Values.stageDefaults.affinity) }}
-{{- $run := dict "matchLabels" (dict "llama-lora/run" (include "llama-lora.run.label" .)) }}
+{{- $elsewhere := list "preflight" "cleanup" "runner" }}      {{- /* do not mount it */}}
+{{- $mounts := list (dict "key" "app.kubernetes.io/component" "operator" "NotIn" "values" $elsewhere) }}
+{{- $run := dict "matchLabels" (dict "llama-lora/run" (include "llama-lora.run.label" .)) "matchExpressions" $mounts }}
 {{- $same := list (dict "labelSelector" $run "topologyKey" "kubernetes.io/hostname") }}
-{{- range $stage, $settings := omit .Values.stages "preflight" "cleanup" "runner" }}
-{{- if not $settings.affinity }}
+{{- range $stage, $settings := .Values.stages }}
+{{- if not (or $settings.affinity (has $stage $elsewhere)) }}
 {{- $_ := set $settings "affinity" (dict "podAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" $same)) }}
 {{- end }}
 {{- end }}

@@ -76,7 +76,7 @@
 {{- $_ := set $values.cleanup "enabled" false }}
 {{- $_ := set $values.networkPolicy "enabled" false }}      {{- /* this release's select the pods of the run, too */}}
 {{- $_ := set $values "extraObjects" dict }}
-{{- include "llama-lora.config.yaml" $values }}
+{{- toYaml $values }}      {{- /* Helm reads it, and text of several lines must stay as it is */}}
 {{- end }}
 
 {{- /* Readers of YAML 1.1 (PyYAML) take 5e-05 for text, and 5.0e-05 for a number. */}}

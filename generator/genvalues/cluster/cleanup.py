@@ -102,15 +102,28 @@ def cleanup(
             )
         time.sleep(interval)
     if runners:
-        arguments = ["uninstall", inner, "--namespace", api.namespace, "--no-hooks", "--ignore-not-found"]
-        log.info("running: helm %s", " ".join(arguments))
-        run_helm(arguments, max(1.0, deadline - time.monotonic()))
-        delete_from_secrets(api, inner)  # of an earlier version of the chart, whose runner has not run since
-        for left_behind in api.list(kinds.CONFIG_MAPS, labels=f"{INSTANCE}={inner}"):
-            api.delete(kinds.CONFIG_MAPS, name_of(left_behind))
+        uninstall(api, inner, deadline, run_helm)
         for runner in runners:
             api.delete(kinds.JOBS, name_of(runner))  # last, so that a restarted cleanup finds the inner release
     log.info("nothing of %s is running", release)
+
+
+def uninstall(api: Api, inner: str, deadline: float, run_helm: Callable[[list[str], float], None]) -> None:
+    """Uninstall the release that a runner has installed.
+
+    A rollback to mode attached has that mode's role, which has no right to. Then the release stays, without stages.
+    """
+    try:
+        api.list(kinds.CONFIG_MAPS, labels=f"owner=helm,name={inner}")
+    except NotAllowed as refused:
+        log.info("release %s is not uninstalled: %s", inner, refused.message)
+        return
+    arguments = ["uninstall", inner, "--namespace", api.namespace, "--no-hooks", "--ignore-not-found"]
+    log.info("running: helm %s", " ".join(arguments))
+    run_helm(arguments, max(1.0, deadline - time.monotonic()))
+    delete_from_secrets(api, inner)  # of an earlier version of the chart, whose runner has not run since
+    for left_behind in api.list(kinds.CONFIG_MAPS, labels=f"{INSTANCE}={inner}"):
+        api.delete(kinds.CONFIG_MAPS, name_of(left_behind))
 
 
 def runners_of(api: Api, release: str) -> list[Object]:

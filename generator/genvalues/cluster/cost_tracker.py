@@ -15,7 +15,15 @@ from genvalues.cluster.objects import name_of
 from genvalues.cluster.workloads import is_worker
 from genvalues.common import files
 from genvalues.common.errors import UserError
-from genvalues.common.json_files import InvalidJson, JsonNotFound, check_own_digest, read_object, with_own_digest
+from genvalues.common.json_files import (
+    InvalidJson,
+    JsonNotFound,
+    JsonUnreadable,
+    check_own_digest,
+    read_object,
+    with_own_digest,
+)
+from genvalues.common.system_errors import VOLUME_FIXES
 
 log = logging.getLogger(__name__)
 
@@ -81,5 +89,7 @@ class CostTracker:
         except JsonNotFound:
             return Ledger()
         except InvalidJson as error:
+            if isinstance(error, JsonUnreadable) and error.errno in VOLUME_FIXES:  # may pass: the gate is retried
+                raise OSError(error.errno, str(error), str(self.file)) from None
             fix = "Repair or delete the file. After deletion the run's cost so far is not counted"
             raise UserError(f"not a valid cost file: it {error}", where=str(self.file), fix=fix) from None

@@ -12,6 +12,7 @@ from genvalues.cluster.objects import (
     component_of,
     created,
     family_of,
+    is_being_deleted,
     labels_of,
     name_of,
 )
@@ -30,23 +31,24 @@ class GateDecision:
     stop: list[str] = field(default_factory=list)  # released: their pods must end before another job starts
 
 
-def decide(jobs: list[Object], own: str, release: str, state: StageState) -> GateDecision:
+def decide(jobs: list[Object], own: str, release: str, state: StageState, busy: set[str]) -> GateDecision:
     """Decide about the jobs of one stage and run, which may belong to several revisions and releases.
 
-    ``own`` is the job of this revision of ``release``. Raises UserError if an unrelated release uses the run's folder.
+    ``own`` is the job of this revision of ``release``. ``busy``: names of jobs with pods that have not ended. Raises
+    UserError if an unrelated release uses the run's folder.
     """
     ours = [job for job in jobs if is_ours(job, release)]
     waiting = [name_of(job) for job in ours if not is_released(job)]  # another release's jobs have their own gate
     released = [job for job in jobs if is_released(job)]
     newest_first = sorted(released, key=lambda job: (name_of(job) == own, created(job)), reverse=True)
     same = [job for job in newest_first if annotations_of(job)[FINGERPRINT] == state.fingerprint]
-    active = [name_of(job) for job in same if is_active(job)]
+    active = [name_of(job) for job in same if is_active(job) or is_ending(job, busy)]
     # Two trainers in one run folder would overwrite each other's checkpoints.
     stop = names_to_stop([job for job in released if name_of(job) not in active[:1]], release)
-    if state.up_to_date:
-        return GateDecision(delete=waiting, stop=stop)
     if active:
         return GateDecision(follow=active[0], delete=waiting, stop=stop)
+    if state.up_to_date:
+        return GateDecision(delete=waiting, stop=stop)
     if own in waiting:
         finished = [name_of(job) for job in released if is_finished(job) and is_ours(job, release)]
         others = [name for name in waiting if name != own]
@@ -84,6 +86,11 @@ def names_to_stop(jobs: list[Object], release: str) -> list[str]:
                 fix=f"Set another name in this release's values, or uninstall that release: helm uninstall {owner}",
             )
     return [name_of(job) for job in jobs if not is_finished(job)]
+
+
+def is_ending(job: Object, busy: set[str]) -> bool:
+    """Whether it has succeeded and has workers that have not ended: a PyTorchJob succeeds as soon as one worker has."""
+    return bool(workload_of(job).succeeded(job)) and name_of(job) in busy and not is_being_deleted(job)
 
 
 def is_ours(job: Object, release: str) -> bool:

@@ -28,6 +28,7 @@ from genvalues.cluster.objects import (
     failures_of,
     is_over,
     labels_of,
+    latest_of_each_worker,
     latest_warning,
     moment,
     name_of,
@@ -46,6 +47,7 @@ from genvalues.common.manifests import as_json
 log = logging.getLogger(__name__)
 
 NO_WORKLOAD = "no Workload"  # a condition that may last
+PUBLISH_SECONDS = 3.0  # for what is informational: the guards wait for it, and a webhook may refuse changes for hours
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class JobFollower:
     def __post_init__(self) -> None:
         self.title = f"{self.workload.name} {self.job}"
         self.queue = Queue(self.api, self.workload) if self.config.job.queue_name else None
+        self.hasty = self.api.with_patience(PUBLISH_SECONDS)
         self.workers = Workers(self.api, f"{self.workload.job_label}={self.job}", self.timings.interval)
 
     def start(self, state: StageState) -> None:
@@ -140,13 +143,13 @@ class JobFollower:
         return False
 
     def list_pods(self) -> list[Object]:
-        """The job's pods as they are now. Costs include the pods of the run's other jobs."""
+        """The job's workers as they are now. Costs include the pods of the run's other jobs."""
         of_run = self.api.list(kinds.PODS, labels=f"{RUN}={self.config.run}")
         self.costs.update(of_run)
         pods = [pod for pod in of_run if job_of(pod) == self.job]
         for pod in pods:
             self.workers.observe(pod)
-        return pods
+        return latest_of_each_worker(pods)
 
     # --- reporting
 
@@ -161,7 +164,7 @@ class JobFollower:
         if progress := self.new_progress(state):
             annotations[PROGRESS] = as_json(progress)
         try:
-            self.api.patch(self.workload.kind, self.job, {"metadata": {"annotations": annotations}})
+            self.hasty.patch(self.workload.kind, self.job, {"metadata": {"annotations": annotations}})
         except ApiError as error:
             if not self._publish_failure_logged:
                 log.warning("%s: cannot write progress and cost to %s: %s", self.stage, self.title, error.message)

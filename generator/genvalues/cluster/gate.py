@@ -3,9 +3,9 @@ stage.
 
 Helm waits for Jobs only. So the chart creates the job of the stage suspended, and the gate runs as a Job after it:
 
- 1. The stage is up to date: the suspended job is deleted, and no Trainium node is requested.
+ 1. The stage is up to date and no worker of it runs: the suspended job is deleted, and no Trainium node is requested.
  2. A job with the same fingerprint still runs, of an earlier revision or another release: the gate follows it and
-    deletes the new one.
+    deletes the new one. Also if the stage is up to date: a worker may hang after another has written the manifest.
  3. Otherwise the gate waits until no other job writes to the run's folder or holds its nodes, releases the new job and
     follows it.
 
@@ -22,7 +22,7 @@ from genvalues.cluster import kinds
 from genvalues.cluster.api import Api
 from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.cost_tracker import Clock, CostTracker
-from genvalues.cluster.decision import decide, outdated_jobs_of_other_stages
+from genvalues.cluster.decision import decide, is_ours, outdated_jobs_of_other_stages
 from genvalues.cluster.failures import StoppedByGuard
 from genvalues.cluster.follower import TIMINGS, GateTimings, JobFollower
 from genvalues.cluster.kinds import NotAllowed, Object
@@ -53,13 +53,35 @@ def gate(
     ``own`` is the job of this revision. If the gate ends before the job that it follows, and no other gate follows it
     (``has_successor``), the job is stopped.
     """
+    workload = workload_for(config.workload)
+
+    def ours() -> list[Object]:
+        jobs = jobs_of_run(api, config, workload)
+        return [job for job in jobs if component_of(job) == stage and is_ours(job, config.release)]
+
+    with followed_to_its_end(api, workload, ours, has_successor):
+        return run_stage(api, config, workload, stage, own, read_state, timings, clock)
+
+
+def run_stage(
+    api: Api,
+    config: ClusterConfig,
+    workload: Workload,
+    stage: str,
+    own: str,
+    read_state: ReadStageState,
+    timings: GateTimings,
+    clock: Clock,
+) -> str:
+    """Skip the stage, or follow its job to its end, which may be released first."""
     state = read_state(stage)
     if state.fingerprint is None:
         fix = "Run the pipeline from the start: helm upgrade. Stages that are up to date are skipped"
         raise UserError(f"stage {stage} cannot run: a stage that it depends on is not done", fix=fix)
-    workload = workload_for(config.workload)
-    jobs = api.list(workload.kind, labels=f"{RUN}={config.run}")  # of any release
-    decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state)
+    jobs = jobs_of_run(api, config, workload)
+    pods = api.list(kinds.PODS, labels=f"{RUN}={config.run}")
+    busy = {job_of(pod) for pod in pods if not is_over(pod)}
+    decision = decide([job for job in jobs if component_of(job) == stage], own, config.release, state, busy)
     stop = list(decision.stop)
     if decision.release:
         refuse_jobs_of_other_workloads(api, config, workload)
@@ -69,7 +91,8 @@ def gate(
         workload.stop(api, name)
     for name in decision.delete:
         workload.delete(api, name)
-    costs = None if state.up_to_date else CostTracker(state.progress, config, timings.progress, clock)
+    is_skipped = state.up_to_date and not decision.follow
+    costs = None if is_skipped else CostTracker(state.progress, config, timings.progress, clock)
     if stop or decision.release:
         wait_for_pods(api, config.run, stage, stop, decision.follow, timings, costs)
     if costs is None:
@@ -77,7 +100,7 @@ def gate(
         log.info("%s: %s", stage, manifests.SKIPPED)
         return manifests.SKIPPED
     if not decision.follow:
-        if costs.ledger.stopped_job == own:  # the gate that stopped it was lost before it could report the reason
+        if costs.ledger.stopped_job:  # the gate that stopped it was lost before it could report the reason
             raise StoppedByGuard(costs.ledger.stopped_why)
         upgrade = f"helm upgrade {config.release} CHART -n {config.namespace} --reset-then-reuse-values"
         raise UserError(
@@ -89,14 +112,18 @@ def gate(
         costs.check_budget(job)
     follower = JobFollower(api, config, stage, workload, decision.follow, read_state, timings, costs)
     follower.start(state)  # before the release, so that no pod state is missed
-    with followed_to_its_end(api, workload, decision.follow, has_successor):
-        if decision.release:
-            release(api, workload, job, state.fingerprint, config.job.queue_name)
-        log.info("%s: %s %s", stage, "released" if decision.release else "following", follower.title)
-        follower.follow(state)
+    if decision.release:
+        release(api, workload, job, state.fingerprint, config.job.queue_name)
+    log.info("%s: %s %s", stage, "released" if decision.release else "following", follower.title)
+    follower.follow(state)
     log_manifest(state)
     log.info("%s: done", stage)
     return f"done by {follower.title}"
+
+
+def jobs_of_run(api: Api, config: ClusterConfig, workload: Workload) -> list[Object]:
+    """The jobs that use the run's folder, of any stage and release."""
+    return api.list(workload.kind, labels=f"{RUN}={config.run}")
 
 
 def log_manifest(state: StageState) -> None:
@@ -114,7 +141,7 @@ def refuse_jobs_of_other_workloads(api: Api, config: ClusterConfig, own: Workloa
         if other is own:
             continue
         try:
-            jobs = api.list(other.kind, labels=f"{RUN}={config.run}")
+            jobs = jobs_of_run(api, config, other)
         except NotAllowed:
             continue
         names = " ".join(name_of(job) for job in jobs if is_released(job) and not is_finished(job))

@@ -18,6 +18,7 @@ INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
 RUN = "llama-lora/run"  # label of every stage's objects and pods: equal for all that use the same run folder
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
+INDEX = "batch.kubernetes.io/job-completion-index"  # annotation of the pods of an Indexed Job
 PROGRESS, COST = "llama-lora/progress", "llama-lora/cost"  # annotations of a job for `genvalues status`, compact JSON
 STOPPED_BY_US = 1  # activeDeadlineSeconds by which cleanup and recovery stop a Job
 RUNNER = "runner"  # component of the Job that installs the inner release in mode detached
@@ -108,6 +109,16 @@ def phase_of(pod: Object) -> str:
 def is_over(pod: Object) -> bool:
     """Whether the pod's containers have ended and will not restart."""
     return phase_of(pod) in {"Succeeded", "Failed"}
+
+
+def latest_of_each_worker(pods: list[Object]) -> list[Object]:
+    """The pods of a job without those that another pod has replaced.
+
+    The Job of a TrainJob keeps a pod that was evicted, or ended with its node, beside its replacement.
+    """
+    newest_last = sorted(pods, key=lambda pod: (created(pod), not is_over(pod)))
+    latest = {annotations_of(pod).get(INDEX, name_of(pod)): name_of(pod) for pod in newest_last}
+    return [pod for pod in pods if not is_over(pod) or name_of(pod) in latest.values()]
 
 
 def container_statuses(pod: Object) -> list[Object]:

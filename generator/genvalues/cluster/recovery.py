@@ -47,24 +47,29 @@ def pending(api: Api, release: str, kind: Kind = kinds.SECRETS) -> list[Object]:
 
 
 def take_over(api: Api, release: str, interval: float, kind: Kind = kinds.SECRETS) -> None:
-    """Return when no Job of the release runs and no revision of it is pending.
+    """Return when no stage of the release runs and no revision of it is pending.
 
     A running stage is waited for, because Helm would delete and recreate its Job, or start the next stage in parallel.
-    A gate is stopped instead: the job that it follows, possibly for hours, continues without it. Raises
-    OperationInProgress if a Helm client is alive.
+    A gate may run for hours, and enforces limits until the next one takes its place. It is stopped only to see whether
+    the Helm client of a pending revision waits for it. Raises OperationInProgress if a Helm client is alive.
     """
-    records, known = pending(api, release, kind), uids(unfinished_jobs(api, release))
+    records = pending(api, release, kind)
+
+    def unfinished() -> list[Object]:
+        return [job for job in unfinished_jobs(api, release) if records or not is_gate(job)]
+
+    known = uids(unfinished())
     if not records and not known:
         return
     logged: list[str] = []
     quiet = 0
     while quiet < QUIET_LOOKS:
-        jobs = unfinished_jobs(api, release)
+        jobs = unfinished()
         # A live client creates the next Job when one has ended, and updates its record before each Job and at the end.
         if uids(jobs) - known or versions(pending(api, release, kind)) != versions(records):
             raise OperationInProgress(release)
         for job in jobs:
-            if component_of(job).endswith(GATE_SUFFIX):
+            if is_gate(job):
                 fail_job(api, job)
         names = [name_of(job) for job in jobs]
         if names and names != logged:
@@ -86,6 +91,10 @@ def unfinished_jobs(api: Api, release: str) -> list[Object]:
     return [
         job for job in jobs if STAGE in annotations_of(job) and component_of(job) != RUNNER and not is_finished(job)
     ]
+
+
+def is_gate(job: Object) -> bool:
+    return component_of(job).endswith(GATE_SUFFIX)
 
 
 def versions(records: list[Object]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from genvalues.cluster.objects import (
     name_of,
     owners_of,
 )
-from genvalues.cluster.recovery import OperationInProgress, take_over
+from genvalues.cluster.recovery import OperationInProgress, take_over, uids
 from genvalues.common.errors import EXIT_USER_ERROR, UserError
 from genvalues.common.helm import run_helm
 
@@ -92,7 +92,7 @@ def run(
     except OperationInProgress as problem:  # e.g. a runner on a lost node, which ends at some point: retry
         log.warning("pipeline: %s", problem)
         return RETRY
-    failed_before = [job["metadata"]["uid"] for job in failed_stages(api, release)]
+    before = uids(stages_of(api, release))
     arguments = ["upgrade", "--install", release, str(chart), "--namespace", config.namespace]
     # Without the chart's notes, which would tell readers of this log to uninstall the inner release.
     with events_of_release(api, release, interval):
@@ -100,7 +100,8 @@ def run(
     if status == 0:
         log.info("pipeline: done")
         return 0
-    failed = [job for job in failed_stages(api, release) if job["metadata"]["uid"] not in failed_before]
+    made = [job for job in stages_of(api, release) if job["metadata"]["uid"] not in before]
+    failed = [job for job in made if condition(job, "Failed")]
     if not failed:
         log.warning("pipeline: helm ended with status %s, but no stage has failed", status)
         return RETRY
@@ -109,9 +110,8 @@ def run(
     return EXIT_USER_ERROR if any(map(ended_by_user_error, failed)) else STAGE_FAILED
 
 
-def failed_stages(api: Api, release: str) -> list[Object]:
-    jobs = api.list(kinds.JOBS, labels=f"{INSTANCE}={release}")
-    return [job for job in jobs if is_stage(job) and condition(job, "Failed")]
+def stages_of(api: Api, release: str) -> list[Object]:
+    return list(filter(is_stage, api.list(kinds.JOBS, labels=f"{INSTANCE}={release}")))
 
 
 def stop_older_runners(api: Api, release: str, own_job: str, interval: float) -> None:

@@ -13,8 +13,8 @@ from genvalues.cluster import kinds
 from genvalues.cluster.api import Api
 from genvalues.cluster.failures import StageFailed
 from genvalues.cluster.kinds import ApiError, NotAllowed, Object
-from genvalues.cluster.objects import STOPPED_BY_US, is_being_deleted, is_finished
-from genvalues.cluster.workloads import Workload, is_active, is_released
+from genvalues.cluster.objects import STOPPED_BY_US, is_being_deleted, is_finished, name_of
+from genvalues.cluster.workloads import Workload, is_running
 from genvalues.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ def starts_again(job: Object) -> bool:
 
 @contextmanager
 def followed_to_its_end(
-    api: Api, workload: Workload, name: str, has_successor: Callable[[Api], bool]
+    api: Api, workload: Workload, jobs: Callable[[], list[Object]], has_successor: Callable[[Api], bool]
 ) -> Iterator[None]:
-    """Stop the job ``name`` if the block ends by anything but its end, and no other gate follows it."""
+    """Stop those of ``jobs`` that run if the block ends by anything but their end, and no other gate follows them."""
     try:
         yield
     except StageFailed:  # the job has ended, or the follower has stopped it
@@ -64,10 +64,9 @@ def followed_to_its_end(
     except BaseException as error:  # SIGTERM, too
         try:
             is_last = isinstance(error, (UserError, NotAllowed)) or not has_successor(api)
-            job = api.get(workload.kind, name) if is_last else None
-            if job and is_released(job) and is_active(job):
-                log.warning("stopping %s %s: no other gate follows it", workload.name, name)
-                workload.stop(api, name)
+            for job in filter(is_running, jobs() if is_last else []):
+                log.warning("stopping %s %s: no other gate follows it", workload.name, name_of(job))
+                workload.stop(api, name_of(job))
         except ApiError as refused:
-            log.warning("cannot find out whether another gate follows %s %s: %s", workload.name, name, refused.message)
+            log.warning("cannot find out whether another gate follows a %s: %s", workload.name, refused.message)
         raise

@@ -37,7 +37,7 @@ from genvalues.cluster.objects import (
     unschedulable,
     why_not_started,
 )
-from genvalues.cluster.workloads import NAMES, is_active, is_released, is_suspended, job_of, workers_of, workload_of
+from genvalues.cluster.workloads import NAMES, is_released, is_running, is_suspended, job_of, workers_of, workload_of
 from genvalues.common.manifests import SKIPPED
 from genvalues.ops.records import HelmHook
 
@@ -204,10 +204,6 @@ def gated_job_of(stage: str, hook: HelmHook, objects: ReleaseObjects) -> Object 
     if newest is not None or not hook.has_started:
         return newest
     return find(jobs, hook.name) or max(filter(is_released, jobs), key=created, default=None)
-
-
-def is_running(job: Object) -> bool:
-    return is_released(job) and is_active(job)
 
 
 def why_no_workers(job: Object, workers: Sequence[Object], objects: ReleaseObjects) -> str:

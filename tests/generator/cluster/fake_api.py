@@ -59,7 +59,7 @@ class FakeApi:
         self.graceful = False  # pods of a deleted job get a deletionTimestamp and stay until the test removes them
         self.version: Object | None = None  # of the server
         self.default_queue = False  # Kueue and a LocalQueue named default: no job loses its queue
-        self.failing_creations = ""  # message of a webhook that does not respond
+        self.failing: dict[str, str] = {}  # by verb: message of a webhook that does not respond
         self.nonsense: tuple[int, str] | None = None  # status and body of every response: not an API server
         self.drips = False  # every response is headers and then one space after another
         self.connections: set[socket.socket] = set()  # open ones
@@ -185,6 +185,8 @@ class FakeApi:
             return refuse(handler, 403, f'User "sa" cannot {verb} resource "{resource}" in namespace "{NAMESPACE}"')
         if (verb, plural) in self.denied:
             return refuse(handler, 422, self.denied[verb, plural])
+        if verb in self.failing:
+            return refuse(handler, 500, self.failing[verb])
         if verb == "watch":
             return self._watch(handler, plural, query)
         if verb == "list":
@@ -206,8 +208,6 @@ class FakeApi:
     ) -> None:
         if verb == "create":
             assert body is not None
-            if self.failing_creations:
-                return refuse(handler, 500, self.failing_creations)
             if (plural, body["metadata"]["name"]) in self.objects:
                 return refuse(handler, 409, "already exists")
             item = self.add(plural, body)

@@ -169,6 +169,19 @@ def test_a_detached_release_stops_its_runner_first_then_the_stages_then_the_inne
     assert fake.names("jobs") == []
 
 
+def test_a_rollback_from_detached_to_attached_stops_the_stages_and_leaves_the_inner_release(
+    fake: FakeApi, api: Api
+) -> None:
+    """Helm runs the hooks of the revision that it restores, with the roles of mode attached."""
+    job_controller(fake)
+    fake.forbidden |= {(verb, "configmaps") for verb in ("list", "get", "delete")} | {("delete", "secrets")}
+    add_job(fake, "demo-runner-2", "runner")
+    add_job(fake, "demo-run-tokenize", "tokenize", release="demo-run")
+    fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f1"))
+    clean(api, run_helm=lambda *_: pytest.fail("Helm would not be allowed to"))
+    assert (fake.names("jobs"), fake.names("pytorchjobs"), fake.names("pods")) == ([], [], [])
+
+
 def test_uninstall_finds_the_records_of_the_inner_release_in_secrets_and_in_config_maps(
     fake: FakeApi, api: Api
 ) -> None:

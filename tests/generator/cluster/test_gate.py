@@ -114,6 +114,33 @@ def test_the_gate_succeeds_when_every_worker_has_and_the_manifest_is_there(
     assert running.logged[-2:] == [LOGGED_MANIFEST, "train: done"]
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("succeeded", [False, True])
+def test_a_job_whose_workers_have_not_all_ended_is_followed_although_its_stage_is_up_to_date(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, succeeded: bool, hangs: bool
+) -> None:
+    """A gate that starts between the first worker's end and the last one's, as after an upgrade."""
+    fake.add("pytorchjobs", pytorch_job(EARLIER, fingerprint="f1"))
+    fake.add("pytorchjobs", pytorch_job(OWN))
+    operator = Operator(fake, EARLIER)
+    operator.start()
+    operator.end_worker(0, 0)
+    if succeeded:
+        operator.succeed()
+    trainer.says("f1", up_to_date=True)
+    running = Gate(api, config)
+    until(lambda: any(f"following PyTorchJob {EARLIER}" in line for line in running.logged))
+    assert fake.names("pytorchjobs") == [EARLIER], "no new job is needed"
+    if not succeeded:
+        operator.succeed()
+    if hangs:
+        assert operator.worker(1) in running.fails().reason
+        assert is_going(fake, EARLIER), "the worker that hangs holds a Trainium node"
+    else:
+        operator.end_worker(1, 0)
+        running.succeeds()
+
+
 def test_workers_that_still_run_long_after_the_first_success_fail_the_stage(
     fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
 ) -> None:

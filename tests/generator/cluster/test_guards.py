@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from generator.cluster.conftest import Trainer
-from generator.cluster.fake_api import FakeApi
+from generator.cluster.fake_api import NAMESPACE, FakeApi
 from generator.cluster.objects import Object, Operator, pod, pytorch_job
 from generator.cluster.test_gate import EARLIER, OWN, QUICK, is_going, is_released, let_the_gate_look
 from generator.cluster.waiting import PATIENCE, beside, log_lines, until
-from genvalues.cluster.api import Api
+from genvalues.cluster.api import Api, connect
 from genvalues.cluster.config import ClusterConfig, GuardLimits
 from genvalues.cluster.cost_tracker import RAISE_MAX_COST
 from genvalues.cluster.failures import StageFailed, StoppedByGuard, describe_failure
@@ -533,6 +533,29 @@ def test_a_gate_that_restarts_after_a_stop_reports_its_reason(
     running.fails(StoppedByGuard)
     running.start_gate()
     assert "guards.maxCost of $200 is reached" in running.fails(StoppedByGuard).reason
+
+
+def test_a_gate_that_restarts_after_it_stopped_a_job_of_an_earlier_revision_reports_its_reason(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer
+) -> None:
+    running = Guarded(fake, api, config, maxCost=200, pricePerNodeHour=21.5)
+    ledger = Ledger(stopped_job=EARLIER, stopped_why="stopped: no step for 30 min 00 s")
+    trainer.progress.with_name("costs.json").write_text(json.dumps(ledger.as_json()))
+    running.start_gate()  # it has deleted its own job, because it followed the earlier one
+    assert running.fails(StoppedByGuard).reason == ledger.stopped_why
+
+
+def test_the_guards_do_not_wait_for_annotations_that_a_webhook_holds_up(
+    fake: FakeApi, config: ClusterConfig, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genvalues.cluster.follower.PUBLISH_SECONDS", 0.1)
+    patient = connect(NAMESPACE, patience=300.0, interval=0.02)
+    running = Guarded(fake, patient, config, maxCost=200, pricePerNodeHour=21.5).release()
+    fake.failing["patch"] = "failed calling webhook: connection refused"
+    running.clock.ahead = 5 * HOUR
+    until(lambda: is_going(fake, OWN), "the guard to stop it")
+    running.end_pods()
+    running.fails(StoppedByGuard)
 
 
 def test_a_full_volume_is_logged_once_and_the_job_is_still_followed(

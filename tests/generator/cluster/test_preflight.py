@@ -131,7 +131,7 @@ def test_an_operator_that_is_not_running_is_an_error_although_its_crd_exists(
 
 
 def test_an_operator_whose_webhook_does_not_answer_is_an_error(ready: FakeApi, config: ClusterConfig) -> None:
-    ready.failing_creations = 'failed calling webhook "validator.pytorchjob": connection refused'
+    ready.failing["create"] = 'failed calling webhook "validator.pytorchjob": connection refused'
     impatient = connect(NAMESPACE, patience=0.1, interval=0.02)
     assert (one_problem(impatient, config).level, one_problem(impatient, config).subject) == (
         "error",
@@ -589,7 +589,7 @@ def test_kueues_webhook_that_does_not_answer_is_not_blamed_on_the_operator(
     ready: FakeApi, kueue: Kueue, in_queue: Object
 ) -> None:
     service = "https://kueue-webhook-service.kueue-system.svc:443/mutate-kubeflow-org-v1-pytorchjob"
-    ready.failing_creations = f'failed calling webhook "mpytorchjob.kb.io": failed to call webhook: Post "{service}"'
+    ready.failing["create"] = f'failed calling webhook "mpytorchjob.kb.io": failed to call webhook: Post "{service}"'
     impatient = connect(NAMESPACE, patience=0.1, interval=0.02)
     found = {one.subject: one for one in problems(impatient, ClusterConfig.model_validate(in_queue))}
     assert "Kueue's webhook" in found["training operator"].found and "kueue-system" in found["training operator"].fix

@@ -180,20 +180,29 @@ def test_values_that_would_install_another_runner_are_rejected(
         run(api, config, chart, inner_values, OWN, run_helm=Helm(fake))
 
 
-def test_a_running_gate_is_stopped_so_that_the_new_one_decides_about_the_training(
+def test_a_running_gate_enforces_the_limits_until_the_new_one_takes_its_place(
     fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
 ) -> None:
-    """It is not waited for: that would take the whole training, even of an outdated configuration."""
+    """If Helm fails at an earlier stage, nothing else would. Helm deletes the gate when it creates the new one."""
     fake.add("jobs", job("demo-run-train-gate", "train-gate", release="demo-run"))
     fake.add("pytorchjobs", pytorch_job("demo-run-train-1", release="demo-run", fingerprint="f0"))
-    helm = Helm(fake)
-    running = beside(run, api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm)
-    until(lambda: fake.objects["jobs", "demo-run-train-gate"]["spec"]["activeDeadlineSeconds"] == 1)
-    assert not helm.asked
-    fake.set_condition("jobs", "demo-run-train-gate", "Failed", reason="DeadlineExceeded")
-    assert running.result(PATIENCE) == 0
-    assert fake.names("pytorchjobs") == ["demo-run-train-1"]
-    assert ("delete", "jobs.batch") not in fake.requests, "Helm 3 treats a deleted Job as successful"
+    before = dict(fake.objects)
+    helm = Helm(fake, 1, fails="tokenize")
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm) == 1
+    assert helm.asked
+    assert {key: fake.objects[key] for key in before} == before
+
+
+def test_a_gate_of_an_earlier_client_that_fails_meanwhile_is_not_the_outcome(
+    fake: FakeApi, api: Api, config: ClusterConfig, chart: Path, inner_values: Path
+) -> None:
+    fake.add("jobs", job("demo-run-train-gate", "train-gate", release="demo-run"))
+
+    def helm(arguments: list[str]) -> int:
+        fake.set_condition("jobs", "demo-run-train-gate", "Failed", "exit code 2 ", "PodFailurePolicy")
+        return 1
+
+    assert run(api, config, chart, inner_values, OWN, interval=0.02, run_helm=helm) == 3
 
 
 def test_older_runners_have_ended_before_helm_runs(

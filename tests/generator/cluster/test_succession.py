@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from genvalues.cluster.config import ClusterConfig
 from genvalues.cluster.follower import JobFollower
 from genvalues.cluster.kinds import NotAllowed
 from genvalues.cluster.succession import OwnJob, starts_again
-from genvalues.cluster.trainer_client import TrainerCommandFailed, read_stage_state
+from genvalues.cluster.trainer_client import StageState, TrainerCommandFailed, read_stage_state
 from genvalues.common.errors import UserError
 
 GATE = "demo-llama-lora-train-gate"
@@ -58,6 +61,10 @@ def test_helm_creates_a_successor_shortly_after_it_has_deleted_a_gate(fake: Fake
     assert OwnJob(GATE, "").has_successor(api), "not a pod of the chart"
 
 
+def of_trainer(stage: str) -> StageState:
+    return read_stage_state(stage, Path("/run.yaml"))
+
+
 def run_gate(
     fake: FakeApi, api: Api, config: ClusterConfig, error: BaseException, has_successor: Callable[[Api], bool]
 ) -> None:
@@ -71,8 +78,7 @@ def run_gate(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobFollower, "check", raise_error)
         with pytest.raises(type(error)):
-            read_state = lambda of: read_stage_state(of, "/run.yaml")  # type: ignore[arg-type] # noqa: E731
-            gates.gate(api, config, "train", OWN, read_state, QUICK, has_successor=has_successor)
+            gates.gate(api, config, "train", OWN, of_trainer, QUICK, has_successor=has_successor)
 
 
 @pytest.mark.parametrize("error", [SystemExit(143), TrainerCommandFailed("x"), ZeroDivisionError()], ids=type)
@@ -97,4 +103,50 @@ def test_a_gate_that_cannot_ask_leaves_the_job_running(
 ) -> None:
     fake.forbidden.add(("get", "jobs.batch"))  # roles of an earlier chart
     run_gate(fake, api, config, SystemExit(143), OwnJob(GATE, "x", wait=0.1, interval=0.01).has_successor)
+    assert not is_going(fake, OWN)
+
+
+@pytest.mark.parametrize("problem", ["a damaged costs.json", "a damaged input", "a stage before it is not done"])
+def test_a_gate_that_fails_before_it_follows_the_running_job_stops_it(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, problem: str
+) -> None:
+    """As after an eviction of its pod. Its Job has failed for good, so nothing else would enforce the limits."""
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    fake.add("pytorchjobs", pytorch_job("other-train-1", release="other", fingerprint="f1"))
+    Operator(fake, OWN).start()
+    if problem == "a damaged costs.json":
+        trainer.progress.with_name("costs.json").write_text("{")
+    elif problem == "a damaged input":
+        trainer.ends_with(2)
+    else:
+        trainer.says(None, up_to_date=False)
+    with pytest.raises(UserError):
+        gates.gate(api, config, "train", OWN, of_trainer, QUICK, has_successor=lambda _: True)
+    assert is_going(fake, OWN)
+    assert not is_going(fake, "other-train-1"), "it has a gate of its own"
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_gate_whose_retries_are_used_up_before_it_follows_the_running_job_stops_it(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, followed: bool
+) -> None:
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    Operator(fake, OWN).start()
+    trainer.ends_with(1)
+    with pytest.raises(TrainerCommandFailed):
+        gates.gate(api, config, "train", OWN, of_trainer, QUICK, has_successor=lambda _: followed)
+    assert is_going(fake, OWN) is not followed
+
+
+def test_a_volume_that_fails_for_a_while_ends_no_training(
+    fake: FakeApi, api: Api, config: ClusterConfig, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    fake.add("pytorchjobs", pytorch_job(OWN, fingerprint="f1"))
+    Operator(fake, OWN).start()
+    monkeypatch.setattr("genvalues.common.json_files.open_regular", fail)
+    with pytest.raises(OSError, match=r"Input/output error.*costs\.json"):
+        gates.gate(api, config, "train", OWN, of_trainer, QUICK, has_successor=lambda _: True)
     assert not is_going(fake, OWN)

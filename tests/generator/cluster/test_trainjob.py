@@ -9,14 +9,14 @@ import pytest
 
 from generator.cluster.conftest import Trainer
 from generator.cluster.fake_api import FakeApi, now
-from generator.cluster.objects import Operator, labels, pytorch_job, train_job
+from generator.cluster.objects import Operator, labels, pod, pytorch_job, train_job
 from generator.cluster.test_gate import EARLIER, OWN, Gate, is_going
 from generator.cluster.waiting import until
 from genvalues.cluster.api import Api
 from genvalues.cluster.cleanup import cleanup
 from genvalues.cluster.config import ClusterConfig
-from genvalues.cluster.guards import reserve_hours
-from genvalues.cluster.objects import QUEUE_NAME
+from genvalues.cluster.guards import StallTimer, reserve_hours
+from genvalues.cluster.objects import INDEX, QUEUE_NAME, latest_of_each_worker
 from genvalues.cluster.queueing import NOT_RELEASED, PREBUILT, release
 from genvalues.cluster.workloads import is_finished, is_released, workload_for, workload_of
 from genvalues.common.errors import UserError
@@ -91,6 +91,45 @@ def test_a_worker_that_fails_too_often_ends_a_trainjob_that_shows_no_condition(
     failure = running.fails()
     assert failure.status == 1 and "failed 2 times (backoffLimit 1)" in failure.reason
     assert is_going_with_its_runtime(trainer_v2)
+
+
+@pytest.fixture
+def replaced(released: tuple[Gate, Operator], trainer_v2: FakeApi) -> str:
+    """The pod that the Job of the TrainJob has created in place of an evicted one, which stays."""
+    owner = trainer_v2.get("trainjobs", OWN)
+    assert owner
+    evicted = released[1].worker(1)
+    long_ago = {"creationTimestamp": "2025-01-01T00:00:00Z", "annotations": {INDEX: "1"}}
+    over = [{"name": "node", "state": {"terminated": {"exitCode": 143}}, "restartCount": 0}]
+    status = {"phase": "Failed", "reason": "Evicted", "containerStatuses": over}
+    trainer_v2.merge("pods", evicted, {"metadata": long_ago, "status": status})
+    replacement = pod(f"{OWN}-node-0-1-new", owner, "TrainJob", container="node")
+    replacement["metadata"]["annotations"] = {INDEX: "1"}
+    trainer_v2.add("pods", replacement)
+    return f"{OWN}-node-0-1-new"
+
+
+def test_a_trainjob_with_a_worker_that_was_evicted_and_replaced_succeeds(
+    released: tuple[Gate, Operator], replaced: str, trainer_v2: FakeApi, trainer: Trainer
+) -> None:
+    running, operator = released
+    trainer.says("f1", up_to_date=True)
+    operator.end_worker(0, 0)
+    trainer_v2.merge("pods", replaced, {"status": {"phase": "Succeeded"}})
+    operator.succeed()
+    running.succeeds()
+
+
+def test_a_trainjob_stalls_although_an_evicted_worker_is_still_listed(
+    released: tuple[Gate, Operator], replaced: str, trainer_v2: FakeApi
+) -> None:
+    job = trainer_v2.get("trainjobs", OWN)
+    pods = [item for (plural, _), item in trainer_v2.objects.items() if plural == "pods"]
+    assert job and len(pods) == 3
+    stall = StallTimer()
+    assert [stall.seconds(job, latest_of_each_worker(pods), {}, at) for at in (100.0, 160.0)] == [0, 60]
+    released[1].fail("the end of the test")
+    released[0].fails()
 
 
 def test_a_failed_trainjob_fails_the_stage_with_trainers_message(released: tuple[Gate, Operator]) -> None:

@@ -42,6 +42,11 @@ def is_active(job: Object) -> bool:
     return not is_finished(job) and not is_being_deleted(job)
 
 
+def is_running(job: Object) -> bool:
+    """Whether a gate has released it, and it has not ended: it has pods, or gets them."""
+    return is_released(job) and is_active(job)
+
+
 def workers_of(job: Object) -> int:
     return workload_of(job).workers(job)
 
