@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from typing import NamedTuple
 
 from genvalues.common.errors import UserError
 from genvalues.settings.dataset_files import SPLIT_WORDS, by_split, files_of, is_saved
-from genvalues.settings.datasets import GZIP, ZSTANDARD, SplitPart, file_format, is_on_hub, is_path, split_parts
+from genvalues.settings.datasets import (
+    GZIP,
+    ZSTANDARD,
+    SplitPart,
+    file_format,
+    is_on_hub,
+    is_path,
+    row_format,
+    split_parts,
+)
 from genvalues.settings.inputs import DatasetInputs
 from genvalues.settings.run import AdditionalSource
 
@@ -22,10 +32,11 @@ SHORTEST = 50.0  # tokens of an average example of unknown size
 
 
 class Examples(NamedTuple):
-    """The number of a dataset's examples and their bytes."""
+    """The number of a dataset's examples and their bytes. ``split``: a longer one than a row becomes several pieces."""
 
     number: int
     bytes: int
+    split: bool = False
 
     def tokens(self, length: int) -> tuple[float, float]:
         """Fewest and most tokens of an average example, truncated at ``length``."""
@@ -35,10 +46,12 @@ class Examples(NamedTuple):
     def rows(self, length: int, packing: bool, held_out: float) -> tuple[int, int]:
         """Fewest and most rows of ``length`` tokens to train on. With packing, several examples share a row."""
         kept = max(1, round(self.number * (1 - held_out)))
-        if not packing:
-            return kept, kept
-        fewest, most = (self.bytes * (1 - held_out) / each / length for each in reversed(BYTES_PER_TOKEN))
-        return min(kept, max(1, round(fewest))), min(kept, max(1, round(most)))
+        fewest, most = (
+            max(1, round(self.bytes * (1 - held_out) / each / length)) for each in reversed(BYTES_PER_TOKEN)
+        )
+        if packing:
+            return (fewest, most) if self.split else (min(kept, fewest), min(kept, most))
+        return (kept * -(-fewest // kept), kept * -(-most // kept)) if self.split else (kept, kept)
 
 
 def on_hub(name: str, config: str | None, split: str) -> Examples | None:
@@ -97,7 +110,8 @@ def _weighted(
         if not found:
             return None
         number, size = number + found.number * part.weight, size + found.bytes * part.weight
-    return Examples(max(1, round(number)), round(size))
+    formats = [row_format(dataset.format, dataset.source), *(each.format for each in dataset.additional.values())]
+    return Examples(max(1, round(number)), round(size), "text" in formats and dataset.overlong in (None, "split"))
 
 
 def count(path: Path, split: str = "") -> Examples | None:
@@ -125,7 +139,9 @@ def _count(path: Path) -> Examples:
     """The rows of a text file and its bytes. Raises ValueError if it cannot be counted here."""
     data = path.read_bytes()
     if data.startswith(GZIP):
-        data = zlib.decompressobj(wbits=31).decompress(data, MOST_BYTES + 1)
+        import gzip  # slow to import
+
+        data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MOST_BYTES + 1)  # of all members
     if len(data) > MOST_BYTES or data.startswith(ZSTANDARD):  # which requires pyarrow
         raise ValueError("too large, or compressed with Zstandard")
     kind = file_format(path.name)
@@ -134,7 +150,7 @@ def _count(path: Path) -> Examples:
     if kind in ("csv", "tsv"):
         import csv  # slow to import
 
-        lines = data.decode("utf-8-sig").splitlines(keepends=True)
+        lines = io.StringIO(data.decode("utf-8-sig"), newline="")
         try:
             rows = sum(1 for cells in csv.reader(lines, delimiter="," if kind == "csv" else "\t") if cells)
         except csv.Error as error:

@@ -239,6 +239,17 @@ def test_a_files_examples_are_counted(tmp_path: Path, name: str, text: str, numb
         assert found.bytes == len(content)
 
 
+def test_all_members_of_a_gzip_file_and_only_the_line_breaks_of_csv_are_counted(tmp_path: Path) -> None:
+    members, cut, csv = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz", tmp_path / "a.csv"
+    members.write_bytes(b"".join(gzip.compress(b"{}\n" * number) for number in (5, 500)))
+    assert dataset.count(members) == dataset.Examples(505, 3 * 505)
+    cut.write_bytes(members.read_bytes()[:-9])
+    assert dataset.count(cut) is None
+    csv.write_text("text\n" + "a\u2028b\x85c\n" * 100)
+    found = dataset.count(csv)
+    assert found and found.number == 100
+
+
 def test_folders_globs_parts_of_splits_and_weights_are_counted(tmp_path: Path) -> None:
     for name, number in (("train.jsonl", 10), ("more.csv", 21), ("test.jsonl", 40)):
         (tmp_path / name).write_text("{}\n" * number)
@@ -276,3 +287,21 @@ def test_packed_rows_are_a_range_and_no_more_than_the_examples() -> None:
     assert examples.rows(1000, False, 0.5) == (500, 500)
     assert examples.rows(10_000, True, 0.0) == (100, 200)
     assert examples.rows(100, True, 0.0) == (1000, 1000)
+
+
+def test_long_texts_are_split_into_more_rows_than_there_are_texts(tmp_path: Path) -> None:
+    file = tmp_path / "books.jsonl"
+    file.write_text((json.dumps({"text": "word " * 24_000}) + "\n") * 10)
+    least: dict[str, Any] = {"model": "a/b", "instance": "cpu", "training": {"maxSequenceLength": 1000}}
+    wanted: dict[str, Any] = {"source": str(file), "format": "text", "evalFraction": 0}
+
+    def rows(packing: bool = True, **more: Any) -> tuple[int, int] | None:
+        training = {**least["training"], "packing": packing}
+        inputs = inputs_from({**least, "training": training, "dataset": {**wanted, **more}})
+        return epoch_rows(inputs, gather_facts(inputs).examples)
+
+    assert rows() == (200, 400) and rows(packing=False) == (200, 400)
+    assert rows(overlong="truncate") == rows(overlong="drop", packing=False) == (10, 10)
+    assert rows(format="instruction") == (10, 10)
+    other = {"source": str(file), "format": "instruction"}
+    assert rows(additional={"a": other}) == (400, 800), "those of text are split"
