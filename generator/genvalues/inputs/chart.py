@@ -17,6 +17,8 @@ from genvalues.common.errors import UserError
 from genvalues.common.files import refuse_fifo
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
 from genvalues.inputs.exact_ends import with_exact_ends
+from genvalues.inputs.schema_errors import TYPES, either
+from genvalues.inputs.schema_errors import shown as words
 from genvalues.settings.base import BOUNDS, NUMBER
 from genvalues.settings.by_instance import completed
 
@@ -142,6 +144,10 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
             for name in cause.validator_value:
                 if name not in cause.instance:
                     yield (*key, name), "is required"
+        elif cause.validator == "type":
+            kinds = [cause.validator_value] if isinstance(cause.validator_value, str) else cause.validator_value
+            found = "the value" if may_hold_a_secret(key) else redacted(words(cause.instance, key))
+            yield key, f"must be {either([TYPES[kind] for kind in kinds])}, not {found}"
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
             shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)

@@ -490,8 +490,10 @@ def test_what_the_chart_refuses_is_told_by_its_chart_values_key(tmp_path: Path) 
         Exception, match=r"finetune.yaml:17:32 chartValues.stages.train.backofLimit: unknown key .*backoffLimit"
     ):
         values_of(tmp_path, ISSUE.replace("chartValues: {}", "chartValues: {stages: {train: {backofLimit: 1}}}"))
-    with pytest.raises(Exception, match=r"--set chartValues.kueue=5: 5 is not of type"):
+    with pytest.raises(Exception, match=r"--set chartValues.kueue=5: must be a mapping, not 5"):
         values_of(tmp_path, ISSUE, "chartValues.kueue=5")
+    with pytest.raises(Exception, match=r"tolerations\[0\]: must be a mapping, not null"):
+        values_of(tmp_path, ISSUE, "chartValues.stages.train.tolerations[1].key=a")
 
 
 def test_the_charts_schema_is_there_to_be_asked() -> None:
