@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,7 +41,7 @@ from genvalues.settings.datasets import (
     split_parts,
 )
 from genvalues.settings.images import split_image
-from genvalues.settings.inputs import Inputs, inputs_from
+from genvalues.settings.inputs import HuggingFaceInputs, Inputs, inputs_from
 from genvalues.settings.run import with_own_words
 from genvalues.settings.shared import DURATION
 from genvalues.settings.value_rules import DEFAULT_MOUNT, contradictions
@@ -50,20 +50,46 @@ LONGEST_NAME = 255  # bytes of a file name, the limit of ext4, XFS and Lustre
 STAGES_WITH_MOUNTS = ("stageDefaults", "stages.resolve", "stages.tokenize")  # whose pods read the dataset's file
 
 
-def check(document: Document) -> Inputs:
-    """Return the inputs. Raises UserErrors with every error in them."""
+def check(document: Document, more: Callable[[Inputs], Iterable[Mistake]] = lambda inputs: ()) -> Inputs:
+    """Return the inputs. Raises UserErrors with every error in them.
+
+    ``more``: further errors of the inputs without the keys that have one. They are not asked for if such a key is one
+    that a later error may come from.
+    """
     if is_values_file(document.value):
         document.raise_mistakes([VALUES_FILE])
     found = [*schema_mistakes(document.value), *tokens(document.value)]
     if document.all_files_read:
-        found += rule_mistakes(document)
+        told_by_schema = {mistake.key for mistake in found} & SECRET_KEYS  # which the chart's schema does not check
+        found += [mistake for mistake in rule_mistakes(document) if mistake.key not in told_by_schema]
     else:  # the file that could not be read may have the missing keys, or change those that conflict
         found = [mistake for mistake in found if mistake.what != MISSING]
     # A value that could not be read has an error already; do not report its type as well.
     read_badly = {mistake.key for mistake in document.mistakes if not document.holds(mistake.key)}
     told = [mistake for mistake in found if mistake.what == UNKNOWN or mistake.key not in read_badly]
-    document.raise_mistakes([*document.mistakes, *told])
+    told += document.mistakes
+    if told and all(mistake.key and mistake.key[0] in NOT_PLANNED_BY for mistake in told):
+        rest = without(document.value, {mistake.key for mistake in told})
+        told += () if any(schema_mistakes(rest)) else more(inputs_from(rest))
+    document.raise_mistakes(told)
     return inputs_from(document.value)
+
+
+# The plan depends on none of these, or (parallelism) only becomes freer without them.
+NOT_PLANNED_BY = {
+    *("name", "image", "parallelism", "probe", "rehearse", "evaluation", "publish", "monitoring", "verify", "guards"),
+    *("storage", "kueue", "huggingFace", "mode", "chartValues"),
+}
+
+
+def without(value: Any, keys: set[KeyPath], above: KeyPath = ()) -> Any:
+    """The value without these keys, or without the list around them."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: (*above, name) for name in value}
+    kept = [name for name, key in inner.items() if key not in keys]
+    kept = [n for n in kept if not isinstance(value[n], list) or all(key[: len(inner[n])] != inner[n] for key in keys)]
+    return {name: without(value[name], keys, inner[name]) for name in kept}
 
 
 VALUES_FILE = Mistake(
@@ -315,7 +341,7 @@ def storage_rules(value: dict[str, Any]) -> Iterator[Mistake]:
 
 def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
     """The values as far as they are known before all errors are fixed: the sections that inputs and values share."""
-    named = ("dataset", "training", "compile", "evaluation", "storage", "guards")
+    named = ("dataset", "training", "compile", "evaluation", "storage", "guards", "publish", "monitoring", "kueue")
     sections = {name: value[name] for name in named if isinstance(value.get(name), dict)}
     if guards := sections.get("guards"):
         sections["guards"] = {key: written for key, written in guards.items() if can_be_judged(key, guards)}
@@ -323,6 +349,9 @@ def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
         sections["parallelism"] = {"shardSize": shard}
     instance = get(value, "instance", str)
     below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
+    below["huggingFace"] = get(value, "huggingFace", dict) or {}
+    if "huggingFace" not in value and instance != CPU:
+        below["huggingFace"] = HuggingFaceInputs().as_keys()
     if instance:
         below["instance"] = instance
         below["backend"] = get(value, "backend", str) or default_backend(instance)

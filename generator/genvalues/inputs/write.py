@@ -67,13 +67,13 @@ def checked(
     ``price``: replaces the price table. ``count_rows``: see ``gather_facts``. ``warn`` gets the warnings.
     """
     document = read(*sources.files, sets=sources.sets, set_strings=sources.set_strings)
-    inputs = check(document)
+    inputs = check(document, refusals_of_plan)
     if inputs.on_cpu:
         inputs = with_absolute_paths(inputs, document)
     try:
         made = plan(inputs, gather_facts(inputs, offline, count_rows), price(inputs))
     except Refused as refused:  # an input that the plan cannot keep to is an error at its key
-        document.raise_mistakes(Mistake(problem.keys[0], problem.what, problem.fix) for problem in refused.problems)
+        document.raise_mistakes(mistakes_of(refused))
         raise
     values = values_from(inputs, made)
     check_against(find_chart(sources.chart), values, document)
@@ -83,6 +83,21 @@ def checked(
         if note.warns:
             warn(document.error(Mistake(note.key, note.text)))
     return Checked(document, inputs, values, made)
+
+
+def mistakes_of(refused: Refused) -> list[Mistake]:
+    return [Mistake(problem.keys[0], problem.what, problem.fix) for problem in refused.problems]
+
+
+def refusals_of_plan(inputs: Inputs) -> list[Mistake]:
+    """What the plan cannot keep to, as far as that is known without network access. For inputs with other errors."""
+    facts = gather_facts(inputs, offline=True)
+    try:
+        if facts.model.architecture:
+            plan(inputs, facts)
+    except Refused as refused:
+        return mistakes_of(refused)
+    return []
 
 
 def text_of(found: Checked, sources: Sources, output: Path | None = None) -> str:

@@ -810,3 +810,47 @@ def test_what_chart_or_trainer_would_refuse_later_is_told_now_with_a_fix(
     told = capsys.readouterr().err
     assert said in told and all(". " in line for line in told.splitlines()), "no fix"
     assert not Path("values.yaml").exists()
+
+
+BESIDES = "model: Qwen/Qwen3-1.7B\ndataset: {source: a/b}\ninstance: trn2.48xlarge\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (
+            "image: x.com/a\ntraining: {globalBatchSize: 3}\n",
+            "f.yaml:4:1 image: has no tag\nf.yaml:5:12 training.globalBatchSize: 3 is not divisible by 64",
+        ),
+        (
+            "image: x.com/a:1\nstorage: {existingClaim: a, sizze: 5}\nparallelism: {shardSize: 8}\n"
+            "training: {maxSequenceLength: 131072}\n",
+            "f.yaml:5:29 storage.sizze: unknown key\nf.yaml:6:15 parallelism.shardSize: trn2.48xlarge supports\n"
+            "f.yaml:7:12 training.maxSequenceLength: 131072 is more than the 40960 positions",
+        ),
+        (
+            "image: x.com/a:1\nnope: 1\npublish: {hub: {adapter: a/b, merged: a/b}}\nkueue: {priorityClass: x}\n"
+            "monitoring: {secretName: x}\n",
+            "f.yaml:5:1 nope: unknown key\nf.yaml:6:31 publish.hub.merged: ... both a/b\n"
+            "f.yaml:7:9 kueue.priorityClass: ... kueue.queueName\nf.yaml:8:14 monitoring.secretName: ... no effect",
+        ),
+        (
+            "image: x.com/a:1\nnope: 1\nhuggingFace: null\npublish: {hub: {adapter: a/b}}\n",
+            "f.yaml:5:1 nope: unknown key\nf.yaml:7:17 publish.hub.adapter: ... tokenSecret is required",
+        ),
+        (
+            "image: x.com/a:1\nmonitoring: {wandb: true, secretName: A B}\nnope: 1\n",
+            "f.yaml:5:27 monitoring.secretName: ... Kubernetes name\nf.yaml:6:1 nope: unknown key",
+        ),
+        (  # the plan may follow from what the unknown key stands for
+            "image: x.com/a\ntraining: {globalBatchSize: 3, perDevice: 1}\n",
+            "f.yaml:4:1 image: has no tag\nf.yaml:5:32 training.perDevice: unknown key",
+        ),
+    ],
+)
+def test_no_error_hides_one_of_another_block_or_of_the_plan(
+    written: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(BESIDES + written)
+    assert genvalues("check", "f.yaml") == 2
+    assert_told(capsys.readouterr().err, expected)
