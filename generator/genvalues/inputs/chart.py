@@ -146,8 +146,9 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
                     yield (*key, name), "is required"
         elif cause.validator == "type":
             kinds = [cause.validator_value] if isinstance(cause.validator_value, str) else cause.validator_value
-            found = "the value" if may_hold_a_secret(key) else redacted(words(cause.instance, key))
-            yield key, f"must be {either([TYPES[kind] for kind in kinds])}, not {found}"
+            found = redacted(cause.instance) if isinstance(cause.instance, str) else cause.instance
+            shown = "the value" if may_hold_a_secret(key) else words(found, key)
+            yield key, f"must be {either([TYPES[kind] for kind in kinds])}, not {shown}"
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
             shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)

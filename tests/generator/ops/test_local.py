@@ -542,8 +542,12 @@ def test_what_the_charts_schema_refuses_is_reported_line_by_line_with_the_files_
 @pytest.mark.parametrize(
     ("values", "where"),
     [
-        ("lora: {r: PASTED}", "lora.r: 'hf_...' is not "),
-        ("stages: {train: {extraEnv: {HF_TOKEN: [PASTED]}}}", "stages.train.extraEnv.HF_TOKEN: the value "),
+        ("lora: {r: PASTED}", 'lora.r: must be an integer, not "hf_..."'),
+        (
+            "stages: {train: {extraEnv: {HF_TOKEN: [PASTED]}}}",
+            "stages.train.extraEnv.HF_TOKEN: must be a string, a number or true or false, not the value",
+        ),
+        (f"lora: {{r: {'long ' * 10}PASTED}}", "lora.r: must be an integer, not"),
         ("PASTED: 1", "hf_...: unknown key"),
     ],
 )
