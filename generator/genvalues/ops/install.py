@@ -20,7 +20,7 @@ from genvalues.common.files import write_text
 from genvalues.common.helm import NoSuchRelease, find_helm, place_arguments, run_helm
 from genvalues.common.process import STOP_SIGNALS
 from genvalues.common.text import one_line
-from genvalues.inputs.chart import need_chart
+from genvalues.inputs.chart import need_chart, on_top_of_defaults
 from genvalues.inputs.check import placed, unseen_by_pods
 from genvalues.inputs.input_options import Sources
 from genvalues.inputs.write import Checked, checked, text_of
@@ -60,8 +60,9 @@ def install(
     values = found.values
     found.document.raise_mistakes(placed(one, found.document) for one in unseen_by_pods(values))
     chart = need_chart(sources.chart)
-    mode = values["pipeline"]["mode"]
-    release = release_name(wanted, values["name"], sources.file, mode)
+    complete = on_top_of_defaults(chart, values)  # chartValues may have a null over what the inputs say
+    mode = complete["pipeline"]["mode"]
+    release = release_name(wanted, complete["name"], sources.file, mode)
     find_helm()
     running = ReleaseInstall(release, mode, context)
     log_plan(found)

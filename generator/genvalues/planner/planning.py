@@ -276,7 +276,7 @@ def chart_values_note(inputs: Inputs) -> Note | None:
 def unreadable_model_note(inputs: Inputs, model: ModelFacts) -> Note | None:
     if not (inputs.on_cpu and isinstance(inputs.model, ModelPath) and "cannot read" in model.unknown):
         return None
-    mount = inputs.chart_values.get("workspace", {}).get("mountPath") or DEFAULT_MOUNT
+    mount = get(inputs.chart_values, "workspace.mountPath", str) or DEFAULT_MOUNT
     if PurePosixPath(mount) in PurePosixPath(inputs.model.path).parents:  # probably a path in a pod
         return None
     return Note(("model", "path"), f"{model.unknown}; the stages cannot load this model.")

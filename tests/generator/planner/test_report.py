@@ -312,6 +312,7 @@ def test_a_local_model_whose_config_cannot_be_read_is_a_warning(tmp_path: Path) 
     assert "cannot read" in told and "(FileNotFoundError)" in told and "cannot load this model" in told
     (model / "config.json").write_text("{")
     assert "(JSONDecodeError)" in notes(model)[0]
+    assert made("chartValues.workspace=null", file=file).notes, "the chart's default"
     (model / "config.json").write_text('{"model_type": "gpt2"}')
     assert notes(model) == notes("/workspace/models/mine") == []
 

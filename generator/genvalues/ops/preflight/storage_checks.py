@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
+from genvalues.common.dicts import get
 from genvalues.common.findings import Finding, Level
 from genvalues.common.text import one_line
 from genvalues.ops.aws import AwsAnswer, AwsClients, answer_or_none
@@ -37,7 +38,7 @@ def check_size(requirements: RunRequirements) -> list[Finding]:
         found = f"{size} is not a valid FSx size: 1200Gi, 2400Gi or a multiple of {3600 if is_scratch_1 else 2400}Gi"
         fix = requirements.set_command("storage.size", fsx_size(size) or "1200Gi")
         return [Finding("error", subject, found, fix)]
-    throughput = requirements.values.get("storage", {}).get("fsx", {}).get("perUnitStorageThroughput")
+    throughput = get(requirements.values, "storage.fsx.perUnitStorageThroughput", int)
     allowed = FSX_TYPES.get(deployment, {}).get("throughputs")
     if requirements.makes_storage_class and allowed and throughput is not None and throughput not in allowed:
         values = ", ".join(map(str, allowed))

@@ -603,6 +603,7 @@ def test_a_throughput_that_the_deployment_type_does_not_offer_is_an_error() -> N
         found = one(storage.check_size(requirements(own, change)))
         assert found.level == level
         assert level == "ok" or found.fix.endswith("--set chartValues.storage.fsx.perUnitStorageThroughput=250")
+    assert one(storage.check_size(requirements({"storage": {"fsx": None}}))).level == "ok", "the chart's defaults"
 
 
 SUBNET = {

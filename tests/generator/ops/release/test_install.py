@@ -296,3 +296,13 @@ def test_install_is_listed_and_imports_no_kubernetes_client_before_its_inputs_ar
     assert (done.returncode, done.stdout) == (2, "imported: False\n")
     done = subprocess.run([PYTHON, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert "\n  install " in done.stdout
+
+
+def test_a_null_of_chart_values_is_the_charts_default(
+    fake: FakeApi, helm: FakeHelm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.yaml").write_text(ON_TRAINIUM)
+    assert install("--set", "chartValues.pipeline=null", "-n", "team-a") == 0
+    assert helm.asked[helm.asked.index("--timeout") + 1] == "48h", "attached"
+    assert install("--set", "chartValues.name=null") == 2
+    assert "f.yaml: name" in capsys.readouterr().err
