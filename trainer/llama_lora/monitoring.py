@@ -65,7 +65,7 @@ class Metrics:
         try:
             stages = {**self._others, self.stage: StageStatus(state, moment - self._began)}
             series = series_of(self.paths.run_name, stages, progress)
-            self._pusher.push(series)  # first: a stage that fails because the volume is full is told of elsewhere
+            self._pusher.push(series)  # first: a full volume must not hide that the stage failed
             files.write_bytes(self.paths.prometheus, as_text(series))
         except Exception as error:  # a full volume, or an image without prometheus_client
             if not self._warned:

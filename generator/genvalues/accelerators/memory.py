@@ -11,6 +11,11 @@ BF16, FP32 = 2, 4  # bytes per number
 RESERVED = 1 / 8
 
 
+def keeps_scores(attention: str) -> bool:
+    """Whether a kind of training.attention computes a matrix of scores. The others run in a flash kernel."""
+    return attention == "isolated"
+
+
 class Step(NamedTuple):
     """The settings that affect memory. ``rows`` of ``length`` tokens are one copy's micro-batch."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from genvalues.accelerators.architectures import GATE_UP, MODEL_TYPES, QUERY_KEY_VALUE, Architecture
 from genvalues.accelerators.instances import trainium
+from genvalues.accelerators.memory import keeps_scores
 from genvalues.common.problems import Problem, key_paths
 
 # NxD kernels/flash_attn.py, nki_flash_attn_func: "multiples of 2K". The kernel that it calls takes heads of up to 128
@@ -141,7 +142,7 @@ def group_problems(
 
 def length_problems(architecture: Architecture, length: int, attention: str, size: int = 1) -> Iterator[Problem]:
     """Row lengths that the model or its attention cannot take, or that groups of ``size`` cannot split."""
-    a, flash = architecture, attention != "isolated"
+    a, flash = architecture, not keeps_scores(attention)
     unit = math.lcm(size, FLASH_ROWS if flash else 1)
     if flash and a.head > FLASH_HEAD:
         what = f"{attention} attention supports heads of up to {FLASH_HEAD} features, the model's have {a.head}"

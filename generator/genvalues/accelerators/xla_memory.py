@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from genvalues.accelerators.architectures import GATE_UP, QUERY_KEY_VALUE, Architecture
-from genvalues.accelerators.memory import BF16, FP32, RESERVED, Step
+from genvalues.accelerators.memory import BF16, FP32, RESERVED, Step, keeps_scores
 
 
 class XlaMemory(NamedTuple):
@@ -152,7 +152,7 @@ def layer_bytes(architecture: Architecture, step: Step, size: int) -> float:
     if a.normalizes_heads:
         norms += FP32 * (query + key)
     attention = BF16 * query + 2 * BF16 * key  # query, key and value
-    if step.attention != "isolated":
+    if not keeps_scores(step.attention):
         attention += BF16 * query + FP32 * a.heads / size  # output, and log-sum-exp per row
     mlp = 3 * BF16 * inner
     lora = lora_input_bytes(a, step, size)
@@ -180,7 +180,7 @@ def score_bytes(architecture: Architecture, step: Step, size: int) -> float:
     The 5 a s^2 b of Korthikanti et al. (softmax, dropout and its mask, equation 2) with the fp32 softmax of
     optimum-neuron's eager_attention_forward, and without dropout.
     """
-    if step.attention != "isolated":
+    if not keeps_scores(step.attention):
         return 0
     a, tokens = architecture, step.tokens
     scores = (FP32 + BF16) * a.heads / size * step.length
@@ -226,7 +226,7 @@ def working_bytes(architecture: Architecture, step: Step, size: int) -> int:
         recomputed = score_bytes(a, step, size)
     elif step.checkpointing == "full":
         recomputed = layer_bytes(a, step, size) + score_bytes(a, step, size)
-    of_scores = tokens * (FP32 + 2 * BF16) * a.heads / size * step.length if step.attention == "isolated" else 0
+    of_scores = tokens * (FP32 + 2 * BF16) * a.heads / size * step.length if keeps_scores(step.attention) else 0
     of_mlp = tokens * 3 * BF16 * a.intermediate / size
     gathered = 2 * tokens * BF16 * a.hidden
     return int(recomputed + max(of_scores, of_mlp) + gathered)

@@ -17,8 +17,7 @@ from genvalues.common.errors import UserError
 from genvalues.common.files import refuse_fifo
 from genvalues.common.text import KeyPath, dotted, may_hold_a_secret, one_line, redacted
 from genvalues.inputs.exact_ends import with_exact_ends
-from genvalues.inputs.schema_errors import TYPES, either
-from genvalues.inputs.schema_errors import shown as words
+from genvalues.inputs.schema_errors import TYPES, either, shown
 from genvalues.settings.base import BOUNDS, NUMBER
 from genvalues.settings.by_instance import completed
 
@@ -147,12 +146,12 @@ def refusals(chart: Path, values: dict[str, Any]) -> Iterator[tuple[KeyPath, str
         elif cause.validator == "type":
             kinds = [cause.validator_value] if isinstance(cause.validator_value, str) else cause.validator_value
             found = redacted(cause.instance) if isinstance(cause.instance, str) else cause.instance
-            shown = "the value" if may_hold_a_secret(key) else words(found, key)
-            yield key, f"must be {either([TYPES[kind] for kind in kinds])}, not {shown}"
+            what = "the value" if may_hold_a_secret(key) else shown(found, key)
+            yield key, f"must be {either([TYPES[kind] for kind in kinds])}, not {what}"
         else:
             value = repr(cause.instance)  # precedes the reason in the message, and may be long
-            shown = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)
-            yield key, one_line(redacted(cause.message.replace(value, shown, 1)), 200)
+            what = "the value" if may_hold_a_secret(key) else one_line(redacted(value), 60)
+            yield key, one_line(redacted(cause.message.replace(value, what, 1)), 200)
 
 
 def limit(word: str) -> Callable[..., Iterator[jsonschema.ValidationError]]:

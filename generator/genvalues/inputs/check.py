@@ -349,9 +349,8 @@ def values_so_far(value: dict[str, Any]) -> dict[str, Any]:
         sections["parallelism"] = {"shardSize": shard}
     instance = get(value, "instance", str)
     below: dict[str, Any] = {"storage": {"kind": "generic" if instance == CPU else "fsx"}}
-    below["huggingFace"] = get(value, "huggingFace", dict) or {}
-    if "huggingFace" not in value and instance != CPU:
-        below["huggingFace"] = HuggingFaceInputs().as_keys()
+    default_secret = {} if instance == CPU else HuggingFaceInputs().as_keys()
+    below["huggingFace"] = (get(value, "huggingFace", dict) or {}) if "huggingFace" in value else default_secret
     if instance:
         below["instance"] = instance
         below["backend"] = get(value, "backend", str) or default_backend(instance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,10 @@ class Examples(NamedTuple):
         fewest, most = (
             max(1, round(self.bytes * (1 - held_out) / each / length)) for each in reversed(BYTES_PER_TOKEN)
         )
-        if packing:
-            return (fewest, most) if self.split else (min(kept, fewest), min(kept, most))
-        return (kept * -(-fewest // kept), kept * -(-most // kept)) if self.split else (kept, kept)
+        if self.split:
+            unit = 1 if packing else kept  # without packing each text has as many rows of its own as it needs
+            return unit * math.ceil(fewest / unit), unit * math.ceil(most / unit)
+        return (min(kept, fewest), min(kept, most)) if packing else (kept, kept)
 
 
 def on_hub(name: str, config: str | None, split: str) -> Examples | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance
+from genvalues.accelerators.memory import keeps_scores
 from genvalues.common.text import number_of
 from genvalues.planner.layout import Layout, Run
 from genvalues.planner.prices import Price
@@ -61,11 +62,11 @@ def flops_per_token(architecture: Architecture, run: Run, layout: Layout) -> Flo
     """
     a, step = architecture, run.step(layout.per_device, layout.checkpointing)
     linear = 2.0 * a.matrix_parameters
-    products = 4.0 * a.layers * a.query * step.length * (1 if step.attention == "isolated" else 0.5)
+    products = 4.0 * a.layers * a.query * step.length * (1 if keeps_scores(step.attention) else 0.5)
     again = 0.0
     if step.checkpointing == "selective" and run.backend == "native":
         again = products + 2.0 * a.layers * a.attention_parameters
-    elif step.checkpointing == "selective" and step.attention == "isolated":
+    elif step.checkpointing == "selective" and keeps_scores(step.attention):
         again = products
     elif step.checkpointing == "full":
         again = 2.0 * a.layers * a.layer_linear_parameters + products

@@ -7,6 +7,7 @@ from typing import Any
 
 from genvalues.accelerators.architectures import Architecture
 from genvalues.accelerators.instances import Instance, trainium
+from genvalues.accelerators.memory import keeps_scores
 from genvalues.accelerators.native_memory import NativeMemory
 from genvalues.accelerators.neuron_rules import ATTENTION, SHARD_SIZE, TENSOR_PARALLEL, group_problems
 from genvalues.common.text import number_of
@@ -143,7 +144,7 @@ def checkpointing_reason(run: Run, model: ModelFacts, instance: Instance, found:
         return "recomputes whole layers; selective does not fit (see below)"
     if isinstance(none, NativeMemory) or isinstance(found.memory, NativeMemory):
         return f"recomputes the attention blocks, which saves {gib(none.total - found.memory.total)} GiB per core"
-    if run.attention != "isolated":
+    if not keeps_scores(run.attention):
         return f"default; same as none, because {run.attention} attention keeps no scores"
     saved = none.activations + none.working - found.memory.activations - found.memory.working
     return f"recomputes attention scores, which saves {gib(saved)} GiB per core"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from genvalues.accelerators.instances import Instance, default_backend, of_same_service
+from genvalues.accelerators.memory import keeps_scores
 from genvalues.accelerators.native_rules import ROWS
 from genvalues.accelerators.neuron_rules import FLASH_ROWS, QUERY_KEY_VALUE, either
 from genvalues.common.problems import Problem
@@ -99,7 +100,7 @@ class Case(NamedTuple):
         """What row lengths are a multiple of with groups of ``size``; ``otherwise`` for isolated attention."""
         if self.run.backend == "native":
             return ROWS
-        return math.lcm(size, otherwise if self.run.attention == "isolated" else FLASH_ROWS)
+        return math.lcm(size, otherwise if keeps_scores(self.run.attention) else FLASH_ROWS)
 
 
 def refused(

@@ -23,6 +23,7 @@ from genvalues.accelerators.instances import (
     trainium,
     unsupported,
 )
+from genvalues.accelerators.memory import keeps_scores
 from genvalues.accelerators.neuron_rules import (
     either,
     flash_length_problems,
@@ -283,7 +284,7 @@ def attention(values: Values) -> Iterator[Problem]:
     if length is None:
         return
     wanted, backend = get(values, "training.attention", str) or "isolated", get(values, "backend", str)
-    if backend == "xla" and wanted != "isolated":
+    if backend == "xla" and not keeps_scores(wanted):
         yield from flash_length_problems(length, wanted)
     elif backend == "native":
         yield from native_rules.length_problems(length, wanted, "neuron" if on_trainium(values) else "cpu")

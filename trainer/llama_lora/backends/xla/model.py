@@ -25,14 +25,13 @@ from llama_lora.backends.lora import initial_a, lora_config
 from llama_lora.backends.xla.flash import flash_attention, nki_kernels
 from llama_lora.backends.xla.shards import query_heads
 from llama_lora.config import Lora, Parallelism, Training
-from llama_lora.model_files import base_files
+from llama_lora.model_files import COMPLETE, base_files
 from llama_lora.safetensors_files import stored_tensors
 
 # The attention function of optimum-neuron's models. They look it up by name in their module.
 ATTENTION = "eager_attention_forward"
-MODELS_WITH_ATTENTION = [
-    import_module(f"optimum.neuron.models.training.{name}.modeling_{name}") for name in MODEL_TYPES
-]
+MODELS = [import_module(f"optimum.neuron.models.training.{name}.modeling_{name}") for name in MODEL_TYPES]
+MODELS_WITH_ATTENTION = [module for module in MODELS if hasattr(module, ATTENTION)]
 # Layers that optimum-neuron fuses share one factor A. It gets the initial values of the first of them.
 FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
@@ -76,7 +75,7 @@ def load_parallel_model(
     )
     if missing := loading["missing_keys"]:
         what = f"{number_of(len(missing), 'weight')} not found: {', '.join(sorted(missing)[:3])}"
-        raise UserError(what, where=str(path), fix="Use a model folder with all of the model's weights.")
+        raise UserError(what, where=str(path), fix=COMPLETE)
     if training.activation_checkpointing == "full":
         model.enable_input_require_grads()  # a layer is recomputed only if its input requires a gradient
         model.gradient_checkpointing_enable({})
@@ -139,8 +138,7 @@ def use_masked_flash() -> None:
     """Compute the attention of packed examples with the flash kernel. It keeps no scores, so none are recomputed."""
     replacement = flash_attention(nki_kernels(), repeat_kv)
     for module in MODELS_WITH_ATTENTION:
-        if hasattr(module, ATTENTION):
-            setattr(module, ATTENTION, replacement)
+        setattr(module, ATTENTION, replacement)
 
 
 def recompute_attention() -> None:
@@ -150,8 +148,8 @@ def recompute_attention() -> None:
     optimum-neuron supports only whole layers. Flash attention stores no such tensor and is not wrapped.
     """
     for module in MODELS_WITH_ATTENTION:
-        attention = getattr(module, ATTENTION, None)
-        if attention is not None and not getattr(attention, "recomputes", False):
+        attention = getattr(module, ATTENTION)
+        if not getattr(attention, "recomputes", False):
             setattr(module, ATTENTION, _recomputing(attention))
 
 
